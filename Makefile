@@ -1,0 +1,88 @@
+# Imago. `make` alone lists the targets. Variables:
+#   DATA    what to train on: digits (default), mnist, fashion-mnist, cifar10, cifar100, or a path to your own images
+#   NAME    the model's name in the store (default: the name of the data)
+#   RECIPE  a file in train/recipes/, or a path (default: the one named for the data, else folder)
+#   ROOT    where torchvision's data sets already lie; nothing is downloaded then
+#   STORE   the bundle store (default artifacts/store)      PORT  the service's port (default 8000)
+#   ARGS    passed through, e.g. ARGS='--trainer.max_epochs 5' or ARGS='--max-batch-size 8'
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+DATA ?= digits
+NAME ?=
+RECIPE ?=
+ROOT ?=
+STORE ?= artifacts/store
+PORT ?= 8000
+ARGS ?=
+PYTHON ?= python3
+VENV ?= .venv
+
+data := $(patsubst ~/%,$(HOME)/%,$(DATA))
+python := $(VENV)/bin/python
+run := $(python) -m
+named := $(if $(NAME),--name $(NAME))
+recipe := $(if $(RECIPE),--recipe $(RECIPE))
+root := $(if $(ROOT),--root "$(ROOT)")
+
+##@ The road
+help: ## list the targets
+	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} \
+	  /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk '/^#   / {print substr($$0, 3)}' $(firstword $(MAKEFILE_LIST)) | sed '1i\\nVariables'
+
+setup: $(VENV)/.train.lock ## make the virtual environment (again when the lock changed)
+
+train: setup ## train a model and leave a bundle in the store
+	@$(run) train run "$(data)" --store "$(STORE)" $(named) $(recipe) $(root) $(ARGS)
+
+serve: setup ## serve the store's model; trains the embedded default if the store is empty
+	@if ! compgen -G '$(STORE)/$(or $(NAME),*)/latest/manifest.json' >/dev/null; then \
+	  $(if $(NAME),[ '$(origin DATA)' != file ] || { echo "make: $(STORE) has no model '$(NAME)'; train it: make train DATA=<data> NAME=$(NAME)" >&2; exit 2; };) \
+	  $(MAKE) train ARGS=; fi
+	@exec $(run) serve --store "$(STORE)" $(if $(NAME),--model $(NAME)) --port $(PORT) $(ARGS)
+
+audit: setup ## look for broken, duplicate, leaked and mislabelled images: make audit DATA=…
+	@$(run) train audit "$(data)" $(root) $(ARGS)
+
+models: setup ## list the store
+	@$(run) models list --store "$(STORE)" $(ARGS)
+
+##@ Development
+test: dev ## run the quick tests: make test [ARGS='tests/serve -k drain']
+	@$(run) pytest -m 'not slow' $(ARGS)
+
+test-slow: dev ## run the slow tests
+	@$(run) pytest -m slow $(ARGS)
+
+lint: dev ## check style and the direction of imports
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/lint-imports
+
+dev: $(VENV)/.train.lock $(VENV)/.dev.lock
+
+lock: ## write the lock files anew from pyproject.toml: make lock [ARGS=--upgrade]
+	@[ -x $(python) ] || $(PYTHON) -m venv $(VENV)
+	@[ -x $(VENV)/bin/uv ] || $(run) pip install --quiet uv
+	@compile() { $(VENV)/bin/uv pip compile pyproject.toml --universal --python-version 3.11 --no-emit-index-url \
+	  --custom-compile-command 'make lock' --quiet $(ARGS) "$$@"; }; \
+	compile --all-extras -o docker/dev.lock; \
+	compile --extra train --extra serve -c docker/dev.lock -o docker/train.lock; \
+	compile --extra serve -c docker/dev.lock --generate-hashes -o docker/serve.lock
+
+clean: ## remove the virtual environment and the caches; the store stays
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+
+# The stamp is a copy of the lock: a changed lock sets up again, a touched one does not.
+$(VENV)/.%.lock: docker/%.lock
+	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "make: $(PYTHON) must be Python 3.11 or newer with the venv module (Debian: apt-get install python3-venv);" \
+	       "name another with PYTHON=…" >&2; exit 2; }
+	@[ -x $(python) ] || $(PYTHON) -m venv $(VENV)
+	@cmp -s $< $@ || { echo "Setting up $(VENV) from $<: the first time takes a few minutes"; \
+	  $(run) pip install --quiet --disable-pip-version-check -r $<; cp $< $@; }
+	@touch $@
+
+.PHONY: help setup train serve audit models test test-slow lint dev lock clean
