@@ -1,12 +1,14 @@
 """The house stays in order: its rooms, the direction of its imports, its locks, and what `make` says."""
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
@@ -28,12 +30,12 @@ def test_top_level_is_the_agreed_one():
 
 
 def test_imports_point_from_train_and_serve_to_models():
-    result = subprocess.run(["lint-imports"], cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run([BIN / "lint-imports"], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
 
 
 def test_style():
-    result = subprocess.run(["ruff", "check", "."], cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run([BIN / "ruff", "check", "."], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
 
 
