@@ -1,0 +1,90 @@
+"""What every source of images becomes: one list of items, their labels, and the part that each belongs to."""
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+PARTS = ("train", "val", "test")
+
+
+class DataError(ValueError):
+    """Data that can't be used. The message is one line that names the file or the setting and says what to do."""
+
+
+class Items(Protocol):
+    """Images by number, as they are stored. Reading must be safe from several threads and processes at once."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> bytes | np.ndarray:
+        """The bytes of an image file, or uint8 [H, W] or [H, W, C] of a source that stores pixels.
+
+        Raises OSError where the item can't be read.
+        """
+        ...
+
+    def name(self, i: int) -> str:
+        """What a person would call the image: a path relative to the source, or a number."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A data set as found, before any split or decoding."""
+
+    name: str
+    classes: list[str]
+    items: Items
+    labels: np.ndarray  # int64 [N], 0..K-1
+    parts: np.ndarray  # [N] of "train", "val" or "test"; only "train" is sure to occur
+    root: Path | None = None  # where the files lie, for sources made of files
+
+    def index(self, part: str) -> np.ndarray:
+        """Positions of a part's images, int64, rising."""
+        return np.flatnonzero(self.parts == part)
+
+
+@dataclass(frozen=True, slots=True)
+class Arrays:
+    """Images that a source keeps as pixels: uint8 [N, H, W, C]."""
+
+    array: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return self.array[i]
+
+    def name(self, i: int) -> str:
+        return f"{i:06d}.png"
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """Image files below a root."""
+
+    root: Path
+    paths: list[str]  # relative to the root, with forward slashes
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int) -> bytes:
+        return (self.root / self.paths[i]).read_bytes()
+
+    def name(self, i: int) -> str:
+        return self.paths[i]
+
+
+def concatenate(chunks: dict[str, tuple[np.ndarray, np.ndarray]]) -> tuple[Arrays, np.ndarray, np.ndarray]:
+    """Part -> (pixels, labels) to one Arrays, labels int64 and parts."""
+    pixels = np.concatenate([_with_channel(p) for p, _ in chunks.values()])
+    labels = np.concatenate([np.asarray(y, np.int64) for _, y in chunks.values()])
+    parts = np.repeat(list(chunks), [len(y) for _, y in chunks.values()])
+    return Arrays(np.ascontiguousarray(pixels)), labels, parts
+
+
+def _with_channel(pixels: np.ndarray) -> np.ndarray:
+    return pixels[..., None] if pixels.ndim == 3 else pixels
