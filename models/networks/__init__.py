@@ -1,0 +1,45 @@
+"""The networks by name. Import this before lightning or torchvision: see ops.py.
+
+    network = build("resnet18", classes=10, channels=3, size=32)
+    logits = network(x)             # x: normalised [N,C,H,W]
+    outputs = network.outputs(x)    # logits, embedding, and cam where the head allows it
+
+A new network is a subclass of `Network` whose constructor takes (classes, channels, size, **options), named in `OWN`.
+"""
+from models.networks.ops import declare_missing
+
+_ops = declare_missing()
+
+import inspect  # noqa: E402
+from typing import Any  # noqa: E402
+
+from models.networks.base import Network  # noqa: E402
+from models.networks.small import ConvNet, ConvNet4, LeNet  # noqa: E402
+from models.networks.speednet import SpeedNet  # noqa: E402
+
+OWN: dict[str, type[Network]] = {"lenet": LeNet, "convnet": ConvNet, "convnet4": ConvNet4, "speednet": SpeedNet}
+
+
+def names() -> list[str]:
+    """Every name that `build` knows: our own first, then torchvision's classification models."""
+    from models.networks import zoo
+
+    return [*OWN, *zoo.names()]
+
+
+def build(name: str, classes: int, channels: int, size: int, **options: Any) -> Network:
+    """A network with fresh weights for square images of `size` pixels and 1 or 3 channels.
+
+    Raises ValueError, naming what is there instead, for an unknown name or option and for a size that can't work.
+    """
+    if name in OWN:
+        known = list(inspect.signature(OWN[name]).parameters)[3:]
+        for option in options:
+            if option not in known:
+                raise ValueError(f"network {name}: unknown option {option!r}; it has {', '.join(known) or 'none'}")
+        return OWN[name](classes, channels, size, **options)
+    from models.networks import zoo
+
+    if name not in zoo.names():
+        raise ValueError(f"unknown network {name!r}; choose one of {', '.join(names())}")
+    return zoo.Zoo(name, classes, channels, size, **options)
