@@ -25,7 +25,7 @@ __all__ = ["MAX_PIXELS", "Header", "ImageError", "ImageTooLarge", "InputSpec", "
            "decode", "fit", "header", "pixels"]
 
 cv2.setNumThreads(1)  # callers run one decode a core; a second pool inside would only contend
-cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # what is wrong with an image goes to its sender, not to stderr
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # the sender hears what is wrong, not stderr
 
 MAX_PIXELS = 50_000_000
 
