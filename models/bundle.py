@@ -2,27 +2,29 @@
 
     manifest.json  model.onnx  model.int8.onnx  weights.safetensors  samples/  report.html  README.md  SHA256SUMS
 
-This file is the contract between training and serving: the manifest, the digests, and what a reader checks.
+This file is the contract between training and serving: the manifest, and what a reader checks before it trusts one.
 """
-import hashlib
 import json
+import zipfile
 from datetime import datetime
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from models.digests import SUMS, BundleError, check_sums, inside, sha256, write_sums
+from models.graph import check_signature
 from models.image import InputSpec
 
+__all__ = ["SUMS", "Bundle", "BundleError", "Manifest", "inside", "read_manifest", "sha256", "write_sums"]
+
 FORMAT = 1
-MANIFEST, SUMS, SAMPLES, EXPECTED = "manifest.json", "SHA256SUMS", "samples", "expected.npz"
+NAME = r"[a-z0-9][a-z0-9._-]{0,62}"
+MANIFEST, SAMPLES, EXPECTED = "manifest.json", "samples", "expected.npz"
 OUTPUTS = ("probabilities", "energy", "embedding")  # every graph has these; `cam` where the head allows it
 SIGNALS = ("class", "confidence", "energy", "brightness", "contrast", "sharpness", "width", "height")
-
-
-class BundleError(ValueError):
-    """A bundle or a store that can't be trusted or read; the message is one line that names the file and the cause."""
+MAX_MANIFEST_BYTES, MAX_SAMPLE_BYTES, MAX_EXPECTED_BYTES = 32 << 20, 64 << 20, 1 << 30
 
 
 class _Part(BaseModel):
@@ -57,6 +59,7 @@ class Variant(_Part):
     accuracy: float | None = Field(default=None, description="on the test part, 0..1")
     latency: Latency | None = None
     parity: Parity | None = None
+    tolerance: float = Field(default=1e-4, description="allowed |difference| of a probability from expected.npz")
 
 
 class Calibration(_Part):
@@ -127,7 +130,7 @@ class Manifest(_Part):
     """manifest.json. `format` grows when a reader of today could misread what a writer of tomorrow means."""
 
     format: int = FORMAT
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
+    name: str = Field(pattern=f"^{NAME}$")
     version: int = Field(ge=1)
     created: datetime
     network: str
@@ -146,29 +149,23 @@ class Manifest(_Part):
         (directory / MANIFEST).write_text(self.model_dump_json(indent=1) + "\n")
 
 
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_sums(directory: Path) -> None:
-    """Write SHA256SUMS over every other file of the bundle, in the format that `sha256sum -c` reads."""
-    files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != SUMS)
-    lines = [f"{sha256(p)}  {p.relative_to(directory).as_posix()}\n" for p in files]
-    (directory / SUMS).write_text("".join(lines))
-
-
 class Bundle:
-    """A bundle on disk, its manifest read and, unless told otherwise, every digest checked.
+    """A bundle on disk: its manifest read and, unless told otherwise, every digest and every graph checked.
 
-    Raises BundleError, naming the file, for whatever is missing, changed, malformed or from a newer format.
+    Raises BundleError, naming the file, for whatever is missing, changed, malformed, renamed or from a newer format.
     """
 
     def __init__(self, path: str | Path, verify: bool = True):
         self.path = Path(path)
         self.manifest = read_manifest(self.path)
+        self._check_place()
         if verify:
-            check_sums(self.path)
+            self._check_variants(check_sums(self.path))
+
+    @property
+    def digest(self) -> str:
+        """One sha256 that stands for the whole bundle: that of its SHA256SUMS."""
+        return sha256(self.path / SUMS)
 
     def variant_path(self, variant: str) -> Path:
         """The ONNX file of a variant; raises BundleError for one that this bundle lacks."""
@@ -178,25 +175,59 @@ class Bundle:
 
     def sample_bytes(self) -> list[bytes]:
         """The sample images as files' bytes, in the order of `expected`."""
-        return [inside(self.path, f"{SAMPLES}/{s.file}").read_bytes() for s in self.manifest.samples]
+        paths = [inside(self.path, f"{SAMPLES}/{s.file}") for s in self.manifest.samples]
+        try:
+            for path in paths:
+                if path.stat().st_size > MAX_SAMPLE_BYTES:
+                    raise BundleError(f"{path}: larger than {MAX_SAMPLE_BYTES} bytes")
+            return [path.read_bytes() for path in paths]
+        except OSError as error:
+            raise BundleError(f"{error.filename}: not readable: {error.strerror}") from error
 
     def expected(self) -> dict[str, np.ndarray]:
-        """What the torch network gave for the samples: `probabilities` [S,K], `energy` [S], `embedding` [S,D]."""
+        """What the torch network gave for the samples: `probabilities` [S,K], `energy` [S], `embedding` [S,D], `cam`;
+        and `pixels` uint8 [S,H,W,C], what it was given."""
         path = inside(self.path, f"{SAMPLES}/{EXPECTED}")
         try:
+            with zipfile.ZipFile(path) as archive:
+                if sum(info.file_size for info in archive.infolist()) > MAX_EXPECTED_BYTES:
+                    raise BundleError(f"{path}: unpacks to more than {MAX_EXPECTED_BYTES} bytes")
             with np.load(path, allow_pickle=False) as arrays:
                 return {name: arrays[name] for name in arrays.files}
-        except (OSError, ValueError) as error:
+        except BundleError:
+            raise
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise BundleError(f"{path}: unreadable expected outputs: {error}") from error
+
+    def _check_place(self) -> None:
+        """In a store a bundle's directory is its name and version; anywhere else it may be called what it likes."""
+        place = self.path.resolve()
+        name, version = self.manifest.name, self.manifest.version
+        if place.name.isdecimal() and (place.parent.name, place.name) != (name, str(version)):
+            raise BundleError(f"{self.path / MANIFEST}: says {name}/{version}, so the bundle was renamed")
+
+    def _check_variants(self, sums: dict[str, str]) -> None:
+        spec = self.manifest.input
+        for name, variant in self.manifest.variants.items():
+            path = self.variant_path(name)
+            if sums.get(variant.file) != variant.sha256:
+                raise BundleError(f"{path}: not the file that {MANIFEST} means by {name} (sha256 differs)")
+            graph = check_signature(path, spec.height, spec.width, spec.channels, len(self.manifest.classes),
+                                    self.manifest.outputs)
+            if graph.opset != variant.opset:
+                raise BundleError(f"{path}: opset {graph.opset}, and {MANIFEST} says {variant.opset}")
 
 
 def read_manifest(path: Path) -> Manifest:
+    """The manifest of the bundle at `path`; raises BundleError that names the file and the field."""
     file = path / MANIFEST
     try:
-        raw = json.loads(file.read_text())
+        if file.stat().st_size > MAX_MANIFEST_BYTES:
+            raise BundleError(f"{file}: larger than {MAX_MANIFEST_BYTES} bytes")
+        raw = json.loads(file.read_bytes())
     except FileNotFoundError as error:
         raise BundleError(f"{file}: no such file, so {path} is not a bundle") from error
-    except (OSError, ValueError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise BundleError(f"{file}: not readable as JSON: {error}") from error
     found = raw.get("format") if isinstance(raw, dict) else None
     if isinstance(found, int) and found > FORMAT:
@@ -205,31 +236,5 @@ def read_manifest(path: Path) -> Manifest:
         return Manifest.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
+        where = ".".join(map(str, first["loc"])) or "manifest"
         raise BundleError(f"{file}: {where}: {first['msg']}") from error
-
-
-def inside(root: Path, name: str) -> Path:
-    """`root/name`, refused where the name is absolute, climbs out of the bundle or leads through a link."""
-    pure = PurePosixPath(name)
-    path = root / pure
-    if pure.is_absolute() or ".." in pure.parts or not path.resolve().is_relative_to(root.resolve()):
-        raise BundleError(f"{root}: the path {name!r} leads out of the bundle")
-    return path
-
-
-def check_sums(path: Path) -> None:
-    """Compare every file with SHA256SUMS; a file that is missing, changed or not listed raises BundleError."""
-    file = path / SUMS
-    try:
-        listed = dict(reversed(line.split("  ", 1)) for line in file.read_text().splitlines())
-    except (OSError, ValueError) as error:
-        raise BundleError(f"{file}: missing or malformed: {error}") from error
-    present = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file() and p.name != SUMS}
-    for name in sorted(set(listed) | present):
-        if name not in listed:
-            raise BundleError(f"{path / name}: not listed in {SUMS}")
-        if name not in present:
-            raise BundleError(f"{path / name}: listed in {SUMS}, but missing")
-        if sha256(inside(path, name)) != listed[name]:
-            raise BundleError(f"{path / name}: changed since it was written (sha256 differs from {SUMS})")

@@ -3,15 +3,20 @@
 A version appears whole or not at all, and two writers that finish together get two versions.
 """
 import os
+import re
+import secrets
 import shutil
-import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-from models.bundle import Bundle, BundleError
+from models.bundle import MANIFEST, NAME, Bundle, BundleError
 
 LATEST = "latest"
+STAGING = ".staging-"
+ABANDONED_SECONDS = 24 * 3600
 
 
 class Store:
@@ -57,38 +62,111 @@ class Store:
         return Bundle(self.path(name, version), verify)
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[Path]:
-        """A hidden directory beside the versions, on the same file system; gone when the block ends."""
+    def stage(self, name: str, version: int | None = None) -> Iterator["Staged"]:
+        """A hidden directory to write one new version in; gone when the block ends without `publish`.
+
+            with store.stage("digits") as staged:
+                ...                       # write the bundle of digits/<staged.version> to staged.path
+                staged.publish()
+
+        Making the directory claims the version, the next free one where none is asked for, so two writers never get
+        the same. Raises BundleError where `version` is there already or is being written.
+        """
+        if not re.fullmatch(NAME, name):
+            raise BundleError(f"{name!r} can't name a model: lower-case letters, digits, . _ - and at most 63 of them")
         parent = self.root / name
         parent.mkdir(parents=True, exist_ok=True)
-        directory = Path(tempfile.mkdtemp(prefix=".staging-", dir=parent))
+        number = version or max([0, *self.versions(name)]) + 1
+        while not (claimed := self._claim(name, number)):
+            if version:
+                raise BundleError(f"{parent / str(version)}: there already, or being written by another job")
+            number += 1
         try:
-            directory.chmod(0o755)
-            yield directory
+            yield Staged(self, name, number, claimed)
         finally:
-            shutil.rmtree(directory, ignore_errors=True)
-            if not any(parent.iterdir()):
-                parent.rmdir()
+            shutil.rmtree(claimed, ignore_errors=True)
 
-    def claim(self, name: str, first: int = 1) -> int:
-        """The version number the next `publish` is likely to get; only the rename decides."""
-        return max([first - 1, *self.versions(name)]) + 1
-
-    def publish(self, staged: Path, name: str, version: int) -> bool:
-        """Rename a staged directory to its version. False where another writer has that version already."""
-        target = self.root / name / str(version)
+    def _claim(self, name: str, version: int) -> Path | None:
+        """mkdir decides who gets a number: it is atomic on network file systems too, where locks often are not."""
+        directory = self.root / name / f"{STAGING}{version}"
         try:
-            os.rename(staged, target)  # fails on a directory that is not empty, and a bundle never is
-        except OSError:
-            if target.exists():
-                return False
-            raise
-        return True
+            directory.mkdir(mode=0o755)
+        except FileExistsError:
+            return None
+        if (self.root / name / str(version)).exists():  # published between our look and our mkdir
+            directory.rmdir()
+            return None
+        return directory
 
     def promote(self, name: str, version: int) -> None:
         """Point `latest` at a version, in one atomic rename. Raises BundleError where there is no such version."""
         self.path(name, version)
-        directory = self.root / name
-        link = Path(tempfile.mktemp(prefix=".latest-", dir=directory))
+        link = self.root / name / f".latest-{secrets.token_hex(8)}"
         link.symlink_to(str(version))
-        os.replace(link, directory / LATEST)
+        os.replace(link, self.root / name / LATEST)
+
+    def rollback(self, name: str) -> int:
+        """Point `latest` at the version before it and return that. Raises BundleError where there is none."""
+        now = self.latest(name) or 0
+        older = [v for v in self.versions(name) if v < now]
+        if not older:
+            raise BundleError(f"{self.root / name}: no version older than {now or 'latest'} to roll back to")
+        self.promote(name, older[-1])
+        return older[-1]
+
+    def prune(self, name: str, keep: int) -> list[int]:
+        """Delete all but the newest `keep` versions, `latest` and the one before it; returns what was deleted.
+
+        What a job that died more than a day ago left half-written goes too.
+        """
+        self.path(name, LATEST if self.latest(name) else self.versions(name)[-1])
+        versions, latest = self.versions(name), self.latest(name)
+        kept = {*versions[-keep:], latest, *[v for v in versions if v < (latest or 0)][-1:]}
+        doomed = [v for v in versions if v not in kept]
+        for version in doomed:
+            trash = self.root / name / f"{STAGING}{version}.deleted"
+            os.rename(self.root / name / str(version), trash)  # at once, so that nobody reads half of it
+            shutil.rmtree(trash)
+        for left in (self.root / name).glob(f"{STAGING}*"):
+            if left.stat().st_mtime < time.time() - ABANDONED_SECONDS:
+                shutil.rmtree(left)
+        return doomed
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A version being written: a claimed number and the hidden directory that will become it."""
+
+    store: Store
+    name: str
+    version: int
+    path: Path
+
+    def publish(self, promote: bool = True) -> Bundle:
+        """Check the bundle, make it visible in one rename and move `latest` forward to it.
+
+        `latest` is left where it is when another writer already published a newer version. Raises BundleError for a
+        bundle that is not whole; nothing is visible then.
+        """
+        bundle = Bundle(self.path)
+        if (bundle.manifest.name, bundle.manifest.version) != (self.name, self.version):
+            raise BundleError(f"{self.path / MANIFEST}: is not of {self.name}/{self.version}")
+        target = self.store.root / self.name / str(self.version)
+        sync(self.path)
+        try:
+            os.rename(self.path, target)
+        except OSError as error:  # a directory that is not empty, and a bundle never is
+            raise BundleError(f"{target}: can't be published: {error.strerror}") from error
+        if promote and (self.store.latest(self.name) or 0) <= self.version:
+            self.store.promote(self.name, self.version)
+        return Bundle(target, verify=False)
+
+
+def sync(directory: Path) -> None:
+    """Flush the files of a directory to disk: a rename must not outlive a power cut that its contents don't."""
+    for path in [*directory.rglob("*"), directory]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
