@@ -1,7 +1,7 @@
 """Make `import torchvision` (and lightning, through torchmetrics) work beside a torch that its C++ ops don't fit.
 
 torchvision's wheels on PyPI are linked to CUDA; beside a CPU build of torch its library does not load, and the import
-fails with «operator torchvision::nms does not exist» while it registers shapes for ops that are not there. Declaring the
+fails with «operator torchvision::nms does not exist», as it registers shapes for ops that are not there. Declaring the
 two schemas first is enough. Classification uses neither op.
 """
 import importlib.util

@@ -1,4 +1,6 @@
 """Small networks that train from scratch in minutes on a CPU."""
+from itertools import pairwise
+
 from torch import Tensor, nn
 
 from models.networks.base import Network
@@ -54,7 +56,7 @@ class ConvNet4(Network):
             raise ValueError(f"network convnet4: images of {size} pixels are too small; give 16 or more")
         widths = [channels, 32, 64, 128, 128]
         layers: list[nn.Module] = []
-        for inside, outside in zip(widths, widths[1:], strict=False):
+        for inside, outside in pairwise(widths):
             layers += [nn.Conv2d(inside, outside, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
         self.layers = nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * side * side, 256), nn.ReLU(),
                                     nn.Linear(256, 128), nn.ReLU())

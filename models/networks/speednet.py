@@ -1,5 +1,6 @@
 """speednet: the kind of network that holds the CIFAR-10 speed records, for images of 8 to 96 pixels."""
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +32,8 @@ class SpeedNet(Network):
         self.whiten = nn.Conv2d(channels, filters, kernel)
         self.whiten.weight.requires_grad_(False)
         nn.init.zeros_(self.whiten.bias)
-        sizes = [filters, *widths]
-        self.blocks = nn.Sequential(nn.GELU(), *(Block(a, b, depth, norm_momentum)
-                                                 for a, b in zip(sizes, widths, strict=False)))
+        self.blocks = nn.Sequential(nn.GELU(), *(Block(inside, outside, depth, norm_momentum)
+                                                 for inside, outside in pairwise([filters, *widths])))
         self.head = nn.Linear(widths[-1], classes, bias=False)
         nn.init.normal_(self.head.weight, std=1 / self.head.in_features ** 0.5)
         self.head.weight.data.div_(self.head.weight.std())

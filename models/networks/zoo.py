@@ -1,5 +1,4 @@
-"""torchvision's classification models by name, with a head for K classes, for one or three channels and small images."""
-import inspect
+"""torchvision's classification models by name, with a head for K classes, also for one channel and small images."""
 import warnings
 from functools import cache
 from typing import Any, Literal

@@ -1,0 +1,7 @@
+"""`python -m train fit|validate|test|predict|run …`"""
+import sys
+
+from train.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""The command line: Lightning's, with our classes, one line an error, and a bundle after `fit`."""
+import logging
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import Namespace
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from train.callbacks import EarlyStopping, ProgressBar, SamplePredictions
+from train.data import ImageData
+from train.ema import WeightAverage
+from train.export import Export, export_bundle
+from train.system import Classifier
+
+RECIPES = Path(__file__).parent / "recipes"
+RUNS = "artifacts/runs"
+USAGE = 2  # exit status for what the user can put right
+
+
+class UsageError(ValueError):
+    """What was asked for can't be done; the message is one line that says why and what to do."""
+
+
+class Parser(LightningArgumentParser):
+    """Says what is wrong in one line, and raises it."""
+
+    def error(self, message: str, ex: Exception | None = None) -> None:
+        raise UsageError(" ".join(str(message).split())) from ex
+
+
+class CLI(LightningCLI):
+    """`fit`, `validate`, `test` and `predict` over one system and one data module."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--store", default="artifacts/store", help="where the bundle goes")
+        parser.add_argument("--name", type=str | None, default=None,
+                            help="the model's name in the store; by default that of the data")
+        parser.add_class_arguments(Export, "export")
+        parser.add_lightning_class_args(ProgressBar, "progress")
+        parser.add_lightning_class_args(SamplePredictions, "samples")
+        parser.add_lightning_class_args(EarlyStopping, "early_stopping")
+        parser.add_lightning_class_args(WeightAverage, "ema")  # after what looks at the average in a validation
+        parser.add_lightning_class_args(LearningRateMonitor, "lr_monitor")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults({
+            "lr_monitor.logging_interval": "epoch",
+            "checkpoint.monitor": "val/accuracy", "checkpoint.mode": "max", "checkpoint.filename": "best",
+            "checkpoint.save_last": True, "checkpoint.auto_insert_metric_name": False,
+        })
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
+        self.config = parser.parse_args(args)
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        self.name = config.name or model_name(config.data.source)
+        if config.trainer.logger is None:
+            config.trainer.logger = Namespace(
+                class_path="lightning.pytorch.loggers.TensorBoardLogger",
+                init_args=Namespace(save_dir=config.trainer.default_root_dir or RUNS, name=self.name))
+
+    def before_fit(self) -> None:
+        self.began = time.monotonic()
+
+    def after_fit(self) -> None:
+        """Test the best weights, write the bundle, say where it is."""
+        export = self.config_init.fit.export
+        if self.trainer.fast_dev_run or not export.enabled:
+            return
+        export_bundle(self.trainer, self.model, self.datamodule, export, self.config_init.fit.store, self.name,
+                      recipe=self.plain_config(), seconds={"fit": round(time.monotonic() - self.began, 3)})
+
+    def plain_config(self) -> dict[str, Any]:
+        """All knobs as plain values, as the manifest keeps them."""
+        return yaml.safe_load(self.parser.dump(self.config, skip_none=False, format="yaml"))[self.subcommand]
+
+
+def model_name(source: str) -> str:
+    """A name fit for the store from that of the data: the last part of a path, lower case."""
+    name = Path(source).expanduser().resolve().name if "/" in source or source in (".", "..") else source
+    name = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in name.lower()).strip("._-")
+    return name[:63] or "model"
+
+
+def front_door(argv: list[str]) -> list[str]:
+    """`run DATA [--recipe R] [--root DIR] [fit flags]` as the arguments of `fit`. Raises UsageError."""
+    if not argv or argv[0].startswith("-"):
+        raise UsageError("run: name the data first, e.g. python -m train run digits, or a folder of class folders")
+    data, rest = argv[0], argv[1:]
+    recipe, rest = _take(rest, "--recipe")
+    root, rest = _take(rest, "--root")
+    if recipe is None:
+        named = RECIPES / f"{data}.yaml"
+        recipe = named if named.is_file() else RECIPES / "folder.yaml"
+    elif not Path(recipe).is_file():
+        named = RECIPES / f"{recipe.removesuffix('.yaml')}.yaml"
+        if not named.is_file():
+            there = ", ".join(sorted(str(p.relative_to(RECIPES).with_suffix("")) for p in RECIPES.rglob("*.yaml")))
+            raise UsageError(f"--recipe {recipe}: no such recipe or file; there are {there}")
+        recipe = named
+    return ["fit", "--config", str(recipe), "--data.source", data, *(["--data.root", root] if root else []), *rest]
+
+
+def _take(argv: list[str], flag: str) -> tuple[str | None, list[str]]:
+    """Take `flag VALUE` or `flag=VALUE` out of the arguments."""
+    for i, word in enumerate(argv):
+        if word == flag:
+            if i + 1 == len(argv):
+                raise UsageError(f"{flag}: needs a value")
+            return argv[i + 1], argv[:i] + argv[i + 2:]
+        if word.startswith(flag + "="):
+            return word.partition("=")[2], argv[:i] + argv[i + 1:]
+    return None, argv
+
+
+def run(argv: list[str]) -> CLI:
+    """One command. Raises ValueError with one line for what the user can put right."""
+    if argv[:1] == ["run"]:
+        argv = front_door(argv[1:])
+    return CLI(
+        Classifier, ImageData, args=argv, parser_class=Parser, seed_everything_default=0,
+        auto_configure_optimizers=False, save_config_kwargs={"overwrite": True},
+        trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False, "max_epochs": 10},
+        parser_kwargs={"prog": "python -m train"})
+
+
+def main(argv: list[str] | None = None) -> int:
+    for noisy in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # torch's own use and Lightning's
+    try:
+        run(sys.argv[1:] if argv is None else argv)
+    except (ValueError, OSError) as error:
+        print(f"train: {' '.join(str(error).split())}", file=sys.stderr)
+        return USAGE
+    return 0

@@ -1,0 +1,153 @@
+"""The system: a network, its loss, metrics, optimizer and schedule. Lightning runs the loop."""
+from dataclasses import asdict
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from models import networks
+from models.networks.weights import load_weights
+from train import optim
+
+Batch = tuple[Tensor, Tensor]  # images uint8 or float 0..255 [B,C,H,W]; labels int64 [B] or shares [B,K]
+PREPARE_IMAGES = 5000  # training images that a network which fixes a layer from data gets to see
+
+
+class Classifier(L.LightningModule):
+    """Images in 0..255 to logits [B,K]; the network is built in `setup`, when the data says what it needs."""
+
+    def __init__(self, network: str = "lenet", options: dict[str, Any] | None = None, weights: str | None = None,
+                 optimizer: optim.Optimizer | None = None, schedule: optim.Schedule | None = None,
+                 label_smoothing: float = 0.0, weigh_classes: bool = False, channels_last: bool = False,
+                 compile: Literal["off", "default", "reduce-overhead", "max-autotune"] = "off",
+                 tta: Literal["none", "flip", "shift"] = "none"):
+        """
+        Args:
+            network: name of the network: lenet, convnet, convnet4, speednet or any classification model of torchvision.
+            options: passed to the network, e.g. {widths: [64, 256, 256]} for speednet.
+            weights: file of weights to start from: a bundle's weights.safetensors or a torch state dict.
+            optimizer: which one, and its learning rates.
+            schedule: learning rate over the steps.
+            label_smoothing: share of the label that goes to all classes alike, in training.
+            weigh_classes: weigh the loss by the inverse frequency of each class, in training.
+            channels_last: memory layout that convolutions like best.
+            compile: torch.compile the network, in this mode.
+            tta: test-time augmentation, reported beside the plain figures: flip adds the mirror image, shift adds
+                four crops moved by one pixel as well.
+        """
+        super().__init__()
+        self.save_hyperparameters()
+        self.name, self.options, self.weights = network, options or {}, weights
+        self.optimizer, self.schedule = optimizer or optim.Optimizer(), schedule or optim.Schedule()
+        self.label_smoothing, self.weigh_classes = label_smoothing, weigh_classes
+        self.layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.compile_mode, self.tta = compile, tta
+        self.network: networks.Network | None = None
+        self._totals: dict[str, Tensor] = {}
+
+    def setup(self, stage: str) -> None:
+        if self.network is not None:
+            return
+        data = self.trainer.datamodule
+        spec = data.input
+        if spec.height != spec.width:
+            raise ValueError(f"data.size: networks take square images, not {spec.width}x{spec.height}")
+        self.network = networks.build(self.name, len(data.classes), spec.channels, spec.height, **self.options)
+        self.register_buffer("mean", torch.tensor(data.mean).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(data.std).view(1, -1, 1, 1))
+        weights = _inverse_frequency(data) if self.weigh_classes else None
+        self.register_buffer("class_weights", weights, persistent=False)
+        if self.weights:
+            load_weights(self.network, self.weights)
+        elif stage == "fit" and hasattr(self.network, "prepare"):
+            self.network.prepare(self.normalize(data.images("train", PREPARE_IMAGES)))
+        self.network.to(memory_format=self.layout)
+        if self.compile_mode != "off":
+            self.network.compile(mode=self.compile_mode)  # the network, not this module: self.log breaks inside
+
+    def normalize(self, images: Tensor) -> Tensor:
+        return ((images - self.mean) / self.std).contiguous(memory_format=self.layout)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(self.normalize(images))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        images, labels = batch
+        logits = self(images)
+        loss = cross_entropy(logits, labels, weight=self.class_weights, label_smoothing=self.label_smoothing)
+        self._count("train", loss.detach(), logits, labels, batch_idx)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        images, labels = batch
+        logits = self(images)
+        self._count("val", cross_entropy(logits, labels), logits, labels, batch_idx)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        images, labels = batch
+        logits = self(images)
+        self._count("test", cross_entropy(logits, labels), logits, labels, batch_idx)
+        if self.tta != "none":
+            logits = self.augmented(images)
+            self._count("test_tta", cross_entropy(logits, labels), logits, labels, batch_idx)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Probabilities [B,K]."""
+        return self(batch[0]).softmax(1)
+
+    def augmented(self, images: Tensor) -> Tensor:
+        """Mean logits over views: the image and its mirror image, each also moved by one pixel for `shift`."""
+        views = [images]
+        if self.tta == "shift":
+            padded = torch.nn.functional.pad(images.float(), (1, 1, 1, 1), mode="reflect")
+            height, width = images.shape[2:]
+            views += [padded[:, :, y:y + height, x:x + width] for y in (0, 2) for x in (0, 2)]
+        return torch.stack([self(v) + self(v.flip(3)) for v in views]).mean(0) / 2
+
+    def _count(self, part: str, loss: Tensor, logits: Tensor, labels: Tensor, step: int) -> None:
+        """Add to the part's sums on the device. Nothing waits for the device here, save where a step is logged."""
+        right = logits.detach().argmax(1) == (labels.argmax(1) if labels.ndim == 2 else labels)
+        if part not in self._totals:
+            self._totals[part] = torch.zeros(3, dtype=torch.float64, device=logits.device)
+        totals = self._totals[part]
+        totals[0].add_(loss, alpha=len(logits))
+        totals[1].add_(right.sum())
+        totals[2].add_(len(logits))
+        if (step + 1) % self.trainer.log_every_n_steps == 0 and not self.trainer.sanity_checking:
+            self.log_dict({f"{part}/loss_step": loss, f"{part}/accuracy_step": right.float().mean()},
+                          on_step=True, on_epoch=False)
+
+    def _report(self, part: str) -> None:
+        """Log loss and accuracy of the epoch, over all processes."""
+        totals = self._totals.pop(part, None)
+        if totals is not None:
+            loss, right, count = self.trainer.strategy.reduce(totals, reduce_op="sum").cpu().tolist()
+            self.log_dict({f"{part}/loss": loss / count, f"{part}/accuracy": right / count})
+
+    def on_train_epoch_end(self) -> None:
+        self._report("train")
+
+    def on_validation_epoch_end(self) -> None:
+        self._report("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._report("test")
+        self._report("test_tta")
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = optim.build(self.network, self.optimizer)
+        steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = self.schedule.scheduler(optimizer, steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def recipe(self) -> dict[str, Any]:
+        """What was asked for, as plain values, for the record."""
+        return {"network": self.name, "options": self.options, "optimizer": asdict(self.optimizer),
+                "schedule": asdict(self.schedule), "label_smoothing": self.label_smoothing, "weights": self.weights}
+
+
+def _inverse_frequency(data: Any) -> Tensor:
+    counts = torch.as_tensor(data.class_counts, dtype=torch.float32)
+    return counts.sum() / (len(counts) * counts.clamp_min(1))
