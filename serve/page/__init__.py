@@ -1,0 +1,78 @@
+"""The page at `/`, its own files, the bundle's sample images and its report. No build step, no foreign host."""
+import asyncio
+from pathlib import Path
+
+from models.bundle import SAMPLES, BundleError, inside
+from models.header import ImageError, header
+from models.store import Store
+from serve.pool import Pool
+from serve.responses import Header, Problem, Request, Response
+from serve.settings import Settings
+
+HERE = Path(__file__).parent
+TYPES = {".html": b"text/html; charset=utf-8", ".css": b"text/css; charset=utf-8",
+         ".js": b"text/javascript; charset=utf-8", ".svg": b"image/svg+xml"}
+FILES = {path.name: (path.read_bytes(), TYPES[path.suffix]) for path in HERE.iterdir() if path.suffix in TYPES}
+GUARD: list[Header] = [
+    (b"content-security-policy", b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
+     b"connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"),
+    (b"referrer-policy", b"no-referrer"),
+]
+REPORT_GUARD: list[Header] = [  # a report brings its own styles and plots, and came with a bundle: no script runs in it
+    (b"content-security-policy", b"default-src 'none'; style-src 'unsafe-inline'; img-src data:; sandbox allow-popups; "
+     b"base-uri 'none'; form-action 'none'; frame-ancestors 'none'"),
+    (b"referrer-policy", b"no-referrer"),
+]
+
+
+class Page:
+    """Handlers of one HTTP process."""
+
+    def __init__(self, settings: Settings, pool: Pool):
+        self.store, self.pool = Store(settings.store), pool
+
+    async def index(self, request: Request) -> Response:
+        return await self.file("index.html")
+
+    async def own(self, request: Request) -> Response:
+        """/page/<file>"""
+        _only_get(request)
+        return await self.file(request.scope["path"].removeprefix("/page/"))
+
+    async def file(self, name: str) -> Response:
+        if name not in FILES:
+            raise Problem(404, "there is nothing here; see /docs")
+        content, kind = FILES[name]
+        return Response(200, content, kind, GUARD)
+
+    async def sample(self, request: Request) -> Response:
+        """/samples/<i>: the file of one sample image, by its place in /model's `samples`."""
+        _only_get(request)
+        number, samples = request.scope["path"].removeprefix("/samples/"), self.pool.model.get("samples", [])
+        if not (number.isascii() and number.isdecimal()) or int(number[:9]) >= len(samples):
+            raise Problem(404, f"there are {len(samples)} samples, from 0")
+        content = await self.read(f"{SAMPLES}/{samples[int(number[:9])]['file']}")
+        try:
+            kind = header(content).format
+        except ImageError as error:
+            raise Problem(404, "this sample is no image") from error
+        return Response(200, content, b"image/" + kind.encode(), GUARD)
+
+    async def report(self, request: Request) -> Response:
+        return Response(200, await self.read("report.html"), TYPES[".html"], REPORT_GUARD)
+
+    async def read(self, name: str) -> bytes:
+        """A file of the bundle that is served. Raises Problem 404 where it is gone or was never there."""
+        model = self.pool.model
+        if not model:
+            raise Problem(503, "no model is ready yet; try again in a second")
+        try:
+            path = inside(self.store.path(model["name"], model["version"]), name)
+            return await asyncio.to_thread(path.read_bytes)
+        except (OSError, BundleError) as error:
+            raise Problem(404, "the bundle has no such file") from error
+
+
+def _only_get(request: Request) -> None:
+    if request.scope["method"] not in ("GET", "HEAD"):
+        raise Problem(405, f"{request.scope['path']} is only to be read")
