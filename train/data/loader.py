@@ -1,56 +1,101 @@
-"""Batches on the device, from pixels in memory."""
+"""Batches on the device, from pixels in memory or from a stream, augmented there."""
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from train.data.order import Order, generator
+from models.image import InputSpec
+from train.data.order import Order, rng
+from train.data.pixels import Decoded, loader
+from train.data.source import Items
 
-Batch = tuple[Tensor, Tensor]  # uint8 [B, C, H, W] in channels-last layout, int64 [B]
-Augment = Callable[[Tensor, Tensor, Tensor, int, torch.Generator], Batch]
+Batch = tuple[Tensor, Tensor]  # uint8 [B, C, H, W] in channels-last layout, int64 [B] or float [B, K] when mixed
+Augment = Callable[[Tensor, Tensor, Tensor, int, np.random.Generator], Batch]
 
 
-class MemoryLoader:
-    """Batches cut from one uint8 tensor by index, on its device; augmented there.
+class Batches:
+    """What `MemoryBatches` and `StreamBatches` share: epochs, steps, where to resume.
 
-    What step s of epoch e holds depends on (seed, e, s) alone. `state_dict` says how far the loader was read, and after
-    `load_state_dict` the next epoch to be read begins at that step. Lightning sets the epoch through `sampler`.
+    What step s of epoch e holds depends on (seed, e, s) alone, augmentation included. Lightning sets the epoch through
+    `sampler`. `state_dict` tells the epoch and how many of its steps were handed out; after `load_state_dict` that
+    epoch goes on after them, and any other begins at its first step.
     """
 
-    def __init__(self, pixels: Tensor, labels: Tensor, order: Order, augment: Augment | None = None):
-        """`pixels` uint8 [N, H, W, C] and `labels` int64 [N] of all parts; `order` names those to read."""
-        self.pixels, self.labels, self.order, self.augment = pixels, labels, order, augment
-        self.current, self.step, self._resume = 0, 0, 0
+    def __init__(self, labels: Tensor, order: Order, device: torch.device, augment: Augment | None = None):
+        """`labels` int64 [N] of all rows, on `device`; `order` says which rows make which batch."""
+        self.labels, self.order, self.device, self.augment = labels, order, device, augment
+        self.epoch, self.step = 0, 0
+        self._resume: tuple[int, int] | None = None
+
+    batch_sampler = None  # Lightning looks here before it asks `sampler` whether it shuffles
 
     @property
-    def sampler(self) -> "MemoryLoader":
+    def sampler(self) -> "Batches":
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        self.current = epoch
+        if epoch != self.epoch:
+            self.epoch, self.step = epoch, 0
 
     def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.current, "step": self.step}
+        return {"epoch": self.epoch, "step": self.step}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.current, self._resume = state["epoch"], state["step"]
+        self.epoch, self.step = self._resume = state["epoch"], state["step"]
 
     def __len__(self) -> int:
+        """Steps of a whole epoch, also when this one is resumed in its midst."""
         return self.order.steps
 
     def __iter__(self) -> Iterator[Batch]:
-        first, self._resume = self._resume, 0
-        epoch = self.current
-        batches = self.order.epoch(epoch)
-        for step in range(first, len(batches)):
+        epoch = self.epoch
+        first = self._resume[1] if self._resume and self._resume[0] == epoch else 0
+        self._resume = None
+        rows = self.order.epoch(epoch)[first:]
+        for step, images in enumerate(self._images(rows), first):
+            index = torch.from_numpy(rows[step - first]).to(self.device, non_blocking=True)
+            batch = images, self.labels.index_select(0, index)
+            if self.augment is not None:
+                draw = rng("augment", self.order.seed, epoch, step, self.order.rank)
+                batch = self.augment(*batch, index, epoch, draw)
             self.step = step + 1
-            yield self._batch(torch.from_numpy(batches[step]), epoch, step)
+            yield batch
 
-    def _batch(self, index: Tensor, epoch: int, step: int) -> Batch:
-        index = index.to(self.pixels.device, non_blocking=True)
-        images = self.pixels.index_select(0, index).permute(0, 3, 1, 2)
-        labels = self.labels.index_select(0, index)
-        if self.augment is None:
-            return images, labels
-        draw = generator(self.order.seed, epoch, step, self.order.rank)
-        return self.augment(images, labels, index, epoch, draw)
+    def _images(self, rows: list[np.ndarray]) -> Iterator[Tensor]:
+        """Batches uint8 [B, C, H, W] on the device, one for each array of rows."""
+        raise NotImplementedError
+
+
+class MemoryBatches(Batches):
+    """Cut from one tensor by index. A tensor in the host's memory may feed another device."""
+
+    def __init__(self, pixels: Tensor, labels: Tensor, order: Order, device: torch.device,
+                 augment: Augment | None = None):
+        """`pixels` uint8 [N, H, W, C] on `device` or on the CPU."""
+        super().__init__(labels, order, device, augment)
+        self.pixels = pixels
+
+    def _images(self, rows: list[np.ndarray]) -> Iterator[Tensor]:
+        flat = self.pixels.flatten(1)
+        for some in rows:
+            index = torch.from_numpy(some).to(flat.device, non_blocking=True)
+            images = flat.index_select(0, index).view(-1, *self.pixels.shape[1:])
+            if images.device != self.device:
+                images = images.pin_memory().to(self.device, non_blocking=True)
+            yield images.permute(0, 3, 1, 2)
+
+
+class StreamBatches(Batches):
+    """Read and decoded by worker processes, some batches ahead."""
+
+    def __init__(self, items: Items, positions: np.ndarray, spec: InputSpec, labels: Tensor, order: Order,
+                 device: torch.device, augment: Augment | None = None, workers: int = 0):
+        """`positions` int64 [N] of the rows among the `items`."""
+        super().__init__(labels, order, device, augment)
+        self.decoded, self.positions, self.workers = Decoded(items, spec), positions, workers
+
+    def _images(self, rows: list[np.ndarray]) -> Iterator[Tensor]:
+        batches = [self.positions[some] for some in rows]
+        for images in loader(self.decoded, batches, self.workers, pin=self.device.type == "cuda"):
+            yield images.to(self.device, non_blocking=True).permute(0, 3, 1, 2)

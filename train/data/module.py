@@ -1,130 +1,215 @@
 """The one LightningDataModule, for every source."""
 import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
 
 import lightning as L
 import numpy as np
 import torch
 
 from models.image import InputSpec
-from train.data import pixels as decoding
-from train.data.augment import Augmentation
-from train.data.loader import MemoryLoader
+from train.data.augment import Augmentation, Augmenter
+from train.data.cache import Known, known
+from train.data.loader import Batches, MemoryBatches, StreamBatches
+from train.data.memory import Memory, choose
 from train.data.order import Order
-from train.data.source import DataError, Source
+from train.data.pixels import encoded, to_pixels
+from train.data.source import PARTS, Arrays, DataError, Source, say
 from train.data.sources import open_source
+from train.data.spec import input_spec, kept_spec, thumbnail_spec
 from train.data.split import split
+
+SAMPLED = 2048  # images that mean and standard deviation are taken from when the data is streamed
 
 
 class ImageData(L.LightningDataModule):
     """Labelled images as batches of (uint8 [B, C, H, W], int64 [B]) on the trainer's device.
 
-    After `setup`: `classes`, `input` (what the network is fed), `mean` and `std` of each channel of the training part
-    in 0..255, `counts` of images by part, `digest`, `source`.
+    After `setup`: `classes`; `input`, what the network is fed; `mean` and `std` of each channel of the training part in
+    0..255; `counts` of images by part; `digest`; `class_weights`; `unreadable`, files that are left out, and why.
     """
 
     def __init__(self, source: str = "digits", root: str | None = None, size: int | None = None,
-                 channels: int | None = None, resize: str = "crop", short_side: int | None = None,
-                 batch_size: int = 64, eval_batch_size: int | None = None, val_fraction: float = 0.1,
-                 test_fraction: float = 0.2, seed: int = 0, augment: Augmentation | None = None):
+                 channels: Literal[1, 3] | None = None, resize: Literal["crop", "stretch", "pad"] = "crop",
+                 short_side: int | None = None, batch_size: int = 64, eval_batch_size: int | None = None,
+                 val_fraction: float = 0.1, test_fraction: float = 0.2, seed: int = 0,
+                 sampling: Literal["uniform", "balanced"] = "uniform", augment: Augmentation | None = None,
+                 memory: Memory = "auto", memory_share: float = 0.5, workers: int | None = None,
+                 cache: str = "~/.cache/imago", max_unreadable: float = 0.05):
         """
         Args:
-            source: digits, cifar10, cifar100, mnist, fashion-mnist, or the path of a folder of class folders.
+            source: digits, cifar10, cifar100, mnist, fashion-mnist; or the path of a folder of class folders.
             root: where a torchvision data set lies on disk; then nothing is downloaded.
-            size: side of what the network sees, in pixels; by default the images' own where they are all alike.
+            size: side of what the network sees, in pixels; by default the images' own where they are small and alike.
             channels: 1 for gray, 3 for colour; by default as the images are.
             resize: crop, stretch or pad: how images of another shape are made to fit.
-            short_side: for crop: the short side becomes this before the centre is cut out.
+            short_side: for crop: the short side becomes this before the centre is cut out; training crops anywhere.
             batch_size: images a step and process, in training.
             eval_batch_size: the same in validation and test; by default twice batch_size.
             val_fraction: share of the training part that is split off to validate, where the data has no such part.
             test_fraction: share of all that is split off to test, where the data has no such part.
             seed: of the split, the order and the augmentation.
+            sampling: uniform: each image once an epoch; balanced: drawn so that each class comes equally often.
             augment: what is done to training images; never to others.
+            memory: auto, memory (decoded once, kept in memory) or stream (decoded anew for each epoch by workers).
+            memory_share: the share of free memory that the pixels may take before they are streamed.
+            workers: processes that decode; by default one a core.
+            cache: where decoded pixels are kept for the next run; empty for nowhere.
+            max_unreadable: the share of images that may be unreadable and are left out; more stop the run.
         """
         super().__init__()
         for name, value in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
             if not 0 < value < 1:
                 raise DataError(f"{name}: {value} is not between 0 and 1")
-        if batch_size < 1:
-            raise DataError(f"batch_size: {batch_size} is less than 1")
+        for name, count in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
+            if count is not None and count < 1:
+                raise DataError(f"{name}: {count} is less than 1")
         self.source, self.root, self.size, self.channels = source, root, size, channels
         self.resize, self.short_side = resize, short_side
-        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or 2 * batch_size
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.val_fraction, self.test_fraction, self.seed = val_fraction, test_fraction, seed
-        self.augment = augment or Augmentation()
-        self._ready = False
+        self.sampling, self.augment = sampling, augment or Augmentation()
+        self.memory, self.memory_share = memory, memory_share
+        self.workers = len(os.sched_getaffinity(0)) if workers is None else workers
+        self.cache = Path(cache).expanduser() if cache else None
+        self.max_unreadable = max_unreadable
+        self._tensors: dict[tuple, torch.Tensor] = {}
 
     def prepare_data(self) -> None:
-        open_source(self.source, self.root)  # downloads, in one process a node
+        """Download what has to be, in one process a node."""
+        self.found  # noqa: B018
 
     def setup(self, stage: str | None = None) -> None:
-        if self._ready:
+        if hasattr(self, "index"):
             return
-        found = open_source(self.source, self.root)
-        self._items, self.classes = found.items, found.classes
+        self.classes = self.found.classes
         if len(self.classes) < 2:
             raise DataError(f"{self.source}: one class, {self.classes[0]!r}; a classifier needs two or more")
-        self.input = self._input_spec(found)
-        self.index = split(found, self.val_fraction, self.test_fraction, self.seed)
-        decoded = decoding.decode_all(found.items, self.input)
-        if decoded.unreadable:
-            where, why = next(iter(decoded.unreadable.items()))
-            raise DataError(f"{found.items.name(where)}: {why}")
-        self.pixels, self.labels = torch.from_numpy(decoded.pixels), torch.from_numpy(found.labels)
-        self.counts = {part: len(index) for part, index in self.index.items()}
-        self.mean, self.std = _moments(decoded.pixels, self.index["train"])
-        self.digest = hashlib.sha256(decoded.pixels.tobytes() + found.labels.tobytes()).hexdigest()
-        self._ready = True
+        self.input = input_spec(self.found, self.size, self.channels, self.resize, self.short_side)
+        kept = kept_spec(self.input)
+        size = sum(len(self.found.items) * s.height * s.width * s.channels for s in {kept.model_dump_json(): kept,
+                   self.input.model_dump_json(): self.input}.values())
+        self.place, why = choose(self.memory, size, self.memory_share, self._device())
+        say(f"{len(self.found.items):,} images of {self.input.height}x{self.input.width}x{self.input.channels}, "
+            + ("streamed by workers" if self.place == "stream" else f"pixels kept on the {self.place}") + f": {why}")
+        self.known = self._known(thumbnail_spec(self.input) if self.place == "stream" else self.input)
+        self.index = split(self.found, self._usable(), self.val_fraction, self.test_fraction, self.seed)
+        self.counts = {part: len(self.index[part]) for part in PARTS}
+        self.mean, self.std = _moments(self._training_chunks())
+        self.digest = _digest(self.known, self.found)
 
-    def _input_spec(self, found: Source) -> InputSpec:
-        array = getattr(found.items, "array", None)
-        size, channels = self.size, self.channels
-        if array is not None:
-            size, channels = size or array.shape[1], channels or array.shape[3]
-        return InputSpec(height=size or 224, width=size or 224, channels=channels or 3, resize=self.resize,
-                         short_side=self.short_side)
+    @cached_property
+    def found(self) -> Source:
+        """The data set as it is, before the split."""
+        return open_source(self.source, self.root)
 
-    def _loader(self, part: str, augment: Augmentation | None = None) -> MemoryLoader:
-        device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
-        self.pixels, self.labels = self.pixels.to(device), self.labels.to(device)
-        training = augment is not None
+    def _known(self, spec: InputSpec) -> Known:
+        cache = None if isinstance(self.found.items, Arrays) else self.cache
+        return known(self.found.items, spec, cache, self.workers, f"Decoding {self.found.name}")
+
+    def _usable(self) -> np.ndarray:
+        """bool [N]; says what is left out. Raises DataError where that is more than `max_unreadable`."""
+        problems = self.known.facts["problem"]
+        bad = np.flatnonzero(problems != "")
+        self.unreadable = [(self.found.items.name(i), str(problems[i])) for i in bad.tolist()]
+        if not self.unreadable:
+            return problems == ""
+        names = ", ".join(f"{name} ({problem})" for name, problem in self.unreadable[:10])
+        more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
+        total = len(problems)
+        if len(bad) > self.max_unreadable * total:
+            raise DataError(f"{self.source}: {len(bad)} of {total} images can't be read, more than max_unreadable "
+                            f"{self.max_unreadable:.0%} allows: {names}{more}")
+        say(f"{len(bad)} of {total} images can't be read and are left out: {names}{more}")
+        return problems == ""
+
+    def _training_chunks(self) -> Iterator[np.ndarray]:
+        """uint8 [M, H, W, C] each: all training images, or some of those that are streamed."""
+        index = self.index["train"]
+        if self.place == "stream":
+            some = index[np.linspace(0, len(index) - 1, min(SAMPLED, len(index)), dtype=np.int64)]
+            yield from (to_pixels(self.found.items[i], self.input)[None] for i in some.tolist())
+        else:
+            yield from (self.known.pixels[some] for some in np.array_split(index, -(-len(index) // 1024)))
+
+    def _device(self) -> torch.device:
+        return torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
+
+    def _batches(self, part: str, training: bool = False) -> Batches:
+        """The loader of one part; only a training one shuffles and augments."""
         rank, world = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
-        order = Order(self.index[part], self.batch_size if training else self.eval_batch_size, training, self.seed,
-                      rank, world)
-        return MemoryLoader(self.pixels, self.labels, order, augment)
+        rows = self.index[part]
+        if len(rows) < world:
+            raise DataError(f"{self.source}: the {part} part has {len(rows)} images for {world} processes; use fewer")
+        weights = None
+        if training and self.sampling == "balanced":
+            weights = self.class_weights.numpy()[self.found.labels[rows]].astype(np.float64)
+            weights /= weights.sum()
+        size = self.batch_size if training else self.eval_batch_size or 2 * self.batch_size
+        order = Order(rows, size, training, self.seed, rank, world, weights)
+        augment = Augmenter(self.augment, self.input, self.mean, len(self.classes), self.seed) if training else None
+        spec, device = kept_spec(self.input) if training else self.input, self._device()
+        labels = self._tensor("labels", lambda: torch.from_numpy(self.found.labels), device)
+        if self.place == "stream":
+            return StreamBatches(self.found.items, np.arange(len(self.found.items)), spec, labels, order, device,
+                                 augment, self.workers)
+        where = device if self.place == "device" else torch.device("cpu")
+        pixels = self._tensor(spec.model_dump_json(), lambda: torch.from_numpy(self._pixels(spec)), where)
+        return MemoryBatches(pixels, labels, order, device, augment)
 
-    def train_dataloader(self) -> MemoryLoader:
-        return self._loader("train", self.augment)
+    def _pixels(self, spec: InputSpec) -> np.ndarray:
+        return self.known.pixels if spec == self.input else self._known(spec).pixels
 
-    def val_dataloader(self) -> MemoryLoader:
-        return self._loader("val")
+    def _tensor(self, name: str, make: Callable[[], torch.Tensor], device: torch.device) -> torch.Tensor:
+        """A tensor on the device, moved there once."""
+        if (name, device) not in self._tensors:
+            self._tensors[name, device] = make().to(device)
+        return self._tensors[name, device]
 
-    def test_dataloader(self) -> MemoryLoader:
-        return self._loader("test")
+    def train_dataloader(self) -> Batches:
+        return self._batches("train", training=True)
 
-    def predict_dataloader(self) -> MemoryLoader:
-        return self._loader("test")
+    def val_dataloader(self) -> Batches:
+        return self._batches("val")
+
+    def test_dataloader(self) -> Batches:
+        return self._batches("test")
+
+    predict_dataloader = test_dataloader
+
+    @property
+    def class_weights(self) -> torch.Tensor:
+        """float32 [K]: images a class on average, over images of the class, in the training part."""
+        counts = np.bincount(self.found.labels[self.index["train"]], minlength=len(self.classes))
+        return torch.from_numpy((counts.mean() / counts).astype(np.float32))
 
     def samples(self, n: int = 16) -> list[tuple[str, bytes, int]]:
-        """(file name, image file, label) of validation images, one class after the other, spread over the part."""
+        """(file name, image file, label) of validation images, the classes in turn. Files are as they were found."""
         index = self.index["val"]
-        labels = self.labels[torch.from_numpy(index)].cpu().numpy()
-        rank = np.empty(len(index), np.int64)  # how many of its class come before each image
+        labels = self.found.labels[index]
+        turn = np.zeros(len(index), np.int64)  # how many of its class come before each image
         for k in np.unique(labels):
-            rank[labels == k] = np.arange((labels == k).sum())
-        chosen = index[np.lexsort((labels, rank))[:n]]
-        return [(f"{j:02d}-{self._items.name(i).rpartition('/')[2]}", decoding.encoded(self._items[i]),
-                 int(self.labels[i])) for j, i in enumerate(chosen)]
+            turn[labels == k] = np.arange((labels == k).sum())
+        chosen = index[np.lexsort((labels, turn))[:n]].tolist()
+        return [(f"{j:02d}-{self.found.items.name(i).rpartition('/')[2]}", encoded(self.found.items[i]),
+                 int(self.found.labels[i])) for j, i in enumerate(chosen)]
 
 
-def _moments(pixels: np.ndarray, index: np.ndarray) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel over the given images, in 0..255."""
-    total, squares, count = 0.0, 0.0, 0
-    for chunk in np.array_split(index, -(-len(index) // 4096)):
-        values = pixels[chunk].reshape(-1, pixels.shape[3])
-        histogram = np.stack([np.bincount(values[:, c], minlength=256) for c in range(values.shape[1])])
-        total = total + histogram @ np.arange(256.0)
-        squares = squares + histogram @ np.arange(256.0) ** 2
-        count += len(values)
-    mean = total / count
-    return mean.tolist(), np.sqrt(np.maximum(squares / count - mean**2, 1e-12)).tolist()
+def _digest(facts: Known, found: Source) -> str:
+    """sha256 over the digest of each image, the labels and the class names."""
+    whole = hashlib.sha256(facts.facts["sha256"].tobytes())
+    whole.update(found.labels.tobytes())
+    whole.update("\0".join(found.classes).encode())
+    return whole.hexdigest()
+
+
+def _moments(chunks: Iterable[np.ndarray]) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel of uint8 [M, H, W, C] chunks, in 0..255."""
+    counts = sum(np.stack([np.bincount(plane.reshape(-1), minlength=256) for plane in np.moveaxis(chunk, 3, 0)])
+                 for chunk in chunks)
+    levels, total = np.arange(256.0), counts[0].sum()
+    mean = counts @ levels / total
+    return mean.tolist(), np.sqrt(counts @ levels**2 / total - mean**2).tolist()

@@ -1,24 +1,30 @@
-"""Items to pixels: every image decoded once, in parallel, to one uint8 array."""
-import os
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+"""Items to pixels: what workers decode with, and the one pass over all images that finds out what they are."""
+import hashlib
+import io
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
 
 import cv2
 import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from models import image
 from models.image import InputSpec
 from train.data.source import Items
 
-
-@dataclass
-class Decoded:
-    pixels: np.ndarray  # uint8 [N, H, W, C]; zeros where unreadable
-    unreadable: dict[int, str]  # position -> why
+# What one look at an item tells; `problem` is empty where it can be used.
+FACTS = np.dtype([("sha256", "u1", 32), ("width", "i4"), ("height", "i4"), ("format", "U8"), ("mode", "U8"),
+                  ("problem", "U160")])
+CHUNK = 256  # images a task: large enough that handing over costs nothing beside decoding
 
 
 def encoded(item: bytes | np.ndarray) -> bytes:
-    """An image's bytes: as stored, or as PNG where the source keeps pixels (uint8 [H, W, C], RGB or gray)."""
+    """An image's bytes: as stored, or as PNG where the source keeps pixels (uint8 [H, W] or [H, W, C], RGB or gray)."""
     if isinstance(item, bytes):
         return item
     bgr = item[..., ::-1] if item.ndim == 3 and item.shape[2] == 3 else item
@@ -32,20 +38,100 @@ def to_pixels(item: bytes | np.ndarray, spec: InputSpec) -> np.ndarray:
     return image.decode(encoded(item), spec)
 
 
-def decode_all(items: Items, spec: InputSpec) -> Decoded:
-    """Every item decoded and fitted, by as many threads as there are cores (cv2 lets go of the lock)."""
-    array = getattr(items, "array", None)
-    if array is not None and array.shape[1:] == (spec.height, spec.width, spec.channels):
-        return Decoded(array, {})
-    out = np.zeros((len(items), spec.height, spec.width, spec.channels), np.uint8)
+class Decoded(Dataset):
+    """Dataset whose index is an array of positions and whose element is their pixels: uint8 [B, H, W, C]."""
 
-    def one(i: int) -> str | None:
-        try:
-            out[i] = to_pixels(items[i], spec)
-        except (OSError, image.ImageError) as error:
-            return str(error)
-        return None
+    def __init__(self, items: Items, spec: InputSpec):
+        self.items, self.spec = items, spec
 
-    with ThreadPoolExecutor(os.process_cpu_count() if hasattr(os, "process_cpu_count") else os.cpu_count()) as pool:
-        problems = pool.map(one, range(len(items)))
-        return Decoded(out, {i: problem for i, problem in enumerate(problems) if problem})
+    def __getitem__(self, index: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.stack([to_pixels(self.items[i], self.spec) for i in index.tolist()]))
+
+
+class Examined(Decoded):
+    """The same with FACTS of each image; one that can't be decoded is black and says why."""
+
+    def __getitem__(self, index: np.ndarray) -> tuple[Tensor, np.ndarray]:
+        out = np.zeros((len(index), self.spec.height, self.spec.width, self.spec.channels), np.uint8)
+        facts = np.zeros(len(index), FACTS)
+        for row, i in enumerate(index.tolist()):
+            try:
+                item = self.items[i]
+                _describe(item, facts[row])
+                out[row] = to_pixels(item, self.spec)
+            except (OSError, image.ImageError) as error:
+                facts[row]["problem"] = f"cut short: {error}" if _cut_short(item) else str(error)
+        return torch.from_numpy(out), facts
+
+
+def describe(array: np.ndarray) -> np.ndarray:
+    """FACTS [N] of images that are kept as pixels."""
+    facts = np.zeros(len(array), FACTS)
+    for item, about in zip(array, facts, strict=True):
+        _describe(item, about)
+    return facts
+
+
+def _describe(item: bytes | np.ndarray, facts: np.void) -> None:
+    """Digest, size and mode. Pillow reads no more than the header here, and knows more modes than our own does."""
+    if isinstance(item, np.ndarray):
+        facts["sha256"] = np.frombuffer(hashlib.sha256(item.tobytes()).digest(), np.uint8)
+        facts["height"], facts["width"] = item.shape[:2]
+        facts["format"], facts["mode"] = "pixels", "RGB" if item.ndim == 3 and item.shape[2] == 3 else "L"
+        return
+    facts["sha256"] = np.frombuffer(hashlib.sha256(item).digest(), np.uint8)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            opened = Image.open(io.BytesIO(item))
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return
+    facts["width"], facts["height"] = opened.size
+    facts["format"], facts["mode"] = opened.format.lower(), opened.mode
+
+
+_ENDS = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"IEND\xaeB`\x82", b"GI": b"\x3b"}
+
+
+def _cut_short(item: bytes | np.ndarray) -> bool:
+    """Whether a JPEG, PNG or GIF lacks its end, a WebP or BMP is shorter than it says, or there are no bytes at all."""
+    if not isinstance(item, bytes):
+        return False
+    if item[:4] == b"RIFF":
+        return len(item) < 8 + int.from_bytes(item[4:8], "little")
+    if item[:2] == b"BM":
+        return len(item) < int.from_bytes(item[2:6], "little")
+    end = _ENDS.get(item[:2])
+    return not item or (end is not None and end not in item[-64:])
+
+
+def examine(items: Items, index: np.ndarray, spec: InputSpec, workers: int,
+            title: str) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+    """Rows, pixels uint8 [B, H, W, C] and FACTS [B] of the images at `index`, in order, decoded by `workers`."""
+    chunks = np.array_split(index, max(1, -(-len(index) // CHUNK)))
+    start = 0
+    for pixels, facts in shown(loader(Examined(items, spec), chunks, workers), title, len(index)):
+        yield slice(start, start + len(facts)), pixels.numpy(), facts
+        start += len(facts)
+
+
+def loader(dataset: Dataset, batches: Sequence[np.ndarray], workers: int, pin: bool = False) -> DataLoader:
+    """Workers that make one element of `dataset` for each array of positions, in order."""
+    safe = getattr(dataset.items, "fork_safe", True)
+    context = None if safe or not workers else "spawn"
+    return DataLoader(dataset, batch_size=None, sampler=batches, num_workers=workers, pin_memory=pin,
+                      collate_fn=_as_is, multiprocessing_context=context, persistent_workers=False)
+
+
+def _as_is(element: object) -> object:
+    return element
+
+
+def shown(chunks: DataLoader, title: str, total: int) -> Iterator[tuple[Tensor, np.ndarray]]:
+    """The chunks, with a progress bar on a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, transient=True, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task(title, total=total)
+        for pixels, facts in chunks:
+            yield pixels, facts
+            progress.advance(task, len(facts))

@@ -1,15 +1,24 @@
 """What every source of images becomes: one list of items, their labels, and the part that each belongs to."""
+import hashlib
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_only
 
 PARTS = ("train", "val", "test")
 
 
 class DataError(ValueError):
     """Data that can't be used. The message is one line that names the file or the setting and says what to do."""
+
+
+@rank_zero_only
+def say(line: str) -> None:
+    """One line for the person who started the job, from the first process only."""
+    print(f"data: {line}", file=sys.stderr, flush=True)
 
 
 class Items(Protocol):
@@ -26,6 +35,10 @@ class Items(Protocol):
 
     def name(self, i: int) -> str:
         """What a person would call the image: a path relative to the source, or a number."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Hex digits that change when the data does, found without reading it all."""
         ...
 
 
@@ -60,6 +73,9 @@ class Arrays:
     def name(self, i: int) -> str:
         return f"{i:06d}.png"
 
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.array.tobytes()).hexdigest()
+
 
 @dataclass(frozen=True, slots=True)
 class Files:
@@ -76,6 +92,14 @@ class Files:
 
     def name(self, i: int) -> str:
         return self.paths[i]
+
+    def fingerprint(self) -> str:
+        """From path, size and time of change of each file."""
+        digest = hashlib.sha256(str(self.root.resolve()).encode())
+        for path in self.paths:
+            status = (self.root / path).stat()
+            digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+        return digest.hexdigest()
 
 
 def concatenate(chunks: dict[str, tuple[np.ndarray, np.ndarray]]) -> tuple[Arrays, np.ndarray, np.ndarray]:
