@@ -1,0 +1,41 @@
+"""Outputs of the graph to predictions as JSON, ready to be put into an answer."""
+import json
+
+import numpy as np
+
+from models.bundle import Manifest
+
+TOP_K = 5
+
+
+class Answers:
+    """Composes predictions for one model. Labels are escaped once, since each answer repeats them."""
+
+    def __init__(self, manifest: Manifest):
+        calibration = manifest.calibration
+        self.labels = [json.dumps(label) for label in manifest.classes]
+        self.starts = [f'{{"label":{label},"index":{i},"confidence":' for i, label in enumerate(self.labels)]
+        self.abstain_below = calibration.abstain_threshold
+        self.in_set_above = None if calibration.conformal_quantile is None else 1 - calibration.conformal_quantile
+        self.energy_above = calibration.energy_threshold
+
+    def compose(self, probabilities: np.ndarray, energy: np.ndarray, top_k: list[int]) -> list[str]:
+        """[N,K], [N] and how many classes each image wants listed, to N JSON objects without their closing brace.
+
+        The open end is where a caller appends what only some answers have, such as a heat map.
+        """
+        order = np.argsort(-probabilities, axis=1, kind="stable")[:, :max(top_k)]
+        best = np.take_along_axis(probabilities, order, 1).tolist()
+        sets = None if self.in_set_above is None else probabilities >= self.in_set_above
+        composed = []
+        for row, (indices, values, free, k) in enumerate(
+                zip(order.tolist(), best, energy.tolist(), top_k, strict=True)):
+            top = ",".join([f"{self.starts[i]}{p:.6g}}}" for i, p in zip(indices[:k], values, strict=False)])
+            chosen = indices[:1] if sets is None else np.flatnonzero(sets[row]).tolist()
+            members = ",".join([self.labels[i] for i in chosen])
+            unusual = self.energy_above is not None and free > self.energy_above
+            composed.append(
+                f'{self.starts[indices[0]]}{values[0]:.6g},"top":[{top}],"prediction_set":[{members}],'
+                f'"abstain":{"true" if values[0] < self.abstain_below else "false"},'
+                f'"out_of_distribution":{"true" if unusual else "false"},"energy":{free:.6g}')
+        return composed

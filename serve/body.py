@@ -1,0 +1,90 @@
+"""A request's body to images: raw bytes, multipart without a form parser, or JSON with base64."""
+import binascii
+import json
+import re
+from collections.abc import Awaitable, Callable
+
+from serve.responses import Problem
+
+BOUNDARY = re.compile(rb'boundary=(?:"([^"\r\n]{1,70})"|([^\s;,"]{1,70}))', re.IGNORECASE)
+MAX_PART_HEAD = 8192  # bytes of the headers of one part
+
+
+async def read(receive: Callable[[], Awaitable[dict]], limit: int) -> bytes:
+    """The whole body, counted as it comes. Raises Problem 413 beyond the limit, ConnectionError when the
+    client left."""
+    message = await receive()
+    body = message.get("body", b"")
+    if not message.get("more_body") and message["type"] == "http.request" and len(body) <= limit:
+        return body
+    parts, size = [], 0
+    while True:
+        if message["type"] != "http.request":
+            raise ConnectionError("the client left")
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > limit:
+            raise Problem(413, f"the body is larger than the {limit} bytes allowed", "body", close=True)
+        if not message.get("more_body"):
+            return b"".join(parts)
+        message = await receive()
+
+
+def images(body: bytes, content_type: bytes, limit: int) -> list[bytes]:
+    """The images of a body. Raises Problem 400 where it is malformed, 413 for too many images, 415 for other types."""
+    kind = content_type.split(b";", 1)[0].strip().lower()
+    if kind.startswith(b"image/") or kind == b"application/octet-stream":
+        found = [body]
+    elif kind == b"multipart/form-data":
+        found = parts(body, content_type, limit)
+    elif kind == b"application/json":
+        found = from_json(body, limit)
+    else:
+        raise Problem(415, "send one image as image/*, many as multipart/form-data, or JSON with base64 images")
+    if not found or not all(found):
+        raise Problem(400, "there is no image in the body" if not any(found) else "one of the images has no bytes")
+    return found
+
+
+def parts(body: bytes, content_type: bytes, limit: int) -> list[bytes]:
+    """The files of a multipart/form-data body (RFC 7578), in order; fields that are no files are passed over."""
+    match = BOUNDARY.search(content_type)
+    if not match:
+        raise Problem(400, "multipart/form-data without a boundary")
+    dash = b"--" + (match[1] or match[2])
+    if not body.startswith(dash):
+        raise Problem(400, "the multipart body does not begin with its boundary")
+    found, at, delimiter = [], len(dash), b"\r\n" + dash
+    while True:
+        if body.startswith(b"--", at):
+            return found
+        if not body.startswith(b"\r\n", at):
+            raise Problem(400, "the multipart body is malformed after a boundary")
+        head_end = body.find(b"\r\n\r\n", at, at + MAX_PART_HEAD)
+        end = body.find(delimiter, head_end + 2) if head_end >= 0 else -1
+        if end < 0:
+            raise Problem(400, "the multipart body ends before its closing boundary")
+        if b"filename" in body[at:head_end].lower():
+            if len(found) == limit:
+                raise Problem(413, f"more than the {limit} images allowed in one request", "images")
+            found.append(body[head_end + 4:end])
+        at = end + len(delimiter)
+
+
+def from_json(body: bytes, limit: int) -> list[bytes]:
+    """`{"image": "<base64>"}` or `{"images": ["<base64>", ...]}`; a data: URL is as good as its base64."""
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise Problem(400, "the body is not JSON") from error
+    if not isinstance(value, dict) or ("image" in value) == ("images" in value):
+        raise Problem(400, 'send {"image": "<base64>"} or {"images": ["<base64>", ...]}')
+    texts = value["images"] if "images" in value else [value["image"]]
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise Problem(400, "images must be strings of base64")
+    if len(texts) > limit:
+        raise Problem(413, f"more than the {limit} images allowed in one request", "images")
+    try:
+        return [binascii.a2b_base64(text.rpartition("base64,")[2], strict_mode=True) for text in texts]
+    except (binascii.Error, ValueError) as error:
+        raise Problem(400, "an image is not valid base64") from error

@@ -1,0 +1,76 @@
+"""Engines: what runs a bundle's graph. All have the same face, so that a model does not know which one it has.
+
+An engine is shared by all predictor threads of a worker. `run` says whether the batch is alone: a lone batch may use
+every core (latency), while under load each predictor runs its own batch on its own core, and no core waits for another
+(throughput).
+"""
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import onnxruntime as ort
+
+from models.bundle import BundleError
+
+
+class Engine(Protocol):
+    name: str
+    outputs: tuple[str, ...]  # what the graph can give
+
+    def run(self, images: np.ndarray, wanted: tuple[str, ...], alone: bool) -> list[np.ndarray]:
+        """uint8 [N,H,W,C] to the wanted outputs, in their order."""
+
+
+class OnnxRuntime:
+    """onnxruntime on the CPU: one session of one thread for all predictors, one over all threads for lone batches.
+
+    A session of one thread runs in the thread that calls it, so predictors share it and its weights.
+    """
+
+    name = "onnxruntime"
+
+    def __init__(self, path: Path, threads: int):
+        self.narrow = _session(path, 1, ["CPUExecutionProvider"])
+        self.wide = _session(path, threads, ["CPUExecutionProvider"]) if threads > 1 else self.narrow
+        self.outputs = tuple(output.name for output in self.narrow.get_outputs())
+
+    def run(self, images: np.ndarray, wanted: tuple[str, ...], alone: bool) -> list[np.ndarray]:
+        return (self.wide if alone else self.narrow).run(wanted, {"image": images})
+
+
+class Cuda:
+    """onnxruntime on an NVIDIA GPU; what the GPU can't run falls back to the CPU, node by node."""
+
+    name = "cuda"
+
+    def __init__(self, path: Path, threads: int):
+        if "CUDAExecutionProvider" not in ort.get_available_providers():
+            raise ValueError("engine cuda: this onnxruntime has no CUDA; install onnxruntime-gpu, or take another")
+        options = {"cudnn_conv_algo_search": "HEURISTIC", "arena_extend_strategy": "kSameAsRequested"}
+        self.session = _session(path, threads, [("CUDAExecutionProvider", options), "CPUExecutionProvider"])
+        if "CUDAExecutionProvider" not in self.session.get_providers():
+            raise ValueError("engine cuda: no usable GPU was found; take another engine")
+        self.outputs = tuple(output.name for output in self.session.get_outputs())
+
+    def run(self, images: np.ndarray, wanted: tuple[str, ...], alone: bool) -> list[np.ndarray]:
+        return self.session.run(wanted, {"image": images})
+
+
+def _session(path: Path, threads: int, providers: list) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # an idle server uses no core
+    try:
+        return ort.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:  # onnxruntime's own exceptions share no base class but this
+        raise BundleError(f"{path}: onnxruntime can't load it: {str(error).splitlines()[0]}") from error
+
+
+def make(name: str, path: Path, threads: int) -> Engine:
+    """The engine of a setting's name. Raises ValueError for one that this machine can't run."""
+    if name == "auto":
+        name = "cuda" if "CUDAExecutionProvider" in ort.get_available_providers() else "onnxruntime"
+    return {"onnxruntime": OnnxRuntime, "cuda": Cuda}[name](path, threads)

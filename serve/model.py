@@ -1,0 +1,96 @@
+"""A loaded model: bundle, engine and answers in one immutable object, checked and warm before anybody sees it.
+
+A worker holds exactly one and reads it once a batch (`Worker.model`), so assigning another one swaps models between two
+batches.
+"""
+import json
+import time
+
+import numpy as np
+
+from models.bundle import Bundle, BundleError
+from models.image import decode
+from models.store import Store
+from models.verify import compare
+from serve import engine
+from serve.answer import Answers
+from serve.settings import Settings
+
+
+class Model:
+    """Raises BundleError where the bundle can't be trusted, and where it answers its own samples otherwise here."""
+
+    def __init__(self, bundle: Bundle, settings: Settings, threads: int):
+        self.bundle, self.manifest = bundle, bundle.manifest
+        self.name, self.version = self.manifest.name, self.manifest.version
+        self.variant, self.engine = _choose(bundle, settings, threads)
+        self.answers = Answers(self.manifest)
+        self.wanted = ("probabilities", "energy")
+        self.check()
+        self.warm(settings.max_batch_size)
+
+    def check(self) -> None:
+        """Run the bundle's samples through this engine on this machine and compare with what is expected."""
+        samples = self.bundle.sample_bytes()
+        if not samples:
+            return
+        images = np.stack([decode(data, self.manifest.input) for data in samples])
+        wanted = self.engine.outputs
+        expected = self.bundle.expected()
+        for alone in (False, True):
+            outputs = dict(zip(wanted, self.engine.run(images, wanted, alone), strict=True))
+            verdict = compare(outputs, expected, self.manifest.variants[self.variant].tolerance)
+            if not verdict:
+                raise BundleError(f"{self.bundle.path}: self check of {self.variant} failed: {verdict.reason}")
+
+    def warm(self, batch: int) -> None:
+        """Touch the sizes that come, so that no request pays for the first run."""
+        spec = self.manifest.input
+        for size in {1, batch}:
+            images = np.zeros((size, spec.height, spec.width, spec.channels), np.uint8)
+            for alone in (False, True):
+                self.engine.run(images, self.wanted, alone)
+
+    def describe(self) -> dict:
+        """What /model tells."""
+        manifest = self.manifest
+        return {
+            "name": self.name, "version": str(self.version), "variant": self.variant, "engine": self.engine.name,
+            "digest": self.bundle.digest, "network": manifest.network, "created": manifest.created.isoformat(),
+            "classes": manifest.classes, "input": manifest.input.model_dump(), "outputs": list(self.engine.outputs),
+            "calibration": manifest.calibration.model_dump(),
+            "metrics": {part: m.model_dump(include={"images", "accuracy", "top5", "nll", "ece"})
+                        for part, m in manifest.metrics.items()},
+            "notes": manifest.notes,
+        }
+
+    def hello(self) -> bytes:
+        return json.dumps(self.describe(), separators=(",", ":")).encode()
+
+
+def load(settings: Settings, threads: int) -> Model:
+    """The model that the settings name, from the store."""
+    assert settings.model is not None, "resolve() has named the model"
+    return Model(Store(settings.store).open(settings.model, settings.version), settings, threads)
+
+
+def _choose(bundle: Bundle, settings: Settings, threads: int) -> tuple[str, engine.Engine]:
+    """The variant that was asked for, or else the one that this machine runs fastest, with its engine."""
+    if settings.variant != "auto":
+        return settings.variant, engine.make(settings.engine, bundle.variant_path(settings.variant), threads)
+    candidates = {name: engine.make(settings.engine, bundle.variant_path(name), threads)
+                  for name in bundle.manifest.variants}
+    fastest = min(candidates, key=lambda name: _seconds(candidates[name], bundle)) if len(candidates) > 1 else None
+    return (fastest, candidates[fastest]) if fastest else next(iter(candidates.items()))
+
+
+def _seconds(candidate: engine.Engine, bundle: Bundle, batch: int = 8, runs: int = 3) -> float:
+    """Least seconds of a run; the first call, which allocates, is left out."""
+    spec = bundle.manifest.input
+    images = np.zeros((batch, spec.height, spec.width, spec.channels), np.uint8)
+    times = []
+    for _ in range(runs + 1):
+        start = time.perf_counter()
+        candidate.run(images, ("probabilities",), False)
+        times.append(time.perf_counter() - start)
+    return min(times[1:])

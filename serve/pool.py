@@ -1,0 +1,136 @@
+"""The HTTP process's side of the workers: a connection to each, who is ready, and who has which job."""
+import asyncio
+import json
+import time
+from itertools import count
+
+from serve.frames import CANCEL, HELLO, Answer, Job, pack_job, take_answers
+
+RETRY_SECONDS = 0.02
+LOST = b"the worker was lost before it answered; try again"
+
+
+class Ask:
+    """The images of one request on their way; `done` is set when each has an answer."""
+
+    __slots__ = ("answers", "done", "jobs", "left")
+
+    def __init__(self, images: int, loop: asyncio.AbstractEventLoop):
+        self.answers: list[Answer | None] = [None] * images
+        self.jobs: list[tuple[Channel, int]] = []
+        self.left = images
+        self.done = loop.create_future()
+
+    def put(self, index: int, answer: Answer) -> None:
+        self.answers[index] = answer
+        self.left -= 1
+        if not self.left and not self.done.done():
+            self.done.set_result(None)
+
+
+class Channel(asyncio.Protocol):
+    """A connection to one worker. What is written in one turn of the event loop leaves in one write."""
+
+    def __init__(self, pool: "Pool"):
+        self.pool, self.buffer, self.out = pool, bytearray(), []
+        self.waiting: dict[int, tuple[Ask, int]] = {}
+        self.ids = count(1)
+        self.model: dict | None = None  # what the worker serves; None until it has told
+        self.closed = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Every job that the worker had is answered with 503, at once."""
+        self.model = None
+        for number, (ask, index) in list(self.waiting.items()):
+            ask.put(index, Answer(number, 503, 0, 0, 0, 0, LOST))
+        self.waiting.clear()
+        if not self.closed.done():
+            self.closed.set_result(None)
+
+    def data_received(self, data: bytes) -> None:
+        self.buffer += data
+        for answer in take_answers(self.buffer):
+            if answer.id == HELLO:
+                self.model = json.loads(answer.body)
+                self.pool.told(self.model)
+            elif place := self.waiting.pop(answer.id, None):
+                place[0].put(place[1], answer)
+
+    def send(self, job: Job) -> None:
+        if not self.out:
+            self.pool.loop.call_soon(self._flush)
+        self.out.append(pack_job(job))
+
+    def _flush(self) -> None:
+        out, self.out = self.out, []
+        if not self.transport.is_closing():
+            self.transport.writelines(out)
+
+    def ask(self, ask: Ask, index: int, body: bytes, deadline: float, top_k: int, flags: int) -> None:
+        number = next(self.ids) & 0xFFFFFFFF or next(self.ids) & 0xFFFFFFFF  # never HELLO
+        self.waiting[number] = (ask, index)
+        ask.jobs.append((self, number))
+        self.send(Job(number, deadline, top_k, flags, body))
+
+    def cancel(self, number: int) -> None:
+        if self.waiting.pop(number, None):
+            self.send(Job(number, 0.0, 0, CANCEL, b""))
+
+
+class Pool:
+    """All workers."""
+
+    def __init__(self, run: str, workers: int):
+        self.run, self.size = run, workers
+        self.loop = asyncio.get_running_loop()
+        self.channels: list[Channel | None] = [None] * workers
+        self.model: dict = {}  # what was told last
+        self.name = b""  # of the model, as JSON
+        self.tasks = [self.loop.create_task(self._keep(i)) for i in range(workers)]
+
+    async def _keep(self, index: int) -> None:
+        """Stay connected to a worker, whoever takes its place."""
+        path = f"{self.run}/worker-{index}.sock"
+        while True:
+            try:
+                _, channel = await self.loop.create_unix_connection(lambda: Channel(self), path)
+            except OSError:
+                await asyncio.sleep(RETRY_SECONDS)
+                continue
+            self.channels[index] = channel
+            await channel.closed
+            self.channels[index] = None
+
+    def told(self, model: dict) -> None:
+        self.model, self.name = model, json.dumps(model["name"]).encode()
+
+    @property
+    def usable(self) -> list[Channel]:
+        return [channel for channel in self.channels if channel is not None and channel.model is not None]
+
+    @property
+    def ready(self) -> bool:
+        return len(self.usable) == self.size
+
+    def ask(self, images: list[bytes], seconds: float, top_k: int, flags: int) -> Ask:
+        """Hand each image to the worker with the least to do. There must be a usable one."""
+        ask, deadline, usable = Ask(len(images), self.loop), time.monotonic() + seconds, self.usable
+        for index, body in enumerate(images):
+            channel = usable[0] if len(usable) == 1 else min(usable, key=lambda c: len(c.waiting))
+            channel.ask(ask, index, body, deadline, top_k, flags)
+        return ask
+
+    def abandon(self, ask: Ask) -> None:
+        """Nobody waits for these answers any more: their jobs are dropped, not done late."""
+        for channel, number in ask.jobs:
+            channel.cancel(number)
+
+    def close(self) -> None:
+        for task in self.tasks:
+            task.cancel()
+        for channel in self.channels:
+            if channel is not None:
+                channel.transport.close()

@@ -1,0 +1,52 @@
+"""Requests and responses of the service, and errors as RFC 9457 problem+json."""
+import json
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Any
+
+Header = tuple[bytes, bytes]
+JSON, PROBLEM = b"application/json", b"application/problem+json"
+
+
+@dataclass(slots=True)
+class Request:
+    """What a handler sees: the ASGI scope and receive, headers by name in lower case, and the request's id."""
+
+    scope: dict
+    receive: Any
+    headers: dict[bytes, bytes]
+    id: str
+
+
+@dataclass(slots=True)
+class Response:
+    status: int
+    body: bytes
+    content_type: bytes = JSON
+    headers: list[Header] = field(default_factory=list)
+
+
+class Problem(Exception):
+    """Ends a request with this status; `detail` tells the client what is wrong and what to do."""
+
+    def __init__(self, status: int, detail: str, reason: str | None = None, close: bool = False):
+        super().__init__(detail)
+        self.status, self.detail = status, detail
+        self.reason = reason  # why it was turned away before any work, for rejected_total
+        self.close = close  # the connection can't be used any more, e.g. since the body was not read
+
+    def response(self, request_id: str) -> Response:
+        body = json.dumps({"type": "about:blank", **self.members(), "request_id": request_id}).encode()
+        headers = [(b"retry-after", b"1")] if self.status in (429, 503) else []
+        if self.status == 401:
+            headers.append((b"www-authenticate", b"Bearer"))
+        if self.close:
+            headers.append((b"connection", b"close"))
+        return Response(self.status, body, PROBLEM, headers)
+
+    def members(self) -> dict[str, Any]:
+        return {"title": HTTPStatus(self.status).phrase, "status": self.status, "detail": self.detail}
+
+
+def as_json(value: Any, status: int = 200) -> Response:
+    return Response(status, json.dumps(value, separators=(",", ":")).encode())

@@ -1,0 +1,76 @@
+"""Every setting of the service: a flag, an IMAGO_ variable and a default, in one class."""
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+PREFIX = "IMAGO_"
+
+
+class Settings(BaseSettings):
+    """What a flag says wins over an IMAGO_ variable, which wins over the default."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, extra="ignore")
+
+    # What is served
+    store: Path = Field(Path("artifacts/store"), description="directory that holds the bundles")
+    model: str | None = Field(None, description="name of the model; the only one of the store when not given")
+    version: str = Field("latest", pattern="^(latest|[1-9][0-9]*)$", description="latest or a number")
+    variant: str = Field("auto", description="auto, or one that the bundle has: fp32, int8")
+    engine: Literal["auto", "onnxruntime", "cuda", "openvino"] = Field("auto", description="what runs the graph")
+
+    # Where
+    host: Literal["0.0.0.0", "127.0.0.1", "::"] = Field("0.0.0.0", description="address to listen on")
+    port: int = Field(8000, ge=1024, le=65535, description="port of the service")
+    metrics_port: int = Field(9090, ge=0, le=65535, description="port of /metrics; 0 turns it off")
+
+    # How much of the machine
+    threads: int = Field(0, ge=0, le=1024, description="cores for decoding and inference; 0: the CPU quota")
+    workers: int = Field(1, ge=1, le=64, description="worker processes, which share the threads")
+    api_processes: int = Field(1, ge=1, le=64, description="HTTP processes")
+    max_batch_size: int = Field(16, ge=1, le=1024, description="most images in one run of the graph")
+    batch_wait_ms: float = Field(0, ge=0, le=1000, description="how long a batch waits for company")
+
+    # Bounds
+    max_pending: int = Field(256, ge=1, description="images accepted and not yet answered; more get 429")
+    max_images: int = Field(64, ge=1, description="images in one request")
+    max_body_bytes: int = Field(32 << 20, ge=1, description="bytes of one request's body")
+    max_pixels: int = Field(50_000_000, ge=1, description="pixels of one image, as its header states them")
+    max_connections: int = Field(1024, ge=1, description="open connections of one HTTP process")
+    deadline_ms: int = Field(10_000, ge=1, description="a request not answered by then gets 504")
+    read_timeout_seconds: float = Field(10, gt=0, description="time for a request to arrive whole")
+    keep_alive_seconds: int = Field(75, ge=1, description="time an idle connection stays open")
+    drain_seconds: float = Field(20, gt=0, description="time between SIGTERM and the end, at most")
+    worker_timeout_seconds: float = Field(20, gt=0, description="a worker stuck for so long is replaced")
+
+    # Access and logs
+    api_key: SecretStr | None = Field(None, description="clients must send it as X-API-Key or bearer token")
+    api_key_file: Path | None = Field(None, description="file that holds the key")
+    log_format: Literal["json", "text"] = Field("json", description="of the log on stderr")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
+    access_log: bool = Field(False, description="log every request, not only those that failed")
+
+    @field_validator("api_key_file")
+    @classmethod
+    def _readable(cls, path: Path | None) -> Path | None:
+        if path is not None and not path.is_file():
+            raise ValueError(f"no such file: {path}")
+        return path
+
+    @model_validator(mode="after")
+    def _one_key(self) -> "Settings":
+        if self.api_key and self.api_key_file:
+            raise ValueError("give api_key or api_key_file, not both")
+        if self.metrics_port == self.port:
+            raise ValueError("port and metrics_port must differ")
+        return self
+
+    def key(self) -> bytes | None:
+        """The API key, from wherever it was given; None where none is asked for."""
+        if self.api_key_file:
+            key = self.api_key_file.read_text().strip()
+            if not key:
+                raise ValueError(f"{self.api_key_file}: the file with the API key is empty")
+            return key.encode()
+        return self.api_key.get_secret_value().encode() if self.api_key else None

@@ -1,0 +1,76 @@
+"""A page of memory that all processes of the service share: who is busy, who is alive, are we draining.
+
+Each number has one writer, so no lock is needed; what a reader sums may be a few microseconds old.
+"""
+import mmap
+import os
+import time
+
+FILE = "state"
+SLOTS = 64  # of each kind
+PREDICTORS = 1024
+_DRAINING, _PENDING, _REQUESTS, _BYTES, _BEAT = 0, 64, 128, 192, 256
+_BUSY = 320
+_SIZE = 8 * (_BUSY + SLOTS * PREDICTORS)
+
+
+class State:
+    """Maps `<run>/state`, which `State.create` made."""
+
+    def __init__(self, run: str):
+        with open(os.path.join(run, FILE), "r+b") as file:
+            self.page = memoryview(mmap.mmap(file.fileno(), _SIZE)).cast("d")
+
+    @classmethod
+    def create(cls, run: str) -> "State":
+        with open(os.path.join(run, FILE), "wb") as file:
+            file.truncate(_SIZE)
+        return cls(run)
+
+    # Draining is set by the supervisor alone.
+
+    @property
+    def draining(self) -> bool:
+        return self.page[_DRAINING] != 0
+
+    def drain(self) -> None:
+        self.page[_DRAINING] = 1
+
+    # Counts of HTTP processes: each writes its own slot, all read the sum.
+
+    def set_pending(self, api: int, images: int, requests: int, body_bytes: int) -> None:
+        page = self.page
+        page[_PENDING + api], page[_REQUESTS + api], page[_BYTES + api] = images, requests, body_bytes
+
+    def pending(self, apis: int) -> int:
+        return int(sum(self.page[_PENDING:_PENDING + apis]))
+
+    def requests(self, apis: int) -> int:
+        return int(sum(self.page[_REQUESTS:_REQUESTS + apis]))
+
+    def body_bytes(self, apis: int) -> int:
+        return int(sum(self.page[_BYTES:_BYTES + apis]))
+
+    # Signs of life of workers.
+
+    def beat(self, worker: int) -> None:
+        self.page[_BEAT + worker] = time.monotonic()
+
+    def begin(self, worker: int, predictor: int) -> None:
+        self.page[_BUSY + worker * PREDICTORS + predictor] = time.monotonic()
+
+    def end(self, worker: int, predictor: int) -> None:
+        self.page[_BUSY + worker * PREDICTORS + predictor] = 0
+
+    def reset(self, worker: int) -> None:
+        """A new worker takes this place."""
+        self.page[_BEAT + worker] = 0
+        for i in range(PREDICTORS):
+            self.end(worker, i)
+
+    def silent_seconds(self, worker: int, predictors: int) -> float:
+        """How long a worker has shown no progress: its I/O thread, or a predictor in one batch. 0 before it started."""
+        first = _BUSY + worker * PREDICTORS
+        signs = [self.page[_BEAT + worker], *self.page[first:first + predictors]]
+        since = min((s for s in signs if s), default=0.0)
+        return time.monotonic() - since if since else 0.0

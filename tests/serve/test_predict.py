@@ -1,0 +1,127 @@
+"""/predict through a real server process."""
+import base64
+
+import numpy as np
+import pytest
+import tiny
+
+from models.image import InputSpec, decode
+
+SPEC = InputSpec(height=32, width=32)
+CONTENT = ("label", "index", "confidence", "top", "prediction_set", "abstain", "out_of_distribution", "energy")
+
+
+@pytest.mark.parametrize("label", tiny.CLASSES)
+def test_raw_bytes(server, label):
+    data = tiny.image(label)
+    answer = server.predict(data)
+    assert answer.status_code == 200
+    body = answer.json()
+    (prediction,) = body["predictions"]
+    want = tiny.expected(decode(data, SPEC)[None], 3)
+    assert prediction["label"] == label
+    assert prediction["confidence"] == pytest.approx(want["probabilities"].max(), abs=1e-5)
+    assert prediction["energy"] == pytest.approx(want["energy"][0], abs=1e-4)
+    assert tuple(prediction) == CONTENT
+    assert body["model"] == {"name": "colours", "version": "1"}
+    assert body["id"] == answer.headers["x-request-id"]
+    assert answer.headers["x-model-version"] == "1"
+    assert [part.split(";")[0].strip() for part in answer.headers["server-timing"].split(",")] == [
+        "queue", "decode", "infer"]
+
+
+def test_multipart_keeps_the_order_and_the_others_when_one_fails(server):
+    files = [("a", ("a.png", tiny.image("blue"))), ("b", ("b.txt", b"hello")), ("c", ("c.jpg", tiny.image("red", 64)))]
+    answer = server.http.post("/predict", files=files)
+    assert answer.status_code == 200
+    blue, error, red = answer.json()["predictions"]
+    assert (blue["label"], red["label"]) == ("blue", "red")
+    assert error["error"]["status"] == 415
+
+
+def test_when_all_images_fail_the_status_says_so(server):
+    answer = server.http.post("/predict", files=[("a", ("a", b"hello")), ("b", ("b", b"world"))])
+    assert answer.status_code == 415
+    assert [p["error"]["status"] for p in answer.json()["predictions"]] == [415, 415]
+
+
+@pytest.mark.parametrize("prefix", ["", "data:image/png;base64,"])
+def test_json(server, prefix):
+    texts = [prefix + base64.b64encode(tiny.image(label)).decode() for label in tiny.CLASSES]
+    many = server.http.post("/predict", json={"images": texts}).json()
+    assert [p["label"] for p in many["predictions"]] == tiny.CLASSES
+    one = server.http.post("/predict", json={"image": texts[1]}).json()
+    assert one["predictions"] == [many["predictions"][1]]
+
+
+def test_top_k(server):
+    data = tiny.image("green")
+    assert len(server.predict(data, "?top_k=1").json()["predictions"][0]["top"]) == 1
+    top = server.predict(data, "?top_k=1000").json()["predictions"][0]["top"]
+    assert sorted(choice["label"] for choice in top) == sorted(tiny.CLASSES)
+    assert np.isclose(sum(choice["confidence"] for choice in top), 1, atol=1e-4)
+
+
+def test_many_images_of_one_request(server):
+    labels = [tiny.CLASSES[i % 3] for i in range(60)]
+    files = [("f", (f"{i}.png", tiny.image(label, seed=i))) for i, label in enumerate(labels)]
+    answer = server.http.post("/predict", files=files)
+    assert [p["label"] for p in answer.json()["predictions"]] == labels
+
+
+@pytest.mark.parametrize(("request_", "status"), [
+    ({"content": b""}, 400),
+    ({"content": b"hello"}, 415),
+    ({"content": b"\xff\xd8\xff\xe0 cut short"}, 422),
+    ({"content": b"a=1", "headers": {"Content-Type": "application/x-www-form-urlencoded"}}, 415),
+    ({"content": b"{", "headers": {"Content-Type": "application/json"}}, 400),
+    ({"content": b'{"image": "?"}', "headers": {"Content-Type": "application/json"}}, 400),
+    ({"content": b'{"images": [1]}', "headers": {"Content-Type": "application/json"}}, 400),
+    ({"content": b'{"images": []}', "headers": {"Content-Type": "application/json"}}, 400),
+    ({"content": b"--x", "headers": {"Content-Type": "multipart/form-data"}}, 400),
+    ({"content": b"--x", "headers": {"Content-Type": "multipart/form-data; boundary=x"}}, 400),
+    ({"content": b"{", "params": {"top_k": "0"}}, 400),
+    ({"content": b"{", "params": {"top_k": "x"}}, 400),
+    ({"content": b"{", "params": {"explain": "x"}}, 400),
+])
+def test_bad_requests_are_4xx_problems(server, request_, status):
+    answer = server.http.post("/predict", **{"headers": {"Content-Type": "image/png"}, **request_})
+    assert answer.status_code == status
+    assert answer.headers["content-type"] == "application/problem+json"
+    problem = answer.json()
+    assert problem["status"] == status
+    assert problem["detail"]
+    assert problem["request_id"] == answer.headers["x-request-id"]
+
+
+def test_request_id_is_taken_where_it_is_harmless(server):
+    data = tiny.image("red")
+    assert server.predict(data, **{"X-Request-ID": "trace-7"}).json()["id"] == "trace-7"
+    assert server.predict(data, **{"X-Request-ID": 'x"<script>'}).json()["id"] != 'x"<script>'
+    assert server.predict(data).json()["id"] != server.predict(data).json()["id"]
+
+
+@pytest.mark.parametrize(("path", "key", "value"), [
+    ("/health/live", "status", "live"), ("/health/ready", "status", "ready"), ("/model", "name", "colours")])
+def test_other_doors(server, path, key, value):
+    answer = server.http.get(path)
+    assert answer.status_code == 200
+    assert answer.json()[key] == value
+
+
+@pytest.mark.parametrize(("method", "path", "status"), [
+    ("GET", "/predict", 405), ("POST", "/model", 405), ("GET", "/nothing", 404),
+    ("GET", "/health", 404), ("GET", "/info", 404), ("POST", "/shutdown", 404), ("GET", "/metrics", 404)])
+def test_nothing_else_is_reachable(server, method, path, status):
+    answer = server.http.request(method, path)
+    assert answer.status_code == status
+    assert "server" not in answer.headers
+
+
+def test_docs_tell_of_the_same_paths(server):
+    paths = server.http.get("/openapi.json").json()["paths"]
+    page = server.http.get("/docs").text
+    for path in paths:
+        assert path in page
+    assert "http://" not in page.replace("http://localhost", "")
+    assert "https://" not in page

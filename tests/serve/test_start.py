@@ -1,0 +1,85 @@
+"""Starting and ending: settings, bad settings, ports, stores."""
+import socket
+import subprocess
+import sys
+
+import pytest
+import tiny
+
+from serve.settings import Settings
+
+
+def run(*flags: str, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "serve", *flags], capture_output=True, text=True, timeout=60,
+                          env={"PATH": "/usr/bin", **env})
+
+
+def refused(result: subprocess.CompletedProcess, *words: str) -> None:
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in result.stderr
+
+
+def test_help_lists_every_setting_with_its_variable():
+    text = run("--help").stdout
+    for name in Settings.model_fields:
+        assert f"--{name.replace('_', '-')} " in text
+        assert f"[IMAGO_{name.upper()}" in text.replace("\n", "").replace(" " * 24, "")
+
+
+def test_an_empty_store(tmp_path):
+    refused(run("--store", str(tmp_path)), "no model in this store")
+
+
+def test_several_models_and_no_choice(tmp_path):
+    tiny.write(tmp_path, "one")
+    tiny.write(tmp_path, "two")
+    refused(run("--store", str(tmp_path)), "--model", "one, two")
+    refused(run("--store", str(tmp_path), "--model", "three"), "three", "one, two")
+    refused(run(IMAGO_STORE=str(tmp_path), IMAGO_MODEL="one", IMAGO_VERSION="9"), "no version 9")
+
+
+def test_a_changed_bundle(tmp_path):
+    directory = tiny.write(tmp_path)
+    with (directory / "model.onnx").open("ab") as file:
+        file.write(b"\0")
+    refused(run("--store", str(tmp_path), "--host", "127.0.0.1", "--metrics-port", "0", "--port", "18199"),
+            "model.onnx", "changed")
+
+
+def test_a_bundle_that_answers_otherwise_here(tmp_path):
+    directory = tiny.write(tmp_path)
+    other = tiny.write(tmp_path, scale=2)
+    (directory / "samples" / "expected.npz").write_bytes((other / "samples" / "expected.npz").read_bytes())
+    from models.bundle import write_sums
+    write_sums(directory)
+    refused(run("--store", str(tmp_path), "--version", "1", "--host", "127.0.0.1", "--metrics-port", "0",
+                "--port", "18198"), "self check", "differ")
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (("--port", "70000"), ("--port", "IMAGO_PORT")),
+    (("--port", "x"), ("--port",)),
+    (("--version", "first"), ("--version",)),
+    (("--api-key", "x", "--api-key-file", "/etc/hostname"), ("api_key",)),
+    (("--api-key-file", "/nowhere"), ("/nowhere",)),
+])
+def test_bad_settings(bundle_store, flags, words):
+    refused(run("--store", str(bundle_store), *flags), *words)
+
+
+def test_a_port_in_use(bundle_store):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        refused(run("--store", str(bundle_store), "--host", "127.0.0.1", "--port", str(port)), str(port), "in use")
+
+
+def test_sigterm_ends_it_cleanly(start):
+    server = start()
+    assert server.predict(tiny.image("red")).status_code == 200
+    assert server.stop() == 0
+    assert "Traceback" not in server.log.read_text()
