@@ -1,11 +1,15 @@
 """Outputs of the graph to predictions as JSON, ready to be put into an answer."""
+import base64
 import json
 
+import cv2
 import numpy as np
 
 from models.bundle import Manifest
+from models.image import InputSpec, fit
 
 TOP_K = 5
+MAP_SIDE = 64  # pixels of a heat map's longer side, at most
 
 
 class Answers:
@@ -39,3 +43,16 @@ class Answers:
                 f'"abstain":{"true" if values[0] < self.abstain_below else "false"},'
                 f'"out_of_distribution":{"true" if unusual else "false"},"energy":{free:.6g}')
         return composed
+
+
+def heat_map(cam: np.ndarray, spec: InputSpec) -> str:
+    """What spoke for one class, float [h,w], to a gray PNG in base64: 255 where most did, 0 where nothing did.
+
+    Its shape is that of the network's input, at most `MAP_SIDE` pixels long.
+    """
+    positive = np.maximum(cam, 0)
+    gray = (positive * (255 / max(float(positive.max()), 1e-12))).astype(np.uint8)[:, :, None]
+    scale = min(1.0, MAP_SIDE / max(spec.height, spec.width))
+    size = InputSpec(height=round(spec.height * scale) or 1, width=round(spec.width * scale) or 1, channels=1,
+                     resize="stretch")
+    return base64.b64encode(cv2.imencode(".png", fit(gray, size))[1]).decode()

@@ -14,22 +14,26 @@ from itertools import count
 from typing import Any
 
 from serve import docs, logs
+from serve.feedback import Feedback
 from serve.metrics import Slab
+from serve.page import Page
 from serve.pool import Pool
 from serve.predict import Predictor
 from serve.responses import Header, Problem, Request, Response, as_json
 from serve.settings import Settings
 from serve.state import State
+from serve.tracing import Tracing
+from serve.v2 import OpenInference
 
 Handler = Callable[[Request], Awaitable[Response]]
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
-PROTECTED = ("/predict", "/v2", "/feedback")
+PROTECTED, PROBES = ("/predict", "/v2", "/feedback"), "/v2/health/"
 SECURITY: list[Header] = [
     (b"x-content-type-options", b"nosniff"),
     (b"cache-control", b"no-store"),
 ]
 CODES = (200, 400, 401, 404, 405, 408, 413, 415, 422, 429, 500, 503, 504)
-COUNTED = ("/predict",)
+INFER = "/v2/models/"
 
 
 class Front:
@@ -49,6 +53,8 @@ class Front:
             self.start(scope["app"].response_queue_id)
             await self.app(scope, receive, send)
             self.pool.close()
+            if self.tracing:
+                self.tracing.close()
 
     def start(self, number: int) -> None:
         """Make what this HTTP process needs. The supervisor decides when it ends, so Ctrl+C is not for us."""
@@ -57,7 +63,10 @@ class Front:
         self.number, self.state = number, State(self.run)
         self.slab = Slab(f"{self.run}/api-{number}.metrics")
         self.pool = Pool(self.run, self.settings.workers)
-        self.predict = Predictor(self.settings, self.pool, self.state, self.slab, number)
+        feedback = Feedback(self.run, self.slab, self.pool)
+        self.predict = Predictor(self.settings, self.pool, self.state, self.slab, number, feedback)
+        page, v2 = Page(self.settings, self.pool), OpenInference(self.predict, self.pool)
+        self.tracing = Tracing() if self.settings.tracing else None
         self.codes = {code: self.slab.slot("requests", str(code)) for code in CODES}
         self.routes = {
             ("POST", "/predict"): self.predict,
@@ -66,7 +75,12 @@ class Front:
             ("GET", "/health/ready"): self.ready,
             ("GET", "/docs"): docs.page,
             ("GET", "/openapi.json"): docs.openapi,
+            ("POST", "/feedback"): feedback,
+            ("GET", "/"): page.index,
+            ("GET", "/report"): page.report,
+            ("GET", "/v2"): v2,
         }
+        self.prefixes = {"/page/": page.own, "/samples/": page.sample, "/v2/": v2}
 
     async def answer(self, scope: dict, receive: Any, send: Any) -> None:
         started, headers = time.perf_counter(), dict(scope["headers"])
@@ -87,15 +101,17 @@ class Front:
             logs.logger.exception("a request failed", extra={"fields": {"request_id": request_id, "path": path}})
             response = Problem(500, "the service failed on this request", close=True).response(request_id)
         seconds = time.perf_counter() - started
-        if path in COUNTED and response is not None:
+        if (path == "/predict" or path.startswith(INFER)) and response is not None:
             self.count(response.status, seconds)
         if response is not None:
             await self.send(response, request_id, send)
+        if self.tracing:
+            self.tracing.record(request, response, seconds)
         self.log(request, response, seconds)
 
     def handler(self, method: str, path: str, headers: dict[bytes, bytes]) -> Handler:
         """Raises Problem 401, 404 or 405."""
-        if self.key is not None and path.startswith(PROTECTED):
+        if self.key is not None and path.startswith(PROTECTED) and not path.startswith(PROBES):
             self.authorize(headers)
         found = self.routes.get(("GET" if method == "HEAD" else method, path))
         if found is None:

@@ -15,6 +15,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
+from serve import derived
+
 SECONDS = (.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10)
 MAX_LABELS = 100  # classes beyond so many are counted together
 OTHER = "other"
@@ -47,6 +49,18 @@ METRICS = {
                              combine="max"),
     "ready": Definition("gauge", "1 when all workers are ready and the service is not draining.", combine="min"),
     "worker_restarts": Definition("counter", "Workers replaced, by reason: crash, hang.", ("reason",)),
+    "reloads": Definition("counter", "New versions that a worker took (ok) or refused.", ("outcome",)),
+    "cache": Definition("counter", "Images looked up in the cache: hit, miss.", ("outcome",)),
+    "feedback": Definition("counter", "True labels: correct, wrong, unknown (no such answer).", ("outcome",)),
+    "feedback_window": Definition("gauge", derived.HIDDEN, ("part", "bin")),
+    "drift_window": Definition("gauge", derived.HIDDEN, ("signal", "bin")),
+    "drift_baseline": Definition("gauge", derived.HIDDEN, ("signal", "bin"), combine="max"),
+    "shadow_images": Definition("counter", "Images of the second version: agree, disagree, failed, dropped.",
+                                ("outcome",)),
+    "shadow_seconds": Definition("histogram", "Decode and inference of one image by the second version.", (), SECONDS),
+    "shadow_confidence_difference": Definition("histogram", "|difference| of the two versions' confidence.", (),
+                                               (.01, .02, .05, .1, .2, .5, 1)),
+    "shadow_info": Definition("gauge", "1 for the second version.", ("name", "version", "variant"), combine="max"),
 }
 
 
@@ -134,7 +148,10 @@ class Collector:
                 before = totals[name].get(labels)
                 totals[name][labels] = found.copy() if before is None else merge(before, found)
         for name, series in totals.items():
-            yield _family(name, METRICS[name], series)
+            if METRICS[name].help != derived.HIDDEN:
+                yield _family(name, METRICS[name], series)
+        yield from derived.families({name: {labels: float(numbers[0]) for labels, numbers in totals[name].items()}
+                                     for name in derived.FROM})
 
 
 def _family(name: str, definition: Definition, series: dict[tuple[str, ...], np.ndarray]) -> Metric:

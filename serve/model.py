@@ -10,7 +10,6 @@ import numpy as np
 
 from models.bundle import Bundle, BundleError
 from models.image import decode
-from models.store import Store
 from models.verify import compare
 from serve import engine
 from serve.answer import Answers
@@ -62,16 +61,13 @@ class Model:
             "metrics": {part: m.model_dump(include={"images", "accuracy", "top5", "nll", "ece"})
                         for part, m in manifest.metrics.items()},
             "notes": manifest.notes,
+            "explains": [name for name in ("cam",) if name in self.engine.outputs],
+            "samples": [{"file": s.file, "label": manifest.classes[s.label]} for s in manifest.samples],
+            "report": (self.bundle.path / "report.html").is_file(),
         }
 
     def hello(self) -> bytes:
         return json.dumps(self.describe(), separators=(",", ":")).encode()
-
-
-def load(settings: Settings, threads: int) -> Model:
-    """The model that the settings name, from the store."""
-    assert settings.model is not None, "resolve() has named the model"
-    return Model(Store(settings.store).open(settings.model, settings.version), settings, threads)
 
 
 def _choose(bundle: Bundle, settings: Settings, threads: int) -> tuple[str, engine.Engine]:

@@ -1,10 +1,13 @@
 """POST /predict: admission, body, workers, answer."""
 import asyncio
 import json
+from collections.abc import Callable
 from urllib.parse import parse_qs
 
 from serve import body
 from serve.answer import TOP_K
+from serve.cache import Cache
+from serve.feedback import Feedback
 from serve.frames import CAM, Answer
 from serve.metrics import Slab
 from serve.pool import Pool
@@ -19,8 +22,9 @@ MAX_TOP_K = 1000
 class Predictor:
     """What one HTTP process needs to answer /predict, and the count of what it has accepted."""
 
-    def __init__(self, settings: Settings, pool: Pool, state: State, slab: Slab, number: int):
+    def __init__(self, settings: Settings, pool: Pool, state: State, slab: Slab, number: int, feedback: Feedback):
         self.settings, self.pool, self.state, self.slab, self.number = settings, pool, state, slab, number
+        self.feedback, self.cache = feedback, Cache(settings.cache_entries, slab) if settings.cache_entries else None
         self.images = self.requests = self.bytes = 0
         self.pending_slot = slab.slot("pending_images")
 
@@ -38,6 +42,20 @@ class Predictor:
             raise Problem(429, "too many images are waiting; try again in a second", "pending")
 
     async def __call__(self, request: Request) -> Response:
+        def parse(content: bytes) -> tuple[list[bytes], int, int]:
+            top_k, flags = query(request.scope["query_string"])
+            if flags & CAM and "cam" not in self.pool.model["explains"]:
+                raise Problem(400, "this model has no heat maps; leave explain away")
+            kind = request.headers.get(b"content-type", b"")
+            return body.images(content, kind, self.settings.max_images), top_k, flags
+
+        answers = await self.run(request, parse)
+        response = self.compose(request.id, answers)
+        self.feedback.remember(request.id, answers)
+        return response
+
+    async def run(self, request: Request, parse: Callable[[bytes], tuple[list[bytes], int, int]]) -> list[Answer]:
+        """Admit a request, read it, ask the workers. `parse` makes images, top_k and flags of its body."""
         settings, size = self.settings, declared(request.headers, self.settings.max_body_bytes)
         if self.state.draining:
             raise Problem(503, "the service is shutting down", "draining", close=True)
@@ -48,18 +66,27 @@ class Predictor:
         self.count(1, 1, size)
         try:
             content = await body.read(request.receive, settings.max_body_bytes)
-            top_k, flags = query(request.scope["query_string"])
-            found = body.images(content, request.headers.get(b"content-type", b""), settings.max_images)
+            found, top_k, flags = parse(content)
             if len(found) > 1:
                 self.admit(len(found) - 1)
                 self.count(len(found) - 1, 0, 0)
                 taken = len(found)
             if not self.pool.usable:
                 raise Problem(503, "no model is ready; try again in a second", "not_ready")
-            answers = await self.ask(request, found, top_k, flags)
+            return await (self.ask if self.cache is None else self.ask_cached)(request, found, top_k, flags)
         finally:
             self.count(-taken, -1, -size)
-        return self.compose(request.id, answers)
+
+    async def ask_cached(self, request: Request, images: list[bytes], top_k: int, flags: int) -> list[Answer]:
+        """As `ask`, but only for images that the cache does not know."""
+        model, keys = self.pool.model, [self.cache.key(image, top_k, flags) for image in images]
+        answers = [self.cache.get(key, model) for key in keys]
+        missing = [i for i, answer in enumerate(answers) if answer is None]
+        fresh = await self.ask(request, [images[i] for i in missing], top_k, flags) if missing else []
+        for i, answer in zip(missing, fresh, strict=True):
+            answers[i] = answer
+            self.cache.put(keys[i], model, answer)
+        return answers
 
     async def ask(self, request: Request, images: list[bytes], top_k: int, flags: int) -> list[Answer]:
         """The workers' answers. Raises Problem 504 at the deadline, ConnectionError when the client left."""

@@ -44,12 +44,20 @@ class Settings(BaseSettings):
     drain_seconds: float = Field(20, gt=0, description="time between SIGTERM and the end, at most")
     worker_timeout_seconds: float = Field(20, gt=0, description="a worker stuck for so long is replaced")
 
+    # Trust
+    reload_seconds: float = Field(5, ge=0, description="between two looks at where latest points; 0: never")
+    drift_window: int = Field(2000, ge=0, description="last images of a worker that drift is measured on; 0: none")
+    cache_entries: int = Field(0, ge=0, description="answers each HTTP process keeps by the image's digest; 0: none")
+    shadow_version: int | None = Field(None, ge=1, description="second version that runs in idle time, to compare")
+    shadow_share: float = Field(0.1, gt=0, le=1, description="share of images that the second version gets too")
+
     # Access and logs
     api_key: SecretStr | None = Field(None, description="clients must send it as X-API-Key or bearer token")
     api_key_file: Path | None = Field(None, description="file that holds the key")
     log_format: Literal["json", "text"] = Field("json", description="of the log on stderr")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
     access_log: bool = Field(False, description="log every request, not only those that failed")
+    tracing: bool = Field(False, description="OpenTelemetry spans, sent where the OTEL_ variables say")
 
     @field_validator("api_key_file")
     @classmethod

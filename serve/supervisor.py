@@ -3,6 +3,7 @@
 It subclasses LitServer in two places, since LitServe 0.2.19 keeps the list of its processes there: to learn of the HTTP
 processes, and to watch the workers in its own way (LitServe's watch sees no hang and restarts without a pause).
 """
+import multiprocessing
 import shutil
 import signal
 import socket
@@ -15,7 +16,7 @@ from typing import Any
 import litserve
 from starlette.middleware.gzip import GZipMiddleware
 
-from serve import exposition, logs, machine
+from serve import exposition, logs, machine, shadow
 from serve.connection import Connection
 from serve.front import Front
 from serve.metrics import Slab
@@ -92,6 +93,9 @@ def serve(settings: Settings) -> int:
         supervisor = Supervisor(settings, run, threads)
         signal.signal(signal.SIGTERM, supervisor.drain)
         signal.signal(signal.SIGINT, supervisor.drain)
+        if settings.shadow_version:
+            multiprocessing.get_context("spawn").Process(
+                target=shadow.serve, args=(settings, run), name="shadow", daemon=True).start()
         metrics = exposition.start(settings.host, settings.metrics_port, run) if settings.metrics_port else None
         try:
             supervisor.run(

@@ -24,13 +24,17 @@ import numpy as np
 from litserve.loops.base import LitLoop
 
 from models.bundle import BundleError
-from models.image import ImageError, decode
-from serve import logs
+from models.image import ImageError, UndecodableImage, decode
+from models.store import LATEST
+from serve import logs, reload
+from serve.answer import heat_map
 from serve.backlog import Backlog, Waiting
-from serve.frames import CANCEL, HELLO, Answer, pack_answer, take_jobs
-from serve.metrics import WorkerMetrics
-from serve.model import Model, load
+from serve.drift import Drift
+from serve.frames import ARRAYS, CAM, CANCEL, HELLO, TENSOR, Answer, Job, pack_answer, take_jobs
+from serve.metrics import Slab, WorkerMetrics
+from serve.model import Model
 from serve.settings import Settings
+from serve.shadow import Shadow
 from serve.state import State
 
 STEP = 0.5  # seconds between two heartbeats
@@ -58,7 +62,7 @@ class Worker(litserve.LitAPI):
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C reaches the whole group; the supervisor decides
         logs.configure(self.settings)
         try:
-            self.model = load(self.settings, self.threads)
+            self.model = reload.load(self.settings, self.run, self.threads)
         except (BundleError, ValueError) as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             logs.silence()  # LitServe would print the traceback
@@ -95,12 +99,23 @@ class PredictLoop(LitLoop):
         self.state = State(lit_api.run)
         self.number, self.parent = worker_id, os.getppid()
         self.backlog = Backlog(lit_api.threads, lit_api.settings.max_batch_size, lit_api.settings.batch_wait_ms / 1000)
-        self.observers: list[Callable[[Batch], None]] = []
+        self.observers = self.watchers(lit_api.settings, f"{lit_api.run}/worker-{worker_id}")
         for i in range(lit_api.threads):
             metrics = WorkerMetrics(f"{lit_api.run}/worker-{worker_id}-{i}.metrics")
             metrics.serve(lit_api.model)
             threading.Thread(target=self.predictor, args=(i, metrics), name=f"predictor-{i}", daemon=True).start()
         self.serve(f"{lit_api.run}/worker-{worker_id}.sock")
+
+    def watchers(self, settings: Settings, path: str) -> list[Callable[[Batch], None]]:
+        """What looks at batches after their answers left, each with a counting file of its own."""
+        found: list[Callable[[Batch], None]] = []
+        if settings.drift_window:
+            found.append(Drift(Slab(f"{path}-drift.metrics"), settings.drift_window))
+        if settings.shadow_version:
+            found.append(Shadow(self.api.run, settings.shadow_share, self.backlog, Slab(f"{path}-shadow.metrics")))
+        if settings.version == LATEST and settings.reload_seconds:
+            reload.Reload(self, Slab(f"{path}-reload.metrics")).start()
+        return found
 
     # --- the I/O thread ---
 
@@ -178,7 +193,7 @@ class PredictLoop(LitLoop):
                 continue
             before = time.perf_counter()
             try:
-                pixels.append(decode(w.job.body, model.manifest.input, self.api.settings.max_pixels))
+                pixels.append(self.pixels(w.job, model))
             except ImageError as error:
                 refused.append((w, self.failed(w, error.status, str(error).encode())))
                 metrics.outcome("refused")
@@ -189,22 +204,59 @@ class PredictLoop(LitLoop):
             reply(refused)
         if not taken:
             return
+        mapped = [w.job.flags & CAM for w in taken]
+        if not any(mapped):
+            return self.run_graph(model, taken, pixels, decode_us, started, alone, metrics)
+        for wanted in (0, CAM):  # who asks for no heat map pays for none
+            chosen = [i for i, flag in enumerate(mapped) if flag == wanted]
+            if chosen:
+                self.run_graph(model, *([column[i] for i in chosen] for column in (taken, pixels, decode_us)),
+                               started, alone, metrics)
+
+    def run_graph(self, model: Model, taken: list[Waiting], pixels: list[np.ndarray], decode_us: list[int],
+                  started: float, alone: bool, metrics: WorkerMetrics) -> None:
+        """Run the graph on decoded images that want the same outputs, answer, count."""
+        wanted = (*model.wanted, "cam") if taken[0].job.flags & CAM else model.wanted
         images, before = np.stack(pixels), time.perf_counter()
-        outputs = model.engine.run(images, model.wanted, alone)
+        outputs = model.engine.run(images, wanted, alone)
         infer = time.perf_counter() - before
-        predictions = model.answers.compose(*outputs[:2], [w.job.top_k for w in taken])
         infer_us = int(infer * 1e6)
         queue_us = [int((started - w.arrived) * 1e6) for w in taken]
-        reply([(w, Answer(w.job.id, 200, model.version, q, d, infer_us, text.encode() + b"}"))
-               for w, q, d, text in zip(taken, queue_us, decode_us, predictions, strict=True)])
+        reply([(w, Answer(w.job.id, 200, model.version, q, d, infer_us, body))
+               for w, q, d, body in zip(taken, queue_us, decode_us, bodies(model, taken, outputs), strict=True)])
         metrics.batch(model, outputs, queue_us, decode_us, infer)
         if self.observers:
             seen = Batch(model, images, outputs, taken)
             for observer in self.observers:
                 observer(seen)
 
+    def pixels(self, job: Job, model: Model) -> np.ndarray:
+        """uint8 [height, width, channels] of one job. Raises ImageError."""
+        spec = model.manifest.input
+        if not job.flags & TENSOR:
+            return decode(job.body, spec, self.api.settings.max_pixels)
+        if len(job.body) != spec.height * spec.width * spec.channels:
+            raise UndecodableImage("the tensor has another shape than the model takes")
+        return np.frombuffer(job.body, np.uint8).reshape(spec.height, spec.width, spec.channels)
+
     def failed(self, waiting: Waiting, status: int, detail: bytes) -> Answer:
         return Answer(waiting.job.id, status, self.api.model.version, 0, 0, 0, detail)
+
+
+def bodies(model: Model, taken: list[Waiting], outputs: list[np.ndarray]) -> list[bytes]:
+    """The content of each answer: a prediction as JSON, with its heat map where there is one, or bare numbers."""
+    probabilities, energy = outputs[:2]
+    texts = model.answers.compose(probabilities, energy, [w.job.top_k for w in taken])
+    found = []
+    for i, (w, text) in enumerate(zip(taken, texts, strict=True)):
+        if w.job.flags & ARRAYS:
+            found.append(np.append(probabilities[i], energy[i]).astype("<f4").tobytes())
+        elif w.job.flags & CAM:
+            image = heat_map(outputs[2][i, probabilities[i].argmax()], model.manifest.input)
+            found.append(f'{text},"cam":"{image}"}}'.encode())
+        else:
+            found.append(text.encode() + b"}")
+    return found
 
 
 def reply(answers: list[tuple[Waiting, Answer]]) -> None:

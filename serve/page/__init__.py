@@ -14,8 +14,8 @@ TYPES = {".html": b"text/html; charset=utf-8", ".css": b"text/css; charset=utf-8
          ".js": b"text/javascript; charset=utf-8", ".svg": b"image/svg+xml"}
 FILES = {path.name: (path.read_bytes(), TYPES[path.suffix]) for path in HERE.iterdir() if path.suffix in TYPES}
 GUARD: list[Header] = [
-    (b"content-security-policy", b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
-     b"connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"),
+    (b"content-security-policy", b"default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+     b"img-src 'self' blob: data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"),
     (b"referrer-policy", b"no-referrer"),
 ]
 REPORT_GUARD: list[Header] = [  # a report brings its own styles and plots, and came with a bundle: no script runs in it

@@ -1,0 +1,74 @@
+"""Drift: how far live traffic has moved from the validation data, as a population stability index for each signal.
+
+Each worker keeps a window of its last images and publishes its histograms; whoever answers /metrics adds those of all
+workers up and compares with the bundle's baseline. So the index is right with any number of processes.
+"""
+import threading
+import time
+from bisect import bisect_right
+from collections import deque
+
+from models.bundle import Manifest
+from models.image import header
+from models.signals import image_signals
+from serve.frames import TENSOR
+
+RATE = 25  # images a second and worker that are measured: a fair sample at a cost that can't be seen
+
+
+class Drift:
+    """An observer of batches. Predictor threads share it; one that finds it busy goes on without."""
+
+    def __init__(self, slab, window: int):
+        self.slab, self.window = slab, window
+        self.model, self.due, self.lock = None, 0.0, threading.Lock()
+
+    def __call__(self, batch) -> None:
+        now = time.monotonic()
+        if now < self.due or not self.lock.acquire(blocking=False):
+            return
+        try:
+            if batch.model is not self.model:
+                self.start(batch.model)
+            if self.edges:
+                self.due = now + len(batch.waiting) / RATE
+                for i in range(len(batch.waiting)):
+                    self.add(signals(batch, i))
+        finally:
+            self.lock.release()
+
+    def start(self, model) -> None:
+        """Begin an empty window with the baseline of another model."""
+        for name, labels in list(self.slab.slots):
+            if name.startswith("drift_"):
+                self.slab.set(name, *labels, to=0)
+        manifest: Manifest = model.manifest
+        self.model, self.seen = model, deque()
+        self.edges = {name: histogram.edges[1:-1] for name, histogram in manifest.baseline.items()}
+        self.bins = {}
+        for name, histogram in manifest.baseline.items():
+            for i, count in enumerate(histogram.counts):
+                self.slab.set("drift_baseline", name, str(i), to=count)
+            self.bins[name] = [self.slab.slot("drift_window", name, str(i)) for i in range(len(histogram.counts))]
+
+    def add(self, values: dict[str, float]) -> None:
+        """Count one image in its bins, and the oldest one no more."""
+        slots = [self.bins[name][bisect_right(edges, values[name])] for name, edges in self.edges.items()]
+        self.seen.append(slots)
+        for slot in slots:
+            self.slab.values[slot] += 1
+        if len(self.seen) > self.window:
+            for slot in self.seen.popleft():
+                self.slab.values[slot] -= 1
+
+
+def signals(batch, i: int) -> dict[str, float]:
+    """All signals of image i of a batch, by the names in `models.bundle.SIGNALS`."""
+    probabilities, energy = batch.outputs[0][i], batch.outputs[1][i]
+    index = int(probabilities.argmax())
+    job, (height, width, _) = batch.waiting[i].job, batch.pixels[i].shape
+    if not job.flags & TENSOR:
+        size = header(job.body)
+        height, width = size.height, size.width
+    return {"class": index, "confidence": float(probabilities[index]), "energy": float(energy),
+            **image_signals(batch.pixels[i])._asdict(), "width": width, "height": height}

@@ -1,0 +1,118 @@
+"""Hot reload: a worker that follows `latest` swaps models between two batches, and keeps the old one if the new is bad.
+
+A new version is first checked by a process of its own with low priority: it reads every digest, loads the graph and
+answers the bundle's samples. What crashes or hangs there harms nobody. Only then the worker loads it beside the old,
+warms it and takes it. Rollback is the same move, since all that counts is where `latest` points.
+"""
+import fcntl
+import os
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+
+from models.bundle import Bundle, BundleError
+from models.store import LATEST, Store
+from serve import logs
+from serve.metrics import Slab
+from serve.model import Model
+from serve.settings import Settings
+
+SERVING, LOCK = "serving", "reload.lock"
+CHECK_SECONDS = 300  # a check that takes longer has failed
+NICE = 10
+
+
+class Reload:
+    """Watches `latest` from a thread of the worker; `loop` is its PredictLoop."""
+
+    def __init__(self, loop, slab: Slab):
+        self.loop, self.api, self.slab = loop, loop.api, slab
+        self.settings: Settings = loop.api.settings
+        self.store = Store(self.settings.store)
+        self.refused: int | None = None  # until `latest` points elsewhere
+        for outcome in ("ok", "refused"):
+            slab.slot("reloads", outcome)
+
+    def start(self) -> None:
+        threading.Thread(target=self.watch, name="reload", daemon=True).start()
+
+    def watch(self) -> None:
+        while True:
+            time.sleep(self.settings.reload_seconds)
+            version = self.store.latest(self.settings.model)
+            if version in (None, self.api.model.version):
+                self.refused = None
+            elif version != self.refused:
+                self.swap(version)
+
+    def swap(self, version: int) -> None:
+        """Load a version beside the one that is served and take its place, or refuse it and say why."""
+        started, old = time.monotonic(), self.api.model.version
+        fields = {"from": old, "to": version}
+        try:
+            with turn(self.api.run):  # workers reload one after the other
+                check(self.settings, self.api.run, version)
+                bundle = Bundle(self.store.path(self.settings.model, version), verify=False)
+                fresh = Model(bundle, self.settings, self.api.threads)
+        except Exception as error:  # whatever is wrong with it, the old one serves on
+            self.refused = version
+            self.slab.add("reloads", "refused")
+            logs.logger.error("new version refused: %s", error, extra={"fields": fields})
+            return
+        self.api.model = fresh
+        self.loop.announce()
+        note(self.api.run, version)
+        self.slab.add("reloads", "ok")
+        logs.logger.info("model swapped", extra={"fields": {**fields, "seconds": round(time.monotonic() - started, 2)}})
+
+
+@contextmanager
+def turn(run: str):
+    with open(os.path.join(run, LOCK), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def check(settings: Settings, run: str, version: int) -> None:
+    """Check a version in a process of its own, once for all workers. Raises BundleError with what it said."""
+    done = os.path.join(run, f"checked-{version}")
+    if os.path.exists(done):
+        return
+    command = [sys.executable, "-m", "serve", "check", "--store", str(settings.store), "--model", str(settings.model),
+               "--version", str(version), "--variant", settings.variant, "--engine", settings.engine, "--quiet"]
+    try:
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=CHECK_SECONDS, check=False,
+                             preexec_fn=lambda: os.nice(NICE))
+    except subprocess.TimeoutExpired as error:
+        raise BundleError(f"version {version}: the check took longer than {CHECK_SECONDS} s") from error
+    if ran.returncode:
+        said = (ran.stderr.strip().splitlines() or [f"the check ended with status {ran.returncode}"])[-1]
+        raise BundleError(f"version {version}: {said.removeprefix('error: ')}")
+    with open(done, "w"):
+        pass
+
+
+def note(run: str, version: int) -> None:
+    """Remember what serves, for a worker that has to be replaced while `latest` points to a bad version."""
+    path = os.path.join(run, SERVING)
+    with open(f"{path}.{os.getpid()}", "w") as file:
+        file.write(str(version))
+    os.replace(file.name, path)
+
+
+def load(settings: Settings, run: str, threads: int, slab: Slab | None = None) -> Model:
+    """The model that a starting worker serves: the settings' version, or what served before where `latest` is bad."""
+    store, path = Store(settings.store), os.path.join(run, SERVING)
+    try:
+        model = Model(store.open(settings.model, settings.version), settings, threads)
+    except (BundleError, ValueError) as error:
+        if settings.version != LATEST or not os.path.exists(path):
+            raise
+        with open(path) as file:
+            before = file.read()
+        logs.logger.error("latest refused, version %s serves on: %s", before, error)
+        model = Model(store.open(settings.model, before), settings, threads)
+    note(run, model.version)
+    return model

@@ -1,0 +1,96 @@
+"""Shadow: a share of traffic goes to a second version too, in a process of its own that only gets idle time.
+
+A worker hands over an image after its answer has left, without waiting, and only while nothing waits for it; what finds
+no room is dropped. So the second version can be slow, hang or crash, and no answer is later for it.
+"""
+import os
+import random
+import socket
+import struct
+import sys
+import time
+
+import numpy as np
+
+from models.bundle import BundleError
+from models.image import ImageError, decode
+from models.store import Store
+from serve import logs
+from serve.backlog import Backlog
+from serve.frames import TENSOR
+from serve.metrics import Slab
+from serve.model import Model
+from serve.settings import Settings
+
+SOCKET = "shadow.sock"
+_HEAD = struct.Struct("<fH")  # confidence, bytes of the label
+MAX_BYTES = 192 << 10  # of an image: what a datagram is sure to hold with Linux's default of wmem_max
+PARENT_SECONDS = 5.0
+
+
+class Shadow:
+    """The worker's side: an observer of batches."""
+
+    def __init__(self, run: str, share: float, backlog: Backlog, slab: Slab):
+        self.path, self.share, self.backlog, self.slab = os.path.join(run, SOCKET), share, backlog, slab
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.setblocking(False)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+        self.random = random.Random(0)
+
+    def __call__(self, batch) -> None:
+        for waiting, row in zip(batch.waiting, batch.outputs[0], strict=True):
+            if self.random.random() >= self.share or waiting.job.flags & TENSOR:
+                continue
+            index = int(row.argmax())
+            label = batch.model.manifest.classes[index].encode()
+            try:
+                if self.backlog.queue or len(waiting.job.body) > MAX_BYTES:
+                    raise BlockingIOError
+                self.socket.sendto(_HEAD.pack(row[index], len(label)) + label + waiting.job.body, self.path)
+            except OSError:  # busy, full, starting or dead: all the same to us
+                self.slab.add("shadow_images", "dropped")
+
+
+def serve(settings: Settings, run: str) -> None:
+    """The second version's process: take, decode, run, compare, count, until the supervisor is gone."""
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    logs.configure(settings)
+    parent = os.getppid()
+    try:
+        bundle = Store(settings.store).open(settings.model, settings.shadow_version)
+        model = Model(bundle, settings.model_copy(update={"max_batch_size": 1}), 1)
+    except (BundleError, ValueError) as error:
+        logs.logger.error("no shadow: %s", error)
+        sys.exit(1)
+    slab = Slab(os.path.join(run, "shadow.metrics"))
+    slab.set("shadow_info", model.name, str(model.version), model.variant, to=1)
+    path = os.path.join(run, SOCKET)
+    if os.path.exists(path):
+        os.unlink(path)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as taken:
+        taken.bind(path)
+        taken.settimeout(PARENT_SECONDS)
+        logs.logger.info("shadow ready", extra={"fields": {"version": model.version, "variant": model.variant}})
+        while os.getppid() == parent:
+            try:
+                handle(taken.recv(1 << 20), model, settings, slab)
+            except TimeoutError:
+                continue
+
+
+def handle(packet: bytes, model: Model, settings: Settings, slab: Slab) -> None:
+    """Answer one image and compare with what was answered to the client."""
+    confidence, length = _HEAD.unpack_from(packet)
+    label = packet[_HEAD.size:_HEAD.size + length].decode()
+    started = time.perf_counter()
+    try:
+        pixels = decode(packet[_HEAD.size + length:], model.manifest.input, settings.max_pixels)
+    except ImageError:
+        slab.add("shadow_images", "failed")
+        return
+    probabilities = model.engine.run(pixels[None], ("probabilities",), False)[0][0]
+    slab.observe("shadow_seconds", time.perf_counter() - started)
+    index = int(np.argmax(probabilities))
+    slab.add("shadow_images", "agree" if model.manifest.classes[index] == label else "disagree")
+    slab.observe("shadow_confidence_difference", abs(float(probabilities[index]) - confidence))
