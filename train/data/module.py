@@ -138,9 +138,10 @@ class ImageData(L.LightningDataModule):
     def _device(self) -> torch.device:
         return torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
 
-    def _batches(self, part: str, training: bool = False) -> Batches:
-        """The loader of one part; only a training one shuffles and augments."""
-        rank, world = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+    def _batches(self, part: str, training: bool = False, alone: bool = False) -> Batches:
+        """The loader of one part; only a training one shuffles and augments. `alone`: this process reads all of it."""
+        alone = alone or self.trainer is None
+        rank, world = (0, 1) if alone else (self.trainer.global_rank, self.trainer.world_size)
         rows = self.index[part]
         if len(rows) < world:
             raise DataError(f"{self.source}: the {part} part has {len(rows)} images for {world} processes; use fewer")
@@ -179,6 +180,10 @@ class ImageData(L.LightningDataModule):
         return self._batches("test")
 
     predict_dataloader = test_dataloader
+
+    def whole(self, part: str) -> Batches:
+        """All images of a part in the order of `index`, without augmentation, for this process alone."""
+        return self._batches(part, alone=True)
 
     @property
     def class_weights(self) -> torch.Tensor:
