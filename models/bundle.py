@@ -42,7 +42,7 @@ class Parity(_Part):
 
 
 class Latency(_Part):
-    """Milliseconds a run, median, on the machine that certified the bundle."""
+    """Milliseconds a run, median, and the best throughput, on the machine that certified the bundle."""
 
     device: str
     threads: int
@@ -73,6 +73,8 @@ class Calibration(_Part):
     abstain_threshold: float = Field(default=0.0, description="answers with less confidence abstain")
     abstain_accuracy: float | None = Field(default=None, description="accuracy of what is answered, as asked for")
     abstain_coverage: float | None = Field(default=None, description="share of images that is answered")
+    abstain_test_accuracy: float | None = Field(default=None, description="the same accuracy, seen on the test part")
+    abstain_test_coverage: float | None = Field(default=None, description="the same share, seen on the test part")
     conformal_level: float | None = Field(default=None, description="coverage of prediction sets, as asked for")
     conformal_quantile: float | None = Field(
         default=None, description="a class is in the set when 1 - its probability is at most this")
