@@ -17,7 +17,7 @@ from train.data.loader import Batches, MemoryBatches, StreamBatches
 from train.data.memory import Memory, choose
 from train.data.order import Order
 from train.data.pixels import encoded, to_pixels
-from train.data.source import PARTS, Arrays, DataError, Source, say
+from train.data.source import PARTS, Arrays, DataError, Source, cache_home, say
 from train.data.sources import open_source
 from train.data.spec import input_spec, kept_spec, thumbnail_spec
 from train.data.split import split
@@ -38,7 +38,7 @@ class ImageData(L.LightningDataModule):
                  val_fraction: float = 0.1, test_fraction: float = 0.2, seed: int = 0,
                  sampling: Literal["uniform", "balanced"] = "uniform", augment: Augmentation | None = None,
                  memory: Memory = "auto", memory_share: float = 0.5, workers: int | None = None,
-                 cache: str = "~/.cache/imago", max_unreadable: float = 0.05):
+                 cache: str | None = None, max_unreadable: float = 0.05):
         """
         Args:
             source: digits, cifar10, cifar100, mnist, fashion-mnist; or the path of a folder of class folders.
@@ -57,7 +57,7 @@ class ImageData(L.LightningDataModule):
             memory: auto, memory (decoded once, kept in memory) or stream (decoded anew for each epoch by workers).
             memory_share: the share of free memory that the pixels may take before they are streamed.
             workers: processes that decode; by default one a core.
-            cache: where decoded pixels are kept for the next run; empty for nowhere.
+            cache: where decoded pixels are kept for the next run; by default ~/.cache/imago, empty for nowhere.
             max_unreadable: the share of images that may be unreadable and are left out; more stop the run.
         """
         super().__init__()
@@ -74,7 +74,7 @@ class ImageData(L.LightningDataModule):
         self.sampling, self.augment = sampling, augment or Augmentation()
         self.memory, self.memory_share = memory, memory_share
         self.workers = len(os.sched_getaffinity(0)) if workers is None else workers
-        self.cache = Path(cache).expanduser() if cache else None
+        self.cache = cache_home() if cache is None else Path(cache).expanduser() if cache else None
         self.max_unreadable = max_unreadable
         self._tensors: dict[tuple, torch.Tensor] = {}
 

@@ -1,8 +1,11 @@
 """What every source of images becomes: one list of items, their labels, and the part that each belongs to."""
 import hashlib
+import importlib
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Protocol
 
 import numpy as np
@@ -13,6 +16,11 @@ PARTS = ("train", "val", "test")
 
 class DataError(ValueError):
     """Data that can't be used. The message is one line that names the file or the setting and says what to do."""
+
+
+def cache_home() -> Path:
+    """$XDG_CACHE_HOME/imago, by default ~/.cache/imago."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "imago"
 
 
 @rank_zero_only
@@ -97,9 +105,51 @@ class Files:
         """From path, size and time of change of each file."""
         digest = hashlib.sha256(str(self.root.resolve()).encode())
         for path in self.paths:
-            status = (self.root / path).stat()
-            digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+            try:
+                status = os.stat(self.root / path)
+                state = f"{status.st_size}\0{status.st_mtime_ns}"
+            except OSError as error:
+                state = str(error.errno)
+            digest.update(f"{path}\0{state}\0".encode())
         return digest.hexdigest()
+
+
+def part_name(name: str) -> str | None:
+    """train, val or test, from what people call these; None for anything else."""
+    name = name.strip().lower()
+    return {"valid": "val", "validation": "val"}.get(name, name if name in PARTS else None)
+
+
+def needs(package: str, extra: str) -> ModuleType:
+    """An optional package. Raises DataError that names the extra to install."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise DataError(f"{extra}: {error}; pip install 'imago[{extra}]'") from error
+
+
+def as_item(value: object) -> bytes | np.ndarray:
+    """What a source of any kind holds for an image, as an item: bytes as they are, pixels as uint8 [H, W] or [H, W, C].
+
+    Takes bytes, PIL images, and arrays or tensors uint8 with channels first or last. Raises OSError for others.
+    """
+    if isinstance(value, bytes):
+        return value
+    if hasattr(value, "convert"):  # a PIL image
+        return np.asarray(value if value.mode in ("L", "RGB") else value.convert("RGB"))
+    pixels = np.asarray(value)
+    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3):
+        raise OSError(f"{type(value).__name__} of {pixels.dtype} {pixels.shape} is no image")
+    if pixels.ndim == 3 and pixels.shape[0] in (1, 3) and pixels.shape[2] not in (1, 3):
+        pixels = pixels.transpose(1, 2, 0)
+    return np.ascontiguousarray(pixels)
+
+
+def numbered(labels: list[str]) -> tuple[list[str], np.ndarray]:
+    """Class names, sorted (as numbers where all are), and for each label its class, int64 [N]."""
+    names = sorted(set(labels), key=int if all(name.isdecimal() for name in labels) else None)
+    number = {name: k for k, name in enumerate(names)}
+    return names, np.array([number[name] for name in labels], np.int64)
 
 
 def concatenate(chunks: dict[str, tuple[np.ndarray, np.ndarray]]) -> tuple[Arrays, np.ndarray, np.ndarray]:

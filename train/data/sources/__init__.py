@@ -1,0 +1,39 @@
+"""Where images come from: `open_source` finds the reader for a name, a path or a scheme, and returns a Source."""
+from collections.abc import Callable
+from pathlib import Path
+
+from train.data.source import DataError, Source
+from train.data.sources import bundled, files, hub, streams
+
+READERS: dict[str, Callable[[str], Source]] = {
+    "folder": lambda place: files.folder(Path(place).expanduser()),
+    "csv": lambda place: files.table(Path(place).expanduser()),
+    "litdata": streams.litdata,
+    "deeplake": streams.deeplake,
+    "hf": hub.huggingface,
+}
+
+
+def open_source(source: str, root: str | None = None) -> Source:
+    """Find the data.
+
+    `source`: digits; cifar10, cifar100, mnist or fashion-mnist; the path of a folder or of a .csv file; or one of
+    folder, csv, litdata, deeplake and hf with the place after a colon. `root`: where a torchvision data set lies on
+    disk (then nothing is downloaded), or the place where `source` is a bare scheme.
+    Raises DataError where there is nothing, or nothing that can be used.
+    """
+    if source == "digits":
+        return bundled.digits()
+    if source in bundled.TORCHVISION:
+        return bundled.torchvision(source, root)
+    scheme, colon, place = source.partition(":")
+    if scheme in READERS and (place if colon else root):
+        return READERS[scheme](place or root)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return files.folder(path)
+    if path.suffix.lower() == ".csv":
+        return files.table(path)
+    known = ", ".join(["digits", *bundled.TORCHVISION])
+    raise DataError(f"{source}: no such folder, and none of the data sets that Imago knows ({known}); other places are "
+                    f"written {', '.join(f'{name}:…' for name in READERS)}")
