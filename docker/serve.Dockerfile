@@ -1,0 +1,53 @@
+# The service: no torch, no compiler, no pip; a numeric user, a read-only root. Build arguments:
+#   BASE      any Debian with Python 3.11
+#   RUNTIME   cpu; cuda and openvino take their packages from serve-<RUNTIME>.lock
+#   VERSION, REVISION   of Imago, for the labels
+ARG BASE=docker.io/library/python:3.11-slim-bookworm
+
+# The packages: by hash, wheels only, in a virtual environment that has no pip.
+FROM ${BASE} AS packages
+ARG RUNTIME=cpu
+COPY docker/serve*.lock /locks/
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
+    --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
+    lock=/locks/serve.lock; [ "$RUNTIME" = cpu ] || lock="/locks/serve-$RUNTIME.lock"; \
+    python3 -m venv --without-pip /opt/imago \
+    && python3 -m pip --python /opt/imago/bin/python install --quiet --no-cache-dir --no-compile --no-deps \
+       --only-binary :all: --require-hashes -r "$lock"
+# What no server imports goes. Byte code carries no times: the same lock gives the same layer.
+WORKDIR /opt/imago/lib/python3.11/site-packages
+RUN find . -type d \( -name tests -o -name include \) -prune -exec rm -r {} + \
+    && rm -rf onnxruntime/transformers onnxruntime/quantization onnxruntime/tools onnxruntime/datasets \
+    && PYTHONHASHSEED=0 /opt/imago/bin/python -m compileall -q --invalidation-mode unchecked-hash -x 'pygments' .
+
+# The system, less what a server never needs: pip, caches, manuals, legacy encodings. dpkg's list stays, for scanners.
+FROM ${BASE} AS system
+RUN rm -rf /usr/local/lib/python3.*/site-packages/* /usr/local/lib/python3.*/ensurepip /usr/local/bin/pip* \
+      /usr/lib/python3/dist-packages/* /usr/lib/python3.*/ensurepip /usr/bin/pip* /usr/share/python-wheels \
+      /usr/local/lib/python3.*/idlelib /usr/local/lib/python3.*/tkinter /usr/local/lib/python3.*/test \
+      /usr/lib/*-linux-gnu/gconv /usr/share/doc /usr/share/man /usr/share/locale /usr/share/info /var/lib/apt /var/cache /var/log /root/.cache \
+    && mkdir -p /var/lib/apt /var/cache /var/log /store
+
+# From scratch, so that what was removed above is in no layer at all.
+FROM scratch
+# hadolint ignore=DL3067
+COPY --from=system / /
+COPY --from=packages /opt/imago /opt/imago
+COPY models/*.py /app/models/
+COPY serve /app/serve
+ENV PATH=/opt/imago/bin:/usr/local/bin:/usr/bin:/bin \
+    PYTHONPATH=/app PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 LANG=C.UTF-8 HOME=/tmp IMAGO_STORE=/store
+WORKDIR /app
+USER 65532:65532
+EXPOSE 8000 9090
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=10s --timeout=3s --start-period=60s --retries=3 \
+  CMD ["python", "-c", "import os, urllib.request as u; u.urlopen(f'http://127.0.0.1:{os.getenv(\"IMAGO_PORT\", \"8000\")}/health/ready', timeout=2)"]
+ENTRYPOINT ["python", "-m", "serve"]
+
+ARG VERSION=0 REVISION=unknown
+LABEL org.opencontainers.image.title="Imago serve" \
+      org.opencontainers.image.description="Images in, predictions out: a batched HTTP service for Imago bundles" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}"
