@@ -15,6 +15,7 @@ from train.callbacks import EarlyStopping, ProgressBar, SamplePredictions
 from train.data import ImageData
 from train.ema import WeightAverage
 from train.export import Export, export_bundle
+from train.history import History
 from train.system import Classifier
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -36,6 +37,10 @@ class Parser(LightningArgumentParser):
 class CLI(LightningCLI):
     """`fit`, `validate`, `test` and `predict` over one system and one data module."""
 
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--seed_everything", type=int, default=0,
+                            help="weights, split, order and augmentation all follow from it")
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--store", default="artifacts/store", help="where the bundle goes")
         parser.add_argument("--name", type=str | None, default=None,
@@ -46,7 +51,9 @@ class CLI(LightningCLI):
         parser.add_lightning_class_args(EarlyStopping, "early_stopping")
         parser.add_lightning_class_args(WeightAverage, "ema")  # after what looks at the average in a validation
         parser.add_lightning_class_args(LearningRateMonitor, "lr_monitor")
+        parser.add_lightning_class_args(History, "history")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.link_arguments("seed_everything", "data.seed")
         parser.set_defaults({
             "lr_monitor.logging_interval": "epoch",
             "checkpoint.monitor": "val/accuracy", "checkpoint.mode": "max", "checkpoint.filename": "best",
@@ -123,7 +130,7 @@ def run(argv: list[str]) -> CLI:
     if argv[:1] == ["run"]:
         argv = front_door(argv[1:])
     return CLI(
-        Classifier, ImageData, args=argv, parser_class=Parser, seed_everything_default=0,
+        Classifier, ImageData, args=argv, parser_class=Parser,
         auto_configure_optimizers=False, save_config_kwargs={"overwrite": True},
         trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False, "max_epochs": 10},
         parser_kwargs={"prog": "python -m train"})

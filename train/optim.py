@@ -18,8 +18,9 @@ class Optimizer:
         lr: peak learning rate of kernels.
         momentum: of sgd and muon.
         nesterov: whether sgd looks ahead.
-        weight_decay: of kernels and the head; biases and norms never decay. A share of the learning rate (decoupled)
-            for adamw and muon, added to the gradient for sgd and adam.
+        weight_decay: times the learning rate, what a step takes off the weights (in muon not off kernels, whose norm is
+            held). All parameters lose the same share a step, whatever their own learning rate.
+        decay_biases: whether biases and norms decay as well.
         bias_lr: learning rate of biases and norms, as a multiple of lr (of others_lr for muon).
         head_lr: learning rate of the last layer, likewise.
         others: for muon: what trains the parameters that are not kernels.
@@ -32,6 +33,7 @@ class Optimizer:
     momentum: float = 0.9
     nesterov: bool = True
     weight_decay: float = 0.0
+    decay_biases: bool = False
     bias_lr: float = 1.0
     head_lr: float = 1.0
     others: Literal["sgd", "adamw"] = "sgd"
@@ -93,12 +95,13 @@ def parameter_groups(network: nn.Module, config: Optimizer) -> list[dict[str, An
         if parameter.requires_grad:
             group = heads if id(parameter) in head else kernels if parameter.ndim > 1 else vectors
             group.append(parameter)
-    muon = config.name == "muon"
+    muon, decay = config.name == "muon", config.weight_decay
     rest = config.others_lr if muon else config.lr
     groups = [
-        {"params": kernels, "lr": config.lr, "weight_decay": config.weight_decay},
-        {"params": vectors, "lr": rest * config.bias_lr, "weight_decay": 0.0},
-        {"params": heads, "lr": rest * config.head_lr, "weight_decay": config.weight_decay},
+        {"params": kernels, "lr": config.lr, "weight_decay": 0.0 if muon else decay},
+        {"params": vectors, "lr": rest * config.bias_lr,
+         "weight_decay": decay / config.bias_lr if config.decay_biases else 0.0},
+        {"params": heads, "lr": rest * config.head_lr, "weight_decay": decay / config.head_lr},
     ]
     if muon:
         groups[0]["muon"] = True
@@ -123,8 +126,8 @@ class Muon(torch.optim.Optimizer):
 
     The update of a kernel [F,C,k,k], seen as a matrix [F, C*k*k], is the nearest semi-orthogonal matrix to its
     momentum: every direction is learnt at the same speed (Jordan et al., "Muon: an optimizer for hidden layers in
-    neural networks", 2024). Kernels are held at the norm sqrt(F), so the learning rate means the same for every layer and
-    at any time. torch.optim.Muon takes matrices only.
+    neural networks", 2024). Kernels are held at the norm sqrt(F), so the learning rate means the same for every layer
+    and at any time. torch.optim.Muon takes matrices only.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], lr: float, momentum: float = 0.6,
@@ -167,7 +170,6 @@ class Muon(torch.optim.Optimizer):
             velocities = torch._foreach_add(gradients, velocities, alpha=group["momentum"])
         for p, velocity in zip(parameters, velocities, strict=True):
             p.mul_(len(p) ** 0.5 / p.norm().clamp_min(1e-12))
-            p.mul_(1 - group["lr"] * group["weight_decay"])
             p.add_(orthogonal(velocity.reshape(len(p), -1)).view_as(p), alpha=-group["lr"])
 
     def _sgd(self, group: dict[str, Any], parameters: list[Tensor]) -> None:

@@ -1,4 +1,5 @@
 """The system: a network, its loss, metrics, optimizer and schedule. Lightning runs the loop."""
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -38,6 +39,7 @@ class Classifier(L.LightningModule):
                 four crops moved by one pixel as well.
         """
         super().__init__()
+        networks.check(network)
         self.save_hyperparameters()
         self.name, self.options, self.weights = network, options or {}, weights
         self.optimizer, self.schedule = optimizer or optim.Optimizer(), schedule or optim.Schedule()
@@ -57,12 +59,12 @@ class Classifier(L.LightningModule):
         self.network = networks.build(self.name, len(data.classes), spec.channels, spec.height, **self.options)
         self.register_buffer("mean", torch.tensor(data.mean).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(data.std).view(1, -1, 1, 1))
-        weights = _inverse_frequency(data) if self.weigh_classes else None
+        weights = data.class_weights if self.weigh_classes else None
         self.register_buffer("class_weights", weights, persistent=False)
         if self.weights:
             load_weights(self.network, self.weights)
         elif stage == "fit" and hasattr(self.network, "prepare"):
-            self.network.prepare(self.normalize(data.images("train", PREPARE_IMAGES)))
+            self.network.prepare(self.normalize(_images(data.train_dataloader(), PREPARE_IMAGES)))
         self.network.to(memory_format=self.layout)
         if self.compile_mode != "off":
             self.network.compile(mode=self.compile_mode)  # the network, not this module: self.log breaks inside
@@ -148,6 +150,12 @@ class Classifier(L.LightningModule):
                 "schedule": asdict(self.schedule), "label_smoothing": self.label_smoothing, "weights": self.weights}
 
 
-def _inverse_frequency(data: Any) -> Tensor:
-    counts = torch.as_tensor(data.class_counts, dtype=torch.float32)
-    return counts.sum() / (len(counts) * counts.clamp_min(1))
+def _images(batches: Iterable[Batch], count: int) -> Tensor:
+    """The first `count` images, [count,C,H,W] on the CPU."""
+    taken: list[Tensor] = []
+    for images, _ in batches:
+        taken.append(images[:count].cpu())
+        count -= len(taken[-1])
+        if count <= 0:
+            break
+    return torch.cat(taken)

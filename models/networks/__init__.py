@@ -11,6 +11,7 @@ from models.networks.ops import declare_missing
 _ops = declare_missing()
 
 import inspect  # noqa: E402
+from difflib import get_close_matches  # noqa: E402
 from typing import Any  # noqa: E402
 
 from models.networks.base import Network  # noqa: E402
@@ -38,8 +39,15 @@ def build(name: str, classes: int, channels: int, size: int, **options: Any) -> 
             if option not in known:
                 raise ValueError(f"network {name}: unknown option {option!r}; it has {', '.join(known) or 'none'}")
         return OWN[name](classes, channels, size, **options)
+    check(name)
     from models.networks import zoo
 
-    if name not in zoo.names():
-        raise ValueError(f"unknown network {name!r}; choose one of {', '.join(names())}")
     return zoo.Zoo(name, classes, channels, size, **options)
+
+
+def check(name: str) -> None:
+    """Raise ValueError for a name that `build` does not know, with the nearest that it does."""
+    if name not in OWN and name not in (known := names()):
+        near = get_close_matches(name, known, 3)
+        raise ValueError(f"unknown network {name!r}; " + (f"did you mean {' or '.join(near)}? " if near else "")
+                         + f"There are {', '.join(OWN)} and torchvision's classification models, such as resnet18")

@@ -35,8 +35,7 @@ class SpeedNet(Network):
         self.blocks = nn.Sequential(nn.GELU(), *(Block(inside, outside, depth, norm_momentum)
                                                  for inside, outside in pairwise([filters, *widths])))
         self.head = nn.Linear(widths[-1], classes, bias=False)
-        nn.init.normal_(self.head.weight, std=1 / self.head.in_features ** 0.5)
-        self.head.weight.data.div_(self.head.weight.std())
+        nn.init.zeros_(self.head.weight)  # all classes alike at first, whatever the scale of the features
 
     def trunk(self, x: Tensor) -> Tensor:
         return self.blocks(self.whiten(x))
