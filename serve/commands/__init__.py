@@ -1,0 +1,1 @@
+"""Commands beside the service: `python -m serve predict | check | bench`."""
