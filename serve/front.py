@@ -1,19 +1,23 @@
 """The door: a pure ASGI middleware that answers every request before LitServe's own routes could.
 
-LitServe's app behind it only sees the lifespan events, so none of its endpoints is reachable. Where to hook in:
-`Front.routes` maps (method, path) to an async handler from Request to Response; a path that ends in `/` in
-`Front.prefixes` takes everything below it. Paths in `PROTECTED` ask for the API key when one is set.
+LitServe's app behind it only sees the lifespan events, so none of its endpoints is reachable. POST /predict takes a
+shorter way, `serve.exchange`, and shares what is here. Where to hook in: `Front.routes` maps (method, path) to an async
+handler from Request to Response, `Front.prefixes` a beginning of paths; `Front.finish` sees every request that ended.
+Paths in `PROTECTED` ask for the API key when one is set.
 """
+import asyncio
 import hmac
 import os
 import re
 import signal
 import time
 from collections.abc import Awaitable, Callable
+from http import HTTPStatus
 from itertools import count
 from typing import Any
 
 from serve import docs, logs
+from serve.connection import Connection
 from serve.feedback import Feedback
 from serve.metrics import Slab
 from serve.page import Page
@@ -31,9 +35,20 @@ PROTECTED, PROBES = ("/predict", "/v2", "/feedback"), "/v2/health/"
 SECURITY: list[Header] = [
     (b"x-content-type-options", b"nosniff"),
     (b"cache-control", b"no-store"),
+    (b"cross-origin-resource-policy", b"same-origin"),
 ]
-CODES = (200, 400, 401, 404, 405, 408, 413, 415, 422, 429, 500, 503, 504)
+CODES = (200, 400, 401, 408, 413, 415, 422, 429, 500, 503, 504)
 INFER = "/v2/models/"
+SWEEP_SECONDS = 0.5
+LOGS_A_SECOND = 20  # lines on requests; under a flood of failures a log must not become the next problem
+
+
+def _status_head(status: int) -> bytes:
+    security = b"".join(b"%b: %b\r\n" % header for header in SECURITY)
+    return b"HTTP/1.1 %d %b\r\n%b" % (status, HTTPStatus(status).phrase.encode(), security)
+
+
+HEADS = {status.value: _status_head(status.value) for status in HTTPStatus}
 
 
 class Front:
@@ -43,8 +58,7 @@ class Front:
         self.app, self.settings, self.run = app, settings, run
         self.key = settings.key()
         self.ids, self.id_start = count(), os.urandom(6).hex()
-        self.routes: dict[tuple[str, str], Handler] = {}
-        self.prefixes: dict[str, Handler] = {}
+        self.log_second, self.logged = 0, 0
 
     async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
         if scope["type"] == "http":
@@ -52,24 +66,26 @@ class Front:
         elif scope["type"] == "lifespan":
             self.start(scope["app"].response_queue_id)
             await self.app(scope, receive, send)
+            self.sweeper.cancel()
             self.pool.close()
             if self.tracing:
                 self.tracing.close()
 
     def start(self, number: int) -> None:
-        """Make what this HTTP process needs. The supervisor decides when it ends, so Ctrl+C is not for us."""
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        """Make what this HTTP process needs. The supervisor alone decides when it ends."""
         logs.configure(self.settings)
-        self.number, self.state = number, State(self.run)
+        self.number, self.state, self.parent = number, State(self.run), os.getppid()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        uvicorn_ends = signal.getsignal(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, lambda *args: uvicorn_ends(*args) if self.state.stopping else None)
         self.slab = Slab(f"{self.run}/api-{number}.metrics")
-        self.pool = Pool(self.run, self.settings.workers)
-        feedback = Feedback(self.run, self.slab, self.pool)
-        self.predict = Predictor(self.settings, self.pool, self.state, self.slab, number, feedback)
-        page, v2 = Page(self.settings, self.pool), OpenInference(self.predict, self.pool)
-        self.tracing = Tracing() if self.settings.tracing else None
         self.codes = {code: self.slab.slot("requests", str(code)) for code in CODES}
-        self.routes = {
-            ("POST", "/predict"): self.predict,
+        self.pool = Pool(self.run, self.settings.workers, self.slab.setter("ready"))
+        feedback = Feedback(self.run, self.slab, self.pool)
+        self.predictor = Predictor(self.settings, self.pool, self.state, self.slab, number, feedback)
+        page, v2 = Page(self.settings, self.pool), OpenInference(self.predictor, self.pool)
+        self.tracing = Tracing() if self.settings.tracing else None
+        self.routes: dict[tuple[str, str], Handler] = {
             ("GET", "/model"): self.model,
             ("GET", "/health/live"): self.live,
             ("GET", "/health/ready"): self.ready,
@@ -80,74 +96,114 @@ class Front:
             ("GET", "/report"): page.report,
             ("GET", "/v2"): v2,
         }
-        self.prefixes = {"/page/": page.own, "/samples/": page.sample, "/v2/": v2}
+        self.prefixes: dict[str, Handler] = {"/page/": page.own, "/samples/": page.sample, "/v2/": v2}
+        self.methods = {"/predict": ["POST"]}
+        for method, path in self.routes:
+            self.methods.setdefault(path, []).append(method)
+        Connection.front = self
+        self.sweeper = asyncio.get_running_loop().create_task(self.sweep())
+
+    async def sweep(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_SECONDS)
+            if os.getppid() != self.parent:
+                os._exit(1)  # the supervisor was killed
+            Connection.sweep()
 
     async def answer(self, scope: dict, receive: Any, send: Any) -> None:
-        started, headers = time.perf_counter(), dict(scope["headers"])
-        given = headers.get(b"x-request-id")
-        request_id = (given.decode() if given is not None and REQUEST_ID.fullmatch(given)
-                      else f"{self.id_start}{next(self.ids):08x}")
-        request = Request(scope, receive, headers, request_id)
-        path = scope["path"]
+        """Every request but POST /predict."""
+        started, path = time.perf_counter(), scope["path"]
+        request = self.request(scope, receive)
         try:
-            response = await self.handler(scope["method"], path, headers)(request)
+            response = await self.handler(scope["method"], path, request.headers)(request)
         except Problem as problem:
-            response = problem.response(request_id)
-            if problem.reason:
-                self.slab.add("rejected", problem.reason)
+            response = self.refused(problem, request.id)
         except ConnectionError:
             response = None  # nobody is there to be answered
         except Exception:
-            logs.logger.exception("a request failed", extra={"fields": {"request_id": request_id, "path": path}})
-            response = Problem(500, "the service failed on this request", close=True).response(request_id)
-        seconds = time.perf_counter() - started
-        if (path == "/predict" or path.startswith(INFER)) and response is not None:
-            self.count(response.status, seconds)
+            logs.logger.exception("a request failed", extra={"fields": {"request_id": request.id, "path": path}})
+            response = Problem(500, "the service failed on this request", close=True).response(request.id)
         if response is not None:
-            await self.send(response, request_id, send)
-        if self.tracing:
-            self.tracing.record(request, response, seconds)
-        self.log(request, response, seconds)
+            await self.send(response, request.id, send)
+        self.finish(request, response, time.perf_counter() - started)
+
+    def request(self, scope: dict, receive: Any) -> Request:
+        headers = dict(scope["headers"])
+        given = headers.get(b"x-request-id")
+        number = given.decode() if given is not None and REQUEST_ID.fullmatch(given) else self.new_id()
+        return Request(scope, receive, headers, number)
+
+    def new_id(self) -> str:
+        return f"{self.id_start}{next(self.ids):08x}"
 
     def handler(self, method: str, path: str, headers: dict[bytes, bytes]) -> Handler:
         """Raises Problem 401, 404 or 405."""
-        if self.key is not None and path.startswith(PROTECTED) and not path.startswith(PROBES):
+        if path.startswith(PROTECTED) and not path.startswith(PROBES):
             self.authorize(headers)
         found = self.routes.get(("GET" if method == "HEAD" else method, path))
         if found is None:
             found = next((h for prefix, h in self.prefixes.items() if path.startswith(prefix)), None)
         if found is None:
-            if any(known == path for _, known in self.routes):
-                raise Problem(405, f"{path} does not take {method}")
+            if path in self.methods:
+                raise Problem(405, f"{path} takes {' and '.join(self.methods[path])}, not {method}")
             raise Problem(404, "there is nothing here; see /docs")
         return found
 
     def authorize(self, headers: dict[bytes, bytes]) -> None:
         """Compare the key in constant time. Raises Problem 401."""
-        given = headers.get(b"x-api-key") or headers.get(b"authorization", b"").removeprefix(b"Bearer ")
-        if not hmac.compare_digest(given, self.key):
-            raise Problem(401, "send the API key as X-API-Key, or as Authorization: Bearer", "key", close=True)
+        if self.key is not None:
+            given = headers.get(b"x-api-key") or headers.get(b"authorization", b"").removeprefix(b"Bearer ")
+            if not hmac.compare_digest(given, self.key):
+                raise Problem(401, "send the API key as X-API-Key, or as Authorization: Bearer", "key")
+
+    def refused(self, problem: Problem, request_id: str) -> Response:
+        if problem.reason:
+            self.slab.add("rejected", problem.reason)
+        return problem.response(request_id)
+
+    def head(self, response: Response, request_id: str, close: bool) -> bytes:
+        """The bytes of a response up to its body."""
+        parts = [HEADS[response.status]]
+        for header in (*Connection.uvicorn.default_headers, *response.headers):
+            parts.append(b"%b: %b\r\n" % header)
+        parts.append(b"content-type: %b\r\ncontent-length: %d\r\nx-request-id: %b\r\n%b\r\n" % (
+            response.content_type, len(response.body), request_id.encode(), b"connection: close\r\n" if close else b""))
+        return b"".join(parts)
 
     async def send(self, response: Response, request_id: str, send: Any) -> None:
         headers = [(b"content-type", response.content_type), (b"content-length", b"%d" % len(response.body)),
                    (b"x-request-id", request_id.encode()), *SECURITY, *response.headers]
-        if self.state.draining:
+        if response.close or self.state.draining:
             headers.append((b"connection", b"close"))
         await send({"type": "http.response.start", "status": response.status, "headers": headers})
         await send({"type": "http.response.body", "body": response.body})
+
+    def finish(self, request: Request, response: Response | None, seconds: float) -> None:
+        """Count, trace and log a request that ended; without a response the client left before."""
+        path, status = request.scope["path"], response.status if response else 499
+        if response is not None and (path == "/predict" or path.startswith(INFER)):
+            self.count(status, seconds)
+        if self.tracing:
+            self.tracing.record(request, response, seconds)
+        if self.settings.access_log or status in (500, 503, 504):
+            self.log(request, status, seconds)
 
     def count(self, status: int, seconds: float) -> None:
         slot = self.codes.get(status)
         self.slab.values[slot if slot is not None else self.slab.slot("requests", str(status))] += 1
         self.slab.observe("request_duration_seconds", seconds)
 
-    def log(self, request: Request, response: Response | None, seconds: float) -> None:
-        status = response.status if response else 499
-        if self.settings.access_log or status >= 500:
-            scope = request.scope
-            logs.logger.info("request", extra={"fields": {
-                "request_id": request.id, "method": scope["method"], "path": scope["path"], "status": status,
-                "ms": round(1000 * seconds, 3)}})
+    def log(self, request: Request, status: int, seconds: float) -> None:
+        second = int(time.monotonic())
+        if second != self.log_second:
+            if self.logged > LOGS_A_SECOND and not self.settings.access_log:
+                logs.logger.warning("%d more requests failed", self.logged - LOGS_A_SECOND)
+            self.log_second, self.logged = second, 0
+        self.logged += 1
+        if self.logged <= LOGS_A_SECOND or self.settings.access_log:
+            fields = {"request_id": request.id, "method": request.scope["method"], "path": request.scope["path"],
+                      "status": status, "ms": round(1000 * seconds, 3)}
+            logs.logger.log(30 if status >= 500 else 20, "request", extra={"fields": fields})
 
     async def live(self, request: Request) -> Response:
         return as_json({"status": "live"})

@@ -40,7 +40,7 @@ def configure(settings: Settings) -> None:
     for name in ("litserve", "uvicorn", "uvicorn.error", "uvicorn.access"):
         library = logging.getLogger(name)
         library.handlers, library.propagate = [], True
-        library.setLevel(logging.WARNING)
+        library.setLevel(logging.ERROR)  # uvicorn warns of every malformed request
 
 
 def silence() -> None:

@@ -8,7 +8,7 @@ import mmap
 import os
 import struct
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -48,7 +48,7 @@ METRICS = {
     "model_info": Definition("gauge", "1 for what is served now.", ("name", "version", "variant", "digest"),
                              combine="max"),
     "ready": Definition("gauge", "1 when all workers are ready and the service is not draining.", combine="min"),
-    "worker_restarts": Definition("counter", "Workers replaced, by reason: crash, hang.", ("reason",)),
+    "restarts": Definition("counter", "Processes replaced, by reason: crash, hang.", ("process", "reason")),
     "reloads": Definition("counter", "New versions that a worker took (ok) or refused.", ("outcome",)),
     "cache": Definition("counter", "Images looked up in the cache: hit, miss.", ("outcome",)),
     "feedback": Definition("counter", "True labels: correct, wrong, unknown (no such answer).", ("outcome",)),
@@ -101,6 +101,11 @@ class Slab:
 
     def set(self, name: str, *labels: str, to: float) -> None:
         self.values[self.slot(name, *labels)] = to
+
+    def setter(self, name: str) -> Callable[[float], None]:
+        """A function that sets this gauge."""
+        at = self.slot(name)
+        return lambda value: self.values.__setitem__(at, value)
 
     def observe(self, name: str, value: float) -> None:
         at, edges = self.slot(name), METRICS[name].buckets

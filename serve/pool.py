@@ -2,6 +2,7 @@
 import asyncio
 import json
 import time
+from collections.abc import Callable
 from itertools import count
 
 from serve.frames import CANCEL, HELLO, Answer, Job, pack_job, take_answers
@@ -11,21 +12,38 @@ LOST = b"the worker was lost before it answered; try again"
 
 
 class Ask:
-    """The images of one request on their way; `done` is set when each has an answer."""
+    """The images of one request on their way. `done` is called once: when each has an answer, or at the deadline."""
 
-    __slots__ = ("answers", "done", "jobs", "left")
+    __slots__ = ("answers", "done", "expired", "jobs", "left", "timer")
 
-    def __init__(self, images: int, loop: asyncio.AbstractEventLoop):
-        self.answers: list[Answer | None] = [None] * images
+    def __init__(self, answers: list[Answer | None], done: Callable[["Ask"], None]):
+        self.answers, self.done, self.expired = answers, done, False
+        self.left = answers.count(None)
         self.jobs: list[tuple[Channel, int]] = []
-        self.left = images
-        self.done = loop.create_future()
+        self.timer: asyncio.TimerHandle | None = None
 
     def put(self, index: int, answer: Answer) -> None:
         self.answers[index] = answer
         self.left -= 1
-        if not self.left and not self.done.done():
-            self.done.set_result(None)
+        if not self.left:
+            self.finish()
+
+    def finish(self) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+        self.done(self)
+
+    def expire(self) -> None:
+        self.expired = True
+        self.cancel()
+        self.done(self)
+
+    def cancel(self) -> None:
+        """Nobody waits any more: what is not done yet is dropped, not done late, and `done` is not called."""
+        if self.timer is not None:
+            self.timer.cancel()
+        for channel, number in self.jobs:
+            channel.cancel(number)
 
 
 class Channel(asyncio.Protocol):
@@ -44,6 +62,7 @@ class Channel(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Every job that the worker had is answered with 503, at once."""
         self.model = None
+        self.pool.look()
         for number, (ask, index) in list(self.waiting.items()):
             ask.put(index, Answer(number, 503, 0, 0, 0, 0, LOST))
         self.waiting.clear()
@@ -83,10 +102,11 @@ class Channel(asyncio.Protocol):
 class Pool:
     """All workers."""
 
-    def __init__(self, run: str, workers: int):
-        self.run, self.size = run, workers
+    def __init__(self, run: str, workers: int, tell_ready: Callable[[float], None]):
+        self.run, self.size, self.tell_ready = run, workers, tell_ready
         self.loop = asyncio.get_running_loop()
         self.channels: list[Channel | None] = [None] * workers
+        self.usable: list[Channel] = []
         self.model: dict = {}  # what was told last
         self.name = b""  # of the model, as JSON
         self.tasks = [self.loop.create_task(self._keep(i)) for i in range(workers)]
@@ -101,32 +121,35 @@ class Pool:
                 await asyncio.sleep(RETRY_SECONDS)
                 continue
             self.channels[index] = channel
+            self.look()
             await channel.closed
             self.channels[index] = None
 
     def told(self, model: dict) -> None:
         self.model, self.name = model, json.dumps(model["name"]).encode()
+        self.look()
 
-    @property
-    def usable(self) -> list[Channel]:
-        return [channel for channel in self.channels if channel is not None and channel.model is not None]
+    def look(self) -> None:
+        """See who can be given work now."""
+        self.usable = [channel for channel in self.channels if channel is not None and channel.model is not None]
+        self.tell_ready(self.ready)
 
     @property
     def ready(self) -> bool:
         return len(self.usable) == self.size
 
-    def ask(self, images: list[bytes], seconds: float, top_k: int, flags: int) -> Ask:
-        """Hand each image to the worker with the least to do. There must be a usable one."""
-        ask, deadline, usable = Ask(len(images), self.loop), time.monotonic() + seconds, self.usable
+    def ask(self, images: list[bytes], answers: list[Answer | None], seconds: float, top_k: int, flags: int,
+            done: Callable[[Ask], None]) -> Ask:
+        """Hand each image without an answer to the worker with the least to do. There must be a usable one."""
+        ask, deadline, usable = Ask(answers, done), time.monotonic() + seconds, self.usable
+        ask.timer = self.loop.call_later(seconds, ask.expire)
         for index, body in enumerate(images):
-            channel = usable[0] if len(usable) == 1 else min(usable, key=lambda c: len(c.waiting))
-            channel.ask(ask, index, body, deadline, top_k, flags)
+            if answers[index] is None:
+                channel = usable[0] if len(usable) == 1 else min(usable, key=lambda c: len(c.waiting))
+                channel.ask(ask, index, body, deadline, top_k, flags)
+        if not ask.left:
+            self.loop.call_soon(ask.finish)
         return ask
-
-    def abandon(self, ask: Ask) -> None:
-        """Nobody waits for these answers any more: their jobs are dropped, not done late."""
-        for channel, number in ask.jobs:
-            channel.cancel(number)
 
     def close(self) -> None:
         for task in self.tasks:

@@ -1,4 +1,4 @@
-"""POST /predict: admission, body, workers, answer."""
+"""Predictions in one HTTP process: admission, images, workers, answers. `serve.exchange` and `serve.v2` call it."""
 import asyncio
 import json
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from serve.cache import Cache
 from serve.feedback import Feedback
 from serve.frames import CAM, Answer
 from serve.metrics import Slab
-from serve.pool import Pool
+from serve.pool import Ask, Pool
 from serve.responses import JSON, Problem, Request, Response
 from serve.settings import Settings
 from serve.state import State
@@ -19,120 +19,139 @@ QUERY = {b"": (TOP_K, 0)}  # of most requests
 MAX_TOP_K = 1000
 
 
+class Place:
+    """What one request holds of the service's capacity, from its head to its answer."""
+
+    __slots__ = ("images", "size")
+
+    def __init__(self, images: int, size: int):
+        self.images, self.size = images, size
+
+
 class Predictor:
-    """What one HTTP process needs to answer /predict, and the count of what it has accepted."""
+    """Admits requests, hands their images to the workers and composes the answers."""
 
     def __init__(self, settings: Settings, pool: Pool, state: State, slab: Slab, number: int, feedback: Feedback):
         self.settings, self.pool, self.state, self.slab, self.number = settings, pool, state, slab, number
         self.feedback, self.cache = feedback, Cache(settings.cache_entries, slab) if settings.cache_entries else None
         self.images = self.requests = self.bytes = 0
         self.pending_slot = slab.slot("pending_images")
+        self.count(0, 0, 0)
 
     def count(self, images: int, requests: int, size: int) -> None:
-        """Take or give back places, seen by all HTTP processes."""
+        """Take or give back capacity, seen by all HTTP processes."""
         self.images += images
         self.requests += requests
         self.bytes += size
         self.state.set_pending(self.number, self.images, self.requests, self.bytes)
         self.slab.values[self.pending_slot] = self.images
 
-    def admit(self, images: int) -> None:
-        """Raises Problem 429 where there is no place for so many more images."""
-        if self.state.pending(self.settings.api_processes) + images > self.settings.max_pending:
-            raise Problem(429, "too many images are waiting; try again in a second", "pending")
-
-    async def __call__(self, request: Request) -> Response:
-        def parse(content: bytes) -> tuple[list[bytes], int, int]:
-            top_k, flags = query(request.scope["query_string"])
-            if flags & CAM and "cam" not in self.pool.model["explains"]:
-                raise Problem(400, "this model has no heat maps; leave explain away")
-            kind = request.headers.get(b"content-type", b"")
-            return body.images(content, kind, self.settings.max_images), top_k, flags
-
-        answers = await self.run(request, parse)
-        response = self.compose(request.id, answers)
-        self.feedback.remember(request.id, answers)
-        return response
-
-    async def run(self, request: Request, parse: Callable[[bytes], tuple[list[bytes], int, int]]) -> list[Answer]:
-        """Admit a request, read it, ask the workers. `parse` makes images, top_k and flags of its body."""
-        settings, size = self.settings, declared(request.headers, self.settings.max_body_bytes)
+    def enter(self, headers: dict[bytes, bytes]) -> Place:
+        """Admit a request by its head alone, or raise Problem 413, 415, 429 or 503 before its body is read."""
+        size = int(headers.get(b"content-length", b"0"))
+        if size > self.settings.max_body_bytes:
+            raise Problem(413, f"the body is larger than the {self.settings.max_body_bytes} bytes allowed", "body")
+        if headers.get(b"content-encoding", b"identity") != b"identity":
+            raise Problem(415, "compressed bodies are not taken")
         if self.state.draining:
             raise Problem(503, "the service is shutting down", "draining", close=True)
         if not self.pool.usable:
-            raise Problem(503, "no model is ready yet; try again in a second", "not_ready")
-        self.admit(1)
-        taken = 1
-        self.count(1, 1, size)
-        try:
-            content = await body.read(request.receive, settings.max_body_bytes)
-            found, top_k, flags = parse(content)
-            if len(found) > 1:
-                self.admit(len(found) - 1)
-                self.count(len(found) - 1, 0, 0)
-                taken = len(found)
-            if not self.pool.usable:
-                raise Problem(503, "no model is ready; try again in a second", "not_ready")
-            return await (self.ask if self.cache is None else self.ask_cached)(request, found, top_k, flags)
-        finally:
-            self.count(-taken, -1, -size)
+            raise Problem(503, "no model is ready; try again in a second", "not_ready")
+        if self.state.body_bytes(self.settings.api_processes) + size > self.settings.max_pending_bytes:
+            raise Problem(429, "too many bytes are waiting; try again in a second", "bytes")
+        place = Place(0, size)
+        self.grow(place, 1)
+        self.count(0, 1, size)
+        return place
 
-    async def ask_cached(self, request: Request, images: list[bytes], top_k: int, flags: int) -> list[Answer]:
-        """As `ask`, but only for images that the cache does not know."""
+    def grow(self, place: Place, images: int) -> None:
+        """Let a request hold so many images more. Raises Problem 429 where there is no room for them."""
+        if images and self.state.pending(self.settings.api_processes) + images > self.settings.max_pending:
+            raise Problem(429, "too many images are waiting; try again in a second", "pending")
+        place.images += images
+        self.count(images, 0, 0)
+
+    def leave(self, place: Place) -> None:
+        self.count(-place.images, -1, -place.size)
+
+    def parse(self, request: Request, content: bytes) -> tuple[list[bytes], int, int]:
+        """Images, top_k and flags of a request to /predict. Raises Problem 4xx."""
+        top_k, flags = query(request.scope["query_string"])
+        if flags & CAM and "cam" not in self.pool.model["explains"]:
+            raise Problem(400, "this model has no heat maps; leave explain away")
+        kind = request.headers.get(b"content-type", b"")
+        return body.images(content, kind, self.settings.max_images), top_k, flags
+
+    def ask(self, place: Place, images: list[bytes], top_k: int, flags: int, done: Callable[[Ask], None]) -> Ask:
+        """Start to answer these images; `done` is called when they are, or at the deadline. Raises Problem 429, 503."""
+        self.grow(place, len(images) - place.images)
+        answers: list[Answer | None] = [None] * len(images)
+        if self.cache is not None:
+            done = self.look_up(answers, images, top_k, flags, done)
+        if not self.pool.usable:
+            raise Problem(503, "no model is ready; try again in a second", "not_ready")
+        return self.pool.ask(images, answers, self.settings.deadline_ms / 1000, top_k, flags, done)
+
+    def look_up(self, answers: list[Answer | None], images: list[bytes], top_k: int, flags: int,
+                done: Callable[[Ask], None]) -> Callable[[Ask], None]:
+        """Put in the answers that the cache knows; the others it learns when they are there."""
         model, keys = self.pool.model, [self.cache.key(image, top_k, flags) for image in images]
-        answers = [self.cache.get(key, model) for key in keys]
-        missing = [i for i, answer in enumerate(answers) if answer is None]
-        fresh = await self.ask(request, [images[i] for i in missing], top_k, flags) if missing else []
-        for i, answer in zip(missing, fresh, strict=True):
-            answers[i] = answer
-            self.cache.put(keys[i], model, answer)
-        return answers
+        missing = []
+        for i, key in enumerate(keys):
+            answers[i] = self.cache.get(key, model)
+            if answers[i] is None:
+                missing.append(i)
 
-    async def ask(self, request: Request, images: list[bytes], top_k: int, flags: int) -> list[Answer]:
-        """The workers' answers. Raises Problem 504 at the deadline, ConnectionError when the client left."""
-        ask = self.pool.ask(images, self.settings.deadline_ms / 1000, top_k, flags)
-        timer = self.pool.loop.call_later(self.settings.deadline_ms / 1000, expire, ask.done)
+        def learn(ask: Ask) -> None:
+            if not ask.expired:
+                for i in missing:
+                    self.cache.put(keys[i], model, ask.answers[i])
+            done(ask)
+
+        return learn
+
+    def result(self, ask: Ask) -> list[Answer]:
+        """The answers of what is done. Raises Problem 504 where its deadline passed."""
+        if ask.expired:
+            raise Problem(504, f"no answer within {self.settings.deadline_ms} ms")
+        return ask.answers
+
+    async def run(self, request: Request, parse: Callable[[bytes], tuple[list[bytes], int, int]]) -> list[Answer]:
+        """All of the above for a handler that waits. Raises Problem, or ConnectionError when the client left."""
+        place = self.enter(request.headers)
         connection = request.scope["connection"]
-        connection.on_lost = ask.done.cancel
+        ended = self.pool.loop.create_future()
         try:
-            await ask.done
-        except asyncio.CancelledError:
-            self.pool.abandon(ask)
-            raise ConnectionError("the client left") from None
-        except TimeoutError:
-            self.pool.abandon(ask)
-            raise Problem(504, f"no answer within {self.settings.deadline_ms} ms") from None
+            images, top_k, flags = parse(await body.read(request.receive, self.settings.max_body_bytes))
+            ask = self.ask(place, images, top_k, flags, lambda _: ended.done() or ended.set_result(None))
+            connection.on_lost = ended.cancel
+            try:
+                await ended
+            except asyncio.CancelledError:
+                ask.cancel()
+                raise ConnectionError("the client left") from None
+            return self.result(ask)
         finally:
             connection.on_lost = None
-            timer.cancel()
-        return ask.answers
+            self.leave(place)
 
     def compose(self, request_id: str, answers: list[Answer]) -> Response:
         """One answer for all images; an image that failed is an error in its place."""
-        last = answers[-1] if len(answers) == 1 else max(answers, key=lambda a: (a.status == 200, a.version))
-        if last.status != 200 and len(answers) == 1:
-            raise Problem(last.status, last.body.decode())
-        parts = [a.body if a.status == 200 else error(a) for a in answers]
-        status = 200 if last.status == 200 else failure(answers)
-        content = (b'{"id":"%b","model":{"name":%b,"version":"%d"},"predictions":[%b]}'
-                   % (request_id.encode(), self.pool.name, last.version, b",".join(parts)))
-        timing = b"queue;dur=%.3f, decode;dur=%.3f, infer;dur=%.3f" % tuple(
-            max(times) / 1000 for times in zip(*(a[3:6] for a in answers), strict=True))
-        return Response(status, content, JSON,
-                        [(b"x-model-version", b"%d" % last.version), (b"server-timing", timing)])
-
-
-def expire(done: asyncio.Future) -> None:
-    if not done.done():
-        done.set_exception(TimeoutError())
-
-
-def declared(headers: dict[bytes, bytes], limit: int) -> int:
-    """Content-Length, 0 where the body is chunked. Raises Problem 413 beyond the limit, before the body is read."""
-    size = int(headers.get(b"content-length", b"0"))
-    if size > limit:
-        raise Problem(413, f"the body is larger than the {limit} bytes allowed", "body", close=True)
-    return size
+        if len(answers) == 1:
+            last = answers[0]
+            if last.status != 200:
+                raise Problem(last.status, last.body.decode())
+            status, content, times = 200, last.body, last[3:6]
+        else:
+            last = max(answers, key=lambda a: (a.status == 200, a.version))
+            status = 200 if last.status == 200 else max(a.status for a in answers)
+            content = b",".join([a.body if a.status == 200 else error(a) for a in answers])
+            times = [max(column) for column in list(zip(*answers, strict=True))[3:6]]
+        whole = (b'{"id":"%b","model":{"name":%b,"version":"%d"},"predictions":[%b]}'
+                 % (request_id.encode(), self.pool.name, last.version, content))
+        timing = b"queue;dur=%.3f, decode;dur=%.3f, infer;dur=%.3f" % tuple([t / 1000 for t in times])
+        self.feedback.remember(request_id, answers)
+        return Response(status, whole, JSON, [(b"x-model-version", b"%d" % last.version), (b"server-timing", timing)])
 
 
 def query(text: bytes) -> tuple[int, int]:
@@ -154,10 +173,3 @@ def query(text: bytes) -> tuple[int, int]:
 
 def error(answer: Answer) -> bytes:
     return json.dumps({"error": Problem(answer.status, answer.body.decode()).members()}).encode()
-
-
-def failure(answers: list[Answer]) -> int:
-    """The status that tells that all images failed: theirs where they agree, else the worst."""
-    return max(a.status for a in answers)
-
-

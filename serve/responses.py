@@ -24,6 +24,7 @@ class Response:
     body: bytes
     content_type: bytes = JSON
     headers: list[Header] = field(default_factory=list)
+    close: bool = False  # the connection is not used again
 
 
 class Problem(Exception):
@@ -40,9 +41,7 @@ class Problem(Exception):
         headers = [(b"retry-after", b"1")] if self.status in (429, 503) else []
         if self.status == 401:
             headers.append((b"www-authenticate", b"Bearer"))
-        if self.close:
-            headers.append((b"connection", b"close"))
-        return Response(self.status, body, PROBLEM, headers)
+        return Response(self.status, body, PROBLEM, headers, self.close)
 
     def members(self) -> dict[str, Any]:
         return {"title": HTTPStatus(self.status).phrase, "status": self.status, "detail": self.detail}

@@ -34,6 +34,7 @@ class Settings(BaseSettings):
 
     # Bounds
     max_pending: int = Field(256, ge=1, description="images accepted and not yet answered; more get 429")
+    max_pending_bytes: int = Field(256 << 20, ge=1, description="bytes of bodies accepted and not yet answered")
     max_images: int = Field(64, ge=1, description="images in one request")
     max_body_bytes: int = Field(32 << 20, ge=1, description="bytes of one request's body")
     max_pixels: int = Field(50_000_000, ge=1, description="pixels of one image, as its header states them")

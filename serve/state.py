@@ -9,7 +9,8 @@ import time
 FILE = "state"
 SLOTS = 64  # of each kind
 PREDICTORS = 1024
-_DRAINING, _PENDING, _REQUESTS, _BYTES, _BEAT = 0, 64, 128, 192, 256
+START_SECONDS = 120  # for a worker to load its model
+_DRAINING, _STOPPING, _PENDING, _REQUESTS, _BYTES, _BEAT = 0, 1, 64, 128, 192, 256
 _BUSY = 320
 _SIZE = 8 * (_BUSY + SLOTS * PREDICTORS)
 
@@ -27,7 +28,7 @@ class State:
             file.truncate(_SIZE)
         return cls(run)
 
-    # Draining is set by the supervisor alone.
+    # Set by the supervisor alone. Draining: what was accepted is answered, no more. Stopping: processes may end.
 
     @property
     def draining(self) -> bool:
@@ -35,6 +36,13 @@ class State:
 
     def drain(self) -> None:
         self.page[_DRAINING] = 1
+
+    @property
+    def stopping(self) -> bool:
+        return self.page[_STOPPING] != 0
+
+    def stop(self) -> None:
+        self.page[_STOPPING] = 1
 
     # Counts of HTTP processes: each writes its own slot, all read the sum.
 
@@ -63,13 +71,13 @@ class State:
         self.page[_BUSY + worker * PREDICTORS + predictor] = 0
 
     def reset(self, worker: int) -> None:
-        """A new worker takes this place."""
-        self.page[_BEAT + worker] = 0
+        """A new worker takes this place, and has some time until its first beat."""
+        self.page[_BEAT + worker] = time.monotonic() + START_SECONDS
         for i in range(PREDICTORS):
             self.end(worker, i)
 
     def silent_seconds(self, worker: int, predictors: int) -> float:
-        """How long a worker has shown no progress: its I/O thread, or a predictor in one batch. 0 before it started."""
+        """How long a worker has shown no progress: its I/O thread, or a predictor in one batch."""
         first = _BUSY + worker * PREDICTORS
         signs = [self.page[_BEAT + worker], *self.page[first:first + predictors]]
         since = min((s for s in signs if s), default=0.0)

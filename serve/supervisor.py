@@ -1,8 +1,9 @@
-"""The first process: starts LitServe's processes, replaces workers that crash or hang, and drains on SIGTERM.
+"""The first process: starts LitServe's processes, replaces those that crash or hang, and drains on SIGTERM.
 
-It subclasses LitServer in two places, since LitServe 0.2.19 keeps the list of its processes there: to learn of the HTTP
-processes, and to watch the workers in its own way (LitServe's watch sees no hang and restarts without a pause).
+It subclasses LitServer where version 0.2.19 leaves no public hook: to keep the HTTP processes, which LitServe never
+replaces, and to watch the workers in its own way, since LitServe sees no hang and restarts without a pause.
 """
+import copy
 import multiprocessing
 import shutil
 import signal
@@ -10,10 +11,10 @@ import socket
 import sys
 import threading
 import time
-from multiprocessing import Process
 from typing import Any
 
 import litserve
+import uvicorn
 from starlette.middleware.gzip import GZipMiddleware
 
 from serve import exposition, logs, machine, shadow
@@ -26,7 +27,8 @@ from serve.worker import Worker
 
 TICK = 0.05
 LINGER = 0.3  # seconds in which a client that just connected is still told that we are leaving
-MAX_PAUSE = 10.0  # seconds between two tries to start a worker that keeps crashing
+END = 1.0  # seconds to keep of the drain for ending the processes
+MAX_PAUSE = 10.0  # seconds between two tries to start a process that keeps crashing
 
 
 class Supervisor(litserve.LitServer):
@@ -34,49 +36,116 @@ class Supervisor(litserve.LitServer):
         super().__init__(Worker(settings, run, threads), accelerator="cpu", workers_per_device=settings.workers,
                          timeout=False, middlewares=[(Front, {"settings": settings, "run": run})])
         self.app.user_middleware = [m for m in self.app.user_middleware if m.cls is not GZipMiddleware]
-        self.settings, self.run_directory, self.threads = settings, run, threads
+        self.settings, self.threads = settings, threads
         self.state, self.slab = State(run), Slab(f"{run}/supervisor.metrics")
-        self.uvicorn_graceful_timeout = 5
+        self.slab.set("ready", to=1)  # the least over all processes counts, and others know better
+        self.apis: dict[int, multiprocessing.Process] = {}
+        for worker in range(settings.workers):
+            self.state.reset(worker)
 
-    def _start_worker_monitoring(self, manager: Any, uvicorn_workers: dict[str, Process]) -> None:
-        threading.Thread(target=self.watch, args=(uvicorn_workers,), name="watch", daemon=True).start()
+    # What LitServer.run calls.
 
-    def watch(self, apis: dict[str, Process]) -> None:
-        """Replace workers that died or show no progress. A service without its HTTP processes ends."""
-        starts = [0.0] * len(self.inference_workers)
-        failures = [0] * len(self.inference_workers)
+    def _start_server(self, port: int, count: int, level: str, sockets: list[socket.socket], kind: str,
+                      **options: Any) -> dict:
+        self.sockets, self.options = sockets, {"port": port, "log_level": level, **options}
+        for number in range(count):
+            self.launch_api(number)
+        return {}
+
+    def launch_api(self, number: int) -> None:
+        """Fork an HTTP process; all accept from the same socket."""
+        app = copy.copy(self.app)
+        app.response_queue_id = number
+        server = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=1, **self.options))
+        self.apis[number] = multiprocessing.get_context("fork").Process(
+            target=server.run, args=(self.sockets,), name=f"http-{number}")
+        self.apis[number].start()
+
+    def _start_worker_monitoring(self, *_: Any) -> None:
+        threading.Thread(target=self.watch, name="watch", daemon=True).start()
+
+    def _perform_graceful_shutdown(self, manager: Any, *args: Any) -> None:
+        self.state.stop()
+        for api in self.apis.values():
+            api.terminate()
+        for api in self.apis.values():
+            api.join(2)
+            api.kill()
+        for listener in self.sockets:
+            listener.close()  # whoever connects from now on is refused instead of left waiting
+        super()._perform_graceful_shutdown(manager, *args)
+
+    # Watching.
+
+    def watch(self) -> None:
+        """Replace processes that died or show no progress."""
+        watches = {("worker", i): Watch() for i in range(self.settings.workers)}
+        watches |= {("http", i): Watch() for i in self.apis}
         while not self.state.draining:
-            for i, worker in enumerate(self.inference_workers):
-                if self.state.silent_seconds(i, self.threads) > self.settings.worker_timeout_seconds:
-                    logs.logger.error("worker hangs; it is replaced", extra={"fields": {"worker": i}})
-                    self.slab.add("worker_restarts", "hang")
-                    worker.kill()
-                    worker.join()
-                elif not worker.is_alive():
-                    logs.logger.error("worker ended; it is replaced",
-                                      extra={"fields": {"worker": i, "exit_code": worker.exitcode}})
-                    self.slab.add("worker_restarts", "crash")
-                else:
+            for (kind, i), watch in watches.items():
+                if not watch.due():
                     continue
-                failures[i] = failures[i] + 1 if time.monotonic() - starts[i] < MAX_PAUSE else 0
-                self.state.reset(i)
-                time.sleep(min(MAX_PAUSE, 0.1 * 2 ** failures[i]) if failures[i] > 3 else 0)
-                starts[i] = time.monotonic()
-                self.inference_workers[i] = self.launch_single_inference_worker(self.lit_api, i)
+                process = self.inference_workers[i] if kind == "worker" else self.apis[i]
+                reason = self.failure(kind, i, process)
+                if reason and not self.state.draining:
+                    logs.logger.error("%s process replaced", kind, extra={"fields": {
+                        "number": i, "reason": reason, "exit_code": process.exitcode}})
+                    self.slab.add("restarts", kind, reason)
+                    self.replace(kind, i)
+                    watch.replaced()
             time.sleep(TICK)
+
+    def failure(self, kind: str, number: int, process: multiprocessing.Process) -> str | None:
+        if not process.is_alive():
+            return "crash"
+        if kind == "worker":
+            silent = self.state.silent_seconds(number, self.threads)
+            if silent > self.settings.worker_timeout_seconds:
+                process.kill()
+                process.join()
+                return "hang"
+        return None
+
+    def replace(self, kind: str, number: int) -> None:
+        if kind == "http":
+            self.state.set_pending(number, 0, 0, 0)
+            self.launch_api(number)
+        else:
+            self.state.reset(number)
+            self.inference_workers[number] = self.launch_single_inference_worker(self.lit_api, number)
+
+    # Ending.
 
     def drain(self, *_: Any) -> None:
         """SIGTERM: no longer ready; wait until what was accepted is answered; then end everything."""
         if self.state.draining:
             return
         self.state.drain()
+        self.slab.set("ready", to=0)
         logs.logger.info("draining")
-        end = time.monotonic() + self.settings.drain_seconds - 1
-        linger = time.monotonic() + LINGER
+        now = time.monotonic()
+        end, linger = now + self.settings.drain_seconds - END, now + LINGER
         while time.monotonic() < linger or (
                 self.state.requests(self.settings.api_processes) and time.monotonic() < end):
             time.sleep(TICK)
         raise KeyboardInterrupt  # LitServe's way to end
+
+
+class Watch:
+    """When to look at a process again: one that keeps crashing is started less and less often."""
+
+    def __init__(self):
+        self.started = self.next = 0.0
+        self.failures = 0
+
+    def due(self) -> bool:
+        return time.monotonic() >= self.next
+
+    def replaced(self) -> None:
+        now = time.monotonic()
+        self.failures = self.failures + 1 if now - self.started < MAX_PAUSE else 0
+        self.started = now
+        self.next = now + (min(MAX_PAUSE, 0.1 * 2 ** self.failures) if self.failures > 5 else 0)
 
 
 def serve(settings: Settings) -> int:
@@ -88,29 +157,37 @@ def serve(settings: Settings) -> int:
             return 2
     run = machine.run_directory()
     try:
-        State.create(run)
-        threads = settings.threads or max(1, machine.cores() // settings.workers)
-        supervisor = Supervisor(settings, run, threads)
-        signal.signal(signal.SIGTERM, supervisor.drain)
-        signal.signal(signal.SIGINT, supervisor.drain)
-        if settings.shadow_version:
-            multiprocessing.get_context("spawn").Process(
-                target=shadow.serve, args=(settings, run), name="shadow", daemon=True).start()
-        metrics = exposition.start(settings.host, settings.metrics_port, run) if settings.metrics_port else None
-        try:
-            supervisor.run(
-                host=settings.host, port=settings.port, num_api_servers=settings.api_processes,
-                generate_client_file=False, log_level="warning", http=Connection, ws="none", loop="uvloop",
-                log_config=None, access_log=False, proxy_headers=False, server_header=False,
-                timeout_keep_alive=settings.keep_alive_seconds, backlog=settings.max_connections)
-        except RuntimeError:
-            return 2  # a worker could not load its model, and has said why
-        finally:
-            if metrics:
-                metrics.shutdown()
-        return 0
+        return _serve(settings, run)
+    except KeyboardInterrupt:
+        return 0  # told to end before it had begun
     finally:
+        for process in multiprocessing.active_children():
+            process.kill()
         shutil.rmtree(run, ignore_errors=True)
+
+
+def _serve(settings: Settings, run: str) -> int:
+    State.create(run)
+    threads = settings.threads or max(1, machine.cores() // settings.workers)
+    supervisor = Supervisor(settings, run, threads)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, supervisor.drain)
+    if settings.shadow_version:
+        multiprocessing.get_context("spawn").Process(
+            target=shadow.serve, args=(settings, run), name="shadow", daemon=True).start()
+    metrics = exposition.start(settings.host, settings.metrics_port, run) if settings.metrics_port else None
+    try:
+        supervisor.run(
+            host=settings.host, port=settings.port, num_api_servers=settings.api_processes,
+            generate_client_file=False, log_level="warning", http=Connection, ws="none", loop="uvloop",
+            log_config=None, access_log=False, proxy_headers=False, server_header=False,
+            timeout_keep_alive=settings.keep_alive_seconds, backlog=settings.max_connections)
+    except RuntimeError:
+        return 2  # a worker could not load its model, and has said why
+    finally:
+        if metrics:
+            metrics.shutdown()
+    return 0
 
 
 def free(host: str, port: int) -> bool:
@@ -122,5 +199,3 @@ def free(host: str, port: int) -> bool:
         except OSError:
             return False
     return True
-
-

@@ -59,7 +59,9 @@ class Worker(litserve.LitAPI):
         self.settings, self.run, self.threads = settings, run, threads
 
     def setup(self, device: str) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C reaches the whole group; the supervisor decides
+        state = State(self.run)  # signals may reach the whole group; the supervisor alone decides when a worker ends
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if state.stopping else None)
         logs.configure(self.settings)
         try:
             self.model = reload.load(self.settings, self.run, self.threads)
