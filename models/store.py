@@ -152,6 +152,8 @@ class Staged:
         if (bundle.manifest.name, bundle.manifest.version) != (self.name, self.version):
             raise BundleError(f"{self.path / MANIFEST}: is not of {self.name}/{self.version}")
         target = self.store.root / self.name / str(self.version)
+        for path in self.path.rglob("*"):  # a server is often another user
+            path.chmod(0o755 if path.is_dir() else 0o644)
         sync(self.path)
         try:
             os.rename(self.path, target)

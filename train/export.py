@@ -1,37 +1,34 @@
-"""After the fit: test the best weights, write the bundle, publish and promote it."""
-import subprocess
-from dataclasses import dataclass
+"""After the fit: test, calibrate, export, quantize, certify, report, publish."""
+import copy
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
-import onnx
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
 
-from models.bundle import (
-    EXPECTED,
-    OUTPUTS,
-    SAMPLES,
-    DataInfo,
-    Manifest,
-    Metrics,
-    Provenance,
-    Sample,
-    Variant,
-    sha256,
-    write_sums,
-)
+from models.bundle import EXPECTED, SAMPLES, BundleError, DataInfo, Manifest, Sample, Variant, sha256, write_sums
 from models.image import decode
-from models.store import Store
+from models.networks.base import Network
+from models.store import Staged, Store
+from models.verify import compare, runner
+from train import certify, evaluate
+from train.baseline import MAX_IMAGES, baseline
+from train.calibrate import CalibrateConfig, calibrate, coverage_error
+from train.data import ImageData
+from train.graph import Served, export_onnx
+from train.history import History
+from train.provenance import provenance
+from train.quantize import QuantizeConfig, quantize
 
-OPSET = 20
-PACKAGES = ("torch", "torchvision", "lightning", "onnx", "onnxscript", "onnxruntime", "numpy", "opencv-python-headless")
-SAMPLE_COUNT = 16
+CERTIFIED = 64  # validation images that parity is measured on
+INT8_TOLERANCE = 0.02  # of a probability: the least that other kernels' rounding may change
 
 
 @dataclass
@@ -40,90 +37,185 @@ class Export:
 
     Args:
         enabled: test the best weights and write a bundle.
+        samples: validation images that go into the bundle, for every server to check itself on.
+        calibrate: temperature, abstaining, prediction sets.
+        quantize: the int8 variant and its gate.
+        report: write report.html and README.md.
+        purpose: what the model is for, in a sentence, for the report.
+        limits: what it is not for, in a sentence, for the report.
+        license: of the model, as Hugging Face spells it, for README.md.
+        sign_key: PEM file of an elliptic curve private key that signs the bundle; needs the extra `signing`.
+        promote: make the new version the latest.
     """
 
     enabled: bool = True
+    samples: int = 16
+    calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
+    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
+    report: bool = True
+    purpose: str | None = None
+    limits: str | None = None
+    license: str = "unknown"
+    sign_key: str | None = None
+    promote: bool = True
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise ValueError(f"export.samples: {self.samples} is less than 1")
+        if self.sign_key and not Path(self.sign_key).is_file():
+            raise ValueError(f"export.sign_key: {self.sign_key}: no such file")
 
 
-class Graph(nn.Module):
-    """What the bundle's graph computes from uint8 [N,H,W,C]: probabilities, energy, embedding, cam where it exists."""
+def export_bundle(trainer: L.Trainer, system: L.LightningModule, data: ImageData, export: Export, store: str, name: str,
+                  recipe: dict[str, Any], seconds: dict[str, float]) -> Path | None:
+    """Publish the best weights as the next version of `name` and print one line; returns its directory.
 
-    def __init__(self, system: L.LightningModule):
-        super().__init__()
-        self.network = system.network
-        self.register_buffer("mean", system.mean.clone())
-        self.register_buffer("std", system.std.clone())
-        self.register_buffer("temperature", torch.ones(()))
-
-    def forward(self, image: Tensor) -> dict[str, Tensor]:
-        x = (image.permute(0, 3, 1, 2).float() - self.mean) / self.std
-        found = self.network.outputs(x)
-        outputs = {"probabilities": (found["logits"] / self.temperature).softmax(1),
-                   "energy": -found["logits"].logsumexp(1), "embedding": found["embedding"]}
-        return outputs | {"cam": found["cam"]} if "cam" in found else outputs
-
-
-def export_bundle(trainer: L.Trainer, system: L.LightningModule, data: L.LightningDataModule, export: Export,
-                  store: str, name: str, recipe: dict[str, Any], seconds: dict[str, float]) -> Path:
-    """Publish the best weights as the next version of `name`, promote it, print one line; give back its directory."""
-    best = getattr(trainer.checkpoint_callback, "best_model_path", "") or None
-    tested = trainer.test(system, datamodule=data, ckpt_path=best, weights_only=True, verbose=False)[0]
-    validated = trainer.validate(system, datamodule=data, verbose=False)[0]
-    graph = Graph(system).eval().cpu().float()
-    graph.network.to(memory_format=torch.contiguous_format)
-    samples = data.samples(SAMPLE_COUNT)
-    pixels = torch.from_numpy(np.stack([decode(image, data.input) for _, image, _ in samples]))
-    with torch.no_grad():
-        expected = {key: value.numpy() for key, value in graph(pixels).items()}
+    In the first process alone; in others it does nothing and returns None.
+    """
+    if not trainer.is_global_zero:
+        return None
+    device, seconds = trainer.strategy.root_device, dict(seconds)
+    served = Served(best_network(trainer, system), data.mean, data.std)
+    with timed(seconds, "test"):
+        val, test = (evaluate.score(served, data, part, device) for part in ("val", "test"))
+    with timed(seconds, "calibrate"):
+        calibration = calibrate((val.logits, val.labels), (test.logits, test.labels), export.calibrate)
+    served = served.cpu().requires_grad_(False)
+    served.temperature = calibration.temperature
     with Store(store).stage(name) as staged:
-        directory = staged.path
-        opset = write_onnx(graph, pixels, directory / "model.onnx")
-        save_file({k: v.contiguous() for k, v in graph.network.state_dict().items()}, directory / "weights.safetensors")
-        (directory / SAMPLES).mkdir()
-        for file, image, _ in samples:
-            (directory / SAMPLES / file).write_bytes(image)
-        np.savez(directory / SAMPLES / EXPECTED, **expected)
-        model = directory / "model.onnx"
-        Manifest(
+        save_file({k: v.contiguous() for k, v in served.network.state_dict().items()},
+                  staged.path / "weights.safetensors")
+        samples, expected = write_samples(staged.path, served, data, export.samples)
+        variants, notes = make_variants(staged.path, served, data, expected, test, export.quantize, seconds)
+        rows = evaluate.spread(len(val.labels), MAX_IMAGES)
+        facts = data.known.facts[data.index["val"]]
+        metrics = {part: evaluate.metrics(of, calibration.temperature) for part, of in (("val", val), ("test", test))}
+        info = DataInfo(source=str(data.source), digest=data.digest, counts=data.counts)
+        manifest = Manifest(
             name=name, version=staged.version, created=datetime.now(UTC), network=system.name, classes=data.classes,
-            input=data.input, outputs=list(expected),
-            variants={"fp32": Variant(file=model.name, precision="fp32", sha256=sha256(model),
-                                      bytes=model.stat().st_size, opset=opset, accuracy=tested["test/accuracy"])},
-            metrics={part: Metrics(images=data.counts[part], accuracy=of[f"{part}/accuracy"], nll=of[f"{part}/loss"])
-                     for part, of in (("val", validated), ("test", tested))},
-            samples=[Sample(file=file, label=label) for file, _, label in samples],
-            provenance=provenance(trainer, data, recipe, seconds)).write(directory)
-        write_sums(directory)
-        path = staged.publish().path
-    print(f"{path}: test accuracy {tested['test/accuracy']:.4f} on {data.counts['test']} images; "
+            input=data.input, outputs=served.names(), variants=variants, calibration=calibration,
+            baseline=baseline(val.logits, calibration.temperature, evaluate.images(data, "val", rows),
+                              np.stack([facts["width"], facts["height"]], 1)),
+            metrics=metrics, samples=samples, notes=notes + doubts(calibration, data.counts),
+            provenance=provenance(device, info, recipe["seed_everything"], recipe, seconds))
+        if export.report:
+            with timed(seconds, "report"):
+                from train.report import write_report
+
+                history = next((c.rows for c in trainer.callbacks if isinstance(c, History)), [])
+                write_report(staged.path, manifest, served, data, val, test, history, export)
+        path = seal(staged, manifest, seconds, export)
+    tested = metrics["test"]
+    print(f"{path}: test accuracy {tested.accuracy:.4f} on {tested.images} images; "
           f"serve it: python -m serve --store {store} --model {name}")
     return path
 
 
-def write_onnx(graph: nn.Module, pixels: Tensor, file: Path) -> int:
-    """Export with a batch of any size; give back the opset that the file says."""
-    names = [n for n in (*OUTPUTS, "cam") if n in graph(pixels[:2])]
-    program = torch.onnx.export(
-        graph, (pixels[:2],), dynamo=True, opset_version=OPSET, input_names=["image"], output_names=names,
-        dynamic_shapes={"image": {0: torch.export.Dim("batch", min=1, max=4096)}}, verbose=False)
-    program.save(file, external_data=False)
-    return next(o.version for o in onnx.load(file).opset_import if o.domain in ("", "ai.onnx"))
+def seal(staged: Staged, manifest: Manifest, seconds: dict[str, float], export: Export) -> Path:
+    """Manifest, digests, signature; then it becomes visible."""
+    manifest.provenance.seconds = seconds
+    manifest.write(staged.path)
+    write_sums(staged.path)
+    if export.sign_key:
+        from models.signing import sign
+
+        sign(staged.path, Path(export.sign_key))
+    return staged.publish(export.promote).path
 
 
-def provenance(trainer: L.Trainer, data: L.LightningDataModule, recipe: dict[str, Any],
-               seconds: dict[str, float]) -> Provenance:
-    commit, status = _git("rev-parse", "HEAD"), _git("status", "--porcelain")
-    device = trainer.strategy.root_device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    return Provenance(
-        git_commit=commit, git_dirty=None if status is None else bool(status), device=name,
-        data=DataInfo(source=str(data.source), digest=data.digest, counts=data.counts),
-        packages={p: package_version(p) for p in PACKAGES}, seed=recipe["seed_everything"], recipe=recipe,
-        seconds=seconds)
+def best_network(trainer: L.Trainer, system: L.LightningModule) -> Network:
+    """A float32 copy on the CPU with the weights of the best checkpoint, or those at hand where there is none."""
+    network = copy.deepcopy(system.network).cpu()
+    if best := getattr(trainer.checkpoint_callback, "best_model_path", ""):
+        state = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
+        network.load_state_dict({k.removeprefix("network."): v for k, v in state.items() if k.startswith("network.")})
+    return network.float().to(memory_format=torch.contiguous_format).eval()
 
 
-def _git(*words: str) -> str | None:
+def write_samples(directory: Path, served: Served, data: ImageData, count: int) -> tuple[list[Sample], dict]:
+    """Real validation images as files, and what the torch network gives for them."""
+    (directory / SAMPLES).mkdir()
+    samples = data.samples(count)
+    for file, content, _ in samples:
+        (directory / SAMPLES / file).write_bytes(content)
+    pixels = np.stack([decode(content, data.input) for _, content, _ in samples])
+    expected = certify.torch_outputs(served, pixels) | {"pixels": pixels}
+    np.savez_compressed(directory / SAMPLES / EXPECTED, **expected)
+    return [Sample(file=file, label=label) for file, _, label in samples], expected
+
+
+def make_variants(directory: Path, served: Served, data: ImageData, expected: dict[str, np.ndarray],
+                  test: evaluate.Scores, config: QuantizeConfig, seconds: dict[str, float]
+                  ) -> tuple[dict[str, Variant], list[str]]:
+    """model.onnx and, where it passes its gate, model.int8.onnx, certified and timed; and notes for the manifest."""
+    files, accuracy, notes = {"fp32": directory / "model.onnx"}, {}, []
+    with timed(seconds, "export"):
+        opset = export_onnx(served, data.input, len(data.classes), files["fp32"])
+    accuracy["fp32"] = float((test.logits.argmax(1) == test.labels).mean())
+    if config.enabled:
+        with timed(seconds, "quantize"):
+            target = directory / "model.int8.onnx"
+            passed, note = make_int8(files["fp32"], target, data, test, config)
+        notes.append(note)
+        if passed is not None:
+            files["int8"], accuracy["int8"] = target, passed
+    with timed(seconds, "certify"):
+        runs = {name: runner(file) for name, file in files.items()}
+        images = evaluate.images(data, "val", evaluate.spread(data.counts["val"], CERTIFIED))
+        parity = {name: certify.parity(run, served, images) for name, run in runs.items()}
+        if parity["fp32"].max_abs_diff > certify.TOLERANCE or parity["fp32"].agreement < 1:
+            raise BundleError(f"{files['fp32'].name}: its probabilities differ from the torch network's by "
+                              f"{parity['fp32'].max_abs_diff:.2g}, and {certify.TOLERANCE} is allowed")
+        latency = certify.latencies(runs, images)
+        tolerance = {name: certify.TOLERANCE if name == "fp32" else max(
+            INT8_TOLERANCE, 2 * compare(run(expected["pixels"]), expected, 1.0).max_abs_diff)
+            for name, run in runs.items()}
+    variants = {name: Variant(
+        file=file.name, precision=name, sha256=sha256(file), bytes=file.stat().st_size, opset=opset,
+        accuracy=accuracy[name], latency=latency[name], parity=parity[name], tolerance=tolerance[name])
+        for name, file in files.items()}
+    if "int8" in latency:
+        ratio = latency["int8"].images_per_second / latency["fp32"].images_per_second
+        notes.append(f"int8 runs {ratio:.2f} times as many images a second as fp32 on {latency['fp32'].device}")
+    return variants, notes
+
+
+def make_int8(source: Path, target: Path, data: ImageData, test: evaluate.Scores, config: QuantizeConfig
+              ) -> tuple[float | None, str]:
+    """Its accuracy on the test part, or None where it is not shipped; and a note that says how it went."""
+    rows = evaluate.spread(len(test.labels), config.gate_images)
+    labels = test.labels[rows]
+
+    def accuracy(file: Path) -> float:
+        run = runner(file)
+        right = [run(evaluate.images(data, "test", some))["probabilities"].argmax(1) == test.labels[some]
+                 for some in np.array_split(rows, -(-len(rows) // 64))]
+        return float(np.concatenate(right).mean())
+
+    reference = float((test.logits[rows].argmax(1) == labels).mean())
+    training = evaluate.images(data, "train", evaluate.spread(data.counts["train"], config.images))
     try:
-        return subprocess.run(["git", *words], capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+        found = quantize(source, target, training, accuracy, reference, config)
+    except Exception as error:  # a network may hold what onnxruntime's quantizer does not know, and raises anything
+        target.unlink(missing_ok=True)
+        cause = " ".join(str(error).split())[:200]
+        return None, f"int8 is not shipped: onnxruntime can't quantize this network ({cause})"
+    return (found.accuracy if found.passed else None), found.story(config.max_loss)
+
+
+def doubts(calibration, counts: dict[str, int]) -> list[str]:
+    """What a reader should know of the promises that test data did not confirm."""
+    found = []
+    level, seen = calibration.conformal_level, calibration.conformal_coverage
+    if abs(seen - level) > 2 * coverage_error(level, counts["val"], counts["test"]):
+        found.append(f"prediction sets hold the true class of {seen:.1%} of the test images; {level:.0%} was asked for")
+    if calibration.abstain_coverage == 0:
+        found.append(f"no threshold reaches {calibration.abstain_accuracy:.1%} accuracy, so every answer abstains")
+    return found
+
+
+@contextmanager
+def timed(seconds: dict[str, float], step: str) -> Iterator[None]:
+    began = time.monotonic()
+    yield
+    seconds[step] = round(time.monotonic() - began, 3)

@@ -1,0 +1,66 @@
+"""What the best weights say of the validation and the test part, and how good that is."""
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from models.bundle import ClassMetrics, Metrics
+from train.calibrate import ece, nll, softmax
+from train.data import ImageData
+from train.data.pixels import to_pixels
+from train.graph import Served
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of one part, in the order of the data's index."""
+
+    logits: np.ndarray  # float32 [N,K]
+    labels: np.ndarray  # int64 [N]
+
+
+@torch.inference_mode()
+def score(served: Served, data: ImageData, part: str, device: torch.device) -> Scores:
+    """Logits of a whole part, in float32 on the device."""
+    served = served.to(device).eval()
+    logits, labels = [], []
+    for images, truth in data.whole(part):
+        logits.append(served.logits(images.to(device).permute(0, 2, 3, 1)).float().cpu())
+        labels.append(truth.cpu())
+    return Scores(torch.cat(logits).numpy(), torch.cat(labels).numpy())
+
+
+def metrics(scores: Scores, temperature: float) -> Metrics:
+    """With the temperature applied, as the graph does."""
+    logits, labels = scores.logits, scores.labels
+    classes = logits.shape[1]
+    predicted = logits.argmax(1)
+    confusion = np.bincount(classes * labels + predicted, minlength=classes**2).reshape(classes, classes)
+    true, support, answered = np.diag(confusion), confusion.sum(1), confusion.sum(0)
+    precision, recall = _ratio(true, answered), _ratio(true, support)
+    f1 = _ratio(2 * precision * recall, precision + recall)
+    rank = (logits > logits[np.arange(len(labels)), labels][:, None]).sum(1)
+    return Metrics(
+        images=len(labels), accuracy=float((predicted == labels).mean()),
+        top5=float((rank < 5).mean()) if classes > 5 else None, nll=nll(logits, labels, temperature),
+        ece=ece(softmax(logits, temperature), labels), confusion=confusion.tolist(),
+        per_class=[ClassMetrics(precision=p, recall=r, f1=f, support=int(s))
+                   for p, r, f, s in zip(precision, recall, f1, support, strict=True)])
+
+
+def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a / b, and 0 where b is 0."""
+    return np.divide(a, b, out=np.zeros(len(a)), where=b > 0)
+
+
+def images(data: ImageData, part: str, rows: np.ndarray) -> np.ndarray:
+    """What the network is fed for some images of a part, uint8 [n,H,W,C]."""
+    index = data.index[part][rows]
+    if data.place != "stream":
+        return np.ascontiguousarray(data.known.pixels[index])
+    return np.stack([to_pixels(data.found.items[i], data.input) for i in index.tolist()])
+
+
+def spread(count: int, most: int) -> np.ndarray:
+    """At most `most` of `count` rows, evenly spaced."""
+    return np.unique(np.linspace(0, count - 1, min(count, most), dtype=np.int64))
