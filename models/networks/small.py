@@ -1,6 +1,4 @@
 """Small networks that train from scratch in minutes on a CPU."""
-from itertools import pairwise
-
 from torch import Tensor, nn
 
 from models.networks.base import Network
@@ -45,21 +43,21 @@ class ConvNet(Network):
 
 
 class ConvNet4(Network):
-    """Four convolutions of 3x3 (32, 64, 128, 128 filters) with ReLU and max-pooling, then three linear layers."""
+    """Four convolutions of 3x3 (32, 32, 64, 64 filters, max-pooling after every second), then 512-128-K."""
 
     spatial = False
 
     def __init__(self, classes: int, channels: int, size: int):
         super().__init__()
-        side = size // 16
+        side = ((size - 4) // 2 - 4) // 2
         if side < 1:
-            raise ValueError(f"network convnet4: images of {size} pixels are too small; give 16 or more")
-        widths = [channels, 32, 64, 128, 128]
+            raise ValueError(f"network convnet4: images of {size} pixels are too small; give 14 or more")
         layers: list[nn.Module] = []
-        for inside, outside in pairwise(widths):
-            layers += [nn.Conv2d(inside, outside, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
-        self.layers = nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * side * side, 256), nn.ReLU(),
-                                    nn.Linear(256, 128), nn.ReLU())
+        for inside, outside in ((channels, 32), (32, 64)):
+            layers += [nn.Conv2d(inside, outside, 3), nn.ReLU(), nn.Conv2d(outside, outside, 3), nn.ReLU(),
+                       nn.MaxPool2d(2)]
+        self.layers = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * side * side, 512), nn.ReLU(),
+                                    nn.Linear(512, 128), nn.ReLU())
         self.head = nn.Linear(128, classes)
 
     def trunk(self, x: Tensor) -> Tensor:
