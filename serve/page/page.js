@@ -123,8 +123,8 @@ async function problem(answer) {
 function timings(answer, elapsed) {
   const parts = (answer.headers.get("Server-Timing") ?? "").split(",")
     .map((part) => /^\s*(\w+);dur=([\d.]+)/.exec(part)).filter(Boolean)
-    .map(([, name, ms]) => `${name} ${Number(ms).toFixed(1)} ms`);
-  return [...parts, `round trip ${elapsed.toFixed(1)} ms`].join(" · ");
+    .map(([, name, ms]) => `${name}\u00a0${Number(ms).toFixed(1)}\u00a0ms`);
+  return [...parts, `round trip\u00a0${elapsed.toFixed(1)}\u00a0ms`].join(" · ");
 }
 
 function command(file, url, headers) {

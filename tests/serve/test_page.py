@@ -1,0 +1,226 @@
+"""The page in a real Chromium, driven by Playwright, against a real server."""
+import json
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import tiny
+from conftest import Server
+
+from models.bundle import Calibration, write_sums
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]
+PASTE = """([name, bytes]) => {
+  const files = new DataTransfer();
+  files.items.add(new File([new Uint8Array(bytes)], name, {type: 'image/png'}));
+  document.dispatchEvent(new ClipboardEvent('paste', {clipboardData: files, bubbles: true, cancelable: true}));
+}"""
+DROP = """([name, bytes]) => {
+  const files = new DataTransfer();
+  files.items.add(new File([new Uint8Array(bytes)], name, {type: 'image/png'}));
+  document.getElementById('drop').dispatchEvent(
+    new DragEvent('drop', {dataTransfer: files, bubbles: true, cancelable: true}));
+}"""
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Path:
+    """A model that is cautious: dark images abstain, dark gray ones are out of distribution; it has a report."""
+    store = tmp_path_factory.mktemp("page")
+    path = tiny.write(store, calibration=Calibration(abstain_threshold=0.9, conformal_level=0.9,
+                                                     conformal_quantile=0.9, energy_threshold=-3.0))
+    (path / "report.html").write_text("<!doctype html><title>Report</title><style>p{color:red}</style><p>How good it is"
+                                      "<script>document.title = 'a script ran'</script>")
+    write_sums(path)
+    return store
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator:
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield running
+        running.close()
+
+
+@pytest.fixture(scope="module")
+def service(store, tmp_path_factory) -> Iterator[Server]:
+    running = Server(store, tmp_path_factory.mktemp("log") / "log")
+    try:
+        yield running.wait_ready()
+    finally:
+        running.stop()
+
+
+@pytest.fixture
+def page(browser, service) -> Iterator:
+    """The page, opened and loaded. An error in its console, or a request to another host, fails the test."""
+    context = browser.new_context(base_url=service.url, viewport={"width": 1200, "height": 800})
+    opened, wrong = context.new_page(), []
+    opened.on("console", lambda message: message.type == "error" and wrong.append(message.text))
+    opened.on("pageerror", lambda error: wrong.append(str(error)))
+    opened.on("request", lambda request: request.url.startswith((service.url, "blob:", "data:"))
+              or wrong.append(request.url))
+    opened.goto("/")
+    opened.locator("#strip button").first.wait_for()
+    opened.service, opened.wrong = service, wrong
+    yield opened
+    context.close()
+    assert not wrong
+
+
+def result(page, name: str):
+    """The card of the newest answer, once it is that of `name`."""
+    card = page.locator("article").first
+    card.locator(".file", has_text=name).wait_for()
+    return card
+
+
+def test_picked_images_are_classified(page, tmp_path):
+    for label in tiny.CLASSES:
+        (tmp_path / f"{label}.png").write_bytes(tiny.image(label, size=64))
+    page.set_input_files("#files", [tmp_path / f"{label}.png" for label in tiny.CLASSES])
+    page.locator("article").nth(2).wait_for()
+    shown = {card.locator(".file").inner_text(): card.locator(".label").inner_text()
+             for card in page.locator("article").all()}
+    assert {name.removesuffix(".png"): label.split()[0] for name, label in shown.items()} == {
+        label: label for label in tiny.CLASSES}
+    page.get_by_role("status").get_by_text("3 images answered").wait_for()
+
+
+def test_an_answer_shows_all_there_is_to_know(page, tmp_path):
+    (tmp_path / "it's.png").write_bytes(tiny.image("green", size=64))
+    page.set_input_files("#files", tmp_path / "it's.png")
+    card = result(page, "it's.png")
+    (said,) = page.service.predict((tmp_path / "it's.png").read_bytes()).json()["predictions"]
+    bars = card.locator(".bars li").all()
+    assert [bar.locator(".name").inner_text() for bar in bars] == [choice["label"] for choice in said["top"]]
+    assert bars[0].locator(".share").inner_text() == f"{100 * said['confidence']:.1f} %"
+    widths = [bar.locator(".fill").bounding_box()["width"] for bar in bars]
+    assert widths == sorted(widths, reverse=True)
+    assert widths[0] > 0.9 * bars[0].locator(".track").bounding_box()["width"]
+    assert card.locator(".set").inner_text() == "Prediction set: green"
+    times = card.locator(".times").inner_text()
+    assert all(part in times for part in ("queue", "decode", "infer", "round trip"))
+    assert card.locator(".badges li").count() == 0
+    page.get_by_role("status").get_by_text("it's.png: green").wait_for()
+
+
+def test_the_curl_command_gives_the_same_answer(page, tmp_path):
+    (tmp_path / "it's one.png").write_bytes(tiny.image("blue"))
+    page.set_input_files("#files", tmp_path / "it's one.png")
+    card = result(page, "it's one.png")
+    card.get_by_text("The same request with curl").click()
+    ran = subprocess.run(card.locator("pre").inner_text(), shell=True, cwd=tmp_path, capture_output=True, check=True)
+    (prediction,) = json.loads(ran.stdout)["predictions"]
+    assert prediction["label"] == "blue"
+    assert prediction["cam"]
+
+
+def test_doubts_are_shown_and_spoken(page, tmp_path):
+    (tmp_path / "gray.png").write_bytes(cv2.imencode(".png", np.full((32, 32, 3), 9, np.uint8))[1].tobytes())
+    page.set_input_files("#files", tmp_path / "gray.png")
+    badges = result(page, "gray.png").locator(".badges li")
+    assert [text.split(":")[0] for text in badges.all_inner_texts()] == ["Abstains", "Out of distribution"]
+    page.get_by_role("status").get_by_text("abstains").wait_for()
+
+
+@pytest.mark.parametrize("script", [PASTE, DROP], ids=["paste", "drop"])
+def test_other_ways_in(page, script):
+    page.evaluate(script, ["given.png", list(tiny.image("blue"))])
+    assert result(page, "given.png").locator(".label").inner_text().startswith("blue")
+
+
+def test_a_sample_by_keyboard_alone(page):
+    for _ in range(30):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.closest('#strip') !== null"):
+            break
+    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    card = result(page, "true class green")
+    assert card.locator(".label").inner_text().startswith("green")
+    assert page.evaluate("[...document.querySelectorAll('#strip img')].every(i => i.complete && i.naturalWidth > 0)")
+
+
+def test_the_heat_map_lies_on_what_the_network_saw(page, tmp_path):
+    wide = np.zeros((100, 300, 3), np.uint8)
+    wide[:50, 100:200, 2] = 255  # red, in the upper half of the centre, which is what the network sees
+    (tmp_path / "wide.png").write_bytes(cv2.imencode(".png", wide)[1].tobytes())
+    page.set_input_files("#files", tmp_path / "wide.png")
+    card = result(page, "wide.png")
+    heat = card.locator("canvas.heat")
+    heat.wait_for(state="visible")
+    photo, over = card.locator(".photo").bounding_box(), heat.bounding_box()
+    assert over["width"] == pytest.approx(photo["width"] / 3, rel=0.02)
+    assert over["x"] == pytest.approx(photo["x"] + photo["width"] / 3, abs=2)
+    alpha = heat.evaluate("c => { const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;"
+                          "return [d[3 + 4 * c.width * 2 + 8], d[3 + 4 * c.width * (c.height - 3) + 8]] }")
+    assert alpha == [255, 0]
+    card.get_by_label("Heat map").uncheck()
+    assert not heat.is_visible()
+
+
+def test_a_file_that_is_no_image_is_told_in_words(page, tmp_path):
+    (tmp_path / "notes.png").write_text("no image")
+    page.set_input_files("#files", tmp_path / "notes.png")
+    page.get_by_role("status").get_by_text("not a JPEG, PNG, WebP, BMP, GIF or TIFF").wait_for()
+    assert "bad" in page.locator("#status").get_attribute("class")
+    assert "415" in page.wrong.pop()  # noted by the browser itself
+
+
+def test_an_image_the_browser_cannot_show_still_gets_its_answer(page, tmp_path):
+    pixels = cv2.imdecode(np.frombuffer(tiny.image("red", size=64), np.uint8), cv2.IMREAD_COLOR)
+    (tmp_path / "scan.tiff").write_bytes(cv2.imencode(".tiff", pixels)[1].tobytes())
+    page.set_input_files("#files", tmp_path / "scan.tiff")
+    card = result(page, "scan.tiff")
+    assert card.locator(".label").inner_text().startswith("red")
+    card.get_by_text("can't show the image").wait_for()
+
+
+def test_everything_has_a_name_and_links_lead_somewhere(page):
+    for role in ("button", "link", "textbox", "checkbox", "spinbutton"):
+        for found in page.get_by_role(role).all():
+            assert found.evaluate("e => e.labels?.length > 0 || (e.textContent || e.ariaLabel || '').trim() !== ''"
+                                  " || e.querySelector('img[alt]:not([alt=\"\"])') !== null"), found
+    assert page.get_by_role("heading", level=1).count() == 1
+    page.get_by_role("link", name="API").click()
+    page.get_by_text("/predict").first.wait_for()
+    page.goto("/")
+    page.get_by_role("link", name="Model report").click()
+    page.get_by_text("How good it is").wait_for()
+    assert page.title() == "Report"
+    assert "script" in page.wrong.pop().lower()  # a report runs no script, and Chromium says that it would not
+
+
+@pytest.mark.parametrize("width", [320, 390, 768])
+def test_nothing_is_wider_than_the_screen(page, tmp_path, width):
+    (tmp_path / ("long-name-" * 9 + ".png")).write_bytes(tiny.image("red", size=64))
+    page.set_viewport_size({"width": width, "height": 700})
+    page.set_input_files("#files", next(tmp_path.glob("long*")))
+    result(page, "long").get_by_text("The same request").click()
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_the_key_is_asked_for_and_sent(browser, start, store, tmp_path):
+    service = start("--api-key", "secret", store=store)
+    context = browser.new_context(base_url=service.url)
+    opened = context.new_page()
+    opened.goto("/")
+    opened.locator("#strip button").first.click()
+    opened.get_by_role("status").get_by_text("API key").wait_for()
+    opened.keyboard.type("secret")  # the field has the focus
+    opened.locator("#strip button").first.click()
+    card = result(opened, "true class red")
+    assert "secret" not in card.locator("pre").text_content()
+    assert "$IMAGO_API_KEY" in card.locator("pre").text_content()
+    context.close()
