@@ -1,0 +1,148 @@
+"""The networks, through the registry: shapes, one pass for all outputs, weights from disk, what can't work."""
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from models import networks
+from models.networks.weights import load_weights
+
+OWN = list(networks.OWN)
+# One model of each family of torchvision, the smallest, and the sizes that it takes.
+FAMILIES = {
+    "alexnet": (32, 224), "convnext_tiny": (32,), "densenet121": (28, 32), "efficientnet_b0": (28, 32),
+    "googlenet": (32,), "inception_v3": (128,), "maxvit_t": (224,), "mnasnet0_5": (28, 64), "mobilenet_v2": (32,),
+    "mobilenet_v3_small": (28, 32), "regnet_x_400mf": (32,), "resnet18": (8, 28, 32, 224), "shufflenet_v2_x0_5": (32,),
+    "squeezenet1_1": (28, 32), "swin_t": (32,), "swin_v2_t": (32,), "vgg11": (32,), "vit_b_16": (32,),
+}
+CASES = [(name, size) for name, sizes in FAMILIES.items() for size in sizes]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(before)
+
+
+def check(network: networks.Network, channels: int, size: int, classes: int) -> None:
+    x = torch.randn(2, channels, size, size)
+    with torch.no_grad():
+        network.eval()
+        outputs, logits, embedding = network.outputs(x), network(x), network.embed(x)
+    assert logits.shape == (2, classes)
+    assert torch.isfinite(logits).all()
+    torch.testing.assert_close(outputs["logits"], logits)
+    torch.testing.assert_close(outputs["embedding"], embedding)
+    torch.testing.assert_close(network.classify(embedding), logits)
+    assert embedding.ndim == 2
+    assert ("cam" in outputs) == network.spatial
+    if network.spatial:
+        assert outputs["cam"].shape[:2] == (2, classes)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [28, 32, 64])
+@pytest.mark.parametrize("name", OWN)
+def test_own_networks(name, size, channels):
+    check(networks.build(name, 5, channels, size), channels, size, 5)
+
+
+@pytest.mark.parametrize(("name", "size"), CASES)
+def test_every_family_of_torchvision(name, size):
+    check(networks.build(name, 7, 3, size), 3, size, 7)
+
+
+def test_all_names_are_known():
+    known = networks.names()
+    assert set(OWN) | {"resnet152", "vit_h_14", "convnext_large", "regnet_y_128gf"} <= set(known)
+    assert len(known) == len(set(known)) > 80
+
+
+def test_mean_of_the_activation_map_is_the_logit():
+    network = networks.build("resnet18", 4, 3, 32).eval()
+    with torch.no_grad():
+        outputs = network.outputs(torch.randn(3, 3, 32, 32))
+    torch.testing.assert_close(outputs["cam"].mean((2, 3)) + network.head.bias, outputs["logits"])
+
+
+def test_a_gray_image_gets_the_answer_that_it_gets_in_rgb(tmp_path):
+    colour = networks.build("resnet18", 4, 3, 224).eval()
+    file = tmp_path / "weights.safetensors"
+    save_file(colour.state_dict(), file)
+    gray = networks.build("resnet18", 4, 1, 224).eval()
+    assert load_weights(gray, file) == []
+    x = torch.randn(2, 1, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(gray(x), colour(x.expand(-1, 3, -1, -1)), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("size", "stem", "kernel", "stride", "pooled"),
+                         [(32, "auto", 3, 1, False), (64, "auto", 3, 1, False), (96, "auto", 7, 2, True),
+                          (32, "original", 7, 2, True), (224, "small", 3, 1, False)])
+def test_stem_follows_the_size(size, stem, kernel, stride, pooled):
+    model = networks.build("resnet18", 4, 3, size, stem=stem).model
+    assert model.conv1.kernel_size == (kernel, kernel)
+    assert model.conv1.stride == (stride, stride)
+    assert isinstance(model.maxpool, torch.nn.MaxPool2d) == pooled
+
+
+def test_weights_of_torchvision_start_another_head(tmp_path):
+    import torchvision
+
+    theirs = torchvision.models.resnet18(num_classes=1000)
+    file = tmp_path / "resnet18.pth"
+    torch.save(theirs.state_dict(), file)
+    ours = networks.build("resnet18", 6, 3, 224)
+    kept = load_weights(ours, file)
+    assert sorted(kept) == ["head.bias", "head.weight"]
+    torch.testing.assert_close(ours.model.layer3[0].conv1.weight, theirs.layer3[0].conv1.weight)
+
+
+def test_weights_of_a_bundle_keep_the_head_when_the_classes_are_as_many(tmp_path):
+    first, second = networks.build("lenet", 5, 3, 32), networks.build("lenet", 5, 3, 32)
+    file = tmp_path / "weights.safetensors"
+    save_file(first.state_dict(), file)
+    assert load_weights(second, file) == []
+    torch.testing.assert_close(second.head.weight, first.head.weight)
+
+
+def test_whitened_patches_are_uncorrelated():
+    network = networks.build("speednet", 5, 3, 32)
+    images = torch.nn.functional.avg_pool2d(torch.randn(500, 3, 34, 34), 3, 1)  # neighbours go together, as in photos
+    network.prepare(images)
+    assert not network.whiten.weight.requires_grad
+    with torch.no_grad():
+        answers = network.whiten(images)[:, :12].permute(1, 0, 2, 3).reshape(12, -1)
+    torch.testing.assert_close(torch.cov(answers), torch.eye(12), atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize(("name", "size", "options", "word"), [
+    ("resnet81", 32, {}, "did you mean resnet"),
+    ("inception_v3", 32, {}, "give another size"),
+    ("vit_b_16", 28, {}, "28 pixels"),
+    ("lenet", 8, {}, "too small"),
+    ("speednet", 4, {}, "too few"),
+    ("lenet", 32, {"widths": [1]}, "unknown option 'widths'"),
+    ("speednet", 32, {"width": [1]}, "it has widths, depth"),
+    ("resnet18", 32, {"stemm": "small"}, "stemm"),
+    ("resnet18", 32, {"stem": "tiny"}, "stem must be"),
+])
+def test_what_cannot_be_built_says_why(name, size, options, word):
+    with pytest.raises(ValueError, match=word) as error:
+        networks.build(name, 5, 3, size, **options)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("content", "word"), [(None, "no such file"), (b"rubbish", "not a file of weights"),
+                                               ({"layers.0.weight": torch.zeros(2)}, "another network"),
+                                               ([1, 2], "no state dict")])
+def test_weights_that_do_not_fit_say_why(tmp_path, content, word):
+    file = tmp_path / "weights.pt"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    elif content is not None:
+        torch.save(content, file)
+    with pytest.raises(ValueError, match=word):
+        load_weights(networks.build("lenet", 5, 3, 32), file)
