@@ -91,7 +91,5 @@ def write(store: Path, name: str = "colours", classes: list[str] | None = None, 
             provenance=Provenance(data=DataInfo(source="made", digest="0" * 64, counts={"train": 0}), device="cpu",
                                   seed=0)).write(directory)
         write_sums(directory)
-        staged.publish()
-    if promote:
-        place.promote(name, version)
+        staged.publish(promote)
     return store / name / str(version)
