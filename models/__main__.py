@@ -129,6 +129,8 @@ def sign(options) -> int:
 
 def promote(options) -> int:
     store = Store(options.store)
+    if not options.version.isdecimal():
+        raise BundleError(f"{options.version!r} is no version to promote: give a number")
     store.open(options.name, options.version)  # whole, or nobody is sent there
     store.promote(options.name, int(options.version))
     print(f"{options.name}: latest is {options.version}")

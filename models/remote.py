@@ -59,8 +59,8 @@ def pull(store: Store, name: str, version: str | int, url: str, promote: bool = 
             bundle = store.open(name, number)
             if (bundle.path / SUMS).read_bytes() != text:
                 raise BundleError(f"{bundle.path}: another bundle than {where}; pull it into another store")
-            if promote and (store.latest(name) or 0) < number:
-                store.promote(name, number)
+            if promote:
+                store.advance(name, number)
             return bundle, False
         with store.stage(name, number) as staged:
             files = [*read_sums(text.decode(), f"{where}/{SUMS}"), *remote.signature(name, number)]

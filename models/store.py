@@ -2,6 +2,7 @@
 
 A version appears whole or not at all, and two writers that finish together get two versions.
 """
+import fcntl
 import os
 import re
 import secrets
@@ -48,15 +49,18 @@ class Store:
 
     def path(self, name: str, version: str | int = LATEST) -> Path:
         """Directory of one version ("latest" or a number). Raises BundleError, saying what there is instead."""
-        if name not in self.names():
-            there = ", ".join(self.names()) or "nothing"
-            raise BundleError(f"{self.root}: no model {name!r} in this store; it has {there}")
+        self._known(name)
         number = self.latest(name) if str(version) == LATEST else version
         path = self.root / name / str(number)
         if number is None or not str(number).isdecimal() or not path.is_dir():
             there = ", ".join(map(str, self.versions(name)))
             raise BundleError(f"{self.root}: {name} has no version {version}; it has {there}")
         return path
+
+    def _known(self, name: str) -> None:
+        if name not in self.names():
+            there = ", ".join(self.names()) or "nothing"
+            raise BundleError(f"{self.root}: no model {name!r} in this store; it has {there}")
 
     def open(self, name: str, version: str | int = LATEST, verify: bool = True) -> Bundle:
         return Bundle(self.path(name, version), verify)
@@ -105,8 +109,16 @@ class Store:
         link.symlink_to(str(version))
         os.replace(link, self.root / name / LATEST)
 
+    def advance(self, name: str, version: int) -> None:
+        """Promote, but never from a newer version to an older one; of two jobs that end together the newer stays."""
+        with (self.root / name / ".lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if (self.latest(name) or 0) < version:
+                self.promote(name, version)
+
     def rollback(self, name: str) -> int:
         """Point `latest` at the version before it and return that. Raises BundleError where there is none."""
+        self._known(name)
         now = self.latest(name) or 0
         older = [v for v in self.versions(name) if v < now]
         if not older:
@@ -119,7 +131,7 @@ class Store:
 
         What a job that died more than a day ago left half-written goes too.
         """
-        self.path(name, LATEST if self.latest(name) else self.versions(name)[-1])
+        self._known(name)
         versions, latest = self.versions(name), self.latest(name)
         kept = {*versions[-keep:], latest, *[v for v in versions if v < (latest or 0)][-1:]}
         doomed = [v for v in versions if v not in kept]
@@ -159,8 +171,8 @@ class Staged:
             os.rename(self.path, target)
         except OSError as error:  # a directory that is not empty, and a bundle never is
             raise BundleError(f"{target}: can't be published: {error.strerror}") from error
-        if promote and (self.store.latest(self.name) or 0) <= self.version:
-            self.store.promote(self.name, self.version)
+        if promote:
+            self.store.advance(self.name, self.version)
         return Bundle(target, verify=False)
 
 

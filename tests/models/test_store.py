@@ -1,0 +1,150 @@
+"""The store through its doors: the commands, and what many writers at once leave on disk."""
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import pytest
+import tiny
+
+from models.__main__ import main
+from models.bundle import Bundle, BundleError
+from models.store import Store
+
+
+def test_many_writers_at_once_get_versions_of_their_own(tmp_path):
+    with ProcessPoolExecutor(4) as pool:
+        paths = list(pool.map(tiny.write, [tmp_path] * 12))
+    assert sorted(int(path.name) for path in paths) == list(range(1, 13))
+    store = Store(tmp_path)
+    assert store.versions("colours") == list(range(1, 13))
+    assert all(store.open("colours", v).manifest.version == v for v in range(1, 13))
+    assert store.latest("colours") == 12
+    assert not list((tmp_path / "colours").glob(".staging*"))
+
+
+def test_a_writer_that_fails_leaves_nothing_visible(tmp_path):
+    tiny.write(tmp_path)
+    store = Store(tmp_path)
+    with pytest.raises(RuntimeError, match="power cut"), store.stage("colours") as staged:
+        (staged.path / "model.onnx").write_bytes(b"half")
+        raise RuntimeError("power cut")
+    assert store.versions("colours") == [1]
+    assert store.latest("colours") == 1
+
+
+def test_half_a_bundle_is_never_published(tmp_path):
+    whole, store = tiny.write(tmp_path), Store(tmp_path)
+    with store.stage("colours") as staged:
+        (staged.path / "manifest.json").write_bytes((whole / "manifest.json").read_bytes())
+        with pytest.raises(BundleError, match="SHA256SUMS: no such file"):
+            staged.publish()
+    assert store.versions("colours") == [1]
+
+
+def test_a_late_writer_does_not_move_latest_back(tmp_path):
+    store = Store(tmp_path)
+    with store.stage("colours") as slow:
+        fast = tiny.write(tmp_path)
+        assert (slow.version, fast.name) == (1, "2")
+        assert store.latest("colours") == 2
+        copy_as(fast, slow.path, 1)
+        slow.publish()
+    assert store.versions("colours") == [1, 2]
+    assert store.latest("colours") == 2
+
+
+def copy_as(source: Path, target: Path, version: int) -> None:
+    from models.digests import write_sums
+
+    for file in source.rglob("*"):
+        if file.is_file():
+            place = target / file.relative_to(source)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(file.read_bytes())
+    manifest = Bundle(source, verify=False).manifest
+    manifest.version = version
+    manifest.write(target)
+    write_sums(target)
+
+
+@pytest.fixture
+def three(tmp_path) -> Path:
+    for _ in range(3):
+        tiny.write(tmp_path)
+    return tmp_path
+
+
+def run(store: Path, *words: str) -> int:
+    return main([*words, "--store", str(store)])
+
+
+def test_list_and_show(three, capsys):
+    assert run(three, "list") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[1:]] == [["colours", "1"], ["colours", "2"], ["colours", "3"]]
+    assert [line.endswith("latest") for line in lines[1:]] == [False, False, True]
+    assert run(three, "show", "colours", "2") == 0
+    assert "colours/2  tiny, 3 classes" in capsys.readouterr().out
+    assert run(three, "show", "colours", "--json") == 0
+    assert Bundle(three / "colours" / "3").manifest.model_dump_json(indent=1) == capsys.readouterr().out.strip()
+
+
+def test_list_goes_on_past_a_broken_bundle(three, capsys):
+    (three / "colours" / "2" / "manifest.json").write_text("{")
+    assert run(three, "list") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "unreadable" in lines[2]
+    assert lines[3].endswith("latest")
+
+
+def test_rollback_and_promote(three, capsys):
+    assert run(three, "rollback", "colours") == 0
+    assert Store(three).latest("colours") == 2
+    assert run(three, "promote", "colours", "3") == 0
+    assert Store(three).latest("colours") == 3
+    assert run(three, "promote", "colours", "1") == 0
+    assert run(three, "rollback", "colours") == 2
+    assert "no version older than 1" in capsys.readouterr().err
+
+
+def test_a_broken_version_is_not_promoted(three, capsys):
+    (three / "colours" / "1" / "model.onnx").write_bytes(b"")
+    assert run(three, "promote", "colours", "1") == 2
+    assert "model.onnx: changed since it was written" in capsys.readouterr().err
+    assert Store(three).latest("colours") == 3
+
+
+def test_prune_keeps_latest_and_the_one_before_it(three):
+    for _ in range(3):
+        tiny.write(three)
+    Store(three).promote("colours", 2)
+    assert run(three, "prune", "colours", "--keep", "2") == 0
+    assert Store(three).versions("colours") == [1, 2, 5, 6]
+    assert tiny.write(three).name == "7"
+
+
+@pytest.mark.parametrize(("words", "says"), [
+    (["show", "colors"], "no model 'colors' in this store; it has colours"),
+    (["show", "colours", "9"], "colours has no version 9; it has 1, 2, 3"),
+    (["promote", "colours", "latest"], "give a number"),
+    (["promote", "colours", "../../x"], "give a number"),
+    (["show", "colours", "../../x"], "has no version"),
+    (["rollback", "../colours"], "no model '../colours'"),
+    (["push", "colours", "nowhere://bucket/x"], "nowhere://bucket/x"),
+    (["pull", "colours", "file:///no/such/store"], "no such version"),
+])
+def test_what_cannot_be_done_is_said_in_one_line(three, capsys, words, says):
+    assert run(three, *words) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+
+
+def test_the_commands_need_no_torch(three):
+    code = ("import sys; sys.modules['torch'] = None; from models.__main__ import main; "
+            "sys.exit(main(['verify', 'colours', '--store', sys.argv[1]]) or 'torch' in str(sys.modules['torch']))")
+    done = subprocess.run([sys.executable, "-c", code, str(three)], capture_output=True, text=True, check=False,
+                          cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
