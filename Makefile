@@ -75,6 +75,27 @@ lock: ## write the lock files anew from pyproject.toml: make lock [ARGS=--upgrad
 clean: ## remove the virtual environment and the caches; the store stays
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
+##@ Containers and Kubernetes
+BASE ?= docker.io/library/python:3.11-slim-bookworm
+RUNTIME ?= cpu
+REGISTRY ?= localhost
+TAG ?= $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+OVERLAY ?= local
+
+images: ## build both images with docker or podman: make images [BASE=…] [RUNTIME=cuda] [REGISTRY=…] [TAG=…]
+	@BASE='$(BASE)' RUNTIME='$(RUNTIME)' PREFIX='$(REGISTRY)/imago-' TAG='$(TAG)' docker/build serve train
+
+test-images: dev images ## train in one image, serve from the other, under the restrictions of a cluster
+	@IMAGO_TEST_IMAGES='$(REGISTRY)/imago-%:$(TAG)' $(run) pytest tests/docker -m slow $(ARGS)
+
+deploy: ## apply an overlay and wait until it serves: make deploy OVERLAY=local
+undeploy: ## take it away, all but the volumes: make undeploy OVERLAY=local [PURGE=1: the volumes too]
+logs: ## what the pods say: make logs [FOLLOW=1]
+scale: ## make scale N=3
+deploy undeploy logs scale:
+	@OVERLAY='$(OVERLAY)' N='$(N)' PURGE='$(PURGE)' FOLLOW='$(FOLLOW)' \
+	  REGISTRY='$(filter-out localhost,$(REGISTRY))' TAG='$(if $(filter file,$(origin TAG)),,$(TAG))' k8s/cluster $@
+
 # The stamp is a copy of the lock: a changed lock sets up again, a touched one does not.
 $(VENV)/.%.lock: docker/%.lock
 	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
@@ -85,4 +106,5 @@ $(VENV)/.%.lock: docker/%.lock
 	  $(run) pip install --quiet --disable-pip-version-check -r $<; cp $< $@; }
 	@touch $@
 
-.PHONY: help setup train serve audit models test test-slow lint dev lock clean
+.PHONY: help setup train serve audit models test test-slow lint dev lock clean images test-images \
+  deploy undeploy logs scale
