@@ -45,7 +45,7 @@ def _library():
     try:
         from model_signing import hashing, signing, verifying
     except ImportError as error:
-        raise BundleError("signatures need the package model-signing: pip install 'imago[signing]'") from error
+        raise BundleError(f"signatures need the extra signing: pip install 'imago[signing]' ({error})") from error
     return signing, verifying, hashing
 
 

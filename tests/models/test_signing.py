@@ -1,0 +1,104 @@
+"""Signed bundles, with keys made here and openssl's PEM files."""
+import subprocess
+from pathlib import Path
+
+import pytest
+import tiny
+
+pytest.importorskip("model_signing", reason="the optional extra `signing` is not installed")
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from models.__main__ import main
+from models.digests import BundleError, write_sums
+from models.signing import verify_signature
+
+
+def key_pair(directory: Path, name: str) -> tuple[Path, Path]:
+    key = ec.generate_private_key(ec.SECP256R1())
+    private, public = directory / f"{name}.pem", directory / f"{name}.pub"
+    private.write_bytes(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8,
+                                          serialization.NoEncryption()))
+    public.write_bytes(key.public_key().public_bytes(serialization.Encoding.PEM,
+                                                     serialization.PublicFormat.SubjectPublicKeyInfo))
+    return private, public
+
+
+@pytest.fixture
+def signed(tmp_path: Path) -> tuple[Path, Path]:
+    """A signed bundle and the public key."""
+    private, public = key_pair(tmp_path, "key")
+    bundle = tiny.write(tmp_path / "store")
+    assert main(["sign", "colours", "--store", str(tmp_path / "store"), "--key", str(private)]) == 0
+    return bundle, public
+
+
+def test_a_signed_bundle_passes(signed, capsys):
+    bundle, public = signed
+    assert main(["verify", str(bundle), "--public-key", str(public)]) == 0
+    assert "signed: yes, by the given key" in capsys.readouterr().out
+    assert main(["verify", str(bundle)]) == 0
+    assert "signed: yes, not checked" in capsys.readouterr().out
+
+
+def test_it_may_be_moved(signed, tmp_path):
+    bundle, public = signed
+    verify_signature(bundle.rename(tmp_path / "elsewhere"), public)
+
+
+def refused(bundle: Path, public: Path, capsys: pytest.CaptureFixture) -> str:
+    assert main(["verify", str(bundle), "--public-key", str(public)]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
+def test_a_bundle_without_signature_is_refused(tmp_path, capsys):
+    _, public = key_pair(tmp_path, "key")
+    assert "bundle.sig: no such file, so the bundle is not signed" in refused(tiny.write(tmp_path), public, capsys)
+
+
+def test_another_key_is_refused(signed, tmp_path, capsys):
+    bundle, _ = signed
+    assert "bundle.sig: does not fit this key and these files" in refused(bundle, key_pair(tmp_path, "b")[1], capsys)
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda bundle: (bundle / "model.onnx").write_bytes(b"other"),
+    lambda bundle: (bundle / "extra").write_bytes(b"more"),
+    lambda bundle: (bundle / ".gitignore").write_bytes(b"more"),
+    lambda bundle: (bundle / "samples" / "00.png").unlink(),
+], ids=["changed", "added", "hidden", "removed"])
+def test_files_that_changed_after_signing_are_refused_though_the_digests_fit(signed, spoil, capsys):
+    bundle, public = signed
+    spoil(bundle)
+    write_sums(bundle)
+    assert "bundle.sig: does not fit" in refused(bundle, public, capsys)
+
+
+@pytest.mark.parametrize("content", ["", "{}", "nonsense", '{"mediaType": "x"}'])
+def test_a_signature_that_is_none_is_refused(signed, content, capsys):
+    bundle, public = signed
+    (bundle / "bundle.sig").write_text(content)
+    assert "bundle.sig: does not fit" in refused(bundle, public, capsys)
+
+
+def test_a_key_that_is_none_is_refused(signed, tmp_path, capsys):
+    bundle, public = signed
+    (tmp_path / "bad.pem").write_text("nonsense")
+    assert "bad.pem: not a usable public key" in refused(bundle, tmp_path / "bad.pem", capsys)
+    assert "none.pem: not a usable public key" in refused(bundle, tmp_path / "none.pem", capsys)
+    assert main(["sign", "colours", "--store", str(bundle.parents[1]), "--key", str(tmp_path / "bad.pem")]) == 2
+    assert "bad.pem: not a usable private key" in capsys.readouterr().err
+    verify_signature(bundle, public)  # and the signature that was there still is
+
+
+def test_openssl_keys_work(tmp_path):
+    key, public = tmp_path / "key.pem", tmp_path / "key.pub"
+    subprocess.run(["openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", key], check=True)
+    subprocess.run(["openssl", "ec", "-in", key, "-pubout", "-out", public], check=True, capture_output=True)
+    bundle = tiny.write(tmp_path / "store")
+    with pytest.raises(BundleError):
+        verify_signature(bundle, public)
+    assert main(["sign", "colours", "--store", str(tmp_path / "store"), "--key", str(key)]) == 0
+    verify_signature(bundle, public)
