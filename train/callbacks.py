@@ -54,6 +54,7 @@ class ProgressBar(LightningProgressBar):
         self._task = self._progress.add_task("train", total=total, completed=trainer.fit_loop.total_batch_idx + 1,
                                              epoch=self._epoch(trainer), speed="")
         self._progress.start()
+        self._began = time.perf_counter()  # an epoch that is resumed has no other start
 
     def _epoch(self, trainer: L.Trainer) -> str:
         return f"{trainer.current_epoch + 1}/{self._epochs or '?'}"

@@ -1,4 +1,5 @@
 """The command line: Lightning's, with our classes, one line an error, and a bundle after `fit`."""
+import errno
 import logging
 import sys
 import time
@@ -7,19 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import Namespace
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from train import distributed, lean, loggers, runs
 from train.callbacks import EarlyStopping, ProgressBar, SamplePredictions
 from train.data import ImageData
 from train.ema import WeightAverage
 from train.export import Export, export_bundle
+from train.failures import Diverged, OutOfMemory, is_out_of_memory
 from train.history import History
+from train.preemption import NOTICE
+from train.resume import Resume
 from train.system import Classifier
 
 RECIPES = Path(__file__).parent / "recipes"
 RUNS = "artifacts/runs"
+FAILURE = 1  # exit status for what went wrong in a run that was set up right
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 USAGE = 2  # exit status for what the user can put right
 
 
@@ -45,6 +52,9 @@ class CLI(LightningCLI):
         parser.add_argument("--store", default="artifacts/store", help="where the bundle goes")
         parser.add_argument("--name", type=str | None, default=None,
                             help="the model's name in the store; by default that of the data")
+        parser.add_argument("--logger", default="tensorboard",
+                            help="tensorboard, csv, wandb, mlflow or none; several with commas between")
+        parser.add_argument("--fresh", action="store_true", help="begin anew where an unfinished run could go on")
         parser.add_class_arguments(Export, "export")
         parser.add_lightning_class_args(ProgressBar, "progress")
         parser.add_lightning_class_args(SamplePredictions, "samples")
@@ -53,11 +63,12 @@ class CLI(LightningCLI):
         parser.add_lightning_class_args(LearningRateMonitor, "lr_monitor")
         parser.add_lightning_class_args(History, "history")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(Resume, "resume")
         parser.link_arguments("seed_everything", "data.seed")
         parser.set_defaults({
             "lr_monitor.logging_interval": "epoch",
             "checkpoint.monitor": "val/accuracy", "checkpoint.mode": "max", "checkpoint.filename": "best",
-            "checkpoint.save_last": True, "checkpoint.auto_insert_metric_name": False,
+            "checkpoint.enable_version_counter": False, "checkpoint.auto_insert_metric_name": False,
         })
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
@@ -67,20 +78,47 @@ class CLI(LightningCLI):
         config = self.config[self.subcommand]
         self.name = config.name or model_name(config.data.source)
         if config.trainer.logger is None:
-            config.trainer.logger = Namespace(
-                class_path="lightning.pytorch.loggers.TensorBoardLogger",
-                init_args=Namespace(save_dir=config.trainer.default_root_dir or RUNS, name=self.name))
+            config.trainer.logger = False  # `logger` names them, and the run's directory is not known yet
+        distributed.follow_launcher(config.trainer)
+
+    def after_instantiate_classes(self) -> None:
+        distributed.own_signals(self.trainer)
 
     def before_fit(self) -> None:
         self.began = time.monotonic()
+        config = self.config_init.fit
+        if self.trainer.fast_dev_run:
+            return
+        self.run = runs.begin(self.trainer, Path(config.trainer.default_root_dir or RUNS), self.name,
+                              self.plain_config(), config.fresh)
+        self.trainer.loggers = [*self.trainer.loggers, *loggers.make(config.logger, self.run)]
+        if not self.trainer.loggers:
+            self.trainer.callbacks = [c for c in self.trainer.callbacks if not isinstance(c, LearningRateMonitor)]
+        if self.run.checkpoint:
+            config.ckpt_path, config.weights_only = str(self.run.checkpoint), True
+
+    def fit(self, **arguments: Any) -> None:
+        lean.trim(self.trainer, self.model)
+        try:
+            self.trainer.fit(**arguments)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            data, evaluating = self.datamodule, self.trainer.validating
+            size = (evaluating and (data.eval_batch_size or 2 * data.batch_size)) or data.batch_size
+            raise OutOfMemory(size, self.trainer.strategy.root_device, evaluating) from error
+        distributed.part()
 
     def after_fit(self) -> None:
         """Test the best weights, write the bundle, say where it is."""
         export = self.config_init.fit.export
-        if self.trainer.fast_dev_run or not export.enabled:
+        if self.trainer.fast_dev_run:
             return
-        export_bundle(self.trainer, self.model, self.datamodule, export, self.config_init.fit.store, self.name,
-                      recipe=self.plain_config(), seconds={"fit": round(time.monotonic() - self.began, 3)})
+        if export.enabled:
+            export_bundle(self.trainer, self.model, self.datamodule, export, self.config_init.fit.store, self.name,
+                          recipe=self.plain_config(), seconds={"fit": round(time.monotonic() - self.began, 3)})
+        if self.trainer.is_global_zero:
+            self.run.finish()
 
     def plain_config(self) -> dict[str, Any]:
         """All knobs as plain values, as the manifest keeps them."""
@@ -131,7 +169,7 @@ def run(argv: list[str]) -> CLI:
         argv = front_door(argv[1:])
     return CLI(
         Classifier, ImageData, args=argv, parser_class=Parser,
-        auto_configure_optimizers=False, save_config_kwargs={"overwrite": True},
+        auto_configure_optimizers=False, save_config_callback=None,
         trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False, "max_epochs": 10},
         parser_kwargs={"prog": "python -m train"})
 
@@ -140,9 +178,16 @@ def main(argv: list[str] | None = None) -> int:
     for noisy in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # torch's own use and Lightning's
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # our run's own files
+    NOTICE.listen()
     try:
         run(sys.argv[1:] if argv is None else argv)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MisconfigurationException, Diverged, OutOfMemory) as error:
         print(f"train: {' '.join(str(error).split())}", file=sys.stderr)
-        return USAGE
+        broken = isinstance(error, Diverged | OutOfMemory) or getattr(error, "errno", None) in DISK
+        return FAILURE if broken else USAGE
+    except RuntimeError:
+        if NOTICE.signum:  # a notice to the whole group of processes: the workers that decode were first to go
+            return 128 + NOTICE.signum
+        raise
     return 0

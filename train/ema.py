@@ -27,6 +27,7 @@ class WeightAverage(Callback):
         self.average: dict[str, Tensor] = {}
         self._current: dict[str, Tensor] = {}
         self.updates, self._last_step = 0, 0
+        self._swapped = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._current = _tensors(pl_module)
@@ -53,12 +54,17 @@ class WeightAverage(Callback):
             kept = value.clone()
             value.copy_(self.average[name])
             self.average[name].copy_(kept)
+        self._swapped = not self._swapped
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._swap(pl_module)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._swap(pl_module)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if self._swapped:  # in a validation that was cut short
+            self._swap(pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._swap(pl_module)

@@ -13,8 +13,12 @@ class History(Callback):
         self.rows: list[dict[str, float]] = []
         self._began: float | None = None
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._began, self._epoch = time.monotonic(), trainer.current_epoch  # also of an epoch that is resumed
+
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._close(trainer)  # the metrics of an epoch are all there once the next one begins
+        if trainer.current_epoch > self._epoch:
+            self._close(trainer)  # the metrics of an epoch are all there once the next one begins
         self._began, self._epoch = time.monotonic(), trainer.current_epoch
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 from models import networks
 from models.networks.weights import load_weights
 from train import optim
+from train.failures import Diverged
 
 Batch = tuple[Tensor, Tensor]  # images uint8 or float 0..255 [B,C,H,W]; labels int64 [B] or shares [B,K]
 PREPARE_IMAGES = 5000  # training images that a network which fixes a layer from data gets to see
@@ -47,7 +48,7 @@ class Classifier(L.LightningModule):
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
         self.compile_mode, self.tta = compile, tta
         self.network: networks.Network | None = None
-        self._totals: dict[str, Tensor] = {}
+        self.sums: dict[str, Tensor] = {}  # by part: loss, right answers, images, and steps while the loss was finite
 
     def setup(self, stage: str) -> None:
         if self.network is not None:
@@ -111,21 +112,32 @@ class Classifier(L.LightningModule):
     def _count(self, part: str, loss: Tensor, logits: Tensor, labels: Tensor, step: int) -> None:
         """Add to the part's sums on the device. Nothing waits for the device here, save where a step is logged."""
         right = logits.detach().argmax(1) == (labels.argmax(1) if labels.ndim == 2 else labels)
-        if part not in self._totals:
-            self._totals[part] = torch.zeros(3, dtype=torch.float64, device=logits.device)
-        totals = self._totals[part]
-        totals[0].add_(loss, alpha=len(logits))
-        totals[1].add_(right.sum())
-        totals[2].add_(len(logits))
+        if part not in self.sums:
+            self.sums[part] = torch.zeros(4, dtype=torch.float64, device=logits.device)
+        sums = self.sums[part]
+        sums[0].add_(loss, alpha=len(logits))
+        sums[1].add_(right.sum())
+        sums[2].add_(len(logits))
+        sums[3].add_(sums[0] - sums[0] == 0)
         if (step + 1) % self.trainer.log_every_n_steps == 0 and not self.trainer.sanity_checking:
             self.log_dict({f"{part}/loss_step": loss, f"{part}/accuracy_step": right.float().mean()},
                           on_step=True, on_epoch=False)
+            self.check_finite(part)
+
+    def check_finite(self, part: str) -> None:
+        """Raise Diverged, naming the step, when a loss of this epoch was no number. This waits for the device."""
+        if part in self.sums and not self.sums[part][0].isfinite():
+            where = f"the {part} loss of epoch {self.trainer.current_epoch + 1}"
+            if part == "train":
+                where += f" from step {int(self.sums[part][3]) + 1} on"
+            raise Diverged(where, self.optimizer.lr)
 
     def _report(self, part: str) -> None:
         """Log loss and accuracy of the epoch, over all processes."""
-        totals = self._totals.pop(part, None)
-        if totals is not None:
-            loss, right, count = self.trainer.strategy.reduce(totals, reduce_op="sum").cpu().tolist()
+        self.check_finite(part)
+        sums = self.sums.pop(part, None)
+        if sums is not None:
+            loss, right, count, _ = self.trainer.strategy.reduce(sums, reduce_op="sum").cpu().tolist()
             self.log_dict({f"{part}/loss": loss / count, f"{part}/accuracy": right / count})
 
     def on_train_epoch_end(self) -> None:

@@ -1,0 +1,54 @@
+"""Several processes: what torchrun says is what the trainer does, and what one decides holds for all.
+
+    torchrun --nproc-per-node 2 -m train run DATA
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:PORT -m train run DATA
+"""
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch.utilities import rank_zero_only
+
+CHOSEN = "IMAGO_TRAIN_CHOSEN"  # carries the choice to processes that Lightning starts itself
+
+
+def follow_launcher(trainer: Namespace) -> None:
+    """Set the trainer's devices and nodes to what torchrun started, where they are not set."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    local, world = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
+    if trainer.devices == "auto":
+        trainer.devices = local
+    if trainer.num_nodes == 1:
+        trainer.num_nodes = world // local
+
+
+def agree(trainer: L.Trainer, choose: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What the first process chooses (plain values), in all processes."""
+    if trainer.world_size == 1:
+        return choose()
+    environment = trainer.strategy.cluster_environment
+    if environment.creates_processes_externally:  # so all are here: the trainer would meet them later
+        trainer.strategy.setup_environment()
+        return trainer.strategy.broadcast(choose() if trainer.is_global_zero else None)
+    if rank_zero_only.rank == 0:
+        os.environ[CHOSEN] = json.dumps(choose())
+    return json.loads(os.environ[CHOSEN])
+
+
+def part() -> None:
+    """The processes need each other no more: one writes the bundle, the others may end."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def own_signals(trainer: L.Trainer) -> None:
+    """Keep Lightning's hands off SIGTERM: it would end with status 0, and with several processes its handler
+    broadcasts from within a signal and each step waits for a word from the first process."""
+    trainer._signal_connector.register_signal_handlers = lambda: None
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None

@@ -1,0 +1,70 @@
+"""Loggers by name, in the directory of the run. One that is resumed goes on where its checkpoint was made."""
+import csv
+import os
+import warnings
+from collections.abc import Callable
+from importlib.util import find_spec
+
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from train.runs import Run
+
+
+def make(names: str, run: Run) -> list[Logger]:
+    """Loggers for a comma-separated list of names. Raises ValueError for one that is unknown or not installed."""
+    chosen = [name.strip() for name in names.split(",") if name.strip() not in ("", "none")]
+    if unknown := [name for name in chosen if name not in LOGGERS]:
+        raise ValueError(f"--logger {unknown[0]}: not one of {', '.join(LOGGERS)}, none (several with commas between)")
+    for name in chosen:
+        if name in ("wandb", "mlflow") and find_spec(name) is None:
+            raise ValueError(f"--logger {name}: not installed; pip install 'imago[{name}]'")
+    return [LOGGERS[name](run) for name in chosen]
+
+
+def tensorboard(run: Run) -> Logger:
+    return TensorBoardLogger(run.path, name=None, version="tensorboard", purge_step=run.step if run.step else None)
+
+
+def comma_separated(run: Run) -> Logger:
+    """metrics.csv; what was logged after the checkpoint is logged again, so it is cut off."""
+    file = run.path / "csv" / "metrics.csv"
+    rows = []
+    if file.is_file():
+        with file.open(newline="") as lines:
+            rows = [row for row in csv.DictReader(lines) if (row.get("step") or "").isdigit()
+                    and int(row["step"]) < run.step]
+    logger = CSVLogger(run.path, name="", version="csv")
+    if rank_zero_only.rank == 0:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*exists and is not empty")
+            writer = logger.experiment
+        writer.metrics = [{key: value for key, value in row.items() if value} for row in rows]
+        writer.save()
+    return logger
+
+
+def wandb(run: Run) -> Logger:
+    """Online where W&B has a key, else offline: `wandb sync` sends the files of the run later."""
+    import wandb as client
+
+    mode = os.environ.get("WANDB_MODE")
+    offline = mode == "offline" or not (mode or client.api.api_key)
+    return WandbLogger(project=run.path.parent.name, name=run.title, id=run.key, save_dir=run.path, offline=offline,
+                       resume="allow")
+
+
+def mlflow(run: Run) -> Logger:
+    """Where MLFLOW_TRACKING_URI says, else a local store beside the runs: `mlflow ui --backend-store-uri …`."""
+    noted = run.path / "mlflow-run"
+    logger = MLFlowLogger(
+        experiment_name=run.path.parent.name, run_name=run.title,
+        tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or (run.path.parent.parent / "mlflow").as_uri(),
+        run_id=noted.read_text() if run.step and noted.is_file() else None)
+    if rank_zero_only.rank == 0:
+        noted.write_text(logger.run_id)
+    return logger
+
+
+LOGGERS: dict[str, Callable[[Run], Logger]] = {
+    "tensorboard": tensorboard, "csv": comma_separated, "wandb": wandb, "mlflow": mlflow}
