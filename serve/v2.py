@@ -18,6 +18,7 @@ from serve.responses import JSON, Problem, Request, Response, as_json
 
 OUTPUTS = ("probabilities", "energy", "label")
 LENGTH = b"inference-header-content-length"
+MAX_JSON = 2 << 20  # bytes; reading more would hold up other requests
 
 
 class OpenInference:
@@ -91,6 +92,9 @@ class OpenInference:
             header, images, flags = read(content, request.headers, self.pool.model["input"])
             asked.update(header)
             outputs(header)  # what is wrong with them shows before any work is done
+            limit = self.predictor.settings.max_images
+            if len(images) > limit:
+                raise Problem(413, f"more than the {limit} images allowed in one request", "images")
             return images, 1, flags | ARRAYS
 
         answers = await self.predictor.run(request, parse)
@@ -137,6 +141,8 @@ def read(content: bytes, headers: dict[bytes, bytes], spec: dict[str, Any]) -> t
         raise Problem(415, "compressed requests are not taken")
     try:
         end = int(headers.get(LENGTH, b"%d" % len(content)))
+        if end > MAX_JSON:
+            raise Problem(413, f"more than {MAX_JSON} bytes of JSON; send the tensor in binary", "body")
         header = json.loads(content[:end])
     except (ValueError, RecursionError) as error:
         raise Problem(400, "the request is not JSON") from error

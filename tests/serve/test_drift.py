@@ -1,0 +1,89 @@
+"""imago_drift_psi against numpy: live traffic that looks like the baseline, and traffic that does not."""
+import time
+
+import numpy as np
+import pytest
+import tiny
+
+from models.bundle import SIGNALS, Histogram
+from models.image import InputSpec, decode
+from models.signals import class_edges, edges, histogram, image_signals, psi
+
+SPEC = InputSpec(height=32, width=32)
+IMAGES = 120
+
+
+def signals(files: list[bytes], sizes: list[int]) -> dict[str, np.ndarray]:
+    """Each signal of these files as the validation data of a bundle would have it."""
+    pixels = np.stack([decode(data, SPEC) for data in files])
+    out = tiny.expected(pixels, 3)
+    looks = np.array([image_signals(image) for image in pixels])
+    return {"class": out["probabilities"].argmax(1), "confidence": out["probabilities"].max(1), "energy": out["energy"],
+            "brightness": looks[:, 0], "contrast": looks[:, 1], "sharpness": looks[:, 2],
+            "width": np.array(sizes), "height": np.array(sizes)}
+
+
+def made(seed: int, sizes: tuple[int, ...], labels: list[str]) -> tuple[list[bytes], list[int]]:
+    chosen = [sizes[i % len(sizes)] for i in range(IMAGES)]
+    return [tiny.image(labels[i % len(labels)], size, seed=seed + i) for i, size in enumerate(chosen)], chosen
+
+
+@pytest.fixture(scope="module")
+def baseline() -> dict[str, Histogram]:
+    found = signals(*made(0, (32, 48), tiny.CLASSES))
+    cut = {name: class_edges(3) if name == "class" else edges(values, bins=5) for name, values in found.items()}
+    assert tuple(found) == SIGNALS
+    return {name: Histogram(edges=cut[name].tolist(), counts=histogram(values, cut[name]).tolist())
+            for name, values in found.items()}
+
+
+def observed(service) -> dict[str, float]:
+    """The index of each signal; missing where there is none yet."""
+    lines = [line for line in service.metrics().splitlines() if line.startswith("imago_drift_psi{")]
+    return {line.split('"')[1]: float(line.split()[-1]) for line in lines}
+
+
+def send(service, files: list[bytes]) -> None:
+    """One after the other, no faster than they are sampled."""
+    for data in files:
+        assert service.predict(data).status_code == 200
+        time.sleep(0.045)
+
+
+def test_psi_of_each_signal(start, tmp_path, baseline):
+    tiny.write(tmp_path, baseline=baseline)
+    service = start("--drift-window", str(IMAGES), store=tmp_path)
+    assert observed(service) == {}
+    same, sizes = made(1000, (32, 48), tiny.CLASSES)
+    send(service, same[:15])
+    assert observed(service) == {}, "so few images say nothing"
+    send(service, same[15:])
+    assert service.metric("imago_drift_images") == IMAGES
+    found, want = observed(service), signals(same, sizes)
+    for name, histogram_ in baseline.items():
+        live = histogram(want[name], np.array(histogram_.edges))
+        assert found[name] == pytest.approx(psi(np.array(histogram_.counts), live), abs=0.05), name
+    assert found["class"] < 0.02
+    moved, sizes = made(2000, (64,), ["red"])
+    send(service, moved)
+    assert service.metric("imago_drift_images") == IMAGES  # the window slides
+    found = observed(service)
+    assert min(found[name] for name in ("class", "width", "height", "sharpness")) > 0.5
+
+
+def test_several_workers_add_up(start, tmp_path, baseline):
+    tiny.write(tmp_path, baseline=baseline)
+    service = start("--workers", "2", "--drift-window", str(IMAGES), store=tmp_path)
+    files, _ = made(1000, (32, 48), tiny.CLASSES)
+    for at in range(0, IMAGES, 10):  # many in one request are spread over the workers
+        many = [("f", (str(i), data)) for i, data in enumerate(files[at:at + 10])]
+        assert service.http.post("/predict", files=many).status_code == 200
+        time.sleep(0.45)
+    assert service.metric("imago_drift_images") > IMAGES / 2
+    assert observed(service)["class"] < 0.1
+
+
+def test_no_baseline_no_index(server):
+    server.predict(tiny.image("red"))
+    assert "imago_drift_psi{" not in server.metrics()
+    assert "drift_baseline" not in server.metrics()

@@ -1,0 +1,96 @@
+"""/feedback: true labels become live accuracy and calibration error, right with several processes and bounded."""
+import numpy as np
+import pytest
+import tiny
+
+from serve.feedback import PLACES, Memory
+
+
+def give(service, request_id: str, label: str, **more):
+    return service.http.post("/feedback", json={"id": request_id, "label": label, **more})
+
+
+@pytest.fixture
+def service(start):
+    return start("--api-processes", "2")
+
+
+def test_labels_become_accuracy_and_calibration_error(service):
+    assert "imago_feedback_accuracy 0" not in service.metrics()  # no label, no number
+    right, confidence = [], []
+    for i in range(30):
+        body = service.predict(tiny.image(tiny.CLASSES[i % 3], seed=i)).json()
+        said = body["predictions"][0]
+        truth = tiny.CLASSES[i % 3] if i % 5 else tiny.CLASSES[(i + 1) % 3]
+        service.http.close()  # so that another process may get the next request
+        service.http = type(service.http)(base_url=service.url, timeout=30)
+        answer = give(service, body["id"], truth)
+        assert answer.status_code == 200, answer.text
+        assert answer.json() == {"id": body["id"], "image": 0, "correct": said["label"] == truth}
+        right.append(said["label"] == truth)
+        confidence.append(said["confidence"])
+    right, confidence = np.array(right), np.array(confidence)
+    bins = np.minimum((confidence * 15).astype(int), 14)
+    error = sum(abs(right[bins == b].sum() - confidence[bins == b].sum()) for b in range(15)) / 30
+    assert service.metric("imago_feedback_total", outcome="correct") == right.sum() == 24
+    assert service.metric("imago_feedback_total", outcome="wrong") == 6
+    assert service.metric("imago_feedback_accuracy") == pytest.approx(0.8)
+    assert service.metric("imago_feedback_ece") == pytest.approx(error, abs=1e-5)
+
+
+def test_an_answer_takes_one_label(service):
+    request_id = service.predict(tiny.image("red"), **{"X-Request-ID": "only-once"}).json()["id"]
+    assert give(service, request_id, "purple").status_code == 400  # no such class: the label is still to come
+    assert give(service, request_id, "red").status_code == 200
+    assert give(service, request_id, "red").status_code == 404
+    assert give(service, "never-seen", "red").status_code == 404
+    assert service.metric("imago_feedback_total", outcome="unknown") == 2
+    assert service.metric("imago_feedback_total", outcome="correct") == 1
+
+
+def test_each_image_of_a_request_has_its_own(server):
+    files = [("f", ("a", data)) for data in (tiny.image("blue"), b"no image", tiny.image("green"))]
+    request_id = server.http.post("/predict", files=files).json()["id"]
+    assert give(server, request_id, "green", image=2).json()["correct"] is True
+    assert give(server, request_id, "green", image=0).json()["correct"] is False
+    assert give(server, request_id, "green", image=1).status_code == 404
+    assert give(server, request_id, "green", image=3).status_code == 404
+
+
+def test_labels_with_quotes(start, tmp_path):
+    classes = ['a","index":9,"confidence":0', "b\\", 'c"']
+    tiny.write(tmp_path, classes=classes)
+    service = start(store=tmp_path)
+    for label, colour in zip(classes, tiny.CLASSES, strict=True):
+        body = service.predict(tiny.image(colour)).json()
+        assert body["predictions"][0]["label"] == label
+        assert give(service, body["id"], label).json()["correct"] is True
+
+
+@pytest.mark.parametrize("body", [
+    b"", b"{", b"[]", b"{}", b'{"id": 1, "label": "red"}', b'{"id": "x"}', b'{"id": "x", "label": 1}',
+    b'{"id": "x", "label": "red", "image": -1}', b'{"id": "x", "label": "red", "image": true}',
+    b'{"id": "\\ud800", "label": "red"}', b"[" * 8000])
+def test_malformed_feedback_is_a_400(server, body):
+    answer = server.http.post("/feedback", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
+    assert answer.json()["detail"]
+
+
+def test_feedback_is_small_and_needs_the_key(start):
+    service = start("--api-key", "secret")
+    assert give(service, "x", "red").status_code == 401
+    large = service.http.post("/feedback", content=b"x" * 100_000, headers={"X-API-Key": "secret"})
+    assert large.status_code == 413
+
+
+def test_memory_is_bounded_and_shared(tmp_path):
+    ours, theirs = Memory(str(tmp_path)), Memory(str(tmp_path))
+    for i in range(3 * PLACES):
+        ours.put(f"request-{i}", 0, 1, i % 7, 0.5)
+    assert (tmp_path / "answers").stat().st_size < 2 << 20
+    last = 3 * PLACES - 1
+    assert theirs.take(f"request-{last}", 0) == (1, last % 7, 0.5)
+    assert ours.take(f"request-{last}", 0) is None
+    kept = sum(theirs.take(f"request-{i}", 0) is not None for i in range(2 * PLACES, last))
+    assert kept > PLACES * 0.6  # of the latest, those whose place was not taken again
