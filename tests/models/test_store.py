@@ -26,9 +26,13 @@ def test_many_writers_at_once_get_versions_of_their_own(tmp_path):
 def test_a_writer_that_fails_leaves_nothing_visible(tmp_path):
     tiny.write(tmp_path)
     store = Store(tmp_path)
-    with pytest.raises(RuntimeError, match="power cut"), store.stage("colours") as staged:
-        (staged.path / "model.onnx").write_bytes(b"half")
-        raise RuntimeError("power cut")
+    def power_cut():
+        with store.stage("colours") as staged:
+            (staged.path / "model.onnx").write_bytes(b"half")
+            raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        power_cut()
     assert store.versions("colours") == [1]
     assert store.latest("colours") == 1
 
