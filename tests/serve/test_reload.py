@@ -1,0 +1,146 @@
+"""Hot reload of `latest`, for real: under load, with several workers, with bad versions and back again."""
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx
+import numpy as np
+import pytest
+import tiny
+
+from models.bundle import write_sums
+from models.store import Store
+
+SOON = ("--reload-seconds", "0.2")
+
+
+@contextmanager
+def load(service, clients: int = 4) -> Iterator[list[tuple[int, str]]]:
+    """Clients that ask without a pause; status and version of each answer."""
+    answers, stop = [], threading.Event()
+
+    def ask() -> None:
+        with httpx.Client(base_url=service.url, timeout=30) as http:
+            while not stop.is_set():
+                answer = http.post("/predict", content=tiny.image("red"), headers={"Content-Type": "image/png"})
+                answers.append((answer.status_code, answer.headers.get("x-model-version", "")))
+
+    threads = [threading.Thread(target=ask) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield answers
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+
+def until(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
+
+
+def version(service) -> str:
+    return service.predict(tiny.image("red")).json()["model"]["version"]
+
+
+def spoiled(store, how: str) -> None:
+    """A version 2 that must not be served; `latest` points to it."""
+    path = tiny.write(store, promote=False)
+    if how == "changed":
+        (path / "model.onnx").write_bytes((path / "model.onnx").read_bytes() + b"\0")
+    elif how == "no graph":
+        (path / "model.onnx").write_bytes(b"not a graph")
+        write_sums(path)
+    elif how == "other answers":
+        expected = dict(np.load(path / "samples" / "expected.npz"))
+        expected["probabilities"] = expected["probabilities"][:, ::-1]
+        np.savez(path / "samples" / "expected.npz", **expected)
+        write_sums(path)
+    elif how == "no manifest":
+        (path / "manifest.json").unlink()
+    os.symlink("2", store / "colours" / "next")
+    os.replace(store / "colours" / "next", store / "colours" / "latest")
+
+
+def test_a_new_version_is_swapped_in_under_load_and_back(start, tmp_path):
+    tiny.write(tmp_path)
+    service = start(*SOON, store=tmp_path)
+    assert version(service) == "1"
+    with load(service) as answers:
+        tiny.write(tmp_path, scale=0.5)
+        until(lambda: answers and answers[-1][1] == "2")
+        Store(tmp_path).promote("colours", 1)
+        until(lambda: answers[-1][1] == "1")
+    assert {status for status, _ in answers} == {200}
+    assert {number for _, number in answers} == {"1", "2"}
+    assert service.metric("imago_reloads_total", outcome="ok") == 2
+    info = [line for line in service.metrics().splitlines() if line.startswith("imago_model_info{")]
+    assert len(info) == 1
+    assert 'version="1"' in info[0]
+
+
+def test_the_answers_are_those_of_the_new_version(start, tmp_path):
+    tiny.write(tmp_path)
+    service = start(*SOON, store=tmp_path)
+    tiny.write(tmp_path, classes=["rot", "grün", "blau", "rosa"], size=48)  # other classes, another size
+    until(lambda: version(service) == "2")
+    (prediction,) = service.predict(tiny.image("blue")).json()["predictions"]
+    assert prediction["label"] == "blau"
+    model = service.http.get("/model").json()
+    assert (model["version"], model["input"]["height"], len(model["classes"])) == ("2", 48, 4)
+
+
+def test_every_worker_swaps(start, tmp_path):
+    tiny.write(tmp_path)
+    service = start(*SOON, "--workers", "2", store=tmp_path)
+    with load(service, clients=2) as answers:
+        tiny.write(tmp_path)
+        until(lambda: service.metric("imago_reloads_total", outcome="ok") == 2)
+        seen = len(answers)
+        until(lambda: len(answers) > seen + 50)
+    assert {status for status, _ in answers} == {200}
+    assert {number for _, number in answers[seen + 10:]} == {"2"}
+
+
+@pytest.mark.parametrize("how", ["changed", "no graph", "other answers", "no manifest"])
+def test_a_bad_version_is_refused_and_the_old_serves_on(start, tmp_path, how):
+    tiny.write(tmp_path)
+    service = start(*SOON, store=tmp_path)
+    with load(service, clients=1) as answers:
+        spoiled(tmp_path, how)
+        until(lambda: service.metric("imago_reloads_total", outcome="refused") == 1)
+        time.sleep(1)
+    assert set(answers) == {(200, "1")}
+    assert service.is_ready()
+    assert service.metric("imago_reloads_total", outcome="refused") == 1, "it is not tried again and again"
+    lines = [json.loads(line) for line in service.log.read_text().splitlines() if "refused" in line]
+    assert len(lines) == 1
+    assert (lines[0]["level"], lines[0]["from"], lines[0]["to"]) == ("error", 1, 2)
+
+
+def test_a_worker_that_dies_while_latest_is_bad_comes_back_with_the_old(start, tmp_path):
+    tiny.write(tmp_path)
+    service = start(*SOON, store=tmp_path)
+    spoiled(tmp_path, "changed")
+    until(lambda: service.metric("imago_reloads_total", outcome="refused") == 1)
+    (worker,) = service.workers()
+    os.kill(worker, signal.SIGKILL)
+    until(lambda: service.workers() not in ([worker], []))
+    until(service.is_ready)
+    assert version(service) == "1"
+
+
+def test_a_number_is_not_followed(start, tmp_path):
+    tiny.write(tmp_path)
+    service = start(*SOON, "--version", "1", store=tmp_path)
+    tiny.write(tmp_path)
+    time.sleep(2)
+    assert version(service) == "1"

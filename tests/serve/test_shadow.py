@@ -1,0 +1,55 @@
+"""Shadow: a second version gets a share of the traffic, in idle time, and can do no harm."""
+import time
+
+import pytest
+import tiny
+
+
+def until(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
+
+
+def counted(service) -> dict[str, float]:
+    return {outcome: service.metric("imago_shadow_images_total", outcome=outcome)
+            for outcome in ("agree", "disagree", "failed", "dropped")}
+
+
+def test_agreement_and_latency_of_a_second_version(start, tmp_path):
+    tiny.write(tmp_path)
+    tiny.write(tmp_path, classes=["red", "green", "purple"], promote=False)
+    service = start("--shadow-version", "2", "--shadow-share", "1", "--version", "1", store=tmp_path)
+    until(lambda: "shadow ready" in service.log.read_text())
+    for i in range(30):
+        answer = service.predict(tiny.image(tiny.CLASSES[i % 3], seed=i)).json()
+        assert answer["model"]["version"] == "1"
+        time.sleep(0.02)
+    until(lambda: sum(counted(service).values()) == 30)
+    found = counted(service)
+    assert found["failed"] == found["dropped"] == 0
+    assert (found["agree"], found["disagree"]) == (20, 10)
+    assert service.metric("imago_shadow_seconds_count") == 30
+    assert 'imago_shadow_info{name="colours",variant="fp32",version="2"} 1.0' in service.metrics()
+    assert service.metric("imago_predictions_total", label="purple") == 0
+
+
+def test_only_a_share_is_taken(start, tmp_path):
+    tiny.write(tmp_path)
+    service = start("--shadow-version", "1", "--shadow-share", "0.2", store=tmp_path)
+    for i in range(200):
+        service.predict(tiny.image("red", seed=i))
+    assert sum(counted(service).values()) == pytest.approx(40, abs=25)
+
+
+def test_a_shadow_that_cannot_be_loaded_does_no_harm(start, tmp_path):
+    tiny.write(tmp_path)
+    path = tiny.write(tmp_path, promote=False)
+    (path / "model.onnx").write_bytes(b"no graph")
+    service = start("--shadow-version", "2", "--shadow-share", "1", store=tmp_path)
+    for i in range(20):
+        assert service.predict(tiny.image("red", seed=i)).status_code == 200
+    until(lambda: "no shadow" in service.log.read_text())
+    assert counted(service)["dropped"] == 20
+    assert service.stop() == 0
