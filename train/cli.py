@@ -178,7 +178,11 @@ def main(argv: list[str] | None = None) -> int:
     for noisy in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # torch's own use and Lightning's
-    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # our run's own files
+    for message in ("Checkpoint directory .* exists and is not empty",  # our run's own files
+                    "The number of training batches .* is smaller than the logging interval",  # epochs are logged too
+                    "It is recommended to use `self.log.*sync_dist",  # what is logged is summed over all before
+                    "Grad strides do not match bucket view strides"):
+        warnings.filterwarnings("ignore", message=message)
     NOTICE.listen()
     try:
         run(sys.argv[1:] if argv is None else argv)

@@ -1,9 +1,11 @@
 """Loggers by name, in the directory of the run. One that is resumed goes on where its checkpoint was made."""
 import csv
+import logging
 import os
 import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
+from netrc import NetrcParseError, netrc
 
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -45,21 +47,31 @@ def comma_separated(run: Run) -> Logger:
 
 
 def wandb(run: Run) -> Logger:
-    """Online where W&B has a key, else offline: `wandb sync` sends the files of the run later."""
-    import wandb as client
-
-    mode = os.environ.get("WANDB_MODE")
-    offline = mode == "offline" or not (mode or client.api.api_key)
-    return WandbLogger(project=run.path.parent.name, name=run.title, id=run.key, save_dir=run.path, offline=offline,
+    """As WANDB_MODE says; else online where there is a key, and offline where not: `wandb sync` sends the run later."""
+    mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
+    return WandbLogger(project=run.path.parent.name, name=run.title, id=run.key, save_dir=run.path, mode=mode,
                        resume="allow")
 
 
+def _has_wandb_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return any("wandb" in host for host in netrc().hosts)  # where `wandb login` writes it
+    except (OSError, NetrcParseError):
+        return False
+
+
 def mlflow(run: Run) -> Logger:
-    """Where MLFLOW_TRACKING_URI says, else a local store beside the runs: `mlflow ui --backend-store-uri …`."""
-    noted = run.path / "mlflow-run"
+    """Where MLFLOW_TRACKING_URI says, else a local store beside the runs: `mlflow ui --backend-store-uri sqlite:///…`."""
+    place, noted = run.path.parent.parent / "mlflow", run.path / "mlflow-run"
+    remote = os.environ.get("MLFLOW_TRACKING_URI")
+    if not remote:
+        place.mkdir(exist_ok=True)
+        logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells how it lays out a new database
     logger = MLFlowLogger(
         experiment_name=run.path.parent.name, run_name=run.title,
-        tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or (run.path.parent.parent / "mlflow").as_uri(),
+        tracking_uri=remote or f"sqlite:///{place / 'mlflow.db'}", artifact_location=None if remote else place.as_uri(),
         run_id=noted.read_text() if run.step and noted.is_file() else None)
     if rank_zero_only.rank == 0:
         noted.write_text(logger.run_id)

@@ -1,7 +1,7 @@
 """A callback for the tests' runs: sends this process a real signal at a chosen moment, which KILL names.
 
-KILL=TERM:step:7 is SIGTERM right before the hook that follows the seventh step is left; KILL=KILL:validation:2 is SIGKILL in
-the second epoch's validation. Moments: step, validation, epoch (its start), end (of the training).
+KILL=TERM:step:7 is SIGTERM within the seventh step; KILL=KILL:validation:2 is SIGKILL in the second epoch's
+validation. Moments: step, validation, epoch (its start), end (of the training).
 """
 import os
 import signal
