@@ -88,7 +88,7 @@ class Connection(HttpToolsProtocol):
         exchange = self.exchange
         if exchange is not None and exchange.cycle is self.cycle:
             self.cycle.body += body
-            return exchange.grew()
+            return exchange.grew(len(body))
         if self.cycle.response_complete:
             self.discarded += len(body)
             if self.discarded > MAX_DISCARDED_BYTES:

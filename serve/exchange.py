@@ -42,11 +42,16 @@ class Exchange:
             self.cycle.waiting_for_100_continue = False
             self.connection.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
-    def grew(self) -> None:
-        """More of the body is there."""
+    def grew(self, size: int) -> None:
+        """So many bytes more of the body are there."""
         limit = self.front.settings.max_body_bytes
-        if len(self.cycle.body) > limit:
-            self.fail(Problem(413, f"the body is larger than the {limit} bytes allowed", "body", close=True))
+        try:
+            if len(self.cycle.body) > limit:
+                raise Problem(413, f"the body is larger than the {limit} bytes allowed", "body")
+            self.front.predictor.hold(self.place, 0, size)
+        except Problem as problem:
+            self.cycle.body.clear()
+            self.fail(problem)
 
     def arrived(self) -> None:
         """The body is there."""

@@ -41,8 +41,3 @@ def configure(settings: Settings) -> None:
         library = logging.getLogger(name)
         library.handlers, library.propagate = [], True
         library.setLevel(logging.ERROR)  # uvicorn warns of every malformed request
-
-
-def silence() -> None:
-    """Let nothing more through; the reason has been told in one line."""
-    logging.disable(logging.CRITICAL)

@@ -20,12 +20,15 @@ MAX_TOP_K = 1000
 
 
 class Place:
-    """What one request holds of the service's capacity, from its head to its answer."""
+    """What one request holds of the service's capacity: bytes as they come, images once they are all there.
+
+    So a client that is slow to send what it announced takes no room from others.
+    """
 
     __slots__ = ("images", "size")
 
-    def __init__(self, images: int, size: int):
-        self.images, self.size = images, size
+    def __init__(self):
+        self.images = self.size = 0
 
 
 class Predictor:
@@ -57,19 +60,24 @@ class Predictor:
             raise Problem(503, "the service is shutting down", "draining", close=True)
         if not self.pool.usable:
             raise Problem(503, "no model is ready; try again in a second", "not_ready")
-        if self.state.body_bytes(self.settings.api_processes) + size > self.settings.max_pending_bytes:
-            raise Problem(429, "too many bytes are waiting; try again in a second", "bytes")
-        place = Place(0, size)
-        self.grow(place, 1)
-        self.count(0, 1, size)
-        return place
+        self.check_room(1, size)
+        self.count(0, 1, 0)
+        return Place()
 
-    def grow(self, place: Place, images: int) -> None:
-        """Let a request hold so many images more. Raises Problem 429 where there is no room for them."""
-        if images and self.state.pending(self.settings.api_processes) + images > self.settings.max_pending:
+    def check_room(self, images: int, size: int) -> None:
+        """Raises Problem 429 where there is no room for so much more."""
+        settings = self.settings
+        if self.state.pending(settings.api_processes) + images > settings.max_pending:
             raise Problem(429, "too many images are waiting; try again in a second", "pending")
+        if size and self.state.body_bytes(settings.api_processes) + size > settings.max_pending_bytes:
+            raise Problem(429, "too many bytes are waiting; try again in a second", "bytes")
+
+    def hold(self, place: Place, images: int, size: int) -> None:
+        """Let a request hold so much more. Raises Problem 429."""
+        self.check_room(images, size)
         place.images += images
-        self.count(images, 0, 0)
+        place.size += size
+        self.count(images, 0, size)
 
     def leave(self, place: Place) -> None:
         self.count(-place.images, -1, -place.size)
@@ -84,7 +92,7 @@ class Predictor:
 
     def ask(self, place: Place, images: list[bytes], top_k: int, flags: int, done: Callable[[Ask], None]) -> Ask:
         """Start to answer these images; `done` is called when they are, or at the deadline. Raises Problem 429, 503."""
-        self.grow(place, len(images) - place.images)
+        self.hold(place, len(images), 0)
         answers: list[Answer | None] = [None] * len(images)
         if self.cache is not None:
             done = self.look_up(answers, images, top_k, flags, done)
@@ -122,7 +130,9 @@ class Predictor:
         connection = request.scope["connection"]
         ended = self.pool.loop.create_future()
         try:
-            images, top_k, flags = parse(await body.read(request.receive, self.settings.max_body_bytes))
+            content = await body.read(request.receive, self.settings.max_body_bytes)
+            self.hold(place, 0, len(content))
+            images, top_k, flags = parse(content)
             ask = self.ask(place, images, top_k, flags, lambda _: ended.done() or ended.set_result(None))
             connection.on_lost = ended.cancel
             try:

@@ -64,6 +64,9 @@ class State:
     def beat(self, worker: int) -> None:
         self.page[_BEAT + worker] = time.monotonic()
 
+    def has_started(self, worker: int) -> bool:
+        return self.page[_BEAT + worker] <= time.monotonic()
+
     def begin(self, worker: int, predictor: int) -> None:
         self.page[_BUSY + worker * PREDICTORS + predictor] = time.monotonic()
 

@@ -1,13 +1,17 @@
 """The first process: starts LitServe's processes, replaces those that crash or hang, and drains on SIGTERM.
 
 It subclasses LitServer where version 0.2.19 leaves no public hook: to keep the HTTP processes, which LitServe never
-replaces, and to watch the workers in its own way, since LitServe sees no hang and restarts without a pause.
+replaces; to watch the workers in its own way, since LitServe sees no hang and restarts without a pause; and to do
+without LitServe's manager process and queues, which nothing here uses.
 """
+import contextlib
 import copy
+import ctypes
 import multiprocessing
 import shutil
 import signal
 import socket
+import struct
 import sys
 import threading
 import time
@@ -21,13 +25,16 @@ from serve import exposition, logs, machine, shadow
 from serve.connection import Connection
 from serve.front import Front
 from serve.metrics import Slab
+from serve.quiet import Quiet
 from serve.settings import Settings
 from serve.state import State
-from serve.worker import Worker
+from serve.worker import UNUSABLE, Worker
 
 TICK = 0.05
-LINGER = 0.3  # seconds in which a client that just connected is still told that we are leaving
-END = 1.0  # seconds to keep of the drain for ending the processes
+LINGER = 0.3  # seconds in which clients are still told that we are leaving
+LAST_CALL = 0.1  # seconds to answer those who connected before the door was shut
+END = 1.5  # seconds of the drain that are kept for ending the processes
+SO_ATTACH_FILTER = 26
 MAX_PAUSE = 10.0  # seconds between two tries to start a process that keeps crashing
 
 
@@ -40,10 +47,20 @@ class Supervisor(litserve.LitServer):
         self.state, self.slab = State(run), Slab(f"{run}/supervisor.metrics")
         self.slab.set("ready", to=1)  # the least over all processes counts, and others know better
         self.apis: dict[int, multiprocessing.Process] = {}
+        self.unusable = False  # a worker could not load the model, and has said why
         for worker in range(settings.workers):
             self.state.reset(worker)
 
     # What LitServer.run calls.
+
+    def _init_manager(self, num_api_servers: int) -> Quiet:
+        self.workers_setup_status, self._shutdown_event = {}, threading.Event()
+        self.litapi_request_queues = {self.lit_api.api_path: None}
+        self._transport = Quiet()
+        return self._transport
+
+    def verify_worker_status(self) -> None:
+        """The HTTP processes need not wait for the workers: they can tell that they are alive and not ready."""
 
     def _start_server(self, port: int, count: int, level: str, sockets: list[socket.socket], kind: str,
                       **options: Any) -> dict:
@@ -58,7 +75,7 @@ class Supervisor(litserve.LitServer):
         app.response_queue_id = number
         server = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=1, **self.options))
         self.apis[number] = multiprocessing.get_context("fork").Process(
-            target=server.run, args=(self.sockets,), name=f"http-{number}")
+            target=run_api, args=(server, self.sockets), name=f"http-{number}")
         self.apis[number].start()
 
     def _start_worker_monitoring(self, *_: Any) -> None:
@@ -69,10 +86,12 @@ class Supervisor(litserve.LitServer):
         for api in self.apis.values():
             api.terminate()
         for api in self.apis.values():
-            api.join(2)
+            api.join(1.2)
             api.kill()
         for listener in self.sockets:
             listener.close()  # whoever connects from now on is refused instead of left waiting
+        for worker in self.inference_workers:
+            worker.kill()  # all that it could answer is answered
         super()._perform_graceful_shutdown(manager, *args)
 
     # Watching.
@@ -81,19 +100,27 @@ class Supervisor(litserve.LitServer):
         """Replace processes that died or show no progress."""
         watches = {("worker", i): Watch() for i in range(self.settings.workers)}
         watches |= {("http", i): Watch() for i in self.apis}
-        while not self.state.draining:
+        while not self.state.draining and not self.unusable:
             for (kind, i), watch in watches.items():
                 if not watch.due():
                     continue
                 process = self.inference_workers[i] if kind == "worker" else self.apis[i]
                 reason = self.failure(kind, i, process)
-                if reason and not self.state.draining:
+                if reason and process.exitcode == UNUSABLE and not self.ready_once:
+                    self.unusable = True
+                    self._shutdown_event.set()
+                elif reason and not self.state.draining:
                     logs.logger.error("%s process replaced", kind, extra={"fields": {
                         "number": i, "reason": reason, "exit_code": process.exitcode}})
                     self.slab.add("restarts", kind, reason)
                     self.replace(kind, i)
                     watch.replaced()
             time.sleep(TICK)
+
+    @property
+    def ready_once(self) -> bool:
+        return self.slab.values[self.slab.slot("restarts", "worker", "crash")] > 0 or any(
+            map(self.state.has_started, range(self.settings.workers)))
 
     def failure(self, kind: str, number: int, process: multiprocessing.Process) -> str | None:
         if not process.is_alive():
@@ -128,7 +155,28 @@ class Supervisor(litserve.LitServer):
         while time.monotonic() < linger or (
                 self.state.requests(self.settings.api_processes) and time.monotonic() < end):
             time.sleep(TICK)
+        for listener in self.sockets:
+            shut(listener)
+        time.sleep(LAST_CALL)
         raise KeyboardInterrupt  # LitServe's way to end
+
+
+def run_api(server: uvicorn.Server, sockets: list[socket.socket]) -> None:
+    """An HTTP process. `drain` came along with the fork, but is the supervisor's; uvicorn sets handlers of its own."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    server.run(sockets)
+
+
+def shut(listener: socket.socket) -> None:
+    """Let no new connection arrive, while those that wait to be accepted still are.
+
+    Closing the socket would reset them. A packet filter that drops everything (BPF, `ret 0`) only stops what is new;
+    connections that exist have no part in it.
+    """
+    program = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))
+    with contextlib.suppress(OSError):  # a sandbox may not have it
+        listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HL", 1, ctypes.addressof(program)))
 
 
 class Watch:
@@ -182,12 +230,10 @@ def _serve(settings: Settings, run: str) -> int:
             generate_client_file=False, log_level="warning", http=Connection, ws="none", loop="uvloop",
             log_config=None, access_log=False, proxy_headers=False, server_header=False,
             timeout_keep_alive=settings.keep_alive_seconds, backlog=settings.max_connections)
-    except RuntimeError:
-        return 2  # a worker could not load its model, and has said why
     finally:
         if metrics:
             metrics.shutdown()
-    return 0
+    return 2 if supervisor.unusable else 0
 
 
 def free(host: str, port: int) -> bool:

@@ -8,6 +8,7 @@ socket; see serve.frames. Where to hook in:
 - `PredictLoop.run_batch` is where a batch has run: `self.observers` are called with a `Batch` after its answers left.
 - `serve.answer.Answers.compose` is where an answer is composed.
 """
+import contextlib
 import os
 import selectors
 import signal
@@ -38,6 +39,7 @@ from serve.shadow import Shadow
 from serve.state import State
 
 STEP = 0.5  # seconds between two heartbeats
+UNUSABLE = 2  # exit status of a worker that can't serve what it is told to
 SEND_SECONDS = 5  # an HTTP process that reads nothing for so long has lost its answers
 
 
@@ -67,8 +69,7 @@ class Worker(litserve.LitAPI):
             self.model = reload.load(self.settings, self.run, self.threads)
         except (BundleError, ValueError) as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
-            logs.silence()  # LitServe would print the traceback
-            raise
+            sys.exit(UNUSABLE)
 
     def decode_request(self, request: Any) -> Any:
         return request
@@ -90,7 +91,12 @@ class Peer:
             try:
                 self.sock.sendall(frames)
             except OSError:
-                self.sock.close()  # it is gone or stuck; what it waited for is lost with it
+                self.shut()  # it is gone or stuck; what it waited for is lost with it
+
+    def shut(self) -> None:
+        """End the connection; the I/O thread sees that and closes it."""
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
 
 
 class PredictLoop(LitLoop):
@@ -155,6 +161,7 @@ class PredictLoop(LitLoop):
         for job in take_jobs(peer.buffer):
             if job.flags & CANCEL:
                 self.backlog.remove(peer, job.id)
+                items = [w for w in items if w.job.id != job.id]
             else:
                 items.append(Waiting(peer, job, arrived))
         if items:

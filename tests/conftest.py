@@ -64,6 +64,15 @@ class Server:
         """POST the bytes of one image."""
         return self.http.post("/predict" + query, content=data, headers={"Content-Type": "image/*", **headers})
 
+    def workers(self) -> list[int]:
+        """Process ids of the workers."""
+        return [pid for pid in self.children() if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+    def children(self) -> list[int]:
+        """Process ids of all processes that the first one has started."""
+        threads = Path(f"/proc/{self.process.pid}/task").glob("*/children")
+        return [int(pid) for thread in threads for pid in thread.read_text().split()]
+
     def metrics(self) -> str:
         return httpx.get(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=30).text
 

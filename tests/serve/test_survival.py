@@ -1,0 +1,203 @@
+"""Workers that are killed or hang, HTTP processes that die, and draining: for real, under load."""
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+from load import Load
+
+IMAGE = tiny.image("green")
+
+
+def wait(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.02)
+
+
+def kill_workers(server, times: int) -> None:
+    """Kill a worker, wait until another has taken its place and is ready, so many times."""
+    for _ in range(times):
+        (pid,) = server.workers()
+        os.kill(pid, signal.SIGKILL)
+        wait(lambda: not server.is_ready(), 20)
+        wait(lambda pid=pid: server.is_ready() and server.workers() != [pid])
+
+
+def check_kills(server, times: int) -> None:
+    with Load(server.port, IMAGE) as load:
+        wait(lambda: load.statuses[200] > 50)
+        kill_workers(server, times)
+        before = load.statuses[200]
+        wait(lambda: load.statuses[200] > before + 50)
+    assert load.lost == []
+    assert load.refused == 0
+    assert set(load.statuses) <= {200, 503}
+    assert server.metric("imago_restarts_total", process="worker", reason="crash") == times
+    wait(lambda: server.metric("imago_pending_images") == 0)
+    total = sum(server.metric("imago_requests_total", code=str(code)) for code in (200, 503))
+    assert total == load.statuses.total()
+    assert server.metric("imago_images_total", outcome="answered") >= load.statuses[200]
+
+
+def test_a_killed_worker_is_replaced_and_every_request_is_answered(start):
+    check_kills(start("--threads", "2"), 3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_hundred_kills_of_the_worker(start):
+    check_kills(start("--threads", "2"), 100)
+
+
+def test_a_worker_that_hangs_is_replaced_and_its_requests_get_503(start):
+    server = start("--worker-timeout-seconds", "2", "--deadline-ms", "30000")
+    (pid,) = server.workers()
+    with Load(server.port, IMAGE, clients=4) as load:
+        wait(lambda: load.statuses[200] > 20)
+        os.kill(pid, signal.SIGSTOP)
+        wait(lambda: load.statuses[503] > 0)
+        wait(lambda: server.is_ready() and server.workers() != [pid])
+        before = load.statuses[200]
+        wait(lambda: load.statuses[200] > before + 20)
+    assert load.lost == []
+    assert set(load.statuses) == {200, 503}
+    assert server.metric("imago_restarts_total", process="worker", reason="hang") == 1
+
+
+def test_one_of_two_workers_dies(start):
+    """The other goes on, and ready says that not all is well."""
+    server = start("--workers", "2", "--threads", "1")
+    with Load(server.port, IMAGE, clients=4) as load:
+        wait(lambda: load.statuses[200] > 20)
+        os.kill(server.workers()[0], signal.SIGKILL)
+        wait(lambda: not server.is_ready())
+        before = load.statuses[200]
+        wait(lambda: load.statuses[200] > before + 20)
+        wait(server.is_ready)
+    assert load.lost == []
+    assert set(load.statuses) <= {200, 503}
+
+
+def test_an_http_process_that_dies_is_replaced(start):
+    server = start("--api-processes", "2")
+    forked = [pid for pid in server.children() if b"-m\0serve" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert len(forked) == 2
+    os.kill(forked[0], signal.SIGKILL)
+    wait(lambda: server.metric("imago_restarts_total", process="http", reason="crash") == 1)
+    wait(server.is_ready)
+    assert all(server.predict(IMAGE).status_code == 200 for _ in range(20))
+    assert server.metric("imago_pending_images") == 0
+
+
+def test_sigterm_under_load_loses_nothing(start):
+    server = start("--drain-seconds", "20")
+    with Load(server.port, IMAGE, clients=16, pause=0.002) as load:
+        wait(lambda: load.statuses[200] > 100)
+        server.process.send_signal(signal.SIGTERM)
+        wait(lambda: load.statuses[503] > 0 or server.process.poll() is not None)
+        assert server.process.wait(21) == 0
+    assert load.lost == []
+    assert set(load.statuses) == {200, 503}
+    assert "Traceback" not in server.log.read_text()
+
+
+def test_what_is_queued_at_sigterm_is_answered(start):
+    """A stopped worker keeps requests queued; they are answered after SIGTERM, and ready is false at once."""
+    server = start("--deadline-ms", "20000")
+    (pid,) = server.workers()
+    os.kill(pid, signal.SIGSTOP)
+    with Load(server.port, IMAGE, clients=8) as load:
+        wait(lambda: server.metric("imago_pending_images") == 8)
+        server.process.send_signal(signal.SIGTERM)
+        wait(lambda: not server.is_ready(), 2)
+        assert server.http.get("/health/live").status_code == 200
+        assert server.predict(IMAGE).status_code == 503
+        assert server.process.poll() is None
+        load.over.set()
+        os.kill(pid, signal.SIGCONT)
+        assert server.process.wait(21) == 0
+    assert load.statuses == {200: 8}
+    assert load.lost == []
+
+
+def test_a_drain_that_can_not_finish_ends_in_time(start):
+    server = start("--drain-seconds", "3", "--deadline-ms", "60000")
+    (pid,) = server.workers()
+    os.kill(pid, signal.SIGSTOP)
+    with Load(server.port, IMAGE, clients=2) as load:
+        wait(lambda: server.metric("imago_pending_images") == 2)
+        load.over.set()
+        began = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        server.process.wait(30)
+        assert time.monotonic() - began < 6
+
+
+def test_sigterm_before_it_is_ready(start):
+    server = start(wait=False)
+    time.sleep(0.8)
+    began = time.monotonic()
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(10) in (0, -signal.SIGTERM)
+    assert time.monotonic() - began < 5
+
+
+def test_signals_to_the_whole_group_end_it_cleanly(bundle_store, start):
+    """As Ctrl+C in a terminal and systemd do."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        server = start(command=["setsid", sys.executable, "-m", "serve"])
+        with Load(server.port, IMAGE, clients=4, pause=0.002) as load:
+            wait(lambda load=load: load.statuses[200] > 20)
+            os.killpg(server.process.pid, number)
+            assert server.process.wait(21) == 0
+        assert load.lost == []
+        assert "Traceback" not in server.log.read_text()
+
+
+def test_nothing_outlives_a_killed_supervisor(start):
+    server = start()
+    children = server.children()
+    server.process.kill()
+    server.process.wait()
+    wait(lambda: not any(alive(pid) for pid in children))
+
+
+def alive(pid: int) -> bool:
+    try:
+        state = re.search(r"State:\s+(\w)", Path(f"/proc/{pid}/status").read_text())
+    except FileNotFoundError:
+        return False
+    return state is not None and state[1] != "Z"
+
+
+def test_no_files_are_left(start):
+    before = set(os.listdir("/dev/shm"))
+    server = start()
+    assert any(name.startswith("imago-") for name in set(os.listdir("/dev/shm")) - before)
+    assert server.stop() == 0
+    assert not {name for name in set(os.listdir("/dev/shm")) - before if name.startswith("imago-")
+                and str(server.process.pid) in name}
+
+
+def test_the_worker_answers_without_torch(start):
+    """No process of a running service has torch in its memory."""
+    server = start()
+    assert server.predict(IMAGE).status_code == 200
+    for pid in [server.process.pid, *server.children()]:
+        assert "torch" not in Path(f"/proc/{pid}/maps").read_text()
+    blocked = ("import sys, runpy\n"
+               "class Block:\n"
+               "    def find_spec(self, name, *rest):\n"
+               "        if name.split('.')[0] in ('torch', 'torchvision', 'lightning', 'train'):\n"
+               "            raise ImportError(name)\n"
+               "sys.meta_path.insert(0, Block())\n"
+               "runpy.run_module('serve', run_name='__main__')\n")
+    ran = subprocess.run([sys.executable, "-c", blocked, "--help"], capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 0
