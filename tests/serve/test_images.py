@@ -1,0 +1,190 @@
+"""A corpus of images through the door of the service: right answer or right 4xx, and never a harm to others."""
+import io
+import struct
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+
+import cv2
+import numpy as np
+import pytest
+import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from serve.body import parts
+from serve.responses import Problem
+
+SIDE = 40
+
+
+def rgb(label: str) -> Image.Image:
+    return Image.open(io.BytesIO(tiny.image(label, SIDE)))
+
+
+def save(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def see_through(label: str) -> Image.Image:
+    """The upper half has one colour; below is red that nobody can see, since its alpha is 0."""
+    over = Image.new("RGBA", (SIDE, SIDE), (255, 0, 0, 0))
+    over.paste(rgb(label).convert("RGBA").crop((0, 0, SIDE, SIDE // 2)), (0, 0))
+    return over
+
+
+def turned(label: str, kind: str) -> bytes:
+    """Stored on its side, with the tag that says so. The centre that is cut out is `label` only when it is upright."""
+    tall = Image.new("RGB", (SIDE, 3 * SIDE), "red")
+    tall.paste(rgb(label), (0, SIDE))
+    tags = Image.Exif()
+    tags[0x112] = 6
+    return save(tall.rotate(90, expand=True), kind, exif=tags)
+
+
+def deep(label: str, suffix: str) -> bytes:
+    pixels = np.asarray(rgb(label))[:, :, ::-1].astype(np.uint16) * 257
+    return cv2.imencode(suffix, pixels)[1].tobytes()
+
+
+GOOD = {
+    "jpeg": save(rgb("green"), "JPEG"), "jpeg progressive": save(rgb("green"), "JPEG", progressive=True),
+    "jpeg cmyk": save(rgb("green").convert("CMYK"), "JPEG"), "jpeg turned": turned("green", "JPEG"),
+    "png": save(rgb("green"), "PNG"), "png palette": save(rgb("green").quantize(16), "PNG"),
+    "png alpha": save(see_through("green"), "PNG"), "png 16": deep("green", ".png"),
+    "png turned": turned("green", "PNG"),
+    "webp": save(rgb("green"), "WEBP"), "webp alpha": save(see_through("green"), "WEBP"),
+    "webp animated": save(rgb("green"), "WEBP", save_all=True, append_images=[rgb("red")] * 3),
+    "gif animated": save(rgb("green"), "GIF", save_all=True, append_images=[rgb("red")] * 3),
+    "bmp": save(rgb("green"), "BMP"), "tiff": save(rgb("green"), "TIFF"),
+    "tiff lzw": save(rgb("green"), "TIFF", compression="tiff_lzw"), "tiff 16": deep("green", ".tiff"),
+    "tiff cmyk": save(rgb("green").convert("CMYK"), "TIFF"),
+    "tiff pages": save(rgb("green"), "TIFF", save_all=True, append_images=[rgb("red")]),
+}
+GRAY = {"png gray": save(rgb("blue").convert("L"), "PNG"), "jpeg gray": save(rgb("blue").convert("L"), "JPEG"),
+        "png 1 bit": save(rgb("blue").convert("1"), "PNG"),
+        "png gray 16": save(Image.fromarray(np.full((SIDE, SIDE), 30000, np.uint16)), "PNG")}
+
+
+def zipped() -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("zeros", bytes(10 << 20))
+    return buffer.getvalue()
+
+
+def png_of(width: int, height: int) -> bytes:
+    """A small PNG whose header states another size, with a right checksum."""
+    data = bytearray(GOOD["png"])
+    data[16:24] = struct.pack(">II", width, height)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    return bytes(data)
+
+
+BAD = {
+    "empty": (b"", 400), "text": (b"hello", 415), "zip bomb": (zipped(), 415), "pdf": (b"%PDF-1.7 ...", 415),
+    "svg": (b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>', 415),
+    "avif": (b"\0\0\0\x1cftypavif" + bytes(64), 415),
+    "jpeg cut short": (GOOD["jpeg"][:len(GOOD["jpeg"]) // 2], 422), "jpeg start only": (b"\xff\xd8\xff\xe0", 422),
+    "png cut short": (GOOD["png"][:-200], 422), "webp cut short": (GOOD["webp"][:-20], 422),
+    "gif cut short": (GOOD["gif animated"][:60], 422), "bmp cut short": (GOOD["bmp"][:-500], 422),
+    "tiff cut short": (GOOD["tiff"][:-2000], 422), "png bomb": (png_of(100_000, 100_000), 413),
+    "png that lies": (png_of(2000, 2000), 422), "png of no size": (png_of(0, 7), 422),
+}
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_every_kind_is_answered_right(server, name):
+    answer = server.predict(GOOD[name])
+    assert answer.status_code == 200, answer.text
+    (prediction,) = answer.json()["predictions"]
+    assert prediction["label"] == "green"
+    assert prediction["confidence"] > 0.6
+
+
+@pytest.mark.parametrize("name", GRAY)
+def test_gray_has_no_colour(server, name):
+    (prediction,) = server.predict(GRAY[name]).json()["predictions"]
+    assert [choice["confidence"] for choice in prediction["top"]] == pytest.approx([1 / 3] * 3, abs=0.01)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_every_bad_one_gets_its_4xx(server, name):
+    data, status = BAD[name]
+    answer = server.predict(data)
+    assert answer.status_code == status
+    detail = answer.json()["detail"]
+    assert detail
+    assert "/" not in detail.replace("image/", "").replace("form-data", "").replace("multipart/", ""), "no paths"
+
+
+def test_bad_images_harm_nobody(server):
+    """Good and bad ones at once: batches mix them, and each gets its own answer."""
+    jobs = [(GOOD["jpeg"], 200), *BAD.values()] * 12
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda job: server.predict(job[0]), jobs))
+    for answer, (_, status) in zip(answers, jobs, strict=True):
+        assert answer.status_code == status
+        assert status != 200 or answer.json()["predictions"][0]["label"] == "green"
+    assert server.is_ready()
+
+
+def test_one_request_with_all_of_them(server):
+    files = [("f", (name, data)) for name, data in GOOD.items()]
+    files += [("f", (name, data)) for name, (data, _) in BAD.items() if data]
+    predictions = server.http.post("/predict", files=files).json()["predictions"]
+    statuses = [p["error"]["status"] if "error" in p else p["label"] for p in predictions]
+    assert statuses == ["green"] * len(GOOD) + [status for data, status in BAD.values() if data]
+
+
+BOUNDARY = st.text("abcdefghijklmnopqrstuvwxyzABCDEFG0123456789'()+_,-./:=?", min_size=1, max_size=70).filter(
+    lambda text: not text.endswith(" "))
+
+
+def multipart(files: list[bytes], boundary: bytes) -> bytes:
+    head = b'--%b\r\nContent-Disposition: form-data; name="f"; filename="x"\r\n\r\n' % boundary
+    return b"".join(head + data + b"\r\n" for data in files) + b"--%b--\r\n" % boundary
+
+
+def taken(body: bytes, content_type: bytes, limit: int = 64) -> list[bytes] | int:
+    """The files, or the status of the Problem."""
+    try:
+        return parts(body, content_type, limit)
+    except Problem as problem:
+        return problem.status
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(files=st.lists(st.binary(max_size=200), max_size=6), boundary=BOUNDARY, quoted=st.booleans())
+def test_multipart_gives_back_what_went_in(files, boundary, quoted):
+    mark = boundary.encode()
+    files = [data for data in files if b"\r\n--" + mark not in b"\r\n" + data]
+    quoted = quoted or not set(b";,").isdisjoint(mark)
+    kind = b'multipart/form-data; boundary="%b"' % mark if quoted else b"multipart/form-data; boundary=" + mark
+    assert taken(multipart(files, mark), kind) == files
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(files=st.lists(st.binary(max_size=50), min_size=1, max_size=3), cut=st.integers(1, 400),
+       junk=st.binary(max_size=30), at=st.integers(0, 400))
+def test_damaged_multipart_is_refused_or_read_but_never_fails(files, cut, junk, at):
+    whole = multipart(files, b"BOUNDARY")
+    kind = b"multipart/form-data; boundary=BOUNDARY"
+    for body in (whole[:-cut], whole[:at] + junk + whole[at:], junk, junk + whole):
+        found = taken(body, kind)
+        assert found in (400, 413) or all(isinstance(data, bytes) for data in found)
+    assert taken(whole[:-cut], kind) in (400, files) or cut >= len(whole)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(body=st.binary(max_size=300), kind=st.binary(max_size=80))
+def test_noise_as_multipart(body, kind):
+    found = taken(body, b"multipart/form-data; " + kind)
+    assert found in (400, 413) or isinstance(found, list)
+
+
+def test_more_files_than_allowed():
+    assert taken(multipart([b"x"] * 65, b"b"), b"multipart/form-data; boundary=b") == 413

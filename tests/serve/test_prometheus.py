@@ -1,0 +1,121 @@
+"""Metrics as a real Prometheus reads them, and against the sum of what was sent to several processes."""
+import json
+import shutil
+import subprocess
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+import tiny
+from conftest import free_ports
+
+from models.bundle import Calibration
+
+PROMETHEUS, PROMTOOL = shutil.which("prometheus"), shutil.which("promtool")
+
+
+def send(service, clients: int = 8, rounds: int = 12) -> tuple[Counter, Counter]:
+    """Requests of all kinds, over many connections. What came back: statuses, and labels of predictions."""
+    def ask(number: int) -> tuple[Counter, Counter]:
+        codes, labels = Counter(), Counter()
+        with httpx.Client(base_url=service.url, timeout=30) as http:
+            for i in range(rounds):
+                image = tiny.image(tiny.CLASSES[i % 3], seed=100 * number + i)
+                many = [("f", (str(j), tiny.image(tiny.CLASSES[j % 3], seed=j))) for j in range(4)]
+                for answer in (http.post("/predict", content=image, headers={"Content-Type": "image/png"}),
+                               http.post("/predict", files=[*many, ("f", ("x", b"no image"))]),
+                               http.post("/predict", content=b"no image", headers={"Content-Type": "image/png"}),
+                               http.post("/predict", content=b"{", headers={"Content-Type": "application/json"})):
+                    codes[str(answer.status_code)] += 1
+                    labels.update(p["label"] for p in answer.json().get("predictions", []) if "label" in p)
+        return codes, labels
+
+    with ThreadPoolExecutor(clients) as pool:
+        results = list(pool.map(ask, range(clients)))
+    return sum((c for c, _ in results), Counter()), sum((found for _, found in results), Counter())
+
+
+@pytest.fixture
+def service(start, tmp_path):
+    tiny.write(tmp_path, calibration=Calibration(abstain_threshold=0.9825, energy_threshold=0.0))
+    return start("--workers", "2", "--api-processes", "2", store=tmp_path)
+
+
+def test_several_processes_count_what_was_sent(service):
+    codes, labels = send(service)
+    assert codes == {"200": 192, "415": 96, "400": 96}
+    for code, count in codes.items():
+        assert service.metric("imago_requests_total", code=code) == count
+    for label, count in labels.items():
+        assert service.metric("imago_predictions_total", label=label) == count
+    images = sum(labels.values())
+    assert images == 8 * 12 * 5
+    assert service.metric("imago_images_total", outcome="answered") == images
+    assert service.metric("imago_images_total", outcome="refused") == 192
+    assert service.metric("imago_request_duration_seconds_count") == sum(codes.values())
+    assert service.metric("imago_confidence_count") == images
+    assert service.metric("imago_batch_size_sum") == images
+    assert service.metric("imago_inference_seconds_count") == service.metric("imago_batch_size_count")
+    assert 0 < service.metric("imago_abstained_total") < images
+    assert service.metric("imago_out_of_distribution_total") == 0
+    assert service.metric("imago_pending_images") == 0
+    assert service.metric("imago_ready") == 1
+
+
+@pytest.mark.skipif(PROMTOOL is None, reason="there is no promtool on this machine")
+def test_promtool_is_content(service):
+    send(service, clients=2, rounds=2)
+    said = service.predict(tiny.image("red")).json()
+    service.http.post("/feedback", json={"id": said["id"], "label": "red"})
+    ran = subprocess.run([PROMTOOL, "check", "metrics"], input=service.metrics(), text=True, capture_output=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert (ran.stdout + ran.stderr).strip() == ""
+
+
+@pytest.mark.skipif(PROMETHEUS is None, reason="there is no Prometheus on this machine")
+def test_a_real_prometheus_scrapes_it(service, tmp_path):
+    codes, _ = send(service, clients=4, rounds=3)
+    config, (port,) = tmp_path / "prometheus.json", free_ports(1)  # JSON is YAML
+    config.write_text(json.dumps({"global": {"scrape_interval": "1s"}, "scrape_configs": [
+        {"job_name": "imago", "static_configs": [{"targets": [f"127.0.0.1:{service.metrics_port}"]}]}]}))
+    command = [PROMETHEUS, f"--config.file={config}", f"--storage.tsdb.path={tmp_path / 'data'}",
+               f"--web.listen-address=127.0.0.1:{port}"]
+    with (tmp_path / "prometheus.log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        def query(text: str) -> dict[str, float]:
+            try:
+                found = httpx.get(f"http://127.0.0.1:{port}/api/v1/query", params={"query": text}).json()
+            except httpx.TransportError:
+                return {}
+            return {r["metric"].get("code", ""): float(r["value"][1]) for r in found["data"]["result"]}
+
+        end = time.monotonic() + 60
+        while query('up{job="imago"}') != {"": 1}:
+            assert time.monotonic() < end, (tmp_path / "prometheus.log").read_text()
+            time.sleep(0.2)
+        assert {c: n for c, n in query("imago_requests_total").items() if n} == codes
+        quantile = query("histogram_quantile(0.99, sum by (le) (imago_request_duration_seconds_bucket))")
+        assert 0 < quantile[""] < 10
+        targets = httpx.get(f"http://127.0.0.1:{port}/api/v1/targets").json()["data"]["activeTargets"]
+        assert [(t["health"], t["lastError"]) for t in targets] == [("up", "")]
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def test_label_counts_are_bounded(start, tmp_path: Path):
+    tiny.write(tmp_path, classes=[f"class {i}" for i in range(300)])
+    service = start(store=tmp_path)
+    for i in range(20):
+        service.http.get(f"/{i}")
+        service.http.post(f"/v2/models/nobody-{i}/infer", json={})
+        service.http.request(f"METHOD{i}", "/predict")
+        service.predict(tiny.image("blue"), f"?top_k={i}", **{"X-Request-ID": f"id-{i}"})
+    series = Counter(line.split("{")[0].split(" ")[0] for line in service.metrics().splitlines() if line[0] != "#")
+    assert series["imago_predictions_total"] <= 101
+    assert series["imago_requests_total"] <= 12
+    assert sum(series.values()) < 350
