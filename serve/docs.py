@@ -8,7 +8,9 @@ ERRORS = {
     415: "Not a media type or image format that is taken.", 422: "The image can't be decoded.",
     429: "Too many images are waiting; try again after Retry-After seconds.",
     503: "Not ready, or shutting down.", 504: "No answer before the deadline.",
+    404: "There is no such thing.", 405: "The path does not take this method.",
 }
+REQUEST_ERRORS = (400, 401, 413, 415, 422, 429, 503, 504)
 
 
 def _schema(properties: dict, required: list[str] | None = None) -> dict:
@@ -22,8 +24,15 @@ SCHEMAS = {
     "Choice": _schema(_CHOICE),
     "Prediction": _schema({
         **_CHOICE, "top": {"type": "array", "items": {"$ref": "#/components/schemas/Choice"}},
-        "prediction_set": {"type": "array", "items": _TEXT}, "abstain": _FLAG, "out_of_distribution": _FLAG,
-        "energy": _NUMBER}),
+        "prediction_set": {"type": "array", "items": _TEXT,
+                           "description": "holds the true class as often as the bundle's conformal_level says"},
+        "abstain": {**_FLAG, "description": "the confidence is below the bundle's threshold"},
+        "out_of_distribution": {**_FLAG, "description": "the energy is above the bundle's threshold"},
+        "energy": {**_NUMBER, "description": "-logsumexp of the logits: high for images unlike the training data"},
+        "cam": {"type": "string", "format": "byte", "contentMediaType": "image/png", "contentEncoding": "base64",
+                "description": "with explain=cam: class activation map of the label, a gray PNG over what the network "
+                               "saw; 255 where most spoke for it"}},
+        [*_CHOICE, "top", "prediction_set", "abstain", "out_of_distribution", "energy"]),
     "ImageError": _schema({"error": _schema({"title": _TEXT, "status": _INTEGER, "detail": _TEXT})}),
     "Answer": _schema({
         "id": _TEXT, "model": _schema({"name": _TEXT, "version": _TEXT}),
@@ -32,6 +41,24 @@ SCHEMAS = {
     "Status": _schema({"status": _TEXT}),
     "Model": {"type": "object", "properties": {"name": _TEXT, "version": _TEXT, "classes": {
         "type": "array", "items": _TEXT}}, "required": ["name", "version", "classes"]},
+    "Feedback": {**_schema({
+        "id": {**_TEXT, "description": "the answer's id"}, "label": {**_TEXT, "description": "the true class"},
+        "image": {"type": "integer", "minimum": 0, "maximum": 65535, "default": 0,
+                  "description": "its place in the request"}}, ["id", "label"])},
+    "FeedbackResult": _schema({"id": _TEXT, "image": _INTEGER, "correct": _FLAG}),
+    "Tensor": _schema({"name": _TEXT, "datatype": {"enum": ["UINT8", "FP32", "BYTES"]}, "shape": {
+        "type": "array", "items": _INTEGER}, "data": {"type": "array"}, "parameters": {"type": "object"}},
+        ["name", "datatype", "shape"]),
+    "InferRequest": _schema({
+        "id": _TEXT, "inputs": {"type": "array", "minItems": 1, "maxItems": 1, "items": {
+            "$ref": "#/components/schemas/Tensor"}}, "outputs": {"type": "array", "items": _schema({"name": _TEXT})},
+        "parameters": {"type": "object"}}, ["inputs"]),
+    "InferAnswer": _schema({
+        "id": _TEXT, "model_name": _TEXT, "model_version": _TEXT, "outputs": {
+            "type": "array", "items": {"$ref": "#/components/schemas/Tensor"}}},
+        ["model_name", "model_version", "outputs"]),
+    "InferError": _schema({"error": _TEXT}),
+    "Object": {"type": "object"},
     "Images": {"oneOf": [_schema({"image": {"type": "string", "format": "byte"}}),
                          _schema({"images": {"type": "array", "items": {"type": "string", "format": "byte"}}})]},
 }
@@ -47,6 +74,11 @@ def _problems(*statuses: int) -> dict:
 
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _MULTIPART = {"schema": _schema({"file": {"type": "array", "items": {"type": "string", "format": "binary"}}})}
+_HTML = {"description": "HTML.", "content": {"text/html": {"schema": _TEXT}}}
+_NAME = {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+_V2 = {"security": [{}, {"key": []}], "responses": {
+    "200": _answer("It is so.", "Object"), "401": _answer(ERRORS[401], "Problem", "application/problem+json"),
+    "404": _answer(ERRORS[404], "InferError"), "503": _answer(ERRORS[503], "Object")}}
 PATHS = {
     "/predict": {"post": {
         "summary": "Classify one image or many", "operationId": "predict", "security": [{}, {"key": []}],
@@ -60,13 +92,46 @@ PATHS = {
             "image/jpeg": _BINARY, "image/png": _BINARY, "image/*": _BINARY,
             "multipart/form-data": _MULTIPART,
             "application/json": {"schema": {"$ref": "#/components/schemas/Images"}}}},
-        "responses": {"200": _answer("One prediction an image, in their order.", "Answer"), **_problems(*ERRORS)}}},
+        "responses": {"200": _answer("One prediction an image, in their order.", "Answer"),
+                      **_problems(*REQUEST_ERRORS)}}},
     "/model": {"get": {"summary": "What is served", "operationId": "model", "responses": {
         "200": _answer("Name, version, classes, input, calibration.", "Model"), **_problems(503)}}},
     "/health/live": {"get": {"summary": "Is the process alive", "operationId": "live", "responses": {
         "200": _answer("It is.", "Status")}}},
     "/health/ready": {"get": {"summary": "Can it answer", "operationId": "ready", "responses": {
         "200": _answer("It can.", "Status"), **_problems(503)}}},
+    "/feedback": {"post": {
+        "summary": "Tell the true class of an image answered before", "operationId": "feedback",
+        "security": [{}, {"key": []}], "requestBody": {"required": True, "content": {
+            "application/json": {"schema": {"$ref": "#/components/schemas/Feedback"}}}},
+        "responses": {"200": _answer("It is counted, once.", "FeedbackResult"), **_problems(400, 401, 404, 413)}}},
+    "/": {"get": {"summary": "The page", "operationId": "page", "responses": {"200": _HTML}}},
+    "/report": {"get": {"summary": "The model's report", "operationId": "report", "responses": {
+        "200": _HTML, **_problems(404, 503)}}},
+    "/samples/{index}": {"get": {"summary": "A sample image of the model", "operationId": "sample", "parameters": [
+        {"name": "index", "in": "path", "required": True, "schema": {"type": "integer", "minimum": 0}}],
+        "responses": {"200": {"description": "The file.", "content": {"image/*": _BINARY}}, **_problems(404, 503)}}},
+    "/v2": {"get": {"summary": "Open Inference Protocol: the server", "operationId": "v2", **_V2}},
+    "/v2/health/live": {"get": {"summary": "Open Inference Protocol: alive", "operationId": "v2_live",
+                                "responses": {"200": _answer("It is.", "Object")}}},
+    "/v2/health/ready": {"get": {"summary": "Open Inference Protocol: ready", "operationId": "v2_ready", "responses": {
+        "200": _answer("It is.", "Object"), "503": _answer("It is not.", "Object")}}},
+    "/v2/models/{name}": {"get": {"summary": "Open Inference Protocol: inputs and outputs", "operationId": "v2_model",
+                                  "parameters": [_NAME], **_V2}},
+    "/v2/models/{name}/ready": {"get": {"summary": "Open Inference Protocol: is the model ready",
+                                        "operationId": "v2_model_ready", "parameters": [_NAME], **_V2}},
+    "/v2/models/{name}/infer": {"post": {
+        "summary": "Open Inference Protocol: UINT8 tensors or BYTES of image files to probabilities, energy and label",
+        "operationId": "v2_infer", "security": [{}, {"key": []}], "parameters": [_NAME],
+        "requestBody": {"required": True, "content": {
+            "application/json": {"schema": {"$ref": "#/components/schemas/InferRequest"}},
+            "application/octet-stream": _BINARY}},
+        "responses": {
+            "200": {"description": "One row an image.", "content": {
+                "application/json": {"schema": {"$ref": "#/components/schemas/InferAnswer"}},
+                "application/octet-stream": _BINARY}},
+            "401": _answer(ERRORS[401], "Problem", "application/problem+json"),
+            **{str(s): _answer(ERRORS[s], "InferError") for s in (400, 404, 413, 415, 422, 429, 503, 504)}}}},
 }
 OPENAPI = {
     "openapi": "3.1.0",
@@ -98,4 +163,5 @@ async def page(request: Request) -> Response:
             "<title>Imago API</title><style>body{font:16px/1.5 system-ui;max-width:50rem;margin:2rem auto;"
             "padding:0 1rem;color-scheme:light dark}pre{overflow:auto}</style><h1>Imago API</h1>"
             f'<p><a href="/openapi.json">openapi.json</a></p>{"".join(sections)}<h2>Schemas</h2>{schemas}</html>')
-    return Response(200, html.encode(), b"text/html; charset=utf-8")
+    return Response(200, html.encode(), b"text/html; charset=utf-8", [
+        (b"content-security-policy", b"default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'")])

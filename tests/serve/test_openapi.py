@@ -1,0 +1,57 @@
+"""Schemathesis: requests made from the OpenAPI, sound and broken, against a real server and what it promises."""
+import base64
+
+import pytest
+import schemathesis
+import tiny
+from hypothesis import HealthCheck, given, settings
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from serve.docs import OPENAPI
+
+CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_headers_conformance,
+          response_schema_conformance]
+QUICK = settings(max_examples=25, deadline=None, derandomize=True, database=None,
+                 suppress_health_check=list(HealthCheck))
+SCHEMA = schemathesis.openapi.from_dict(OPENAPI)
+TAKERS = ("POST /predict", "POST /feedback", "POST /v2/models/{name}/infer", "GET /samples/{index}")  # can be broken
+OPERATIONS = {found.ok().label: found.ok() for found in SCHEMA.get_all_operations()}
+
+
+def test_the_server_tells_the_same(server):
+    assert server.http.get("/openapi.json").json() == OPENAPI
+    assert len(OPERATIONS) >= 14
+
+
+@pytest.mark.parametrize(("label", "mode"), [
+    *((label, GenerationMode.POSITIVE) for label in OPERATIONS),
+    *((label, GenerationMode.NEGATIVE) for label in TAKERS)])
+def test_every_answer_is_as_the_openapi_says(server, label, mode):
+    @QUICK
+    @given(case=OPERATIONS[label].as_strategy(generation_mode=mode))
+    def ask(case):
+        case.call_and_validate(base_url=server.url, checks=CHECKS)
+
+    ask()
+
+
+@pytest.mark.parametrize("query", ["", "?explain=cam&top_k=2"])
+@pytest.mark.parametrize("kind", ["image/png", "multipart/form-data", "application/json"])
+def test_true_images_are_answered_as_it_says(server, query, kind):
+    """Generated bodies are hardly ever images, so here are some."""
+    body = {"image/png": {"content": tiny.image("red"), "headers": {"Content-Type": kind}},
+            "multipart/form-data": {"files": [("file", ("a", tiny.image("red"))), ("file", ("b", b"no image"))]},
+            "application/json": {"json": {"image": base64.b64encode(tiny.image("red")).decode()}}}[kind]
+    request = server.http.build_request("POST", f"/predict{query}", **body)
+    request.read()
+    response = server.http.send(request)
+    assert response.status_code == 200
+    SCHEMA["/predict"]["POST"].validate_response(response)
+    assert ("cam" in response.json()["predictions"][0]) == bool(query)
