@@ -14,6 +14,7 @@ from train import optim
 from train.failures import Diverged
 
 Batch = tuple[Tensor, Tensor]  # images uint8 or float 0..255 [B,C,H,W]; labels int64 [B] or shares [B,K]
+ADAMW, CONSTANT = optim.Optimizer(), optim.Schedule()
 PREPARE_IMAGES = 5000  # training images that a network which fixes a layer from data gets to see
 
 
@@ -21,7 +22,7 @@ class Classifier(L.LightningModule):
     """Images in 0..255 to logits [B,K]; the network is built in `setup`, when the data says what it needs."""
 
     def __init__(self, network: str = "lenet", options: dict[str, Any] | None = None, weights: str | None = None,
-                 optimizer: optim.Optimizer | None = None, schedule: optim.Schedule | None = None,
+                 optimizer: optim.Optimizer = ADAMW, schedule: optim.Schedule = CONSTANT,
                  label_smoothing: float = 0.0, weigh_classes: bool = False, channels_last: bool = False,
                  compile: Literal["off", "default", "reduce-overhead", "max-autotune"] = "off",
                  tta: Literal["none", "flip", "shift"] = "none"):
@@ -41,9 +42,9 @@ class Classifier(L.LightningModule):
         """
         super().__init__()
         networks.check(network)
-        self.save_hyperparameters()
+        self.save_hyperparameters(ignore=["weights", "channels_last", "compile", "tta"])  # those are not the model's
         self.name, self.options, self.weights = network, options or {}, weights
-        self.optimizer, self.schedule = optimizer or optim.Optimizer(), schedule or optim.Schedule()
+        self.optimizer, self.schedule = optimizer, schedule
         self.label_smoothing, self.weigh_classes = label_smoothing, weigh_classes
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
         self.compile_mode, self.tta = compile, tta

@@ -1,0 +1,24 @@
+"""bfloat16 only where it is fast."""
+import sys
+
+import torch
+
+
+def affordable(precision: str | int | None, accelerator: str) -> str | int | None:
+    """The precision asked for, save that a CPU which would have to emulate bfloat16 computes in float32, and says so.
+
+    Emulated, it is slower than float32 by far. Recipes ask for bf16-mixed, so that they are fast where they can be.
+    """
+    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available())
+    if precision == "bf16-mixed" and on_cpu and not has_bfloat16():
+        print("train: this CPU has no bfloat16 instructions: computing in float32 instead of bf16-mixed",
+              file=sys.stderr)
+        return "32-true"
+    return precision
+
+
+def has_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 itself."""
+    if torch.backends.cpu.get_cpu_capability() in ("AVX512", "AVX2", "DEFAULT"):
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()  # ARM
