@@ -1,0 +1,121 @@
+"""What trust costs: drift, reload and shadow beside the same service without them, and a swap of models under load.
+
+    python tests/benchmarks/serve_trust.py [small-int8 tiny] [--rounds 5] [--seconds 3]
+
+Servers run side by side, only one is loaded at a time (wrk, 32 clients), in turns. One JSON line a case: medians of the
+rounds' ratios to the service with everything off, for throughput, p99 and CPU seconds a request. `swap_p99` is p99 of
+rounds in which `latest` moves, against rounds of the same service in which it does not. `remember_us` is what an answer
+pays for feedback to be possible, which can't be turned off.
+"""
+import argparse
+import json
+import shutil
+import statistics
+import tempfile
+import threading
+import time
+import timeit
+import urllib.request
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+from serve_models import picture, publish
+from serve_speed import SCRIPT, free_port, load, serving
+
+from models.bundle import SIGNALS, Histogram, read_manifest, write_sums
+from models.signals import class_edges
+from models.store import Store
+from serve.feedback import Feedback
+from serve.frames import Answer
+from serve.metrics import Slab
+
+OFF = ["--drift-window", "0", "--reload-seconds", "0"]
+MODES = {"off": OFF, "drift": ["--reload-seconds", "0"], "on": [], "shadow": ["--shadow-version", "1"]}
+
+
+def add_baseline(bundle: Path) -> None:
+    """Histograms of some shape: what they cost does not depend on what they hold."""
+    manifest = read_manifest(bundle)
+    edges = np.linspace(-100, 300, 11)
+    manifest.baseline = {name: Histogram(edges=edges.tolist(), counts=[100] * 10) for name in SIGNALS}
+    classes = class_edges(len(manifest.classes))
+    manifest.baseline["class"] = Histogram(edges=classes.tolist(), counts=[10] * len(manifest.classes))
+    manifest.write(bundle)
+    write_sums(bundle)
+
+
+def start(stack: ExitStack, store: Path, model: str, variant: str, flags: list[str]) -> tuple[int, int]:
+    port = free_port()
+    command = ["-m", "serve", "--store", str(store), "--model", model, "--variant", variant, "--port", str(port),
+               "--host", "127.0.0.1", "--metrics-port", str(free_port()), "--log-level", "error", *flags]
+    return port, stack.enter_context(serving(command, port, "/health/ready"))
+
+
+def case(name: str, rounds: int, seconds: int) -> dict:
+    model, _, variant = name.partition("-")
+    with tempfile.TemporaryDirectory() as place, ExitStack() as stack:
+        store, script = Path(place), Path(place) / "raw.lua"
+        bundle = publish(store, model)
+        add_baseline(bundle)
+        (store / "image.jpg").write_bytes(picture(32, 32))
+        script.write_text(SCRIPT % (store / "image.jpg", "raw"))
+        servers = {mode: start(stack, store, model, variant or "fp32", flags) for mode, flags in MODES.items()}
+        for server in servers.values():
+            load(*server, script, 1)
+        found = [{mode: load(*server, script, seconds) for mode, server in servers.items()} for _ in range(rounds)]
+        line = {"case": name, "off": round(statistics.median(r["off"]["rate"] for r in found), 1)}
+        for mode in list(MODES)[1:]:
+            line |= {f"{key}_{mode}": round(statistics.median(r[mode][key] / r["off"][key] for r in found), 3)
+                     for key in ("rate", "p99", "cpu")}
+    return line | {"swap_p99": swap(name, rounds, seconds), "remember_us": remember_us()}
+
+
+def swap(name: str, rounds: int, seconds: int) -> float:
+    """p99 of rounds with a swap, to that of rounds without; wrk fails where an answer is not 2xx."""
+    model, _, variant = name.partition("-")
+    with tempfile.TemporaryDirectory() as place, ExitStack() as stack:
+        store, script = Path(place), Path(place) / "raw.lua"
+        first = publish(store, model)
+        with Store(store).stage(model) as staged:
+            shutil.copytree(first, staged.path, dirs_exist_ok=True)
+            manifest = read_manifest(first)
+            manifest.version = staged.version
+            manifest.write(staged.path)
+            write_sums(staged.path)
+            staged.publish()
+        (store / "image.jpg").write_bytes(picture(32, 32))
+        script.write_text(SCRIPT % (store / "image.jpg", "raw"))
+        port, pid = start(stack, store, model, variant or "fp32", ["--reload-seconds", "0.1"])
+        load(port, pid, script, 1)
+        ratios = []
+        for i in range(rounds):
+            quiet = load(port, pid, script, seconds)
+            version = 1 + i % 2
+            timer = threading.Timer(seconds / 4, Store(store).promote, (model, version))
+            timer.start()
+            ratios.append(load(port, pid, script, seconds)["p99"] / quiet["p99"])
+            end = time.monotonic() + 30
+            while json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/model"))["version"] != str(version):
+                assert time.monotonic() < end, "not swapped"
+                time.sleep(0.1)
+    return round(statistics.median(ratios), 3)
+
+
+def remember_us() -> float:
+    with tempfile.TemporaryDirectory() as run:
+        feedback = Feedback(run, Slab(f"{run}/api.metrics"), SimpleNamespace(model={}))
+        answers = [Answer(1, 200, 1, 0, 0, 0, b'{"label":"7","index":7,"confidence":0.987654,"top":[{"label":"7"}]}')]
+        return round(1e6 * min(timeit.repeat(lambda: feedback.remember("0a1b2c3d4e5f00000001", answers), number=20000,
+                                             repeat=5)) / 20000, 2)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("cases", nargs="*", default=["small-int8", "tiny"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=int, default=3)
+    given = parser.parse_args()
+    for one in given.cases:
+        print(json.dumps(case(one, given.rounds, given.seconds)), flush=True)
