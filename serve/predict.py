@@ -56,7 +56,7 @@ class Predictor:
             raise Problem(413, f"the body is larger than the {self.settings.max_body_bytes} bytes allowed", "body")
         if headers.get(b"content-encoding", b"identity") != b"identity":
             raise Problem(415, "compressed bodies are not taken")
-        if self.state.draining:
+        if self.state.refusing:
             raise Problem(503, "the service is shutting down", "draining", close=True)
         if not self.pool.usable:
             raise Problem(503, "no model is ready; try again in a second", "not_ready")

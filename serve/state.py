@@ -10,7 +10,7 @@ FILE = "state"
 SLOTS = 64  # of each kind
 PREDICTORS = 1024
 START_SECONDS = 120  # for a worker to load its model
-_DRAINING, _STOPPING, _PENDING, _REQUESTS, _BYTES, _BEAT = 0, 1, 64, 128, 192, 256
+_DRAINING, _STOPPING, _REFUSING, _PENDING, _REQUESTS, _BYTES, _BEAT = 0, 1, 2, 64, 128, 192, 256
 _BUSY = 320
 _SIZE = 8 * (_BUSY + SLOTS * PREDICTORS)
 
@@ -28,7 +28,8 @@ class State:
             file.truncate(_SIZE)
         return cls(run)
 
-    # Set by the supervisor alone. Draining: what was accepted is answered, no more. Stopping: processes may end.
+    # Set by the supervisor alone. Draining: not ready, and each answer closes its connection. Refusing: what was accepted
+    # is answered, no more. Stopping: processes may end.
 
     @property
     def draining(self) -> bool:
@@ -36,6 +37,13 @@ class State:
 
     def drain(self) -> None:
         self.page[_DRAINING] = 1
+
+    @property
+    def refusing(self) -> bool:
+        return self.page[_REFUSING] != 0
+
+    def refuse(self) -> None:
+        self.page[_REFUSING] = 1
 
     @property
     def stopping(self) -> bool:

@@ -31,6 +31,7 @@ from serve.state import State
 from serve.worker import UNUSABLE, Worker
 
 TICK = 0.05
+FAREWELL = 1.0  # seconds in which clients that keep a connection get one more answer on it, and are told to close it
 LINGER = 0.3  # seconds in which clients are still told that we are leaving
 LAST_CALL = 0.1  # seconds to answer those who connected before the door was shut
 END = 1.5  # seconds of the drain that are kept for ending the processes
@@ -144,14 +145,17 @@ class Supervisor(litserve.LitServer):
     # Ending.
 
     def drain(self, *_: Any) -> None:
-        """SIGTERM: no longer ready; wait until what was accepted is answered; then end everything."""
+        """SIGTERM: no longer ready; say farewell; wait until what was accepted is answered; then end everything."""
         if self.state.draining:
             return
         self.state.drain()
         self.slab.set("ready", to=0)
         logs.logger.info("draining")
         now = time.monotonic()
-        end, linger = now + self.settings.drain_seconds - END, now + LINGER
+        end, linger = now + self.settings.drain_seconds - END, now + FAREWELL + LINGER
+        while time.monotonic() < min(now + FAREWELL, end):
+            time.sleep(TICK)
+        self.state.refuse()
         while time.monotonic() < linger or (
                 self.state.requests(self.settings.api_processes) and time.monotonic() < end):
             time.sleep(TICK)

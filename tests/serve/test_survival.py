@@ -43,7 +43,8 @@ def check_kills(server, times: int) -> None:
     wait(lambda: server.metric("imago_pending_images") == 0)
     total = sum(server.metric("imago_requests_total", code=str(code)) for code in (200, 503))
     assert total == load.statuses.total()
-    assert server.metric("imago_images_total", outcome="answered") >= load.statuses[200]
+    images = server.metric("imago_images_total", outcome="answered")  # counted after a batch's answers have left
+    assert abs(images - load.statuses[200]) <= 8 * times
 
 
 def test_a_killed_worker_is_replaced_and_every_request_is_answered(start):
@@ -118,6 +119,7 @@ def test_what_is_queued_at_sigterm_is_answered(start):
         server.process.send_signal(signal.SIGTERM)
         wait(lambda: not server.is_ready(), 2)
         assert server.http.get("/health/live").status_code == 200
+        time.sleep(1.2)  # a farewell to those who keep a connection
         assert server.predict(IMAGE).status_code == 503
         assert server.process.poll() is None
         load.over.set()
