@@ -1,0 +1,219 @@
+"""Training through the command line: digits to a bundle, every recipe for a step, seeds, knobs, and what is refused."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from train import cli
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*"),
+    pytest.mark.filterwarnings("ignore:::lightning"),  # advice on workers, intervals and the like
+    pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning"),  # torch.compile's own use
+]
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted(str(p.relative_to(cli.RECIPES).with_suffix("")) for p in cli.RECIPES.rglob("*.yaml"))
+QUICK = ["--export.enabled", "false", "--samples.images", "0", "--progress.quiet", "true"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A folder of three classes of 20 pictures, 32x32, each class of its own colour."""
+    root, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for k, name in enumerate(("blue", "green", "red")):
+        (root / name).mkdir()
+        for i in range(20):
+            picture = rng.integers(0, 120, (32, 32, 3), np.uint8)
+            picture[:, :, k] += 100
+            cv2.imwrite(str(root / name / f"{i}.png"), picture)
+    return root
+
+
+def fit(tmp_path: Path, *flags: str, data: str = "digits", epochs: int = 1) -> cli.CLI:
+    return cli.run(["run", data, *QUICK, "--trainer.default_root_dir", str(tmp_path / "runs"),
+                    "--trainer.max_epochs", str(epochs), "--name", "test", *flags])
+
+
+def command(*words: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "train", *words], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_a_checkpoint_is_validated_tested_and_predicted_from(tmp_path):
+    fit(tmp_path, epochs=3)
+    checkpoint = next((tmp_path / "runs").rglob("best.ckpt"))
+    recipe = ["--config", str(cli.RECIPES / "digits.yaml"), "--ckpt_path", str(checkpoint), "--progress.quiet", "true",
+              "--trainer.default_root_dir", str(tmp_path)]
+    validated = cli.run(["validate", *recipe]).trainer.callback_metrics
+    tested = cli.run(["test", *recipe, "--model.tta", "flip"]).trainer.callback_metrics
+    assert validated["val/accuracy"] > 0.8
+    assert tested["test/accuracy"] > 0.8
+    assert 0.3 < tested["test_tta/accuracy"] <= 1  # digits have no mirror image, so this is worse
+    assert cli.run(["predict", *recipe]).trainer.predict_loop.predictions[0].shape == (128, 10)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_makes_a_step(tmp_path, photos, recipe):
+    found = cli.run(["run", str(photos), "--recipe", recipe, *QUICK, "--trainer.fast_dev_run", "1",
+                     "--trainer.default_root_dir", str(tmp_path), "--data.size", "32", "--data.batch_size", "8",
+                     "--data.val_fraction", "0.2"])
+    assert torch.isfinite(found.trainer.callback_metrics["train/loss"])
+    assert torch.isfinite(found.trainer.callback_metrics["val/loss"])
+
+
+def test_every_recipe_explains_itself():
+    for recipe in RECIPES:
+        text = (cli.RECIPES / f"{recipe}.yaml").read_text()
+        assert text.startswith("# "), recipe
+
+
+def weights(found: cli.CLI) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in found.model.network.parameters()])
+
+
+def test_a_seed_gives_the_same_weights_and_another_one_others(tmp_path):
+    flags = ["--data.augment.crop_padding", "1", "--model.network", "speednet",
+             "--model.options", '{"widths": [8, 16]}', "--model.optimizer.name", "muon",
+             "--trainer.precision", "bf16-mixed"]
+    first = fit(tmp_path / "1", *flags, "--seed_everything", "3")
+    again = fit(tmp_path / "2", *flags, "--seed_everything", "3")
+    other = fit(tmp_path / "3", *flags, "--seed_everything", "4")
+    assert torch.equal(weights(first), weights(again))
+    assert not torch.equal(weights(first), weights(other))
+    assert first.datamodule.index["val"].tolist() != other.datamodule.index["val"].tolist()
+
+
+@pytest.mark.parametrize("flags", [
+    ["--model.optimizer.name", "sgd", "--model.optimizer.lr", "0.05"],
+    ["--model.optimizer.name", "adam"],
+    ["--model.optimizer.name", "muon", "--model.optimizer.lr", "0.1", "--model.optimizer.others_lr", "0.2"],
+    ["--model.optimizer.name", "muon", "--model.optimizer.lr", "0.1", "--model.optimizer.others", "adamw",
+     "--model.optimizer.others_lr", "0.01"],
+    ["--trainer.accumulate_grad_batches", "2", "--model.channels_last", "true", "--trainer.precision", "bf16-mixed"],
+    ["--data.augment.mixup", "0.2", "--model.weigh_classes", "true", "--data.sampling", "balanced"],
+    ["--model.schedule.name", "linear", "--model.schedule.warmup", "0.3", "--trainer.gradient_clip_val", "1"],
+    ["--model.schedule.name", "step", "--ema.decay", "0"],
+], ids=lambda flags: " ".join(word.removeprefix("--") for word in flags[:2]))
+def test_knobs_train(tmp_path, flags):
+    found = fit(tmp_path, *flags, "--model.label_smoothing", "0", epochs=4)
+    assert found.trainer.callback_metrics["val/accuracy"] > 0.7
+
+
+def test_the_average_of_the_weights_is_what_is_kept(tmp_path):
+    found = fit(tmp_path, "--ema.decay", "0.9", "--checkpoint.monitor", "val/loss", "--checkpoint.mode", "min",
+                epochs=2)
+    checkpoint = torch.load(found.trainer.checkpoint_callback.best_model_path, weights_only=True)
+    kept, current = checkpoint["state_dict"], checkpoint["ema"]["current"]
+    name = "network.head.weight"
+    assert not torch.equal(kept[name], current[name])
+    assert torch.equal(kept[name], found.model.state_dict()[name].cpu())  # and training ended with it
+    assert torch.equal(kept["mean"], current["mean"])
+
+
+def test_the_schedule_rises_and_falls(tmp_path):
+    found = fit(tmp_path, "--model.schedule.name", "linear", "--model.schedule.warmup", "0.5", epochs=1)
+    optimizer = found.trainer.optimizers[0]
+    steps = found.trainer.global_step
+    shares = [found.model.schedule.share(step, steps) for step in range(steps + 1)]
+    assert shares[0] < 0.2
+    assert max(shares) <= 1
+    assert shares[-1] == 0
+    assert shares.index(max(shares)) == pytest.approx(steps / 2, abs=1)
+    assert optimizer.param_groups[0]["lr"] == 0
+
+
+def test_early_stopping_ends_the_run(tmp_path):
+    found = fit(tmp_path, "--early_stopping.patience", "1", "--early_stopping.monitor", "val/accuracy",
+                "--early_stopping.mode", "max", "--early_stopping.min_delta", "1", epochs=9)
+    assert found.trainer.current_epoch == 2
+
+
+def test_weights_from_disk_go_on_where_they_were(tmp_path):
+    first = fit(tmp_path / "1", epochs=5)
+    file = tmp_path / "weights.pt"
+    torch.save(first.model.network.state_dict(), file)
+    tuned = fit(tmp_path / "2", "--model.weights", str(file), "--model.optimizer.lr", "1e-5")
+    assert tuned.trainer.callback_metrics["val/accuracy"] > 0.85
+
+
+@pytest.mark.slow  # it calls a C++ compiler
+@pytest.mark.timeout(900)
+def test_compiling_leaves_the_names_of_the_weights_alone(tmp_path):
+    found = fit(tmp_path, "--model.compile", "default", "--trainer.limit_train_batches", "2")
+    assert "network.head.weight" in found.model.state_dict()
+
+
+def test_predictions_become_pictures_in_the_log(tmp_path):
+    cli.run(["run", "digits", "--export.enabled", "false", "--progress.quiet", "true", "--trainer.max_epochs", "1",
+             "--trainer.default_root_dir", str(tmp_path), "--name", "test"])
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = EventAccumulator(str(next(tmp_path.rglob("events.out*")).parent)).Reload()
+    picture = cv2.imdecode(np.frombuffer(log.Images("val/predictions")[0].encoded_image_string, np.uint8),
+                           cv2.IMREAD_COLOR)
+    assert picture.shape == (284, 896, 3)
+    assert {"train/loss", "train/accuracy", "train/loss_step", "train/accuracy_step", "val/loss",
+            "val/accuracy"} <= set(log.Tags()["scalars"])
+
+
+REFUSED = {
+    "an unknown network": (["--model.network", "resnet81"], "did you mean resnet"),
+    "an option the network lacks": (["--model.options", '{"width": 3}'], "unknown option 'width'"),
+    "an unknown flag": (["--model.dropout", "0.5"], "dropout"),
+    "a value of the wrong type": (["--model.label_smoothing", "high"], "label_smoothing"),
+    "a learning rate of zero": (["--model.optimizer.lr", "0"], "above 0"),
+    "a warm-up that is no share": (["--model.schedule.warmup", "5"], "share of all steps"),
+    "no weights on disk": (["--model.weights", "nowhere.pt"], "nowhere.pt: no such file"),
+    "an unknown recipe": (["--recipe", "cifar11"], "there are"),
+    "an average that is none": (["--ema.decay", "1"], "decay"),
+    "an unknown optimizer": (["--model.optimizer.name", "lion"], "optimizer"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_in_one_line(tmp_path, case):
+    flags, word = REFUSED[case]
+    with pytest.raises(ValueError, match=word) as error:
+        fit(tmp_path, *flags)
+    assert "\n" not in str(error.value).strip()
+    assert len(str(error.value)) < 400
+
+
+def test_an_unknown_key_in_a_recipe_is_refused_with_status_2(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("data:\n  source: digits\nmodel:\n  netwrok: lenet\n")
+    result = command("fit", "--config", str(recipe), "--store", str(tmp_path / "store"))
+    assert result.returncode == 2
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert "netwrok" in result.stderr
+    assert not (tmp_path / "store").exists()
+
+
+def test_help_names_every_knob():
+    result = command("fit", "--help")
+    assert result.returncode == 0
+    for knob in ("--model.network", "--data.source", "--trainer.precision", "--trainer.devices", "--trainer.strategy",
+                 "--trainer.num_nodes", "--trainer.accumulate_grad_batches", "--store", "--name", "--ema.decay",
+                 "--early_stopping.patience", "--ckpt_path"):
+        assert knob in result.stdout, knob
+
+
+def test_digits_reaches_its_accuracy(tmp_path):
+    result = command("fit", "--config", "train/recipes/digits.yaml", "--store", str(tmp_path / "store"),
+                     "--trainer.default_root_dir", str(tmp_path / "runs"))
+    assert result.returncode == 0, result.stderr
+    manifest = json.loads((tmp_path / "store" / "digits" / "latest" / "manifest.json").read_text())
+    assert manifest["metrics"]["test"]["accuracy"] >= 0.98
+    assert manifest["provenance"]["recipe"]["model"]["network"] == "convnet"
