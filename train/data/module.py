@@ -100,6 +100,7 @@ class ImageData(L.LightningDataModule):
         self.counts = {part: len(self.index[part]) for part in PARTS}
         self.mean, self.std = _moments(self._training_chunks())
         self.digest = _digest(self.known, self.found)
+        self.leaked_test = np.zeros(0, np.int64)  # rows of the test part with a duplicate in the others; by the audit
 
     @cached_property
     def found(self) -> Source:
@@ -184,6 +185,15 @@ class ImageData(L.LightningDataModule):
     def whole(self, part: str) -> Batches:
         """All images of a part in the order of `index`, without augmentation, for this process alone."""
         return self._batches(part, alone=True)
+
+    def leaked(self, step: int) -> torch.Tensor | None:
+        """bool [B] on the device: which images of this process's test batch have a duplicate in the other parts, or
+        None where no test image has. It takes an audit to know."""
+        if not len(self.leaked_test):
+            return None
+        order = self._batches("test").order
+        positions = self.index["test"][self.leaked_test]
+        return torch.from_numpy(np.isin(order.epoch(0)[step], positions)).to(self._device())
 
     @property
     def class_weights(self) -> torch.Tensor:

@@ -1,0 +1,185 @@
+"""What is wrong with the data, looked for before a model is trained on it.
+
+    findings = run(data, "artifacts/audit/photos")     # audit.json and index.html there; `data.leaked_test` is set
+"""
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from train.audit import duplicates, labels, page
+from train.data import ImageData
+from train.data.source import PARTS, say
+
+LAYOUT = 1  # of the findings; kept ones of another layout are found anew
+RARE = 0.1  # a class with less than this share of the largest class's images is rare
+FEW = 10  # training images that are too few to learn a class from
+ODD_AREA = 8.0  # times more or less than the median area is an odd size
+ODD_SHAPE = 2.5  # times wider or narrower than the median shape is one too
+ODD_MODE = 0.05  # a mode that a smaller share of the images has is odd
+SHOWN = 200  # of a kind in audit.json beside the full count; leaked test images are all there
+
+Findings = dict[str, Any]
+
+
+def run(data: ImageData, out: str | Path | None = None) -> Findings:
+    """Look at a data module after `setup`, say what matters, and write audit.json and index.html to `out`.
+
+    What was found is kept with the decoded pixels, so that the next run on the same data and split costs nothing.
+    """
+    findings = _kept(data) or _keep(data, examine(data))
+    data.leaked_test = np.searchsorted(data.index["test"], findings["leakage"]["test"]["positions"])
+    if out is not None:
+        directory = Path(out).expanduser()
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "audit.json").write_text(json.dumps(findings, indent=1) + "\n")
+        (directory / "index.html").write_text(page.render(findings, data))
+    for line in summary(findings):
+        say(f"audit: {line}")
+    return findings
+
+
+def examine(data: ImageData) -> Findings:
+    """All that is looked for, as plain values."""
+    facts, truth = data.known.facts, data.found.labels
+    part = np.full(len(facts), "", "U5")
+    for name in PARTS:
+        part[data.index[name]] = name
+    usable, device = part != "", data._device()
+    exact = duplicates.exact(facts["sha256"], usable)
+    first_of_kind = usable.copy()
+    first_of_kind[exact.second] = False  # copies of copies would only repeat what is found
+    near = duplicates.near(data.known.pixels, first_of_kind, device)
+    doubtful = labels.suspects(data.known.pixels, truth, np.flatnonzero(usable), len(data.classes), device)
+
+    def image(i: int) -> dict[str, Any]:
+        return {"position": int(i), "file": data.found.items.name(int(i)), "part": str(part[i]),
+                "label": data.classes[truth[i]]}
+
+    def pairs(found: duplicates.Pairs) -> dict[str, Any]:
+        across = part[found.first] != part[found.second]
+        order = np.argsort(~across, kind="stable")[:SHOWN]  # across parts first, and the closest first
+        return {"count": len(found.first), "across_parts": int(across.sum()),
+                "other_label": int((truth[found.first] != truth[found.second]).sum()),
+                "pairs": [{"first": image(found.first[p]), "second": image(found.second[p]),
+                           "likeness": round(float(found.likeness[p]), 3)} for p in order.tolist()]}
+
+    return {
+        "source": data.source, "digest": data.digest, "classes": data.classes, "counts": data.counts,
+        "unreadable": [{"file": name, "problem": problem} for name, problem in data.unreadable],
+        "exact_duplicates": pairs(exact), "near_duplicates": pairs(near),
+        "leakage": {name: _leaked(name, part, exact, near) for name in ("test", "val")},
+        "class_counts": _class_counts(data), "odd": _odd(facts, usable, image),
+        "labels": {"accuracy": round(doubtful.accuracy, 4), "count": len(doubtful.index), "suspects": [
+            {**image(i), "suggested": data.classes[k], "confidence": round(float(p), 3)} for i, k, p in
+            zip(doubtful.index[:SHOWN], doubtful.label[:SHOWN], doubtful.confidence[:SHOWN], strict=True)]},
+    }
+
+
+def _leaked(name: str, part: np.ndarray, exact: duplicates.Pairs, near: duplicates.Pairs) -> dict[str, Any]:
+    """Images of a part that have a duplicate in what is trained on (for test: or chosen with).
+
+    Exact copies stand for one another: a near duplicate of one is a near duplicate of all.
+    """
+    twins = np.arange(len(part))
+    twins[exact.second] = exact.first
+    first = np.concatenate([exact.first, twins[near.first]])
+    second = np.concatenate([exact.second, twins[near.second]])
+    seen = {"test": ("train", "val"), "val": ("train",)}[name]
+    touched = np.zeros(len(part), bool)  # by its representative: a duplicate of it is in a seen part
+    inside = np.isin(part, seen)
+    np.logical_or.at(touched, twins, inside)  # a copy itself
+    neighbours = touched.copy()
+    np.logical_or.at(neighbours, first, touched[second])
+    np.logical_or.at(neighbours, second, touched[first])
+    positions = np.flatnonzero(neighbours[twins] & (part == name))
+    return {"count": len(positions), "share": round(len(positions) / max(1, int((part == name).sum())), 4),
+            "positions": positions.tolist()}
+
+
+def _class_counts(data: ImageData) -> list[dict[str, Any]]:
+    """Images of each class by part, and what is wrong with that, if anything."""
+    count = {part: np.bincount(data.found.labels[data.index[part]], minlength=len(data.classes)) for part in PARTS}
+    most = count["train"].max()
+    rows = []
+    for k, name in enumerate(data.classes):
+        train = int(count["train"][k])
+        note = f"fewer than {FEW} to train on" if train < FEW else "rare" if train < RARE * most else ""
+        rows.append({"label": name, **{part: int(count[part][k]) for part in PARTS}, "note": note})
+    return rows
+
+
+def _odd(facts: np.ndarray, usable: np.ndarray, image) -> dict[str, Any]:
+    """Sizes and modes that stand out, with the usual ones."""
+    index = np.flatnonzero(usable & (facts["width"] > 0))
+    width, height = facts["width"][index].astype(float), facts["height"][index].astype(float)
+    area, shape = width * height, width / height
+    modes, which, count = np.unique(facts["mode"][index], return_inverse=True, return_counts=True)
+    sizes = np.unique(np.stack([width, height], 1).astype(int), axis=0, return_counts=True)
+    ratio = np.maximum(area / np.median(area), np.median(area) / area)
+    bent = np.maximum(shape / np.median(shape), np.median(shape) / shape)
+    rare = (count / len(index) < ODD_MODE)[which]
+    listed = []
+    for j in np.flatnonzero((ratio > ODD_AREA) | (bent > ODD_SHAPE) | rare).tolist():
+        size = f"{int(width[j])}x{int(height[j])}"
+        why = [f"size {size}"] if ratio[j] > ODD_AREA or bent[j] > ODD_SHAPE else []
+        why += [f"mode {modes[which[j]]}"] if rare[j] else []
+        listed.append({**image(index[j]), "why": ", ".join(why)})
+    usual = sizes[0][sizes[1].argsort()[::-1][:5]], np.sort(sizes[1])[::-1][:5]
+    return {"modes": {str(m): int(c) for m, c in zip(modes, count, strict=True)},
+            "sizes": {f"{w}x{h}": int(c) for (w, h), c in zip(*usual, strict=True)}, "different_sizes": len(sizes[0]),
+            "count": len(listed), "images": listed[:SHOWN]}
+
+
+def summary(findings: Findings) -> list[str]:
+    """What a person should know before training, one line each; what is fine is not mentioned."""
+    lines, leak = [], findings["leakage"]["test"]
+    if leak["count"]:
+        lines.append(f"WARNING: {leak['count']} test images ({leak['share']:.1%}) have a duplicate in the data that is "
+                     "trained on; test figures are given with and without them")
+    for kind, name in (("exact_duplicates", "exact"), ("near_duplicates", "near")):
+        found = findings[kind]
+        if found["count"]:
+            other = f", {found['other_label']} with different labels" if found["other_label"] else ""
+            lines.append(f"{found['count']} {name} duplicates, {found['across_parts']} across parts{other}")
+    notes = [row for row in findings["class_counts"] if row["note"]]
+    if notes:
+        lines.append("few images: " + ", ".join(f"{row['label']} ({row['train']})" for row in notes[:10]))
+    if findings["odd"]["count"]:
+        lines.append(f"{findings['odd']['count']} images of odd size or mode")
+    if findings["labels"]["count"]:
+        lines.append(f"{findings['labels']['count']} labels to look at, by a first model of "
+                     f"{findings['labels']['accuracy']:.0%} accuracy")
+    return lines
+
+
+def _place(data: ImageData) -> Path | None:
+    if data.cache is None:
+        return None
+    split = {part: data.index[part].tolist() for part in PARTS}
+    key = json.dumps([LAYOUT, data.digest, data.source, split, data.input.model_dump()])
+    return data.cache / "audit" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+
+
+def _kept(data: ImageData) -> Findings | None:
+    place = _place(data)
+    try:
+        return json.loads(place.read_text()) if place else None
+    except (OSError, ValueError):
+        return None
+
+
+def _keep(data: ImageData, findings: Findings) -> Findings:
+    place = _place(data)
+    if place:
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            staged = place.with_name(f".{place.name}-{os.getpid()}")
+            staged.write_text(json.dumps(findings))
+            staged.replace(place)
+        except OSError:
+            pass  # it only saves time
+    return findings

@@ -1,0 +1,34 @@
+"""The audit as a part of training and testing."""
+from pathlib import Path
+
+import lightning as L
+
+from train import audit
+
+
+class Audit(L.Callback):
+    """Looks at the data before the first step, in one process; the report lies beside the run's checkpoints."""
+
+    def __init__(self, enabled: bool = True):
+        """
+        Args:
+            enabled: look for duplicates, leakage and doubtful labels before training; once for the same data and split.
+        """
+        self.enabled = enabled
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        checkpoint = trainer.checkpoint_callback
+        place = Path(checkpoint.dirpath if checkpoint and checkpoint.dirpath else trainer.default_root_dir)
+        self._look(trainer, place / "audit")
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._look(trainer, None)
+
+    def _look(self, trainer: L.Trainer, out: Path | None) -> None:
+        if not self.enabled or trainer.fast_dev_run:
+            return
+        if trainer.is_global_zero:
+            audit.run(trainer.datamodule, out)
+        trainer.strategy.barrier()
+        if not trainer.is_global_zero:
+            audit.run(trainer.datamodule)  # reads what the first process kept
