@@ -18,6 +18,9 @@ class Scores:
     logits: np.ndarray  # float32 [N,K]
     labels: np.ndarray  # int64 [N]
 
+    def without(self, rows: np.ndarray) -> "Scores":
+        return Scores(np.delete(self.logits, rows, 0), np.delete(self.labels, rows))
+
 
 @torch.inference_mode()
 def score(served: Served, data: ImageData, part: str, device: torch.device) -> Scores:

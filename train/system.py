@@ -66,7 +66,7 @@ class Classifier(L.LightningModule):
         if self.weights:
             load_weights(self.network, self.weights)
         elif stage == "fit" and hasattr(self.network, "prepare"):
-            self.network.prepare(self.normalize(_images(data.train_dataloader(), PREPARE_IMAGES)))
+            self.network.prepare(self.normalize(first_images(data.train_dataloader(), PREPARE_IMAGES)))
         self.network.to(memory_format=self.layout)
         if self.compile_mode != "off":
             self.network.compile(mode=self.compile_mode)  # the network, not this module: self.log breaks inside
@@ -93,6 +93,10 @@ class Classifier(L.LightningModule):
         images, labels = batch
         logits = self(images)
         self._count("test", cross_entropy(logits, labels), logits, labels, batch_idx)
+        leaked = self.trainer.datamodule.leaked(batch_idx)
+        if leaked is not None and not leaked.all():
+            own, truth = logits[~leaked], labels[~leaked]
+            self._count("test_unleaked", cross_entropy(own, truth), own, truth, batch_idx)
         if self.tta != "none":
             logits = self.augmented(images)
             self._count("test_tta", cross_entropy(logits, labels), logits, labels, batch_idx)
@@ -149,6 +153,7 @@ class Classifier(L.LightningModule):
 
     def on_test_epoch_end(self) -> None:
         self._report("test")
+        self._report("test_unleaked")
         self._report("test_tta")
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -163,7 +168,7 @@ class Classifier(L.LightningModule):
                 "schedule": asdict(self.schedule), "label_smoothing": self.label_smoothing, "weights": self.weights}
 
 
-def _images(batches: Iterable[Batch], count: int) -> Tensor:
+def first_images(batches: Iterable[Batch], count: int) -> Tensor:
     """The first `count` images, [count,C,H,W] on the CPU."""
     taken: list[Tensor] = []
     for images, _ in batches:
