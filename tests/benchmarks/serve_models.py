@@ -1,0 +1,74 @@
+"""Bundles and images that the serving benchmarks share, made by the project's own networks and export.
+
+The weights are random: speed does not depend on them. Images are smooth noise, so that JPEG does what it does on photos.
+"""
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+import models.networks as networks  # noqa: E402, I001  (before anything that imports torchvision)
+import cv2  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+from models.bundle import DataInfo, Manifest, Provenance, Sample, Variant, sha256, write_sums  # noqa: E402
+from models.image import InputSpec, decode  # noqa: E402
+from models.store import Store  # noqa: E402
+from train.graph import Served, export_onnx  # noqa: E402
+from train.quantize import QuantizeConfig, quantize  # noqa: E402
+
+CASES = {"tiny": ("lenet", 32), "small": ("resnet18", 32), "large": ("resnet18", 224)}  # network, pixels
+CLASSES = 10
+
+
+def picture(height: int, width: int, seed: int = 0, quality: int = 90) -> bytes:
+    """JPEG bytes of smooth noise: a 500x375 one has about 40 kB."""
+    random = np.random.default_rng(seed)
+    coarse = random.integers(0, 256, (max(height // 8, 4), max(width // 8, 4), 3), np.uint8)
+    pixels = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
+    pixels = cv2.add(pixels, random.integers(0, 12, pixels.shape, np.uint8))
+    return cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
+
+
+def publish(store: Path, case: str) -> Path:
+    """Write the bundle of a case, with int8 where it is a ResNet, unless it is there. Returns its directory."""
+    place = Store(store)
+    if place.latest(case):
+        return place.path(case)
+    torch.manual_seed(0)
+    name, size = CASES[case]
+    spec = InputSpec(height=size, width=size, short_side=256 if size == 224 else None)
+    served = Served(networks.build(name, CLASSES, 3, size), [120.0] * 3, [60.0] * 3)
+    with place.stage(case) as staged:
+        root = staged.path
+        export_onnx(served, spec, CLASSES, root / "model.onnx")
+        files = [picture(size * 3 // 2, size * 2, seed) for seed in range(16)]
+        images = np.stack([decode(data, spec) for data in files])
+        found = {"fp32": "model.onnx"}
+        if name == "resnet18":
+            config = QuantizeConfig()
+            quantize(root / "model.onnx", root / "model.int8.onnx", images, lambda _: 1.0, 1.0, config)
+            found["int8"] = "model.int8.onnx"
+        (root / "samples").mkdir()
+        for i, data in enumerate(files):
+            (root / "samples" / f"{i:02d}.jpg").write_bytes(data)
+        with torch.inference_mode():
+            outputs = served.eval()(torch.from_numpy(images))
+        np.savez(root / "samples" / "expected.npz", pixels=images,
+                 **{key: value.numpy() for key, value in zip(served.names(), outputs, strict=True)})
+        Manifest(
+            name=case, version=staged.version, created=datetime.now(UTC), network=name, input=spec,
+            classes=[f"class {i}" for i in range(CLASSES)], outputs=served.names(),
+            variants={kind: Variant(file=file, precision=kind, sha256=sha256(root / file), opset=20,
+                                    bytes=(root / file).stat().st_size, tolerance=1e-3 if kind == "fp32" else 1.0)
+                      for kind, file in found.items()},
+            samples=[Sample(file=f"{i:02d}.jpg", label=0) for i in range(16)],
+            provenance=Provenance(data=DataInfo(source="noise", digest="0" * 64, counts={}), device="cpu",
+                                  seed=0)).write(root)
+        write_sums(root)
+        staged.publish()
+    place.promote(case, staged.version)
+    return place.path(case)

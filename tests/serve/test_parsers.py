@@ -1,0 +1,98 @@
+"""What reads untrusted bytes: multipart, base64 JSON and frames, against whatever hypothesis comes up with."""
+import base64
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serve import body
+from serve.frames import Answer, Job, pack_answer, pack_job, take_answers, take_jobs
+from serve.responses import Problem
+
+LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789'()+_-./:=?"
+boundaries = st.text(LETTERS, min_size=1, max_size=70)
+files = st.lists(st.binary(min_size=1, max_size=300), min_size=1, max_size=5)
+U32, U16 = st.integers(0, 2**32 - 1), st.integers(0, 2**16 - 1)
+jobs = st.builds(Job, U32, st.floats(0, 1e9), U16, U16, st.binary(max_size=200))
+answers = st.builds(Answer, U32, U16, U32, U32, U32, U32, st.binary(max_size=200))
+
+
+def form(contents: list[bytes], boundary: str, extra: bytes = b"") -> bytes:
+    parts = [b'--%b\r\nContent-Disposition: form-data; name="f"; filename="%d"\r\n%b\r\n%b\r\n'
+             % (boundary.encode(), i, extra, content) for i, content in enumerate(contents)]
+    return b"".join(parts) + b"--%b--\r\n" % boundary.encode()
+
+
+def images(content: bytes, kind: bytes) -> list[bytes] | int:
+    """The images, or the status of the problem; anything else is an error of the parser."""
+    try:
+        return body.images(content, kind, 10)
+    except Problem as problem:
+        return problem.status
+
+
+@given(files, boundaries, st.booleans())
+def test_multipart_round_trip(contents, boundary, quoted):
+    contents = [c for c in contents if boundary.encode() not in c] or [b"x" * 71]
+    kind = f'multipart/form-data; boundary="{boundary}"' if quoted else f"multipart/form-data; boundary={boundary}"
+    assert images(form(contents, boundary, b"Content-Type: image/png\r\n"), kind.encode()) == contents
+
+
+@given(files, st.integers(0, 2000))
+def test_multipart_cut_anywhere_is_refused_or_whole(contents, cut):
+    contents = [c.replace(b"--b", b"xxx") for c in contents]
+    whole = form(contents, "b")
+    found = images(whole[:cut], b"multipart/form-data; boundary=b")
+    assert found == 400 or found == contents
+
+
+@given(st.binary(max_size=500), st.sampled_from([b"--b\r\n", b"--b\r\n\r\n\r\n", b"--b--", b""]))
+def test_multipart_of_anything(content, start):
+    found = images(start + content, b"multipart/form-data; boundary=b")
+    assert found in (400, 413) or all(piece in content for piece in found)
+
+
+def test_a_boundary_inside_a_file_does_not_end_it():
+    content = b"one\r\n-two\r\n--c\r\n b"
+    assert images(form([content], "b"), b"multipart/form-data; boundary=b") == [content]
+
+
+def test_fields_that_are_no_files_are_passed_over():
+    field = b'--b\r\nContent-Disposition: form-data; name="x"\r\n\r\nhello\r\n'
+    assert images(field + form([b"image"], "b"), b"multipart/form-data; boundary=b") == [b"image"]
+
+
+@given(files)
+def test_json_round_trip(contents):
+    texts = [base64.b64encode(c).decode() for c in contents]
+    assert images(json.dumps({"images": texts}).encode(), b"application/json") == contents
+
+
+@given(st.binary(max_size=200) | st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["image", "images", "x"]), inner),
+    max_leaves=8).map(lambda value: json.dumps(value).encode()))
+def test_json_of_anything(content):
+    found = images(content, b"application/json; charset=utf-8")
+    assert found in (400, 413) or all(isinstance(piece, bytes) for piece in found)
+
+
+def test_deeply_nested_json_is_refused():
+    assert images(b"[" * 100_000, b"application/json") == 400
+
+
+@pytest.mark.parametrize(("pack", "take", "kind"), [(pack_job, take_jobs, jobs), (pack_answer, take_answers, answers)])
+def test_frames_arrive_whole_however_they_are_cut(pack, take, kind):
+    @given(st.lists(kind, max_size=6), st.lists(st.integers(1, 64), min_size=1, max_size=50))
+    def check(sent, sizes):
+        data, buffer, found, at = b"".join(map(pack, sent)), bytearray(), [], 0
+        while at < len(data):
+            size = sizes[at % len(sizes)]
+            buffer += data[at:at + size]
+            found += take(buffer)
+            at += size
+        assert found == sent
+        assert not buffer
+
+    check()

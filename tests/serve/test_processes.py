@@ -1,0 +1,87 @@
+"""Several HTTP processes and several workers behave as one service."""
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+import tiny
+
+GOOD, BAD = tiny.image("blue"), b"hello"
+
+
+@pytest.fixture(scope="module")
+def fleet(bundle_store, tmp_path_factory):
+    from conftest import Server
+
+    running = Server(bundle_store, tmp_path_factory.mktemp("fleet") / "log", "--api-processes", "2", "--workers", "2",
+                     "--threads", "1", "--drift-window", "0")
+    try:
+        yield running.wait_ready()
+    finally:
+        running.stop()
+
+
+def test_metrics_are_the_sum_of_what_was_sent(fleet):
+    def client(number: int) -> Counter:
+        found: Counter = Counter()
+        with httpx.Client(base_url=fleet.url, timeout=30) as http:  # a connection each, so both processes get some
+            for i in range(25):
+                kind, content = ("good", GOOD) if (i + number) % 5 else ("bad", BAD)
+                answer = http.post("/predict", content=content, headers={"Content-Type": "image/png"})
+                found[kind, answer.status_code] += 1
+            many = [("f", (f"{i}", GOOD)) for i in range(3)] + [("f", ("x", BAD))]
+            found["many", http.post("/predict", files=many).status_code] += 1
+        return found
+
+    with ThreadPoolExecutor(16) as threads:
+        sent = sum(threads.map(client, range(16)), Counter())
+    assert set(sent) == {("good", 200), ("bad", 415), ("many", 200)}
+    assert sent.total() == 16 * 26
+    good, bad, many = sent["good", 200], sent["bad", 415], sent["many", 200]
+    metric = fleet.metric
+    assert metric("imago_requests_total", code="200") == good + many
+    assert metric("imago_requests_total", code="415") == bad
+    assert metric("imago_request_duration_seconds_count") == good + bad + many
+    assert metric("imago_images_total", outcome="answered") == good + 3 * many
+    assert metric("imago_images_total", outcome="refused") == bad + many
+    for name in ("queue_wait_seconds", "decode_seconds", "confidence"):
+        assert metric(f"imago_{name}_count") == good + 3 * many
+    assert metric("imago_batch_size_sum") == good + 3 * many
+    assert metric("imago_batch_size_count") == metric("imago_inference_seconds_count")
+    assert metric("imago_predictions_total", label="blue") == good + 3 * many
+    assert metric("imago_predictions_total", label="red") == 0
+    assert metric("imago_pending_images") == 0
+    assert metric("imago_ready") == 1
+    for kind in ("request_duration_seconds", "batch_size", "confidence"):
+        assert metric(f"imago_{kind}_bucket", le="+Inf") == metric(f"imago_{kind}_count")
+
+
+def test_both_workers_and_both_http_processes_work(fleet):
+    """Each has a counting file of its own; all of them grew."""
+    runs = [path for path in Path("/dev/shm").glob("imago-*") if owns(fleet, path)]
+    assert len(runs) == 1
+    from serve.metrics import entries
+
+    for pattern, name in (("api-?", "requests"), ("worker-?-0", "images")):
+        counts = []
+        for path in sorted(runs[0].glob(f"{pattern}.metrics")):
+            data = path.read_bytes()
+            values = memoryview(data).cast("d")
+            counts.append(sum(values[at] for found, _, at in entries(data) if found == name))
+        assert len(counts) == 2
+        assert min(counts) > 0, f"{pattern}: {counts}"
+
+
+def owns(server, path) -> bool:
+    maps = Path(f"/proc/{server.process.pid}/maps").read_text()
+    return str(path) in maps
+
+
+def test_request_ids_differ_between_processes(fleet):
+    def ask(_: int) -> str:
+        return httpx.post(f"{fleet.url}/predict", content=GOOD, headers={"Content-Type": "image/png"}).json()["id"]
+
+    with ThreadPoolExecutor(8) as threads:
+        ids = list(threads.map(ask, range(64)))
+    assert len(set(ids)) == 64
