@@ -1,0 +1,329 @@
+"""The operators' resources, as far as these manifests use them: fields that are not named here are refused.
+
+Written from the CustomResourceDefinitions of KEDA 2.20, Prometheus operator 0.93, Argo Rollouts 1.10, Gateway API 1.6
+and Kubeflow Trainer 2.3: names, types, enumerations, patterns and what is required are theirs.
+"""
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=253)]
+Seconds = Annotated[str, Field(pattern=r"^(0|(([0-9]+)y)?(([0-9]+)w)?(([0-9]+)d)?(([0-9]+)h)?(([0-9]+)m)?(([0-9]+)s)?)$")]
+Port = Annotated[int, Field(ge=1, le=65535)]
+
+
+class Metadata(Strict):
+    name: Name
+    namespace: Name
+    labels: dict[str, str]
+
+
+class Resource(Strict):
+    apiVersion: str
+    kind: str
+    metadata: Metadata
+
+
+class Selector(Strict):
+    matchLabels: dict[str, str]
+
+
+# Prometheus operator
+
+class Endpoint(Strict):
+    port: str
+    path: str = "/metrics"
+    interval: Seconds | None = None
+
+
+class PodEndpoint(Endpoint):
+    filterRunning: bool = True
+
+
+class PodMonitorSpec(Strict):
+    selector: Selector
+    podMetricsEndpoints: list[PodEndpoint]
+
+
+class PodMonitor(Resource):
+    apiVersion: Literal["monitoring.coreos.com/v1"]
+    spec: PodMonitorSpec
+
+
+class ServiceMonitorSpec(Strict):
+    selector: Selector
+    endpoints: list[Endpoint]
+
+
+class ServiceMonitor(Resource):
+    apiVersion: Literal["monitoring.coreos.com/v1"]
+    spec: ServiceMonitorSpec
+
+
+class Rule(Strict):
+    alert: str
+    expr: str
+    for_: Seconds | None = Field(None, alias="for")
+    labels: dict[str, str]
+    annotations: dict[str, str]
+
+
+class Group(Strict):
+    name: str = Field(min_length=1)
+    rules: list[Rule]
+
+
+class PrometheusRuleSpec(Strict):
+    groups: list[Group]
+
+
+class PrometheusRule(Resource):
+    apiVersion: Literal["monitoring.coreos.com/v1"]
+    spec: PrometheusRuleSpec
+
+
+# KEDA
+
+class Trigger(Strict):
+    type: str
+    metricType: Literal["AverageValue", "Value", "Utilization"]
+    metadata: dict[str, str]
+
+
+class Target(Strict):
+    apiVersion: str | None = None
+    kind: str | None = None
+    name: str
+
+
+class Fallback(Strict):
+    failureThreshold: int
+    replicas: int
+
+
+class Advanced(Strict):
+    horizontalPodAutoscalerConfig: dict[str, Any]  # `behavior` is that of autoscaling/v2
+
+
+class ScaledObjectSpec(Strict):
+    scaleTargetRef: Target
+    minReplicaCount: int
+    maxReplicaCount: int
+    pollingInterval: int
+    cooldownPeriod: int
+    fallback: Fallback
+    advanced: Advanced
+    triggers: list[Trigger]
+
+
+class ScaledObject(Resource):
+    apiVersion: Literal["keda.sh/v1alpha1"]
+    spec: ScaledObjectSpec
+
+
+# Argo Rollouts
+
+class WorkloadRef(Strict):
+    apiVersion: str
+    kind: str
+    name: str
+    scaleDown: Literal["never", "onsuccess", "progressively"]
+
+
+class Pause(Strict):
+    duration: str | int | None = None
+
+
+class Step(Strict):
+    setWeight: int | None = Field(None, ge=0, le=100)
+    pause: Pause | None = None
+
+
+class FieldRef(Strict):
+    fieldPath: str
+
+
+class ValueFrom(Strict):
+    fieldRef: FieldRef | None = None
+    podTemplateHashValue: Literal["Stable", "Latest"] | None = None
+
+
+class Argument(Strict):
+    name: str
+    value: str | None = None
+    valueFrom: ValueFrom | None = None
+
+
+class Template(Strict):
+    templateName: str
+
+
+class Analysis(Strict):
+    startingStep: int
+    templates: list[Template]
+    args: list[Argument]
+
+
+class Canary(Strict):
+    maxUnavailable: int | str
+    maxSurge: int | str
+    analysis: Analysis
+    steps: list[Step]
+
+
+class Strategy(Strict):
+    canary: Canary
+
+
+class RolloutSpec(Strict):
+    replicas: int
+    revisionHistoryLimit: int
+    progressDeadlineSeconds: int
+    progressDeadlineAbort: bool
+    workloadRef: WorkloadRef
+    strategy: Strategy
+
+
+class Rollout(Resource):
+    apiVersion: Literal["argoproj.io/v1alpha1"]
+    spec: RolloutSpec
+
+
+class PrometheusQuery(Strict):
+    address: str
+    query: str
+
+
+class Provider(Strict):
+    prometheus: PrometheusQuery
+
+
+class Metric(Strict):
+    name: str
+    interval: str
+    initialDelay: str
+    failureLimit: int | str
+    successCondition: str
+    provider: Provider
+
+
+class Parameter(Strict):
+    name: str
+    value: str | None = None
+
+
+class AnalysisTemplateSpec(Strict):
+    args: list[Parameter]
+    metrics: list[Metric]
+
+
+class AnalysisTemplate(Resource):
+    apiVersion: Literal["argoproj.io/v1alpha1"]
+    spec: AnalysisTemplateSpec
+
+
+# Gateway API
+
+class Parent(Strict):
+    name: Name
+    namespace: Name
+
+
+class PathMatch(Strict):
+    type: Literal["Exact", "PathPrefix", "RegularExpression"]
+    value: str = Field(max_length=1024)
+
+
+class Match(Strict):
+    path: PathMatch
+
+
+class Timeouts(Strict):
+    request: str = Field(pattern=r"^([0-9]{1,5}(h|m|s|ms)){1,4}$")
+
+
+class Backend(Strict):
+    name: Name
+    port: Port
+
+
+class RouteRule(Strict):
+    matches: list[Match]
+    timeouts: Timeouts
+    backendRefs: list[Backend]
+
+
+class HTTPRouteSpec(Strict):
+    parentRefs: list[Parent]
+    hostnames: list[Name]
+    rules: list[RouteRule]
+
+
+class HTTPRoute(Resource):
+    apiVersion: Literal["gateway.networking.k8s.io/v1"]
+    spec: HTTPRouteSpec
+
+
+# Kubeflow Trainer
+
+class MLPolicy(Strict):
+    numNodes: int
+    torch: dict[str, Any]
+
+
+class JobTemplate(Strict):
+    metadata: dict[str, dict[str, str]]
+    spec: dict[str, Any]  # that of a batch/v1 Job
+
+
+class ReplicatedJob(Strict):
+    name: str
+    template: JobTemplate
+
+
+class JobSetSpec(Strict):
+    replicatedJobs: list[ReplicatedJob]
+
+
+class JobSet(Strict):
+    spec: JobSetSpec
+
+
+class TrainingRuntimeSpec(Strict):
+    mlPolicy: MLPolicy
+    template: JobSet
+
+
+class TrainingRuntime(Resource):
+    apiVersion: Literal["trainer.kubeflow.org/v1alpha1"]
+    spec: TrainingRuntimeSpec
+
+
+class RuntimeRef(Strict):
+    apiGroup: Literal["trainer.kubeflow.org"]
+    kind: Literal["TrainingRuntime", "ClusterTrainingRuntime"]
+    name: Name
+
+
+class Trainer(Strict):
+    numNodes: int
+    command: list[str]
+    args: list[str]
+
+
+class TrainJobSpec(Strict):
+    runtimeRef: RuntimeRef
+    trainer: Trainer
+
+
+class TrainJob(Resource):
+    apiVersion: Literal["trainer.kubeflow.org/v1alpha1"]
+    spec: TrainJobSpec
+
+
+KINDS: dict[str, type[Resource]] = {model.__name__: model for model in Resource.__subclasses__()}

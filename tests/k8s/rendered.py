@@ -1,0 +1,58 @@
+"""What `kubectl kustomize` makes of each overlay, and of each component on the base."""
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import pytest
+import yaml
+
+K8S = Path(__file__).parents[2] / "k8s"
+OVERLAYS = sorted(p.name for p in (K8S / "overlays").iterdir() if p.is_dir())
+COMPONENTS = sorted(p.name for p in (K8S / "components").iterdir())
+CASES = [f"overlays/{name}" for name in OVERLAYS] + [f"components/{name}" for name in COMPONENTS]
+SECRETS = {"imago-tls", "imago-bucket"}  # made by hand, as k8s/README.md and the components say
+
+Manifest = dict
+
+
+@cache
+def render(case: str) -> tuple[Manifest, ...]:
+    """The manifests of an overlay as it is, or of a component on the base, as an overlay would list it."""
+    kubectl = shutil.which("kubectl")
+    if kubectl is None:
+        pytest.skip("kubectl is not installed, so nothing renders here")
+    with tempfile.TemporaryDirectory(dir=K8S / "overlays", prefix=".test-") as directory:
+        target = K8S / case
+        if case.startswith("components/"):
+            target = Path(directory)
+            (target / "kustomization.yaml").write_text(yaml.safe_dump({
+                "apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization", "namespace": "imago",
+                "resources": ["../../base"], "components": [f"../../{case}"]}))
+        done = subprocess.run([kubectl, "kustomize", target], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return tuple(yaml.safe_load_all(done.stdout))
+
+
+def of(case: str, *kinds: str) -> list[Manifest]:
+    return [m for m in render(case) if m["kind"] in kinds]
+
+
+def pod_specs(case: str) -> list[tuple[str, Manifest]]:
+    """(kind/name, pod template) of everything that makes pods, custom resources included."""
+    found = []
+    for manifest in render(case):
+        name, spec = f"{manifest['kind']}/{manifest['metadata']['name']}", manifest.get("spec", {})
+        match manifest["kind"]:
+            case "Deployment" | "Job":
+                found.append((name, spec["template"]))
+            case "CronJob":
+                found.append((name, spec["jobTemplate"]["spec"]["template"]))
+            case "TrainingRuntime":
+                found += [(name, job["template"]["spec"]["template"]) for job in spec["template"]["spec"]["replicatedJobs"]]
+    return found
+
+
+def containers(template: Manifest) -> list[Manifest]:
+    return template["spec"].get("initContainers", []) + template["spec"]["containers"]

@@ -1,0 +1,121 @@
+"""Pods as a platform engineer would sign them: the restricted profile, probes, resources, pinned images, safe updates."""
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from rendered import CASES, K8S, containers, of, pod_specs, render
+
+VOLUMES = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "image", "persistentVolumeClaim", "projected",
+           "secret"}  # what the restricted profile allows
+CHECKOV = Path(os.environ.get("CHECKOV", K8S.parent / ".venv/checkov/bin/checkov"))
+
+
+def all_pods(case):
+    found = pod_specs(case)
+    if not any(m["kind"] == "TrainJob" for m in render(case)):
+        assert {"Deployment", "Job"} <= {name.split("/")[0] for name, _ in found} | {"Job"}
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_pods_keep_to_the_restricted_profile(case):
+    for name, template in all_pods(case):
+        spec = template["spec"]
+        context = spec["securityContext"]
+        assert context["runAsNonRoot"] is True, name
+        assert context["runAsUser"] >= 10000, name
+        assert context["seccompProfile"] == {"type": "RuntimeDefault"}, name
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & set(spec), name
+        for volume in spec["volumes"]:
+            assert set(volume) - {"name"} <= VOLUMES, name
+        for container in containers(template):
+            own = container["securityContext"]
+            assert own["allowPrivilegeEscalation"] is False, name
+            assert own["readOnlyRootFilesystem"] is True, name
+            assert own["capabilities"] == {"drop": ["ALL"]}, name
+            assert "privileged" not in own, name
+            assert not any("hostPort" in port for port in container.get("ports", [])), name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_namespace_enforces_it(case):
+    (namespace,) = of(case, "Namespace")
+    for mode in ("enforce", "warn", "audit"):
+        assert namespace["metadata"]["labels"][f"pod-security.kubernetes.io/{mode}"] == "restricted"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_pods_hold_no_token(case):
+    for name, template in all_pods(case):
+        assert template["spec"]["automountServiceAccountToken"] is False, name
+        assert template["spec"]["serviceAccountName"] != "default", name
+    for account in of(case, "ServiceAccount"):
+        assert account["automountServiceAccountToken"] is False
+    assert not of(case, "Role", "RoleBinding", "ClusterRole", "ClusterRoleBinding")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_containers_have_resources_and_images_a_fixed_tag(case):
+    for name, template in all_pods(case):
+        for container in containers(template):
+            resources = container["resources"]
+            for part in ("requests", "limits"):
+                assert {"cpu", "memory"} <= set(resources[part]), name
+            assert re.fullmatch(r"[\w.-]+/[\w./-]+:[\w.-]+", container["image"]), container["image"]
+            assert not container["image"].endswith(":latest"), name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_serving_updates_probes_and_drains(case):
+    for deployment in of(case, "Deployment"):
+        spec = deployment["spec"]
+        assert spec["strategy"]["rollingUpdate"]["maxUnavailable"] == 0
+        pod = spec["template"]["spec"]
+        assert len(pod["topologySpreadConstraints"]) == 2
+        (serve,) = pod["containers"]
+        assert serve["livenessProbe"]["httpGet"]["path"] == serve["startupProbe"]["httpGet"]["path"] == "/health/live"
+        assert serve["readinessProbe"]["httpGet"]["path"] == "/health/ready"
+        settings = of(case, "ConfigMap")
+        drain = next(float(c["data"]["IMAGO_DRAIN_SECONDS"]) for c in settings if "IMAGO_DRAIN_SECONDS" in c["data"])
+        wait = serve["lifecycle"]["preStop"]["sleep"]["seconds"]
+        assert pod["terminationGracePeriodSeconds"] > wait + drain
+        cpu = serve["resources"]["limits"]["cpu"]
+        assert cpu.isdecimal(), "threads follow the limit, so it is a whole number of cores"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_training_survives_what_it_should_and_fails_at_once_where_it_should(case):
+    for job in [j["spec"] for j in of(case, "Job")] + [j["spec"]["jobTemplate"]["spec"] for j in of(case, "CronJob")]:
+        rules = {(r["action"], *r.get("onExitCodes", {}).get("values", ["disruption"])) for r in
+                 job["podFailurePolicy"]["rules"]}
+        assert rules == {("FailJob", 2), ("Ignore", 143), ("Ignore", "disruption")}
+        assert job["template"]["spec"]["restartPolicy"] == "Never"
+        assert job["ttlSecondsAfterFinished"] > 0
+        assert job["podReplacementPolicy"] == "Failed"
+        names = {c["name"] for c in containers(job["template"])}
+        assert {r["onExitCodes"]["containerName"] for r in job["podFailurePolicy"]["rules"] if "onExitCodes" in r} <= names
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_labels_follow_the_recommended_scheme(case):
+    for manifest in render(case):
+        labels = manifest["metadata"].get("labels", {})
+        assert labels.get("app.kubernetes.io/name") == "imago" or manifest["kind"] in ("Namespace", "ConfigMap"), manifest
+        assert labels.get("app.kubernetes.io/part-of") == "imago" or case.startswith("components/"), manifest["kind"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_checkov_finds_nothing(case, tmp_path):
+    if not CHECKOV.exists():
+        pytest.skip(f"{CHECKOV} is not there: make {CHECKOV.parent.parent.name}, or name it with CHECKOV=…")
+    if shutil.which("kubectl") is None:
+        pytest.skip("kubectl is not installed")
+    import yaml
+    (tmp_path / "all.yaml").write_text(yaml.safe_dump_all(render(case)))
+    done = subprocess.run([CHECKOV, "--config-file", K8S / ".checkov.yaml", "-f", tmp_path / "all.yaml"],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout

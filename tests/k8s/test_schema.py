@@ -1,0 +1,48 @@
+"""Every manifest is what Kubernetes 1.30 to 1.36 and the operators' resources take, with no field they do not know."""
+import kubernetes_validate
+import pytest
+
+import crds
+from rendered import CASES, render
+
+VERSIONS = [f"1.{minor}" for minor in range(30, 37)]
+# Image volumes are newer than 1.30; the component says from when on they work.
+FROM = {"components/model-from-image": "1.31"}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_renders(case):
+    names = [(m["apiVersion"], m["kind"], m["metadata"]["name"]) for m in render(case)]
+    assert names
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_built_in_kinds_match_the_schema_of_each_kubernetes(case):
+    for version in VERSIONS:
+        if version < FROM.get(case, ""):
+            continue
+        for manifest in render(case):
+            if manifest["kind"] not in crds.KINDS:
+                kubernetes_validate.validate(manifest, version, strict=True)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_custom_kinds_match_their_models(case):
+    for manifest in render(case):
+        if manifest["kind"] in crds.KINDS:
+            crds.KINDS[manifest["kind"]].model_validate(manifest)
+        else:
+            assert "." not in manifest["apiVersion"] or manifest["apiVersion"].split("/")[0].endswith(".k8s.io"), \
+                f"{manifest['kind']}: no model of this custom kind"
+
+
+def test_the_check_is_strict():
+    deployment = next(m for m in render("overlays/local") if m["kind"] == "Deployment")
+    broken = {**deployment, "spec": {**deployment["spec"], "replica": 1}}
+    with pytest.raises(kubernetes_validate.ValidationError, match="replica"):
+        kubernetes_validate.validate(broken, VERSIONS[-1], strict=True)
+
+
+def test_the_overlay_for_a_bare_cluster_needs_no_custom_kind():
+    assert not [m["kind"] for m in render("overlays/local") if m["kind"] in crds.KINDS]
