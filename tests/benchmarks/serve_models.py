@@ -1,6 +1,7 @@
 """Bundles and images that the serving benchmarks share, made by the project's own networks and export.
 
-The weights are random: speed does not depend on them. Images are smooth noise, so that JPEG does what it does on photos.
+The weights are random: speed does not depend on them. Images are smooth noise, on which JPEG does what it does on
+photos.
 """
 import sys
 from datetime import UTC, datetime

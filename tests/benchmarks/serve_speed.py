@@ -23,7 +23,7 @@ import tempfile
 import threading
 import time
 import urllib.request
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -119,28 +119,25 @@ def serving(command: list[str], port: int, health: str):
     finally:
         pids = [process.pid, *children(process.pid)]  # LitServe's children outlive SIGTERM
         process.send_signal(signal.SIGINT)
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(10)
-        except subprocess.TimeoutExpired:
-            pass
         for pid in pids:
-            try:
+            with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
 
 
 def load(port: int, pid: int, script: Path, seconds: float, clients: int = 32) -> dict:
     """wrk's figures: req/s, p50 and p99 [ms], its own CPU share of the cores, and the server's CPU seconds a request."""
     before, used = cpu_seconds(pid), resource.getrusage(resource.RUSAGE_CHILDREN)
     began = time.perf_counter()
-    out = subprocess.run(["wrk", "-t1", f"-c{clients}", f"-d{seconds}s", "--latency", "--timeout", "10s", "-s", script,
-                          f"http://127.0.0.1:{port}/predict"], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(["wrk", "-t1", f"-c{clients}", f"-d{seconds}s", "--latency", "--timeout", "10s",
+                          "-s", script, f"http://127.0.0.1:{port}/predict"], capture_output=True, text=True, check=True).stdout
     wall, now = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     client = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
     assert "Non-2xx" not in out, out
     count = int(re.search(r"(\d+) requests in", out)[1])
-    times = {p: float(n) * {"us": 1e-3, "ms": 1, "s": 1e3}[u] for p, n, u in re.findall(r"(\d+)% +([\d.]+)(us|ms|s)", out)}
+    times = {percent: float(number) * {"us": 1e-3, "ms": 1, "s": 1e3}[unit]
+             for percent, number, unit in re.findall(r"(\d+)% +([\d.]+)(us|ms|s)", out)}
     return {"rate": float(re.search(r"Requests/sec: +([\d.]+)", out)[1]), "p50": times["50"], "p99": times["99"],
             "client": client / wall / CORES, "cpu": (cpu_seconds(pid) - before) / count}
 
@@ -165,8 +162,8 @@ def case(store: Path, name: str, rounds: int, seconds: float, rivals: list[str])
         servers = {}
         for kind in ["service", *rivals]:
             port = free_port()
-            command = ["-m", "serve", "--store", str(store), "--model", model, "--variant", variant, "--port", str(port),
-                       "--host", "127.0.0.1", "--metrics-port", str(free_port()), "--log-level", "error"] \
+            command = ["-m", "serve", "--store", str(store), "--model", model, "--variant", variant,
+                       "--port", str(port), "--host", "127.0.0.1", "--metrics-port", str(free_port()), "--log-level", "error"] \
                 if kind == "service" else [str(HERE / "serve_rivals.py"), kind, str(file), str(port),
                                            str(bundle / "manifest.json")]
             pid = stack.enter_context(serving(command, port, "/health/ready" if kind == "service" else "/health"))
@@ -207,4 +204,5 @@ if __name__ == "__main__":
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         for one in given.cases:
-            print(json.dumps(case(given.store or Path(place), one, given.rounds, given.seconds, given.rivals)), flush=True)
+            line = case(given.store or Path(place), one, given.rounds, given.seconds, given.rivals)
+            print(json.dumps(line), flush=True)
