@@ -19,35 +19,51 @@ from serve.responses import Problem, Request, Response, as_json
 PLACES = 1 << 16
 WINDOW = 2000  # labels in the window of one HTTP process
 MAX_BYTES = 8192
-_PLACE = struct.Struct("<8sIIf")  # hash of request id and image, version, class index, confidence
+_PLACE = struct.Struct("<8sI40s")  # hash of request id and image, version, the answer from its class index on
 _EMPTY = bytes(_PLACE.size)
 
 
 class Memory:
-    """The table. Two processes may write one place at once; a torn entry fits no hash and is as good as forgotten."""
+    """The table. Two processes may write one place at once; an entry torn by that is as good as forgotten."""
 
     def __init__(self, run: str):
         with open(os.path.join(run, "answers"), "a+b") as file:
             file.truncate(PLACES * _PLACE.size)
             self.map = mmap.mmap(file.fileno(), PLACES * _PLACE.size)
 
-    def put(self, request_id: str, image: int, version: int, index: int, confidence: float) -> None:
+    def put(self, request_id: str, image: int, version: int, text: bytes) -> None:
+        """Every answer pays for this, so what is kept of its `text` is parsed when a label comes, as few do.
+
+        A quote inside a label is escaped, so the first `","index":` ends the label.
+        """
         at, key = _place(request_id, image)
-        _PLACE.pack_into(self.map, at, key, version, index, confidence)
+        start = text.index(b'","index":') + 10
+        _PLACE.pack_into(self.map, at, key, version, text[start:start + 40])
 
     def take(self, request_id: str, image: int) -> tuple[int, int, float] | None:
         """Version, class index and confidence, once: a label counts one time."""
+        found = self.look(request_id, image)
+        if found is not None:
+            at, _ = _place(request_id, image)
+            self.map[at:at + _PLACE.size] = _EMPTY
+        return found
+
+    def look(self, request_id: str, image: int) -> tuple[int, int, float] | None:
         at, key = _place(request_id, image)
-        found, version, index, confidence = _PLACE.unpack_from(self.map, at)
+        found, version, text = _PLACE.unpack_from(self.map, at)
         if found != key:
             return None
-        self.map[at:at + _PLACE.size] = _EMPTY
-        return version, index, confidence
+        try:
+            index, confidence = text.split(b",", 2)[:2]  # `7,"confidence":0.987654,"top":…`
+            return version, int(index), float(confidence.partition(b":")[2])
+        except ValueError:
+            return None
 
 
 def _place(request_id: str, image: int) -> tuple[int, bytes]:
-    key = hashlib.blake2b(b"%d %b" % (image, request_id.encode()), digest_size=8).digest()
-    return int.from_bytes(key[:4], "little") % PLACES * _PLACE.size, key
+    name = request_id.encode()
+    key = hashlib.blake2b(b"%b %d" % (name, image) if image else name, digest_size=8).digest()
+    return (key[0] | key[1] << 8) % PLACES * _PLACE.size, key
 
 
 class Feedback:
@@ -63,29 +79,24 @@ class Feedback:
     def remember(self, request_id: str, answers: list[Answer]) -> None:
         for image, answer in enumerate(answers):
             if answer.status == 200:
-                self.memory.put(request_id, image, answer.version, *_prediction(answer.body))
+                self.memory.put(request_id, image, answer.version, answer.body)
 
     async def __call__(self, request: Request) -> Response:
         said = _parse(await body.read(request.receive, MAX_BYTES))
-        found = self.memory.take(said["id"], said["image"])
+        found = self.memory.look(said["id"], said["image"])
         if found is None:
             self.slab.add("feedback", "unknown")
             raise Problem(404, "no answer with this id is remembered, or it has its label already")
         version, index, confidence = found
-        truth = self._index(said, version, found)
-        self._count(index == truth, confidence)
-        return as_json({"id": said["id"], "image": said["image"], "correct": index == truth})
-
-    def _index(self, said: dict, version: int, found: tuple[int, int, float]) -> int:
-        """The true class as index. Raises Problem 400 (the answer stays remembered) for one that the model lacks."""
         model = self.pool.model
         if str(version) != model.get("version"):
             raise Problem(404, f"version {version} which gave this answer is served no more")
-        classes, label = model["classes"], said["label"]
-        if label in classes:
-            return classes.index(label)
-        self.memory.put(said["id"], said["image"], *found)
-        raise Problem(400, f"the model has no class {label!r}")
+        if said["label"] not in model["classes"]:
+            raise Problem(400, f"the model has no class {said['label']!r}")
+        correct = model["classes"].index(said["label"]) == index
+        if self.memory.take(said["id"], said["image"]) is not None:
+            self._count(correct, confidence)
+        return as_json({"id": said["id"], "image": said["image"], "correct": correct})
 
     def _count(self, correct: bool, confidence: float) -> None:
         self.slab.add("feedback", "correct" if correct else "wrong")
@@ -100,16 +111,6 @@ class Feedback:
         self.slab.add("feedback_window", "count", name, by=sign)
         self.slab.add("feedback_window", "correct", name, by=sign * entry[1])
         self.slab.add("feedback_window", "confidence", name, by=sign * entry[2])
-
-
-def _prediction(text: bytes) -> tuple[int, float]:
-    """Class index and confidence from an answer's `{"label":…,"index":7,"confidence":0.9,"top":…`.
-
-    A quote inside a label is escaped, so the first `","index":` ends the label.
-    """
-    at = text.index(b'","index":') + 10
-    index, _, rest = text[at:at + 60].partition(b",")
-    return int(index), float(rest[len(b'"confidence":'):].partition(b",")[0])
 
 
 def _parse(content: bytes) -> dict:

@@ -82,14 +82,16 @@ def check(settings: Settings, run: str, version: int) -> None:
         return
     command = [sys.executable, "-m", "serve", "check", "--store", str(settings.store), "--model", str(settings.model),
                "--version", str(version), "--variant", settings.variant, "--engine", settings.engine, "--quiet"]
-    try:
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=CHECK_SECONDS, check=False,
-                             preexec_fn=lambda: os.nice(NICE))
-    except subprocess.TimeoutExpired as error:
-        raise BundleError(f"version {version}: the check took longer than {CHECK_SECONDS} s") from error
-    if ran.returncode:
-        said = (ran.stderr.strip().splitlines() or [f"the check ended with status {ran.returncode}"])[-1]
-        raise BundleError(f"version {version}: {said.removeprefix('error: ')}")
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as child:
+        os.setpriority(os.PRIO_PROCESS, child.pid, NICE)
+        try:
+            _, said = child.communicate(timeout=CHECK_SECONDS)
+        except subprocess.TimeoutExpired as error:
+            child.kill()
+            raise BundleError(f"version {version}: the check took longer than {CHECK_SECONDS} s") from error
+    if child.returncode:
+        last = (said.strip().splitlines() or [f"the check ended with status {child.returncode}"])[-1]
+        raise BundleError(f"version {version}: {last.removeprefix('error: ')}")
     with open(done, "w"):
         pass
 

@@ -87,8 +87,8 @@ def test_feedback_is_small_and_needs_the_key(start):
 def test_memory_is_bounded_and_shared(tmp_path):
     ours, theirs = Memory(str(tmp_path)), Memory(str(tmp_path))
     for i in range(3 * PLACES):
-        ours.put(f"request-{i}", 0, 1, i % 7, 0.5)
-    assert (tmp_path / "answers").stat().st_size < 2 << 20
+        ours.put(f"request-{i}", 0, 1, b'{"label":"x","index":%d,"confidence":0.5,"top":[' % (i % 7))
+    assert (tmp_path / "answers").stat().st_size < 4 << 20
     last = 3 * PLACES - 1
     assert theirs.take(f"request-{last}", 0) == (1, last % 7, 0.5)
     assert ours.take(f"request-{last}", 0) is None
