@@ -17,6 +17,7 @@ def sign(path: Path, private_key: Path, password: str | None = None) -> None:
         config = signing.Config().use_elliptic_key_signer(private_key=private_key, password=password)
     except (OSError, ValueError, TypeError) as error:
         raise BundleError(f"{private_key}: not a usable private key: {_line(error)}") from error
+    path = path.resolve()  # the library takes no link, such as `latest`
     (path / SIGNATURE).unlink(missing_ok=True)
     config.set_hashing_config(_hashing(hashing)).sign(path, path / SIGNATURE)
 
@@ -28,7 +29,7 @@ def verify_signature(path: Path, public_key: Path) -> None:
         config = verifying.Config().use_elliptic_key_verifier(public_key=public_key)
     except (OSError, ValueError, TypeError) as error:
         raise BundleError(f"{public_key}: not a usable public key: {_line(error)}") from error
-    signature = path / SIGNATURE
+    path, signature = path.resolve(), path / SIGNATURE
     if not signature.is_file():
         raise BundleError(f"{signature}: no such file, so the bundle is not signed, and a signature is asked for")
     try:

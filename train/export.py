@@ -1,5 +1,6 @@
 """After the fit: test, calibrate, export, quantize, certify, report, publish."""
 import copy
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -83,13 +84,17 @@ def export_bundle(trainer: L.Trainer, system: L.LightningModule, data: ImageData
     served = served.cpu().requires_grad_(False)
     served.temperature = calibration.temperature
     with Store(store).stage(name) as staged:
+        about = {"network": system.name, "options": system.options, "mean": data.mean, "std": data.std}
         save_file({k: v.contiguous() for k, v in served.network.state_dict().items()},
-                  staged.path / "weights.safetensors")
+                  staged.path / "weights.safetensors", {key: json.dumps(value) for key, value in about.items()})
         samples, expected = write_samples(staged.path, served, data, export.samples)
         variants, notes = make_variants(staged.path, served, data, expected, test, export.quantize, seconds)
         rows = evaluate.spread(len(val.labels), MAX_IMAGES)
         facts = data.known.facts[data.index["val"]]
-        metrics = {part: evaluate.metrics(of, calibration.temperature) for part, of in (("val", val), ("test", test))}
+        scored = {"val": val, "test": test}
+        if 0 < len(data.leaked_test) < len(test.labels):
+            scored["test_unleaked"] = test.without(data.leaked_test)
+        metrics = {part: evaluate.metrics(of, calibration.temperature) for part, of in scored.items()}
         info = DataInfo(source=str(data.source), digest=data.digest, counts=data.counts)
         manifest = Manifest(
             name=name, version=staged.version, created=datetime.now(UTC), network=system.name, classes=data.classes,
@@ -126,7 +131,8 @@ def seal(staged: Staged, manifest: Manifest, seconds: dict[str, float], export: 
 def best_network(trainer: L.Trainer, system: L.LightningModule) -> Network:
     """A float32 copy on the CPU with the weights of the best checkpoint, or those at hand where there is none."""
     network = copy.deepcopy(system.network).cpu()
-    if best := getattr(trainer.checkpoint_callback, "best_model_path", ""):
+    keeper = trainer.checkpoint_callback
+    if keeper is not None and keeper.monitor and (best := keeper.best_model_path):  # else the last weights count
         state = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
         network.load_state_dict({k.removeprefix("network."): v for k, v in state.items() if k.startswith("network.")})
     return network.float().to(memory_format=torch.contiguous_format).eval()

@@ -1,0 +1,268 @@
+"""What is left on disk after a fit, looked at with other tools than those that wrote it."""
+import html.parser
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+
+from models import networks
+from models.bundle import SIGNALS, Bundle
+from models.image import decode
+from models.networks.weights import load_weights
+from train.cli import main
+
+ROOT = Path(__file__).parents[2]
+
+
+def fit(place: Path, *flags: str) -> subprocess.CompletedProcess:
+    """`python -m train fit` on scikit-learn's digits, in a process of its own."""
+    command = [sys.executable, "-m", "train", "fit", "--data.source", "digits", "--store", str(place / "store"),
+               "--trainer.default_root_dir", str(place / "runs"), "--progress.quiet", "true", *flags]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def fitted(place: Path, *flags: str) -> Bundle:
+    done = fit(place, *flags)
+    assert done.returncode == 0, done.stderr
+    return Bundle(place / "store" / "digits" / "latest")
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Of a network with global average pooling, trained for a few epochs: good, and not perfect."""
+    return fitted(tmp_path_factory.mktemp("fit"), "--model.network", "shufflenet_v2_x0_5", "--trainer.max_epochs", "6",
+                  "--data.size", "16", "--model.optimizer.lr", "0.005")
+
+
+def torch_network(bundle: Bundle) -> networks.Network:
+    m = bundle.manifest
+    network = networks.build(m.network, len(m.classes), m.input.channels, m.input.height)
+    load_weights(network, str(bundle.path / "weights.safetensors"))
+    return network.eval()
+
+
+def torch_answers(bundle: Bundle, images: np.ndarray) -> dict[str, np.ndarray]:
+    """From weights.safetensors and what it says of the normalisation."""
+    with safe_open(bundle.path / "weights.safetensors", "pt") as file:
+        mean, std = (torch.tensor(json.loads(file.metadata()[key])).view(1, -1, 1, 1) for key in ("mean", "std"))
+    with torch.inference_mode():
+        x = (torch.from_numpy(images).permute(0, 3, 1, 2).float() - mean) / std
+        found = {name: value.numpy() for name, value in torch_network(bundle).outputs(x).items()}
+    logits = torch.from_numpy(found["logits"])
+    found["probabilities"] = (logits / bundle.manifest.calibration.temperature).softmax(1).numpy()
+    found["energy"] = -logits.logsumexp(1).numpy()
+    return found
+
+
+def images_of(bundle: Bundle) -> np.ndarray:
+    return np.stack([decode(data, bundle.manifest.input) for data in bundle.sample_bytes()])
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 64])
+def test_the_graph_is_the_network_at_any_batch_size(bundle, size):
+    images = np.resize(images_of(bundle), (size, 16, 16, 1))
+    session = onnxruntime.InferenceSession(bundle.variant_path("fp32"))
+    names = [output.name for output in session.get_outputs()]
+    assert names == ["probabilities", "energy", "embedding", "cam"] == bundle.manifest.outputs
+    found = dict(zip(names, session.run(None, {"image": images}), strict=True))
+    wanted = torch_answers(bundle, images)
+    assert np.abs(found["probabilities"] - wanted["probabilities"]).max() <= 1e-4
+    for name in ("energy", "embedding", "cam"):
+        assert found[name] == pytest.approx(wanted[name], abs=1e-3, rel=1e-3), name
+
+
+def test_class_activation_maps_are_exact(bundle):
+    found = torch_answers(bundle, images_of(bundle))
+    bias = torch_network(bundle).head.bias.detach().numpy()
+    assert found["cam"].mean((2, 3)) + bias == pytest.approx(found["logits"], abs=1e-3)
+
+
+def test_expected_outputs_are_those_of_the_torch_network_for_the_samples(bundle):
+    expected, wanted = bundle.expected(), torch_answers(bundle, images_of(bundle))
+    assert (expected["pixels"] == images_of(bundle)).all()
+    for name in ("probabilities", "energy", "embedding", "cam"):
+        assert expected[name] == pytest.approx(wanted[name], abs=1e-4, rel=1e-4), name
+    assert len(bundle.manifest.samples) == 16
+    assert {s.label for s in bundle.manifest.samples} == set(range(10))
+
+
+def test_one_file_of_the_pinned_opset(bundle):
+    for variant in bundle.manifest.variants.values():
+        model = onnx.load(bundle.path / variant.file, load_external_data=False)
+        onnx.checker.check_model(model)
+        assert {o.domain: o.version for o in model.opset_import}[""] == variant.opset == 20
+        assert not [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+
+
+def test_the_certificate(bundle):
+    for name, variant in bundle.manifest.variants.items():
+        assert variant.parity.batch_sizes == [1, 2, 7, 64]
+        assert variant.parity.images == 64
+        assert set(variant.latency.batch_ms) == {1, 8, 16}
+        assert variant.bytes == (bundle.path / variant.file).stat().st_size
+        assert variant.accuracy >= bundle.manifest.variants["fp32"].accuracy - 0.005, name
+    parity = bundle.manifest.variants["fp32"].parity
+    assert parity.max_abs_diff <= 1e-4
+    assert parity.agreement == 1
+
+
+def test_calibration_and_baseline_are_of_the_data(bundle):
+    m = bundle.manifest
+    c, counts = m.calibration, m.provenance.data.counts
+    assert c.nll_after <= c.nll_before + 1e-3
+    error = (0.95 * 0.05 * (1 / counts["val"] + 1 / counts["test"])) ** 0.5
+    kept = abs(c.conformal_coverage - 0.95) <= 2 * error
+    assert kept or any("prediction sets" in note for note in m.notes)
+    assert set(m.baseline) == set(SIGNALS)
+    assert {sum(h.counts) for h in m.baseline.values()} == {counts["val"]}
+    assert m.baseline["width"].counts == [0, counts["val"], 0]  # all scans are 8 pixels wide
+    assert m.baseline["width"].edges[1] < 8 < m.baseline["width"].edges[2]
+
+
+def test_metrics_agree_with_each_other(bundle):
+    for part in ("val", "test"):
+        found = bundle.manifest.metrics[part]
+        matrix = np.array(found.confusion)
+        assert matrix.sum() == found.images == bundle.manifest.provenance.data.counts[part]
+        assert np.trace(matrix) / matrix.sum() == pytest.approx(found.accuracy)
+        assert [c.support for c in found.per_class] == matrix.sum(1).tolist()
+        assert [c.recall for c in found.per_class] == pytest.approx(np.diag(matrix) / matrix.sum(1))
+        assert found.top5 >= found.accuracy
+
+
+def test_provenance(bundle):
+    p = bundle.manifest.provenance
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert p.git_commit == (head.stdout.strip() or None)
+    assert p.packages["torch"] == torch.__version__
+    assert p.recipe["model"]["network"] == "shufflenet_v2_x0_5"
+    assert {"fit", "test", "calibrate", "export", "quantize", "certify", "report"} <= set(p.seconds)
+    assert len(p.data.digest) == 64
+
+
+def test_the_report_needs_no_network_and_tells_what_it_should(bundle):
+    text = (bundle.path / "report.html").read_text()
+
+    class Links(html.parser.HTMLParser):
+        found: ClassVar[list[str]] = []
+
+        def handle_starttag(self, tag, attributes):
+            self.found += [v for k, v in attributes if k in ("src", "href", "srcset", "data", "action")]
+
+    Links().feed(text)
+    assert Links.found
+    assert all(link.startswith("data:image/") for link in Links.found)
+    assert not re.search(r"url\(|@import|<script|http", text)
+    for heading in ("What it is for", "Data", "Training", "Where it is right", "Its most confident mistakes",
+                    "What its confidence means", "Variants", "Where it comes from"):
+        assert heading in text
+    m = bundle.manifest
+    assert f"{100 * m.metrics['test'].accuracy:.2f} %" in text
+    assert m.provenance.data.digest in text
+    assert all(v.file in (bundle.path / "README.md").read_text() for v in m.variants.values())
+
+
+def test_the_model_card_has_front_matter(bundle):
+    _, front, body = (bundle.path / "README.md").read_text().split("---\n", 2)
+    card = yaml.safe_load(front)
+    assert card["pipeline_tag"] == "image-classification"
+    result = card["model-index"][0]["results"][0]["metrics"][0]
+    assert result == {"type": "accuracy", "value": round(bundle.manifest.metrics["test"].accuracy, 4)}
+    assert body.startswith("# digits, version 1")
+
+
+def test_it_verifies_without_torch(bundle):
+    code = ("import sys; sys.modules['torch'] = None; from models.__main__ import main; "
+            "sys.exit(main(['verify', sys.argv[1]]))")
+    done = subprocess.run([sys.executable, "-c", code, str(bundle.path)], cwd=ROOT, capture_output=True, text=True,
+                          check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "ok: digits/1 does here what it did when made"
+
+
+def test_every_step_can_be_told_otherwise(tmp_path):
+    bundle = fitted(tmp_path, "--trainer.max_epochs", "1", "--model.network", "convnet",
+                    "--export.quantize.enabled", "false", "--export.report", "false", "--export.samples", "5",
+                    "--export.calibrate.temperature", "false", "--export.calibrate.conformal_level", "0.8",
+                    "--export.promote", "true")
+    m = bundle.manifest
+    assert list(m.variants) == ["fp32"]
+    assert not (bundle.path / "report.html").exists()
+    assert len(m.samples) == 5
+    assert (m.calibration.temperature, m.calibration.conformal_level) == (1.0, 0.8)
+    assert m.outputs == ["probabilities", "energy", "embedding"]  # it ends in more than pooling: no exact map
+
+
+def test_int8_that_loses_too_much_is_not_shipped_and_the_report_says_why(tmp_path):
+    bundle = fitted(tmp_path, "--trainer.max_epochs", "1", "--model.network", "convnet",
+                    "--export.quantize.max_loss", "-100", "--export.purpose", "Reads <digits> & such.")
+    assert list(bundle.manifest.variants) == ["fp32"]
+    assert not list(bundle.path.glob("*int8*"))
+    note = bundle.manifest.notes[0]
+    assert note.startswith("int8 is not shipped: it loses more than -100")
+    text = (bundle.path / "report.html").read_text()
+    assert note in text
+    assert "Reads &lt;digits&gt; &amp; such." in text
+    assert note in (bundle.path / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("flag", "value", "says"), [
+    ("--export.calibrate.conformal_level", "95", "calibrate.conformal_level: 95.0 is not between 0 and 1"),
+    ("--export.samples", "0", "export.samples: 0 is less than 1"),
+    ("--export.sign_key", "/no/such/key", "/no/such/key: no such file"),
+    ("--export.quantize.images", "0", "quantize.images"),
+])
+def test_bad_options_are_refused_before_training_in_one_line(tmp_path, capsys, flag, value, says):
+    assert main(["fit", "--data.source", "digits", "--store", str(tmp_path / "store"), flag, value]) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+
+
+NETWORKS = {"lenet": 28, "convnet": 28, "speednet": 32, "resnet18": 32, "resnet50": 64, "mobilenet_v3_small": 64,
+            "mobilenet_v3_large": 64, "efficientnet_b0": 64, "convnext_tiny": 64, "vit_b_16": 32}
+MAPS = {"speednet", "resnet18", "resnet50", "efficientnet_b0"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", NETWORKS)
+def test_every_network_that_claims_export_gives_a_bundle(tmp_path, network):
+    bundle = fitted(tmp_path, "--model.network", network, "--data.size", str(NETWORKS[network]), "--data.channels", "3",
+                    "--trainer.max_steps", "4", "--export.quantize.images", "32", "--export.quantize.gate_images", "64")
+    m = bundle.manifest
+    assert ("cam" in m.outputs) == (network in MAPS)
+    assert m.variants["fp32"].parity.max_abs_diff <= 1e-4
+    images = images_of(bundle)
+    session = onnxruntime.InferenceSession(bundle.variant_path("fp32"))
+    for size in (1, 2, 7, 64):
+        batch = np.resize(images, (size, *images.shape[1:]))
+        found = session.run(["probabilities"], {"image": batch})[0]
+        assert np.abs(found - torch_answers(bundle, batch)["probabilities"]).max() <= 1e-4
+    if "int8" not in m.variants:
+        assert any(note.startswith("int8 is not shipped") for note in m.notes)
+    done = subprocess.run([sys.executable, "-m", "models", "verify", str(bundle.path)], cwd=ROOT, capture_output=True,
+                          text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_signed_bundle(tmp_path):
+    pytest.importorskip("model_signing", reason="the optional extra `signing` is not installed")
+    key, public = tmp_path / "key.pem", tmp_path / "key.pub"
+    subprocess.run(["openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", key], check=True)
+    subprocess.run(["openssl", "ec", "-in", key, "-pubout", "-out", public], check=True, capture_output=True)
+    bundle = fitted(tmp_path, "--trainer.max_epochs", "1", "--model.network", "convnet", "--export.sign_key", str(key),
+                    "--export.quantize.enabled", "false")
+    command = [sys.executable, "-m", "models", "verify", str(bundle.path), "--public-key", str(public)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "signed: yes, by the given key" in done.stdout, done.stderr
+    assert json.loads((bundle.path / "manifest.json").read_text())["version"] == 1
