@@ -1,0 +1,282 @@
+"""The data module: split, order, decoding once, memory or stream, what is unreadable."""
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from pictures import CLASSES, folder, picture, png, recognise
+
+from train.data import DataError, ImageData
+from train.data.order import Order
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.filterwarnings("ignore:::lightning")
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> str:
+    return str(tmp_path / "cache")
+
+
+def ready(source: Path | str, cache: str, **settings) -> ImageData:
+    data = ImageData(str(source), cache=cache, workers=settings.pop("workers", 0), **settings)
+    data.setup()
+    return data
+
+
+def test_digits_need_nothing_and_stay_gray():
+    data = ready("digits", "")
+    assert sum(data.counts.values()) == 1797
+    assert (data.input.height, data.input.channels, len(data.classes)) == (8, 1, 10)
+    images, labels = next(iter(data.train_dataloader()))
+    assert images.dtype == torch.uint8
+    assert images.shape[1:] == (1, 8, 8)
+    assert labels.dtype == torch.int64
+    assert images.max() == 255
+
+
+def test_the_split_is_stratified_disjoint_and_follows_the_seed(tmp_path, cache):
+    source = folder(tmp_path / "photos", count=20)
+    data, same, other = (ready(source, cache, seed=seed) for seed in (1, 1, 2))
+    parts = [set(data.index[part].tolist()) for part in ("train", "val", "test")]
+    assert len(set.union(*parts)) == sum(map(len, parts)) == 60
+    for part, count in (("test", 4), ("val", 2), ("train", 14)):
+        assert np.bincount(data.found.labels[data.index[part]]).tolist() == [count] * 3
+        assert data.index[part].tolist() == same.index[part].tolist()
+    assert data.index["test"].tolist() != other.index["test"].tolist()
+
+
+def test_parts_that_the_data_brings_are_kept(tmp_path, cache):
+    for part, count in (("train", 8), ("valid", 3), ("test", 2)):
+        folder(tmp_path / "photos" / part, count)
+    (tmp_path / "photos" / ".hidden").mkdir()
+    (tmp_path / "photos" / "train" / "red" / ".DS_Store").write_bytes(b"x")
+    (tmp_path / "photos" / "train" / "red" / "deeper").mkdir()
+    (tmp_path / "photos" / "train" / "red" / "deeper" / "one.png").write_bytes(png(2, 99))
+    data = ready(tmp_path / "photos", cache)
+    assert data.counts == {"train": 25, "val": 9, "test": 6}
+    assert data.classes == CLASSES
+
+
+def test_pixels_labels_and_moments_belong_together(tmp_path, cache):
+    data = ready(folder(tmp_path / "photos"), cache, batch_size=5)
+    seen = []
+    for images, labels in data.train_dataloader():
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        assert recognise(images.numpy()).tolist() == labels.tolist()
+        seen.append(images)
+    images = torch.cat(seen).double()
+    assert len(images) == data.counts["train"]
+    assert data.mean == pytest.approx(images.mean((0, 2, 3)).tolist())
+    assert data.std == pytest.approx(images.std((0, 2, 3), correction=0).tolist())
+
+
+def test_files_come_as_samples_byte_for_byte(tmp_path, cache):
+    data = ready(folder(tmp_path / "photos"), cache, val_fraction=0.3)
+    samples = data.samples(6)
+    files = {path.read_bytes() for path in (tmp_path / "photos").rglob("*.png")}
+    assert [label for _, _, label in samples] == [0, 1, 2, 0, 1, 2]
+    assert all(content in files for _, content, _ in samples)
+    assert len({name for name, _, _ in samples}) == 6
+
+
+@pytest.mark.parametrize("memory", ["memory", "stream"])
+def test_any_step_of_any_epoch_can_be_read_again(tmp_path, cache, memory):
+    settings = {"memory": memory, "batch_size": 4, "seed": 3}
+    source = folder(tmp_path / "photos")
+    loader = ready(source, cache, **settings).train_dataloader()
+    loader.sampler.set_epoch(2)
+    whole = list(loader)
+    assert loader.state_dict() == {"epoch": 2, "step": len(loader)}
+    resumed = ready(source, cache, **settings).train_dataloader()
+    resumed.load_state_dict({"epoch": 2, "step": 3})
+    resumed.sampler.set_epoch(2)
+    rest = list(resumed)
+    assert len(rest) == len(whole) - 3
+    for (images, labels), (again, same) in zip(whole[3:], rest, strict=True):
+        assert torch.equal(images, again)
+        assert torch.equal(labels, same)
+    resumed.sampler.set_epoch(3)
+    assert len(list(resumed)) == len(whole)
+    assert not torch.equal(next(iter(resumed))[0], whole[0][0])
+
+
+def test_a_stream_gives_what_memory_gives(tmp_path, cache):
+    source = folder(tmp_path / "photos", size=48)
+    for part in ("train_dataloader", "test_dataloader"):
+        kept, streamed = ([*getattr(ready(source, cache, memory=memory, workers=workers, size=32), part)()]
+                          for memory, workers in (("memory", 0), ("stream", 2)))
+        assert all(torch.equal(a, b) and torch.equal(x, y) for (a, x), (b, y) in zip(kept, streamed, strict=True))
+
+
+def test_what_does_not_fit_is_streamed_and_said(tmp_path, cache, capsys):
+    data = ready(folder(tmp_path / "photos"), cache, memory_share=1e-9)
+    assert data.place == "stream"
+    assert "streamed by workers" in capsys.readouterr().err
+    assert sum(len(labels) for _, labels in data.train_dataloader()) == data.counts["train"]
+
+
+def test_short_side_leaves_a_margin_that_only_training_crops_from(tmp_path, cache):
+    data = ready(folder(tmp_path / "photos", size=64), cache, size=32, short_side=40, batch_size=64)
+    first, second = data.train_dataloader(), data.train_dataloader()
+    second.sampler.set_epoch(1)
+    assert next(iter(first))[0].shape[1:] == (3, 32, 32)
+    assert not torch.equal(next(iter(first))[0].sum((0, 1)), next(iter(second))[0].sum((0, 1)))
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(data.val_dataloader(), data.val_dataloader(), strict=True))
+
+
+def test_validation_and_test_are_never_augmented(tmp_path, cache):
+    from train.data import Augmentation
+
+    source = folder(tmp_path / "photos")
+    strong = Augmentation(flip="random", crop_padding=8, cutout=16, brightness=0.5, mixup=1.0)
+    plain, augmented = ready(source, cache), ready(source, cache, augment=strong)
+    for part in ("val_dataloader", "test_dataloader"):
+        for (images, labels), (same, truth) in zip(getattr(plain, part)(), getattr(augmented, part)(), strict=True):
+            assert torch.equal(images, same)
+            assert torch.equal(labels, truth)
+    assert not torch.equal(next(iter(plain.train_dataloader()))[0], next(iter(augmented.train_dataloader()))[0])
+
+
+@pytest.mark.parametrize(("images", "world", "batch"), [(100, 1, 16), (100, 2, 16), (97, 4, 8), (33, 2, 16), (5, 4, 8)])
+def test_every_image_is_seen_once_an_epoch_by_processes_in_step(images, world, batch):
+    orders = [Order(np.arange(images), batch, True, 7, rank, world) for rank in range(world)]
+    epochs = [order.epoch(3) for order in orders]
+    assert {len(epoch) for epoch in epochs} == {orders[0].steps}
+    assert sorted(np.concatenate([step for epoch in epochs for step in epoch]).tolist()) == list(range(images))
+    together = Order(np.arange(images), batch * world, True, 7).epoch(3)
+    for step, batches in enumerate(zip(*epochs, strict=True)):
+        if step < len(together) - 1 and step < orders[0].steps - 1:
+            assert sorted(np.concatenate(batches).tolist()) == sorted(together[step].tolist())
+
+
+def test_balanced_sampling_and_class_weights_make_up_for_imbalance(tmp_path, cache):
+    source = folder(tmp_path / "photos", count=40)
+    for path in sorted((source / "red").iterdir())[8:]:
+        path.unlink()
+    data = ready(source, cache, sampling="balanced", batch_size=16)
+    counts = np.bincount(data.found.labels[data.index["train"]])
+    assert data.class_weights.numpy() * counts == pytest.approx(counts.mean())
+    drawn = np.zeros(3)
+    for epoch in range(20):
+        loader = data.train_dataloader()
+        loader.sampler.set_epoch(epoch)
+        drawn += np.bincount(torch.cat([labels for _, labels in loader]).numpy(), minlength=3)
+    assert drawn / drawn.sum() == pytest.approx([1 / 3] * 3, abs=0.05)
+
+
+def test_pixels_are_decoded_once_and_known_by_their_content(tmp_path, cache):
+    source = folder(tmp_path / "photos")
+    first = ready(source, cache)
+    entries = sorted(path.name for path in Path(cache, "pixels").iterdir() if path.is_dir())
+    for path in source.rglob("*.png"):
+        path.touch()
+    assert ready(source, cache).digest == first.digest
+    assert sorted(path.name for path in Path(cache, "pixels").iterdir() if path.is_dir()) == entries
+    (source / "red" / "000.png").write_bytes(png(2, 77))
+    changed = ready(source, cache)
+    assert changed.digest != first.digest
+    assert not np.array_equal(changed.known.pixels, first.known.pixels)
+
+
+def test_a_damaged_cache_is_made_anew(tmp_path, cache):
+    source = folder(tmp_path / "photos")
+    before = np.array(ready(source, cache).known.pixels)
+    for path in Path(cache).rglob("*.npy"):
+        path.write_bytes(path.read_bytes()[:100])
+    assert np.array_equal(ready(source, cache).known.pixels, before)
+
+
+def test_two_jobs_that_start_at_once_share_one_decoding(tmp_path, cache):
+    source = folder(tmp_path / "photos", count=60)
+    script = ("import sys; from train.data import ImageData\n"
+              "data = ImageData(sys.argv[1], cache=sys.argv[2], workers=1); data.setup(); print(data.digest)")
+    jobs = [subprocess.Popen([sys.executable, "-c", script, str(source), cache], cwd=ROOT, stdout=subprocess.PIPE,
+                             text=True) for _ in range(2)]
+    digests = {job.communicate(timeout=120)[0].strip() for job in jobs}
+    assert [job.returncode for job in jobs] == [0, 0]
+    assert len(digests) == 1
+    assert len([path for path in Path(cache, "pixels").iterdir() if path.is_dir()]) == 1
+
+
+def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    data = ready(folder(tmp_path / "photos"), str(tmp_path / "file" / "cache"))
+    assert sum(data.counts.values()) == 36
+    assert "memory only" in capsys.readouterr().err
+
+
+def test_few_unreadable_files_are_left_out_and_listed(tmp_path, cache, capsys):
+    source = folder(tmp_path / "photos", count=40)
+    (source / "red" / "000.png").write_bytes(b"this is no image")
+    (source / "blue" / "001.png").write_bytes(png(0, 1)[:200])
+    data = ready(source, cache)
+    assert sum(data.counts.values()) == 118
+    assert dict(data.unreadable).keys() == {"red/000.png", "blue/001.png"}
+    assert dict(data.unreadable)["blue/001.png"].startswith("cut short")
+    said = capsys.readouterr().err
+    assert "2 of 120" in said
+    assert "red/000.png" in said
+
+
+def test_more_unreadable_files_than_allowed_stop_the_run(tmp_path, cache):
+    source = folder(tmp_path / "photos", count=10)
+    for name in ("000.png", "001.png", "002.png"):
+        (source / "red" / name).write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"3 of 30 images can't be read, more than max_unreadable 5%.*red/000\.png"):
+        ready(source, cache)
+    assert sum(ready(source, cache, max_unreadable=0.2).counts.values()) == 27
+
+
+def test_sizes_and_colours_follow_the_images(tmp_path, cache):
+    source = tmp_path / "photos"
+    for label, name in enumerate(CLASSES):
+        (source / name).mkdir(parents=True)
+        for i in range(6):
+            gray = cv2.cvtColor(picture(label, i), cv2.COLOR_BGR2GRAY)
+            cv2.imwrite(str(source / name / f"{i}.png"), gray)
+    assert ready(source, cache).input.model_dump(include={"height", "channels"}) == {"height": 32, "channels": 1}
+    cv2.imwrite(str(source / "red" / "large.png"), picture(2, 9, 300))
+    assert ready(source, cache).input.model_dump(include={"height", "channels"}) == {"height": 224, "channels": 3}
+
+
+def test_one_line_says_what_is_wrong_with_a_folder(tmp_path, cache):
+    def refused(source: Path | str, message: str, **settings) -> None:
+        with pytest.raises(DataError, match=message) as caught:
+            ready(source, cache, **settings)
+        assert "\n" not in str(caught.value)
+
+    refused(tmp_path / "nowhere", "no such folder.*nor|no such folder, and none")
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", "no images")
+    loose = tmp_path / "loose"
+    loose.mkdir()
+    (loose / "a.png").write_bytes(png(0, 0))
+    refused(loose, "no class folders")
+    folder(tmp_path / "single", count=1)
+    refused(tmp_path / "single", "'blue' has 1 image, too few")
+    one = tmp_path / "one"
+    (one / "red").mkdir(parents=True)
+    for i in range(5):
+        (one / "red" / f"{i}.png").write_bytes(png(2, i))
+    refused(one, "one class, 'red'")
+    odd = folder(tmp_path / "odd" / "train").parent
+    (odd / "test" / "yellow").mkdir(parents=True)
+    (odd / "test" / "yellow" / "0.png").write_bytes(png(0, 0))
+    refused(odd, "'yellow' is not in the training part")
+    broken = tmp_path / "broken"
+    for name in CLASSES:
+        (broken / name).mkdir(parents=True)
+        for i in range(4):
+            (broken / name / f"{i}.jpg").write_bytes(b"text")
+    refused(broken, r"not one of .* could be read; the last: red/3\.jpg")
+    refused("digits", "val_fraction: 0 is not", val_fraction=0)
+    refused("digits", "short_side: 6 is less", short_side=6)
+
+
+def test_a_data_set_that_is_not_at_root_says_what_root_must_be(tmp_path, cache):
+    with pytest.raises(DataError, match="no cifar10 there.*cifar-10-batches-py"):
+        ready("cifar10", cache, root=str(tmp_path))
