@@ -1,0 +1,68 @@
+"""The Dockerfiles as text, and what the scripts beside them say when something is missing."""
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted((ROOT / "docker").glob("*.Dockerfile"))
+
+
+def test_hadolint_finds_nothing():
+    done = subprocess.run([Path(sys.executable).parent / "hadolint", *FILES], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+def test_runs_as_a_number_and_from_a_named_base(file):
+    text = file.read_text()
+    for base in re.findall(r"^FROM (\S+)", text, re.MULTILINE):
+        assert base in ("${BASE}", "scratch"), base
+    if "ENTRYPOINT" in text:
+        assert re.findall(r"^USER (.*)", text, re.MULTILINE) == ["65532:65532"]
+        assert "STOPSIGNAL SIGTERM" in text
+        for label in ("title", "description", "licenses", "version", "revision"):
+            assert f"org.opencontainers.image.{label}=" in text
+    assert not re.search(r":latest|^ADD |password|token", text, re.MULTILINE | re.IGNORECASE)
+
+
+def test_serving_is_installed_by_hash():
+    text = (ROOT / "docker/serve.Dockerfile").read_text()
+    assert "--require-hashes" in text
+    assert "--no-deps" in text
+
+
+def test_what_is_copied_may_enter_a_build_and_nothing_else():
+    allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    for file in FILES:
+        for source in re.findall(r"^COPY (?!--from)(\S+) ", file.read_text(), re.MULTILINE):
+            if source != ".":
+                assert any(source == a or source.split("/")[0] == a or Path(source).match(a) or a.startswith("docker")
+                           and source.startswith("docker/") for a in allowed), source
+    assert "*" in (ROOT / ".dockerignore").read_text().splitlines()
+
+
+def run(script: str, *words: str, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run([ROOT / script, *words], capture_output=True, text=True, env={**os.environ, **env})
+
+
+def one_line(done: subprocess.CompletedProcess) -> str:
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    return done.stderr
+
+
+def test_no_engine_is_one_line():
+    assert "install podman" in one_line(run("docker/engine", "images", ENGINE="no-such-engine"))
+
+
+def test_an_unknown_runtime_is_one_line():
+    assert "no RUNTIME 'abacus'; there are: cpu" in one_line(run("docker/build", "serve", RUNTIME="abacus"))
+
+
+def test_a_base_image_that_is_not_there_is_one_line(engine):
+    said = one_line(run("docker/build", "serve", BASE="localhost:1/no/such:image"))
+    assert "the base image localhost:1/no/such:image is not here" in said

@@ -1,0 +1,205 @@
+"""Both images for real, under the restrictions of a cluster: read-only root, a number as user, no capabilities, limits.
+
+IMAGO_TEST_IMAGES names them, with % for serve and train; `make test-images` builds them and sets it.
+"""
+import json
+import os
+import re
+import shutil
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from load import Load
+
+NAMES = os.environ.get("IMAGO_TEST_IMAGES", "")
+pytestmark = [
+    pytest.mark.slow, pytest.mark.timeout(900),
+    pytest.mark.skipif(not NAMES, reason="IMAGO_TEST_IMAGES names no images; make test-images builds them"),
+]
+RESTRICTED = ["--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--user=65532:65532",
+              "--tmpfs=/tmp:rw,size=512m,mode=1777", "--pids-limit=512"]
+MEGABYTE = 1_000_000
+
+
+def name(kind: str) -> str:
+    return NAMES.replace("%", kind)
+
+
+@pytest.fixture(scope="module")
+def volume(engine, tmp_path_factory) -> Path:
+    """A store that the training image has filled with the embedded default."""
+    root = tmp_path_factory.mktemp("volume")
+    for part in ("store", "data"):
+        (root / part).mkdir()
+        (root / part).chmod(0o777)  # the user of the images is nobody's user here
+    root.chmod(0o755)
+    root.parent.chmod(0o755)
+    done = engine("run", "--rm", *RESTRICTED, "--memory=3g", "--cpus=2", "--volume", f"{root}/store:/store", "--volume",
+                  f"{root}/data:/data", name("train"), "run", "digits", "--store=/store",
+                  "--trainer.default_root_dir=/data/runs")
+    print(done.stdout + done.stderr)
+    return root
+
+
+class Service:
+    """A running container of the serving image; its ports on this machine."""
+
+    def __init__(self, engine, store: Path, *flags: str):
+        self.engine = engine
+        self.id = engine("run", "--detach", *RESTRICTED, "--memory=1g", "--cpus=1", "--volume", f"{store}:/store:ro",
+                         "--publish=127.0.0.1::8000", "--publish=127.0.0.1::9090", *flags, name("serve"),
+                         ).stdout.strip().splitlines()[-1]
+        self.port, self.metrics_port = (self.published(port) for port in (8000, 9090))
+
+    def published(self, port: int) -> int:
+        return int(self.engine("port", self.id, str(port)).stdout.strip().rpartition(":")[2])
+
+    def ask(self, path: str, body: bytes | None = None, port: int | None = None) -> tuple[int, str]:
+        url = f"http://127.0.0.1:{port or self.port}{path}"
+        request = urllib.request.Request(url, body, {"Content-Type": "image/png"} if body else {})
+        try:
+            with urllib.request.urlopen(request, timeout=20) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+        except OSError as error:
+            return 0, str(error)
+
+    def wait_ready(self) -> None:
+        end = time.monotonic() + 60
+        while self.ask("/health/ready")[0] != 200:
+            assert time.monotonic() < end, self.logs()
+            time.sleep(0.2)
+
+    def logs(self) -> str:
+        done = self.engine("logs", self.id)
+        return done.stdout + done.stderr
+
+
+@pytest.fixture
+def serve(engine):
+    @contextmanager
+    def start(store: Path, *flags: str) -> Iterator[Service]:
+        service = Service(engine, store, *flags)
+        try:
+            yield service
+        finally:
+            engine("rm", "--force", "--time=1", service.id)
+    return start
+
+
+def bundle(volume: Path) -> tuple[Path, dict]:
+    path = volume / "store/digits/1"
+    return path, json.loads((path / "manifest.json").read_text())
+
+
+def test_training_left_a_bundle_in_the_volume(volume):
+    path, manifest = bundle(volume)
+    assert (volume / "store/digits/latest").readlink() == Path("1")
+    assert manifest["metrics"]["test"]["accuracy"] > 0.95
+    assert (path / "model.onnx").stat().st_size > 0
+
+
+def test_serving_has_no_torch_no_compiler_no_pip(engine):
+    look = ("import importlib.util as u, shutil; print([m for m in ('torch','lightning','pip','setuptools','ensurepip') "
+            "if u.find_spec(m)] + [c for c in ('gcc','cc','g++','ld','make','pip','pip3') if shutil.which(c)])")
+    for options in ((), ("--entrypoint=/usr/bin/env",)):
+        words = ["python3", "-c", look] if options else ["-c", look]
+        entry = options or ("--entrypoint=python",)
+        assert engine("run", "--rm", *RESTRICTED, *entry, name("serve"), *words).stdout.strip() == "[]"
+    everywhere = engine("run", "--rm", "--entrypoint=find", name("serve"), "/", "-xdev", "-name", "pip", "-o",
+                        "-xdev", "-name", "torch").stdout
+    assert everywhere.strip() == ""
+
+
+def test_serving_is_small(engine):
+    size = int(engine("image", "inspect", "--format", "{{.Size}}", name("serve")).stdout)
+    assert size <= 450 * MEGABYTE, f"{size / MEGABYTE:.0f} MB"
+
+
+@pytest.mark.parametrize("kind", ["serve", "train"])
+def test_images_say_what_they_are(engine, kind):
+    (image,) = json.loads(engine("image", "inspect", name(kind)).stdout)
+    config = image["Config"]
+    assert config["User"] == "65532:65532"
+    assert config["StopSignal"] in ("SIGTERM", "15")
+    labels = config["Labels"]
+    assert labels["org.opencontainers.image.licenses"] == "Apache-2.0"
+    assert re.fullmatch(r"[0-9a-f]{40}", labels["org.opencontainers.image.revision"])
+    environment = " ".join(config["Env"]).lower()
+    assert not re.search(r"password|secret|token|index|://", environment)
+
+
+def test_no_layer_remembers_the_index(engine):
+    for kind in ("serve", "train"):
+        history = engine("history", "--no-trunc", name(kind)).stdout
+        assert "extra-index" not in history
+        found = engine("run", "--rm", "--entrypoint=find", name(kind), "/etc", "/root", "/locks", "-name", "pip.conf",
+                       check=False).stdout
+        assert found.strip() == "", "a machine's pip settings are in the image"
+
+
+def test_serves_what_training_left(volume, serve):
+    path, manifest = bundle(volume)
+    with serve(volume / "store", "--env=IMAGO_MODEL=digits") as service:
+        service.wait_ready()
+        right = 0
+        for sample in manifest["samples"]:
+            status, answer = service.ask("/predict", (path / "samples" / sample["file"]).read_bytes())
+            assert status == 200, answer
+            right += json.loads(answer)["predictions"][0]["index"] == sample["label"]
+        assert right >= 0.9 * len(manifest["samples"])
+        assert service.ask("/predict", b"\x89PNG\r\n\x1a\nno picture")[0] == 422
+        status, metrics = service.ask("/metrics", port=service.metrics_port)
+        assert status == 200
+        assert f'imago_requests_total{{code="200"}} {len(manifest["samples"])}' in metrics
+        assert 'imago_requests_total{code="422"} 1' in metrics
+        assert "imago_ready 1" in metrics
+        assert 'name="digits"' in metrics
+
+
+def test_the_health_check_of_the_image(volume, serve, engine):
+    with serve(volume / "store") as service:
+        service.wait_ready()
+        (image,) = json.loads(engine("image", "inspect", name("serve")).stdout)
+        check = (image["Config"].get("Healthcheck") or image["HealthCheck"])["Test"]
+        assert check[0] == "CMD"
+        assert engine("exec", service.id, *check[1:]).returncode == 0
+
+
+def test_sigterm_under_load_loses_nothing(volume, serve, engine):
+    path, manifest = bundle(volume)
+    image = (path / "samples" / manifest["samples"][0]["file"]).read_bytes()
+    with serve(volume / "store") as service:
+        service.wait_ready()
+        with Load(service.port, image, clients=8, pause=0.002) as load:
+            end = time.monotonic() + 30
+            while load.statuses[200] < 200:
+                assert time.monotonic() < end, service.logs()
+                time.sleep(0.05)
+            engine("kill", "--signal=TERM", service.id)
+            assert engine("wait", service.id).stdout.strip() == "0", service.logs()
+        assert load.lost == []
+        assert set(load.statuses) <= {200, 503}
+
+
+def test_a_wrong_bundle_never_becomes_ready(volume, serve, tmp_path):
+    shutil.copytree(volume / "store", tmp_path / "store", symlinks=True)
+    tmp_path.chmod(0o755)
+    graph = tmp_path / "store/digits/1/model.onnx"
+    graph.chmod(0o644)
+    graph.write_bytes(graph.read_bytes()[:-8] + b"spoilt!!")
+    with serve(tmp_path / "store") as service:
+        end = time.monotonic() + 15
+        answered = set()
+        while time.monotonic() < end:
+            answered.add(service.ask("/health/ready")[0])
+            time.sleep(0.25)
+        assert 200 not in answered
+        assert service.ask("/predict", b"x")[0] != 200
+        assert "model.onnx" in service.logs()

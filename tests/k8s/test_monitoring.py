@@ -1,0 +1,135 @@
+"""Alerts, dashboard, autoscalers and analyses ask for metrics and labels that the service has, and alerts do fire."""
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from rendered import K8S, of
+
+from serve.metrics import METRICS
+
+HERE = Path(__file__).parent
+RUNBOOK = (K8S / "README.md").read_text()
+COMPUTED = {"imago_drift_psi": ("signal",), "imago_drift_images": (), "imago_feedback_accuracy": (),
+            "imago_feedback_ece": ()}  # by serve.derived, when somebody scrapes
+TARGET = {"namespace", "pod", "job", "container"}  # added by Prometheus
+
+
+def series() -> dict[str, tuple[str, ...]]:
+    """Name of every series the service has, with its labels."""
+    found = dict(COMPUTED)
+    for name, definition in METRICS.items():
+        full = f"imago_{name}"
+        if definition.kind == "histogram":
+            found |= {f"{full}_bucket": (*definition.labels, "le"), f"{full}_sum": definition.labels,
+                      f"{full}_count": definition.labels}
+        else:
+            found[full + ("_total" if definition.kind == "counter" else "")] = definition.labels
+    return found
+
+
+def rules() -> list[dict]:
+    (manifest,) = of("components/prometheus-rules", "PrometheusRule")
+    return manifest["spec"]["groups"]
+
+
+def dashboard() -> dict:
+    (board,) = (m for m in of("components/grafana-dashboard", "ConfigMap") if m["metadata"]["name"] == "imago-dashboard")
+    assert board["metadata"]["labels"]["grafana_dashboard"] == "1"
+    return json.loads(board["data"]["imago.json"])
+
+
+def queries() -> dict[str, str]:
+    """Every PromQL query of the manifests, by where it stands, with variables filled in."""
+    found = {r["alert"]: r["expr"] for group in rules() for r in group["rules"]}
+    for panel in dashboard()["panels"]:
+        for target in panel["targets"]:
+            found[f"panel {panel['title']} {target['refId']}"] = target["expr"].replace("$__rate_interval", "5m").replace(
+                "$namespace", "imago")
+    (template,) = of("components/canary-rollout", "AnalysisTemplate")
+    for metric in template["spec"]["metrics"]:
+        found[f"analysis {metric['name']}"] = re.sub(r"\{\{.*?\}\}", "x", metric["provider"]["prometheus"]["query"])
+    (scaled,) = of("components/keda", "ScaledObject")
+    found["keda"] = next(t["metadata"]["query"] for t in scaled["spec"]["triggers"] if t["type"] == "prometheus")
+    (adapter,) = yaml.safe_load((K8S / "components/hpa/prometheus-adapter-values.yaml").read_text())["rules"]["custom"]
+    found["adapter"] = adapter["metricsQuery"].replace("<<.Series>>", "imago_pending_images").replace(
+        "<<.LabelMatchers>>", 'namespace="imago"').replace("<<.GroupBy>>", "pod")
+    found["adapter series"] = adapter["seriesQuery"]
+    return found
+
+
+def test_queries_name_series_and_labels_that_the_service_has():
+    known = series()
+    used = set()
+    for where, query in queries().items():
+        for name, selector in re.findall(r"\b(imago_\w+)(?:\{([^}]*)\})?", query):
+            assert name in known, f"{where}: {name}"
+            used.add(name)
+            labels = set(re.findall(r"(\w+)\s*(?:=~|!~|!=|=)", selector))
+            assert labels <= {*known[name], *TARGET}, f"{where}: {labels}"
+    assert len(used) > 15
+
+
+def test_queries_group_by_labels_that_their_series_have():
+    known = series()
+    for where, query in queries().items():
+        names = set(re.findall(r"\bimago_\w+", query))
+        labels = {label for name in names for label in known[name]} | TARGET
+        for grouping in re.findall(r"\bby \(([^)]*)\)", query):
+            if names:
+                assert {g.strip() for g in grouping.split(",")} <= labels, f"{where}: {grouping}"
+
+
+def test_the_autoscalers_ask_for_the_same_metric():
+    (hpa,) = of("components/hpa", "HorizontalPodAutoscaler")
+    (pods,) = (m["pods"] for m in hpa["spec"]["metrics"] if m["type"] == "Pods")
+    (rule,) = yaml.safe_load((K8S / "components/hpa/prometheus-adapter-values.yaml").read_text())["rules"]["custom"]
+    assert pods["metric"]["name"] == rule["name"]["matches"] == rule["seriesQuery"].split("{")[0]
+    assert METRICS[pods["metric"]["name"].removeprefix("imago_")].kind == "gauge"
+    (scaled,) = of("components/keda", "ScaledObject")
+    assert scaled["spec"]["triggers"][0]["metadata"]["threshold"] == pods["target"]["averageValue"]
+    containers = {c["name"] for d in of("components/hpa", "Deployment") for c in d["spec"]["template"]["spec"]["containers"]}
+    assert hpa["spec"]["metrics"][1]["containerResource"]["container"] in containers
+    assert scaled["spec"]["triggers"][1]["metadata"]["containerName"] in containers
+
+
+def test_each_alert_has_its_paragraph_in_the_runbook():
+    for group in rules():
+        for rule in group["rules"]:
+            anchor = rule["annotations"]["runbook"].removeprefix("k8s/README.md#")
+            assert anchor == rule["alert"].lower()
+            section = re.search(rf"^### {rule['alert']}\n\n(.+?)(?=^#|\Z)", RUNBOOK, re.MULTILINE | re.DOTALL)
+            assert section, rule["alert"]
+            assert len(section[1]) > 200, rule["alert"]
+
+
+@pytest.fixture
+def promtool() -> str:
+    found = shutil.which("promtool")
+    return found or pytest.skip("promtool is not installed (Debian: apt-get install prometheus)")
+
+
+def test_alerts_fire_when_they_should_and_only_then(promtool, tmp_path):
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": rules()}))
+    cases = yaml.safe_load((HERE / "alerts.yaml").read_text())
+    annotations = {r["alert"]: r["annotations"] for group in rules() for r in group["rules"]}
+    fired = set()
+    for case in cases["tests"]:
+        for check in case["alert_rule_test"]:
+            fired |= {check["alertname"]} if check.get("exp_alerts") else set()
+    assert fired == set(annotations), "each alert has a case in which it fires"
+    bare = [{**r, "annotations": {}} for group in rules() for r in group["rules"]]
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": [{"name": "all", "rules": bare}]}))
+    (tmp_path / "cases.yaml").write_text(yaml.safe_dump({**cases, "rule_files": ["rules.yaml"]}))
+    done = subprocess.run([promtool, "test", "rules", "cases.yaml"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_rules_and_queries_are_promql(promtool, tmp_path):
+    recorded = [{"record": f"q:{i}", "expr": query} for i, query in enumerate(queries().values())]
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": [*rules(), {"name": "queries", "rules": recorded}]}))
+    done = subprocess.run([promtool, "check", "rules", "rules.yaml"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
