@@ -13,6 +13,7 @@ from models.image import header
 from models.signals import image_signals
 from serve.frames import TENSOR
 
+AT_ONCE = 4  # images of one batch, at most: the thread that measures is one that could predict
 RATE = 25  # images a second and worker that are measured: a fair sample at a cost that can't be seen
 
 
@@ -31,8 +32,9 @@ class Drift:
             if batch.model is not self.model:
                 self.start(batch.model)
             if self.edges:
-                self.due = now + len(batch.waiting) / RATE
-                for i in range(len(batch.waiting)):
+                taken = min(len(batch.waiting), AT_ONCE)
+                self.due = now + taken / RATE
+                for i in range(taken):
                     self.add(signals(batch, i))
         finally:
             self.lock.release()

@@ -9,12 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import tiny
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
-
-from serve.body import parts
-from serve.responses import Problem
 
 SIDE = 40
 
@@ -138,53 +133,3 @@ def test_one_request_with_all_of_them(server):
     predictions = server.http.post("/predict", files=files).json()["predictions"]
     statuses = [p["error"]["status"] if "error" in p else p["label"] for p in predictions]
     assert statuses == ["green"] * len(GOOD) + [status for data, status in BAD.values() if data]
-
-
-BOUNDARY = st.text("abcdefghijklmnopqrstuvwxyzABCDEFG0123456789'()+_,-./:=?", min_size=1, max_size=70).filter(
-    lambda text: not text.endswith(" "))
-
-
-def multipart(files: list[bytes], boundary: bytes) -> bytes:
-    head = b'--%b\r\nContent-Disposition: form-data; name="f"; filename="x"\r\n\r\n' % boundary
-    return b"".join(head + data + b"\r\n" for data in files) + b"--%b--\r\n" % boundary
-
-
-def taken(body: bytes, content_type: bytes, limit: int = 64) -> list[bytes] | int:
-    """The files, or the status of the Problem."""
-    try:
-        return parts(body, content_type, limit)
-    except Problem as problem:
-        return problem.status
-
-
-@settings(max_examples=300, deadline=None, derandomize=True)
-@given(files=st.lists(st.binary(max_size=200), max_size=6), boundary=BOUNDARY, quoted=st.booleans())
-def test_multipart_gives_back_what_went_in(files, boundary, quoted):
-    mark = boundary.encode()
-    files = [data for data in files if b"\r\n--" + mark not in b"\r\n" + data]
-    quoted = quoted or not set(b";,").isdisjoint(mark)
-    kind = b'multipart/form-data; boundary="%b"' % mark if quoted else b"multipart/form-data; boundary=" + mark
-    assert taken(multipart(files, mark), kind) == files
-
-
-@settings(max_examples=300, deadline=None, derandomize=True)
-@given(files=st.lists(st.binary(max_size=50), min_size=1, max_size=3), cut=st.integers(1, 400),
-       junk=st.binary(max_size=30), at=st.integers(0, 400))
-def test_damaged_multipart_is_refused_or_read_but_never_fails(files, cut, junk, at):
-    whole = multipart(files, b"BOUNDARY")
-    kind = b"multipart/form-data; boundary=BOUNDARY"
-    for body in (whole[:-cut], whole[:at] + junk + whole[at:], junk, junk + whole):
-        found = taken(body, kind)
-        assert found in (400, 413) or all(isinstance(data, bytes) for data in found)
-    assert taken(whole[:-cut], kind) in (400, files) or cut >= len(whole)
-
-
-@settings(max_examples=200, deadline=None, derandomize=True)
-@given(body=st.binary(max_size=300), kind=st.binary(max_size=80))
-def test_noise_as_multipart(body, kind):
-    found = taken(body, b"multipart/form-data; " + kind)
-    assert found in (400, 413) or isinstance(found, list)
-
-
-def test_more_files_than_allowed():
-    assert taken(multipart([b"x"] * 65, b"b"), b"multipart/form-data; boundary=b") == 413
