@@ -74,9 +74,9 @@ def runner(path: Path, threads: int = 0) -> Runner:
     return lambda image: dict(zip(names, session.run(None, {"image": image}), strict=True))
 
 
-def latency_ms(run: Callable[[], object], seconds: float = 0.3, least: int = 5) -> float:
-    """Median milliseconds of a call, over about `seconds` and at least `least` calls, the first two left out."""
-    run(), run()
+def latency_ms(run: Callable[[], object], seconds: float = 0.3, least: int = 3) -> float:
+    """Median milliseconds of a call, over about `seconds` and at least `least` calls, after one to warm up."""
+    run()
     times, end = [], time.perf_counter() + seconds
     while len(times) < least or time.perf_counter() < end:
         start = time.perf_counter()
