@@ -9,6 +9,7 @@ from markupsafe import Markup
 
 from models.bundle import Manifest
 from train import charts, evaluate
+from train.audit import summary
 from train.calibrate import coverage_curve, reliability, softmax
 from train.certify import torch_outputs
 from train.data import ImageData
@@ -145,6 +146,8 @@ def coverage_diagram(probabilities: np.ndarray, labels: np.ndarray, m: Manifest)
 
 
 def audit_lines(data: ImageData) -> list[str]:
-    """What is known of the data, a line each."""
+    """What the audit found, a line each."""
     found = [f"{len(data.unreadable)} files can't be read and were left out"] if data.unreadable else []
-    return found
+    if data.findings is None:
+        return [*found, "the data was not audited"]
+    return [*found, *summary(data.findings)] or ["no duplicates, no leakage, no odd images, no doubtful labels found"]

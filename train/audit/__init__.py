@@ -31,6 +31,7 @@ def run(data: ImageData, out: str | Path | None = None) -> Findings:
     What was found is kept with the decoded pixels, so that the next run on the same data and split costs nothing.
     """
     findings = _kept(data) or _keep(data, examine(data))
+    data.findings = findings
     data.leaked_test = np.searchsorted(data.index["test"], findings["leakage"]["test"]["positions"])
     if out is not None:
         directory = Path(out).expanduser()

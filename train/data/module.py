@@ -100,6 +100,7 @@ class ImageData(L.LightningDataModule):
         self.counts = {part: len(self.index[part]) for part in PARTS}
         self.mean, self.std = _moments(self._training_chunks())
         self.digest = _digest(self.known, self.found)
+        self.findings: dict | None = None  # of the audit
         self.leaked_test = np.zeros(0, np.int64)  # rows of the test part with a duplicate in the others; by the audit
 
     @cached_property
