@@ -12,7 +12,7 @@ from train.provenance import cpu_name
 BATCH_SIZES = (1, 2, 7, 64)
 TOLERANCE = 1e-4  # of a probability, for fp32
 LATENCY_SIZES = (1, 8, 16)
-ROUNDS, PATIENCE = 3, 5.0  # no further round once so many seconds have passed
+ROUNDS, PATIENCE = 4, 5.0  # no further round once so many seconds have passed
 
 
 def torch_outputs(served: Served, images: np.ndarray) -> dict[str, np.ndarray]:
@@ -43,13 +43,14 @@ def parity(run: Runner, served: Served, images: np.ndarray, tolerance: float = T
                   agreement=float(same.mean()), ties=ties.tolist())
 
 
-def latencies(runs: dict[str, Runner], images: np.ndarray, seconds: float = 0.05) -> dict[str, Latency]:
+def latencies(runs: dict[str, Runner], images: np.ndarray, seconds: float = 0.05, patience: float = PATIENCE
+              ) -> dict[str, Latency]:
     """Time the variants in turn, several rounds, and keep each one's best round: whatever else the machine does then
     slows none of them alone."""
     best = {name: dict.fromkeys(LATENCY_SIZES, float("inf")) for name in runs}
     began = time.monotonic()
     for turn in range(ROUNDS):
-        if turn and time.monotonic() - began > PATIENCE:
+        if turn and time.monotonic() - began > patience:
             break
         for name, run in runs.items():
             for size in LATENCY_SIZES:

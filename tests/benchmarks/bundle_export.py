@@ -43,7 +43,7 @@ def measure(name: str, directory: Path) -> dict:
     quantized = time.perf_counter()
     runs = {variant: runner(file) for variant, file in files.items()}
     parity = certify.parity(runs["fp32"], served, images)
-    timed = certify.latencies(runs, images, seconds=0.15)
+    timed = certify.latencies(runs, images, seconds=0.15, patience=15)
     speed = {variant: found.images_per_second for variant, found in timed.items()}
     return {"network": name, "input": [size, size, channels], "export_seconds": round(exported - began, 2),
             "quantize_seconds": round(quantized - exported, 2), "max_abs_diff": parity.max_abs_diff,
