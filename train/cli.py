@@ -8,17 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from train import distributed, lean, loggers, runs
+from train.audit.__main__ import main as audit
+from train.audit.callback import Audit
 from train.callbacks import EarlyStopping, ProgressBar, SamplePredictions
 from train.data import ImageData
 from train.ema import WeightAverage
 from train.export import Export, export_bundle
 from train.failures import Diverged, OutOfMemory, is_out_of_memory
 from train.history import History
+from train.monitor import Monitor
+from train.precision import affordable
 from train.preemption import NOTICE
 from train.resume import Resume
 from train.system import Classifier
@@ -62,6 +67,8 @@ class CLI(LightningCLI):
         parser.add_lightning_class_args(WeightAverage, "ema")  # after what looks at the average in a validation
         parser.add_lightning_class_args(LearningRateMonitor, "lr_monitor")
         parser.add_lightning_class_args(History, "history")
+        parser.add_lightning_class_args(Audit, "audit")
+        parser.add_lightning_class_args(Monitor, "monitor")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(Resume, "resume")
         parser.link_arguments("seed_everything", "data.seed")
@@ -80,20 +87,24 @@ class CLI(LightningCLI):
         if config.trainer.logger is None:
             config.trainer.logger = False  # `logger` names them, and the run's directory is not known yet
         distributed.follow_launcher(config.trainer)
+        config.trainer.precision = affordable(config.trainer.precision, config.trainer.accelerator)
 
     def after_instantiate_classes(self) -> None:
         distributed.own_signals(self.trainer)
 
     def before_fit(self) -> None:
         self.began = time.monotonic()
-        config = self.config_init.fit
-        if self.trainer.fast_dev_run:
-            return
-        self.run = runs.begin(self.trainer, Path(config.trainer.default_root_dir or RUNS), self.name,
-                              self.plain_config(), config.fresh)
-        self.trainer.loggers = [*self.trainer.loggers, *loggers.make(config.logger, self.run)]
+        if not self.trainer.fast_dev_run:
+            self.begin_run(self.config_init.fit)
         if not self.trainer.loggers:
             self.trainer.callbacks = [c for c in self.trainer.callbacks if not isinstance(c, LearningRateMonitor)]
+
+    def begin_run(self, config: Namespace) -> None:
+        """Take up the run of this command where it stands, or start a new one; log it."""
+        self.run = runs.begin(self.trainer, Path(config.trainer.default_root_dir or RUNS), self.name,
+                              self.plain_config(), config.fresh)
+        config.monitor.start(self.trainer)
+        self.trainer.loggers = [*self.trainer.loggers, *loggers.make(config.logger, self.run)]
         if self.run.checkpoint:
             config.ckpt_path, config.weights_only = str(self.run.checkpoint), True
 
@@ -163,8 +174,10 @@ def _take(argv: list[str], flag: str) -> tuple[str | None, list[str]]:
     return None, argv
 
 
-def run(argv: list[str]) -> CLI:
+def run(argv: list[str]) -> CLI | None:
     """One command. Raises ValueError with one line for what the user can put right."""
+    if argv[:1] == ["audit"]:
+        return audit(argv[1:])
     if argv[:1] == ["run"]:
         argv = front_door(argv[1:])
     return CLI(

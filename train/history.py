@@ -27,7 +27,8 @@ class History(Callback):
     def _close(self, trainer: L.Trainer) -> None:
         if self._began is None:
             return
-        found = {name: float(value) for name, value in trainer.callback_metrics.items() if not name.endswith("_step")}
+        found = {name: float(value) for name, value in trainer.callback_metrics.items()
+                 if not name.endswith("_step") and not name.startswith("lr-")}
         rates = [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
         self.rows = [row for row in self.rows if row["epoch"] < self._epoch + 1]
         about = {"epoch": self._epoch + 1, "seconds": time.monotonic() - self._began, "lr": max(rates)}

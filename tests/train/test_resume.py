@@ -1,0 +1,199 @@
+"""A run that is killed and started again ends as one that never was. All by killing real processes."""
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launch import Command, Commands
+
+EPOCHS, STEPS = 3, 11  # with batches of 120
+# Dropout, EMA and random crops: all that draws random numbers or keeps a state of its own.
+RECIPE = f"""
+seed_everything: 3
+data: {{source: digits, size: 16, batch_size: 120, eval_batch_size: 60, augment: {{crop_padding: 1, rotation: 10}}}}
+model:
+  network: lenet
+  optimizer: {{name: muon, lr: 0.02, others: adamw, others_lr: 0.01}}
+  schedule: {{name: cosine, warmup: 0.2}}
+  label_smoothing: 0.1
+ema: {{decay: 0.9}}
+early_stopping: {{patience: 20}}
+trainer: {{max_epochs: {EPOCHS}, log_every_n_steps: 4, callbacks: [killer.Killer]}}
+logger: csv
+progress: {{quiet: true}}
+export: {{enabled: false}}
+resume: {{every_minutes: 0}}
+"""
+
+
+def start(commands: Commands, place: Path, *more: object, kill: str = "", **how: Any) -> Command:
+    place.mkdir(exist_ok=True)
+    recipe = commands.place / "recipe.yaml"
+    recipe.write_text(RECIPE)
+    return commands.start("fit", "--config", recipe, "--trainer.default_root_dir", place, *more, env={"KILL": kill},
+                          **how)
+
+
+def finish(commands: Commands, place: Path, *more: object, **how: Any) -> Command:
+    command = start(commands, place, *more, **how)
+    assert command.status() == 0, command.text
+    return command
+
+
+def run_of(place: Path) -> Path:
+    """The one run in `place`."""
+    (run,) = (place / "digits").iterdir()
+    return run
+
+
+def result(place: Path) -> dict[str, Any]:
+    return torch.load(run_of(place) / "last.ckpt", weights_only=True)
+
+
+def assert_same(one: Any, other: Any, path: str = "") -> None:
+    """Equal to the last bit, at any depth."""
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), path
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), path
+        for key, value in one.items():
+            assert_same(value, other[key], f"{path}/{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), path
+        for i, (left, right) in enumerate(zip(one, other, strict=True)):
+            assert_same(left, right, f"{path}/{i}")
+    else:
+        assert one == other, path
+
+
+def learnt(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """What must not depend on kills: weights, optimizer, schedule, random numbers, metrics; not times and paths."""
+    callbacks = {name: state for name, state in checkpoint["callbacks"].items() if "ModelCheckpoint" not in name}
+    for row in callbacks["History"]["rows"]:
+        del row["seconds"]
+    kept = ("state_dict", "optimizer_states", "lr_schedulers", "resume", "global_step", "epoch")
+    return {name: checkpoint[name] for name in kept} | {"callbacks": callbacks}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(commands: Commands, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("undisturbed") / "runs"
+    finish(commands, place)
+    return place
+
+
+def test_seeds_give_identical_results(commands, undisturbed, tmp_path):
+    finish(commands, tmp_path / "runs")
+    assert_same(learnt(result(tmp_path / "runs")), learnt(result(undisturbed)))
+    metrics = "csv/metrics.csv"
+    assert (run_of(tmp_path / "runs") / metrics).read_text() == (run_of(undisturbed) / metrics).read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kill", ["step:1", "step:17", f"step:{STEPS}", f"step:{EPOCHS * STEPS}", "validation:2",
+                                  "validation:3", "epoch:1", "epoch:3", "end:0"])
+def test_sigterm_saves_and_the_same_command_goes_on(commands, undisturbed, tmp_path, kill):
+    place = tmp_path / "runs"
+    assert start(commands, place, kill=f"TERM:{kill}").status() == 143
+    finished = finish(commands, place)
+    if kill != "epoch:1":  # where there is nothing to go on from
+        assert "going on from step" in finished.text
+    assert_same(learnt(result(place)), learnt(result(undisturbed)))
+
+
+def test_a_run_killed_over_and_over_ends_as_one_that_never_was(commands, undisturbed, tmp_path):
+    place = tmp_path / "runs"
+    for kill in ("TERM:step:1", "TERM:step:9", f"TERM:step:{STEPS}", "TERM:epoch:2", "KILL:step:19",
+                 "TERM:validation:2", "KILL:validation:3", "TERM:end:0"):
+        expected = 143 if kill.startswith("TERM") else 137
+        assert start(commands, place, "--resume.every_steps", 4, kill=kill).status() == expected, kill
+    finished = finish(commands, place)
+    assert f"going on from step {EPOCHS * STEPS}" in finished.text
+    assert_same(learnt(result(place)), learnt(result(undisturbed)))
+    metrics = "csv/metrics.csv"
+    assert (run_of(place) / metrics).read_text() == (run_of(undisturbed) / metrics).read_text()
+
+
+def test_a_damaged_checkpoint_is_passed_over(commands, undisturbed, tmp_path):
+    place = tmp_path / "runs"
+    assert start(commands, place, "--resume.every_steps", 4, kill="KILL:step:10").status() == 137
+    last = run_of(place) / "step-000000008.ckpt"
+    last.write_bytes(last.read_bytes()[:-1000])
+    (run_of(place) / ".step-000000012.ckpt.tmp").write_bytes(b"PK half of a checkpoint")
+    finished = finish(commands, place)
+    assert f"{last}: damaged, so it is passed over" in finished.text
+    assert "going on from step 4:" in finished.text
+    assert_same(learnt(result(place)), learnt(result(undisturbed)))
+    assert not list(run_of(place).glob(".*.tmp"))
+
+
+def test_a_full_disk_stops_with_a_word_and_costs_no_checkpoint(commands, undisturbed, tmp_path):
+    place = tmp_path / "runs"
+    assert start(commands, place, "--resume.every_steps", 4, kill="KILL:step:6").status() == 137
+    full = start(commands, place, "--resume.every_steps", 4, limits={"RLIMIT_FSIZE": 100_000})
+    assert full.status() == 1
+    assert "no checkpoint of step 8 could be written (File too large); the last one is of step 4" in full.text
+    assert "Traceback" not in full.text
+    assert "going on from step 4:" in finish(commands, place).text
+    assert_same(learnt(result(place)), learnt(result(undisturbed)))
+
+
+def test_a_finished_run_and_another_job_s_run_are_left_alone(commands, tmp_path):
+    short = "--trainer.max_epochs", 1, "--trainer.limit_train_batches", 2
+    frozen = start(commands, tmp_path, *short, kill="STOP:step:1")
+    frozen.wait_for("pixels kept")
+    while not (tmp_path / "digits/1/settings.json").exists():
+        time.sleep(0.01)
+    finish(commands, tmp_path, *short)  # the first run is another job's: this is a second
+    frozen.signal(signal.SIGKILL)
+    assert frozen.status() == 137
+    finish(commands, tmp_path, *short)  # the second is finished: this is a third
+    assert start(commands, tmp_path, *short, kill="TERM:step:1").status() == 143
+    finish(commands, tmp_path, *short, "--fresh")  # the fourth is unfinished, and not wanted
+    assert sorted(p.name for p in (tmp_path / "digits").iterdir() if (p / "finished").exists()) == ["2", "3", "5"]
+
+
+def test_every_random_number_is_restored(commands, tmp_path):
+    """A network with dropout and batch norm, and gradients summed over two batches."""
+    network = ("--model.network", "mobilenet_v3_small", "--data.size", 32, "--trainer.limit_train_batches", 6,
+               "--trainer.max_epochs", 2, "--trainer.accumulate_grad_batches", 2)
+    finish(commands, tmp_path / "undisturbed", *network)
+    assert start(commands, tmp_path / "killed", *network, kill="TERM:step:9").status() == 143
+    assert "going on from step 5:" in finish(commands, tmp_path / "killed", *network).text
+    assert_same(learnt(result(tmp_path / "killed")), learnt(result(tmp_path / "undisturbed")))
+
+
+@pytest.mark.slow
+def test_sigkill_at_any_moment(commands, undisturbed, tmp_path):
+    place, moment = tmp_path / "runs", 1.0
+    while True:
+        command = start(commands, place, "--resume.every_steps", 1)
+        time.sleep(moment)
+        command.signal(signal.SIGKILL)
+        if command.status() == 0:
+            break
+        moment += 0.137
+    assert_same(learnt(result(place)), learnt(result(undisturbed)))
+
+
+@pytest.mark.slow
+def test_a_step_that_does_not_end_is_not_waited_for(commands, tmp_path):
+    command = start(commands, tmp_path, "--resume.every_steps", 1, kill="SLEEP:step:5")
+    command.wait_for("asleep")
+    began = time.monotonic()
+    command.signal(signal.SIGTERM)
+    assert command.status() == 143
+    assert time.monotonic() - began < 10
+    assert "going on from step 4:" in finish(commands, tmp_path).text
+
+
+@pytest.mark.slow
+def test_killed_while_the_bundle_is_written_the_next_start_writes_it(commands, tmp_path):
+    more = "--export.enabled", "true", "--store", tmp_path / "store"
+    assert start(commands, tmp_path, *more, kill="TERM:export:5").status() == 143
+    assert not list((tmp_path / "store").glob("digits/[0-9]*"))
+    finished = finish(commands, tmp_path, *more)
+    assert f"going on from step {EPOCHS * STEPS}:" in finished.text
+    assert [p.name for p in (tmp_path / "store/digits").iterdir() if p.name[0].isdigit()] == ["1"]
