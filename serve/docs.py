@@ -1,5 +1,6 @@
 """/openapi.json and /docs: what the service answers, told from here, since LitServe's routes are not what is served."""
 import json
+from html import escape
 
 from serve.responses import Request, Response
 
@@ -147,21 +148,29 @@ async def openapi(request: Request) -> Response:
 
 
 async def page(request: Request) -> Response:
-    """The same for people: rendered here, without a script or a foreign host."""
-    sections = []
-    for path, methods in PATHS.items():
-        for method, operation in methods.items():
-            takes = ", ".join(operation.get("requestBody", {}).get("content", {}))
-            parameters = "".join(f"<li><code>{p['name']}</code> ({p['in']}) {p.get('description', '')}</li>"
-                                 for p in operation.get("parameters", []))
-            answers = "".join(f"<li><b>{code}</b> {answer['description']}</li>"
-                              for code, answer in operation["responses"].items())
-            sections.append(f"<h2><code>{method.upper()} {path}</code></h2><p>{operation['summary']}."
-                            f"{f' Takes {takes}.' if takes else ''}</p><ul>{parameters}</ul><ul>{answers}</ul>")
-    schemas = f"<pre>{json.dumps(SCHEMAS, indent=1)}</pre>"
-    html = ('<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-            "<title>Imago API</title><style>body{font:16px/1.5 system-ui;max-width:50rem;margin:2rem auto;"
-            "padding:0 1rem;color-scheme:light dark}pre{overflow:auto}</style><h1>Imago API</h1>"
-            f'<p><a href="/openapi.json">openapi.json</a></p>{"".join(sections)}<h2>Schemas</h2>{schemas}</html>')
+    """The same for people: rendered here, without a script or a foreign host, in the style of the page at `/`."""
+    operations = "".join(_operation(path, method, operation)
+                         for path, methods in PATHS.items() for method, operation in methods.items())
+    schemas = "".join(f"<details class=card><summary><code>{name}</code></summary>"
+                      f"<pre tabindex=0>{escape(json.dumps(schema, indent=1))}</pre></details>"
+                      for name, schema in SCHEMAS.items())
+    html = f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Imago API</title><link rel="icon" href="page/icon.svg" type="image/svg+xml">
+<link rel="stylesheet" href="page/page.css"></head>
+<body><header class="top"><h1>Imago <span class="model">API</span></h1>
+<nav aria-label="More"><a href=".">Try it</a><a href="openapi.json">openapi.json</a></nav></header>
+<main class="docs">{operations}<h2>Schemas</h2>{schemas}</main></body></html>"""
     return Response(200, html.encode(), b"text/html; charset=utf-8", [
-        (b"content-security-policy", b"default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'")])
+        (b"content-security-policy", b"default-src 'none'; style-src 'self'; img-src 'self'; base-uri 'none'; "
+                                     b"form-action 'none'; frame-ancestors 'none'")])
+
+
+def _operation(path: str, method: str, operation: dict) -> str:
+    takes = ", ".join(f"<code>{kind}</code>" for kind in operation.get("requestBody", {}).get("content", {}))
+    rows = [(f"<code>{p['name']}</code>", f"{p['in']}: {escape(p.get('description', p['schema']['type']))}")
+            for p in operation.get("parameters", [])]
+    rows += [(f"<b>{code}</b>", escape(answer["description"])) for code, answer in operation["responses"].items()]
+    table = "".join(f"<tr><th scope=row>{name}</th><td>{text}</td></tr>" for name, text in rows)
+    return (f"<section class=card><h2><code>{method.upper()} {path}</code></h2><p>{escape(operation['summary'])}."
+            f"{f' Takes {takes}.' if takes else ''}</p><table>{table}</table></section>")

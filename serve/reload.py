@@ -21,7 +21,7 @@ from serve.settings import Settings
 
 SERVING, LOCK = "serving", "reload.lock"
 CHECK_SECONDS = 300  # a check that takes longer has failed
-NICE = 10
+NICE = 19  # what it does not get while the service is busy, it gets between requests
 
 
 class Reload:

@@ -124,7 +124,7 @@ function timings(answer, elapsed) {
   const parts = (answer.headers.get("Server-Timing") ?? "").split(",")
     .map((part) => /^\s*(\w+);dur=([\d.]+)/.exec(part)).filter(Boolean)
     .map(([, name, ms]) => `${name}\u00a0${Number(ms).toFixed(1)}\u00a0ms`);
-  return [...parts, `round trip\u00a0${elapsed.toFixed(1)}\u00a0ms`].join(" · ");
+  return [...parts, `round\u00a0trip\u00a0${elapsed.toFixed(1)}\u00a0ms`].join(" · ");
 }
 
 function command(file, url, headers) {
