@@ -20,6 +20,11 @@ def litdata(place: str) -> Source:
     read once, which reads everything once, and kept with the decoded pixels' cache.
     """
     package = needs("litdata", "litdata")
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
+    if endpoint.startswith("http:"):  # a store in one's own cluster; its downloader knows no other way to be told
+        from litdata.streaming import downloader
+
+        getattr(downloader, "_OBSTORE_CLIENT_OPTIONS", {})["allow_http"] = True
     place = place.rstrip("/") if "://" in place else str(Path(place).expanduser())
     found = {part: chunks for part in PARTS if (chunks := _open_chunks(package, f"{place}/{part}"))}
     if "train" not in found:
@@ -39,7 +44,7 @@ def _open_chunks(package: ModuleType, place: str) -> "Chunks | None":
         return None
     try:
         return Chunks(package, place)
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # each store's client raises its own
         if "index" in str(error) or "Not Found" in str(error) or "404" in str(error):
             return None
         raise DataError(f"{place}: not readable by litdata: {str(error).splitlines()[0]}") from error
@@ -58,7 +63,9 @@ class Chunks:
             from litdata.streaming.serializers import BytesSerializer
 
             # JPEG files are handed over as they are: what decodes them is models.image
-            self._opened = os.getpid(), StreamingDataset(self.place, serializers={"jpeg": BytesSerializer()})
+            dataset = StreamingDataset(self.place, serializers={"jpeg": BytesSerializer()})
+            dataset[:0]  # a slice, even an empty one, makes it fetch whole chunks from then on and keep them on disk
+            self._opened = os.getpid(), dataset
         return self._opened[1]
 
     def __getstate__(self) -> dict:

@@ -1,0 +1,161 @@
+"""Augmentation, through the batches that training gets."""
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from pictures import folder
+
+from train.data import Augmentation, ImageData
+
+EVERYTHING = {"flip": "random", "crop_padding": 3, "rotation": 10.0, "random_resized_crop": 0.5, "brightness": 0.2,
+              "contrast": 0.2, "saturation": 0.2, "hue": 0.1, "cutout": 6, "erasing": 0.5, "mixup": 0.2, "cutmix": 1.0}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return folder(tmp_path_factory.mktemp("augment") / "photos")
+
+
+class Epochs:
+    """Images and labels of whole epochs in the order of the files, uint8 [N, C, H, W]."""
+
+    def __init__(self, source, **chosen):
+        self.data = ImageData(str(source), cache="", workers=0, batch_size=64, augment=Augmentation(**chosen))
+        self.data.setup()
+
+    def __call__(self, epoch: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        loader = self.data.train_dataloader()
+        loader.sampler.set_epoch(epoch)
+        (images, labels), = loader
+        order = np.argsort(loader.order.epoch(epoch)[0])
+        return images.numpy()[order], labels.numpy()[order]
+
+    def plain(self) -> np.ndarray:
+        return self.data.known.pixels[self.data.index["train"]].transpose(0, 3, 1, 2)
+
+
+def test_every_augmentation_keeps_shape_kind_and_determinism(photos):
+    epochs, again = Epochs(photos, **EVERYTHING), Epochs(photos, **EVERYTHING)
+    images, labels = epochs(1)
+    assert images.dtype == np.uint8
+    assert images.shape == epochs.plain().shape
+    assert labels.shape == (len(images), 3)
+    assert np.array_equal(images, again(1)[0])
+    assert not np.array_equal(images, again(2)[0])
+
+
+def test_nothing_is_done_where_nothing_is_chosen(photos):
+    epochs = Epochs(photos)
+    assert np.array_equal(epochs()[0], epochs.plain())
+
+
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n, v in EVERYTHING.items()])
+def test_each_does_something_on_its_own(photos, name, value):
+    epochs = Epochs(photos, **{name: value})
+    assert not np.array_equal(epochs()[0], epochs.plain())
+
+
+def test_random_flips_mirror_about_half(photos):
+    epochs = Epochs(photos, flip="random")
+    plain, share = epochs.plain(), []
+    for epoch in range(20):
+        images = epochs(epoch)[0]
+        mirrored = (images == plain[..., ::-1]).all((1, 2, 3))
+        assert (mirrored | (images == plain).all((1, 2, 3))).all()
+        share.append(mirrored.mean())
+    assert np.mean(share) == pytest.approx(0.5, abs=0.1)
+
+
+def test_alternating_flips_show_both_sides_in_any_two_epochs(photos):
+    epochs = Epochs(photos, flip="alternating")
+    plain = epochs.plain()
+    sides = [(epochs(epoch)[0] == plain[..., ::-1]).all((1, 2, 3)) for epoch in range(4)]
+    assert 0 < sides[0].mean() < 1
+    assert all((one != two).all() for one, two in pairwise(sides))
+
+
+@pytest.mark.parametrize("border", ["reflect", "zero"])
+def test_padded_crops_are_windows_of_the_padded_image(photos, border):
+    epochs = Epochs(photos, crop_padding=2, border=border)
+    padded = np.pad(epochs.plain(), ((0, 0), (0, 0), (2, 2), (2, 2)), "reflect" if border == "reflect" else "constant")
+    places = set()
+    for image, wide in zip(epochs()[0], padded, strict=True):
+        found = [(y, x) for y in range(5) for x in range(5) if np.array_equal(image, wide[:, y:y + 32, x:x + 32])]
+        assert len(found) == 1
+        places.update(found)
+    assert len(places) > 8
+
+
+def test_rotation_by_nothing_changes_nothing_and_turns_are_about_the_centre(photos):
+    assert np.abs(Epochs(photos, rotation=1e-4)()[0].astype(int) - Epochs(photos).plain()).max() <= 1
+    from train.data.geometry import warp
+
+    square = torch.arange(64, dtype=torch.uint8).view(1, 1, 8, 8)
+
+    class Right:  # always the upper end of what is asked for
+        uniform = staticmethod(lambda low, high, count: np.full(count, high))
+
+    assert torch.equal(warp(square, (8, 8), 0, 90.0, "zero", Right()), square.rot90(-1, (2, 3)))
+
+
+def test_holes_take_the_mean_colour(photos):
+    epochs = Epochs(photos, cutout=8)
+    mean = np.round(epochs.data.mean).astype(np.uint8).reshape(3, 1, 1)
+    images, plain = epochs()[0], epochs.plain()
+    changed = (images != plain).any(1)
+    assert ((images == mean).all(1) | ~changed).all()
+    assert 16 <= changed.sum((1, 2)).max() <= 64
+
+
+def test_erasing_touches_the_asked_share_of_images(photos):
+    epochs = Epochs(photos, erasing=0.25)
+    touched = [(epochs(epoch)[0] != epochs.plain()).any((1, 2, 3)).mean() for epoch in range(20)]
+    assert np.mean(touched) == pytest.approx(0.25, abs=0.1)
+
+
+@pytest.mark.parametrize("name", ["mixup", "cutmix"])
+def test_mixed_labels_are_shares_that_match_the_pixels(photos, name):
+    images, labels = Epochs(photos, **{name: 1.0})()
+    assert labels.sum(1) == pytest.approx(1)
+    assert ((labels > 0.05).sum(1) > 1).any()
+    colour = images.mean((2, 3))[:, ::-1].astype(float)  # the three classes are blue, green, red
+    colour -= colour.mean(1, keepdims=True)
+    assert np.corrcoef(colour.ravel(), (labels - labels.mean(1, keepdims=True)).ravel())[0, 1] > 0.9
+
+
+def test_colour_jitter_of_gray_stays_gray_and_full_saturation_loss_makes_gray(photos):
+    from train.data.colour import jitter
+
+    rng = np.random.default_rng(0)
+    gray = torch.from_numpy(rng.integers(0, 256, (4, 1, 8, 8), np.uint8)).expand(-1, 3, -1, -1)
+    turned = jitter(gray, 0, 0, 0.5, 0.5, rng).int()
+    assert (turned - gray.int()).abs().max() <= 2
+
+    class Low:  # always the lower end of what is asked for
+        uniform = staticmethod(lambda low, high, count: np.full(count, low))
+
+    coloured = torch.from_numpy(rng.integers(0, 256, (4, 3, 8, 8), np.uint8))
+    faded = jitter(coloured, 0, 0, 1.0, 0, Low()).int()
+    assert (faded.amax(1) - faded.amin(1)).max() <= 1
+    assert jitter(coloured, 1.0, 0, 0, 0, Low()).max() == 0
+
+
+def test_settings_out_of_range_are_refused():
+    with pytest.raises(ValueError, match=r"augment\.hue: 0\.7 is not between 0 and 0\.5"):
+        Augmentation(hue=0.7)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gives_what_the_cpu_gives(photos):
+    from train.data.augment import Augmenter
+    from train.data.order import rng
+
+    data = Epochs(photos).data
+    augment = Augmenter(Augmentation(**EVERYTHING), data.input, data.mean, 3, 0)
+    images = torch.from_numpy(data.known.pixels).permute(0, 3, 1, 2)
+    labels, rows = torch.from_numpy(data.found.labels), torch.arange(len(images))
+    here, shares = augment(images, labels, rows, 0, rng("test", 0))
+    there, same = augment(images.cuda(), labels.cuda(), rows.cuda(), 0, rng("test", 0))
+    assert (here.int() - there.cpu().int()).abs().max() <= 2
+    assert torch.allclose(shares, same.cpu(), atol=1e-3)
