@@ -109,7 +109,7 @@ def test_an_answer_shows_all_there_is_to_know(page, tmp_path):
     assert widths[0] > 0.9 * bars[0].locator(".track").bounding_box()["width"]
     assert card.locator(".set").inner_text() == "Prediction set: green"
     times = card.locator(".times").inner_text()
-    assert all(part in times for part in ("queue", "decode", "infer", "round trip"))
+    assert all(part in times for part in ("queue", "decode", "infer", "round\u00a0trip"))
     assert card.locator(".badges li").count() == 0
     page.get_by_role("status").get_by_text("it's.png: green").wait_for()
 
