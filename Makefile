@@ -88,6 +88,10 @@ images: ## build both images with docker or podman: make images [BASE=…] [RUNT
 test-images: dev images ## train in one image, serve from the other, under the restrictions of a cluster
 	@IMAGO_TEST_IMAGES='$(REGISTRY)/imago-%:$(TAG)' $(run) pytest tests/docker -m slow $(ARGS)
 
+checkov: $(VENV)/checkov/bin/checkov ## install the checker of policies, which does not fit beside our packages
+$(VENV)/checkov/bin/checkov:
+	@$(PYTHON) -m venv $(VENV)/checkov && $(VENV)/checkov/bin/pip install --quiet --disable-pip-version-check 'checkov==3.3.30'
+
 deploy: ## apply an overlay and wait until it serves: make deploy OVERLAY=local
 undeploy: ## take it away, all but the volumes: make undeploy OVERLAY=local [PURGE=1: the volumes too]
 logs: ## what the pods say: make logs [FOLLOW=1]
@@ -106,5 +110,5 @@ $(VENV)/.%.lock: docker/%.lock
 	  $(run) pip install --quiet --disable-pip-version-check -r $<; cp $< $@; }
 	@touch $@
 
-.PHONY: help setup train serve audit models test test-slow lint dev lock clean images test-images \
+.PHONY: help setup train serve audit models test test-slow lint dev lock clean images test-images checkov \
   deploy undeploy logs scale

@@ -40,8 +40,8 @@ def test_what_is_copied_may_enter_a_build_and_nothing_else():
     for file in FILES:
         for source in re.findall(r"^COPY (?!--from)(\S+) ", file.read_text(), re.MULTILINE):
             if source != ".":
-                assert any(source == a or source.split("/")[0] == a or Path(source).match(a) or a.startswith("docker")
-                           and source.startswith("docker/") for a in allowed), source
+                assert any(source == a or source.split("/")[0] == a or Path(source).match(a) or (a.startswith("docker")
+                           and source.startswith("docker/")) for a in allowed), source
     assert "*" in (ROOT / ".dockerignore").read_text().splitlines()
 
 

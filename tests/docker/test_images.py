@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import time
 import urllib.error
 import urllib.request
@@ -49,12 +50,16 @@ def volume(engine, tmp_path_factory) -> Path:
 class Service:
     """A running container of the serving image; its ports on this machine."""
 
-    def __init__(self, engine, store: Path, *flags: str):
+    def __init__(self, engine, store: Path, *flags: str, port: int | None = None):
+        """With `port`, it listens there itself: a published port outlives its container, and swallows connections."""
         self.engine = engine
+        network = (["--publish=127.0.0.1::8000", "--publish=127.0.0.1::9090"] if port is None else
+                   ["--network=host", f"--env=IMAGO_PORT={port}", "--env=IMAGO_METRICS_PORT=0",
+                    "--env=IMAGO_HOST=127.0.0.1"])
         self.id = engine("run", "--detach", *RESTRICTED, "--memory=1g", "--cpus=1", "--volume", f"{store}:/store:ro",
-                         "--publish=127.0.0.1::8000", "--publish=127.0.0.1::9090", *flags, name("serve"),
-                         ).stdout.strip().splitlines()[-1]
-        self.port, self.metrics_port = (self.published(port) for port in (8000, 9090))
+                         *network, *flags, name("serve")).stdout.strip().splitlines()[-1]
+        self.port = port or self.published(8000)
+        self.metrics_port = 0 if port else self.published(9090)
 
     def published(self, port: int) -> int:
         return int(self.engine("port", self.id, str(port)).stdout.strip().rpartition(":")[2])
@@ -84,8 +89,8 @@ class Service:
 @pytest.fixture
 def serve(engine):
     @contextmanager
-    def start(store: Path, *flags: str) -> Iterator[Service]:
-        service = Service(engine, store, *flags)
+    def start(store: Path, *flags: str, port: int | None = None) -> Iterator[Service]:
+        service = Service(engine, store, *flags, port=port)
         try:
             yield service
         finally:
@@ -106,13 +111,14 @@ def test_training_left_a_bundle_in_the_volume(volume):
 
 
 def test_serving_has_no_torch_no_compiler_no_pip(engine):
-    look = ("import importlib.util as u, shutil; print([m for m in ('torch','lightning','pip','setuptools','ensurepip') "
-            "if u.find_spec(m)] + [c for c in ('gcc','cc','g++','ld','make','pip','pip3') if shutil.which(c)])")
+    look = """import importlib.util, shutil
+modules = [m for m in ("torch", "lightning", "pip", "setuptools", "ensurepip") if importlib.util.find_spec(m)]
+print(modules + [c for c in ("gcc", "cc", "g++", "ld", "make", "pip", "pip3") if shutil.which(c)])"""
     for options in ((), ("--entrypoint=/usr/bin/env",)):
         words = ["python3", "-c", look] if options else ["-c", look]
         entry = options or ("--entrypoint=python",)
         assert engine("run", "--rm", *RESTRICTED, *entry, name("serve"), *words).stdout.strip() == "[]"
-    everywhere = engine("run", "--rm", "--entrypoint=find", name("serve"), "/", "-xdev", "-name", "pip", "-o",
+    everywhere = engine("run", "--rm", "--user=0", "--entrypoint=find", name("serve"), "/", "-xdev", "-name", "pip", "-o",
                         "-xdev", "-name", "torch").stdout
     assert everywhere.strip() == ""
 
@@ -167,7 +173,8 @@ def test_the_health_check_of_the_image(volume, serve, engine):
     with serve(volume / "store") as service:
         service.wait_ready()
         (image,) = json.loads(engine("image", "inspect", name("serve")).stdout)
-        check = (image["Config"].get("Healthcheck") or image["HealthCheck"])["Test"]
+        health = image["Config"].get("Healthcheck") or image["Healthcheck"]  # docker; podman
+        check = health["Test"]
         assert check[0] == "CMD"
         assert engine("exec", service.id, *check[1:]).returncode == 0
 
@@ -175,7 +182,10 @@ def test_the_health_check_of_the_image(volume, serve, engine):
 def test_sigterm_under_load_loses_nothing(volume, serve, engine):
     path, manifest = bundle(volume)
     image = (path / "samples" / manifest["samples"][0]["file"]).read_bytes()
-    with serve(volume / "store") as service:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with serve(volume / "store", port=port) as service:
         service.wait_ready()
         with Load(service.port, image, clients=8, pause=0.002) as load:
             end = time.monotonic() + 30

@@ -13,7 +13,7 @@ class Strict(BaseModel):
 
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=253)]
-Seconds = Annotated[str, Field(pattern=r"^(0|(([0-9]+)y)?(([0-9]+)w)?(([0-9]+)d)?(([0-9]+)h)?(([0-9]+)m)?(([0-9]+)s)?)$")]
+Seconds = Annotated[str, Field(pattern=r"^(0|([0-9]+y)?([0-9]+w)?([0-9]+d)?([0-9]+h)?([0-9]+m)?([0-9]+s)?)$")]
 Port = Annotated[int, Field(ge=1, le=65535)]
 
 
@@ -41,13 +41,9 @@ class Endpoint(Strict):
     interval: Seconds | None = None
 
 
-class PodEndpoint(Endpoint):
-    filterRunning: bool = True
-
-
 class PodMonitorSpec(Strict):
     selector: Selector
-    podMetricsEndpoints: list[PodEndpoint]
+    podMetricsEndpoints: list[Endpoint]
 
 
 class PodMonitor(Resource):

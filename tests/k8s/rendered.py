@@ -50,7 +50,8 @@ def pod_specs(case: str) -> list[tuple[str, Manifest]]:
             case "CronJob":
                 found.append((name, spec["jobTemplate"]["spec"]["template"]))
             case "TrainingRuntime":
-                found += [(name, job["template"]["spec"]["template"]) for job in spec["template"]["spec"]["replicatedJobs"]]
+                jobs = spec["template"]["spec"]["replicatedJobs"]
+                found += [(name, job["template"]["spec"]["template"]) for job in jobs]
     return found
 
 

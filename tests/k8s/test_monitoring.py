@@ -31,13 +31,22 @@ def series() -> dict[str, tuple[str, ...]]:
     return found
 
 
+def training() -> set[str]:
+    """Names of the series of a training job."""
+    from train import monitor
+    trained = monitor.Monitor(9090)
+    trained._trainer = monitor.L.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False)
+    return {family.name + ("_total" if family.type == "counter" else "") for family in trained.collect()}
+
+
 def rules() -> list[dict]:
     (manifest,) = of("components/prometheus-rules", "PrometheusRule")
     return manifest["spec"]["groups"]
 
 
 def dashboard() -> dict:
-    (board,) = (m for m in of("components/grafana-dashboard", "ConfigMap") if m["metadata"]["name"] == "imago-dashboard")
+    boards = of("components/grafana-dashboard", "ConfigMap")
+    (board,) = (m for m in boards if m["metadata"]["name"] == "imago-dashboard")
     assert board["metadata"]["labels"]["grafana_dashboard"] == "1"
     return json.loads(board["data"]["imago.json"])
 
@@ -47,8 +56,8 @@ def queries() -> dict[str, str]:
     found = {r["alert"]: r["expr"] for group in rules() for r in group["rules"]}
     for panel in dashboard()["panels"]:
         for target in panel["targets"]:
-            found[f"panel {panel['title']} {target['refId']}"] = target["expr"].replace("$__rate_interval", "5m").replace(
-                "$namespace", "imago")
+            query = target["expr"].replace("$__rate_interval", "5m").replace("$namespace", "imago")
+            found[f"panel {panel['title']} {target['refId']}"] = query
     (template,) = of("components/canary-rollout", "AnalysisTemplate")
     for metric in template["spec"]["metrics"]:
         found[f"analysis {metric['name']}"] = re.sub(r"\{\{.*?\}\}", "x", metric["provider"]["prometheus"]["query"])
@@ -62,7 +71,7 @@ def queries() -> dict[str, str]:
 
 
 def test_queries_name_series_and_labels_that_the_service_has():
-    known = series()
+    known = series() | dict.fromkeys(training(), ())
     used = set()
     for where, query in queries().items():
         for name, selector in re.findall(r"\b(imago_\w+)(?:\{([^}]*)\})?", query):
@@ -74,7 +83,7 @@ def test_queries_name_series_and_labels_that_the_service_has():
 
 
 def test_queries_group_by_labels_that_their_series_have():
-    known = series()
+    known = series() | dict.fromkeys(training(), ())
     for where, query in queries().items():
         names = set(re.findall(r"\bimago_\w+", query))
         labels = {label for name in names for label in known[name]} | TARGET
@@ -91,7 +100,8 @@ def test_the_autoscalers_ask_for_the_same_metric():
     assert METRICS[pods["metric"]["name"].removeprefix("imago_")].kind == "gauge"
     (scaled,) = of("components/keda", "ScaledObject")
     assert scaled["spec"]["triggers"][0]["metadata"]["threshold"] == pods["target"]["averageValue"]
-    containers = {c["name"] for d in of("components/hpa", "Deployment") for c in d["spec"]["template"]["spec"]["containers"]}
+    (deployment,) = of("components/hpa", "Deployment")
+    containers = {c["name"] for c in deployment["spec"]["template"]["spec"]["containers"]}
     assert hpa["spec"]["metrics"][1]["containerResource"]["container"] in containers
     assert scaled["spec"]["triggers"][1]["metadata"]["containerName"] in containers
 

@@ -1,11 +1,11 @@
-"""Pods as a platform engineer would sign them: the restricted profile, probes, resources, pinned images, safe updates."""
+"""Pods as a platform engineer would sign them: the restricted profile, probes, resources, fixed tags, safe updates."""
 import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 from rendered import CASES, K8S, containers, of, pod_specs, render
 
 VOLUMES = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "image", "persistentVolumeClaim", "projected",
@@ -96,26 +96,26 @@ def test_training_survives_what_it_should_and_fails_at_once_where_it_should(case
         assert job["ttlSecondsAfterFinished"] > 0
         assert job["podReplacementPolicy"] == "Failed"
         names = {c["name"] for c in containers(job["template"])}
-        assert {r["onExitCodes"]["containerName"] for r in job["podFailurePolicy"]["rules"] if "onExitCodes" in r} <= names
+        codes = [r["onExitCodes"] for r in job["podFailurePolicy"]["rules"] if "onExitCodes" in r]
+        assert {code["containerName"] for code in codes} <= names
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_labels_follow_the_recommended_scheme(case):
     for manifest in render(case):
         labels = manifest["metadata"].get("labels", {})
-        assert labels.get("app.kubernetes.io/name") == "imago" or manifest["kind"] in ("Namespace", "ConfigMap"), manifest
+        if manifest["kind"] not in ("Namespace", "ConfigMap"):
+            assert labels["app.kubernetes.io/name"] == "imago", manifest["kind"]
         assert labels.get("app.kubernetes.io/part-of") == "imago" or case.startswith("components/"), manifest["kind"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
-def test_checkov_finds_nothing(case, tmp_path):
+def test_checkov_finds_nothing(tmp_path):
     if not CHECKOV.exists():
-        pytest.skip(f"{CHECKOV} is not there: make {CHECKOV.parent.parent.name}, or name it with CHECKOV=…")
-    if shutil.which("kubectl") is None:
-        pytest.skip("kubectl is not installed")
-    import yaml
-    (tmp_path / "all.yaml").write_text(yaml.safe_dump_all(render(case)))
-    done = subprocess.run([CHECKOV, "--config-file", K8S / ".checkov.yaml", "-f", tmp_path / "all.yaml"],
-                          capture_output=True, text=True)
+        pytest.skip(f"{CHECKOV} is not there; `make checkov` installs it, CHECKOV= names another")
+    for case in CASES:
+        (tmp_path / f"{case.replace('/', '-')}.yaml").write_text(yaml.safe_dump_all(render(case)))
+    done = subprocess.run([CHECKOV, "--config-file", K8S / ".checkov.yaml", "-d", tmp_path], capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stdout
+    checked = int(re.search(r"Passed checks: (\d+)", done.stdout)[1])
+    assert checked > 100 * len(CASES)

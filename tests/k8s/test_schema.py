@@ -1,8 +1,7 @@
 """Every manifest is what Kubernetes 1.30 to 1.36 and the operators' resources take, with no field they do not know."""
+import crds
 import kubernetes_validate
 import pytest
-
-import crds
 from rendered import CASES, render
 
 VERSIONS = [f"1.{minor}" for minor in range(30, 37)]
