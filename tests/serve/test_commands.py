@@ -1,7 +1,9 @@
 """`python -m serve predict | check | bench`, as a user calls them."""
+import contextlib
 import csv
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,7 +13,8 @@ import numpy as np
 import pytest
 import tiny
 
-from models.bundle import Calibration
+from models.bundle import Calibration, write_sums
+from serve.settings import PREFIX, Settings
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -61,6 +64,22 @@ def test_predict_as_csv_and_as_table(bundle_store, folder):
         assert word in table
 
 
+def test_a_terminal_sees_a_progress_bar_and_a_pipe_does_not(bundle_store, folder):
+    assert run("predict", folder, "--store", bundle_store).stderr == ""
+    ours, theirs = os.openpty()
+    command = [sys.executable, "-m", "serve", "predict", str(folder), "--store", str(bundle_store), "--format", "csv"]
+    env = {**os.environ, "TERM": "xterm"}
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=theirs, env=env):
+        os.close(theirs)
+        seen = b""
+        with contextlib.suppress(OSError):  # how a terminal ends
+            while part := os.read(ours, 4096):
+                seen += part
+    os.close(ours)
+    assert b"Classifying" in seen
+    assert b"100%" in seen
+
+
 def test_one_bad_file_does_not_stop_the_others(bundle_store, folder):
     result = run("predict", folder / "notes.txt", folder / "a.png", "--store", bundle_store, "--format", "json")
     assert result.returncode == 1
@@ -103,7 +122,6 @@ def test_check_runs_the_samples(tmp_path):
     expected = dict(np.load(path / "samples" / "expected.npz"))
     expected["probabilities"] = expected["probabilities"][:, ::-1]
     np.savez(path / "samples" / "expected.npz", **expected)
-    from models.bundle import write_sums
     write_sums(path)
     refused(run("check", "--store", tmp_path, "--quiet"), "self check", "probabilities", status=1)
 
@@ -139,7 +157,6 @@ def test_bench_says_what_is_wrong(server, tmp_path):
 
 
 def test_help_lists_every_setting_and_every_command():
-    from serve.settings import PREFIX, Settings
     said = run("--help").stdout
     for name in Settings.model_fields:
         assert f"--{name.replace('_', '-')} " in said
