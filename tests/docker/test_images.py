@@ -118,8 +118,8 @@ print(modules + [c for c in ("gcc", "cc", "g++", "ld", "make", "pip", "pip3") if
         words = ["python3", "-c", look] if options else ["-c", look]
         entry = options or ("--entrypoint=python",)
         assert engine("run", "--rm", *RESTRICTED, *entry, name("serve"), *words).stdout.strip() == "[]"
-    everywhere = engine("run", "--rm", "--user=0", "--entrypoint=find", name("serve"), "/", "-xdev", "-name", "pip", "-o",
-                        "-xdev", "-name", "torch").stdout
+    search = ["/", "-xdev", "(", "-name", "pip", "-o", "-name", "torch", ")"]
+    everywhere = engine("run", "--rm", "--user=0", "--entrypoint=find", name("serve"), *search).stdout
     assert everywhere.strip() == ""
 
 
