@@ -1,0 +1,112 @@
+"""Images a second of `fit`, as a share of a bare PyTorch loop over the same network, data and augmentation.
+
+    python tests/benchmarks/train_speed.py [--case speednet] [--epochs 5] [--data DIR]
+
+Before each epoch of the real command (progress, metrics, logger, checkpoints and all), the bare loop trains a twin of
+the network for an epoch in the same process, so both see the same machine. The median of the ratios counts. On a CPU
+that others use as well, the ratio by processor time (`cpu_ratio`) is the better witness. Prints one JSON line a case:
+device, images/s of both, ratios, peak memory. The data is made up, 32x32 in colour, unless DIR is given.
+"""
+import argparse
+import copy
+import json
+import platform
+import resource
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+import models.networks  # noqa: E402, F401, I001  (before lightning)
+import bare  # noqa: E402
+import cv2  # noqa: E402
+import lightning as L  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from lightning.pytorch.callbacks import Callback  # noqa: E402
+
+from train import cli, optim  # noqa: E402
+
+AUGMENT = ["--data.augment.flip", "alternating", "--data.augment.crop_padding", "2"]
+CASES = {  # the recipe's network and how it is fed
+    "lenet": ["--recipe", "seeds/lenet-cifar10", "--data.batch_size", "32"],
+    "lenet-256": ["--recipe", "seeds/lenet-cifar10", "--data.batch_size", "256"],
+    "speednet": ["--recipe", "cifar10", "--data.batch_size", "500"],
+    "resnet18": ["--recipe", "folder", "--data.size", "32", "--data.augment.random_resized_crop", "0",
+                 "--ema.decay", "0"],
+}
+pairs: list[tuple[bare.Pace, bare.Pace]] = []  # bare, fit
+
+
+class Twin(Callback):
+    """Runs the bare loop before each epoch and times both."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.network = copy.deepcopy(pl_module.network)
+        self.optimizer = optim.build(self.network, pl_module.optimizer)
+        self.schedule = pl_module.schedule.scheduler(self.optimizer, int(trainer.estimated_stepping_batches))
+        self.loader = trainer.datamodule.train_dataloader()
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.loader.sampler.set_epoch(trainer.current_epoch)
+        self.bare = bare.epoch(self.network, self.optimizer, self.schedule, self.loader, pl_module,
+                               trainer.precision == "bf16-mixed")
+        self.pace = bare.Pace(pl_module.device)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any,
+                           batch_idx: int) -> None:
+        self.pace.images += len(batch[0])
+        if trainer.is_last_batch:
+            pairs.append((self.bare, self.pace.stop()))
+
+
+def make(root: Path, count: int) -> None:
+    """A folder of ten classes of random 32x32 pictures."""
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        place = root / f"class{i % 10}"
+        place.mkdir(exist_ok=True)
+        cv2.imwrite(str(place / f"{i:05d}.jpg"), rng.integers(0, 256, (32, 32, 3), np.uint8))
+
+
+def measure(case: str, data: str, epochs: int) -> dict[str, Any]:
+    pairs.clear()
+    with tempfile.TemporaryDirectory() as runs:
+        cli.run(["run", data, *CASES[case], *AUGMENT, "--name", "speed", "--export.enabled", "false",
+                 "--trainer.default_root_dir", runs, "--trainer.max_epochs", str(epochs + 1),
+                 "--trainer.callbacks+=train_speed.Twin"])
+    kept = pairs[1:]  # the first epoch warms up
+    cuda = torch.cuda.is_available()
+    return {
+        "case": case, "device": torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads",
+        "torch": torch.__version__, "python": platform.python_version(), "epochs": len(kept),
+        "bare_images_per_s": round(statistics.median(loop.wall for loop, _ in kept), 1),
+        "fit_images_per_s": round(statistics.median(fit.wall for _, fit in kept), 1),
+        "ratio": round(statistics.median(fit.wall / loop.wall for loop, fit in kept), 3),
+        "cpu_ratio": round(statistics.median(fit.cpu / loop.cpu for loop, fit in kept), 3),
+        "peak_memory_mb": round((torch.cuda.max_memory_allocated() if cuda else
+                                 resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e6),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--case", choices=CASES, action="append", help="default: all")
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--images", type=int, default=4000)
+    parser.add_argument("--data", help="a folder of class folders")
+    asked = parser.parse_args()
+    sys.modules["train_speed"] = sys.modules["__main__"]  # the command line imports the callback by this name
+    with tempfile.TemporaryDirectory() as made:
+        if not asked.data:
+            make(Path(made), asked.images)
+        for case in asked.case or CASES:
+            print(json.dumps(measure(case, asked.data or made, asked.epochs)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
