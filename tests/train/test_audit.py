@@ -1,0 +1,185 @@
+"""The data audit on data with planted faults: through the command line, through training, and its page."""
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from pictures import CLASSES, folder, picture, png
+from sklearn.datasets import load_digits
+
+from train import audit
+from train.audit import duplicates
+from train.data import ImageData
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.filterwarnings("ignore:::lightning")
+
+
+def look(source: Path | str, out: Path | None = None, **settings) -> tuple[ImageData, dict]:
+    data = ImageData(str(source), cache=settings.pop("cache", ""), workers=0, **settings)
+    data.setup()
+    return data, audit.run(data, out)
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory) -> Path:
+    """60 + 24 images and: an exact copy in the test part, two near copies there (a brighter JPEG and a crop), an exact
+    copy with another label in training, a file cut short, an odd size, a gray picture, and a class with few images."""
+    root = tmp_path_factory.mktemp("faulty") / "photos"
+    folder(root / "train", 20)
+    folder(root / "test", 8, first=100)
+    train, test = root / "train", root / "test"
+    (test / "red" / "copy.png").write_bytes((train / "red" / "003.png").read_bytes())
+    brighter = cv2.convertScaleAbs(picture(1, 4), alpha=0.8, beta=30)
+    cv2.imwrite(str(test / "green" / "brighter.jpg"), brighter, [cv2.IMWRITE_JPEG_QUALITY, 70])
+    cropped = cv2.resize(picture(0, 5)[2:-2, 2:-2], (32, 32))
+    cv2.imwrite(str(test / "blue" / "cropped.png"), cropped)
+    (train / "blue" / "relabelled.png").write_bytes((train / "green" / "007.png").read_bytes())
+    (train / "red" / "short.png").write_bytes(png(2, 50)[:300])
+    cv2.imwrite(str(train / "red" / "wide.png"), cv2.resize(picture(2, 51), (320, 32)))
+    cv2.imwrite(str(train / "red" / "gray.png"), cv2.cvtColor(picture(2, 52), cv2.COLOR_BGR2GRAY))
+    (train / "rare").mkdir()
+    for i in range(3):
+        (train / "rare" / f"{i}.png").write_bytes(png(0, 60 + i))
+    return root
+
+
+@pytest.fixture(scope="module")
+def found(faulty, tmp_path_factory) -> tuple[ImageData, dict, Path]:
+    out = tmp_path_factory.mktemp("audit")
+    return *look(faulty, out, size=32), out
+
+
+def test_copies_are_found_within_and_across_parts(found):
+    _, findings, _ = found
+    exact = [{pair["first"]["file"], pair["second"]["file"]} for pair in findings["exact_duplicates"]["pairs"]]
+    assert {"train/red/003.png", "test/red/copy.png"} in exact
+    assert {"train/green/007.png", "train/blue/relabelled.png"} in exact
+    assert findings["exact_duplicates"]["count"] == 2
+    assert findings["exact_duplicates"]["across_parts"] == 1
+    assert findings["exact_duplicates"]["other_label"] == 1
+
+
+def test_brighter_and_cropped_copies_are_found_and_nothing_else_is(found):
+    _, findings, _ = found
+    near = [{pair["first"]["file"], pair["second"]["file"]} for pair in findings["near_duplicates"]["pairs"]]
+    assert sorted(map(sorted, near)) == [["test/blue/cropped.png", "train/blue/005.png"],
+                                         ["test/green/brighter.jpg", "train/green/004.png"]]
+
+
+def test_leaked_test_images_are_known_by_their_place_in_the_part(found):
+    data, findings, _ = found
+    names = [data.found.items.name(i) for i in data.index["test"][data.leaked_test]]
+    assert sorted(names) == ["test/blue/cropped.png", "test/green/brighter.jpg", "test/red/copy.png"]
+    assert findings["leakage"]["test"]["count"] == 3
+    marked = [data.leaked(step).numpy() for step in range(len(data.test_dataloader()))]
+    assert np.flatnonzero(np.concatenate(marked)).tolist() == data.leaked_test.tolist()
+
+
+def test_unreadable_odd_and_rare_are_listed(found):
+    _, findings, _ = found
+    assert [file["file"] for file in findings["unreadable"]] == ["train/red/short.png"]
+    assert findings["unreadable"][0]["problem"].startswith("cut short")
+    odd = {image["file"]: image["why"] for image in findings["odd"]["images"]}
+    assert odd["train/red/wide.png"] == "size 320x32"
+    assert odd["train/red/gray.png"] == "mode L"
+    assert len(odd) == 2
+    assert {row["label"] for row in findings["class_counts"] if row["note"]} == {"rare"}
+
+
+def test_the_page_holds_all_it_shows(found):
+    _, findings, out = found
+    text = (out / "index.html").read_text()
+    assert json.loads((out / "audit.json").read_text()) == findings
+    assert not re.search(r"(src|href)=\"(?!data:|#)", text)
+    assert "3 test images" in text
+    assert text.count("<img") >= 2 * (findings["exact_duplicates"]["count"] + findings["near_duplicates"]["count"])
+
+
+def test_names_of_files_are_no_markup(tmp_path):
+    source = folder(tmp_path / "photos")
+    (source / "red" / "<script>alert(1)<&.png").write_bytes((source / "red" / "003.png").read_bytes())
+    look(source, tmp_path / "out")
+    assert "<script>" not in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_wrong_labels_come_first(tmp_path):
+    digits = load_digits()
+    wrong = np.random.default_rng(0).choice(len(digits.target), 20, replace=False)
+    label = digits.target.copy()
+    label[wrong] = (label[wrong] + 3) % 10
+    for i, (image, k) in enumerate(zip(digits.images, label, strict=True)):
+        place = tmp_path / "photos" / str(k)
+        place.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(place / f"{i:04d}.png"), (image * 15).astype(np.uint8))
+    _, findings = look(tmp_path / "photos")
+    assert findings["labels"]["accuracy"] > 0.9
+    first = [int(Path(image["file"]).stem) for image in findings["labels"]["suspects"][:20]]
+    assert len(set(first) & set(wrong.tolist())) >= 16
+    right = [int(image["suggested"]) == digits.target[int(Path(image["file"]).stem)]
+             for image in findings["labels"]["suspects"][:20]]
+    assert np.mean(right) > 0.8
+
+
+def test_clean_data_raises_no_alarm():
+    _, findings = look("digits")
+    assert findings["leakage"]["test"]["count"] == 0
+    assert not any("WARNING" in line for line in audit.summary(findings))
+
+
+def test_what_was_found_is_kept_for_the_same_data_and_split(faulty, tmp_path, monkeypatch):
+    cache = str(tmp_path / "cache")
+    first, findings = look(faulty, cache=cache, size=32)
+    monkeypatch.setattr(audit, "examine", lambda data: pytest.fail("looked again"))
+    again, same = look(faulty, cache=cache, size=32)
+    assert same == findings
+    assert again.leaked_test.tolist() == first.leaked_test.tolist()
+
+
+def test_many_images_meet_in_cells(monkeypatch):
+    rng = np.random.default_rng(0)
+    pixels = np.stack([picture(i % 3, i) for i in range(400)])
+    pixels = np.concatenate([pixels, np.clip(pixels[:30].astype(int) + rng.integers(-6, 7, pixels[:30].shape), 0, 255)
+                             .astype(np.uint8)])
+    usable, cpu = np.ones(len(pixels), bool), __import__("torch").device("cpu")
+    whole = duplicates.near(pixels, usable, cpu)
+    monkeypatch.setattr(duplicates, "WHOLE", 100)
+    monkeypatch.setattr(duplicates, "CELL", 50)
+    cells = duplicates.near(pixels, usable, cpu)
+    assert set(zip(whole.first.tolist(), whole.second.tolist(), strict=True)) == {(i, 400 + i) for i in range(30)}
+    assert len(cells.first) >= 28
+
+
+def command(*arguments: str, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "train", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **options)
+
+
+def test_the_command_writes_the_report_and_warns(faulty, tmp_path):
+    done = command("audit", str(faulty), "--out", str(tmp_path / "report"), "--size", "32")
+    assert done.returncode == 0, done.stderr
+    assert "WARNING: 3 test images" in done.stderr
+    assert (tmp_path / "report" / "index.html").is_file()
+    assert json.loads((tmp_path / "report" / "audit.json").read_text())["classes"] == sorted([*CLASSES, "rare"])
+
+
+def test_the_command_refuses_in_one_line(tmp_path):
+    done = command("audit", str(tmp_path / "nowhere"))
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "no such folder" in done.stderr
+
+
+def test_training_looks_first_and_gives_figures_without_the_leaked_images(faulty, tmp_path):
+    done = command("run", str(faulty), "--recipe", "digits", "--data.size", "32", "--trainer.max_epochs", "1",
+                   "--store", str(tmp_path / "store"), "--trainer.default_root_dir", str(tmp_path / "runs"))
+    assert done.returncode == 0, done.stderr
+    assert "WARNING: 3 test images" in done.stderr
+    assert list((tmp_path / "runs").rglob("audit/index.html"))
+    metrics = json.loads((tmp_path / "store/photos/1/manifest.json").read_text())["metrics"]
+    assert metrics["test"]["images"] == 27
+    assert metrics["test_unleaked"]["images"] == 24
