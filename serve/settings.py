@@ -29,7 +29,7 @@ class Settings(BaseSettings):
     threads: int = Field(0, ge=0, le=1024, description="cores for decoding and inference; 0: the CPU quota")
     workers: int = Field(1, ge=1, le=64, description="worker processes, which share the threads")
     api_processes: int = Field(1, ge=1, le=64, description="HTTP processes")
-    max_batch_size: int = Field(16, ge=1, le=1024, description="most images in one run of the graph")
+    max_batch_size: int = Field(8, ge=1, le=1024, description="most images in one run of the graph")
     batch_wait_ms: float = Field(0, ge=0, le=1000, description="how long a batch waits for company")
 
     # Bounds

@@ -28,8 +28,8 @@ class State:
             file.truncate(_SIZE)
         return cls(run)
 
-    # Set by the supervisor alone. Draining: not ready, and each answer closes its connection. Refusing: what was accepted
-    # is answered, no more. Stopping: processes may end.
+    # Set by the supervisor alone. Draining: not ready, and each answer closes its connection. Refusing: what was
+    # accepted is answered, no more. Stopping: processes may end.
 
     @property
     def draining(self) -> bool:
@@ -88,7 +88,7 @@ class State:
             self.end(worker, i)
 
     def silent_seconds(self, worker: int, predictors: int) -> float:
-        """How long a worker has shown no progress: its I/O thread, or a predictor in one batch."""
+        """How long a worker has shown no progress: its heartbeat, or a predictor in one batch."""
         first = _BUSY + worker * PREDICTORS
         signs = [self.page[_BEAT + worker], *self.page[first:first + predictors]]
         since = min((s for s in signs if s), default=0.0)

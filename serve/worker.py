@@ -1,18 +1,15 @@
-"""The worker process: one I/O thread, one predictor thread a core, and the model they share.
+"""The worker process: one predictor thread a core, and the model they share.
 
 LitServe starts it (`Worker.setup`, then `PredictLoop`) and its supervisor replaces it. Jobs come as frames over a unix
-socket; see serve.frames. Where to hook in:
+socket; see serve.frames and serve.backlog. Where to hook in:
 
 - `Worker.model` is read once a batch; assign another checked and warm `serve.model.Model` to swap between two batches,
   then call `PredictLoop.announce` so that the HTTP processes learn of it.
 - `PredictLoop.run_batch` is where a batch has run: `self.observers` are called with a `Batch` after its answers left.
 - `serve.answer.Answers.compose` is where an answer is composed.
 """
-import contextlib
 import os
-import selectors
 import signal
-import socket
 import sys
 import threading
 import time
@@ -29,9 +26,9 @@ from models.image import ImageError, UndecodableImage, decode
 from models.store import LATEST
 from serve import logs, reload
 from serve.answer import heat_map
-from serve.backlog import Backlog, Waiting
+from serve.backlog import Backlog, Peer, Waiting
 from serve.drift import Drift
-from serve.frames import ARRAYS, CAM, CANCEL, HELLO, TENSOR, Answer, Job, pack_answer, take_jobs
+from serve.frames import ARRAYS, CAM, HELLO, TENSOR, Answer, Job, pack_answer
 from serve.metrics import Slab, WorkerMetrics
 from serve.model import Model
 from serve.settings import Settings
@@ -40,7 +37,6 @@ from serve.state import State
 
 STEP = 0.5  # seconds between two heartbeats
 UNUSABLE = 2  # exit status of a worker that can't serve what it is told to
-SEND_SECONDS = 5  # an HTTP process that reads nothing for so long has lost its answers
 
 
 @dataclass
@@ -78,41 +74,24 @@ class Worker(litserve.LitAPI):
         raise AssertionError("requests reach the worker through PredictLoop")
 
 
-class Peer:
-    """One HTTP process, seen from the worker."""
-
-    def __init__(self, sock: socket.socket):
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
-        sock.settimeout(SEND_SECONDS)
-        self.sock, self.buffer, self.lock = sock, bytearray(), threading.Lock()
-
-    def send(self, frames: bytes) -> None:
-        with self.lock:
-            try:
-                self.sock.sendall(frames)
-            except OSError:
-                self.shut()  # it is gone or stuck; what it waited for is lost with it
-
-    def shut(self) -> None:
-        """End the connection; the I/O thread sees that and closes it."""
-        with contextlib.suppress(OSError):
-            self.sock.shutdown(socket.SHUT_RDWR)
-
-
 class PredictLoop(LitLoop):
     """Runs in the worker process instead of LitServe's own loops."""
 
     def __call__(self, lit_api: Worker, device: str, worker_id: int, *args: Any, **kwargs: Any) -> None:
-        self.api, self.peers = lit_api, set()
+        self.api = lit_api
         self.state = State(lit_api.run)
         self.number, self.parent = worker_id, os.getppid()
-        self.backlog = Backlog(lit_api.threads, lit_api.settings.max_batch_size, lit_api.settings.batch_wait_ms / 1000)
+        self.backlog = Backlog(f"{lit_api.run}/worker-{worker_id}.sock", lit_api.threads,
+                               lit_api.settings.max_batch_size, lit_api.settings.batch_wait_ms / 1000, self.hello)
         self.observers = self.watchers(lit_api.settings, f"{lit_api.run}/worker-{worker_id}")
         for i in range(lit_api.threads):
             metrics = WorkerMetrics(f"{lit_api.run}/worker-{worker_id}-{i}.metrics")
             metrics.serve(lit_api.model)
             threading.Thread(target=self.predictor, args=(i, metrics), name=f"predictor-{i}", daemon=True).start()
-        self.serve(f"{lit_api.run}/worker-{worker_id}.sock")
+        while os.getppid() == self.parent:  # the supervisor ends this process, or is gone itself
+            self.state.beat(worker_id)
+            time.sleep(STEP)
+        os._exit(1)
 
     def watchers(self, settings: Settings, path: str) -> list[Callable[[Batch], None]]:
         """What looks at batches after their answers left, each with a counting file of its own."""
@@ -125,77 +104,36 @@ class PredictLoop(LitLoop):
             reload.Reload(self, Slab(f"{path}-reload.metrics")).start()
         return found
 
-    # --- the I/O thread ---
-
-    def serve(self, path: str) -> None:
-        """Read jobs from all HTTP processes until the supervisor ends the process or is gone itself."""
-        with socket.socket(socket.AF_UNIX) as listener, selectors.DefaultSelector() as selector:
-            if os.path.exists(path):
-                os.unlink(path)  # a worker that crashed left it
-            listener.bind(path)
-            listener.listen(64)
-            selector.register(listener, selectors.EVENT_READ)
-            while os.getppid() == self.parent:
-                self.state.beat(self.number)
-                for key, _ in selector.select(STEP):
-                    if key.data is None:
-                        peer = Peer(listener.accept()[0])
-                        selector.register(peer.sock, selectors.EVENT_READ, peer)
-                        self.peers.add(peer)
-                        peer.send(self.hello())
-                    elif not self.receive(key.data):
-                        selector.unregister(key.fileobj)
-                        key.data.sock.close()
-                        self.peers.discard(key.data)
-                        self.backlog.remove(key.data)
-            os._exit(1)
-
-    def receive(self, peer: Peer) -> bool:
-        """Take what a connection has for us; False when it is closed."""
-        try:
-            data = peer.sock.recv(1 << 20)
-        except OSError:
-            return False
-        peer.buffer += data
-        arrived, items = time.monotonic(), []
-        for job in take_jobs(peer.buffer):
-            if job.flags & CANCEL:
-                self.backlog.remove(peer, job.id)
-                items = [w for w in items if w.job.id != job.id]
-            else:
-                items.append(Waiting(peer, job, arrived))
-        if items:
-            self.backlog.put(items)
-        return bool(data)
-
     def hello(self) -> bytes:
         model = self.api.model
         return pack_answer(Answer(HELLO, 200, model.version, 0, 0, 0, model.hello()))
 
     def announce(self) -> None:
         """Tell all HTTP processes which model is served now."""
-        for peer in list(self.peers):
+        for peer in list(self.backlog.peers):
             peer.send(self.hello())
 
-    # --- the predictor threads ---
-
     def predictor(self, index: int, metrics: WorkerMetrics) -> None:
-        while True:
-            batch, alone = self.backlog.take()
-            self.state.begin(self.number, index)
-            try:
-                self.run_batch(batch, alone, metrics)
-            except Exception:
-                logs.logger.exception("a batch of %d failed", len(batch))
-                reply([(w, self.failed(w, 500, b"the model failed on this batch")) for w in batch])
-            finally:
-                self.state.end(self.number, index)
+        try:
+            while True:
+                batch, alone = self.backlog.take()
+                self.state.begin(self.number, index)
+                try:
+                    self.run_batch(batch, alone, metrics)
+                except Exception:
+                    logs.logger.exception("a batch of %d failed", len(batch))
+                    reply([(w, self.failed(w, 500, b"the model failed on this batch")) for w in batch])
+                finally:
+                    self.state.end(self.number, index)
+        except BaseException:
+            logs.logger.exception("a predictor ended")
+            os._exit(1)  # better a new worker than one that works with half its cores
 
     def run_batch(self, batch: list[Waiting], alone: bool, metrics: WorkerMetrics) -> None:
         """Decode, run, answer. What is past its deadline or can't be decoded is answered before the graph runs."""
         model, started = self.api.model, time.monotonic()
         taken, pixels, decode_us, refused = [], [], [], []
-        for w in batch:
+        for w in batch:  # grows while it is gone through
             if w.job.deadline < started:
                 refused.append((w, self.failed(w, 504, b"the deadline passed before its turn")))
                 metrics.outcome("expired")
@@ -206,9 +144,11 @@ class PredictLoop(LitLoop):
             except ImageError as error:
                 refused.append((w, self.failed(w, error.status, str(error).encode())))
                 metrics.outcome("refused")
-                continue
-            taken.append(w)
-            decode_us.append(int((time.perf_counter() - before) * 1e6))
+            else:
+                taken.append(w)
+                decode_us.append(int((time.perf_counter() - before) * 1e6))
+            if w is batch[-1] and not alone:
+                batch += self.backlog.more(self.api.settings.max_batch_size - len(batch))
         if refused:
             reply(refused)
         if not taken:
@@ -230,7 +170,7 @@ class PredictLoop(LitLoop):
         outputs = model.engine.run(images, wanted, alone)
         infer = time.perf_counter() - before
         infer_us = int(infer * 1e6)
-        queue_us = [int((started - w.arrived) * 1e6) for w in taken]
+        queue_us = [max(0, int((started - w.arrived) * 1e6)) for w in taken]
         reply([(w, Answer(w.job.id, 200, model.version, q, d, infer_us, body))
                for w, q, d, body in zip(taken, queue_us, decode_us, bodies(model, taken, outputs), strict=True)])
         metrics.batch(model, outputs, queue_us, decode_us, infer)

@@ -66,7 +66,8 @@ def expected(images: np.ndarray, classes: int, scale: float = 1.0) -> dict[str, 
 
 def write(store: Path, name: str = "colours", classes: list[str] | None = None, scale: float = 1.0, size: int = 32,
           promote: bool = True, calibration: Calibration | None = None,
-          baseline: dict[str, Histogram] | None = None, samples: int = 16) -> Path:
+          baseline: dict[str, Histogram] | None = None, samples: int = 16,
+          files: list[bytes] | None = None) -> Path:
     """Publish a version of a tiny model; returns its directory."""
     classes = classes or CLASSES
     spec = InputSpec(height=size, width=size, channels=3, resize="crop")
@@ -75,7 +76,7 @@ def write(store: Path, name: str = "colours", classes: list[str] | None = None, 
         directory, version = staged.path, staged.version
         onnx.save(graph(spec, len(classes), scale), directory / "model.onnx")
         (directory / "samples").mkdir()
-        files = [image(CLASSES[i % 3], size, seed=i) for i in range(samples)]
+        files = files or [image(CLASSES[i % 3], size, seed=i) for i in range(samples)]
         for i, data in enumerate(files):
             (directory / "samples" / f"{i:02d}.png").write_bytes(data)
         pixels = np.stack([decode(data, spec) for data in files])

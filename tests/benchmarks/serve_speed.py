@@ -68,11 +68,11 @@ def children(pid: int) -> list[int]:
 class Bare:
     """onnxruntime alone: one thread a core, each with the one-thread session on its own batch."""
 
-    def __init__(self, path: Path, image: bytes, decodes: bool, batch: int):
+    def __init__(self, path: Path, image: bytes, decodes: bool, batch: int, threads: int = 1):
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
+        options.intra_op_num_threads = threads
         self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         self.spec, self.image, self.decodes, self.batch = read_manifest(path.parent).input, image, decodes, batch
         self.images = np.stack([decode(image, self.spec)] * batch)
@@ -100,8 +100,7 @@ class Bare:
 @contextmanager
 def serving(command: list[str], port: int, health: str):
     """A server process that answers `health`; yields its pid."""
-    process = subprocess.Popen([sys.executable, *command], cwd=HERE.parents[1], stdout=subprocess.DEVNULL,
-                               start_new_session=True)
+    process = subprocess.Popen([sys.executable, *command], cwd=HERE.parents[1], stdout=subprocess.DEVNULL)
     try:
         end = time.monotonic() + 60
         while True:
@@ -110,7 +109,7 @@ def serving(command: list[str], port: int, health: str):
                 break
             except OSError:
                 assert time.monotonic() < end, f"{command} did not start"
-                time.sleep(0.1)
+                time.sleep(0.02)
         yield process.pid
     finally:
         pids = [process.pid, *children(process.pid)]  # LitServe's children outlive SIGTERM
@@ -120,6 +119,12 @@ def serving(command: list[str], port: int, health: str):
         for pid in pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+
+
+def service(store: Path, model: str, port: int, *flags: str):
+    """Our own server, ready; yields its pid."""
+    return serving(["-m", "serve", "--store", str(store), "--model", model, "--port", str(port), "--host", "127.0.0.1",
+                    "--metrics-port", str(free_port()), "--log-level", "error", *flags], port, "/health/ready")
 
 
 def load(port: int, pid: int, script: Path, seconds: float, clients: int = 32) -> dict:
@@ -161,12 +166,13 @@ def case(store: Path, name: str, rounds: int, seconds: float, rivals: list[str])
         servers = {}
         for kind in ["service", *rivals]:
             port = free_port()
-            command = ["-m", "serve", "--store", str(store), "--model", model, "--variant", variant,
-                       "--port", str(port), "--host", "127.0.0.1", "--metrics-port", str(free_port()), "--log-level", "error"] \
-                if kind == "service" else [str(HERE / "serve_rivals.py"), kind, str(file), str(port),
-                                           str(bundle / "manifest.json")]
-            pid = stack.enter_context(serving(command, port, "/health/ready" if kind == "service" else "/health"))
-            servers[kind] = (port, pid, scripts["application/json" if kind == "litserve" else "image/jpeg"])
+            if kind == "service":
+                pid = stack.enter_context(service(store, model, port, "--variant", variant))
+            else:
+                command = [str(HERE / "serve_rivals.py"), kind, str(file), str(port), str(bundle / "manifest.json")]
+                pid = stack.enter_context(serving(command, port, "/health"))
+            script = scripts["application/json" if kind == "litserve" else "image/jpeg"]
+            servers[kind] = (port, pid, script)
             load(*servers[kind], 1)
         found = []
         for _ in range(rounds):

@@ -1,0 +1,174 @@
+"""What the service costs beside its answers: processor time a request, idle, memory, start, one client's latency.
+
+    python tests/benchmarks/serve_cost.py [--seconds 4]
+
+- api_us: CPU of the HTTP process a request, from /proc, with a network so small that it has most to do (32 clients).
+- checks_share: what metrics, limits, request ids and remembered answers cost together, of all CPU that a request for
+  ResNet-18 int8 at 32 pixels costs the service. The very functions are timed alone, with a request's real arguments.
+- idle_cores: CPU of all processes over five idle seconds.
+- one_client: requests a second of one client on ResNet-18 at 32 pixels, over those of one bare decode and run at a time
+  with a session over all cores; the rounds alternate.
+- ready_s: from the command to the first 200 of /health/ready, files in the page cache; the least of three starts.
+- memory_mb: proportional set size of all processes, after load, with ResNet-18.
+Prints JSON lines.
+"""
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import timeit
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(HERE.parents[1]))
+
+from serve_speed import SCRIPT, Bare, children, cpu_seconds, free_port, load, service  # noqa: E402
+
+from models.bundle import Bundle, read_manifest  # noqa: E402
+from models.image import decode  # noqa: E402
+
+
+def own_cpu(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def http_process(pid: int) -> int:
+    return next(p for p in children(pid) if b"-m\0serve" in Path(f"/proc/{p}/cmdline").read_bytes())
+
+
+def memory_mb(pid: int) -> float:
+    total = 0
+    for process in [pid, *children(pid)]:
+        text = Path(f"/proc/{process}/smaps_rollup").read_text()
+        total += int(re.search(r"^Pss:\s+(\d+)", text, re.MULTILINE)[1])
+    return total / 1024
+
+
+def script(store: Path) -> tuple[Path, bytes]:
+    from serve_models import picture
+
+    image, file, lua = picture(32, 32), store / "one.body", store / "one.lua"
+    file.write_bytes(image)
+    lua.write_text(SCRIPT % ("image/jpeg", file))
+    return lua, image
+
+
+def api_cost(store: Path, lua: Path, seconds: int) -> dict:
+    port = free_port()
+    with service(store, "tiny", port) as pid:
+        load(port, pid, lua, 1)
+        api, before = http_process(pid), None
+        before = own_cpu(api)
+        found = load(port, pid, lua, seconds)
+        used = own_cpu(api) - before
+        time.sleep(2)
+        idle = cpu_seconds(pid)
+        time.sleep(5)
+        return {"api_us": round(1e6 * used / (found["rate"] * seconds), 1), "requests_s": found["rate"],
+                "idle_cores": round((cpu_seconds(pid) - idle) / 5, 4)}
+
+
+def resnet(store: Path, lua: Path, image: bytes, seconds: int) -> dict:
+    from serve_models import publish
+
+    port, variant = free_port(), "int8"
+    bundle = publish(store, "small")
+    bare = Bare(bundle / read_manifest(bundle).variants[variant].file, image, True, 1, threads=0)
+    with service(store, "small", port, "--variant", variant) as pid:
+        busy = load(port, pid, lua, seconds)
+        ratios = []
+        for _ in range(3):
+            alone = one_at_a_time(bare, image, 1.0)
+            ratios.append(load(port, pid, lua, 2, clients=1)["rate"] / alone)
+        memory = memory_mb(pid)
+    return {"one_client": round(statistics.median(ratios), 3), "memory_mb": round(memory, 1),
+            "cpu_us_a_request": round(1e6 * busy["cpu"], 1)}
+
+
+def one_at_a_time(bare: Bare, image: bytes, seconds: float) -> float:
+    done, began = 0, time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        bare.session.run(["probabilities", "energy"], {"image": decode(image, bare.spec)[None]})
+        done += 1
+    return done / (time.perf_counter() - began)
+
+
+def checks_us(bundle: Path) -> float:
+    """Microseconds a request of all that is not: reading it, running it, answering it."""
+    import numpy as np
+
+    from serve.feedback import Feedback
+    from serve.frames import Answer
+    from serve.front import Front
+    from serve.metrics import Slab, WorkerMetrics
+    from serve.model import Model
+    from serve.predict import Predictor
+    from serve.settings import Settings
+    from serve.state import State
+
+    class Pool:
+        usable = (None,)
+
+    with tempfile.TemporaryDirectory() as run:
+        settings, state, slab = Settings(max_batch_size=1), State.create(run), Slab(f"{run}/api.metrics")
+        model = Model(Bundle(bundle, verify=False), settings.model_copy(update={"variant": "int8"}), 1)
+        front = Front(None, settings, run)
+        front.slab, front.codes = slab, {200: slab.slot("requests", "200")}
+        feedback = Feedback(run, slab, Pool())
+        predictor = Predictor(settings, Pool(), state, slab, 0, feedback)
+        worker, n = WorkerMetrics(f"{run}/worker.metrics"), 8
+        outputs = [np.random.default_rng(0).dirichlet(np.ones(10), n).astype(np.float32), np.zeros(n, np.float32)]
+        headers = {b"content-type": b"image/jpeg", b"content-length": b"975"}
+        body = model.answers.compose(outputs[0][:1], outputs[1][:1], [5])[0].encode()
+        answers = [Answer(1, 200, 1, 0, 0, 0, body + b"}")]
+
+        def request() -> None:
+            front.authorize(headers)
+            name = front.new_id()
+            place = predictor.enter(headers)
+            predictor.hold(place, 0, 975)
+            predictor.hold(place, 1, 0)
+            predictor.leave(place)
+            front.count(200, 0.01)
+            feedback.remember(name, answers)
+
+        once = min(timeit.repeat(request, number=2000, repeat=5)) / 2000
+        batch = min(timeit.repeat(lambda: worker.batch(model, outputs, [100] * n, [20] * n, 0.01), number=500,
+                                  repeat=5)) / 500 / n
+        return 1e6 * (once + batch)
+
+
+def ready_seconds(store: Path) -> float:
+    found = []
+    for _ in range(3):
+        began = time.perf_counter()
+        with service(store, "small", free_port()):
+            found.append(time.perf_counter() - began)
+    return min(found)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=int, default=4)
+    parser.add_argument("--store", type=Path)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as place:
+        where = given.store or Path(place)
+        made = f"import sys; sys.path.insert(0, {str(HERE)!r}); from pathlib import Path; import serve_models as m; " \
+               f"[m.publish(Path({str(where)!r}), case) for case in ('tiny', 'small')]"
+        subprocess.run([sys.executable, "-c", made], check=True)  # torch stays out of this process
+        sys.path.insert(0, str(HERE))
+        lua_, image_ = script(where)
+        print(json.dumps(api_cost(where, lua_, given.seconds)), flush=True)
+        line = resnet(where, lua_, image_, given.seconds)
+        checks = checks_us(where / "small" / "1")
+        print(json.dumps(line | {"checks_us": round(checks, 1),
+                                 "checks_share": round(checks / line["cpu_us_a_request"], 4)}), flush=True)
+        print(json.dumps({"ready_s": round(ready_seconds(where), 2)}), flush=True)

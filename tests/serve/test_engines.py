@@ -1,0 +1,58 @@
+"""Engines and variants, by setting and by what the machine can do."""
+import importlib.util
+
+import cv2
+import numpy as np
+import pytest
+import tiny
+from test_start import refused, run
+
+from models.image import InputSpec, decode
+
+IMAGES = [tiny.image(label, seed=7) for label in tiny.CLASSES]
+needs_openvino = pytest.mark.skipif(not importlib.util.find_spec("openvino"), reason="the extra openvino is missing")
+
+
+def check_answers(server, tolerance: float) -> str:
+    """Right answers, one at a time and many at once; returns the engine's name."""
+    for data in IMAGES:
+        want = tiny.expected(decode(data, InputSpec(height=32, width=32))[None], 3)["probabilities"][0]
+        (prediction,) = server.predict(data).json()["predictions"]
+        assert prediction["index"] == want.argmax()
+        assert prediction["confidence"] == pytest.approx(want.max(), abs=tolerance)
+    many = server.http.post("/predict", files=[("f", ("x", data)) for data in IMAGES * 8]).json()
+    assert [p["label"] for p in many["predictions"]] == tiny.CLASSES * 8
+    return server.http.get("/model").json()["engine"]
+
+
+@pytest.mark.parametrize("threads", ["1", "2", "3"])
+def test_onnxruntime(start, threads):
+    assert check_answers(start("--engine", "onnxruntime", "--threads", threads), 1e-4) == "onnxruntime"
+
+
+@needs_openvino
+def test_openvino(start):
+    assert check_answers(start("--engine", "openvino"), 0.03) in ("openvino", "openvino-bf16")
+
+
+@needs_openvino
+def test_bfloat16_is_refused_where_it_changes_the_samples(start, tmp_path):
+    """Large logits that are nearly equal: 8 bits of precision can't tell them apart."""
+    gray = [np.random.default_rng(i).integers(90, 160, (32, 32, 3), np.uint8) for i in range(16)]
+    tiny.write(tmp_path, scale=30, files=[cv2.imencode(".png", pixels)[1].tobytes() for pixels in gray])
+    server = start("--engine", "openvino", store=tmp_path)
+    assert server.http.get("/model").json()["engine"] == "openvino"
+
+
+def test_cuda_without_a_gpu_is_refused_in_one_line(bundle_store):
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("there is a GPU")
+    refused(run("--store", str(bundle_store), "--engine", "cuda", "--host", "127.0.0.1", "--port", "18197",
+                "--metrics-port", "0"), "cuda")
+
+
+def test_an_unknown_variant_is_refused_in_one_line(bundle_store):
+    refused(run("--store", str(bundle_store), "--variant", "int4", "--host", "127.0.0.1", "--port", "18196",
+                "--metrics-port", "0"), "int4", "fp32")
