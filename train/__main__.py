@@ -1,4 +1,4 @@
-"""`python -m train fit|validate|test|predict|run …`"""
+"""`python -m train run|fit|validate|test|predict|audit|find-lr|find-batch-size …`"""
 import sys
 
 from train.cli import main

@@ -1,12 +1,16 @@
 """The command line: Lightning's, with our classes, one line an error, and a bundle after `fit`."""
+import csv
 import errno
 import logging
 import sys
 import time
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
@@ -21,6 +25,7 @@ from train.data import ImageData
 from train.ema import WeightAverage
 from train.export import Export, export_bundle
 from train.failures import Diverged, OutOfMemory, is_out_of_memory
+from train.find import find_batch_size, find_lr
 from train.history import History
 from train.monitor import Monitor
 from train.precision import affordable
@@ -30,6 +35,7 @@ from train.system import Classifier
 
 RECIPES = Path(__file__).parent / "recipes"
 RUNS = "artifacts/runs"
+FINDERS = {"find-lr": find_lr, "find-batch-size": find_batch_size}
 FAILURE = 1  # exit status for what went wrong in a run that was set up right
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 USAGE = 2  # exit status for what the user can put right
@@ -131,9 +137,37 @@ class CLI(LightningCLI):
         if self.trainer.is_global_zero:
             self.run.finish()
 
+    def predict(self, **arguments: Any) -> None:
+        """Print what the checkpoint makes of the test part, as CSV: image, predicted class, its probability."""
+        found = self.trainer.predict(**arguments)
+        data, rows = self.datamodule, csv.writer(sys.stdout)
+        mine = data.index["test"][self.trainer.global_rank::self.trainer.world_size]
+        if self.trainer.is_global_zero:
+            rows.writerow(("image", "label", "confidence"))
+        for i, probabilities in zip(mine.tolist(), torch.cat(found), strict=True):
+            confidence, index = probabilities.max(0)
+            rows.writerow((data.found.items.name(i), data.classes[index], f"{confidence:.4f}"))
+
     def plain_config(self) -> dict[str, Any]:
         """All knobs as plain values, as the manifest keeps them."""
         return yaml.safe_load(self.parser.dump(self.config, skip_none=False, format="yaml"))[self.subcommand]
+
+
+class Finder(CLI):
+    """Takes what `fit` takes and tries something out in its place."""
+
+    def __init__(self, finder: Callable[[dict[str, Any], Classifier, ImageData], None], *settings: Any, **more: Any):
+        self.finder = finder
+        super().__init__(*settings, **more)
+
+    def before_fit(self) -> None:
+        pass
+
+    def fit(self, **arguments: Any) -> None:
+        self.finder(self.config_init.fit.trainer, self.model, self.datamodule)
+
+    def after_fit(self) -> None:
+        pass
 
 
 def model_name(source: str) -> str:
@@ -180,7 +214,11 @@ def run(argv: list[str]) -> CLI | None:
         return audit(argv[1:])
     if argv[:1] == ["run"]:
         argv = front_door(argv[1:])
-    return CLI(
+    kind: Any = CLI
+    if argv and argv[0] in FINDERS:
+        kind = partial(Finder, FINDERS[argv[0]])
+        argv = ["fit", *argv[1:]] if argv[1:2] and argv[1].startswith("-") else front_door(argv[1:])
+    return kind(
         Classifier, ImageData, args=argv, parser_class=Parser,
         auto_configure_optimizers=False, save_config_callback=None,
         trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False, "max_epochs": 10},

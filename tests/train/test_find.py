@@ -1,0 +1,23 @@
+"""The learning-rate finder and the batch-size finder, from the command line."""
+import re
+
+
+def test_the_learning_rate_found_lies_where_the_loss_falls(commands, tmp_path):
+    found = commands.run("find-lr", "digits", "--logger", "none", cwd=tmp_path).text.splitlines()
+    rows = [(float(a), float(b)) for a, b in (line.split() for line in found if re.fullmatch(r"\s+[\d.e+-]+\s+[\d.]+", line))]
+    assert rows[0][0] < 1e-5
+    assert len(rows) >= 10
+    least = min(loss for _, loss in rows)
+    assert least < 1.5 < rows[0][1]
+    rate = float(re.match(r"--model.optimizer.lr (\S+)  \(", found[-1])[1])
+    assert rows[0][0] < rate < next(r for r, loss in rows if loss == least)
+    assert not list(tmp_path.iterdir())  # a trial leaves nothing behind
+
+
+def test_the_batch_size_found_was_tried(commands, tmp_path):
+    found = commands.run("find-batch-size", "digits", "--model.network", "convnet", cwd=tmp_path).text.splitlines()
+    speeds = {int(a): float(b.replace(",", "")) for a, b, _ in (line.split() for line in found if line.endswith("-"))}
+    assert list(speeds)[:3] == [16, 32, 64]
+    best = int(re.match(r"--data.batch_size (\d+)  \(", found[-1])[1])
+    assert speeds[best] >= 0.95 * max(speeds.values())
+    assert not list(tmp_path.iterdir())
