@@ -16,7 +16,8 @@ PACKAGES = ("torch", "torchvision", "lightning", "onnx", "onnxscript", "onnxrunt
 
 def provenance(device: torch.device, data: DataInfo, seed: int, recipe: dict[str, Any],
                seconds: dict[str, float]) -> Provenance:
-    commit, status = _git("rev-parse", "HEAD"), _git("status", "--porcelain")
+    commit = _git("rev-parse", "HEAD") or os.environ.get("IMAGO_REVISION")  # an image has no repository, but was told
+    status = _git("status", "--porcelain")
     packages = {"python": platform.python_version()} | {p: v for p in PACKAGES if (v := _version(p))}
     return Provenance(git_commit=commit, git_dirty=None if status is None else bool(status), data=data,
                       packages=packages, device=device_name(device), seed=seed, recipe=recipe, seconds=seconds)
