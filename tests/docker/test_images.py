@@ -103,8 +103,11 @@ def bundle(volume: Path) -> tuple[Path, dict]:
     return path, json.loads((path / "manifest.json").read_text())
 
 
-def test_training_left_a_bundle_in_the_volume(volume):
+def test_training_left_a_bundle_in_the_volume(volume, engine):
     path, manifest = bundle(volume)
+    revision = 'index .Config.Labels "org.opencontainers.image.revision"'
+    label = engine("image", "inspect", "--format", f"{{{{{revision}}}}}", name("train")).stdout.strip()
+    assert manifest["provenance"]["git_commit"] == label
     assert (volume / "store/digits/latest").readlink() == Path("1")
     assert manifest["metrics"]["test"]["accuracy"] > 0.95
     assert (path / "model.onnx").stat().st_size > 0

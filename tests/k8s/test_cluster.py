@@ -203,6 +203,7 @@ def test_a_wrong_setting_fails_at_once():
     again("--trainer.max_epochs=none-at-all")
     kubectl("wait", "--for=condition=Failed", "job/imago-train", "--timeout=120s")
     assert len(train_pods()) == 1
+    assert "max_epochs" in kubectl("logs", "job/imago-train").splitlines()[-1]
     assert "PodFailurePolicy" in kubectl("get", "job", "imago-train", "-o", "jsonpath={.status.conditions}")
 
 
