@@ -14,7 +14,20 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from models.bundle import EXPECTED, SAMPLES, BundleError, DataInfo, Manifest, Sample, Variant, sha256, write_sums
+from models.bundle import (
+    EXPECTED,
+    SAMPLES,
+    BundleError,
+    Calibration,
+    DataInfo,
+    Histogram,
+    Manifest,
+    Metrics,
+    Sample,
+    Variant,
+    sha256,
+    write_sums,
+)
 from models.image import decode
 from models.networks.base import Network
 from models.store import Staged, Store
@@ -89,19 +102,12 @@ def export_bundle(trainer: L.Trainer, system: L.LightningModule, data: ImageData
                   staged.path / "weights.safetensors", {key: json.dumps(value) for key, value in about.items()})
         samples, expected = write_samples(staged.path, served, data, export.samples)
         variants, notes = make_variants(staged.path, served, data, expected, test, export.quantize, seconds)
-        rows = evaluate.spread(len(val.labels), MAX_IMAGES)
-        facts = data.known.facts[data.index["val"]]
-        scored = {"val": val, "test": test}
-        if 0 < len(data.leaked_test) < len(test.labels):
-            scored["test_unleaked"] = test.without(data.leaked_test)
-        metrics = {part: evaluate.metrics(of, calibration.temperature) for part, of in scored.items()}
         info = DataInfo(source=str(data.source), digest=data.digest, counts=data.counts)
         manifest = Manifest(
             name=name, version=staged.version, created=datetime.now(UTC), network=system.name, classes=data.classes,
-            input=data.input, outputs=served.names(), variants=variants, calibration=calibration,
-            baseline=baseline(val.logits, calibration.temperature, evaluate.images(data, "val", rows),
-                              np.stack([facts["width"], facts["height"]], 1)),
-            metrics=metrics, samples=samples, notes=notes + doubts(calibration, data.counts),
+            input=data.input, outputs=served.names(), variants=variants, calibration=calibration, samples=samples,
+            baseline=drift_baseline(data, val, calibration), metrics=score_all(data, val, test, calibration),
+            notes=notes + doubts(calibration, data.counts),
             provenance=provenance(device, info, recipe["seed_everything"], recipe, seconds))
         if export.report:
             with timed(seconds, "report"):
@@ -110,7 +116,7 @@ def export_bundle(trainer: L.Trainer, system: L.LightningModule, data: ImageData
                 history = next((c.rows for c in trainer.callbacks if isinstance(c, History)), [])
                 write_report(staged.path, manifest, served, data, val, test, history, export)
         path = seal(staged, manifest, seconds, export)
-    tested = metrics["test"]
+    tested = manifest.metrics["test"]
     print(f"{path}: test accuracy {tested.accuracy:.4f} on {tested.images} images; "
           f"serve it: python -m serve --store {store} --model {name}")
     return path
@@ -209,7 +215,23 @@ def make_int8(source: Path, target: Path, data: ImageData, test: evaluate.Scores
     return (found.accuracy if found.passed else None), found.story(config.max_loss)
 
 
-def doubts(calibration, counts: dict[str, int]) -> list[str]:
+def score_all(data: ImageData, val: evaluate.Scores, test: evaluate.Scores, calibration: Calibration
+              ) -> dict[str, Metrics]:
+    """Metrics of each part, and of the test part without what the audit found in the others."""
+    scored = {"val": val, "test": test}
+    if 0 < len(data.leaked_test) < len(test.labels):
+        scored["test_unleaked"] = test.without(data.leaked_test)
+    return {part: evaluate.metrics(of, calibration.temperature) for part, of in scored.items()}
+
+
+def drift_baseline(data: ImageData, val: evaluate.Scores, calibration: Calibration) -> dict[str, Histogram]:
+    """Of validation data. Widths and heights are those of the files, before they were made to fit."""
+    facts = data.known.facts[data.index["val"]]
+    images = evaluate.images(data, "val", evaluate.spread(len(val.labels), MAX_IMAGES))
+    return baseline(val.logits, calibration.temperature, images, np.stack([facts["width"], facts["height"]], 1))
+
+
+def doubts(calibration: Calibration, counts: dict[str, int]) -> list[str]:
     """What a reader should know of the promises that test data did not confirm."""
     found = []
     level, seen = calibration.conformal_level, calibration.conformal_coverage
