@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from models import networks
-from models.networks.weights import load_weights
+from models.networks.weights import load_weights, weights_file
 from train import optim
 from train.failures import Diverged
 
@@ -30,7 +30,8 @@ class Classifier(L.LightningModule):
         Args:
             network: name of the network: lenet, convnet, convnet4, speednet or any classification model of torchvision.
             options: passed to the network, e.g. {widths: [64, 256, 256]} for speednet.
-            weights: file of weights to start from: a bundle's weights.safetensors or a torch state dict.
+            weights: file of weights to start from: a bundle's weights.safetensors or a torch state dict; imagenet for
+                torchvision's, downloaded once.
             optimizer: which one, and its learning rates.
             schedule: learning rate over the steps.
             label_smoothing: share of the label that goes to all classes alike, in training.
@@ -64,7 +65,7 @@ class Classifier(L.LightningModule):
         weights = data.class_weights if self.weigh_classes else None
         self.register_buffer("class_weights", weights, persistent=False)
         if self.weights:
-            load_weights(self.network, self.weights)
+            load_weights(self.network, weights_file(self.weights, self.name))
         elif stage == "fit" and hasattr(self.network, "prepare"):
             self.network.prepare(self.normalize(first_images(data.train_dataloader(), PREPARE_IMAGES)))
         self.network.to(memory_format=self.layout)

@@ -2,12 +2,36 @@
 from pathlib import Path
 
 import torch
+import torchvision
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from models.networks import zoo
 from models.networks.base import Network
-from models.networks.zoo import sum_rgb
+
+IMAGENET = "imagenet"
+
+
+def weights_file(weights: str, network: str) -> Path:
+    """The file of weights: a path, or for "imagenet" torchvision's best ones for the network, downloaded once.
+
+    Raises ValueError, with the way out, where there are none or they can't be downloaded.
+    """
+    if weights != IMAGENET:
+        return Path(weights)
+    if network not in zoo.names():
+        raise ValueError(f"weights imagenet: torchvision has none for {network!r}; choose a network of torchvision")
+    url = torchvision.models.get_model_weights(network).DEFAULT.url
+    file = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(file), progress=False)
+        except OSError as error:
+            raise ValueError(f"weights imagenet: can't download {url} ({error}); fetch it where there is a network and "
+                             "give the file in place of «imagenet»") from error
+    return file
 
 
 def load_weights(network: Network, path: str | Path) -> list[str]:
@@ -22,7 +46,7 @@ def load_weights(network: Network, path: str | Path) -> list[str]:
     for name, old in state.items():
         new = found.get(name, found.get(name.removeprefix("model.")))
         if new is not None and new.ndim == 4 and old.ndim == 4 and new.shape[1] == 3 and old.shape[1] == 1:
-            new = sum_rgb(new)
+            new = zoo.sum_rgb(new)
         if new is None or new.shape != old.shape:
             kept.append(name)
         else:

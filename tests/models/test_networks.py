@@ -4,7 +4,7 @@ import torch
 from safetensors.torch import save_file
 
 from models import networks
-from models.networks.weights import load_weights
+from models.networks.weights import load_weights, weights_file
 
 OWN = list(networks.OWN)
 # One model of each family of torchvision, the smallest, and the sizes that it takes.
@@ -133,6 +133,21 @@ def test_what_cannot_be_built_says_why(name, size, options, word):
     with pytest.raises(ValueError, match=word) as error:
         networks.build(name, 5, 3, size, **options)
     assert "\n" not in str(error.value)
+
+
+def test_weights_of_imagenet_come_from_the_cache_or_say_how_to_get_them(tmp_path, monkeypatch):
+    import torchvision
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens there
+    with pytest.raises(ValueError, match=r"can't download https://.*fetch it"):
+        weights_file("imagenet", "squeezenet1_1")
+    place = tmp_path / "hub" / "checkpoints" / "squeezenet1_1-b8a52dc0.pth"
+    torch.save(torchvision.models.squeezenet1_1().state_dict(), place)
+    network = networks.build("squeezenet1_1", 5, 3, 224)
+    assert load_weights(network, weights_file("imagenet", "squeezenet1_1")) == ["head.weight", "head.bias"]
+    with pytest.raises(ValueError, match="torchvision has none"):
+        weights_file("imagenet", "lenet")
 
 
 @pytest.mark.parametrize(("content", "word"), [(None, "no such file"), (b"rubbish", "not a file of weights"),
