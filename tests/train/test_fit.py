@@ -1,4 +1,5 @@
 """Training through the command line: digits to a bundle, every recipe for a step, seeds, knobs, and what is refused."""
+import csv
 import json
 import subprocess
 import sys
@@ -51,7 +52,7 @@ def command(*words: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", "train", *words], cwd=ROOT, capture_output=True, text=True)
 
 
-def test_a_checkpoint_is_validated_tested_and_predicted_from(tmp_path):
+def test_a_checkpoint_is_validated_tested_and_predicted_from(tmp_path, capsys):
     fit(tmp_path, epochs=3)
     checkpoint = next((tmp_path / "runs").rglob("best.ckpt"))
     recipe = ["--config", str(cli.RECIPES / "digits.yaml"), "--ckpt_path", str(checkpoint), "--progress.quiet", "true",
@@ -61,7 +62,14 @@ def test_a_checkpoint_is_validated_tested_and_predicted_from(tmp_path):
     assert validated["val/accuracy"] > 0.8
     assert tested["test/accuracy"] > 0.8
     assert 0.3 < tested["test_tta/accuracy"] <= 1  # digits have no mirror image, so this is worse
-    assert cli.run(["predict", *recipe]).trainer.predict_loop.predictions[0].shape == (128, 10)
+    capsys.readouterr()
+    data = cli.run(["predict", *recipe]).datamodule
+    rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    assert len(rows) == data.counts["test"]
+    truth = {data.found.items.name(i): data.classes[data.found.labels[i]] for i in data.index["test"].tolist()}
+    right = [truth[row["image"]] == row["label"] for row in rows]
+    assert np.mean(right) == pytest.approx(tested["test/accuracy"].item())
+    assert all(0.1 < float(row["confidence"]) <= 1 for row in rows)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
