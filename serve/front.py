@@ -185,7 +185,7 @@ class Front:
             self.count(status, seconds)
         if self.tracing:
             self.tracing.record(request, response, seconds)
-        if self.settings.access_log or status in (500, 503, 504):
+        if self.settings.access_log or (status in (500, 503, 504) and "/health/" not in path):
             self.log(request, status, seconds)
 
     def count(self, status: int, seconds: float) -> None:

@@ -1,0 +1,60 @@
+"""As strict containers run it: PID 1, read-only root, no capabilities, no network but its own."""
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+from conftest import ROOT
+
+SETUP = ("mount --make-rprivate / && mount -o remount,ro,bind / && (mount -o remount,ro,bind /tmp 2>/dev/null || true) "
+         "&& ip link set lo up && exec setpriv --no-new-privs --bounding-set=-all \"$@\"")
+UNSHARE = ["unshare", "--mount", "--net", "--pid", "--fork", "--mount-proc"]
+needs_namespaces = pytest.mark.skipif(
+    not all(map(shutil.which, ("unshare", "nsenter", "setpriv", "ip")))
+    or subprocess.run([*UNSHARE, "sh", "-c", SETUP, "sh", "true"], capture_output=True).returncode != 0,
+    reason="this user can't make namespaces")
+
+
+def ask(pid: int, path: str, data: bytes | None = None) -> int:
+    """The status of a request from inside the server's network namespace."""
+    code = ("import sys, httpx; data = sys.stdin.buffer.read() or None; "
+            "print(httpx.request('POST' if data else 'GET', 'http://127.0.0.1:8000' + sys.argv[1], content=data, "
+            "headers={'Content-Type': 'image/png'}).status_code)")
+    done = subprocess.run(["nsenter", "-t", str(pid), "-n", sys.executable, "-c", code, path], input=data or b"",
+                          capture_output=True)
+    return int(done.stdout or 0)
+
+
+@needs_namespaces
+def test_pid_1_on_a_read_only_root_without_capabilities(tmp_path):
+    tiny.write(tmp_path / "store")
+    command = [sys.executable, "-m", "serve", "--store", str(tmp_path / "store"), "--host", "127.0.0.1"]
+    with (tmp_path / "log").open("wb") as log:
+        outer = subprocess.Popen([*UNSHARE, "sh", "-c", SETUP, "sh", *command], cwd=ROOT, stdout=log, stderr=log,
+                                 env={"PATH": os.environ["PATH"], "HOME": "/nonexistent"})
+    try:
+        end = time.monotonic() + 60
+        while True:
+            children = Path(f"/proc/{outer.pid}/task/{outer.pid}/children").read_text().split()
+            if children and ask(int(children[0]), "/health/ready") == 200:
+                break
+            assert outer.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < end, (tmp_path / "log").read_text()
+        inner = int(children[0])
+        assert Path(f"/proc/{inner}/status").read_text().split("NSpid:")[1].split("\n")[0].split()[-1] == "1"
+        assert ask(inner, "/predict", tiny.image("red")) == 200
+        os.kill(inner, signal.SIGTERM)
+        assert outer.wait(25) == 0
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            outer.kill()
+        outer.wait()
+    text = (tmp_path / "log").read_text()
+    assert "Traceback" not in text
+    assert "telemetry" not in text
