@@ -52,7 +52,8 @@ class Frame:
             y = self.at(self.x[0], tick)[1]
             self.parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
                               f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
-        for tick in ticks(*self.x):
+        whole = self.x[1] - self.x[0] >= 5 or x_label != "epoch"  # there is no epoch 1.5
+        for tick in ticks(*self.x) if whole else self.x:
             x = self.at(tick, self.y[0])[0]
             self.parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{tick:g}</text>')
         self.parts.append(f'<text class="label" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" '
@@ -66,8 +67,8 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough)
-    first = -(-low // step)
-    return [round(step * i, 10) for i in range(int(first), int(high // step) + 1)]
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [round(step * i, 10) for i in range(first, last + 1)]
 
 
 def _widen(low: float, high: float) -> tuple[float, float]:
@@ -91,7 +92,7 @@ def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> Markup
     """A heat map, rows the true class; each row's shade is its share."""
     n = len(classes)
     cell = max(14, min(40, 560 // n))
-    room = 6 + min(14, max(map(len, classes))) * 7
+    room = 10 + min(14, max(map(len, classes))) * 7
     size = room + n * cell + 4
     parts = []
     for i, row in enumerate(matrix):
