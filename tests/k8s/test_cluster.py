@@ -121,6 +121,16 @@ def test_a_second_deploy_changes_nothing():
     assert kubectl("get", "pods", "-o", "jsonpath={.items[*].metadata.uid}") == before
 
 
+def test_an_image_that_is_not_there_is_one_line():
+    done = subprocess.run(["make", "deploy", "TAG=no-such"], cwd=ROOT, capture_output=True, text=True)
+    try:
+        assert done.returncode == 2
+        assert "imago-serve:no-such is not on the node" in done.stderr.splitlines()[-2]
+    finally:
+        kubectl("rollout", "undo", "deployment/imago-serving")
+        rolled_out()
+
+
 def test_a_rolling_update_loses_no_request():
     with load() as account:
         kubectl("rollout", "restart", "deployment/imago-serving")

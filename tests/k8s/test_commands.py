@@ -1,0 +1,61 @@
+"""What make says when it can't deploy: one line, what is wrong and what to do, exit status 2."""
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from rendered import K8S
+
+
+def run(verb: str, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run([K8S / "cluster", verb], capture_output=True, text=True, env={**os.environ, **env})
+
+
+def one_line(done: subprocess.CompletedProcess) -> str:
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.startswith("make: ")
+    assert done.stderr.count("\n") == 1, done.stderr
+    return done.stderr
+
+
+@pytest.fixture
+def nowhere(tmp_path) -> dict[str, str]:
+    """A kubectl that knows a cluster which does not answer."""
+    config = tmp_path / "config"
+    config.write_text("""{apiVersion: v1, kind: Config, current-context: gone, users: [],
+      clusters: [{name: gone, cluster: {server: "https://127.0.0.1:1"}}],
+      contexts: [{name: gone, context: {cluster: gone, user: nobody}}]}""")
+    return {"KUBECONFIG": str(config)}
+
+
+@pytest.mark.parametrize("verb", ["deploy", "undeploy"])
+def test_a_wrong_overlay(verb):
+    assert "no overlay 'moon'; there are: cpu gpu local" in one_line(run(verb, OVERLAY="moon"))
+
+
+@pytest.mark.parametrize("verb", ["deploy", "undeploy", "logs", "scale"])
+def test_a_missing_cluster(verb, nowhere):
+    assert "no cluster answers in kubectl's context 'gone'" in one_line(run(verb, N="2", **nowhere))
+
+
+@pytest.mark.parametrize("count", ["", "many", "-1"])
+def test_scale_without_a_number(count):
+    assert "make scale N=3" in one_line(run("scale", N=count))
+
+
+def test_no_kubectl(tmp_path):
+    for tool in ("bash", "dirname", "env"):
+        (tmp_path / tool).symlink_to(f"/usr/bin/{tool}")
+    assert "kubectl is not installed" in one_line(run("logs", PATH=str(tmp_path)))
+
+
+def test_a_registry_and_a_tag_of_ones_own():
+    done = run("render", OVERLAY="gpu", REGISTRY="registry.example.com/team", TAG="7")
+    images = {line.split("image: ")[1] for line in done.stdout.splitlines() if " image: " in line}
+    assert images == {"registry.example.com/team/imago-serve:7-cuda", "registry.example.com/team/imago-train:7"}
+
+
+def test_make_passes_them_on(nowhere):
+    done = subprocess.run(["make", "deploy", "OVERLAY=moon"], cwd=Path(K8S).parent, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[0] == "make: no overlay 'moon'; there are: cpu gpu local"
