@@ -13,6 +13,8 @@ import torch
 from jsonargparse import Namespace
 from lightning.pytorch.utilities import rank_zero_only
 
+from train.preemption import NOTICE
+
 CHOSEN = "IMAGO_TRAIN_CHOSEN"  # carries the choice to processes that Lightning starts itself
 
 
@@ -50,5 +52,6 @@ def part() -> None:
 def own_signals(trainer: L.Trainer) -> None:
     """Keep Lightning's hands off SIGTERM: it would end with status 0, and with several processes its handler
     broadcasts from within a signal and each step waits for a word from the first process."""
+    NOTICE.forward = getattr(trainer.strategy.launcher, "kill", None)  # to processes that Lightning starts
     trainer._signal_connector.register_signal_handlers = lambda: None
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None

@@ -125,7 +125,7 @@ class Classifier(L.LightningModule):
         sums[1].add_(right.sum())
         sums[2].add_(len(logits))
         sums[3].add_(sums[0] - sums[0] == 0)
-        if (step + 1) % self.trainer.log_every_n_steps == 0 and not self.trainer.sanity_checking:
+        if self.trainer._logger_connector.should_update_logs and not self.trainer.sanity_checking:
             self.log_dict({f"{part}/loss_step": loss, f"{part}/accuracy_step": right.float().mean()},
                           on_step=True, on_epoch=False)
             self.check_finite(part)
