@@ -10,6 +10,7 @@ import numpy as np
 
 from models.bundle import Bundle, BundleError
 from models.image import decode
+from models.signing import verify_signature
 from models.verify import compare
 from serve import engine, logs
 from serve.answer import Answers
@@ -22,6 +23,8 @@ class Model:
     """Raises BundleError where the bundle can't be trusted, and where it answers its own samples otherwise here."""
 
     def __init__(self, bundle: Bundle, settings: Settings, threads: int):
+        if settings.public_key:
+            verify_signature(bundle.path, settings.public_key)
         self.bundle, self.manifest = bundle, bundle.manifest
         self.name, self.version = self.manifest.name, self.manifest.version
         self.variant, self.engine = _choose(bundle, settings, threads)

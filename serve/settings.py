@@ -55,6 +55,7 @@ class Settings(BaseSettings):
     # Access and logs
     api_key: SecretStr | None = Field(None, description="clients must send it as X-API-Key or bearer token")
     api_key_file: Path | None = Field(None, description="file that holds the key")
+    public_key: Path | None = Field(None, description="PEM file; only bundles signed with its other half are served")
     log_format: Literal["json", "text"] = Field("json", description="of the log on stderr")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
     access_log: bool = Field(False, description="log every request, not only those that failed")

@@ -102,3 +102,14 @@ def test_openssl_keys_work(tmp_path):
         verify_signature(bundle, public)
     assert main(["sign", "colours", "--store", str(tmp_path / "store"), "--key", str(key)]) == 0
     verify_signature(bundle, public)
+
+
+def test_a_server_that_insists_serves_signed_bundles_only(signed, start, tmp_path):
+    bundle, public = signed
+    store = bundle.parents[1]
+    server = start("--public-key", str(public), "--version", "1", store=store)
+    assert server.predict(tiny.image("red")).status_code == 200
+    tiny.write(store)  # a second version, and nobody signed it
+    refused = start("--public-key", str(public), "--version", "2", store=store, wait=False)
+    assert refused.process.wait(60) == 2
+    assert "bundle.sig: no such file, so the bundle is not signed" in refused.log.read_text()
