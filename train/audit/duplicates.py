@@ -19,7 +19,8 @@ LOOKS = 0.25  # pairs an image, on average, that get it; where more are alike, t
 SAME = 0.9  # correlation in detail that makes them near duplicates
 CELL = 4096  # images that are compared with one another at once
 WHOLE = 65536  # more images than this only meet those in nearby cells
-SIDE, SHIFT, SCALES = 32, 3, (0.87, 1.0, 1.15)  # of the detailed comparison, in pixels of its pictures
+SIDE, SHIFT, SCALES = 32, 3, (0.87, 1.15)  # of the detailed comparison, in pixels of its pictures; beside scale 1
+HOPE = 0.4  # less than this at scale 1 is no duplicate at any
 FLAT = 2.0  # standard deviation in gray levels below which a band-passed image shows nothing to compare
 
 
@@ -104,11 +105,13 @@ def _likeness(pixels: np.ndarray, pairs: np.ndarray, device: torch.device) -> np
     if not len(pairs):
         return np.zeros(0, np.float32)
     first, second = (_gray(pixels[side], device) for side in pairs.T)
-    best = torch.zeros(len(pairs), device=device)
-    for one, two in ((first, second), (second, first)):
+    best = _correlation(_band(first, SIDE), _band(second, SIDE))
+    near_miss = ((best >= HOPE) & (best < SAME)).nonzero()[:, 0]  # most pairs are decided already
+    first, second = first[near_miss], second[near_miss]
+    for one, two in ((first, second), (second, first)) if len(near_miss) else ():
         whole = _band(two, SIDE)
         for scale in SCALES:
-            best = torch.maximum(best, _correlation(_band(one, round(SIDE * scale)), whole))
+            best[near_miss] = torch.maximum(best[near_miss], _correlation(_band(one, round(SIDE * scale)), whole))
     return best.cpu().numpy()
 
 

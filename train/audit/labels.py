@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, conv2d, interpolate
 
-SIDE, PATCH, STRIDE, FILTERS, GRID = 32, 6, 2, 128, 2
+SIDE, PATCH, STRIDE, FILTERS, GRID = 32, 6, 3, 128, 2
 FOLDS = 5
 RIDGE = 0.003  # times the images
 MARGIN = 0.5  # the model's class is at least so much more probable than the label
@@ -62,7 +62,8 @@ def _features(pixels: np.ndarray, index: np.ndarray, device: torch.device) -> Te
 def _images(pixels: np.ndarray, device: torch.device) -> Tensor:
     """uint8 [B, H, W, C] to float32 [B, C, SIDE, SIDE] with mean 0 and deviation 1 an image."""
     images = torch.from_numpy(np.ascontiguousarray(pixels)).to(device).permute(0, 3, 1, 2).float()
-    images = interpolate(images, (SIDE, SIDE), mode="bilinear", antialias=True)
+    if images.shape[2:] != (SIDE, SIDE):
+        images = interpolate(images, (SIDE, SIDE), mode="bilinear", antialias=True)
     std, mean = torch.std_mean(images, (1, 2, 3), keepdim=True)
     return (images - mean) / (std + 10)
 
