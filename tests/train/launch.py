@@ -3,18 +3,19 @@
 Each command is a process of its own, with signals, limits and a status of its own, that begins in 20 ms and not in 8 s.
 Run as a script, this file is the process that forks: it reads a JSON request a line and answers with the process's id.
 """
+import atexit
 import contextlib
 import json
 import os
 import resource
 import subprocess
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import sklearn.datasets
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -25,7 +26,7 @@ class Command:
     def __init__(self, pid: int, log: Path, done: Path):
         self.pid, self.log, self._done = pid, log, done
 
-    def status(self, seconds: float = 120) -> int:
+    def status(self, seconds: float = 280) -> int:
         """Wait for its end; as a shell says it: 128 and the signal's number where a signal killed it."""
         end = time.monotonic() + seconds
         while not self._done.exists():
@@ -33,7 +34,7 @@ class Command:
             time.sleep(0.01)
         return int(self._done.read_text())
 
-    def wait_for(self, words: str, seconds: float = 60) -> None:
+    def wait_for(self, words: str, seconds: float = 280) -> None:
         end = time.monotonic() + seconds
         while words not in self.text:
             assert not self._done.exists(), f"ended before it said {words!r}: {self.text}"
@@ -58,9 +59,9 @@ class Commands:
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "XDG_CACHE_HOME": str(place / "cache")})
 
-    def start(self, *argv: object, env: dict[str, str] | None = None, limits: dict[str, int] | None = None,
+    def start(self, *argv: object, env: dict[str, str | None] | None = None, limits: dict[str, int] | None = None,
               cwd: Path | None = None) -> Command:
-        """`limits`: of the resource module, by name, e.g. {"RLIMIT_FSIZE": 1000}."""
+        """`env`: variables to set, or with None to unset. `limits`: of the resource module, by name."""
         self._count += 1
         log, done = self.place / f"{self._count}.log", self.place / f"{self._count}.status"
         log.touch()
@@ -84,7 +85,6 @@ class Commands:
 def _serve() -> None:
     import train.cli  # what takes long, once
 
-    sklearn.datasets.load_digits()
 
     for line in sys.stdin:
         request = json.loads(line)
@@ -112,12 +112,26 @@ def _command(request: dict[str, Any], main: Callable[[], int]) -> None:
     with open(request["log"], "wb") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-    os.environ.update(request["env"])
+    for name, value in request["env"].items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
     os.chdir(request["cwd"])
     for name, value in request["limits"].items():
         resource.setrlimit(getattr(resource, name), (value, value))
     sys.argv = ["python -m train", *request["argv"]]
-    sys.exit(main())
+    try:
+        code = main()
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # libraries in C++ would wait for threads that a fork has not
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ import re
 
 def test_the_learning_rate_found_lies_where_the_loss_falls(commands, tmp_path):
     found = commands.run("find-lr", "digits", "--logger", "none", cwd=tmp_path).text.splitlines()
-    rows = [(float(a), float(b)) for a, b in (line.split() for line in found if re.fullmatch(r"\s+[\d.e+-]+\s+[\d.]+", line))]
+    table = [line.split() for line in found if re.fullmatch(r"\s+[\d.e+-]+\s+[\d.]+", line)]
+    rows = [(float(rate), float(loss)) for rate, loss in table]
     assert rows[0][0] < 1e-5
     assert len(rows) >= 10
     least = min(loss for _, loss in rows)

@@ -24,6 +24,7 @@ trainer: {{max_epochs: {EPOCHS}, log_every_n_steps: 4, callbacks: [killer.Killer
 logger: csv
 progress: {{quiet: true}}
 export: {{enabled: false}}
+audit: {{enabled: false}}
 resume: {{every_minutes: 0}}
 """
 

@@ -1,0 +1,97 @@
+"""Several processes give what one gives: through torchrun, on the CPU."""
+import collections
+import csv
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from launch import ROOT
+from test_monitor import free_port
+
+# No augmentation, so that images can be told apart, and no norm over the batch, which each process takes for itself.
+SETTINGS = ("run", "digits", "--trainer.max_epochs", "2", "--trainer.log_every_n_steps", "1", "--logger", "csv",
+            "--audit.enabled", "false", "--model.network", "convnet", "--trainer.callbacks+=killer.Killer",
+            "--trainer.callbacks+=killer.Recorder")
+
+
+def torchrun(place: Path, *settings: str, flags: tuple[str, ...] = ("--nproc-per-node", "2"), kill: str = "",
+             wait: bool = True) -> subprocess.Popen:
+    (place / "seen").mkdir(exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "KILL": kill, "RECORD": str(place / "seen"),
+                   "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests/train")])}
+    with open(place / "log", "ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint",
+             f"127.0.0.1:{free_port()}", *flags, "-m", "train", *SETTINGS, "--trainer.default_root_dir",
+             str(place / "runs"), "--store", str(place / "store"), *settings],
+            cwd=place, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    if wait:
+        process.wait(280)
+    return process
+
+
+def history(place: Path) -> list[dict[str, float]]:
+    """Loss and accuracy of training and validation, by epoch."""
+    with open(place / "runs/digits/1/csv/metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = ("train/loss", "train/accuracy", "val/loss", "val/accuracy")
+    return [{name: float(value) for name, value in zip(names, values, strict=True)} for values in
+            zip(*([row[name] for row in rows if row[name]] for name in names), strict=True)]
+
+
+def seen(place: Path) -> dict[str, collections.Counter]:
+    """How often each image was trained on, by epoch, over all processes."""
+    found: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
+    for file in (place / "seen").iterdir():
+        for line in file.read_text().splitlines():
+            epoch, image = line.split()
+            found[epoch][image] += 1
+    return found
+
+
+@pytest.fixture(scope="module")
+def one(commands, tmp_path_factory) -> Path:
+    """What one process comes to with the batches of both."""
+    place = tmp_path_factory.mktemp("one")
+    (place / "seen").mkdir()
+    commands.run(*SETTINGS, "--data.batch_size", 64, "--export.enabled", "false", "--trainer.default_root_dir",
+                 place / "runs", env={"RECORD": str(place / "seen")}, cwd=place)
+    return place
+
+
+def assert_alike(two: Path, one: Path) -> None:
+    for ours, theirs in zip(history(two), history(one), strict=True):
+        assert ours == pytest.approx(theirs, abs=0.02)
+    assert seen(two) == seen(one)
+    assert sum(seen(two)["0"].values()) == 1295
+    assert [p.name for p in (two / "store/digits").iterdir() if p.name[0].isdigit()] == ["1"]
+
+
+@pytest.mark.slow
+def test_two_processes_stopped_and_resumed_are_as_good_as_one(one, tmp_path):
+    stopped = torchrun(tmp_path, "--data.batch_size", "32", kill="LAUNCHER:step:27")
+    log = (tmp_path / "log").read_text()
+    assert stopped.returncode != 0, log
+    (checkpoint,) = (tmp_path / "runs/digits/1").glob("step-*.ckpt")
+    assert 27 <= int(checkpoint.stem.removeprefix("step-")) < 42, log
+    finished = torchrun(tmp_path, "--data.batch_size", "32")
+    log = (tmp_path / "log").read_text()
+    assert finished.returncode == 0, log
+    assert log.count("going on from step") == 1
+    assert_alike(tmp_path, one)
+
+
+@pytest.mark.slow
+def test_two_launchers_meet(one, tmp_path):
+    flags = ("--nnodes", "2", "--nproc-per-node", "1", "--rdzv-id", "imago",
+             "--rdzv-endpoint", f"127.0.0.1:{free_port()}")
+    nodes = [torchrun(tmp_path, "--data.batch_size", "32", flags=flags, wait=False) for _ in range(2)]
+    try:
+        assert [node.wait(280) for node in nodes] == [0, 0], (tmp_path / "log").read_text()
+    finally:
+        for node in nodes:
+            node.send_signal(signal.SIGKILL) if node.poll() is None else None
+    assert_alike(tmp_path, one)

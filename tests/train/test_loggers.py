@@ -1,0 +1,102 @@
+"""Metrics and pictures reach every logger, also when a run is resumed. Read back from what they wrote."""
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from launch import Commands
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+METRICS = {"train/loss", "train/accuracy", "val/loss", "val/accuracy", "train/loss_step", "train/accuracy_step"}
+
+
+def train(commands: Commands, place: Path, logger: str) -> Path:
+    """Two epochs of 13 steps, stopped in the second and resumed; the run's directory."""
+    settings = ("run", "digits", "--logger", logger, "--trainer.max_epochs", 2, "--trainer.log_every_n_steps", 5,
+                "--data.batch_size", 100, "--export.enabled", "false", "--audit.enabled", "false",
+                "--progress.quiet", "true", "--trainer.callbacks+=killer.Killer",
+                "--trainer.default_root_dir", place / "runs")
+    away = {"HOME": str(place), "WANDB_MODE": None, "WANDB_API_KEY": None, "MLFLOW_TRACKING_URI": None}
+    assert commands.start(*settings, env={**away, "KILL": "TERM:step:20"}, cwd=place).status() == 143
+    commands.run(*settings, env=away, cwd=place)
+    return place / "runs/digits/1"
+
+
+def test_csv(commands, tmp_path):
+    run = train(commands, tmp_path, "csv")
+    with open(run / "csv/metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows[0].keys() >= METRICS
+    assert [int(row["step"]) for row in rows if row["train/loss_step"]] == [4, 9, 14, 19, 24]
+    assert [int(row["step"]) for row in rows if row["val/accuracy"]] == [12, 25]
+    pictures = sorted((run / "csv/val/predictions").iterdir())
+    assert [p.name for p in pictures] == ["0000013.png", "0000026.png"]
+    assert pictures[0].read_bytes()[:4] == b"\x89PNG"
+
+
+def test_tensorboard(commands, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = train(commands, tmp_path, "tensorboard")
+    found = EventAccumulator(str(run / "tensorboard"))
+    found.Reload()
+    assert set(found.Tags()["scalars"]) >= METRICS
+    assert [event.step for event in found.Scalars("train/loss_step")] == [4, 9, 14, 19, 24]
+    assert [event.step for event in found.Scalars("val/loss")] == [12, 25]
+    assert [event.step for event in found.Images("val/predictions")] == [13, 26]
+    assert found.Images("val/predictions")[0].encoded_image_string[:4] == b"\x89PNG"
+
+
+def leveldb_log(data: bytes) -> Iterator[bytes]:
+    """The records of a .wandb file: seven bytes, then LevelDB's log format, blocks of 32 KiB whose pieces say whether
+    they are whole (1), first (2), middle (3) or last (4) of a record."""
+    place, block, record = 7, 1 << 15, b""
+    while place + 7 <= len(data):
+        if block - place % block < 7:
+            place += block - place % block
+            continue
+        length, kind = int.from_bytes(data[place + 4:place + 6], "little"), data[place + 6]
+        record += data[place + 7:place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):
+            yield record
+            record = b""
+
+
+def test_wandb_offline(commands, tmp_path):
+    pytest.importorskip("wandb", reason="the extra wandb is not installed")
+    from wandb.proto import wandb_internal_pb2 as messages
+    run = train(commands, tmp_path, "wandb")
+    logged: dict[str, list] = {}
+    for file in sorted(run.glob("wandb/offline-run-*/*.wandb")):
+        for data in leveldb_log(file.read_bytes()):
+            record = messages.Record()
+            record.ParseFromString(data)
+            for item in record.history.item:
+                logged.setdefault(item.key or "/".join(item.nested_key), []).append(json.loads(item.value_json))
+    assert logged.keys() >= METRICS
+    assert len(logged["val/accuracy"]) == 2
+    assert [picture["count"] for picture in logged["val/predictions"]] == [1, 1]
+    pictures = list(run.glob("wandb/offline-run-*/files/media/images/val/predictions*.png"))
+    assert len(pictures) == 2
+
+
+def test_mlflow_local_store(commands, tmp_path):
+    pytest.importorskip("mlflow", reason="the extra mlflow is not installed")
+    from mlflow.tracking import MlflowClient
+
+    train(commands, tmp_path, "mlflow")
+    client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("digits").experiment_id])
+    assert run.data.metrics.keys() >= METRICS
+    assert [metric.step for metric in client.get_metric_history(run.info.run_id, "val/loss")] == [12, 25]
+    assert [Path(file.path).name for file in client.list_artifacts(run.info.run_id, "val/predictions")] == [
+        "0000013.png", "0000026.png"]
+
+
+def test_several_at_once_and_one_that_is_not_installed(commands, tmp_path):
+    settings = ("run", "digits", "--trainer.max_epochs", 1, "--export.enabled", "false", "--audit.enabled", "false",
+                "--trainer.default_root_dir")
+    commands.run(*settings, tmp_path, "--logger", "csv,tensorboard")
+    assert {"csv", "tensorboard"} <= {p.name for p in (tmp_path / "digits/1").iterdir()}

@@ -1,0 +1,54 @@
+"""Prometheus reads how the training is doing while the job runs."""
+import os
+import socket
+import urllib.request
+from pathlib import Path
+
+from prometheus_client.parser import text_string_to_metric_families
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def scrape(port: int) -> dict[str, float]:
+    text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
+    return {sample.name: sample.value for family in text_string_to_metric_families(text) for sample in family.samples}
+
+
+def test_metrics_follow_the_training(commands, tmp_path):
+    port = free_port()
+    command = commands.start(
+        "run", "digits", "--monitor.port", port, "--monitor.host", "127.0.0.1", "--logger", "none", "--audit.enabled",
+        "false", "--progress.quiet", "true", "--trainer.log_every_n_steps", 1, "--data.batch_size", 100,
+        "--trainer.callbacks+=killer.Killer", env={"KILL": "SLEEP:step:20"}, cwd=tmp_path)
+    command.wait_for("asleep")  # in the twentieth step, the seventh of the second epoch: 1,295 images make 13
+    seen = scrape(port)
+    assert seen["imago_train_epoch"] == 2
+    assert seen["imago_train_epochs"] == 40
+    assert seen["imago_train_step"] == 20
+    assert seen["imago_train_images_total"] in (1295 + 600, 1295 + 700)
+    assert seen["imago_train_images_per_second"] > 0
+    assert 0 < seen["imago_train_loss"] < 3
+    assert 0 < seen["imago_train_accuracy"] <= 1
+    assert 0 < seen["imago_train_val_loss"] < 3
+    assert 0 < seen["imago_train_val_accuracy"] <= 1
+    assert 0 < seen["imago_train_learning_rate"] < 1
+    assert seen["process_resident_memory_bytes"] > 1e8
+    other = commands.start("run", "digits", "--monitor.port", port, "--monitor.host", "127.0.0.1", cwd=tmp_path)
+    assert other.status() == 2
+    assert other.text == f"train: monitor.port: can't listen on 127.0.0.1:{port}: Address already in use\n"
+    command.signal(9)
+
+
+def test_without_a_port_nothing_listens(commands, tmp_path):
+    command = commands.start("run", "digits", "--logger", "none", "--audit.enabled", "false",
+                             "--trainer.callbacks+=killer.Killer", env={"KILL": "SLEEP:step:3"}, cwd=tmp_path)
+    command.wait_for("asleep")
+    tables = "".join(Path(f"/proc/{command.pid}/net/{name}").read_text() for name in ("tcp", "tcp6"))
+    listening = {line.split()[9] for line in tables.splitlines() if line.split()[3] == "0A"}
+    held = {os.readlink(f"/proc/{command.pid}/fd/{fd}") for fd in os.listdir(f"/proc/{command.pid}/fd")}
+    assert not {f"socket:[{inode}]" for inode in listening} & held
+    command.signal(9)
