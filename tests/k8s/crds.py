@@ -1,7 +1,8 @@
 """The operators' resources, as far as these manifests use them: fields that are not named here are refused.
 
-Written from the CustomResourceDefinitions of KEDA 2.20, Prometheus operator 0.93, Argo Rollouts 1.10, Gateway API 1.6
-and Kubeflow Trainer 2.3: names, types, enumerations, patterns and what is required are theirs.
+Written from the CustomResourceDefinitions of KEDA 2.20, Prometheus operator 0.93 and Gateway API 1.6, and in
+crds_workloads.py of Argo Rollouts 1.10 and Kubeflow Trainer 2.3: names, types, enumerations, patterns and what is
+required are theirs.
 """
 from typing import Annotated, Any, Literal
 
@@ -122,107 +123,6 @@ class ScaledObject(Resource):
     spec: ScaledObjectSpec
 
 
-# Argo Rollouts
-
-class WorkloadRef(Strict):
-    apiVersion: str
-    kind: str
-    name: str
-    scaleDown: Literal["never", "onsuccess", "progressively"]
-
-
-class Pause(Strict):
-    duration: str | int | None = None
-
-
-class Step(Strict):
-    setWeight: int | None = Field(None, ge=0, le=100)
-    pause: Pause | None = None
-
-
-class FieldRef(Strict):
-    fieldPath: str
-
-
-class ValueFrom(Strict):
-    fieldRef: FieldRef | None = None
-    podTemplateHashValue: Literal["Stable", "Latest"] | None = None
-
-
-class Argument(Strict):
-    name: str
-    value: str | None = None
-    valueFrom: ValueFrom | None = None
-
-
-class Template(Strict):
-    templateName: str
-
-
-class Analysis(Strict):
-    startingStep: int
-    templates: list[Template]
-    args: list[Argument]
-
-
-class Canary(Strict):
-    maxUnavailable: int | str
-    maxSurge: int | str
-    analysis: Analysis
-    steps: list[Step]
-
-
-class Strategy(Strict):
-    canary: Canary
-
-
-class RolloutSpec(Strict):
-    replicas: int
-    revisionHistoryLimit: int
-    progressDeadlineSeconds: int
-    progressDeadlineAbort: bool
-    workloadRef: WorkloadRef
-    strategy: Strategy
-
-
-class Rollout(Resource):
-    apiVersion: Literal["argoproj.io/v1alpha1"]
-    spec: RolloutSpec
-
-
-class PrometheusQuery(Strict):
-    address: str
-    query: str
-
-
-class Provider(Strict):
-    prometheus: PrometheusQuery
-
-
-class Metric(Strict):
-    name: str
-    interval: str
-    initialDelay: str
-    failureLimit: int | str
-    successCondition: str
-    provider: Provider
-
-
-class Parameter(Strict):
-    name: str
-    value: str | None = None
-
-
-class AnalysisTemplateSpec(Strict):
-    args: list[Parameter]
-    metrics: list[Metric]
-
-
-class AnalysisTemplate(Resource):
-    apiVersion: Literal["argoproj.io/v1alpha1"]
-    spec: AnalysisTemplateSpec
-
-
 # Gateway API
 
 class Parent(Strict):
@@ -265,61 +165,7 @@ class HTTPRoute(Resource):
     spec: HTTPRouteSpec
 
 
-# Kubeflow Trainer
-
-class MLPolicy(Strict):
-    numNodes: int
-    torch: dict[str, Any]
-
-
-class JobTemplate(Strict):
-    metadata: dict[str, dict[str, str]]
-    spec: dict[str, Any]  # that of a batch/v1 Job
-
-
-class ReplicatedJob(Strict):
-    name: str
-    template: JobTemplate
-
-
-class JobSetSpec(Strict):
-    replicatedJobs: list[ReplicatedJob]
-
-
-class JobSet(Strict):
-    spec: JobSetSpec
-
-
-class TrainingRuntimeSpec(Strict):
-    mlPolicy: MLPolicy
-    template: JobSet
-
-
-class TrainingRuntime(Resource):
-    apiVersion: Literal["trainer.kubeflow.org/v1alpha1"]
-    spec: TrainingRuntimeSpec
-
-
-class RuntimeRef(Strict):
-    apiGroup: Literal["trainer.kubeflow.org"]
-    kind: Literal["TrainingRuntime", "ClusterTrainingRuntime"]
-    name: Name
-
-
-class Trainer(Strict):
-    numNodes: int
-    command: list[str]
-    args: list[str]
-
-
-class TrainJobSpec(Strict):
-    runtimeRef: RuntimeRef
-    trainer: Trainer
-
-
-class TrainJob(Resource):
-    apiVersion: Literal["trainer.kubeflow.org/v1alpha1"]
-    spec: TrainJobSpec
-
-
-KINDS: dict[str, type[Resource]] = {model.__name__: model for model in Resource.__subclasses__()}
+def kinds() -> dict[str, type[Resource]]:
+    """The model of each custom kind."""
+    import crds_workloads  # noqa: F401  defines the others
+    return {model.__name__: model for model in Resource.__subclasses__()}
