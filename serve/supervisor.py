@@ -30,7 +30,8 @@ from serve.settings import Settings
 from serve.state import State
 from serve.worker import UNUSABLE, Worker
 
-TICK = 0.05
+TICK = 0.05  # seconds between two looks at a drain
+WATCH = 0.1  # seconds between two looks at the processes
 FAREWELL = 1.0  # seconds in which clients that keep a connection get one more answer on it, and are told to close it
 LINGER = 0.3  # seconds in which clients are still told that we are leaving
 LAST_CALL = 0.1  # seconds to answer those who connected before the door was shut
@@ -116,7 +117,7 @@ class Supervisor(litserve.LitServer):
                     self.slab.add("restarts", kind, reason)
                     self.replace(kind, i)
                     watch.replaced()
-            time.sleep(TICK)
+            time.sleep(WATCH)
 
     @property
     def ready_once(self) -> bool:
