@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from models.bundle import Bundle, BundleError
+from models.bundle import MANIFEST, SAMPLES, Bundle, BundleError
 from models.digests import SIGNATURE
-from models.image import decode
+from models.image import ImageError, decode
 
 MAX_PIXEL_DIFF = 1.0  # mean |difference| in 0..255 that other builds of the JPEG library may cause
 Runner = Callable[[np.ndarray], dict[str, np.ndarray]]
@@ -71,7 +71,14 @@ def runner(path: Path, threads: int = 0) -> Runner:
     except Exception as error:  # onnxruntime's own exceptions share no base class but this
         raise BundleError(f"{path}: onnxruntime can't load it: {str(error).splitlines()[0]}") from error
     names = [output.name for output in session.get_outputs()]
-    return lambda image: dict(zip(names, session.run(None, {"image": image}), strict=True))
+
+    def run(image: np.ndarray) -> dict[str, np.ndarray]:
+        try:
+            return dict(zip(names, session.run(None, {"image": image}), strict=True))
+        except Exception as error:
+            raise BundleError(f"{path}: onnxruntime can't run it: {str(error).splitlines()[0]}") from error
+
+    return run
 
 
 def latency_ms(run: Callable[[], object], seconds: float = 0.3, least: int = 3) -> float:
@@ -83,6 +90,19 @@ def latency_ms(run: Callable[[], object], seconds: float = 0.3, least: int = 3) 
         run()
         times.append(1000 * (time.perf_counter() - start))
     return statistics.median(times)
+
+
+def decode_samples(bundle: Bundle) -> np.ndarray:
+    """The sample images as this machine decodes them, uint8 [S,H,W,C]. Raises BundleError where there are none."""
+    spec, decoded = bundle.manifest.input, []
+    for sample, data in zip(bundle.manifest.samples, bundle.sample_bytes(), strict=True):
+        try:
+            decoded.append(decode(data, spec))
+        except ImageError as error:
+            raise BundleError(f"{bundle.path / SAMPLES / sample.file}: {error}") from error
+    if not decoded:
+        raise BundleError(f"{bundle.path / MANIFEST}: names no samples to check the bundle by")
+    return np.stack(decoded)
 
 
 @dataclass(frozen=True)
@@ -126,7 +146,7 @@ def check_bundle(path: Path, public_key: Path | None = None, seconds: float = 0.
         signed = "yes, by the given key"
     bundle = Bundle(path)
     expected = bundle.expected()
-    decoded = np.stack([decode(data, bundle.manifest.input) for data in bundle.sample_bytes()])
+    decoded = decode_samples(bundle)
     images = expected.get("pixels", decoded)
     if images.shape != decoded.shape or len(images) != len(expected.get("probabilities", ())):
         raise BundleError(f"{path}: the expected outputs are not of the {len(decoded)} samples")

@@ -78,6 +78,20 @@ def test_samples_that_decode_otherwise_fail(bundle, capsys):
     assert "samples decode differently here" in line
 
 
+def test_a_sample_that_is_no_image_is_named(bundle, capsys):
+    (bundle / "samples" / "03.png").write_bytes(b"nonsense")
+    reseal(bundle)
+    status, line = verify(bundle, capsys)
+    assert status == 1
+    assert f"{bundle}/samples/03.png: not a JPEG" in line
+
+
+def test_a_bundle_without_samples_proves_nothing(bundle, capsys):
+    edit(bundle, samples=[])
+    write_sums(bundle)
+    assert verify(bundle, capsys) == (1, f"error: {bundle}/manifest.json: names no samples to check the bundle by")
+
+
 FILES = ["manifest.json", "model.onnx", "samples/00.png", "samples/expected.npz"]
 
 
