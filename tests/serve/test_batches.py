@@ -1,0 +1,39 @@
+"""How batches form: from what waits, shared by the cores, and by a timer only where that is asked for."""
+from concurrent.futures import ThreadPoolExecutor
+
+import tiny
+from test_limits import stopped, wait
+
+IMAGE = tiny.image("red")
+
+
+def batches(server) -> tuple[float, float]:
+    """How many there were, and the images in them."""
+    return server.metric("imago_batch_size_count"), server.metric("imago_batch_size_sum")
+
+
+def test_what_waits_becomes_a_batch(start):
+    server = start("--threads", "1", "--max-batch-size", "8")
+    with ThreadPoolExecutor(16) as threads:
+        with stopped(server):
+            sent = [threads.submit(server.predict, IMAGE) for _ in range(16)]
+            wait(lambda: server.metric("imago_pending_images") == 16)
+        assert {future.result().status_code for future in sent} == {200}
+    wait(lambda: batches(server)[1] == 16)
+    assert batches(server)[0] <= 3
+
+
+def test_the_images_of_a_request_are_shared_by_the_cores(start):
+    server = start("--threads", "2", "--max-batch-size", "16")
+    server.http.post("/predict", files=[("f", (f"{i}", IMAGE)) for i in range(16)])
+    wait(lambda: batches(server)[1] == 16)
+    assert batches(server)[0] >= 2
+
+
+def test_a_lone_request_waits_for_company_only_where_that_is_asked_for(start):
+    server = start("--threads", "1", "--batch-wait-ms", "1000")
+    with ThreadPoolExecutor(4) as threads:
+        times = [f.result().headers["server-timing"] for f in [threads.submit(server.predict, IMAGE) for _ in range(4)]]
+    wait(lambda: batches(server)[1] == 4)
+    assert batches(server)[0] <= 2
+    assert max(float(text.split("dur=")[1].split(",")[0]) for text in times) > 500
