@@ -41,7 +41,8 @@ class ImageData(L.LightningDataModule):
                  cache: str | None = None, max_unreadable: float = 0.05):
         """
         Args:
-            source: digits, cifar10, cifar100, mnist, fashion-mnist; or the path of a folder of class folders.
+            source: digits, cifar10, cifar100, mnist, fashion-mnist; the path of a folder of class folders, or of a .csv
+                file of path,label[,split]; or litdata:, deeplake: or hf: and a path or URL.
             root: where a torchvision data set lies on disk; then nothing is downloaded.
             size: side of what the network sees, in pixels; by default the images' own where they are small and alike.
             channels: 1 for gray, 3 for colour; by default as the images are.

@@ -30,7 +30,10 @@ def say(line: str) -> None:
 
 
 class Items(Protocol):
-    """Images by number, as they are stored. Reading must be safe from several threads and processes at once."""
+    """Images by number, as they are stored. Reading must be safe from several processes at once.
+
+    `fork_safe`, where an implementation says False, makes worker processes start anew instead of as forks.
+    """
 
     def __len__(self) -> int: ...
 

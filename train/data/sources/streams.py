@@ -112,10 +112,11 @@ class Chunks:
 
 
 class Joined:
-    """Several items one after the other."""
+    """Several LitData sets one after the other."""
 
-    def __init__(self, pieces: list):
+    def __init__(self, pieces: list[Chunks]):
         self.pieces, self.ends = pieces, np.cumsum([len(piece) for piece in pieces])
+        self.fork_safe = not any("://" in piece.place for piece in pieces)  # what downloads runs threads of its own
 
     def __len__(self) -> int:
         return int(self.ends[-1])

@@ -1,0 +1,179 @@
+"""Sources of images other than folders, each on a small data set that is written here."""
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pictures import CLASSES, folder, picture, png, recognise
+
+from train.data import DataError, ImageData
+
+COUNT = 30
+LABELS = [i % 3 for i in range(COUNT)]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:::lightning"),
+    pytest.mark.filterwarnings("ignore:Global variable:UserWarning"),  # Deep Lake on forks; ours opens anew in each
+]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def check(source: str, classes: list[str] = CLASSES, stream: int = 2, **parts: int) -> ImageData:
+    """The source in memory and as a stream of so many workers: the same batches, with labels that fit the pixels."""
+    batches = []
+    for memory, workers in (("memory", 0), ("stream", stream)):
+        data = ImageData(source, memory=memory, workers=workers, batch_size=8, size=32)
+        data.setup()
+        batches.append(list(data.train_dataloader()) + list(data.test_dataloader()))
+        assert data.classes == classes
+        if parts:
+            assert data.counts == parts
+    for (images, labels), (same, truth) in zip(*batches, strict=True):
+        assert torch.equal(images, same)
+        assert labels.tolist() == truth.tolist() == recognise(images.numpy()).tolist()
+    assert sum(len(labels) for _, labels in batches[0]) == data.counts["train"] + data.counts["test"]
+    return data
+
+
+def write_table(path: Path, rows: list[tuple], header: str = "path,label") -> Path:
+    path.write_text("\n".join([header, *(",".join(row) for row in rows)]) + "\n")
+    return path
+
+
+def test_csv_of_paths_and_labels(tmp_path):
+    files = folder(tmp_path / "photos", 10)
+    rows = [(path.relative_to(tmp_path).as_posix(), path.parent.name) for path in sorted(files.rglob("*.png"))]
+    data = check(str(write_table(tmp_path / "table.csv", rows)))
+    assert sum(data.counts.values()) == 30
+
+
+def test_csv_with_parts(tmp_path):
+    files = folder(tmp_path / "photos", 10)
+    part = {0: "test", 1: "valid", 2: "valid"}
+    rows = [(str(path), path.parent.name, part.get(int(path.stem), "train")) for path in sorted(files.rglob("*.png"))]
+    check(str(write_table(tmp_path / "table.csv", rows, "path,label,split")), train=21, val=6, test=3)
+
+
+def test_csv_that_is_wrong_is_refused_in_one_line(tmp_path):
+    def refused(rows: list[tuple], message: str, header: str = "path,label") -> None:
+        with pytest.raises(DataError, match=message):
+            ImageData(str(write_table(tmp_path / "table.csv", rows, header))).setup()
+
+    refused([("a.png", "x")], "no column 'label'.*it has path, class", "path,class")
+    refused([("a.png", "")], "line 2 lacks a path or a label")
+    refused([("a.png", "x", "somewhere")], "line 2: split 'somewhere' is none of", "path,label,split")
+    refused([], "no rows")
+    with pytest.raises(DataError, match=r"nowhere\.csv: not readable"):
+        ImageData(str(tmp_path / "nowhere.csv")).setup()
+
+
+def test_csv_with_missing_files_lists_them(tmp_path):
+    files = folder(tmp_path / "photos", 10)
+    rows = [(path.relative_to(tmp_path).as_posix(), path.parent.name) for path in sorted(files.rglob("*.png"))]
+    source = str(write_table(tmp_path / "table.csv", [*rows, ("photos/gone.png", "red")]))
+    with pytest.raises(DataError, match=r"1 of 31 .*photos/gone\.png \(.*No such file"):
+        ImageData(source, max_unreadable=0.01).setup()
+    data = ImageData(source)
+    data.setup()
+    assert [name for name, _ in data.unreadable] == ["photos/gone.png"]
+
+
+@pytest.fixture(scope="module")
+def optimized(tmp_path_factory) -> Path:
+    """A LitData directory with train/ and test/."""
+    streaming = pytest.importorskip("litdata.streaming", reason="the extra litdata is not installed")
+    root = tmp_path_factory.mktemp("litdata") / "photos"
+    for part, first in (("train", 0), ("test", 100)):
+        cache = streaming.Cache(str(root / part), chunk_size=8)
+        for i, label in enumerate(LABELS):
+            cache[i] = {"image": png(label, first + i), "label": CLASSES[label]}
+        cache.done()
+        cache.merge()
+    return root
+
+
+def test_litdata_from_a_directory(optimized):
+    check(f"litdata:{optimized}", train=27, val=3, test=30)
+    check(f"litdata:{optimized}/train")
+
+
+@pytest.fixture(scope="module")
+def bucket(optimized) -> Iterator[str]:
+    """An S3-compatible server with the LitData directory in a bucket."""
+    boto3, server = pytest.importorskip("boto3"), pytest.importorskip("moto.server")
+    running = server.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    running.start()
+    host, port = running.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("AWS_ACCESS_KEY_ID", "test"), ("AWS_SECRET_ACCESS_KEY", "test"),
+                            ("AWS_DEFAULT_REGION", "us-east-1"), ("AWS_ENDPOINT_URL", f"http://{host}:{port}")):
+            patch.setenv(name, value)
+        s3 = boto3.client("s3")
+        s3.create_bucket(Bucket="images")
+        for path in optimized.rglob("*.*"):
+            s3.upload_file(str(path), "images", f"photos/{path.relative_to(optimized).as_posix()}")
+        yield "s3://images/photos"
+    running.stop()
+
+
+def test_litdata_from_an_object_store(bucket):
+    check(f"litdata:{bucket}", stream=0, train=27, val=3, test=30)
+
+
+@pytest.mark.slow
+def test_litdata_from_an_object_store_by_workers(bucket):
+    check(f"litdata:{bucket}", stream=2, train=27, val=3, test=30)
+
+
+def test_litdata_that_is_not_there_is_refused_in_one_line(tmp_path, bucket):
+    for place in (str(tmp_path), f"{bucket}/nowhere"):
+        with pytest.raises(DataError, match=r"no index\.json there"):
+            ImageData(f"litdata:{place}").setup()
+
+
+def test_deep_lake(tmp_path):
+    deeplake = pytest.importorskip("deeplake", reason="the extra deeplake is not installed")
+    from deeplake import types
+
+    lake = deeplake.create(f"file://{tmp_path}/lake")
+    lake.add_column("image", types.Image(sample_compression="png"))
+    lake.add_column("label", types.ClassLabel("uint32"))
+    lake.add_column("split", types.Text())
+    lake["label"].metadata["class_names"] = CLASSES
+    lake.append({"image": [np.ascontiguousarray(picture(label, i)[:, :, ::-1]) for i, label in enumerate(LABELS)],
+                 "label": np.array(LABELS, np.uint32), "split": ["test" if i < 6 else "train" for i in range(COUNT)]})
+    lake.commit()
+    check(f"deeplake:{tmp_path}/lake", train=21, val=3, test=6)
+    with pytest.raises(DataError, match="not readable by deeplake"):
+        ImageData(f"deeplake:{tmp_path}/nowhere").setup()
+
+
+def test_hugging_face_on_disk(tmp_path):
+    datasets = pytest.importorskip("datasets", reason="the extra huggingface is not installed")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=CLASSES)})
+
+    def part(first: int) -> object:
+        images = [{"bytes": png(label, first + i), "path": None} for i, label in enumerate(LABELS)]
+        return datasets.Dataset.from_dict({"image": images, "label": LABELS}, features=features)
+
+    datasets.disable_progress_bars()
+    datasets.DatasetDict({"train": part(0), "validation": part(50), "test": part(100)}).save_to_disk(tmp_path / "parts")
+    check(f"hf:{tmp_path}/parts", train=30, val=30, test=30)
+    part(0).save_to_disk(tmp_path / "single")
+    check(f"hf:{tmp_path}/single", train=21, val=3, test=6)
+    datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "text")
+    with pytest.raises(DataError, match="no image column; its columns are text"):
+        ImageData(f"hf:{tmp_path}/text").setup()
+    with pytest.raises(DataError, match="not a data set that Hugging Face"):
+        ImageData(f"hf:{tmp_path}/nowhere").setup()
+
+
+def test_an_unknown_source_names_what_there_is():
+    with pytest.raises(DataError, match=r"digits, cifar10.*litdata:…, deeplake:…, hf:…"):
+        ImageData("cifar11").setup()
+
+
