@@ -29,8 +29,9 @@ class WholeFiles(TorchCheckpointIO):
             _flush(path.parent)
         except BaseException as error:
             written.unlink(missing_ok=True)
-            if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
-                raise error.__context__ from None  # torch's writer hides what the disk said
+            reason = error.__context__ if isinstance(error, RuntimeError) else error  # torch's writer may hide it
+            if isinstance(reason, OSError):
+                raise OSError(reason.errno, reason.strerror, str(path)) from error
             raise
 
 
