@@ -21,7 +21,7 @@ from serve.settings import Settings
 
 SERVING, LOCK = "serving", "reload.lock"
 CHECK_SECONDS = 300  # a check that takes longer has failed
-NICE = 19  # what it does not get while the service is busy, it gets between requests
+NICE = 10
 
 
 class Reload:
@@ -81,7 +81,8 @@ def check(settings: Settings, run: str, version: int) -> None:
     if os.path.exists(done):
         return
     command = [sys.executable, "-m", "serve", "check", "--store", str(settings.store), "--model", str(settings.model),
-               "--version", str(version), "--variant", settings.variant, "--engine", settings.engine, "--quiet"]
+               "--version", str(version), "--variant", settings.variant, "--engine", settings.engine, "--quiet",
+               *(["--public-key", str(settings.public_key)] if settings.public_key else [])]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as child:
         os.setpriority(os.PRIO_PROCESS, child.pid, NICE)
         try:

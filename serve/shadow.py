@@ -8,6 +8,7 @@ import random
 import socket
 import struct
 import sys
+import threading
 import time
 
 import numpy as np
@@ -36,7 +37,7 @@ class Shadow:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.socket.setblocking(False)
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
-        self.random = random.Random(0)
+        self.random, self.lock = random.Random(0), threading.Lock()
 
     def __call__(self, batch) -> None:
         for waiting, row in zip(batch.waiting, batch.outputs[0], strict=True):
@@ -45,11 +46,16 @@ class Shadow:
             index = int(row.argmax())
             label = batch.model.manifest.classes[index].encode()
             try:
-                if self.backlog.queue or len(waiting.job.body) > MAX_BYTES:
+                if self.busy() or len(waiting.job.body) > MAX_BYTES:
                     raise BlockingIOError
                 self.socket.sendto(_HEAD.pack(row[index], len(label)) + label + waiting.job.body, self.path)
             except OSError:  # busy, full, starting or dead: all the same to us
-                self.slab.add("shadow_images", "dropped")
+                with self.lock:
+                    self.slab.add("shadow_images", "dropped")
+
+    def busy(self) -> bool:
+        """Whether an image waits, or another predictor than the one that calls has work."""
+        return bool(self.backlog.queue) or self.backlog.free < self.backlog.predictors - 1
 
 
 def serve(settings: Settings, run: str) -> None:

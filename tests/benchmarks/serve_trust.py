@@ -60,7 +60,7 @@ def case(name: str, rounds: int, seconds: int, modes: list[str]) -> dict:
         bundle = publish(store, model)
         add_baseline(bundle)
         (store / "image.jpg").write_bytes(picture(32, 32))
-        script.write_text(SCRIPT % (store / "image.jpg", "raw"))
+        script.write_text(SCRIPT % ("image/jpeg", store / "image.jpg"))
         servers = {mode: start(stack, store, model, variant or "fp32", MODES[mode]) for mode in ["off", *modes]}
         for server in servers.values():
             load(*server, script, 1)
@@ -86,7 +86,7 @@ def swap(name: str, rounds: int, seconds: int) -> float:
             write_sums(staged.path)
             staged.publish()
         (store / "image.jpg").write_bytes(picture(32, 32))
-        script.write_text(SCRIPT % (store / "image.jpg", "raw"))
+        script.write_text(SCRIPT % ("image/jpeg", store / "image.jpg"))
         port, pid = start(stack, store, model, variant or "fp32", ["--reload-seconds", "0.1"])
         load(port, pid, script, 1)
         ratios = []
