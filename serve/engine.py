@@ -28,25 +28,27 @@ class Engine(Protocol):
 class OnnxRuntime:
     """onnxruntime on the CPU: one session of one thread for all predictors, one over all threads for lone batches.
 
-    A session of one thread runs in the thread that calls it, so predictors share it and its weights. A network so small
-    that threads cost it more than they gain has no second session.
+    A session of one thread runs in the thread that calls it, so predictors share it and its weights. The other is made
+    by the first lone batch, which is the model's own check; a network so small that threads cost it more than they gain
+    has none.
     """
 
     name = "onnxruntime"
 
     def __init__(self, path: Path, threads: int):
-        self.narrow = self.wide = _session(path, 1, ["CPUExecutionProvider"])
+        self.path, self.threads = path, threads
+        self.narrow = _session(path, 1, ["CPUExecutionProvider"])
+        self.wide = self.narrow if threads == 1 else None
         self.outputs = tuple(output.name for output in self.narrow.get_outputs())
-        if threads > 1:
-            wide = _session(path, threads, ["CPUExecutionProvider"])
-            if _seconds(wide) < _seconds(self.narrow):
-                self.wide = wide
 
     def run(self, images: np.ndarray, wanted: tuple[str, ...], alone: bool) -> list[np.ndarray]:
+        if alone and self.wide is None:
+            wide = _session(self.path, self.threads, ["CPUExecutionProvider"])
+            self.wide = wide if _seconds(wide) < _seconds(self.narrow) else self.narrow
         return (self.wide if alone else self.narrow).run(wanted, {"image": images})
 
 
-def _seconds(session: ort.InferenceSession, runs: int = 4) -> float:
+def _seconds(session: ort.InferenceSession, runs: int = 3) -> float:
     """Least time of a run on one image; the first, which allocates, is left out."""
     image = np.zeros((1, *session.get_inputs()[0].shape[1:]), np.uint8)
     times = []

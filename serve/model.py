@@ -101,7 +101,7 @@ def _engine(bundle: Bundle, settings: Settings, variant: str, threads: int) -> e
     return last(path, threads)
 
 
-def _seconds(candidate: engine.Engine, bundle: Bundle, batch: int = 8, runs: int = 3) -> float:
+def _seconds(candidate: engine.Engine, bundle: Bundle, batch: int = 2, runs: int = 2) -> float:
     """Least seconds of a run; the first call, which allocates, is left out."""
     spec = bundle.manifest.input
     images = np.zeros((batch, spec.height, spec.width, spec.channels), np.uint8)
