@@ -40,7 +40,7 @@ def load(service, clients: int = 4) -> Iterator[list[tuple[int, str]]]:
             thread.join()
 
 
-def until(condition, seconds: float = 60) -> None:
+def until(condition, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"

@@ -5,7 +5,7 @@ import pytest
 import tiny
 
 
-def until(condition, seconds: float = 60) -> None:
+def until(condition, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
