@@ -40,7 +40,8 @@ def fitted(place: Path, *flags: str) -> Bundle:
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """Of a network with global average pooling, trained for a few epochs: good, and not perfect."""
-    return fitted(tmp_path_factory.mktemp("fit"), "--model.network", "shufflenet_v2_x0_5", "--trainer.max_epochs", "6",
+    return fitted(tmp_path_factory.mktemp("fit"), "--model.network", "shufflenet_v2_x0_5", "--trainer.max_epochs", "3",
+                  "--export.quantize.images", "64",
                   "--data.size", "16", "--model.optimizer.lr", "0.005")
 
 
