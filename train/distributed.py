@@ -11,7 +11,6 @@ from typing import Any
 import lightning as L
 import torch
 from jsonargparse import Namespace
-from lightning.pytorch.utilities import rank_zero_only
 
 from train.preemption import NOTICE
 
@@ -33,13 +32,14 @@ def agree(trainer: L.Trainer, choose: Callable[[], dict[str, Any]]) -> dict[str,
     """What the first process chooses (plain values), in all processes."""
     if trainer.world_size == 1:
         return choose()
-    environment = trainer.strategy.cluster_environment
-    if environment.creates_processes_externally:  # so all are here: the trainer would meet them later
+    if CHOSEN in os.environ:  # in a process that Lightning started
+        return json.loads(os.environ[CHOSEN])
+    if trainer.strategy.cluster_environment.creates_processes_externally:  # all are here: the trainer meets them later
         trainer.strategy.setup_environment()
         return trainer.strategy.broadcast(choose() if trainer.is_global_zero else None)
-    if rank_zero_only.rank == 0:
-        os.environ[CHOSEN] = json.dumps(choose())
-    return json.loads(os.environ[CHOSEN])
+    chosen = choose()
+    os.environ[CHOSEN] = json.dumps(chosen)
+    return chosen
 
 
 def part() -> None:
