@@ -120,25 +120,31 @@ def main() -> None:
     parser.add_argument("--note", default="", help="kept beside the figures, e.g. what else the machine did")
     asked, flags = parser.parse_known_args()
     sys.modules["train_recipes"] = sys.modules["__main__"]  # the command line imports the callback by this name
-    runs = []
+    runs: list[dict[str, Any]] = []
     for seed in range(asked.seeds):
         runs.append(one(asked.recipe, seed, asked, flags))
         print(json.dumps(runs[-1]), flush=True)
+        result = keep(asked.recipe, flags, asked.note, runs)
+    print(f"{asked.recipe}: {result['mean_accuracy']:.4f} ± {result['sd'] or 0:.4f} over {len(runs)} seeds")
+
+
+def keep(recipe: str, flags: list[str], note: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Write the runs so far in place of earlier ones of the same recipe, flags and device."""
     accuracies = [run["accuracy"] for run in runs]
     cuda = torch.cuda.is_available()
     result = {
-        "recipe": asked.recipe, "flags": flags,
+        "recipe": recipe, "flags": flags,
         "device": torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads",
         "versions": {"python": platform.python_version()} | {p: version(p) for p in ("torch", "lightning")},
         "mean_accuracy": statistics.mean(accuracies), "sd": statistics.stdev(accuracies) if len(runs) > 1 else None,
         "peak_memory_mb": round((torch.cuda.max_memory_allocated() if cuda else
                                  resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e6),
-        "note": asked.note, "runs": runs}
+        "note": note, "runs": runs}
     everything = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     same = ("recipe", "flags", "device")
     everything = [old for old in everything if any(old[key] != result[key] for key in same)] + [result]
     RESULTS.write_text(json.dumps(everything, indent=1) + "\n")
-    print(f"{asked.recipe}: {result['mean_accuracy']:.4f} ± {result['sd'] or 0:.4f} over {len(runs)} seeds")
+    return result
 
 
 if __name__ == "__main__":
