@@ -13,6 +13,8 @@ COUNT = 30
 LABELS = [i % 3 for i in range(COUNT)]
 pytestmark = [
     pytest.mark.filterwarnings("ignore:::lightning"),
+    pytest.mark.filterwarnings("ignore:.*unclosed file.*chunk-:ResourceWarning"),  # LitData's readers
+    pytest.mark.filterwarnings("ignore:(?s).*FileIO name.*chunk-:pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.filterwarnings("ignore:Global variable:UserWarning"),  # Deep Lake on forks; ours opens anew in each
 ]
 
