@@ -278,5 +278,5 @@ def test_one_line_says_what_is_wrong_with_a_folder(tmp_path, cache):
 
 
 def test_a_data_set_that_is_not_at_root_says_what_root_must_be(tmp_path, cache):
-    with pytest.raises(DataError, match="no cifar10 there.*cifar-10-batches-py"):
+    with pytest.raises(DataError, match=r"no cifar10 there.*cifar-10-batches-py"):
         ready("cifar10", cache, root=str(tmp_path))
