@@ -19,7 +19,7 @@ from load import Load
 
 NAMES = os.environ.get("IMAGO_TEST_IMAGES", "")
 pytestmark = [
-    pytest.mark.slow, pytest.mark.timeout(900),
+    pytest.mark.slow, pytest.mark.timeout(1800),
     pytest.mark.skipif(not NAMES, reason="IMAGO_TEST_IMAGES names no images; make test-images builds them"),
 ]
 RESTRICTED = ["--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--user=65532:65532",
@@ -42,7 +42,7 @@ def volume(engine, tmp_path_factory) -> Path:
     root.parent.chmod(0o755)
     done = engine("run", "--rm", *RESTRICTED, "--memory=3g", "--cpus=2", "--volume", f"{root}/store:/store", "--volume",
                   f"{root}/data:/data", name("train"), "run", "digits", "--store=/store",
-                  "--trainer.default_root_dir=/data/runs")
+                  "--trainer.default_root_dir=/data/runs", timeout=1500)
     print(done.stdout + done.stderr)
     return root
 
