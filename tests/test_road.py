@@ -12,7 +12,7 @@ from pathlib import Path
 import cv2
 import httpx
 import pytest
-from conftest import ROOT, Server, free_ports
+from service import ROOT, Server, free_ports
 from sklearn.datasets import load_digits
 
 DIGITS = load_digits()

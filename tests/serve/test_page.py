@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import tiny
-from conftest import Server
+from service import Server
 
 from models.bundle import Calibration, write_sums
 

@@ -12,7 +12,7 @@ GOOD, BAD = tiny.image("blue"), b"hello"
 
 @pytest.fixture(scope="module")
 def fleet(bundle_store, tmp_path_factory):
-    from conftest import Server
+    from service import Server
 
     running = Server(bundle_store, tmp_path_factory.mktemp("fleet") / "log", "--api-processes", "2", "--workers", "2",
                      "--threads", "1", "--drift-window", "0")

@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 import tiny
-from conftest import free_ports
+from service import free_ports
 
 from models.bundle import Calibration
 

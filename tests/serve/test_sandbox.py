@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from conftest import ROOT
+from service import ROOT
 
 SETUP = ("mount --make-rprivate / && mount -o remount,ro,bind / && (mount -o remount,ro,bind /tmp 2>/dev/null || true) "
          "&& ip link set lo up && exec setpriv --no-new-privs --bounding-set=-all \"$@\"")
