@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 MAX_HEAD_BYTES = 32 << 10
 MAX_HEADERS = 100
+LAST_CALL = 0.1  # seconds, when the process ends, for a request on a connection that has only just come
 MAX_DISCARDED_BYTES = 16 << 20  # of a body whose request was answered already; then the connection is cut
 
 
@@ -50,6 +51,10 @@ class Connection(HttpToolsProtocol):
             self.exchange.lost()
         if self.on_lost is not None:
             self.on_lost()
+
+    def shutdown(self) -> None:
+        """The process ends. Hanging up at once would reset a client whose request is on its way."""
+        self.loop.call_later(LAST_CALL, super().shutdown)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)

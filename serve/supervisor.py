@@ -6,12 +6,10 @@ without LitServe's manager process and queues, which nothing here uses.
 """
 import contextlib
 import copy
-import ctypes
 import multiprocessing
 import shutil
 import signal
 import socket
-import struct
 import sys
 import threading
 import time
@@ -34,10 +32,13 @@ TICK = 0.05  # seconds between two looks at a drain
 WATCH = 0.1  # seconds between two looks at the processes
 FAREWELL = 1.0  # seconds in which clients that keep a connection get one more answer on it, and are told to close it
 LINGER = 0.3  # seconds in which clients are still told that we are leaving
-LAST_CALL = 0.1  # seconds to answer those who connected before the door was shut
+GUESTS = 0.2  # seconds to tell those who connected after the HTTP processes had ended
 END = 1.5  # seconds of the drain that are kept for ending the processes
-SO_ATTACH_FILTER = 26
 MAX_PAUSE = 10.0  # seconds between two tries to start a process that keeps crashing
+
+_GONE = b'{"type":"about:blank","title":"Service Unavailable","status":503,"detail":"the service is shutting down"}'
+GONE = (b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/problem+json\r\nretry-after: 1\r\n"
+        b"connection: close\r\ncontent-length: %d\r\n\r\n%s" % (len(_GONE), _GONE))
 
 
 class Supervisor(litserve.LitServer):
@@ -91,7 +92,7 @@ class Supervisor(litserve.LitServer):
             api.join(1.2)
             api.kill()
         for listener in self.sockets:
-            listener.close()  # whoever connects from now on is refused instead of left waiting
+            dismiss(listener)
         for worker in self.inference_workers:
             worker.kill()  # all that it could answer is answered
         super()._perform_graceful_shutdown(manager, *args)
@@ -160,9 +161,6 @@ class Supervisor(litserve.LitServer):
         while time.monotonic() < linger or (
                 self.state.requests(self.settings.api_processes) and time.monotonic() < end):
             time.sleep(TICK)
-        for listener in self.sockets:
-            shut(listener)
-        time.sleep(LAST_CALL)
         raise KeyboardInterrupt  # LitServe's way to end
 
 
@@ -173,15 +171,22 @@ def run_api(server: uvicorn.Server, sockets: list[socket.socket]) -> None:
     server.run(sockets)
 
 
-def shut(listener: socket.socket) -> None:
-    """Let no new connection arrive, while those that wait to be accepted still are.
-
-    Closing the socket would reset them. A packet filter that drops everything (BPF, `ret 0`) only stops what is new;
-    connections that exist have no part in it.
-    """
-    program = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))
-    with contextlib.suppress(OSError):  # a sandbox may not have it
-        listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HL", 1, ctypes.addressof(program)))
+def dismiss(listener: socket.socket) -> None:
+    """Answer those who connected when nobody accepted any more, then close: closing alone would reset them."""
+    guests = []
+    listener.setblocking(False)
+    with contextlib.suppress(OSError):  # there is nobody left
+        while True:
+            guests.append(listener.accept()[0])
+    listener.close()
+    end = time.monotonic() + GUESTS
+    for guest in guests:
+        with contextlib.suppress(OSError), guest:
+            guest.settimeout(0.05)
+            guest.sendall(GONE)
+            guest.shutdown(socket.SHUT_WR)
+            while time.monotonic() < end and guest.recv(1 << 16):
+                pass  # what is unread when a socket is closed resets it, and the answer is lost
 
 
 class Watch:
