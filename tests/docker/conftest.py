@@ -1,6 +1,5 @@
 """The container engine of this machine, as docker/engine drives it."""
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
