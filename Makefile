@@ -82,7 +82,7 @@ clean: ## remove the virtual environment and the caches; the store stays
 BASE ?= docker.io/library/python:3.11-slim-bookworm
 RUNTIME ?= cpu
 REGISTRY ?= localhost
-TAG ?= $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+TAG ?= $(shell sed -n '/^version/ {s/.*"\(.*\)"/\1/p; q}' pyproject.toml)
 OVERLAY ?= local
 
 images: ## build both images with docker or podman: make images [BASE=…] [RUNTIME=cuda] [REGISTRY=…] [TAG=…]
