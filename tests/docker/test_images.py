@@ -86,6 +86,12 @@ class Service:
         return done.stdout + done.stderr
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 @pytest.fixture
 def serve(engine):
     @contextmanager
@@ -185,10 +191,7 @@ def test_the_health_check_of_the_image(volume, serve, engine):
 def test_sigterm_under_load_loses_nothing(volume, serve, engine):
     path, manifest = bundle(volume)
     image = (path / "samples" / manifest["samples"][0]["file"]).read_bytes()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with serve(volume / "store", port=port) as service:
+    with serve(volume / "store", port=free_port()) as service:
         service.wait_ready()
         with Load(service.port, image, clients=8, pause=0.002) as load:
             end = time.monotonic() + 30
@@ -207,7 +210,7 @@ def test_a_wrong_bundle_never_becomes_ready(volume, serve, tmp_path):
     graph = tmp_path / "store/digits/1/model.onnx"
     graph.chmod(0o644)
     graph.write_bytes(graph.read_bytes()[:-8] + b"spoilt!!")
-    with serve(tmp_path / "store") as service:
+    with serve(tmp_path / "store", port=free_port()) as service:  # it may have ended before a published one is known
         end = time.monotonic() + 15
         answered = set()
         while time.monotonic() < end:
