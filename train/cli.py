@@ -222,7 +222,10 @@ def run(argv: list[str]) -> CLI | None:
         Classifier, ImageData, args=argv, parser_class=Parser,
         auto_configure_optimizers=False, save_config_callback=None,
         trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False, "max_epochs": 10},
-        parser_kwargs={"prog": "python -m train"})
+        parser_kwargs={"prog": "python -m train", "description": (
+            "run DATA takes the recipe named for the data and does what fit does with it; audit DATA looks for "
+            "broken, duplicate and leaked images; find-lr DATA and find-batch-size DATA try some. "
+            "The commands below are Lightning's, each with all its flags.")})
 
 
 def main(argv: list[str] | None = None) -> int:
