@@ -1,5 +1,6 @@
 """The whole road through its own doors: train the embedded default, serve the bundle, ask about real scans."""
 import json
+import os
 import re
 import shutil
 import signal
@@ -94,7 +95,7 @@ def test_a_fresh_clone_serves_with_one_command(tmp_path):
         answer = httpx.post(f"http://127.0.0.1:{port}/predict", content=png(3), headers={"Content-Type": "image/png"})
         assert answer.json()["predictions"][0]["label"] == "3"
     finally:
-        subprocess.run(["kill", "-TERM", f"-{process.pid}"], check=False)
+        os.killpg(process.pid, signal.SIGTERM)
         process.wait(60)
         shutil.rmtree(clone)
 
