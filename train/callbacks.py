@@ -107,7 +107,8 @@ class EarlyStopping(LightningEarlyStopping):
             mode: min or max.
             min_delta: how much better counts.
         """
-        super().__init__(monitor, min_delta, patience or 10**9, mode=mode, verbose=patience > 0)
+        super().__init__(monitor, min_delta, patience or 10**9, mode=mode, verbose=patience > 0,
+                         strict=False)  # a run that ends within its first epoch has no validation
 
 
 class SamplePredictions(Callback):
