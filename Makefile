@@ -57,9 +57,10 @@ test: dev ## run the quick tests: make test [ARGS='tests/serve -k drain']
 test-slow: dev ## run the slow tests
 	@$(run) pytest -m slow $(ARGS)
 
-lint: dev ## check style and the direction of imports
+lint: dev ## check style, types and the direction of imports
 	@$(VENV)/bin/ruff check .
-	@$(VENV)/bin/lint-imports
+	@$(VENV)/bin/lint-imports >/dev/null || $(VENV)/bin/lint-imports
+	@$(VENV)/bin/mypy
 
 dev: $(VENV)/.train.lock $(VENV)/.dev.lock
 
