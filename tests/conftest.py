@@ -1,5 +1,6 @@
 """Shared by all tests: a small bundle in a store of its own, and real server processes."""
 import contextlib
+import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 import pytest
 import tiny
 from service import Server
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and threads that wait for each other do not
 
 
 @pytest.fixture(scope="session")
@@ -20,11 +23,8 @@ def bundle_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def server(bundle_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A ready server that all tests share. Don't overload, drain or kill it."""
-    running = Server(bundle_store, tmp_path_factory.mktemp("server") / "log")
-    try:
+    with Server(bundle_store, tmp_path_factory.mktemp("server") / "log") as running:
         yield running.wait_ready()
-    finally:
-        running.stop()
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -14,10 +15,11 @@ ROOT = Path(__file__).parent.parent
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of 127.0.0.1 from 18000 to 18199 that nobody listens on."""
+    """Ports of 127.0.0.1 from 18000 up that nobody listens on; each process of pytest-xdist has its own hundred."""
+    first = 18000 + 100 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     found: list[int] = []
     with contextlib.ExitStack() as held:
-        for port in sorted(range(18000, 18200), key=lambda p: hash((p, os.getpid(), time.monotonic_ns()))):
+        for port in sorted(range(first, first + 100), key=lambda p: hash((p, os.getpid(), time.monotonic_ns()))):
             probe = held.enter_context(socket.socket())
             try:
                 probe.bind(("127.0.0.1", port))
@@ -27,6 +29,48 @@ def free_ports(count: int) -> list[int]:
             if len(found) == count:
                 return found
     raise RuntimeError("no free port")
+
+
+def loopback() -> list[str]:
+    """Flags of a server that only this machine reaches, on free ports."""
+    port, metrics_port = free_ports(2)
+    return ["--host", "127.0.0.1", "--port", str(port), "--metrics-port", str(metrics_port)]
+
+
+def run(*flags: str, **env: str) -> subprocess.CompletedProcess:
+    """`python -m serve` with no environment but `env`, until it ends."""
+    return subprocess.run([sys.executable, "-m", "serve", *flags], capture_output=True, text=True, timeout=60,
+                          env={"PATH": "/usr/bin", **env})
+
+
+def refused(result: subprocess.CompletedProcess, *words: str) -> None:
+    """Exit status 2 and one line with these words."""
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in result.stderr
+
+
+@contextlib.contextmanager
+def stopped(server: "Server") -> Iterator[None]:
+    """Its workers by SIGSTOP: what they were sent stays pending meanwhile."""
+    workers = server.workers()
+    try:
+        for pid in workers:
+            os.kill(pid, signal.SIGSTOP)
+        yield
+    finally:
+        for pid in workers:
+            os.kill(pid, signal.SIGCONT)
+
+
+def wait(condition: Callable[[], bool], seconds: float = 20) -> None:
+    """Until the condition holds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.02)
 
 
 class Server:
@@ -42,6 +86,12 @@ class Server:
         with log.open("ab") as output:
             self.process = subprocess.Popen([*(command or [sys.executable, "-m", "serve"]), *own, *flags], cwd=ROOT,
                                             stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **(env or {})})
+
+    def __enter__(self) -> "Server":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
     def wait_ready(self, seconds: float = 60) -> "Server":
         end = time.monotonic() + seconds

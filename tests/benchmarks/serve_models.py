@@ -3,23 +3,20 @@
 The weights are random: speed does not depend on them. Images are smooth noise, on which JPEG does what it does on
 photos.
 """
+import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
+import cv2
+import numpy as np
+
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
-
-import models.networks as networks  # noqa: E402, I001  (before anything that imports torchvision)
-import cv2  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
 
 from models.bundle import DataInfo, Manifest, Provenance, Sample, Variant, sha256, write_sums  # noqa: E402
 from models.image import InputSpec, decode  # noqa: E402
 from models.store import Store  # noqa: E402
-from train.graph import Served, export_onnx  # noqa: E402
-from train.quantize import QuantizeConfig, quantize  # noqa: E402
 
 CASES = {"tiny": ("lenet", 32), "small": ("resnet18", 32), "large": ("resnet18", 224)}  # network, pixels
 CLASSES = 10
@@ -35,15 +32,25 @@ def picture(height: int, width: int, seed: int = 0, quality: int = 90) -> bytes:
 
 
 def publish(store: Path, case: str) -> Path:
-    """Write the bundle of a case, with int8 where it is a ResNet, unless it is there. Returns its directory."""
-    place = Store(store)
-    if place.latest(case):
-        return place.path(case)
+    """The directory of a case's bundle; where it is missing another process makes it: torch stays out of ours."""
+    if not Store(store).latest(case):
+        subprocess.run([sys.executable, __file__, store, case], check=True)
+    return Store(store).path(case)
+
+
+def make(store: Path, case: str) -> None:
+    """Write the bundle of a case, with int8 where it is a ResNet."""
+    import torch
+
+    from models import networks
+    from train.graph import Served, export_onnx
+    from train.quantize import QuantizeConfig, quantize
+
     torch.manual_seed(0)
     name, size = CASES[case]
     spec = InputSpec(height=size, width=size, short_side=256 if size == 224 else None)
     served = Served(networks.build(name, CLASSES, 3, size), [120.0] * 3, [60.0] * 3)
-    with place.stage(case) as staged:
+    with Store(store).stage(case) as staged:
         root = staged.path
         export_onnx(served, spec, CLASSES, root / "model.onnx")
         files = [picture(size * 3 // 2, size * 2, seed) for seed in range(16)]
@@ -71,5 +78,7 @@ def publish(store: Path, case: str) -> Path:
                                   seed=0)).write(root)
         write_sums(root)
         staged.publish()
-    place.promote(case, staged.version)
-    return place.path(case)
+
+
+if __name__ == "__main__":
+    make(Path(sys.argv[1]), sys.argv[2])

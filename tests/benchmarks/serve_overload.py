@@ -26,6 +26,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 from serve_cost import http_process, own_cpu, script  # noqa: E402
+from serve_models import publish  # noqa: E402
 from serve_speed import CORES, children, free_port, load, serving  # noqa: E402
 
 PENDING = 64
@@ -65,6 +66,7 @@ def refusal_latency(port: int, pid: int, body: Path, lua: Path) -> dict[str, flo
 
 
 def main(store: Path, variant: str, seconds: int) -> dict:
+    publish(store, "small")
     lua, _ = script(store)
     port, metrics, body = free_port(), free_port(), store / "one.body"
     command = ["-m", "serve", "--store", str(store), "--model", "small", "--variant", variant, "--port", str(port),
@@ -94,7 +96,4 @@ if __name__ == "__main__":
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         where = given.store or Path(place)
-        made = f"import sys; sys.path.insert(0, {str(HERE)!r}); from pathlib import Path; import serve_models as m; " \
-               f"m.publish(Path({str(where)!r}), 'small')"
-        subprocess.run([sys.executable, "-c", made], check=True)
         print(json.dumps(main(where, given.variant, given.seconds)))

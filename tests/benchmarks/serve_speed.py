@@ -32,6 +32,7 @@ sys.path.insert(0, str(HERE))
 sys.path.insert(0, str(HERE.parents[1]))
 
 import numpy as np  # noqa: E402
+from serve_models import picture, publish  # noqa: E402
 
 from models.bundle import read_manifest  # noqa: E402
 from models.image import decode  # noqa: E402
@@ -147,8 +148,6 @@ def load(port: int, pid: int, script: Path, seconds: float, clients: int = 32) -
 
 
 def case(store: Path, name: str, rounds: int, seconds: float, rivals: list[str]) -> dict:
-    from serve_models import picture, publish
-
     model, _, variant = name.partition("-")
     variant = variant or "fp32"
     bundle = publish(store, model)

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import time
 import urllib.error
 import urllib.request
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from load import Load
+from service import free_ports
 
 NAMES = os.environ.get("IMAGO_TEST_IMAGES", "")
 pytestmark = [
@@ -84,12 +84,6 @@ class Service:
     def logs(self) -> str:
         done = self.engine("logs", self.id)
         return done.stdout + done.stderr
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 @pytest.fixture
@@ -191,7 +185,7 @@ def test_the_health_check_of_the_image(volume, serve, engine):
 def test_sigterm_under_load_loses_nothing(volume, serve, engine):
     path, manifest = bundle(volume)
     image = (path / "samples" / manifest["samples"][0]["file"]).read_bytes()
-    with serve(volume / "store", port=free_port()) as service:
+    with serve(volume / "store", port=free_ports(1)[0]) as service:
         service.wait_ready()
         with Load(service.port, image, clients=8, pause=0.002) as load:
             end = time.monotonic() + 30
@@ -210,7 +204,7 @@ def test_a_wrong_bundle_never_becomes_ready(volume, serve, tmp_path):
     graph = tmp_path / "store/digits/1/model.onnx"
     graph.chmod(0o644)
     graph.write_bytes(graph.read_bytes()[:-8] + b"spoilt!!")
-    with serve(tmp_path / "store", port=free_port()) as service:  # it may have ended before a published one is known
+    with serve(tmp_path / "store", port=free_ports(1)[0]) as service:
         end = time.monotonic() + 15
         answered = set()
         while time.monotonic() < end:

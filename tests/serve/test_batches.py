@@ -2,7 +2,7 @@
 from concurrent.futures import ThreadPoolExecutor
 
 import tiny
-from test_limits import stopped, wait
+from service import stopped, wait
 
 IMAGE = tiny.image("red")
 

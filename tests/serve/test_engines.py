@@ -5,7 +5,7 @@ import cv2
 import numpy as np
 import pytest
 import tiny
-from test_start import refused, run
+from service import loopback, refused, run
 
 from models.image import InputSpec, decode
 
@@ -49,10 +49,8 @@ def test_cuda_without_a_gpu_is_refused_in_one_line(bundle_store):
 
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("there is a GPU")
-    refused(run("--store", str(bundle_store), "--engine", "cuda", "--host", "127.0.0.1", "--port", "18197",
-                "--metrics-port", "0"), "cuda")
+    refused(run("--store", str(bundle_store), "--engine", "cuda", *loopback()), "cuda")
 
 
 def test_an_unknown_variant_is_refused_in_one_line(bundle_store):
-    refused(run("--store", str(bundle_store), "--variant", "int4", "--host", "127.0.0.1", "--port", "18196",
-                "--metrics-port", "0"), "int4", "fp32")
+    refused(run("--store", str(bundle_store), "--variant", "int4", *loopback()), "int4", "fp32")

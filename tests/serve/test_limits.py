@@ -3,9 +3,7 @@
 A worker that is stopped by SIGSTOP stands for one that is busy: what it was sent stays pending.
 """
 import contextlib
-import os
 import re
-import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -15,27 +13,9 @@ from typing import ClassVar
 import httpx
 import pytest
 import tiny
+from service import stopped, wait
 
 IMAGE = tiny.image("red")
-
-
-@contextlib.contextmanager
-def stopped(server) -> Iterator[None]:
-    workers = server.workers()
-    try:
-        for pid in workers:
-            os.kill(pid, signal.SIGSTOP)
-        yield
-    finally:
-        for pid in workers:
-            os.kill(pid, signal.SIGCONT)
-
-
-def wait(condition, seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it never happened"
-        time.sleep(0.02)
 
 
 class Raw:

@@ -53,11 +53,8 @@ def browser() -> Iterator:
 
 @pytest.fixture(scope="module")
 def service(store, tmp_path_factory) -> Iterator[Server]:
-    running = Server(store, tmp_path_factory.mktemp("log") / "log")
-    try:
+    with Server(store, tmp_path_factory.mktemp("log") / "log") as running:
         yield running.wait_ready()
-    finally:
-        running.stop()
 
 
 @pytest.fixture

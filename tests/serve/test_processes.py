@@ -6,20 +6,16 @@ from pathlib import Path
 import httpx
 import pytest
 import tiny
+from service import Server
 
 GOOD, BAD = tiny.image("blue"), b"hello"
 
 
 @pytest.fixture(scope="module")
 def fleet(bundle_store, tmp_path_factory):
-    from service import Server
-
-    running = Server(bundle_store, tmp_path_factory.mktemp("fleet") / "log", "--api-processes", "2", "--workers", "2",
-                     "--threads", "1", "--drift-window", "0")
-    try:
+    with Server(bundle_store, tmp_path_factory.mktemp("fleet") / "log", "--api-processes", "2", "--workers", "2",
+                "--threads", "1", "--drift-window", "0") as running:
         yield running.wait_ready()
-    finally:
-        running.stop()
 
 
 def test_metrics_are_the_sum_of_what_was_sent(fleet):

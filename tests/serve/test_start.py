@@ -1,25 +1,11 @@
 """Starting and ending: settings, bad settings, ports, stores."""
 import socket
-import subprocess
-import sys
 
 import pytest
 import tiny
+from service import loopback, refused, run
 
 from serve.settings import Settings
-
-
-def run(*flags: str, **env: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "serve", *flags], capture_output=True, text=True, timeout=60,
-                          env={"PATH": "/usr/bin", **env})
-
-
-def refused(result: subprocess.CompletedProcess, *words: str) -> None:
-    assert result.returncode == 2
-    assert result.stderr.count("\n") == 1, result.stderr
-    assert "Traceback" not in result.stderr
-    for word in words:
-        assert word in result.stderr
 
 
 def test_help_lists_every_setting_with_its_variable():
@@ -45,8 +31,7 @@ def test_a_changed_bundle(tmp_path):
     directory = tiny.write(tmp_path)
     with (directory / "model.onnx").open("ab") as file:
         file.write(b"\0")
-    refused(run("--store", str(tmp_path), "--host", "127.0.0.1", "--metrics-port", "0", "--port", "18199"),
-            "model.onnx", "changed")
+    refused(run("--store", str(tmp_path), *loopback()), "model.onnx", "changed")
 
 
 def test_a_bundle_that_answers_otherwise_here(tmp_path):
@@ -55,8 +40,7 @@ def test_a_bundle_that_answers_otherwise_here(tmp_path):
     (directory / "samples" / "expected.npz").write_bytes((other / "samples" / "expected.npz").read_bytes())
     from models.bundle import write_sums
     write_sums(directory)
-    refused(run("--store", str(tmp_path), "--version", "1", "--host", "127.0.0.1", "--metrics-port", "0",
-                "--port", "18198"), "self check", "differ")
+    refused(run("--store", str(tmp_path), "--version", "1", *loopback()), "self check", "differ")
 
 
 @pytest.mark.parametrize(("flags", "words"), [

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from launch import ROOT
-from test_monitor import free_port
+from service import free_ports
 
 # No augmentation, so that images can be told apart, and no norm over the batch, which each process takes for itself.
 SETTINGS = ("run", "digits", "--trainer.max_epochs", "2", "--trainer.log_every_n_steps", "1", "--logger", "csv",
@@ -25,7 +25,7 @@ def torchrun(place: Path, *settings: str, flags: tuple[str, ...] = ("--nproc-per
     with open(place / "log", "ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint",
-             f"127.0.0.1:{free_port()}", *flags, "-m", "train", *SETTINGS, "--trainer.default_root_dir",
+             f"127.0.0.1:{free_ports(1)[0]}", *flags, "-m", "train", *SETTINGS, "--trainer.default_root_dir",
              str(place / "runs"), "--store", str(place / "store"), *settings],
             cwd=place, env=environment, stdout=log, stderr=subprocess.STDOUT)
     if wait:
@@ -87,7 +87,7 @@ def test_two_processes_stopped_and_resumed_are_as_good_as_one(one, tmp_path):
 @pytest.mark.slow
 def test_two_launchers_meet(one, tmp_path):
     flags = ("--nnodes", "2", "--nproc-per-node", "1", "--rdzv-id", "imago",
-             "--rdzv-endpoint", f"127.0.0.1:{free_port()}")
+             "--rdzv-endpoint", f"127.0.0.1:{free_ports(1)[0]}")
     nodes = [torchrun(tmp_path, "--data.batch_size", "32", flags=flags, wait=False) for _ in range(2)]
     try:
         assert [node.wait(280) for node in nodes] == [0, 0], (tmp_path / "log").read_text()

@@ -1,16 +1,10 @@
 """Prometheus reads how the training is doing while the job runs."""
 import os
-import socket
 import urllib.request
 from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+from service import free_ports
 
 
 def scrape(port: int) -> dict[str, float]:
@@ -19,7 +13,7 @@ def scrape(port: int) -> dict[str, float]:
 
 
 def test_metrics_follow_the_training(commands, tmp_path):
-    port = free_port()
+    port, = free_ports(1)
     command = commands.start(
         "run", "digits", "--monitor.port", port, "--monitor.host", "127.0.0.1", "--logger", "none", "--audit.enabled",
         "false", "--progress.quiet", "true", "--trainer.log_every_n_steps", 1, "--data.batch_size", 100,

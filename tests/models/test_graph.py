@@ -1,0 +1,112 @@
+"""Graphs that are not what a bundle promises, refused before any runtime opens them."""
+import contextlib
+
+import numpy as np
+import onnx
+import pytest
+import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+
+from models.bundle import BundleError, InputSpec
+from models.graph import read_graph
+
+SPEC = InputSpec(height=32, width=32, channels=3)
+
+
+def with_external_data(model: onnx.ModelProto) -> onnx.ModelProto:
+    tensor = next(t for t in model.graph.initializer if t.name == "weights")
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="../../../etc/passwd")
+    return model
+
+
+def with_external_data_in_a_branch(model: onnx.ModelProto) -> onnx.ModelProto:
+    tensor = numpy_helper.from_array(np.zeros(3, np.float32), "hidden")
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="elsewhere.bin")
+    constant = helper.make_node("Constant", [], ["c"], value=tensor)
+    branch = helper.make_graph([constant], "branch", [], [helper.make_tensor_value_info("c", 1, [3])])
+    model.graph.node.append(helper.make_node("If", ["scale"], ["unused"], then_branch=branch, else_branch=branch))
+    return model
+
+
+def with_an_operator_of_its_own(model: onnx.ModelProto) -> onnx.ModelProto:
+    model.graph.node[0].domain = "evil.custom"
+    return model
+
+
+def with_a_float_input(model: onnx.ModelProto) -> onnx.ModelProto:
+    model.graph.input[0].type.tensor_type.elem_type = TensorProto.FLOAT
+    return model
+
+
+def with_a_fixed_batch(model: onnx.ModelProto) -> onnx.ModelProto:
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    return model
+
+
+def with_a_second_input(model: onnx.ModelProto) -> onnx.ModelProto:
+    model.graph.input.append(helper.make_tensor_value_info("more", TensorProto.FLOAT, [1]))
+    return model
+
+
+def with_flat_probabilities(model: onnx.ModelProto) -> onnx.ModelProto:
+    del model.graph.output[0].type.tensor_type.shape.dim[0]
+    return model
+
+
+def with_another_opset(model: onnx.ModelProto) -> onnx.ModelProto:
+    model.opset_import[0].version = 17
+    return model
+
+
+def with_training(model: onnx.ModelProto) -> onnx.ModelProto:
+    model.training_info.add()
+    return model
+
+
+@pytest.mark.parametrize(("spoil", "says"), [
+    (with_external_data, "keeps weights in another file"),
+    (with_external_data_in_a_branch, "keeps weights in another file"),
+    (with_an_operator_of_its_own, "operator Cast of the unknown domain 'evil.custom'"),
+    (with_a_float_input, "its input is image float32 [N, 32, 32, 3], not image uint8 [N, 32, 32, 3]"),
+    (with_a_fixed_batch, "its input is image uint8 [1, 32, 32, 3], not"),
+    (with_a_second_input, "more float32 [1], not"),
+    (with_flat_probabilities, "its output is probabilities float32 [3], not float32 of rank 2"),
+    (with_another_opset, "opset 17, and manifest.json says 18"),
+    (with_training, "carries training steps"),
+])
+def test_another_graph_than_promised_is_refused_before_any_runtime_opens_it(bundle, verify, spoil, says):
+    model = spoil(tiny.graph(SPEC, 3))
+    (bundle / "model.onnx").write_bytes(model.SerializeToString())
+    tiny.reseal(bundle)
+    status, line = verify(bundle)
+    assert status == 1
+    assert f"{bundle}/model.onnx: " in line
+    assert says in line
+
+
+WHOLE = tiny.graph(SPEC, 3).SerializeToString()
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_a_damaged_graph_is_read_or_refused_and_nothing_else(tmp_path_factory, data):
+    spoiled = bytearray(WHOLE)
+    for _ in range(data.draw(st.integers(1, 4))):
+        spoiled[data.draw(st.integers(0, len(spoiled) - 1))] = data.draw(st.integers(0, 255))
+    file = tmp_path_factory.getbasetemp() / "damaged.onnx"
+    file.write_bytes(spoiled[:data.draw(st.integers(1, len(spoiled)))])
+    with contextlib.suppress(BundleError):  # anything else fails the test
+        read_graph(file)
+
+
+def test_read_back_by_our_own_reader_as_by_onnx(bundle):
+    graph, model = read_graph(bundle / "model.onnx"), onnx.load(bundle / "model.onnx")
+    assert graph.opset == model.opset_import[0].version
+    assert graph.operators == {node.op_type for node in model.graph.node}
+    assert list(graph.inputs) == ["image"]
+    assert list(graph.outputs) == [output.name for output in model.graph.output]
