@@ -55,4 +55,4 @@ def heat_map(cam: np.ndarray, spec: InputSpec) -> str:
     scale = min(1.0, MAP_SIDE / max(spec.height, spec.width))
     size = InputSpec(height=round(spec.height * scale) or 1, width=round(spec.width * scale) or 1, channels=1,
                      resize="stretch")
-    return base64.b64encode(cv2.imencode(".png", fit(gray, size))[1]).decode()
+    return base64.b64encode(cv2.imencode(".png", fit(gray, size))[1].data).decode()

@@ -54,7 +54,7 @@ def parts(body: bytes, content_type: bytes, limit: int) -> list[bytes]:
     dash = b"--" + (match[1] or match[2])
     if not body.startswith(dash):
         raise Problem(400, "the multipart body does not begin with its boundary")
-    found, at, delimiter = [], len(dash), b"\r\n" + dash
+    found, at, delimiter = list[bytes](), len(dash), b"\r\n" + dash
     while True:
         if body.startswith(b"--", at):
             return found

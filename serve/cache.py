@@ -11,14 +11,14 @@ class Cache:
     def __init__(self, entries: int, slab):
         self.entries, self.slab = entries, slab
         self.kept: OrderedDict[bytes, Answer] = OrderedDict()
-        self.served: object = None
+        self.served: dict | None = None
 
     @staticmethod
     def key(body: bytes, top_k: int, flags: int) -> bytes:
         """SHA-256, since whoever can make two images collide could plant answers."""
         return hashlib.sha256(body).digest() + b"%d,%d" % (top_k, flags)
 
-    def get(self, key: bytes, served: object) -> Answer | None:
+    def get(self, key: bytes, served: dict) -> Answer | None:
         """`served` is the description of the model that answers now; another than before empties the cache."""
         if served is not self.served:
             self.kept.clear()
@@ -29,7 +29,7 @@ class Cache:
             self.kept.move_to_end(key)
         return answer
 
-    def put(self, key: bytes, served: object, answer: Answer) -> None:
+    def put(self, key: bytes, served: dict, answer: Answer) -> None:
         """Keep an answer that `served` gave, with the times of a hit: none."""
         if answer.status != 200 or served is not self.served or str(answer.version) != served["version"]:
             return

@@ -24,7 +24,7 @@ MAX_DISCARDED_BYTES = 16 << 20  # of a body whose request was answered already; 
 
 
 class Connection(HttpToolsProtocol):
-    """Handlers find it in the scope as `connection`; whoever sets `on_lost` is called when the client is gone."""
+    """Handlers find it in the state of the scope; whoever sets `on_lost` is called when the client is gone."""
 
     front: ClassVar["Front"]
     open: ClassVar[set["Connection"]] = set()
@@ -36,7 +36,7 @@ class Connection(HttpToolsProtocol):
     in_head = False
     head_bytes = discarded = 0
 
-    def connection_made(self, transport: asyncio.Transport) -> None:
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # asyncio's base is wider
         super().connection_made(transport)
         self.since = self.loop.time()  # when it last began to wait: for a request, or for the rest of one
         self.open.add(self)
@@ -67,7 +67,7 @@ class Connection(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self.scope["connection"] = self
+        self.scope["state"]["connection"] = self
         self.since = self.loop.time()
         self.arriving = self.in_head = True
 

@@ -45,7 +45,7 @@ class Drift:
             if name.startswith("drift_"):
                 self.slab.set(name, *labels, to=0)
         manifest: Manifest = model.manifest
-        self.model, self.seen = model, deque()
+        self.model, self.seen = model, deque[list[int]]()
         self.edges = {name: histogram.edges[1:-1] for name, histogram in manifest.baseline.items()}
         self.bins = {}
         for name, histogram in manifest.baseline.items():

@@ -42,10 +42,12 @@ class OnnxRuntime:
         self.outputs = tuple(output.name for output in self.narrow.get_outputs())
 
     def run(self, images: np.ndarray, wanted: tuple[str, ...], alone: bool) -> list[np.ndarray]:
-        if alone and self.wide is None:
+        if not alone:
+            return self.narrow.run(wanted, {"image": images})
+        if self.wide is None:
             wide = _session(self.path, self.threads, ["CPUExecutionProvider"])
             self.wide = wide if _seconds(wide) < _seconds(self.narrow) else self.narrow
-        return (self.wide if alone else self.narrow).run(wanted, {"image": images})
+        return self.wide.run(wanted, {"image": images})
 
 
 def _seconds(session: ort.InferenceSession, runs: int = 3) -> float:

@@ -19,13 +19,12 @@ if TYPE_CHECKING:
 class Exchange:
     """`cycle` is uvicorn's request and response; its body fills while the client sends."""
 
-    __slots__ = ("ask", "connection", "cycle", "front", "over", "place", "request", "started")
+    __slots__ = ("ask", "connection", "cycle", "front", "place", "request", "started")
 
     def __init__(self, front: "Front", connection: "Connection", cycle):
         self.front, self.connection, self.cycle = front, connection, cycle
         self.ask: Ask | None = None
-        self.place: Place | None = None
-        self.over = False
+        self.place: Place | None = None  # from its admission to its end
 
     def begin(self) -> None:
         """Admit it by its head."""
@@ -44,24 +43,26 @@ class Exchange:
 
     def grew(self, size: int) -> None:
         """So many bytes more of the body are there."""
-        limit = self.front.settings.max_body_bytes
+        limit, place = self.front.settings.max_body_bytes, self.place
+        if place is None:
+            return
         try:
             if len(self.cycle.body) > limit:
                 raise Problem(413, f"the body is larger than the {limit} bytes allowed", "body")
-            self.front.predictor.hold(self.place, 0, size)
+            self.front.predictor.hold(place, 0, size)
         except Problem as problem:
             self.cycle.body.clear()
             self.fail(problem)
 
     def arrived(self) -> None:
         """The body is there."""
-        if self.over:
+        predictor, place = self.front.predictor, self.place
+        if place is None:
             return
-        predictor = self.front.predictor
         try:
             images, top_k, flags = predictor.parse(self.request, bytes(self.cycle.body))
             self.cycle.body.clear()
-            self.ask = predictor.ask(self.place, images, top_k, flags, self.answered)
+            self.ask = predictor.ask(place, images, top_k, flags, self.answered)
         except Problem as problem:
             self.fail(problem)
         except Exception:
@@ -92,13 +93,13 @@ class Exchange:
 
     def lost(self) -> None:
         """The client went away: its place is free again, and its work is dropped."""
-        if not self.over:
-            if self.ask is not None:
-                self.ask.cancel()
-            self.leave()
-            self.front.finish(self.request, None, time.perf_counter() - self.started)
+        if self.ask is not None:
+            self.ask.cancel()
+        self.leave()
+        self.front.finish(self.request, None, time.perf_counter() - self.started)
 
     def leave(self) -> None:
-        self.over, self.connection.exchange = True, None
+        self.connection.exchange = None
         if self.place is not None:
             self.front.predictor.leave(self.place)
+            self.place = None

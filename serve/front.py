@@ -77,7 +77,8 @@ class Front:
         self.number, self.state, self.parent = number, State(self.run), os.getppid()
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         uvicorn_ends = signal.getsignal(signal.SIGTERM)
-        signal.signal(signal.SIGTERM, lambda *args: uvicorn_ends(*args) if self.state.stopping else None)
+        signal.signal(signal.SIGTERM, lambda *args: uvicorn_ends(*args)
+                      if callable(uvicorn_ends) and self.state.stopping else None)
         self.slab = Slab(f"{self.run}/api-{number}.metrics")
         self.codes = {code: self.slab.slot("requests", str(code)) for code in CODES}
         self.pool = Pool(self.run, self.settings.workers, self.slab.setter("ready"))

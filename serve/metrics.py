@@ -162,11 +162,11 @@ class Collector:
 def _family(name: str, definition: Definition, series: dict[tuple[str, ...], np.ndarray]) -> Metric:
     full = f"imago_{name}"
     if definition.kind == "histogram":
-        family = HistogramMetricFamily(full, definition.help, labels=definition.labels)
+        histogram = HistogramMetricFamily(full, definition.help, labels=definition.labels)
         for labels, numbers in series.items():
             edges = [*map(str, map(float, definition.buckets)), "+Inf"]
-            family.add_metric(labels, list(zip(edges, numbers[:-1].cumsum(), strict=True)), float(numbers[-1]))
-        return family
+            histogram.add_metric(labels, list(zip(edges, numbers[:-1].cumsum(), strict=True)), float(numbers[-1]))
+        return histogram
     make = CounterMetricFamily if definition.kind == "counter" else GaugeMetricFamily
     family = make(full, definition.help, labels=definition.labels)
     for labels, numbers in series.items():
@@ -180,7 +180,7 @@ class WorkerMetrics:
 
     def __init__(self, path: str):
         self.slab = Slab(path)
-        self.model, self.label_slots = None, []
+        self.model, self.label_slots = None, list[int]()
 
     def serve(self, model) -> None:
         """Count for this model from now on."""

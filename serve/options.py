@@ -16,7 +16,7 @@ def add(parser: argparse.ArgumentParser, names: Iterable[str] = Settings.model_f
     """One flag for each setting; its help names the variable and the default."""
     for name in names:
         field = Settings.model_fields[name]
-        default = "" if field.default is None else f", default {field.default}"
+        default = "" if field.default in (None, "") else f", default {field.default}"
         parser.add_argument(f"--{name.replace('_', '-')}", metavar=name.rpartition("_")[2].upper(),
                             default=argparse.SUPPRESS, help=f"{field.description} [{PREFIX}{name.upper()}{default}]")
 
@@ -35,7 +35,7 @@ def read(flags: dict[str, Any]) -> Settings:
 def resolve(given: Settings) -> Settings:
     """Name the model where the store leaves no choice. Raises BundleError where it leaves one, or has none."""
     store = Store(given.store)
-    if given.model is None:
+    if not given.model:
         names = store.names()
         if len(names) != 1:
             raise BundleError(f"{given.store}: no model in this store; train one first: make train" if not names else

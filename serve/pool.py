@@ -9,6 +9,7 @@ from serve.frames import CANCEL, HELLO, Answer, Job, pack_job, take_answers
 
 RETRY_SECONDS = 0.02
 LOST = b"the worker was lost before it answered; try again"
+UNANSWERED = Answer(0, 0, 0, 0, 0, 0, b"")  # stands in the place of an answer until it is there
 
 
 class Ask:
@@ -16,9 +17,9 @@ class Ask:
 
     __slots__ = ("answers", "done", "expired", "jobs", "left", "timer")
 
-    def __init__(self, answers: list[Answer | None], done: Callable[["Ask"], None]):
+    def __init__(self, answers: list[Answer], done: Callable[["Ask"], None]):
         self.answers, self.done, self.expired = answers, done, False
-        self.left = answers.count(None)
+        self.left = answers.count(UNANSWERED)
         self.jobs: list[tuple[Channel, int]] = []
         self.timer: asyncio.TimerHandle | None = None
 
@@ -50,13 +51,13 @@ class Channel(asyncio.Protocol):
     """A connection to one worker. What is written in one turn of the event loop leaves in one write."""
 
     def __init__(self, pool: "Pool"):
-        self.pool, self.buffer, self.out = pool, bytearray(), []
+        self.pool, self.buffer, self.out = pool, bytearray(), list[bytes]()
         self.waiting: dict[int, tuple[Ask, int]] = {}
         self.ids = count(1)
         self.model: dict | None = None  # what the worker serves; None until it has told
         self.closed = asyncio.get_running_loop().create_future()
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # asyncio's base is wider
         self.transport = transport
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -138,13 +139,13 @@ class Pool:
     def ready(self) -> bool:
         return len(self.usable) == self.size
 
-    def ask(self, images: list[bytes], answers: list[Answer | None], seconds: float, top_k: int, flags: int,
+    def ask(self, images: list[bytes], answers: list[Answer], seconds: float, top_k: int, flags: int,
             done: Callable[[Ask], None]) -> Ask:
         """Hand each image without an answer to the worker with the least to do. There must be a usable one."""
         ask, deadline, usable = Ask(answers, done), time.monotonic() + seconds, self.usable
         ask.timer = self.loop.call_later(seconds, ask.expire)
         for index, body in enumerate(images):
-            if answers[index] is None:
+            if answers[index] is UNANSWERED:
                 channel = usable[0] if len(usable) == 1 else min(usable, key=lambda c: len(c.waiting))
                 channel.ask(ask, index, body, deadline, top_k, flags)
         if not ask.left:

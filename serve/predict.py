@@ -1,7 +1,7 @@
 """Predictions in one HTTP process: admission, images, workers, answers. `serve.exchange` and `serve.v2` call it."""
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from urllib.parse import parse_qs
 
 from serve import body
@@ -10,7 +10,7 @@ from serve.cache import Cache
 from serve.feedback import Feedback
 from serve.frames import CAM, Answer
 from serve.metrics import Slab
-from serve.pool import Ask, Pool
+from serve.pool import UNANSWERED, Ask, Pool
 from serve.responses import JSON, Problem, Request, Response
 from serve.settings import Settings
 from serve.state import State
@@ -93,27 +93,27 @@ class Predictor:
     def ask(self, place: Place, images: list[bytes], top_k: int, flags: int, done: Callable[[Ask], None]) -> Ask:
         """Start to answer these images; `done` is called when they are, or at the deadline. Raises Problem 429, 503."""
         self.hold(place, len(images), 0)
-        answers: list[Answer | None] = [None] * len(images)
+        answers = [UNANSWERED] * len(images)
         if self.cache is not None:
-            done = self.look_up(answers, images, top_k, flags, done)
+            done = self.look_up(self.cache, answers, images, top_k, flags, done)
         if not self.pool.usable:
             raise Problem(503, "no model is ready; try again in a second", "not_ready")
         return self.pool.ask(images, answers, self.settings.deadline_ms / 1000, top_k, flags, done)
 
-    def look_up(self, answers: list[Answer | None], images: list[bytes], top_k: int, flags: int,
+    def look_up(self, cache: Cache, answers: list[Answer], images: list[bytes], top_k: int, flags: int,
                 done: Callable[[Ask], None]) -> Callable[[Ask], None]:
         """Put in the answers that the cache knows; the others it learns when they are there."""
-        model, keys = self.pool.model, [self.cache.key(image, top_k, flags) for image in images]
+        model, keys = self.pool.model, [cache.key(image, top_k, flags) for image in images]
         missing = []
         for i, key in enumerate(keys):
-            answers[i] = self.cache.get(key, model)
-            if answers[i] is None:
+            answers[i] = cache.get(key, model) or UNANSWERED
+            if answers[i] is UNANSWERED:
                 missing.append(i)
 
         def learn(ask: Ask) -> None:
             if not ask.expired:
                 for i in missing:
-                    self.cache.put(keys[i], model, ask.answers[i])
+                    cache.put(keys[i], model, ask.answers[i])
             done(ask)
 
         return learn
@@ -127,13 +127,13 @@ class Predictor:
     async def run(self, request: Request, parse: Callable[[bytes], tuple[list[bytes], int, int]]) -> list[Answer]:
         """All of the above for a handler that waits. Raises Problem, or ConnectionError when the client left."""
         place = self.enter(request.headers)
-        connection = request.scope["connection"]
+        connection = request.scope["state"]["connection"]
         ended = self.pool.loop.create_future()
         try:
             content = await body.read(request.receive, self.settings.max_body_bytes)
             self.hold(place, 0, len(content))
             images, top_k, flags = parse(content)
-            ask = self.ask(place, images, top_k, flags, lambda _: ended.done() or ended.set_result(None))
+            ask = self.ask(place, images, top_k, flags, lambda _: None if ended.done() else ended.set_result(None))
             connection.on_lost = ended.cancel
             try:
                 await ended
@@ -147,6 +147,7 @@ class Predictor:
 
     def compose(self, request_id: str, answers: list[Answer]) -> Response:
         """One answer for all images; an image that failed is an error in its place."""
+        times: Sequence[int]
         if len(answers) == 1:
             last = answers[0]
             if last.status != 200:

@@ -80,7 +80,7 @@ def check(settings: Settings, run: str, version: int) -> None:
     done = os.path.join(run, f"checked-{version}")
     if os.path.exists(done):
         return
-    command = [sys.executable, "-m", "serve", "check", "--store", str(settings.store), "--model", str(settings.model),
+    command = [sys.executable, "-m", "serve", "check", "--store", str(settings.store), "--model", settings.model,
                "--version", str(version), "--variant", settings.variant, "--engine", settings.engine, "--quiet",
                *(["--public-key", str(settings.public_key)] if settings.public_key else [])]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as child:

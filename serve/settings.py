@@ -15,7 +15,7 @@ class Settings(BaseSettings):
 
     # What is served
     store: Path = Field(Path("artifacts/store"), description="directory that holds the bundles")
-    model: str | None = Field(None, description="name of the model; the only one of the store when not given")
+    model: str = Field("", description="name of the model; the only one of the store when not given")
     version: str = Field("latest", pattern="^(latest|[1-9][0-9]*)$", description="latest or a number")
     variant: str = Field("auto", description="auto, or one that the bundle has: fp32, int8")
     engine: Literal["auto", "onnxruntime", "cuda", "openvino"] = Field("auto", description="what runs the graph")

@@ -58,13 +58,13 @@ class Shadow:
         return bool(self.backlog.queue) or self.backlog.free < self.backlog.predictors - 1
 
 
-def serve(settings: Settings, run: str) -> None:
+def serve(settings: Settings, version: int, run: str) -> None:
     """The second version's process: take, decode, run, compare, count, until the supervisor is gone."""
     os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     logs.configure(settings)
     parent = os.getppid()
     try:
-        bundle = Store(settings.store).open(settings.model, settings.shadow_version)
+        bundle = Store(settings.store).open(settings.model, version)
         model = Model(bundle, settings.model_copy(update={"max_batch_size": 1}), 1)
     except (BundleError, ValueError) as error:
         logs.logger.error("no shadow: %s", error)

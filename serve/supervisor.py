@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import litserve
@@ -49,7 +50,7 @@ class Supervisor(litserve.LitServer):
         self.settings, self.threads = settings, threads
         self.state, self.slab = State(run), Slab(f"{run}/supervisor.metrics")
         self.slab.set("ready", to=1)  # the least over all processes counts, and others know better
-        self.apis: dict[int, multiprocessing.Process] = {}
+        self.apis: dict[int, BaseProcess] = {}
         self.unusable = False  # a worker could not load the model, and has said why
         for worker in range(settings.workers):
             self.state.reset(worker)
@@ -57,7 +58,7 @@ class Supervisor(litserve.LitServer):
     # What LitServer.run calls.
 
     def _init_manager(self, num_api_servers: int) -> Quiet:
-        self.workers_setup_status, self._shutdown_event = {}, threading.Event()
+        self.workers_setup_status, self._shutdown_event = dict[str, str](), threading.Event()
         self.litapi_request_queues = {self.lit_api.api_path: None}
         self._transport = Quiet()
         return self._transport
@@ -125,7 +126,7 @@ class Supervisor(litserve.LitServer):
         return self.slab.values[self.slab.slot("restarts", "worker", "crash")] > 0 or any(
             map(self.state.has_started, range(self.settings.workers)))
 
-    def failure(self, kind: str, number: int, process: multiprocessing.Process) -> str | None:
+    def failure(self, kind: str, number: int, process: BaseProcess) -> str | None:
         if not process.is_alive():
             return "crash"
         if kind == "worker":
@@ -232,7 +233,7 @@ def _serve(settings: Settings, run: str) -> int:
         signal.signal(number, supervisor.drain)
     if settings.shadow_version:
         multiprocessing.get_context("spawn").Process(
-            target=shadow.serve, args=(settings, run), name="shadow", daemon=True).start()
+            target=shadow.serve, args=(settings, settings.shadow_version, run), name="shadow", daemon=True).start()
     metrics = exposition.start(settings.host, settings.metrics_port, run) if settings.metrics_port else None
     try:
         supervisor.run(

@@ -111,7 +111,7 @@ class OpenInference:
         described, chunks = [], []
         for name, binary in outputs(asked):
             if name == "label":
-                entry = {"name": name, "datatype": "BYTES", "shape": [len(labels)]}
+                entry: dict[str, Any] = {"name": name, "datatype": "BYTES", "shape": [len(labels)]}
                 data = b"".join(struct.pack("<I", len(label)) + label for label in labels)
                 plain: list = [label.decode() for label in labels]
             else:

@@ -159,8 +159,8 @@ class PredictLoop(LitLoop):
         for wanted in (0, CAM):  # who asks for no heat map pays for none
             chosen = [i for i, flag in enumerate(mapped) if flag == wanted]
             if chosen:
-                self.run_graph(model, *([column[i] for i in chosen] for column in (taken, pixels, decode_us)),
-                               started, alone, metrics)
+                self.run_graph(model, [taken[i] for i in chosen], [pixels[i] for i in chosen],
+                               [decode_us[i] for i in chosen], started, alone, metrics)
 
     def run_graph(self, model: Model, taken: list[Waiting], pixels: list[np.ndarray], decode_us: list[int],
                   started: float, alone: bool, metrics: WorkerMetrics) -> None:

@@ -76,8 +76,8 @@ def classify(model: Model, files: list[Path], top_k: int, max_pixels: int) -> li
         except (ImageError, OSError) as error:
             row["error"] = str(error)
     if good:
-        outputs = model.engine.run(np.stack(pixels), model.wanted, alone=False)
-        for row, text in zip(good, model.answers.compose(*outputs, [top_k] * len(good)), strict=True):
+        probabilities, energy = model.engine.run(np.stack(pixels), model.wanted, alone=False)
+        for row, text in zip(good, model.answers.compose(probabilities, energy, [top_k] * len(good)), strict=True):
             row.update(json.loads(text + "}"))
     return rows
 
