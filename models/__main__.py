@@ -108,7 +108,7 @@ def verify(options) -> int:
 def _lines(check: Check) -> list[str]:
     m = check.bundle.manifest
     lines = [f"{m.name}/{m.version}  digests fit, signed: {check.signed}; "
-             f"{len(m.samples)} samples decode within {check.pixel_diff:.2g} of 255"]
+             f"{len(m.samples)} samples decode within {check.samples.pixel_diff:.2g} of 255"]
     for c in check.variants:
         one, eight = c.batch_ms[1], c.batch_ms[8]
         lines.append(f"  {c.variant:5s} max |dp| {c.verdict.max_abs_diff:.1e} ({c.tolerance:.1e} allowed), "

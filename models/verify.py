@@ -92,8 +92,24 @@ def latency_ms(run: Callable[[], object], seconds: float = 0.3, least: int = 3) 
     return statistics.median(times)
 
 
-def decode_samples(bundle: Bundle) -> np.ndarray:
-    """The sample images as this machine decodes them, uint8 [S,H,W,C]. Raises BundleError where there are none."""
+@dataclass(frozen=True)
+class Samples:
+    """What a bundle brings to be checked by."""
+
+    images: np.ndarray  # uint8 [S,H,W,C], as they were decoded where the bundle was made
+    expected: dict[str, np.ndarray]  # what the network gave there, by name, a row an image
+    pixel_diff: float  # mean |difference| to what this machine decodes, 0..255
+
+    @property
+    def problem(self) -> str:
+        """One clause where this machine decodes otherwise than other builds of the same library may, else empty."""
+        if self.pixel_diff <= MAX_PIXEL_DIFF:
+            return ""
+        return f"samples decode differently here, by {self.pixel_diff:.2g} of 255 on average"
+
+
+def read_samples(bundle: Bundle) -> Samples:
+    """Decode the samples of a bundle. Raises BundleError where there are none, or one is no image."""
     spec, decoded = bundle.manifest.input, []
     for sample, data in zip(bundle.manifest.samples, bundle.sample_bytes(), strict=True):
         try:
@@ -102,7 +118,11 @@ def decode_samples(bundle: Bundle) -> np.ndarray:
             raise BundleError(f"{bundle.path / SAMPLES / sample.file}: {error}") from error
     if not decoded:
         raise BundleError(f"{bundle.path / MANIFEST}: names no samples to check the bundle by")
-    return np.stack(decoded)
+    expected = bundle.expected()
+    images = expected.get("pixels", np.stack(decoded))
+    if images.shape != np.shape(decoded) or len(images) != len(expected.get("probabilities", ())):
+        raise BundleError(f"{bundle.path}: the expected outputs are not of the {len(decoded)} samples")
+    return Samples(images, expected, float(np.abs(images.astype(np.int16) - decoded).mean()))
 
 
 @dataclass(frozen=True)
@@ -121,15 +141,13 @@ class Check:
 
     bundle: Bundle
     signed: str  # "no", "yes, not checked" or "yes, by the given key"
-    pixel_diff: float  # mean |difference| of the decoded samples, 0..255
+    samples: Samples
     variants: list[VariantCheck]
 
     @property
     def problems(self) -> list[str]:
         found = [f"{c.variant}: {c.verdict.reason}" for c in self.variants if not c.verdict]
-        if self.pixel_diff > MAX_PIXEL_DIFF:
-            found.append(f"samples decode differently here, by {self.pixel_diff:.2g} of 255 on average")
-        return found
+        return [*found, self.samples.problem] if self.samples.problem else found
 
 
 def check_bundle(path: Path, public_key: Path | None = None, seconds: float = 0.3) -> Check:
@@ -145,17 +163,11 @@ def check_bundle(path: Path, public_key: Path | None = None, seconds: float = 0.
         verify_signature(path, public_key)
         signed = "yes, by the given key"
     bundle = Bundle(path)
-    expected = bundle.expected()
-    decoded = decode_samples(bundle)
-    images = expected.get("pixels", decoded)
-    if images.shape != decoded.shape or len(images) != len(expected.get("probabilities", ())):
-        raise BundleError(f"{path}: the expected outputs are not of the {len(decoded)} samples")
-    checks = []
+    samples, checks = read_samples(bundle), []
     for name, variant in bundle.manifest.variants.items():
         run = runner(bundle.variant_path(name))
-        verdict = compare(run(images), expected, variant.tolerance)
-        timed = {n: np.resize(images, (n, *images.shape[1:])) for n in (1, 8)}
+        verdict = compare(run(samples.images), samples.expected, variant.tolerance)
+        timed = {n: np.resize(samples.images, (n, *samples.images.shape[1:])) for n in (1, 8)}
         batch_ms = {n: latency_ms(lambda run=run, batch=batch: run(batch), seconds) for n, batch in timed.items()}
         checks.append(VariantCheck(name, verdict, variant.tolerance, batch_ms))
-    pixel_diff = float(np.abs(images.astype(np.int16) - decoded).mean())
-    return Check(bundle, signed, pixel_diff, checks)
+    return Check(bundle, signed, samples, checks)

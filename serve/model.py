@@ -9,9 +9,8 @@ import time
 import numpy as np
 
 from models.bundle import Bundle, BundleError
-from models.image import decode
 from models.signing import verify_signature
-from models.verify import compare
+from models.verify import Samples, compare, read_samples
 from serve import engine, logs
 from serve.answer import Answers
 from serve.settings import Settings
@@ -27,10 +26,13 @@ class Model:
             verify_signature(bundle.path, settings.public_key)
         self.bundle, self.manifest = bundle, bundle.manifest
         self.name, self.version = self.manifest.name, self.manifest.version
-        self.variant, self.engine = _choose(bundle, settings, threads)
+        samples = read_samples(bundle)
+        if samples.problem:
+            raise BundleError(f"{bundle.path}: {samples.problem}")
+        self.variant, self.engine = _choose(bundle, samples, settings, threads)
         self.answers = Answers(self.manifest)
         self.wanted = ("probabilities", "energy")
-        check(bundle, self.variant, self.engine)
+        check(bundle, samples, self.variant, self.engine)
         self.warm(settings.max_batch_size)
 
     def warm(self, batch: int) -> None:
@@ -61,40 +63,36 @@ class Model:
         return json.dumps(self.describe(), separators=(",", ":")).encode()
 
 
-def check(bundle: Bundle, variant: str, candidate: engine.Engine) -> None:
+def check(bundle: Bundle, samples: Samples, variant: str, candidate: engine.Engine) -> None:
     """Run the bundle's samples through this engine, here. Raises BundleError where they come out otherwise."""
-    samples = bundle.sample_bytes()
-    if not samples:
-        return
-    images = np.stack([decode(data, bundle.manifest.input) for data in samples])
-    expected, wanted = bundle.expected(), candidate.outputs
+    wanted = candidate.outputs
     tolerance = BF16_TOLERANCE if candidate.name.endswith("bf16") else bundle.manifest.variants[variant].tolerance
     for alone in (False, True):
-        outputs = dict(zip(wanted, candidate.run(images, wanted, alone), strict=True))
-        verdict = compare(outputs, expected, tolerance)
+        outputs = dict(zip(wanted, candidate.run(samples.images, wanted, alone), strict=True))
+        verdict = compare(outputs, samples.expected, tolerance)
         if not verdict:
             raise BundleError(f"{bundle.path}: self check of {variant} failed: {verdict.reason}")
         if tolerance == BF16_TOLERANCE and verdict.agreement < 1:
             raise BundleError(f"{bundle.path}: bfloat16 changes the label of a sample")
 
 
-def _choose(bundle: Bundle, settings: Settings, threads: int) -> tuple[str, engine.Engine]:
+def _choose(bundle: Bundle, samples: Samples, settings: Settings, threads: int) -> tuple[str, engine.Engine]:
     """The variant that was asked for, or else the one that this machine runs fastest, with its engine."""
     if settings.variant != "auto":
-        return settings.variant, _engine(bundle, settings, settings.variant, threads)
-    candidates = {name: _engine(bundle, settings, name, threads) for name in bundle.manifest.variants}
+        return settings.variant, _engine(bundle, samples, settings, settings.variant, threads)
+    candidates = {name: _engine(bundle, samples, settings, name, threads) for name in bundle.manifest.variants}
     fastest = min(candidates, key=lambda name: _seconds(candidates[name], bundle)) if len(candidates) > 1 else None
     return (fastest, candidates[fastest]) if fastest else next(iter(candidates.items()))
 
 
-def _engine(bundle: Bundle, settings: Settings, variant: str, threads: int) -> engine.Engine:
+def _engine(bundle: Bundle, samples: Samples, settings: Settings, variant: str, threads: int) -> engine.Engine:
     """The fastest way to run a variant that answers the samples rightly here."""
     path = bundle.variant_path(variant)
     *faster, last = engine.makers(settings.engine, bundle.manifest.variants[variant].precision)
     for make in faster:
         try:
             candidate = make(path, threads)
-            check(bundle, variant, candidate)
+            check(bundle, samples, variant, candidate)
             return candidate
         except (BundleError, ValueError) as error:
             logs.logger.info("a faster way is not taken: %s", error)

@@ -38,9 +38,15 @@ def test_a_bundle_that_answers_otherwise_here(tmp_path):
     directory = tiny.write(tmp_path)
     other = tiny.write(tmp_path, scale=2)
     (directory / "samples" / "expected.npz").write_bytes((other / "samples" / "expected.npz").read_bytes())
-    from models.bundle import write_sums
-    write_sums(directory)
+    tiny.reseal(directory)
     refused(run("--store", str(tmp_path), "--version", "1", *loopback()), "self check", "differ")
+
+
+def test_a_bundle_whose_samples_look_otherwise_here(tmp_path):
+    directory = tiny.write(tmp_path)
+    (directory / "samples" / "00.png").write_bytes(tiny.image("green"))
+    tiny.reseal(directory)
+    refused(run("--store", str(tmp_path), *loopback()), "samples decode differently here")
 
 
 @pytest.mark.parametrize(("flags", "words"), [
