@@ -3,8 +3,8 @@
     python tests/benchmarks/serve_cost.py [--seconds 4]
 
 - api_us: CPU of the HTTP process a request, from /proc, with a network so small that it has most to do (32 clients).
-- checks_share: what metrics, limits, request ids and remembered answers cost together, of all CPU that a request for
-  ResNet-18 int8 at 32 pixels costs the service. The very functions are timed alone, with a request's real arguments.
+- checks_cpu, checks_rate, checks_p99: CPU a request, requests a second and p99 of ResNet-18 int8 at 32 pixels, over the
+  same of a service without metrics, drift, limits, request ids and checks (serve_unchecked.py), in turns.
 - idle_cores: CPU of all processes over five idle seconds.
 - one_client: requests a second of one client on ResNet-18 at 32 pixels, over those of one bare decode and run at a time
   with a session over all cores and the service's own options; the rounds alternate. one_client_of_spinning: the same
@@ -22,7 +22,7 @@ import statistics
 import sys
 import tempfile
 import time
-import timeit
+from contextlib import ExitStack
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -30,9 +30,9 @@ sys.path.insert(0, str(HERE))
 sys.path.insert(0, str(HERE.parents[1]))
 
 from serve_models import picture, publish  # noqa: E402
-from serve_speed import SCRIPT, Bare, children, cpu_seconds, free_port, load, service  # noqa: E402
+from serve_speed import SCRIPT, Bare, children, cpu_seconds, free_port, load, service, serving  # noqa: E402
 
-from models.bundle import Bundle, read_manifest  # noqa: E402
+from models.bundle import read_manifest  # noqa: E402
 from models.image import decode  # noqa: E402
 
 
@@ -102,49 +102,19 @@ def one_at_a_time(bare: Bare, image: bytes, seconds: float) -> float:
     return done / (time.perf_counter() - began)
 
 
-def checks_us(bundle: Path) -> float:
-    """Microseconds a request of all that is not: reading it, running it, answering it."""
-    import numpy as np
-
-    from serve.feedback import Feedback
-    from serve.frames import Answer
-    from serve.front import Front
-    from serve.metrics import Slab, WorkerMetrics
-    from serve.model import Model
-    from serve.predict import Predictor
-    from serve.settings import Settings
-    from serve.state import State
-
-    class Pool:
-        usable = (None,)
-
-    with tempfile.TemporaryDirectory() as run:
-        settings, state, slab = Settings(max_batch_size=1), State.create(run), Slab(f"{run}/api.metrics")
-        model = Model(Bundle(bundle, verify=False), settings.model_copy(update={"variant": "int8"}), 1)
-        front = Front(None, settings, run)
-        front.slab, front.codes = slab, {200: slab.slot("requests", "200")}
-        feedback = Feedback(run, slab, Pool())
-        predictor = Predictor(settings, Pool(), state, slab, 0, feedback)
-        worker, n = WorkerMetrics(f"{run}/worker.metrics"), 8
-        outputs = [np.random.default_rng(0).dirichlet(np.ones(10), n).astype(np.float32), np.zeros(n, np.float32)]
-        headers = {b"content-type": b"image/jpeg", b"content-length": b"975"}
-        body = model.answers.compose(outputs[0][:1], outputs[1][:1], [5])[0].encode()
-        answers = [Answer(1, 200, 1, 0, 0, 0, body + b"}")]
-
-        def request() -> None:
-            front.authorize(headers)
-            name = front.new_id()
-            place = predictor.enter(headers)
-            predictor.hold(place, 0, 975)
-            predictor.hold(place, 1, 0)
-            predictor.leave(place)
-            front.count(200, 0.01)
-            feedback.remember(name, answers)
-
-        once = min(timeit.repeat(request, number=2000, repeat=5)) / 2000
-        batch = min(timeit.repeat(lambda: worker.batch(model, outputs, [100] * n, [20] * n, 0.01), number=500,
-                                  repeat=5)) / 500 / n
-        return 1e6 * (once + batch)
+def checks_share(store: Path, lua: Path, rounds: int, seconds: int) -> dict:
+    """CPU of the service a request without all that can be left out, in turns with the whole service."""
+    with ExitStack() as stack:
+        pids = {}
+        for kind, command in {"whole": ["-m", "serve"], "unchecked": [str(HERE / "serve_unchecked.py")]}.items():
+            port = free_port()
+            pids[kind] = port, stack.enter_context(serving(
+                [*command, "--store", str(store), "--model", "small", "--variant", "int8", "--host", "127.0.0.1",
+                 "--port", str(port), "--metrics-port", str(free_port()), "--log-level", "error"], port, "/health/ready"))
+            load(*pids[kind], lua, 1)
+        found = [{kind: load(*server, lua, seconds) for kind, server in pids.items()} for _ in range(rounds)]
+    return {f"checks_{key}": round(statistics.median(r["whole"][key] / r["unchecked"][key] for r in found), 4)
+            for key in ("cpu", "rate", "p99")}
 
 
 def ready_seconds(store: Path) -> float:
@@ -165,8 +135,6 @@ if __name__ == "__main__":
         where = given.store or Path(place)
         lua_, image_ = script(where)
         print(json.dumps(api_cost(where, lua_, given.seconds)), flush=True)
-        line = resnet(where, lua_, image_, given.seconds)
-        checks = checks_us(where / "small" / "1")
-        print(json.dumps(line | {"checks_us": round(checks, 1),
-                                 "checks_share": round(checks / line["cpu_us_a_request"], 4)}), flush=True)
+        print(json.dumps(resnet(where, lua_, image_, given.seconds)), flush=True)
+        print(json.dumps(checks_share(where, lua_, 5, given.seconds)), flush=True)
         print(json.dumps({"ready_s": round(ready_seconds(where), 2)}), flush=True)

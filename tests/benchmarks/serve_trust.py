@@ -4,8 +4,7 @@
 
 Servers run side by side, only one is loaded at a time (wrk, 32 clients), in turns. One JSON line a case: medians of the
 rounds' ratios to the service with everything off, for throughput, p99 and CPU seconds a request. `swap_p99` is p99 of
-rounds in which `latest` moves, against rounds of the same service in which it does not. `remember_us` is what an answer
-pays for feedback to be possible, which can't be turned off.
+rounds in which `latest` moves, against rounds of the same service in which it does not.
 """
 import argparse
 import json
@@ -14,11 +13,9 @@ import statistics
 import tempfile
 import threading
 import time
-import timeit
 import urllib.request
 from contextlib import ExitStack
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 from serve_models import picture, publish
@@ -27,9 +24,6 @@ from serve_speed import SCRIPT, free_port, load, serving
 from models.bundle import SIGNALS, Histogram, read_manifest, write_sums
 from models.signals import class_edges
 from models.store import Store
-from serve.feedback import Feedback
-from serve.frames import Answer
-from serve.metrics import Slab
 
 OFF = ["--drift-window", "0", "--reload-seconds", "0"]
 MODES = {"off": OFF, "drift": ["--reload-seconds", "0"], "on": [], "shadow": ["--shadow-version", "1"]}
@@ -69,7 +63,7 @@ def case(name: str, rounds: int, seconds: int, modes: list[str]) -> dict:
         for mode in modes:
             line |= {f"{key}_{mode}": round(statistics.median(r[mode][key] / r["off"][key] for r in found), 3)
                      for key in ("rate", "p99", "cpu")}
-    return line | {"swap_p99": swap(name, max(3, rounds // 2), seconds), "remember_us": remember_us()}
+    return line | {"swap_p99": swap(name, max(3, rounds // 2), seconds)}
 
 
 def swap(name: str, rounds: int, seconds: int) -> float:
@@ -101,14 +95,6 @@ def swap(name: str, rounds: int, seconds: int) -> float:
                 assert time.monotonic() < end, "not swapped"
                 time.sleep(0.1)
     return round(statistics.median(ratios), 3)
-
-
-def remember_us() -> float:
-    with tempfile.TemporaryDirectory() as run:
-        feedback = Feedback(run, Slab(f"{run}/api.metrics"), SimpleNamespace(model={}))
-        answers = [Answer(1, 200, 1, 0, 0, 0, b'{"label":"7","index":7,"confidence":0.987654,"top":[{"label":"7"}]}')]
-        return round(1e6 * min(timeit.repeat(lambda: feedback.remember("0a1b2c3d4e5f00000001", answers), number=20000,
-                                             repeat=5)) / 20000, 2)
 
 
 if __name__ == "__main__":
