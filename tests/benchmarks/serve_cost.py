@@ -110,7 +110,8 @@ def checks_share(store: Path, lua: Path, rounds: int, seconds: int) -> dict:
             port = free_port()
             pids[kind] = port, stack.enter_context(serving(
                 [*command, "--store", str(store), "--model", "small", "--variant", "int8", "--host", "127.0.0.1",
-                 "--port", str(port), "--metrics-port", str(free_port()), "--log-level", "error"], port, "/health/ready"))
+                 "--port", str(port), "--metrics-port", str(free_port()), "--log-level", "error"],
+                port, "/health/ready"))
             load(*pids[kind], lua, 1)
         found = [{kind: load(*server, lua, seconds) for kind, server in pids.items()} for _ in range(rounds)]
     return {f"checks_{key}": round(statistics.median(r["whole"][key] / r["unchecked"][key] for r in found), 4)
