@@ -113,7 +113,7 @@ def _enter(data: memoryview, message: str, graph: Graph, depth: int) -> None:
     elif message == "opset":
         found = dict(_fields(data))
         if _text(found.get(1, b"")) in ("", "ai.onnx"):
-            graph.opset = max(graph.opset, found.get(2, 0))
+            graph.opset = max(graph.opset, _number(found.get(2, 0)))
     else:
         _walk(data, message, graph, depth)
 
@@ -122,16 +122,17 @@ def _value_info(data: memoryview) -> tuple[str, int, tuple[Dim, ...]]:
     """ValueInfoProto: name = 1, type = 2 -> tensor_type = 1 -> elem_type = 1, shape = 2 -> dim = 1."""
     value = dict(_fields(data))
     tensor = dict(_fields(_bytes(dict(_fields(_bytes(value.get(2, b"")))).get(1, b""))))
-    dims = []
+    dims: list[Dim] = []
     for number, dim in _fields(_bytes(tensor.get(2, b""))):
         if number == 1:
             known = dict(_fields(_bytes(dim)))  # dim_value = 1, dim_param = 2
-            dims.append(known[1] if 1 in known else _text(known[2]) if 2 in known else None)
-    return _text(value.get(1, b"")), int(tensor.get(1, 0)), tuple(dims)
+            dims.append(_number(known[1]) if 1 in known else _text(known[2]) if 2 in known else None)
+    return _text(value.get(1, b"")), _number(tensor.get(1, 0)), tuple(dims)
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
     """Field number and value of each field of one message; protobuf's wire types 0, 1, 2 and 5."""
+    value: int | memoryview
     at, end = 0, len(data)
     while at < end:
         key, at = _varint(data, at)
@@ -157,6 +158,12 @@ def _varint(data: memoryview, at: int) -> tuple[int, int]:
         if byte < 0x80:
             return value, at
     raise ValueError("a varint without end")
+
+
+def _number(value: int | memoryview) -> int:
+    if not isinstance(value, int):
+        raise ValueError("a message where a number should be")
+    return value
 
 
 def _bytes(value: int | bytes | memoryview) -> memoryview:

@@ -143,7 +143,8 @@ def _bmp(data: bytes) -> Header:
     """OS/2 (12 bytes) and Windows headers. Only version 4 and later may declare an alpha channel that means it."""
     (size,) = struct.unpack_from("<I", data, 14)
     if size == 12:
-        return Header("bmp", *struct.unpack_from("<HH", data, 18), alpha="ignored")
+        width, height = struct.unpack_from("<HH", data, 18)
+        return Header("bmp", width, height, "ignored")
     width, height = struct.unpack_from("<ii", data, 18)
     declared = size >= 108 and struct.unpack_from("<I", data, 66)[0] != 0
     return Header("bmp", width, abs(height), "straight" if declared else "ignored")  # negative: top-down rows

@@ -65,6 +65,7 @@ def pixels(data: bytes, channels: int, spec: InputSpec | None = None, max_pixels
         raise ImageTooLarge(f"{head.width}x{head.height} pixels is more than the {max_pixels} allowed")
     flag = _read_flag(head, channels, spec)
     buffer, exif = np.frombuffer(data, np.uint8), b""
+    image: np.ndarray | None
     try:
         if head.format in ("png", "webp"):  # as they are, because of alpha; then cv2 leaves orientation to us
             image, kinds, chunks = cv2.imdecodeWithMetadata(buffer, flag)

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +85,7 @@ def runner(path: Path, threads: int = 0) -> Runner:
 def latency_ms(run: Callable[[], object], seconds: float = 0.3, least: int = 3) -> float:
     """Median milliseconds of a call, over about `seconds` and at least `least` calls, after one to warm up."""
     run()
-    times, end = [], time.perf_counter() + seconds
+    times, end = list[float](), time.perf_counter() + seconds
     while len(times) < least or time.perf_counter() < end:
         start = time.perf_counter()
         run()
@@ -168,6 +169,6 @@ def check_bundle(path: Path, public_key: Path | None = None, seconds: float = 0.
         run = runner(bundle.variant_path(name))
         verdict = compare(run(samples.images), samples.expected, variant.tolerance)
         timed = {n: np.resize(samples.images, (n, *samples.images.shape[1:])) for n in (1, 8)}
-        batch_ms = {n: latency_ms(lambda run=run, batch=batch: run(batch), seconds) for n, batch in timed.items()}
+        batch_ms = {n: latency_ms(partial(run, batch), seconds) for n, batch in timed.items()}
         checks.append(VariantCheck(name, verdict, variant.tolerance, batch_ms))
     return Check(bundle, signed, samples, checks)

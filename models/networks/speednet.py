@@ -31,7 +31,7 @@ class SpeedNet(Network):
         filters = 2 * channels * kernel ** 2
         self.whiten = nn.Conv2d(channels, filters, kernel)
         self.whiten.weight.requires_grad_(False)
-        nn.init.zeros_(self.whiten.bias)
+        nn.init.zeros_(self.whiten.get_parameter("bias"))
         self.blocks = nn.Sequential(nn.GELU(), *(Block(inside, outside, depth, norm_momentum)
                                                  for inside, outside in pairwise([filters, *widths])))
         self.head = nn.Linear(widths[-1], classes, bias=False)

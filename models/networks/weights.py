@@ -62,7 +62,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """Names to tensors, without the prefixes that wrappers put before them. Raises ValueError."""
     try:
         if path.suffix == ".safetensors":
-            state = load_file(path)
+            state: object = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:

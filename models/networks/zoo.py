@@ -17,6 +17,7 @@ TRUNKS = {
     "DenseNet": "features relu",
     "EfficientNet": "features",
     "MobileNetV2": "features",
+    "SqueezeNet": "features",
     "MNASNet": "layers",
     "RegNet": "stem trunk_output",
     "ShuffleNetV2": "conv1 maxpool stage2 stage3 stage4 conv5",
@@ -53,7 +54,7 @@ class Zoo(Network):
             _shrink_stem(model, POOLS.get(self.kind))
         if channels != 3:
             _first_conv(model, lambda conv: _convolution(conv, channels, sum_rgb(conv.weight.data)))
-        self.spatial = self.kind in TRUNKS or self.kind == "SqueezeNet"
+        self.spatial = self.kind in TRUNKS
         if self.kind == "SqueezeNet":  # its classifier is dropout, 1x1 convolution, ReLU, pooling: pool before instead
             self.head = nn.Linear(512, classes)
             self.dropout, model.classifier = 0.5, nn.Identity()
@@ -63,8 +64,6 @@ class Zoo(Network):
         self.check(name, channels, size)
 
     def trunk(self, x: Tensor) -> Tensor:
-        if self.kind == "SqueezeNet":
-            return self.model.features(x)
         if not self.spatial:
             return self.model(x)
         for part in TRUNKS[self.kind].split():
@@ -142,11 +141,9 @@ def _shrink_stem(model: nn.Module, pool: str | None) -> None:
 
 
 def _convolution(conv: nn.Conv2d, channels: int, weight: Tensor) -> nn.Conv2d:
-    new = nn.Conv2d(channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,
-                    bias=conv.bias is not None)
-    new.weight.data.copy_(weight)
-    if conv.bias is not None:
-        new.bias.data.copy_(conv.bias.data)
+    new = nn.Conv2d(channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,  # type: ignore[arg-type]
+                    bias=conv.bias is not None)  # torch says that a Conv2d's sizes may be of any length
+    new.load_state_dict(conv.state_dict() | {"weight": weight})
     return new
 
 

@@ -104,6 +104,14 @@ def test_a_damaged_graph_is_read_or_refused_and_nothing_else(tmp_path_factory, d
         read_graph(file)
 
 
+def test_text_for_an_opset_is_refused(tmp_path):
+    opset = b"\x42\x03\x12\x01A"  # field 8 of 3 bytes, in it field 2 of 1 byte
+    file = tmp_path / "text.onnx"
+    file.write_bytes(WHOLE + opset)
+    with pytest.raises(BundleError, match="a message where a number should be"):
+        read_graph(file)
+
+
 def test_read_back_by_our_own_reader_as_by_onnx(bundle):
     graph, model = read_graph(bundle / "model.onnx"), onnx.load(bundle / "model.onnx")
     assert graph.opset == model.opset_import[0].version
