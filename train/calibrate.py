@@ -54,11 +54,11 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """The T that minimises the NLL of softmax(logits / T), by LBFGS on log T.
 
     Guo et al., "On calibration of modern neural networks", 2017. Where every validation image is right the NLL would
-    fall for ever as T goes to 0; so, as Platt did ("Probabilistic outputs for support vector machines", 1999), one
+    fall for ever as T goes to 0; then, as Platt did ("Probabilistic outputs for support vector machines", 1999), one
     image more than there are is taken to be wrong.
     """
     x, y = torch.from_numpy(logits).double(), torch.from_numpy(labels)
-    doubt = 1 / (len(labels) + 2)
+    doubt = 1 / (len(labels) + 2) if (x.argmax(1) == y).all() else 0.0
     log_t = torch.zeros((), dtype=torch.float64, requires_grad=True)
     solver = torch.optim.LBFGS([log_t], max_iter=100, line_search_fn="strong_wolfe")
 
@@ -77,7 +77,7 @@ class Bin(NamedTuple):
 
     confidence: float  # mean, 0..1
     accuracy: float
-    count: int
+    images: int
 
 
 def reliability(probabilities: np.ndarray, labels: np.ndarray, bins: int = BINS) -> list[Bin]:
@@ -91,7 +91,7 @@ def reliability(probabilities: np.ndarray, labels: np.ndarray, bins: int = BINS)
 def ece(probabilities: np.ndarray, labels: np.ndarray, bins: int = BINS) -> float:
     """Expected calibration error: mean |confidence - accuracy| over the bins, weighted by their counts."""
     found = reliability(probabilities, labels, bins)
-    return sum(b.count * abs(b.confidence - b.accuracy) for b in found) / len(labels)
+    return sum(b.images * abs(b.confidence - b.accuracy) for b in found) / len(labels)
 
 
 def coverage_curve(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from models.image import decode
+from train.trainer import ours
 
 
 class ProgressBar(LightningProgressBar):
@@ -31,7 +32,6 @@ class ProgressBar(LightningProgressBar):
         """
         super().__init__()
         self.console = Console(file=sys.stderr, quiet=quiet, highlight=False)
-        self._progress: Progress | None = None
         self._began, self._images = 0.0, 0
         self._done: tuple[str, str] | None = None  # epoch and speed of an epoch not yet told
 
@@ -92,7 +92,7 @@ class ProgressBar(LightningProgressBar):
         self._stop()
 
     def _stop(self) -> None:
-        if self._progress is not None:
+        if hasattr(self, "_progress"):
             self._progress.stop()
 
 
@@ -130,7 +130,7 @@ class SamplePredictions(Callback):
         due = (trainer.current_epoch + 1) % self.every_epochs == 0 or last
         if not self.images or not due or not trainer.loggers or not trainer.is_global_zero or trainer.sanity_checking:
             return
-        data = trainer.datamodule
+        data = ours(trainer).datamodule
         if self._pixels is None:
             found = data.samples(self.images)
             self._pixels = np.stack([decode(image, data.input) for _, image, _ in found])

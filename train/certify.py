@@ -1,6 +1,7 @@
 """The certificate: how far each ONNX file is from the torch network, and how fast it is here."""
 import os
 import time
+from functools import partial
 
 import numpy as np
 import torch
@@ -56,7 +57,7 @@ def latencies(runs: dict[str, Runner], images: np.ndarray, seconds: float = 0.05
         for name, run in runs.items():
             for size in LATENCY_SIZES:
                 batch = np.resize(images, (size, *images.shape[1:]))
-                best[name][size] = min(best[name][size], latency_ms(lambda run=run, batch=batch: run(batch), seconds))
+                best[name][size] = min(best[name][size], latency_ms(partial(run, batch), seconds))
     threads = len(os.sched_getaffinity(0))
     return {name: Latency(device=cpu_name(), threads=threads, batch_ms=found,
                           images_per_second=max(1000 * size / ms for size, ms in found.items()))

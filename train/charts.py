@@ -1,6 +1,6 @@
 """Charts as inline SVG: a report that opens anywhere needs no library to be drawn."""
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from markupsafe import Markup, escape
 
@@ -75,7 +75,7 @@ def _widen(low: float, high: float) -> tuple[float, float]:
     return (low, high) if high > low else (low - 0.5, high + 0.5)
 
 
-def curves(series: dict[str, Points], x_label: str, y_label: str) -> Markup:
+def curves(series: Mapping[str, Points], x_label: str, y_label: str) -> Markup:
     """Up to four lines over one pair of axes."""
     points = [p for line in series.values() for p in line]
     ys = [y for _, y in points]

@@ -7,10 +7,10 @@ import time
 import warnings
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import torch
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
@@ -32,6 +32,7 @@ from train.precision import affordable
 from train.preemption import NOTICE
 from train.resume import Resume
 from train.system import Classifier
+from train.trainer import ours
 
 RECIPES = Path(__file__).parent / "recipes"
 RUNS = "artifacts/runs"
@@ -48,7 +49,7 @@ class UsageError(ValueError):
 class Parser(LightningArgumentParser):
     """Says what is wrong in one line, and raises it."""
 
-    def error(self, message: str, ex: Exception | None = None) -> None:
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise UsageError(" ".join(str(message).split())) from ex
 
 
@@ -84,7 +85,8 @@ class CLI(LightningCLI):
             "checkpoint.enable_version_counter": False, "checkpoint.auto_insert_metric_name": False,
         })
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
+    def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:  # type: ignore[override]
+        # Lightning takes more kinds of arguments; `run` gives this one
         self.config = parser.parse_args(args)
 
     def before_instantiate_classes(self) -> None:
@@ -100,10 +102,11 @@ class CLI(LightningCLI):
 
     def before_fit(self) -> None:
         self.began = time.monotonic()
-        if not self.trainer.fast_dev_run:
+        us = ours(self.trainer)
+        if not us.fast_dev_run:
             self.begin_run(self.config_init.fit)
         if not self.trainer.loggers:
-            self.trainer.callbacks = [c for c in self.trainer.callbacks if not isinstance(c, LearningRateMonitor)]
+            us.callbacks = [c for c in us.callbacks if not isinstance(c, LearningRateMonitor)]
 
     def begin_run(self, config: Namespace) -> None:
         """Take up the run of this command where it stands, or start a new one; log it."""
@@ -129,7 +132,7 @@ class CLI(LightningCLI):
     def after_fit(self) -> None:
         """Test the best weights, write the bundle, say where it is."""
         export = self.config_init.fit.export
-        if self.trainer.fast_dev_run:
+        if ours(self.trainer).fast_dev_run:
             return
         if export.enabled:
             export_bundle(self.trainer, self.model, self.datamodule, export, self.config_init.fit.store, self.name,
@@ -139,12 +142,12 @@ class CLI(LightningCLI):
 
     def predict(self, **arguments: Any) -> None:
         """Print what the checkpoint makes of the test part, as CSV: image, predicted class, its probability."""
-        found = self.trainer.predict(**arguments)
+        found = chain.from_iterable(self.trainer.predict(**arguments) or [])
         data, rows = self.datamodule, csv.writer(sys.stdout)
         mine = data.index["test"][self.trainer.global_rank::self.trainer.world_size]
         if self.trainer.is_global_zero:
             rows.writerow(("image", "label", "confidence"))
-        for i, probabilities in zip(mine.tolist(), torch.cat(found), strict=True):
+        for i, probabilities in zip(mine.tolist(), found, strict=True):
             confidence, index = probabilities.max(0)
             rows.writerow((data.found.items.name(i), data.classes[index], f"{confidence:.4f}"))
 
@@ -186,14 +189,14 @@ def front_door(argv: list[str]) -> list[str]:
     root, rest = _take(rest, "--root")
     if recipe is None:
         named = RECIPES / f"{data}.yaml"
-        recipe = named if named.is_file() else RECIPES / "folder.yaml"
+        recipe = str(named if named.is_file() else RECIPES / "folder.yaml")
     elif not Path(recipe).is_file():
         named = RECIPES / f"{recipe.removesuffix('.yaml')}.yaml"
         if not named.is_file():
             there = ", ".join(sorted(str(p.relative_to(RECIPES).with_suffix("")) for p in RECIPES.rglob("*.yaml")))
             raise UsageError(f"--recipe {recipe}: no such recipe or file; there are {there}")
-        recipe = named
-    return ["fit", "--config", str(recipe), "--data.source", data, *(["--data.root", root] if root else []), *rest]
+        recipe = str(named)
+    return ["fit", "--config", recipe, "--data.source", data, *(["--data.root", root] if root else []), *rest]
 
 
 def _take(argv: list[str], flag: str) -> tuple[str | None, list[str]]:
@@ -211,7 +214,8 @@ def _take(argv: list[str], flag: str) -> tuple[str | None, list[str]]:
 def run(argv: list[str]) -> CLI | None:
     """One command. Raises ValueError with one line for what the user can put right."""
     if argv[:1] == ["audit"]:
-        return audit(argv[1:])
+        audit(argv[1:])
+        return None
     if argv[:1] == ["run"]:
         argv = front_door(argv[1:])
     kind: Any = CLI

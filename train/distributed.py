@@ -34,9 +34,10 @@ def agree(trainer: L.Trainer, choose: Callable[[], dict[str, Any]]) -> dict[str,
         return choose()
     if CHOSEN in os.environ:  # in a process that Lightning started
         return json.loads(os.environ[CHOSEN])
-    if trainer.strategy.cluster_environment.creates_processes_externally:  # all are here: the trainer meets them later
+    environment = trainer._accelerator_connector.cluster_environment
+    if environment.creates_processes_externally:  # all are here: the trainer meets them later
         trainer.strategy.setup_environment()
-        return trainer.strategy.broadcast(choose() if trainer.is_global_zero else None)
+        return trainer.strategy.broadcast(choose() if trainer.is_global_zero else {})
     chosen = choose()
     os.environ[CHOSEN] = json.dumps(chosen)
     return chosen
@@ -53,5 +54,5 @@ def own_signals(trainer: L.Trainer) -> None:
     """Keep Lightning's hands off SIGTERM: it would end with status 0, and with several processes its handler
     broadcasts from within a signal and each step waits for a word from the first process."""
     NOTICE.forward = getattr(trainer.strategy.launcher, "kill", None)  # to processes that Lightning starts
-    trainer._signal_connector.register_signal_handlers = lambda: None
-    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]

@@ -3,6 +3,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from models.bundle import ClassMetrics, Metrics
 from train.calibrate import ece, nll, softmax
@@ -22,13 +23,25 @@ class Scores:
         return Scores(np.delete(self.logits, rows, 0), np.delete(self.labels, rows))
 
 
+def views(images: Tensor, tta: str) -> list[Tensor]:
+    """What test-time augmentation looks at, of images [B,C,H,W]: nothing else for none; for flip the mirror images as
+    well; for shift both also moved by one pixel towards each corner."""
+    found = [images]
+    if tta == "shift":
+        padded = torch.nn.functional.pad(images.float(), (1, 1, 1, 1), mode="reflect").to(images.dtype)
+        height, width = images.shape[2:]
+        found += [padded[:, :, y:y + height, x:x + width] for y in (0, 2) for x in (0, 2)]
+    return found if tta == "none" else found + [view.flip(3) for view in found]
+
+
 @torch.inference_mode()
-def score(served: Served, data: ImageData, part: str, device: torch.device) -> Scores:
-    """Logits of a whole part, in float32 on the device."""
+def score(served: Served, data: ImageData, part: str, device: torch.device, tta: str = "none") -> Scores:
+    """Logits of a whole part, in float32 on the device; their mean over all views with test-time augmentation."""
     served = served.to(device).eval()
     logits, labels = [], []
     for images, truth in data.whole(part):
-        logits.append(served.logits(images.to(device).permute(0, 2, 3, 1)).float().cpu())
+        seen = [served.logits(view.permute(0, 2, 3, 1)).float() for view in views(images.to(device), tta)]
+        logits.append(torch.stack(seen).mean(0).cpu())
         labels.append(truth.cpu())
     return Scores(torch.cat(logits).numpy(), torch.cat(labels).numpy())
 

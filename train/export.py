@@ -12,6 +12,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import save_file
 
 from models.bundle import (
@@ -40,6 +41,8 @@ from train.graph import Served, export_onnx
 from train.history import History
 from train.provenance import provenance
 from train.quantize import QuantizeConfig, quantize
+from train.system import Classifier
+from train.trainer import ours
 
 CERTIFIED = 64  # validation images that parity is measured on
 INT8_TOLERANCE = 0.02  # of a probability: the least that other kernels' rounding may change
@@ -80,7 +83,7 @@ class Export:
             raise ValueError(f"export.sign_key: {self.sign_key}: no such file")
 
 
-def export_bundle(trainer: L.Trainer, system: L.LightningModule, data: ImageData, export: Export, store: str, name: str,
+def export_bundle(trainer: L.Trainer, system: Classifier, data: ImageData, export: Export, store: str, name: str,
                   recipe: dict[str, Any], seconds: dict[str, float]) -> Path | None:
     """Publish the best weights as the next version of `name` and print one line; returns its directory.
 
@@ -92,6 +95,7 @@ def export_bundle(trainer: L.Trainer, system: L.LightningModule, data: ImageData
     served = Served(best_network(trainer, system), data.mean, data.std)
     with timed(seconds, "test"):
         val, test = (evaluate.score(served, data, part, device) for part in ("val", "test"))
+        augmented = evaluate.score(served, data, "test", device, system.tta) if system.tta != "none" else None
     with timed(seconds, "calibrate"):
         calibration = calibrate((val.logits, val.labels), (test.logits, test.labels), export.calibrate)
     served = served.cpu().requires_grad_(False)
@@ -106,14 +110,14 @@ def export_bundle(trainer: L.Trainer, system: L.LightningModule, data: ImageData
         manifest = Manifest(
             name=name, version=staged.version, created=datetime.now(UTC), network=system.name, classes=data.classes,
             input=data.input, outputs=served.names(), variants=variants, calibration=calibration, samples=samples,
-            baseline=drift_baseline(data, val, calibration), metrics=score_all(data, val, test, calibration),
+            baseline=drift_baseline(data, val, calibration), metrics=score_all(data, val, test, augmented, calibration),
             notes=notes + doubts(calibration, data.counts),
             provenance=provenance(device, info, recipe["seed_everything"], recipe, seconds))
         if export.report:
             with timed(seconds, "report"):
                 from train.report import write_report
 
-                history = next((c.rows for c in trainer.callbacks if isinstance(c, History)), [])
+                history = next((c.rows for c in ours(trainer).callbacks if isinstance(c, History)), [])
                 write_report(staged.path, manifest, served, data, val, test, history, export)
         path = seal(staged, manifest, seconds, export)
     tested = manifest.metrics["test"]
@@ -134,14 +138,14 @@ def seal(staged: Staged, manifest: Manifest, seconds: dict[str, float], export: 
     return staged.publish(export.promote).path
 
 
-def best_network(trainer: L.Trainer, system: L.LightningModule) -> Network:
+def best_network(trainer: L.Trainer, system: Classifier) -> Network:
     """A float32 copy on the CPU with the weights of the best checkpoint, or those at hand where there is none."""
     network = copy.deepcopy(system.network).cpu()
     keeper = trainer.checkpoint_callback
-    if keeper is not None and keeper.monitor and (best := keeper.best_model_path):  # else the last weights count
+    if isinstance(keeper, ModelCheckpoint) and keeper.monitor and (best := keeper.best_model_path):
         state = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
         network.load_state_dict({k.removeprefix("network."): v for k, v in state.items() if k.startswith("network.")})
-    return network.float().to(memory_format=torch.contiguous_format).eval()
+    return network.float().to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]  # see system
 
 
 def write_samples(directory: Path, served: Served, data: ImageData, count: int) -> tuple[list[Sample], dict]:
@@ -152,7 +156,7 @@ def write_samples(directory: Path, served: Served, data: ImageData, count: int) 
         (directory / SAMPLES / file).write_bytes(content)
     pixels = np.stack([decode(content, data.input) for _, content, _ in samples])
     expected = certify.torch_outputs(served, pixels) | {"pixels": pixels}
-    np.savez_compressed(directory / SAMPLES / EXPECTED, **expected)
+    np.savez_compressed(directory / SAMPLES / EXPECTED, allow_pickle=False, **expected)
     return [Sample(file=file, label=label) for file, _, label in samples], expected
 
 
@@ -215,12 +219,14 @@ def make_int8(source: Path, target: Path, data: ImageData, test: evaluate.Scores
     return (found.accuracy if found.passed else None), found.story(config.max_loss)
 
 
-def score_all(data: ImageData, val: evaluate.Scores, test: evaluate.Scores, calibration: Calibration
-              ) -> dict[str, Metrics]:
-    """Metrics of each part, and of the test part without what the audit found in the others."""
+def score_all(data: ImageData, val: evaluate.Scores, test: evaluate.Scores, augmented: evaluate.Scores | None,
+              calibration: Calibration) -> dict[str, Metrics]:
+    """Metrics of each part, and of the test part without what the audit found in the others and with augmentation."""
     scored = {"val": val, "test": test}
     if 0 < len(data.leaked_test) < len(test.labels):
         scored["test_unleaked"] = test.without(data.leaked_test)
+    if augmented is not None:
+        scored["test_tta"] = augmented
     return {part: evaluate.metrics(of, calibration.temperature) for part, of in scored.items()}
 
 
@@ -235,7 +241,8 @@ def doubts(calibration: Calibration, counts: dict[str, int]) -> list[str]:
     """What a reader should know of the promises that test data did not confirm."""
     found = []
     level, seen = calibration.conformal_level, calibration.conformal_coverage
-    if abs(seen - level) > 2 * coverage_error(level, counts["val"], counts["test"]):
+    if level is not None and seen is not None and (
+            abs(seen - level) > 2 * coverage_error(level, counts["val"], counts["test"])):
         found.append(f"prediction sets hold the true class of {seen:.1%} of the test images; {level:.0%} was asked for")
     if calibration.abstain_coverage == 0:
         found.append(f"no threshold reaches {calibration.abstain_accuracy:.1%} accuracy, so every answer abstains")

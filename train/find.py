@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Callback
 
 from train.data import ImageData
 from train.failures import Diverged, is_out_of_memory
+from train.optim import Schedule
 from train.system import Classifier
 
 LOWEST, HIGHEST, SWEEP = 1e-6, 10.0, 120  # learning rates, and steps from one to the other
@@ -28,16 +29,16 @@ KEPT = ("accelerator", "precision", "gradient_clip_val", "gradient_clip_algorith
 
 
 @dataclass
-class Sweep:
-    """A schedule that rises by the same factor at each step, for all groups of parameters alike."""
+class Sweep(Schedule):
+    """Rises by the same factor at each step, for all groups of parameters alike."""
 
-    peak: float  # the rate that shares are of
+    peak: float = 1.0  # the rate that shares are of
 
     def rate(self, step: int) -> float:
         return LOWEST * (HIGHEST / LOWEST) ** (step / (SWEEP - 1))
 
-    def scheduler(self, optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
-        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.rate(step) / self.peak)
+    def share(self, step: int, steps: int) -> float:
+        return self.rate(step) / self.peak
 
 
 class Losses(Callback):
@@ -94,7 +95,7 @@ def smoothed(values: np.ndarray) -> np.ndarray:
 
 def find_lr(settings: dict[str, Any], system: Classifier, data: ImageData) -> None:
     """Raise the rate from step to step (Smith, 2017) and print where the loss falls fastest."""
-    config, sweep, watch = system.optimizer, Sweep(system.optimizer.lr), Losses()
+    config, sweep, watch = system.optimizer, Sweep(peak=system.optimizer.lr), Losses()
     system.schedule = sweep
     with contextlib.suppress(Diverged):  # here that is no failure
         trial(settings, watch, SWEEP).fit(system, datamodule=data)

@@ -23,6 +23,9 @@ class Served(nn.Module):
     `energy` is -logsumexp of the uncalibrated logits (Liu et al., "Energy-based out-of-distribution detection", 2020).
     """
 
+    mean: Tensor
+    scale: Tensor
+
     def __init__(self, network: Network, mean: Sequence[float], std: Sequence[float], temperature: float = 1.0):
         """`mean`, `std`: of each channel, in 0..255."""
         super().__init__()
@@ -58,6 +61,7 @@ def export_onnx(served: Served, spec: InputSpec, classes: int, path: Path, opset
         program = torch.onnx.export(
             served, (example,), dynamo=True, opset_version=opset, input_names=["image"], output_names=served.names(),
             dynamic_shapes={"image": {0: torch.export.Dim("N", min=1)}}, external_data=False, verbose=False)
+        assert program is not None  # with dynamo there always is one
         program.save(path, external_data=False)
     graph = check_signature(path, spec.height, spec.width, spec.channels, classes, served.names())
     if graph.opset != opset:

@@ -24,6 +24,11 @@ def make(names: str, run: Run) -> list[Logger]:
     return [LOGGERS[name](run) for name in chosen]
 
 
+def _first() -> bool:
+    """Whether this is the first process."""
+    return rank_zero_only.rank == 0  # type: ignore[attr-defined]  # Lightning keeps it on the function
+
+
 def tensorboard(run: Run) -> Logger:
     return TensorBoardLogger(run.path, name=None, version="tensorboard", purge_step=run.step if run.step else None)
 
@@ -37,7 +42,7 @@ def comma_separated(run: Run) -> Logger:
             rows = [row for row in csv.DictReader(lines) if (row.get("step") or "").isdigit()
                     and int(row["step"]) < run.step]
     logger = CSVLogger(run.path, name="", version="csv")
-    if rank_zero_only.rank == 0:
+    if _first():
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*exists and is not empty")
             writer = logger.experiment
@@ -73,7 +78,7 @@ def mlflow(run: Run) -> Logger:
         experiment_name=run.path.parent.name, run_name=run.title,
         tracking_uri=remote or f"sqlite:///{place / 'mlflow.db'}", artifact_location=None if remote else place.as_uri(),
         run_id=noted.read_text() if run.step and noted.is_file() else None)
-    if rank_zero_only.rank == 0:
+    if _first() and logger.run_id:
         noted.write_text(logger.run_id)
     return logger
 

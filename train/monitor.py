@@ -14,6 +14,8 @@ from prometheus_client import CollectorRegistry, ProcessCollector, start_http_se
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from train.trainer import ours
+
 PREFIX = "imago_train_"
 
 
@@ -57,8 +59,8 @@ class Monitor(Callback, Collector):
         if self._trainer is None:
             return
         self._images += len(batch[0]) * trainer.world_size
-        if (batch_idx + 1) % trainer.log_every_n_steps == 0 or trainer.is_last_batch:
-            self._sums.copy_(pl_module.sums["train"], non_blocking=True)
+        if (batch_idx + 1) % ours(trainer).log_every_n_steps == 0 or trainer.is_last_batch:
+            self._sums.copy_(ours(trainer).lightning_module.sums["train"], non_blocking=True)
             then, images = self._since
             self._since = now, _ = time.monotonic(), self._images
             self._speed = (self._images - images) / (now - then)
@@ -76,6 +78,7 @@ class Monitor(Callback, Collector):
 
     def collect(self) -> Iterator[Metric]:
         trainer = self._trainer
+        assert trainer is not None  # `start` has registered this
         loss, right, images, _ = self._sums.tolist()
         epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else float("inf")
         yield _gauge("epoch", "Epoch under way, from 1.", min(trainer.current_epoch + 1, epochs))

@@ -5,8 +5,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
+
+from models.networks.base import Network
+
+Tensors = list[Tensor] | tuple[Tensor, ...]
 
 
 @dataclass
@@ -87,17 +91,16 @@ class Schedule:
         return LambdaLR(optimizer, lambda step: self.share(step, steps))
 
 
-def parameter_groups(network: nn.Module, config: Optimizer) -> list[dict[str, Any]]:
+def parameter_groups(network: Network, config: Optimizer) -> list[dict[str, Any]]:
     """Kernels; biases and norms, which don't decay; the head. Frozen parameters are left out."""
     head = {id(p) for p in network.head.parameters() if p.ndim > 1}
-    kernels, vectors, heads = [], [], []
-    for parameter in network.parameters():
-        if parameter.requires_grad:
-            group = heads if id(parameter) in head else kernels if parameter.ndim > 1 else vectors
-            group.append(parameter)
+    trained = [p for p in network.parameters() if p.requires_grad]
+    kernels = [p for p in trained if p.ndim > 1 and id(p) not in head]
+    vectors = [p for p in trained if p.ndim <= 1]
+    heads = [p for p in trained if id(p) in head]
     muon, decay = config.name == "muon", config.weight_decay
     rest = config.others_lr if muon else config.lr
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": kernels, "lr": config.lr, "weight_decay": 0.0 if muon else decay},
         {"params": vectors, "lr": rest * config.bias_lr,
          "weight_decay": decay / config.bias_lr if config.decay_biases else 0.0},
@@ -108,7 +111,7 @@ def parameter_groups(network: nn.Module, config: Optimizer) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
-def build(network: nn.Module, config: Optimizer) -> torch.optim.Optimizer:
+def build(network: Network, config: Optimizer) -> torch.optim.Optimizer:
     """The optimizer over the parameter groups of a network; torch's fused kernels where it has them."""
     groups = parameter_groups(network, config)
     if config.name == "muon":
@@ -138,7 +141,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(groups, defaults)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # both at once
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -147,12 +150,8 @@ class Muon(torch.optim.Optimizer):
             parameters = [p for p in group["params"] if p.grad is not None]
             if not parameters:
                 continue
-            if group["muon"]:
-                self._muon(group, parameters)
-            elif group["others"] == "sgd":
-                self._sgd(group, parameters)
-            else:
-                self._adamw(group, parameters)
+            update = self._muon if group["muon"] else self._sgd if group["others"] == "sgd" else self._adamw
+            update(group, parameters, [p.grad for p in parameters])
         return loss
 
     def _moments(self, parameters: list[Tensor], name: str) -> list[Tensor]:
@@ -161,29 +160,26 @@ class Muon(torch.optim.Optimizer):
                 self.state[p][name] = torch.zeros_like(p)
         return [self.state[p][name] for p in parameters]
 
-    def _muon(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        gradients = [p.grad for p in parameters]
-        velocities = self._moments(parameters, "velocity")
-        torch._foreach_mul_(velocities, group["momentum"])
+    def _muon(self, group: dict[str, Any], parameters: list[Tensor], gradients: Tensors) -> None:
+        momentum, velocities = group["momentum"], self._moments(parameters, "velocity")
+        torch._foreach_mul_(velocities, momentum)
         torch._foreach_add_(velocities, gradients)
-        if group["nesterov"]:
-            velocities = torch._foreach_add(gradients, velocities, alpha=group["momentum"])
-        for p, velocity in zip(parameters, velocities, strict=True):
+        updates = torch._foreach_add(gradients, velocities, alpha=momentum) if group["nesterov"] else velocities
+        for p, update in zip(parameters, updates, strict=True):
             p.mul_(len(p) ** 0.5 / p.norm().clamp_min(1e-12))
-            p.add_(orthogonal(velocity.reshape(len(p), -1)).view_as(p), alpha=-group["lr"])
+            p.add_(orthogonal(update.reshape(len(p), -1)).view_as(p), alpha=-group["lr"])
 
-    def _sgd(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        gradients, momentum = [p.grad for p in parameters], group["others_momentum"]
+    def _sgd(self, group: dict[str, Any], parameters: list[Tensor], gradients: Tensors) -> None:
         if group["weight_decay"]:
             gradients = torch._foreach_add(gradients, parameters, alpha=group["weight_decay"])
-        velocities = self._moments(parameters, "velocity")
+        momentum, velocities = group["others_momentum"], self._moments(parameters, "velocity")
         torch._foreach_mul_(velocities, momentum)
         torch._foreach_add_(velocities, gradients)
         updates = torch._foreach_add(gradients, velocities, alpha=momentum) if group["nesterov"] else velocities
         torch._foreach_add_(parameters, updates, alpha=-group["lr"])
 
-    def _adamw(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        gradients, (b1, b2) = [p.grad for p in parameters], group["betas"]
+    def _adamw(self, group: dict[str, Any], parameters: list[Tensor], gradients: Tensors) -> None:
+        b1, b2 = group["betas"]
         group["count"] = count = group.get("count", 0) + 1
         means, squares = self._moments(parameters, "mean"), self._moments(parameters, "square")
         torch._foreach_lerp_(means, gradients, 1 - b1)

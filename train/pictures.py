@@ -22,7 +22,7 @@ def overlay(pixels: np.ndarray, cam: np.ndarray) -> np.ndarray:
     """uint8 [H,W,C] in RGB with the positive part of a class activation map, float [h,w], laid over it."""
     height, width = pixels.shape[:2]
     heat = cv2.resize(np.maximum(cam, 0).astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
-    heat = np.uint8(255 * heat / max(float(heat.max()), 1e-9))
+    heat = (255 * heat / max(float(heat.max()), 1e-9)).astype(np.uint8)
     colour = cv2.applyColorMap(heat, cv2.COLORMAP_INFERNO)[..., ::-1]
     base = pixels if pixels.shape[2] == 3 else np.repeat(pixels, 3, 2)
     return np.ascontiguousarray((0.45 * base + 0.55 * colour).astype(np.uint8))

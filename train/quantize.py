@@ -64,12 +64,12 @@ def quantize(source: Path, target: Path, images: np.ndarray, accuracy: Callable[
     `reference`, that of fp32, are shares of the same images.
     """
     prepared = target.with_suffix(".prepared")
-    order: list[str] | None = None
+    order: list[str] = []
     tried = []
     try:
         layers = _prepare(source, prepared)
         for share in FRACTIONS:
-            if share and order is None:
+            if share and not order:
                 order = by_damage(prepared, images[:DAMAGE_IMAGES], layers)
             left = order[:max(1, round(share * len(layers)))] if share else []
             _write(prepared, target, images, left)

@@ -122,7 +122,7 @@ def reliability_diagram(before: np.ndarray, after: np.ndarray, labels: np.ndarra
     frame = charts.Frame((0, 1), (0, 1), "confidence", "accuracy")
     for b in reliability(after, labels, 10):
         left = min(int(b.confidence * 10), 9) / 10
-        frame.bar(left, left + 0.1, b.accuracy, "bar", f"{b.count} images: confidence {b.confidence:.3f}, "
+        frame.bar(left, left + 0.1, b.accuracy, "bar", f"{b.images} images: confidence {b.confidence:.3f}, "
                                                        f"accuracy {b.accuracy:.3f}")
     frame.line([(0, 0), (1, 1)], "line ideal")
     frame.line([(b.confidence, b.accuracy) for b in reliability(before, labels, 10)], "line s1")
@@ -140,7 +140,7 @@ def coverage_diagram(probabilities: np.ndarray, labels: np.ndarray, m: Manifest)
     frame = charts.Frame((0, 100), (lowest - 0.05 * (100 - lowest) - 0.1, 100), "answered, %", "accuracy, %")
     frame.line(points, "line s0")
     c = m.calibration
-    if c.abstain_test_accuracy is not None:
+    if c.abstain_test_accuracy is not None and c.abstain_test_coverage is not None:
         frame.dot(100 * c.abstain_test_coverage, 100 * c.abstain_test_accuracy, f"threshold {c.abstain_threshold:.3f}")
     return frame.svg("accuracy over coverage on test data")
 

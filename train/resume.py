@@ -21,6 +21,8 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from train import checkpoints
 from train.preemption import NOTICE, Preempted
+from train.system import Classifier
+from train.trainer import ours
 
 SAVE, STOP = 1, 2  # what is wanted at the next stage; more goes before less
 
@@ -55,16 +57,18 @@ class Resume(Checkpoint):  # this base makes it the last of the callbacks, when 
         self._next = time.monotonic() + self.every_seconds
         self._saved_step = trainer.global_step
         if self._loaded is not None:
-            trainer.train_dataloader.load_state_dict(self._loaded["data"])  # Lightning may have made it too early
-            _restore(self._loaded["processes"][trainer.global_rank], pl_module)
+            us = ours(trainer)
+            us.train_dataloader.load_state_dict(self._loaded["data"])  # Lightning may have made it too early
+            _restore(self._loaded["processes"][trainer.global_rank], us.lightning_module)
             self._loaded = None
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any,
                            batch_idx: int) -> None:
         self._look(trainer)
         if self._wanted:
-            loop = trainer.fit_loop.epoch_loop
-            waits = loop.batch_progress.is_last_batch or loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
+            loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
+            assert fetcher is not None  # within an epoch
+            waits = loop.batch_progress.is_last_batch or loop._should_check_val_fx(fetcher)
             if not waits and not loop._should_accumulate():
                 self._act(trainer, "step")
 
@@ -123,7 +127,7 @@ class Resume(Checkpoint):  # this base makes it the last of the callbacks, when 
         self._next = time.monotonic() + self.every_seconds
         if self.directory is None:
             return
-        trainer.lightning_module.check_finite("train")  # before good weights give place to bad ones
+        ours(trainer).lightning_module.check_finite("train")  # before good weights give place to bad ones
         self._stage, self._saved_step = stage, trainer.global_step
         try:
             trainer.save_checkpoint(checkpoints.place(self.directory, trainer.global_step))
@@ -141,11 +145,12 @@ class Resume(Checkpoint):  # this base makes it the last of the callbacks, when 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._stage is None:
             return  # the best weights, which nobody goes on from
-        processes = [_state(pl_module)]
+        us = ours(trainer)
+        processes = [_state(us.lightning_module)]
         if self._group is not None:
             processes *= trainer.world_size
             torch.distributed.all_gather_object(processes, processes[0], group=self._group)
-        checkpoint["resume"] = {"stage": self._stage, "data": trainer.train_dataloader.state_dict(),
+        checkpoint["resume"] = {"stage": self._stage, "data": us.train_dataloader.state_dict(),
                                 "processes": processes}
         loops = checkpoint["loops"]["fit_loop"]
         if self._stage == "validation":
@@ -172,15 +177,15 @@ def _preempted() -> Preempted:
     return Preempted(NOTICE.signum or signal.SIGTERM)  # the notice may have come to another process only
 
 
-def _state(pl_module: L.LightningModule) -> dict[str, Any]:
-    state = {"random": torch.get_rng_state(), "sums": {k: v.cpu() for k, v in pl_module.sums.items() if k == "train"}}
-    if pl_module.device.type == "cuda":
-        state["cuda_random"] = torch.cuda.get_rng_state(pl_module.device)
+def _state(system: Classifier) -> dict[str, Any]:
+    state = {"random": torch.get_rng_state(), "sums": {k: v.cpu() for k, v in system.sums.items() if k == "train"}}
+    if system.device.type == "cuda":
+        state["cuda_random"] = torch.cuda.get_rng_state(system.device)
     return state
 
 
-def _restore(state: dict[str, Any], pl_module: L.LightningModule) -> None:
-    pl_module.sums.update({part: sums.to(pl_module.device) for part, sums in state["sums"].items()})
+def _restore(state: dict[str, Any], system: Classifier) -> None:
+    system.sums.update({part: sums.to(system.device) for part, sums in state["sums"].items()})
     torch.set_rng_state(state["random"])
-    if "cuda_random" in state and pl_module.device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda_random"], pl_module.device)
+    if "cuda_random" in state and system.device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda_random"], system.device)

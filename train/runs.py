@@ -107,7 +107,7 @@ def _going_on(path: Path) -> Run:
 
 def _decisive(config: dict[str, Any]) -> dict[str, Any]:
     kept = {key: config.get(key) for key in DECISIVE}
-    return kept | {"trainer": {k: v for k, v in kept["trainer"].items() if k not in INDIFFERENT}}
+    return kept | {"trainer": {k: v for k, v in config["trainer"].items() if k not in INDIFFERENT}}
 
 
 def _numbered(parent: Path) -> list[Path]:

@@ -5,13 +5,16 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from models import networks
 from models.networks.weights import load_weights, weights_file
 from train import optim
+from train.evaluate import views
 from train.failures import Diverged
+from train.trainer import ours
 
 Batch = tuple[Tensor, Tensor]  # images uint8 or float 0..255 [B,C,H,W]; labels int64 [B] or shares [B,K]
 ADAMW, CONSTANT = optim.Optimizer(), optim.Schedule()
@@ -20,6 +23,11 @@ PREPARE_IMAGES = 5000  # training images that a network which fixes a layer from
 
 class Classifier(L.LightningModule):
     """Images in 0..255 to logits [B,K]; the network is built in `setup`, when the data says what it needs."""
+
+    network: networks.Network
+    mean: Tensor  # float [1,C,1,1] in 0..255, as `std`
+    std: Tensor
+    class_weights: Tensor | None  # float [K]
 
     def __init__(self, network: str = "lenet", options: dict[str, Any] | None = None, weights: str | None = None,
                  optimizer: optim.Optimizer = ADAMW, schedule: optim.Schedule = CONSTANT,
@@ -49,13 +57,12 @@ class Classifier(L.LightningModule):
         self.label_smoothing, self.weigh_classes = label_smoothing, weigh_classes
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
         self.compile_mode, self.tta = compile, tta
-        self.network: networks.Network | None = None
         self.sums: dict[str, Tensor] = {}  # by part: loss, right answers, images, and steps while the loss was finite
 
     def setup(self, stage: str) -> None:
-        if self.network is not None:
+        if hasattr(self, "network"):
             return
-        data = self.trainer.datamodule
+        data = ours(self.trainer).datamodule
         spec = data.input
         if spec.height != spec.width:
             raise ValueError(f"data.size: networks take square images, not {spec.width}x{spec.height}")
@@ -66,9 +73,9 @@ class Classifier(L.LightningModule):
         self.register_buffer("class_weights", weights, persistent=False)
         if self.weights:
             load_weights(self.network, weights_file(self.weights, self.name))
-        elif stage == "fit" and hasattr(self.network, "prepare"):
+        elif stage == "fit" and self.network.prepare:
             self.network.prepare(self.normalize(first_images(data.train_dataloader(), PREPARE_IMAGES)))
-        self.network.to(memory_format=self.layout)
+        self.network.to(memory_format=self.layout)  # type: ignore[call-overload]  # torch's overloads leave it out
         if self.compile_mode != "off":
             self.network.compile(mode=self.compile_mode)  # the network, not this module: self.log breaks inside
 
@@ -94,7 +101,7 @@ class Classifier(L.LightningModule):
         images, labels = batch
         logits = self(images)
         self._count("test", cross_entropy(logits, labels), logits, labels, batch_idx)
-        leaked = self.trainer.datamodule.leaked(batch_idx)
+        leaked = ours(self.trainer).datamodule.leaked(batch_idx)
         if leaked is not None and not leaked.all():
             own, truth = logits[~leaked], labels[~leaked]
             self._count("test_unleaked", cross_entropy(own, truth), own, truth, batch_idx)
@@ -107,13 +114,8 @@ class Classifier(L.LightningModule):
         return self(batch[0]).softmax(1)
 
     def augmented(self, images: Tensor) -> Tensor:
-        """Mean logits over views: the image and its mirror image, each also moved by one pixel for `shift`."""
-        views = [images]
-        if self.tta == "shift":
-            padded = torch.nn.functional.pad(images.float(), (1, 1, 1, 1), mode="reflect")
-            height, width = images.shape[2:]
-            views += [padded[:, :, y:y + height, x:x + width] for y in (0, 2) for x in (0, 2)]
-        return torch.stack([self(v) + self(v.flip(3)) for v in views]).mean(0) / 2
+        """Mean logits over the views of test-time augmentation."""
+        return torch.stack([self(view) for view in views(images, self.tta)]).mean(0)
 
     def _count(self, part: str, loss: Tensor, logits: Tensor, labels: Tensor, step: int) -> None:
         """Add to the part's sums on the device. Nothing waits for the device here, save where a step is logged."""
@@ -157,7 +159,7 @@ class Classifier(L.LightningModule):
         self._report("test_unleaked")
         self._report("test_tta")
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = optim.build(self.network, self.optimizer)
         steps = int(self.trainer.estimated_stepping_batches)
         scheduler = self.schedule.scheduler(optimizer, steps)

@@ -1,4 +1,6 @@
 """What every network here has in common: trunk, pooling, head, and the outputs of one pass for the bundle."""
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +16,7 @@ class Network(nn.Module):
     head: nn.Linear
     scale = 1.0  # of the logits
     dropout = 0.0  # on the embedding, in training
+    prepare: Callable[[Tensor], None] | None = None  # for what is fixed from normalised training images [n,C,H,W]
 
     def trunk(self, x: Tensor) -> Tensor:
         raise NotImplementedError

@@ -63,7 +63,7 @@ def test_calibration_error_of_a_known_case():
     probabilities = np.array([[0.9, 0.1]] * 10 + [[0.3, 0.7]] * 10)
     labels = np.array([0] * 8 + [1] * 2 + [1] * 5 + [0] * 5)  # 80 % right at 0.9, 50 % right at 0.7
     assert ece(probabilities, labels) == pytest.approx(0.5 * 0.1 + 0.5 * 0.2)
-    assert [b.count for b in reliability(probabilities, labels)] == [10, 10]
+    assert [b.images for b in reliability(probabilities, labels)] == [10, 10]
 
 
 @pytest.mark.parametrize("wanted", [0.7, 0.9, 0.99])

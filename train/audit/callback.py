@@ -2,8 +2,10 @@
 from pathlib import Path
 
 import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from train import audit
+from train.trainer import ours
 
 
 class Audit(L.Callback):
@@ -18,17 +20,18 @@ class Audit(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         checkpoint = trainer.checkpoint_callback
-        place = Path(checkpoint.dirpath if checkpoint and checkpoint.dirpath else trainer.default_root_dir)
-        self._look(trainer, place / "audit")
+        place = checkpoint.dirpath if isinstance(checkpoint, ModelCheckpoint) else None
+        self._look(trainer, Path(place or trainer.default_root_dir) / "audit")
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._look(trainer, None)
 
     def _look(self, trainer: L.Trainer, out: Path | None) -> None:
-        if not self.enabled or trainer.fast_dev_run:
+        us = ours(trainer)
+        if not self.enabled or us.fast_dev_run:
             return
         if trainer.is_global_zero:
-            audit.run(trainer.datamodule, out)
+            audit.run(us.datamodule, out)
         trainer.strategy.barrier()
         if not trainer.is_global_zero:
-            audit.run(trainer.datamodule)  # reads what the first process kept
+            audit.run(us.datamodule)  # reads what the first process kept

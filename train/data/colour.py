@@ -18,12 +18,12 @@ def jitter(images: Tensor, brightness: float, contrast: float, saturation: float
     b, c, h, w = images.shape
     factors = {name: draw.uniform(1 - top, 1 + top, b)
                for name, top in (("brightness", brightness), ("contrast", contrast), ("saturation", saturation))}
-    matrix = np.ones((b, 1, 1))
+    change = np.ones((b, 1, 1))
     if c == 3:
         gray = np.broadcast_to(LUMA, (3, 3))
         s = factors["saturation"][:, None, None]
-        matrix = (s * np.eye(3) + (1 - s) * gray) @ _turn(draw.uniform(-hue, hue, b))
-    matrix = torch.from_numpy((matrix * factors["brightness"][:, None, None]).astype(np.float32)).to(images.device)
+        change = (s * np.eye(3) + (1 - s) * gray) @ _turn(draw.uniform(-hue, hue, b))
+    matrix = torch.from_numpy((change * factors["brightness"][:, None, None]).astype(np.float32)).to(images.device)
     pixels = images.permute(0, 2, 3, 1).reshape(b, h * w, c).float() @ matrix.mT
     if contrast:
         factor = torch.from_numpy(factors["contrast"].astype(np.float32)).to(images.device).view(-1, 1, 1)

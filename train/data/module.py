@@ -143,8 +143,8 @@ class ImageData(L.LightningDataModule):
 
     def _batches(self, part: str, training: bool = False, alone: bool = False) -> Batches:
         """The loader of one part; only a training one shuffles and augments. `alone`: this process reads all of it."""
-        alone = alone or self.trainer is None
-        rank, world = (0, 1) if alone else (self.trainer.global_rank, self.trainer.world_size)
+        here = None if alone else self.trainer
+        rank, world = (here.global_rank, here.world_size) if here else (0, 1)
         rows = self.index[part]
         if len(rows) < world:
             raise DataError(f"{self.source}: the {part} part has {len(rows)} images for {world} processes; use fewer")
@@ -225,8 +225,8 @@ def _digest(facts: Known, found: Source) -> str:
 
 def _moments(chunks: Iterable[np.ndarray]) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each channel of uint8 [M, H, W, C] chunks, in 0..255."""
-    counts = sum(np.stack([np.bincount(plane.reshape(-1), minlength=256) for plane in np.moveaxis(chunk, 3, 0)])
-                 for chunk in chunks)
+    counts = sum((np.stack([np.bincount(plane.reshape(-1), minlength=256) for plane in np.moveaxis(chunk, 3, 0)])
+                  for chunk in chunks), np.zeros((1, 256), np.int64))
     levels, total = np.arange(256.0), counts[0].sum()
     mean = counts @ levels / total
     return mean.tolist(), np.sqrt(counts @ levels**2 / total - mean**2).tolist()

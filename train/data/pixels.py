@@ -38,18 +38,22 @@ def to_pixels(item: bytes | np.ndarray, spec: InputSpec) -> np.ndarray:
     return image.decode(encoded(item), spec)
 
 
-class Decoded(Dataset):
-    """Dataset whose index is an array of positions and whose element is their pixels: uint8 [B, H, W, C]."""
+class ByPosition(Dataset):
+    """Dataset whose index is an array of positions among the items."""
 
     def __init__(self, items: Items, spec: InputSpec):
         self.items, self.spec = items, spec
+
+
+class Decoded(ByPosition):
+    """Its elements are pixels, uint8 [B, H, W, C]."""
 
     def __getitem__(self, index: np.ndarray) -> Tensor:
         return torch.from_numpy(np.stack([to_pixels(self.items[i], self.spec) for i in index.tolist()]))
 
 
-class Examined(Decoded):
-    """The same with FACTS of each image; one that can't be decoded is black and says why."""
+class Examined(ByPosition):
+    """Its elements are pixels and FACTS [B]; an image that can't be decoded is black and says why."""
 
     def __getitem__(self, index: np.ndarray) -> tuple[Tensor, np.ndarray]:
         out = np.zeros((len(index), self.spec.height, self.spec.width, self.spec.channels), np.uint8)
@@ -87,7 +91,7 @@ def _describe(item: bytes | np.ndarray, facts: np.void) -> None:
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return
     facts["width"], facts["height"] = opened.size
-    facts["format"], facts["mode"] = opened.format.lower(), opened.mode
+    facts["format"], facts["mode"] = (opened.format or "").lower(), opened.mode
 
 
 _ENDS = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"IEND\xaeB`\x82", b"GI": b"\x3b"}
@@ -115,7 +119,7 @@ def examine(items: Items, index: np.ndarray, spec: InputSpec, workers: int,
         start += len(facts)
 
 
-def loader(dataset: Dataset, batches: Sequence[np.ndarray], workers: int, pin: bool = False) -> DataLoader:
+def loader(dataset: ByPosition, batches: Sequence[np.ndarray], workers: int, pin: bool = False) -> DataLoader:
     """Workers that make one element of `dataset` for each array of positions, in order."""
     safe = getattr(dataset.items, "fork_safe", True)
     context = None if safe or not workers else "spawn"

@@ -138,7 +138,7 @@ def as_item(value: object) -> bytes | np.ndarray:
     """
     if isinstance(value, bytes):
         return value
-    if hasattr(value, "convert"):  # a PIL image
+    if hasattr(value, "mode") and hasattr(value, "convert"):  # a PIL image
         return np.asarray(value if value.mode in ("L", "RGB") else value.convert("RGB"))
     pixels = np.asarray(value)
     if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3):

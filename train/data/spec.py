@@ -1,4 +1,6 @@
 """What the network is fed, from what is set and what the images are."""
+from typing import Literal
+
 import numpy as np
 
 from models import image
@@ -11,8 +13,8 @@ SMALL = 96  # images that are all alike and no larger are taken as they are
 USUAL = 224  # what the networks that come with weights were trained on
 
 
-def input_spec(source: Source, size: int | None, channels: int | None, resize: str,
-               short_side: int | None) -> InputSpec:
+def input_spec(source: Source, size: int | None, channels: Literal[1, 3] | None,
+               resize: Literal["crop", "stretch", "pad"], short_side: int | None) -> InputSpec:
     """Settings that are None follow the images: their own size where all are alike and small, 224 otherwise; one
     channel where all are gray. Raises DataError where not one of the images looked at can be read."""
     if size is None or channels is None:

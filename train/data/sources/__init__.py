@@ -27,8 +27,9 @@ def open_source(source: str, root: str | None = None) -> Source:
     if source in bundled.TORCHVISION:
         return bundled.torchvision(source, root)
     scheme, colon, place = source.partition(":")
-    if scheme in READERS and (place if colon else root):
-        return READERS[scheme](place or root)
+    where = place if colon else root
+    if scheme in READERS and where:
+        return READERS[scheme](where)
     path = Path(source).expanduser()
     if path.is_dir():
         return files.folder(path)

@@ -1,10 +1,14 @@
 """Hugging Face data sets on disk."""
 import hashlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from train.data.source import DataError, Source, needs, numbered, part_name
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 LABELS = ("label", "labels", "class", "fine_label", "coarse_label")
 
@@ -43,7 +47,7 @@ def huggingface(place: str) -> Source:
                   np.repeat(list(parts.values()), sizes))
 
 
-def _column(path: Path, dataset: object, candidates: list[str], what: str) -> str:
+def _column(path: Path, dataset: "Dataset", candidates: list[str], what: str) -> str:
     if not candidates:
         raise DataError(f"{path}: no {what} column; its columns are {', '.join(dataset.column_names)}")
     return candidates[0]
@@ -52,7 +56,7 @@ def _column(path: Path, dataset: object, candidates: list[str], what: str) -> st
 class Rows:
     """The image column of an Arrow table on disk: files' bytes, or paths of files."""
 
-    def __init__(self, dataset: object, column: str, digest: str):
+    def __init__(self, dataset: "Dataset", column: str, digest: str):
         self.dataset, self.column, self.digest = dataset, column, digest
 
     def __len__(self) -> int:

@@ -121,7 +121,7 @@ class Joined:
     def __len__(self) -> int:
         return int(self.ends[-1])
 
-    def _at(self, i: int) -> tuple[object, int]:
+    def _at(self, i: int) -> tuple[Chunks, int]:
         k = int(np.searchsorted(self.ends, i, "right"))
         return self.pieces[k], i - (int(self.ends[k - 1]) if k else 0)
 
