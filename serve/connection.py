@@ -62,6 +62,8 @@ class Connection(HttpToolsProtocol):
             self.head_bytes += len(data)
             if self.head_bytes > MAX_HEAD_BYTES:
                 self.refuse(Problem(431, f"the head of a request may have {MAX_HEAD_BYTES} bytes", "head"))
+        elif self.arriving and self.exchange is not None and self.exchange.cycle is self.cycle:
+            self.exchange.grew()
 
     # What the parser calls, in this order.
 
@@ -90,10 +92,9 @@ class Connection(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         if self.cycle is None:
             return
-        exchange = self.exchange
-        if exchange is not None and exchange.cycle is self.cycle:
+        if self.exchange is not None and self.exchange.cycle is self.cycle:
             self.cycle.body += body
-            return exchange.grew(len(body))
+            return
         if self.cycle.response_complete:
             self.discarded += len(body)
             if self.discarded > MAX_DISCARDED_BYTES:

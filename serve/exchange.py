@@ -41,18 +41,14 @@ class Exchange:
             self.cycle.waiting_for_100_continue = False
             self.connection.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
-    def grew(self, size: int) -> None:
-        """So many bytes more of the body are there."""
-        limit, place = self.front.settings.max_body_bytes, self.place
-        if place is None:
-            return
-        try:
-            if len(self.cycle.body) > limit:
-                raise Problem(413, f"the body is larger than the {limit} bytes allowed", "body")
-            self.front.predictor.hold(place, 0, size)
-        except Problem as problem:
-            self.cycle.body.clear()
-            self.fail(problem)
+    def grew(self) -> None:
+        """More of the body is there, and not all of it yet."""
+        if self.place is not None:
+            try:
+                self.front.predictor.hold(self.place, 0, len(self.cycle.body))
+            except Problem as problem:
+                self.cycle.body.clear()
+                self.fail(problem)
 
     def arrived(self) -> None:
         """The body is there."""
@@ -60,9 +56,11 @@ class Exchange:
         if place is None:
             return
         try:
-            images, top_k, flags = predictor.parse(self.request, bytes(self.cycle.body))
+            content = bytes(self.cycle.body)
             self.cycle.body.clear()
-            self.ask = predictor.ask(place, images, top_k, flags, self.answered)
+            images, top_k, flags = predictor.parse(self.request, content)
+            predictor.hold(place, len(images), len(content))
+            self.ask = predictor.ask(images, top_k, flags, self.answered)
         except Problem as problem:
             self.fail(problem)
         except Exception:

@@ -2,6 +2,7 @@
 import asyncio
 import json
 import time
+from collections import deque
 from collections.abc import Callable
 from itertools import count
 
@@ -15,13 +16,13 @@ UNANSWERED = Answer(0, 0, 0, 0, 0, 0, b"")  # stands in the place of an answer u
 class Ask:
     """The images of one request on their way. `done` is called once: when each has an answer, or at the deadline."""
 
-    __slots__ = ("answers", "done", "expired", "jobs", "left", "timer")
+    __slots__ = ("answers", "deadline", "done", "expired", "jobs", "left", "over")
 
-    def __init__(self, answers: list[Answer], done: Callable[["Ask"], None]):
-        self.answers, self.done, self.expired = answers, done, False
+    def __init__(self, answers: list[Answer], deadline: float, done: Callable[["Ask"], None]):
+        """`deadline`: by time.monotonic."""
+        self.answers, self.deadline, self.done, self.over, self.expired = answers, deadline, done, False, False
         self.left = answers.count(UNANSWERED)
         self.jobs: list[tuple[Channel, int]] = []
-        self.timer: asyncio.TimerHandle | None = None
 
     def put(self, index: int, answer: Answer) -> None:
         self.answers[index] = answer
@@ -30,8 +31,7 @@ class Ask:
             self.finish()
 
     def finish(self) -> None:
-        if self.timer is not None:
-            self.timer.cancel()
+        self.over = True
         self.done(self)
 
     def expire(self) -> None:
@@ -41,8 +41,7 @@ class Ask:
 
     def cancel(self) -> None:
         """Nobody waits any more: what is not done yet is dropped, not done late, and `done` is not called."""
-        if self.timer is not None:
-            self.timer.cancel()
+        self.over = True
         for channel, number in self.jobs:
             channel.cancel(number)
 
@@ -110,6 +109,8 @@ class Pool:
         self.usable: list[Channel] = []
         self.model: dict = {}  # what was told last
         self.name = b""  # of the model, as JSON
+        self.asks: deque[Ask] = deque()  # by deadline; those that are over leave when they come first
+        self.timer: asyncio.TimerHandle | None = None  # one for all: to make and cancel one costs as much as to parse
         self.tasks = [self.loop.create_task(self._keep(i)) for i in range(workers)]
 
     async def _keep(self, index: int) -> None:
@@ -142,8 +143,13 @@ class Pool:
     def ask(self, images: list[bytes], answers: list[Answer], seconds: float, top_k: int, flags: int,
             done: Callable[[Ask], None]) -> Ask:
         """Hand each image without an answer to the worker with the least to do. There must be a usable one."""
-        ask, deadline, usable = Ask(answers, done), time.monotonic() + seconds, self.usable
-        ask.timer = self.loop.call_later(seconds, ask.expire)
+        deadline, usable, asks = time.monotonic() + seconds, self.usable, self.asks
+        ask = Ask(answers, deadline, done)
+        while asks and asks[0].over:
+            asks.popleft()
+        asks.append(ask)
+        if self.timer is None:
+            self.timer = self.loop.call_later(seconds, self.expire)
         for index, body in enumerate(images):
             if answers[index] is UNANSWERED:
                 channel = usable[0] if len(usable) == 1 else min(usable, key=lambda c: len(c.waiting))
@@ -151,6 +157,15 @@ class Pool:
         if not ask.left:
             self.loop.call_soon(ask.finish)
         return ask
+
+    def expire(self) -> None:
+        """End what is past its deadline, and look again when the next one is due."""
+        asks, now = self.asks, time.monotonic()
+        while asks and (asks[0].over or asks[0].deadline <= now):
+            first = asks.popleft()
+            if not first.over:
+                first.expire()
+        self.timer = self.loop.call_later(asks[0].deadline - now, self.expire) if asks else None
 
     def close(self) -> None:
         for task in self.tasks:

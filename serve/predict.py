@@ -73,11 +73,13 @@ class Predictor:
             raise Problem(429, "too many bytes are waiting; try again in a second", "bytes")
 
     def hold(self, place: Place, images: int, size: int) -> None:
-        """Let a request hold so much more. Raises Problem 429."""
-        self.check_room(images, size)
-        place.images += images
-        place.size += size
-        self.count(images, 0, size)
+        """Let a request hold so many images and bytes of a body. Raises Problem 413, 429."""
+        if size > self.settings.max_body_bytes:
+            raise Problem(413, f"the body is larger than the {self.settings.max_body_bytes} bytes allowed", "body")
+        more = size - place.size
+        self.check_room(images, more)
+        place.images, place.size = images, size
+        self.count(images, 0, more)
 
     def leave(self, place: Place) -> None:
         self.count(-place.images, -1, -place.size)
@@ -90,9 +92,8 @@ class Predictor:
         kind = request.headers.get(b"content-type", b"")
         return body.images(content, kind, self.settings.max_images), top_k, flags
 
-    def ask(self, place: Place, images: list[bytes], top_k: int, flags: int, done: Callable[[Ask], None]) -> Ask:
-        """Start to answer these images; `done` is called when they are, or at the deadline. Raises Problem 429, 503."""
-        self.hold(place, len(images), 0)
+    def ask(self, images: list[bytes], top_k: int, flags: int, done: Callable[[Ask], None]) -> Ask:
+        """Start to answer these images; `done` is called when they are, or at the deadline. Raises Problem 503."""
         answers = [UNANSWERED] * len(images)
         if self.cache is not None:
             done = self.look_up(self.cache, answers, images, top_k, flags, done)
@@ -131,9 +132,9 @@ class Predictor:
         ended = self.pool.loop.create_future()
         try:
             content = await body.read(request.receive, self.settings.max_body_bytes)
-            self.hold(place, 0, len(content))
             images, top_k, flags = parse(content)
-            ask = self.ask(place, images, top_k, flags, lambda _: None if ended.done() else ended.set_result(None))
+            self.hold(place, len(images), len(content))
+            ask = self.ask(images, top_k, flags, lambda _: None if ended.done() else ended.set_result(None))
             connection.on_lost = ended.cancel
             try:
                 await ended
