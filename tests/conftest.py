@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from launch import Commands
 from service import Server
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and threads that wait for each other do not
@@ -25,6 +26,14 @@ def server(bundle_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     """A ready server that all tests share. Don't overload, drain or kill it."""
     with Server(bundle_store, tmp_path_factory.mktemp("server") / "log") as running:
         yield running.wait_ready()
+
+
+@pytest.fixture(scope="session")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
+    """Runs `python -m train …` in processes that begin at once."""
+    started = Commands(tmp_path_factory.mktemp("commands"))
+    yield started
+    started.close()
 
 
 @pytest.fixture

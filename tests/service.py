@@ -59,6 +59,8 @@ def stopped(server: "Server") -> Iterator[None]:
     try:
         for pid in workers:
             os.kill(pid, signal.SIGSTOP)
+        wait(lambda: all(stat.read_text().rpartition(")")[2].split()[0] == "T" for pid in workers
+                         for stat in Path(f"/proc/{pid}/task").glob("*/stat")))
         yield
     finally:
         for pid in workers:

@@ -25,9 +25,12 @@ def test_what_waits_becomes_a_batch(start):
 
 def test_the_images_of_a_request_are_shared_by_the_cores(start):
     server = start("--threads", "2", "--max-batch-size", "16")
-    server.http.post("/predict", files=[("f", (f"{i}", IMAGE)) for i in range(16)])
-    wait(lambda: batches(server)[1] == 16)
-    assert batches(server)[0] >= 2
+    for sent in range(1, 21):  # a core that is awake first may rightly take what the other has not begun
+        server.http.post("/predict", files=[("f", (f"{i}", IMAGE)) for i in range(16)])
+        wait(lambda total=16 * sent: batches(server)[1] == total)
+        if batches(server)[0] > sent:
+            break
+    assert batches(server)[0] > sent
 
 
 def test_a_lone_request_waits_for_company_only_where_that_is_asked_for(start):

@@ -1,8 +1,6 @@
 """The data audit on data with planted faults: through the command line, through training, and its page."""
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
@@ -154,31 +152,24 @@ def test_many_images_meet_in_cells(monkeypatch):
     assert len(cells.first) >= 28
 
 
-def command(*arguments: str, **options) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "train", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **options)
-
-
-def test_the_command_writes_the_report_and_warns(faulty, tmp_path):
-    done = command("audit", str(faulty), "--out", str(tmp_path / "report"), "--size", "32")
-    assert done.returncode == 0, done.stderr
-    assert "WARNING: 3 test images" in done.stderr
+def test_the_command_writes_the_report_and_warns(commands, faulty, tmp_path):
+    done = commands.run("audit", faulty, "--out", tmp_path / "report", "--size", "32")
+    assert "WARNING: 3 test images" in done.text
     assert (tmp_path / "report" / "index.html").is_file()
     assert json.loads((tmp_path / "report" / "audit.json").read_text())["classes"] == sorted([*CLASSES, "rare"])
 
 
-def test_the_command_refuses_in_one_line(tmp_path):
-    done = command("audit", str(tmp_path / "nowhere"))
-    assert done.returncode == 2
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert "no such folder" in done.stderr
+def test_the_command_refuses_in_one_line(commands, tmp_path):
+    done = commands.start("audit", tmp_path / "nowhere")
+    assert done.status() == 2
+    assert len(done.text.strip().splitlines()) == 1
+    assert "no such folder" in done.text
 
 
-def test_training_looks_first_and_gives_figures_without_the_leaked_images(faulty, tmp_path):
-    done = command("run", str(faulty), "--recipe", "digits", "--data.size", "32", "--trainer.max_epochs", "1",
-                   "--store", str(tmp_path / "store"), "--trainer.default_root_dir", str(tmp_path / "runs"))
-    assert done.returncode == 0, done.stderr
-    assert "WARNING: 3 test images" in done.stderr
+def test_training_looks_first_and_gives_figures_without_the_leaked_images(commands, faulty, tmp_path):
+    done = commands.run("run", faulty, "--recipe", "digits", "--data.size", "32", "--trainer.max_epochs", "1",
+                        "--store", tmp_path / "store", "--trainer.default_root_dir", tmp_path / "runs")
+    assert "WARNING: 3 test images" in done.text
     assert list((tmp_path / "runs").rglob("audit/index.html"))
     metrics = json.loads((tmp_path / "store/photos/1/manifest.json").read_text())["metrics"]
     assert metrics["test"]["images"] == 27
