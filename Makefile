@@ -52,7 +52,7 @@ models: setup ## list the store
 
 ##@ Development
 test: dev ## run the quick tests: make test [ARGS='tests/serve -k drain']
-	@$(run) pytest -m 'not slow' -n $$(nproc) --maxprocesses 4 --dist loadfile $(ARGS)
+	@$(run) pytest -m 'not slow' -n $$(($$(nproc) + 1)) --maxprocesses 6 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: dev ## run the slow tests
 	@$(run) pytest -m slow $(ARGS)

@@ -23,7 +23,7 @@ def test_one_line(commands, tmp_path, settings, status, words):
 
 
 @pytest.mark.parametrize(("evaluating", "flag"), [
-    (False, "--data.batch_size 647,"), (True, "--data.eval_batch_size 72")])
+    (False, "--data.batch_size 647,"), pytest.param(True, "--data.eval_batch_size 72", marks=pytest.mark.slow)])
 def test_out_of_memory_names_the_batch_size_to_try(commands, tmp_path, evaluating, flag):
     sizes = ("--data.batch_size", 2, "--data.eval_batch_size", 144) if evaluating else ("--data.batch_size", 1294)
     command = commands.start("run", "digits", *QUIET, *sizes, "--data.size", 256, "--data.cache", tmp_path / "cache",

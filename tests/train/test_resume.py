@@ -158,7 +158,7 @@ def test_a_finished_run_and_another_job_s_run_are_left_alone(commands, tmp_path)
 
 def test_every_random_number_is_restored(commands, tmp_path):
     """A network with dropout and batch norm, and gradients summed over two batches."""
-    network = ("--model.network", "mobilenet_v3_small", "--data.size", 32, "--trainer.limit_train_batches", 6,
+    network = ("--model.network", "mobilenet_v3_small", "--data.size", 16, "--trainer.limit_train_batches", 6,
                "--trainer.max_epochs", 2, "--trainer.accumulate_grad_batches", 2)
     finish(commands, tmp_path / "undisturbed", *network)
     assert start(commands, tmp_path / "killed", *network, kill="TERM:step:9").status() == 143
