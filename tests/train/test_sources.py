@@ -1,4 +1,5 @@
 """Sources of images other than folders, each on a small data set that is written here."""
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,6 +83,25 @@ def test_csv_with_missing_files_lists_them(tmp_path):
     data = ImageData(source)
     data.setup()
     assert [name for name, _ in data.unreadable] == ["photos/gone.png"]
+
+
+@pytest.mark.parametrize(("name", "place", "first"), [
+    ("mnist", "MNIST", "0 - zero"), ("fashion-mnist", "FashionMNIST", "T-shirt/top")])
+def test_what_torchvision_finds_at_root_is_not_downloaded(tmp_path, name, place, first):
+    raw = tmp_path / place / "raw"
+    raw.mkdir(parents=True)
+    for part, count in (("train", 200), ("t10k", 50)):
+        labels = np.arange(count, dtype=np.uint8) % 10
+        pixels = np.broadcast_to(20 * labels[:, None, None], (count, 28, 28)).astype(np.uint8)
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">4I", 2051, count, 28, 28) + pixels.tobytes())
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2I", 2049, count) + labels.tobytes())
+    data = ImageData(name, root=str(tmp_path), batch_size=10, val_fraction=0.1)
+    data.setup()
+    assert data.counts == {"train": 180, "val": 20, "test": 50}
+    assert (data.classes[0], len(data.classes)) == (first, 10)
+    assert (data.input.height, data.input.width, data.input.channels) == (28, 28, 1)
+    for images, labels in (*data.train_dataloader(), *data.test_dataloader()):
+        assert torch.equal(images.flatten(1).float().mean(1), 20.0 * labels)
 
 
 @pytest.fixture(scope="module")
