@@ -8,8 +8,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
+import pytest
 
 ROOT = Path(__file__).parent.parent
 
@@ -73,6 +75,23 @@ def wait(condition: Callable[[], bool], seconds: float = 20) -> None:
     while not condition():
         assert time.monotonic() < end, "it never happened"
         time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def object_store(bucket: str) -> Iterator[Any]:
+    """An S3 that runs here, which the environment names meanwhile, with an empty bucket; gives boto3's client of it."""
+    boto3, moto = pytest.importorskip("boto3"), pytest.importorskip("moto.server")
+    running = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    running.start()
+    host, port = running.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("AWS_ACCESS_KEY_ID", "test"), ("AWS_SECRET_ACCESS_KEY", "test"),
+                            ("AWS_DEFAULT_REGION", "us-east-1"), ("AWS_ENDPOINT_URL", f"http://{host}:{port}")):
+            patch.setenv(name, value)
+        client = boto3.client("s3")
+        client.create_bucket(Bucket=bucket)
+        yield client
+    running.stop()
 
 
 class Server:

@@ -1,10 +1,12 @@
 """Pushing and pulling: through the commands, over fsspec's own file systems, with a copy that breaks off halfway."""
+from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
 import pytest
 import tiny
 from fsspec.implementations.memory import MemoryFileSystem
+from service import object_store
 
 from models.__main__ import main
 from models.bundle import Bundle
@@ -32,9 +34,18 @@ def here(tmp_path: Path) -> Path:
     return tmp_path / "here"
 
 
-@pytest.mark.parametrize("kind", ["memory", "file"])
-def test_there_and_back(here, tmp_path, kind, capsys):
-    url, there = (URL if kind == "memory" else f"file://{tmp_path}/far"), tmp_path / "there"
+@pytest.fixture(params=["memory", "file", "s3"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A place for a store in each kind of file system."""
+    if request.param == "s3":
+        with object_store("bucket"):
+            yield "s3://bucket/store"
+    else:
+        yield URL if request.param == "memory" else f"file://{tmp_path}/far"
+
+
+def test_there_and_back(here, tmp_path, url, capsys):
+    there = tmp_path / "there"
     assert run(here, "push", "colours", "1", url) == 0
     assert run(here, "push", "colours", url) == 0
     assert f"pushed to {url}/colours/2" in capsys.readouterr().out

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from pictures import CLASSES, folder, picture, png, recognise
+from service import object_store
 
 from train.data import DataError, ImageData
 
@@ -126,20 +127,10 @@ def test_litdata_from_a_directory(optimized):
 @pytest.fixture(scope="module")
 def bucket(optimized) -> Iterator[str]:
     """An S3-compatible server with the LitData directory in a bucket."""
-    boto3, server = pytest.importorskip("boto3"), pytest.importorskip("moto.server")
-    running = server.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    running.start()
-    host, port = running.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("AWS_ACCESS_KEY_ID", "test"), ("AWS_SECRET_ACCESS_KEY", "test"),
-                            ("AWS_DEFAULT_REGION", "us-east-1"), ("AWS_ENDPOINT_URL", f"http://{host}:{port}")):
-            patch.setenv(name, value)
-        s3 = boto3.client("s3")
-        s3.create_bucket(Bucket="images")
+    with object_store("images") as s3:
         for path in optimized.rglob("*.*"):
             s3.upload_file(str(path), "images", f"photos/{path.relative_to(optimized).as_posix()}")
         yield "s3://images/photos"
-    running.stop()
 
 
 def test_litdata_from_an_object_store(bucket):
