@@ -15,6 +15,7 @@ from serve import engine, logs
 from serve.answer import Answers
 from serve.settings import Settings
 
+LIGHT = 80e-6  # seconds an image: threads that share an interpreter then lose more by waiting for it than they gain
 BF16_TOLERANCE = 0.03  # of a probability, and every sample must keep its label
 
 
@@ -36,12 +37,13 @@ class Model:
         self.warm(settings.max_batch_size)
 
     def warm(self, batch: int) -> None:
-        """Touch the sizes that come, so that no request pays for the first run."""
+        """Touch the sizes that come, so that no request pays for the first run; see whether it is light."""
         spec = self.manifest.input
-        for size in {1, batch}:
+        for size in (1, batch):
             images = np.zeros((size, spec.height, spec.width, spec.channels), np.uint8)
             for alone in (False, True):
                 self.engine.run(images, self.wanted, alone)
+        self.light = _seconds(self.engine, self.bundle, batch) < LIGHT * batch
 
     def describe(self) -> dict:
         """What /model tells."""

@@ -5,6 +5,7 @@ answers the bundle's samples. What crashes or hangs there harms nobody. Only the
 warms it and takes it. Rollback is the same move, since all that counts is where `latest` points.
 """
 import fcntl
+import json
 import os
 import subprocess
 import sys
@@ -53,16 +54,15 @@ class Reload:
         fields = {"from": old, "to": version}
         try:
             with turn(self.api.run):  # workers reload one after the other
-                check(self.settings, self.api.run, version)
-                bundle = Bundle(self.store.path(self.settings.model, version), verify=False)
-                fresh = Model(bundle, self.settings, self.api.threads)
+                settings = self.settings.model_copy(update={"variant": check(self.settings, self.api.run, version)})
+                bundle = Bundle(self.store.path(settings.model, version), verify=False)
+                fresh = Model(bundle, settings, self.api.threads)
         except Exception as error:  # whatever is wrong with it, the old one serves on
             self.refused = version
             self.slab.add("reloads", "refused")
             logs.logger.error("new version refused: %s", error, extra={"fields": fields})
             return
-        self.api.model = fresh
-        self.loop.announce()
+        self.loop.swap(fresh)
         note(self.api.run, version)
         self.slab.add("reloads", "ok")
         logs.logger.info("model swapped", extra={"fields": {**fields, "seconds": round(time.monotonic() - started, 2)}})
@@ -75,26 +75,32 @@ def turn(run: str):
         yield
 
 
-def check(settings: Settings, run: str, version: int) -> None:
-    """Check a version in a process of its own, once for all workers. Raises BundleError with what it said."""
+def check(settings: Settings, run: str, version: int) -> str:
+    """Check a version in a process of its own, once for all workers; returns the variant to serve.
+
+    Raises BundleError with what it said.
+    """
     done = os.path.join(run, f"checked-{version}")
     if os.path.exists(done):
-        return
+        with open(done) as file:
+            return file.read()
     command = [sys.executable, "-m", "serve", "check", "--store", str(settings.store), "--model", settings.model,
-               "--version", str(version), "--variant", settings.variant, "--engine", settings.engine, "--quiet",
+               "--version", str(version), "--variant", settings.variant, "--engine", settings.engine, "--json",
                *(["--public-key", str(settings.public_key)] if settings.public_key else [])]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as child:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
         os.setpriority(os.PRIO_PROCESS, child.pid, NICE)
         try:
-            _, said = child.communicate(timeout=CHECK_SECONDS)
+            found, said = child.communicate(timeout=CHECK_SECONDS)
         except subprocess.TimeoutExpired as error:
             child.kill()
             raise BundleError(f"version {version}: the check took longer than {CHECK_SECONDS} s") from error
     if child.returncode:
         last = (said.strip().splitlines() or [f"the check ended with status {child.returncode}"])[-1]
         raise BundleError(f"version {version}: {last.removeprefix('error: ')}")
-    with open(done, "w"):
-        pass
+    variant: str = json.loads(found)["variant"]
+    with open(done, "w") as file:
+        file.write(variant)
+    return variant
 
 
 def note(run: str, version: int) -> None:

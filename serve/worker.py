@@ -3,8 +3,7 @@
 LitServe starts it (`Worker.setup`, then `PredictLoop`) and its supervisor replaces it. Jobs come as frames over a unix
 socket; see serve.frames and serve.backlog. Where to hook in:
 
-- `Worker.model` is read once a batch; assign another checked and warm `serve.model.Model` to swap between two batches,
-  then call `PredictLoop.announce` so that the HTTP processes learn of it.
+- `Worker.model` is read once a batch; `PredictLoop.swap` puts another checked and warm `Model` in its place.
 - `PredictLoop.run_batch` is where a batch has run: `self.observers` are called with a `Batch` after its answers left.
 - `serve.answer.Answers.compose` is where an answer is composed.
 """
@@ -81,7 +80,7 @@ class PredictLoop(LitLoop):
         self.api = lit_api
         self.state = State(lit_api.run)
         self.number, self.parent = worker_id, os.getppid()
-        self.backlog = Backlog(f"{lit_api.run}/worker-{worker_id}.sock", lit_api.threads,
+        self.backlog = Backlog(f"{lit_api.run}/worker-{worker_id}.sock", self.predictors(lit_api.model),
                                lit_api.settings.max_batch_size, lit_api.settings.batch_wait_ms / 1000, self.hello)
         self.observers = self.watchers(lit_api.settings, f"{lit_api.run}/worker-{worker_id}")
         for i in range(lit_api.threads):
@@ -104,18 +103,26 @@ class PredictLoop(LitLoop):
             reload.Reload(self, Slab(f"{path}-reload.metrics")).start()
         return found
 
+    def predictors(self, model: Model) -> int:
+        """How many threads take batches: one for a light model, the others look again after a swap."""
+        return 1 if model.light else self.api.threads
+
     def hello(self) -> bytes:
         model = self.api.model
         return pack_answer(Answer(HELLO, 200, model.version, 0, 0, 0, model.hello()))
 
-    def announce(self) -> None:
-        """Tell all HTTP processes which model is served now."""
+    def swap(self, model: Model) -> None:
+        """Serve another model from the next batch on, and tell all HTTP processes."""
+        self.api.model, self.backlog.predictors = model, self.predictors(model)
         for peer in list(self.backlog.peers):
             peer.send(self.hello())
 
     def predictor(self, index: int, metrics: WorkerMetrics) -> None:
         try:
             while True:
+                if index >= self.backlog.predictors:
+                    time.sleep(STEP)
+                    continue
                 batch, alone = self.backlog.take()
                 self.state.begin(self.number, index)
                 try:
@@ -147,7 +154,7 @@ class PredictLoop(LitLoop):
             else:
                 taken.append(w)
                 decode_us.append(int((time.perf_counter() - before) * 1e6))
-            if w is batch[-1] and not alone:
+            if w is batch[-1]:
                 batch += self.backlog.more(self.api.settings.max_batch_size - len(batch))
         if refused:
             reply(refused)

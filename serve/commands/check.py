@@ -1,5 +1,6 @@
 """Say what would be served with these settings, and why it is or isn't ready. Exit status 0 means ready."""
 import argparse
+import json
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -14,10 +15,11 @@ from serve.settings import Settings
 def main(arguments: list[str]) -> int:
     """0: ready, 1: not ready, 2: bad usage."""
     parser = argparse.ArgumentParser("python -m serve check", description=__doc__)
-    parser.add_argument("--quiet", action="store_true", help="say nothing but what is wrong")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
     options.add(parser)
     given = vars(parser.parse_args(arguments))
-    say: Callable[[str, Any], None] = (lambda *_: None) if given.pop("quiet") else tell
+    as_json = given.pop("json")
+    say: Callable[[str, Any], None] = (lambda *_: None) if as_json else tell
     settings = options.read(given)
     try:
         model = check(settings, say)
@@ -25,6 +27,9 @@ def main(arguments: list[str]) -> int:
         say("ready", "no")
         print(f"error: {error}", file=sys.stderr)
         return 1
+    if as_json:
+        print(json.dumps({"model": model.name, "version": model.version, "variant": model.variant,
+                          "engine": model.engine.name, "digest": model.bundle.digest}))
     calibration = model.manifest.calibration
     say("input", f"{model.manifest.input.width}x{model.manifest.input.height}, {model.manifest.input.resize}")
     say("classes", f"{len(model.manifest.classes)}: {', '.join(model.manifest.classes[:10])}"

@@ -23,8 +23,9 @@ def test_what_waits_becomes_a_batch(start):
     assert batches(server)[0] <= 3
 
 
-def test_the_images_of_a_request_are_shared_by_the_cores(start):
-    server = start("--threads", "2", "--max-batch-size", "16")
+def test_the_images_of_a_request_are_shared_by_the_cores(start, tmp_path):
+    tiny.write(tmp_path, size=256)  # enough to do for two
+    server = start("--threads", "2", "--max-batch-size", "16", store=tmp_path)
     for sent in range(1, 21):  # a core that is awake first may rightly take what the other has not begun
         server.http.post("/predict", files=[("f", (f"{i}", IMAGE)) for i in range(16)])
         wait(lambda total=16 * sent: batches(server)[1] == total)

@@ -103,11 +103,13 @@ def test_check_tells_what_would_be_served(tmp_path):
                  r"samples +16 answered as expected", r"prediction sets +hold the true class in 90%", r"ready +yes"):
         assert re.search(line, result.stdout, re.MULTILINE), (line, result.stdout)
     assert "version 2 of 1, 2, follows latest" in run("check", "--store", tmp_path).stdout
+    told = json.loads(run("check", "--store", tmp_path, "--json").stdout)
+    assert (told["version"], told["variant"], told["engine"]) == (2, "fp32", "onnxruntime")
 
 
 def test_check_tells_why_it_is_not_ready(tmp_path):
     store = tmp_path / "store"
-    refused(run("check", "--store", store, "--quiet"), "no model", status=1)
+    refused(run("check", "--store", store, "--json"), "no model", status=1)
     path = tiny.write(store)
     with (path / "model.onnx").open("ab") as file:
         file.write(b"\0")
@@ -123,7 +125,7 @@ def test_check_runs_the_samples(tmp_path):
     expected["probabilities"] = expected["probabilities"][:, ::-1]
     np.savez(path / "samples" / "expected.npz", **expected)
     write_sums(path)
-    refused(run("check", "--store", tmp_path, "--quiet"), "self check", "probabilities", status=1)
+    refused(run("check", "--store", tmp_path, "--json"), "self check", "probabilities", status=1)
 
 
 def test_bench_measures_a_service_with_its_own_samples(server):
