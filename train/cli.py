@@ -3,7 +3,6 @@ import csv
 import errno
 import logging
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -101,7 +100,6 @@ class CLI(LightningCLI):
         distributed.own_signals(self.trainer)
 
     def before_fit(self) -> None:
-        self.began = time.monotonic()
         us = ours(self.trainer)
         if not us.fast_dev_run:
             self.begin_run(self.config_init.fit)
@@ -136,7 +134,7 @@ class CLI(LightningCLI):
             return
         if export.enabled:
             export_bundle(self.trainer, self.model, self.datamodule, export, self.config_init.fit.store, self.name,
-                          recipe=self.plain_config(), seconds={"fit": round(time.monotonic() - self.began, 3)})
+                          recipe=self.plain_config())
         if self.trainer.is_global_zero:
             self.run.finish()
 

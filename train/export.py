@@ -84,14 +84,16 @@ class Export:
 
 
 def export_bundle(trainer: L.Trainer, system: Classifier, data: ImageData, export: Export, store: str, name: str,
-                  recipe: dict[str, Any], seconds: dict[str, float]) -> Path | None:
+                  recipe: dict[str, Any]) -> Path | None:
     """Publish the best weights as the next version of `name` and print one line; returns its directory.
 
     In the first process alone; in others it does nothing and returns None.
     """
     if not trainer.is_global_zero:
         return None
-    device, seconds = trainer.strategy.root_device, dict(seconds)
+    history = next((c.rows for c in ours(trainer).callbacks if isinstance(c, History)), [])
+    seconds = {"fit": round(sum(row["seconds"] for row in history), 3)}  # also what was done before a resume
+    device = trainer.strategy.root_device
     served = Served(best_network(trainer, system), data.mean, data.std)
     with timed(seconds, "test"):
         val, test = (evaluate.score(served, data, part, device) for part in ("val", "test"))
@@ -117,7 +119,6 @@ def export_bundle(trainer: L.Trainer, system: Classifier, data: ImageData, expor
             with timed(seconds, "report"):
                 from train.report import write_report
 
-                history = next((c.rows for c in ours(trainer).callbacks if isinstance(c, History)), [])
                 write_report(staged.path, manifest, served, data, val, test, history, export)
         path = seal(staged, manifest, seconds, export)
     tested = manifest.metrics["test"]

@@ -119,7 +119,8 @@ class Resume(Checkpoint):  # this base makes it the last of the callbacks, when 
         wanted, self._wanted = self._wanted, 0
         self._save(trainer, stage)
         if wanted == STOP:
-            trainer._logger_connector.update_train_step_metrics()  # which Lightning would send to the loggers next
+            if stage == "step":
+                trainer._logger_connector.update_train_step_metrics()  # which Lightning would send to the loggers next
             raise _preempted()
 
     def _save(self, trainer: L.Trainer, stage: str) -> None:
