@@ -94,7 +94,8 @@ def test_seeds_give_identical_results(commands, undisturbed, tmp_path):
 
 
 @pytest.mark.parametrize("kill", ["epoch:3", *(pytest.param(moment, marks=pytest.mark.slow) for moment in (
-    "step:1", "step:17", f"step:{STEPS}", f"step:{EPOCHS * STEPS}", "validation:2", "validation:3", "epoch:1", "end:0"))])
+    "step:1", "step:17", f"step:{STEPS}", f"step:{EPOCHS * STEPS}", "validation:2", "validation:3", "epoch:1",
+    "end:0"))])
 def test_sigterm_saves_and_the_same_command_goes_on(commands, undisturbed, tmp_path, kill):
     place = tmp_path / "runs"
     assert start(commands, place, kill=f"TERM:{kill}").status() == 143
