@@ -88,10 +88,12 @@ def test_a_real_prometheus_scrapes_it(service, tmp_path):
     try:
         def query(text: str) -> dict[str, float]:
             try:
-                found = httpx.get(f"http://127.0.0.1:{port}/api/v1/query", params={"query": text}).json()
+                found = httpx.get(f"http://127.0.0.1:{port}/api/v1/query", params={"query": text})
             except httpx.TransportError:
                 return {}
-            return {r["metric"].get("code", ""): float(r["value"][1]) for r in found["data"]["result"]}
+            if found.status_code == 503:  # it is starting
+                return {}
+            return {r["metric"].get("code", ""): float(r["value"][1]) for r in found.json()["data"]["result"]}
 
         end = time.monotonic() + 60
         while query('up{job="imago"}') != {"": 1}:
