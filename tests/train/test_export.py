@@ -237,7 +237,7 @@ def test_bad_options_are_refused_before_training_in_one_line(tmp_path, capsys, f
     assert error.count("\n") == 1
 
 
-NETWORKS = {"lenet": 28, "convnet": 28, "speednet": 32, "resnet18": 32, "resnet50": 64, "mobilenet_v3_small": 64,
+NETWORKS = {"lenet": 28, "convnet": 28, "speednet": 32, "resnet18": 32, "resnet50": 32, "mobilenet_v3_small": 64,
             "mobilenet_v3_large": 64, "efficientnet_b0": 64, "convnext_tiny": 64, "vit_b_16": 32}
 MAPS = {"speednet", "resnet18", "resnet50", "efficientnet_b0"}
 
