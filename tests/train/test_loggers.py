@@ -64,6 +64,7 @@ def leveldb_log(data: bytes) -> Iterator[bytes]:
             record = b""
 
 
+@pytest.mark.slow
 def test_wandb_offline(commands, tmp_path):
     pytest.importorskip("wandb", reason="the extra wandb is not installed")
     from wandb.proto import wandb_internal_pb2 as messages
@@ -83,6 +84,7 @@ def test_wandb_offline(commands, tmp_path):
     assert len(pictures) == 2
 
 
+@pytest.mark.slow
 def test_mlflow_local_store(commands, tmp_path):
     pytest.importorskip("mlflow", reason="the extra mlflow is not installed")
     from mlflow.tracking import MlflowClient

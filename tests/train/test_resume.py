@@ -157,6 +157,7 @@ def test_a_finished_run_and_another_job_s_run_are_left_alone(commands, tmp_path)
     assert sorted(p.name for p in (tmp_path / "digits").iterdir() if (p / "finished").exists()) == ["2", "3", "5"]
 
 
+@pytest.mark.slow
 def test_every_random_number_is_restored(commands, tmp_path):
     """A network with dropout and batch norm, and gradients summed over two batches."""
     network = ("--model.network", "mobilenet_v3_small", "--data.size", 16, "--trainer.limit_train_batches", 6,

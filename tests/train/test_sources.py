@@ -148,6 +148,7 @@ def test_litdata_that_is_not_there_is_refused_in_one_line(tmp_path, bucket):
             ImageData(f"litdata:{place}").setup()
 
 
+@pytest.mark.slow
 def test_deep_lake(tmp_path):
     deeplake = pytest.importorskip("deeplake", reason="the extra deeplake is not installed")
     from deeplake import types
@@ -165,6 +166,7 @@ def test_deep_lake(tmp_path):
         ImageData(f"deeplake:{tmp_path}/nowhere").setup()
 
 
+@pytest.mark.slow
 def test_hugging_face_on_disk(tmp_path):
     datasets = pytest.importorskip("datasets", reason="the extra huggingface is not installed")
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=CLASSES)})
