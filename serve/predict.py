@@ -76,10 +76,10 @@ class Predictor:
         """Let a request hold so many images and bytes of a body. Raises Problem 413, 429."""
         if size > self.settings.max_body_bytes:
             raise Problem(413, f"the body is larger than the {self.settings.max_body_bytes} bytes allowed", "body")
-        more = size - place.size
-        self.check_room(images, more)
+        more_images, more_bytes = images - place.images, size - place.size
+        self.check_room(more_images, more_bytes)
         place.images, place.size = images, size
-        self.count(images, 0, more)
+        self.count(more_images, 0, more_bytes)
 
     def leave(self, place: Place) -> None:
         self.count(-place.images, -1, -place.size)

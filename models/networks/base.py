@@ -1,11 +1,12 @@
 """What every network here has in common: trunk, pooling, head, and the outputs of one pass for the bundle."""
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 
-class Network(nn.Module):
+class Network(nn.Module, ABC):
     """Normalised images [N,C,H,W] to logits [N,K], by `head(pool(trunk(x)))`.
 
     A subclass sets `head` (its last linear layer, D to K) and defines `trunk`. Where `spatial` is true the trunk gives
@@ -18,8 +19,9 @@ class Network(nn.Module):
     dropout = 0.0  # on the embedding, in training
     prepare: Callable[[Tensor], None] | None = None  # for what is fixed from normalised training images [n,C,H,W]
 
+    @abstractmethod
     def trunk(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        """[N,C,H,W] to feature maps [N,D,h,w], or to [N,D] where not spatial."""
 
     def pool(self, maps: Tensor) -> Tensor:
         return maps.mean((2, 3)) if self.spatial else maps

@@ -1,4 +1,5 @@
 """Batches on the device, from pixels in memory or from a stream, augmented there."""
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -14,7 +15,7 @@ Batch = tuple[Tensor, Tensor]  # uint8 [B, C, H, W] in channels-last layout, int
 Augment = Callable[[Tensor, Tensor, Tensor, int, np.random.Generator], Batch]
 
 
-class Batches:
+class Batches(ABC):
     """What `MemoryBatches` and `StreamBatches` share: epochs, steps, where to resume.
 
     What step s of epoch e holds depends on (seed, e, s) alone, augmentation included. Lightning sets the epoch through
@@ -62,9 +63,9 @@ class Batches:
             self.step = step + 1
             yield batch
 
+    @abstractmethod
     def _images(self, rows: list[np.ndarray]) -> Iterator[Tensor]:
         """Batches uint8 [B, C, H, W] on the device, one for each array of rows."""
-        raise NotImplementedError
 
 
 class MemoryBatches(Batches):
