@@ -104,7 +104,12 @@ class Supervisor(litserve.LitServer):
         """Replace processes that died or show no progress."""
         watches = {("worker", i): Watch() for i in range(self.settings.workers)}
         watches |= {("http", i): Watch() for i in self.apis}
+        told = False
         while not self.state.draining and not self.unusable:
+            if not told and all(map(self.state.has_started, range(self.settings.workers))):
+                host = "localhost" if self.settings.host in ("0.0.0.0", "::") else self.settings.host
+                logs.logger.info("serving %s on http://%s:%d", self.settings.model, host, self.settings.port)
+                told = True
             for (kind, i), watch in watches.items():
                 if not watch.due():
                     continue

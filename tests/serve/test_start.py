@@ -3,7 +3,7 @@ import socket
 
 import pytest
 import tiny
-from service import loopback, refused, run
+from service import loopback, refused, run, wait
 
 from serve.settings import Settings
 
@@ -66,6 +66,11 @@ def test_a_port_in_use(bundle_store):
         taken.listen()
         port = taken.getsockname()[1]
         refused(run("--store", str(bundle_store), "--host", "127.0.0.1", "--port", str(port)), str(port), "in use")
+
+
+def test_it_says_what_it_serves_and_where(start):
+    server = start()
+    wait(lambda: f"serving colours on http://127.0.0.1:{server.port}" in server.log.read_text())
 
 
 def test_sigterm_ends_it_cleanly(start):
