@@ -73,7 +73,7 @@ lock: ## write the lock files anew from pyproject.toml: make lock [ARGS=--upgrad
 	compile --extra train --extra serve -c docker/dev.lock -o docker/train.lock; \
 	compile --extra serve -c docker/dev.lock --generate-hashes -o docker/serve.lock; \
 	compile --extra serve -c docker/dev.lock --generate-hashes --no-emit-package onnxruntime -o docker/serve-cuda.lock \
-	  - <<<'onnxruntime-gpu[cuda,cudnn]>=1.23'; \
+	  - <<<'onnxruntime-gpu[cuda,cudnn]>=1.26'; \
 	compile --extra serve -c docker/dev.lock --generate-hashes -o docker/serve-openvino.lock - <<<'openvino>=2025.3'
 
 clean: ## remove the virtual environment and the caches; the store stays

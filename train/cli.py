@@ -117,6 +117,8 @@ class CLI(LightningCLI):
 
     def fit(self, **arguments: Any) -> None:
         lean.trim(self.trainer, self.model)
+        if self.trainer.strategy.root_device.type == "cpu":
+            lean.keep_memory()
         try:
             self.trainer.fit(**arguments)
         except (RuntimeError, MemoryError) as error:

@@ -41,7 +41,9 @@ class SpeedNet(Network):
         return self.blocks(self.whiten(x))
 
     def pool(self, maps: Tensor) -> Tensor:
-        return maps.amax((2, 3))
+        # Not amax: its gradient compares values with the maximum. In bfloat16 torch.compile computes them anew and
+        # rounds otherwise: none is equal, and the gradient is 0/0. This one remembers where the maximum lay.
+        return maps.flatten(2).max(2).values
 
     @torch.no_grad()
     def prepare(self, images: Tensor) -> None:

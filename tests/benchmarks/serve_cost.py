@@ -7,9 +7,7 @@
   same of a service without metrics, drift, limits, request ids and checks (serve_unchecked.py), in turns.
 - idle_cores: CPU of all processes over five idle seconds.
 - one_client: requests a second of one client on ResNet-18 at 32 pixels, over those of one bare decode and run at a time
-  with a session over all cores and the service's own options; the rounds alternate. one_client_of_spinning: the same
-  against onnxruntime's default, whose threads spin between the steps of a graph. The service does not let them, since
-  on cores that others use as well that costs many times the run.
+  with a session over all cores and onnxruntime's default options; the rounds alternate.
 - ready_s: from the command to the first 200 of /health/ready, files in the page cache; the least of three starts.
 - memory_mb: proportional set size of all processes, after load, with ResNet-18.
 Prints JSON lines.
@@ -80,17 +78,15 @@ def resnet(store: Path, lua: Path, image: bytes, seconds: int) -> dict:
     port, variant = free_port(), "int8"
     bundle = publish(store, "small")
     file = bundle / read_manifest(bundle).variants[variant].file
-    bares = [Bare(file, image, True, 1, threads=0, spin=spin) for spin in (False, True)]
+    bare = Bare(file, image, True, 1, threads=0)
     with service(store, "small", port, "--variant", variant) as pid:
         busy = load(port, pid, lua, seconds)
         ratios = []
         for _ in range(3):
-            alone = [one_at_a_time(bare, image, 1.0) for bare in bares]
-            one = load(port, pid, lua, 2, clients=1)["rate"]
-            ratios.append([one / rate for rate in alone])
-        plain, spinning = (round(statistics.median(column), 3) for column in zip(*ratios, strict=True))
+            alone = one_at_a_time(bare, image, 1.0)
+            ratios.append(load(port, pid, lua, 2, clients=1)["rate"] / alone)
         memory = memory_mb(pid)
-    return {"one_client": plain, "one_client_of_spinning": spinning, "memory_mb": round(memory, 1),
+    return {"one_client": round(statistics.median(ratios), 3), "memory_mb": round(memory, 1),
             "cpu_us_a_request": round(1e6 * busy["cpu"], 1)}
 
 

@@ -69,13 +69,11 @@ def children(pid: int) -> list[int]:
 class Bare:
     """onnxruntime alone: one thread a core, each with the one-thread session on its own batch."""
 
-    def __init__(self, path: Path, image: bytes, decodes: bool, batch: int, threads: int = 1,
-                 spin: bool = True):
+    def __init__(self, path: Path, image: bytes, decodes: bool, batch: int, threads: int = 1):
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
         self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         self.spec, self.image, self.decodes, self.batch = read_manifest(path.parent).input, image, decodes, batch
         self.images = np.stack([decode(image, self.spec)] * batch)

@@ -157,6 +157,15 @@ def test_compiling_leaves_the_names_of_the_weights_alone(tmp_path):
     assert "network.head.weight" in found.model.state_dict()
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_compiled_speednet_learns_in_bfloat16(tmp_path):
+    found = fit(tmp_path, "--model.compile", "default", "--trainer.precision", "bf16-mixed",
+                "--model.network", "speednet", "--model.options", "{widths: [16, 32, 32]}", "--data.size", "32",
+                epochs=8)
+    assert found.trainer.callback_metrics["val/accuracy"] > 0.8
+
+
 def test_predictions_become_pictures_in_the_log(tmp_path):
     cli.run(["run", "digits", "--export.enabled", "false", "--progress.quiet", "true", "--trainer.max_epochs", "1",
              "--trainer.default_root_dir", str(tmp_path), "--name", "test"])
