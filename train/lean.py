@@ -46,7 +46,8 @@ def keep_memory() -> None:
 
     Nothing happens where the C library has no such setting, or where the environment names its own.
     """
-    if not any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        for setting in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD) if mallopt else ():
-            mallopt(setting, 2 ** 31 - 1)
+    named = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None and not named:
+        mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)
+        mallopt(M_MMAP_THRESHOLD, 2 ** 31 - 1)
