@@ -97,7 +97,7 @@ class Exchange:
         self.front.finish(self.request, None, time.perf_counter() - self.started)
 
     def leave(self) -> None:
-        self.connection.exchange = None
+        self.connection.exchange = self.ask = None  # no ring of references is left for the garbage collector to find
         if self.place is not None:
             self.front.predictor.leave(self.place)
             self.place = None
