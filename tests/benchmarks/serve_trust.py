@@ -47,12 +47,19 @@ def start(stack: ExitStack, store: Path, model: str, variant: str, flags: list[s
     return port, stack.enter_context(serving(command, port, "/health/ready"))
 
 
-def case(name: str, rounds: int, seconds: int, modes: list[str]) -> dict:
+def own(store: Path, made: Path | None, model: str) -> Path:
+    """The bundle of a model in a store of our own, since it will be changed: a copy where it has been made before."""
+    if made:
+        publish(made, model)
+        shutil.copytree(made / model, store / model, symlinks=True)
+    return publish(store, model)
+
+
+def case(name: str, made: Path | None, rounds: int, seconds: int, modes: list[str]) -> dict:
     model, _, variant = name.partition("-")
     with tempfile.TemporaryDirectory() as place, ExitStack() as stack:
         store, script = Path(place), Path(place) / "raw.lua"
-        bundle = publish(store, model)
-        add_baseline(bundle)
+        add_baseline(own(store, made, model))
         (store / "image.jpg").write_bytes(picture(32, 32))
         script.write_text(SCRIPT % ("image/jpeg", store / "image.jpg"))
         servers = {mode: start(stack, store, model, variant or "fp32", MODES[mode]) for mode in ["off", *modes]}
@@ -63,15 +70,15 @@ def case(name: str, rounds: int, seconds: int, modes: list[str]) -> dict:
         for mode in modes:
             line |= {f"{key}_{mode}": round(statistics.median(r[mode][key] / r["off"][key] for r in found), 3)
                      for key in ("rate", "p99", "cpu")}
-    return line | {"swap_p99": swap(name, max(3, rounds // 2), seconds)}
+    return line | {"swap_p99": swap(name, made, max(3, rounds // 2), seconds)}
 
 
-def swap(name: str, rounds: int, seconds: int) -> float:
+def swap(name: str, made: Path | None, rounds: int, seconds: int) -> float:
     """p99 of rounds with a swap, to that of rounds without; wrk fails where an answer is not 2xx."""
     model, _, variant = name.partition("-")
     with tempfile.TemporaryDirectory() as place, ExitStack() as stack:
         store, script = Path(place), Path(place) / "raw.lua"
-        first = publish(store, model)
+        first = own(store, made, model)
         with Store(store).stage(model) as staged:
             shutil.copytree(first, staged.path, dirs_exist_ok=True)
             manifest = read_manifest(first)
@@ -103,6 +110,7 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=int, default=3)
     parser.add_argument("--modes", nargs="*", default=["drift", "on", "shadow"], choices=list(MODES)[1:])
+    parser.add_argument("--store", type=Path)
     given = parser.parse_args()
     for one in given.cases:
-        print(json.dumps(case(one, given.rounds, given.seconds, given.modes)), flush=True)
+        print(json.dumps(case(one, given.store, given.rounds, given.seconds, given.modes)), flush=True)
