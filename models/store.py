@@ -65,6 +65,22 @@ class Store:
     def open(self, name: str, version: str | int = LATEST, verify: bool = True) -> Bundle:
         return Bundle(self.path(name, version), verify)
 
+    def room(self, name: str) -> Path:
+        """The directory for the versions of a name, made where it is missing.
+
+        Raises BundleError where this can't name a model, or nothing can be written there.
+        """
+        if not re.fullmatch(NAME, name):
+            raise BundleError(f"{name!r} can't name a model: lower-case letters, digits, . _ - and at most 63 of them")
+        parent = self.root / name
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BundleError(f"{parent}: can't be made: {error.strerror}") from error
+        if not os.access(parent, os.W_OK):
+            raise BundleError(f"{parent}: can't be written to")
+        return parent
+
     @contextmanager
     def stage(self, name: str, version: int | None = None) -> Iterator["Staged"]:
         """A hidden directory to write one new version in; gone when the block ends without `publish`.
@@ -76,10 +92,7 @@ class Store:
         Making the directory claims the version, the next free one where none is asked for, so two writers never get
         the same. Raises BundleError where `version` is there already or is being written.
         """
-        if not re.fullmatch(NAME, name):
-            raise BundleError(f"{name!r} can't name a model: lower-case letters, digits, . _ - and at most 63 of them")
-        parent = self.root / name
-        parent.mkdir(parents=True, exist_ok=True)
+        parent = self.room(name)
         number = version or max([0, *self.versions(name)]) + 1
         while not (claimed := self._claim(name, number)):
             if version:

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from models.store import Store
 from train import distributed, lean, loggers, runs
 from train.audit.__main__ import main as audit
 from train.audit.callback import Audit
@@ -100,9 +101,11 @@ class CLI(LightningCLI):
         distributed.own_signals(self.trainer)
 
     def before_fit(self) -> None:
-        us = ours(self.trainer)
+        us, config = ours(self.trainer), self.config_init.fit
         if not us.fast_dev_run:
-            self.begin_run(self.config_init.fit)
+            if config.export.enabled:
+                Store(config.store).room(self.name)  # hours before a bundle is written: else it is refused only then
+            self.begin_run(config)
         if not self.trainer.loggers:
             us.callbacks = [c for c in us.callbacks if not isinstance(c, LearningRateMonitor)]
 

@@ -212,6 +212,17 @@ def test_an_unknown_key_in_a_recipe_is_refused_with_status_2(commands, tmp_path)
     assert not (tmp_path / "store").exists()
 
 
+@pytest.mark.parametrize(("flags", "word"), [
+    (["--name", "My-Photos"], "can't name a model"), (["--store", "{}/file/store"], "can't be made")])
+def test_where_no_bundle_could_be_written_nothing_is_trained(commands, tmp_path, flags, word):
+    (tmp_path / "file").touch()
+    refused = commands.start("run", "digits", "--trainer.default_root_dir", tmp_path / "runs",
+                             "--store", tmp_path / "store", *[flag.format(tmp_path) for flag in flags])
+    assert refused.status() == 2
+    assert word in refused.text.splitlines()[-1]
+    assert not (tmp_path / "runs").exists()
+
+
 def test_help_names_every_knob(commands):
     said = commands.run("fit", "--help").text
     for knob in ("--model.network", "--data.source", "--trainer.precision", "--trainer.devices", "--trainer.strategy",
