@@ -111,7 +111,7 @@ def deployed() -> Iterator[None]:
 
 
 def test_the_job_completes_and_the_deployment_is_ready():
-    assert kubectl("get", "job", "imago-train", "-o", "jsonpath={.status.succeeded}") == "1"
+    kubectl("wait", "--for=condition=Complete", "job/imago-train", "--timeout=300s")
     assert kubectl("get", "deployment", "imago-serving", "-o", "jsonpath={.status.readyReplicas}") == "2"
 
 

@@ -59,3 +59,17 @@ def test_make_passes_them_on(nowhere):
     done = subprocess.run(["make", "deploy", "OVERLAY=moon"], cwd=Path(K8S).parent, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.splitlines()[0] == "make: no overlay 'moon'; there are: cpu gpu local"
+
+
+@pytest.mark.parametrize("job", ["The Job", "Job.batch"])  # kubectl says it this way or that
+def test_a_job_whose_settings_differ_is_replaced(job, tmp_path):
+    kubectl = tmp_path / "kubectl"
+    kubectl.write_text(f"""#!/bin/sh
+      echo "$*" >>"$0.calls"
+      case "$*" in
+        *--dry-run*) echo '{job} "imago-train" is invalid: spec.template: field is immutable' >&2; exit 1 ;;
+        apply*) exit 1 ;;
+      esac""")
+    kubectl.chmod(0o755)
+    one_line(run("deploy", PATH=f"{tmp_path}:{os.environ['PATH']}"))
+    assert "-n imago delete job imago-train --cascade=foreground" in (tmp_path / "kubectl.calls").read_text()
