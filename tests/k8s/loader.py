@@ -12,13 +12,13 @@ import zlib
 from collections import Counter
 
 
-def png() -> bytes:
-    """An 8x8 gray ramp."""
+def png(side: int) -> bytes:
+    """A square gray ramp."""
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    rows = b"".join(b"\0" + bytes(range(y * 8, y * 8 + 8)) for y in range(8))
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 8, 0, 0, 0, 0))
+    rows = b"".join(b"\0" + bytes((y * side + x) % 256 for x in range(side)) for y in range(side))
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0))
             + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
 
 
@@ -44,7 +44,7 @@ def client(host: str, keep: bool) -> None:
 
 
 host, clients, pause = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
-body, lock, over = png(), threading.Lock(), threading.Event()
+body, lock, over = png(int(sys.argv[4])), threading.Lock(), threading.Event()
 statuses: Counter = Counter()
 versions: Counter = Counter()
 lost: list[str] = []

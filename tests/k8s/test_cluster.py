@@ -1,113 +1,26 @@
-"""The local overlay on a real cluster: what only running it can show.
-
-Opt-in, so that nobody's cluster is touched by chance: IMAGO_TEST_CONTEXT names the kubectl context of a one-node
-cluster that holds the images of `make images`. The namespace imago is made and, at the end, deleted.
-"""
+"""The local overlay on a real cluster (cluster.py says on which): what only running it can show."""
 import json
-import os
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
-import pytest
 import yaml
+from cluster import (
+    MARKS,
+    ROOT,
+    SELECTOR,
+    image,
+    kubectl,
+    load,
+    make,
+    nothing_lost,
+    pod,
+    rolled_out,
+    serving_pods,
+    wait_for,
+)
+from rendered import K8S
 
-ROOT = Path(__file__).parents[2]
-CONTEXT = os.environ.get("IMAGO_TEST_CONTEXT")
-pytestmark = [
-    pytest.mark.slow, pytest.mark.timeout(1500),
-    pytest.mark.skipif(not CONTEXT, reason="IMAGO_TEST_CONTEXT names no cluster to test on"),
-]
-SELECTOR = "app.kubernetes.io/component=serving"
-
-
-def kubectl(*words: str, stdin: str | None = None) -> str:
-    done = subprocess.run(["kubectl", "--context", CONTEXT, "-n", "imago", *words], input=stdin, capture_output=True,
-                          text=True)
-    assert done.returncode == 0, f"kubectl {' '.join(words)}: {done.stderr}"
-    return done.stdout
-
-
-def make(*words: str) -> None:
-    done = subprocess.run(["make", *words], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def wait_for(what: str, true, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, f"waited {seconds} s for {what}:\n{kubectl('get', 'pods')}"
-        time.sleep(0.5)
-
-
-def pod(name: str, image: str, command: list[str], *claims: str) -> str:
-    """The manifest of a pod that runs once under the restricted profile."""
-    return json.dumps({
-        "apiVersion": "v1", "kind": "Pod", "metadata": {"name": name},
-        "spec": {
-            "restartPolicy": "Never", "automountServiceAccountToken": False, "terminationGracePeriodSeconds": 60,
-            "securityContext": {"runAsNonRoot": True, "runAsUser": 65532, "seccompProfile": {"type": "RuntimeDefault"}},
-            "volumes": [{"name": c, "persistentVolumeClaim": {"claimName": c}} for c in claims],
-            "containers": [{
-                "name": "c", "image": image, "command": command,
-                "volumeMounts": [{"name": c, "mountPath": f"/{c.removeprefix('imago-')}",
-                                  "subPath": c.replace("-", "/")} for c in claims],
-                "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}}]}})
-
-
-def image(kind: str) -> str:
-    path = "deployment/imago-serving" if kind == "serve" else "job/imago-train"
-    return kubectl("get", path, "-o", "jsonpath={.spec.template.spec.containers[0].image}")
-
-
-@contextmanager
-def load(clients: int = 4, pause: float = 0.02) -> Iterator[dict]:
-    """Clients in a pod of their own; the account is there when the block has ended."""
-    account: dict = {}
-    script = (Path(__file__).parent / "loader.py").read_text()
-    kubectl("apply", "-f", "-", stdin=pod("load", image("serve"), [
-        "python", "-c", script, "imago-serving.imago" if dns() else service_address(), str(clients), str(pause)]))
-    kubectl("wait", "--for=condition=Ready", "pod/load", "--timeout=60s")
-    wait_for("the load to start", lambda: "started" in kubectl("logs", "load"))
-    time.sleep(2)
-    try:
-        yield account
-        time.sleep(2)
-        kubectl("exec", "load", "--", "python", "-c", "import os; os.kill(1, 15)")
-        wait_for("the account", lambda: "lost" in kubectl("logs", "load"))
-        account.update(json.loads(kubectl("logs", "load").splitlines()[-1]))
-        print(account)
-    finally:
-        kubectl("delete", "pod", "load", "--grace-period=1", "--wait=true")
-
-
-def dns() -> bool:
-    return bool(kubectl("get", "pods", "-n", "kube-system", "-l", "k8s-app=kube-dns", "-o", "name"))
-
-
-def service_address() -> str:
-    return kubectl("get", "service", "imago-serving", "-o", "jsonpath={.spec.clusterIP}")
-
-
-def rolled_out(seconds: int = 180) -> None:
-    kubectl("rollout", "status", "deployment/imago-serving", f"--timeout={seconds}s")
-
-
-def nothing_lost(account: dict) -> None:
-    assert account["count"] == 0, account["lost"]
-    assert set(account["statuses"]) == {"200"}, account["statuses"]
-    assert account["statuses"]["200"] > 100
-
-
-@pytest.fixture(scope="module", autouse=True)
-def deployed() -> Iterator[None]:
-    subprocess.run(["kubectl", "config", "use-context", CONTEXT], check=True, capture_output=True)
-    make("deploy", "OVERLAY=local")
-    yield
-    if not os.environ.get("IMAGO_TEST_KEEP"):
-        make("undeploy", "OVERLAY=local", "PURGE=1")
+pytestmark = MARKS
 
 
 def test_the_job_completes_and_the_deployment_is_ready():
@@ -135,13 +48,13 @@ def test_a_rolling_update_loses_no_request():
     with load() as account:
         kubectl("rollout", "restart", "deployment/imago-serving")
         rolled_out()
-        wait_for("the old pods to go", lambda: len(kubectl("get", "pods", "-l", SELECTOR, "-o", "name").split()) == 2)
+        wait_for("the old pods to go", lambda: len(serving_pods()) == 2)
     nothing_lost(account)
 
 
 def test_deleted_pods_lose_no_request():
     with load() as account:
-        for name in kubectl("get", "pods", "-l", SELECTOR, "-o", "name").split():
+        for name in serving_pods():
             kubectl("delete", name, "--wait=true")
             rolled_out()
     nothing_lost(account)
@@ -151,8 +64,7 @@ def test_scaling_loses_no_request():
     with load() as account:
         for count in (1, 3, 1, 2):
             make("scale", f"N={count}")
-            wait_for(f"{count} pods",
-                     lambda count=count: len(kubectl("get", "pods", "-l", SELECTOR, "-o", "name").split()) == count)
+            wait_for(f"{count} pods", lambda count=count: len(serving_pods()) == count)
     nothing_lost(account)
 
 
@@ -203,7 +115,7 @@ def train_pods() -> list[dict]:
 def again(*args: str) -> None:
     """The training Job anew, with these arguments instead of its own."""
     kubectl("delete", "job", "imago-train", "--ignore-not-found", "--wait=true")
-    rendered = subprocess.run([ROOT / "k8s/cluster", "render"], capture_output=True, text=True, check=True).stdout
+    rendered = subprocess.run([K8S / "cluster", "render"], capture_output=True, text=True, check=True).stdout
     job = next(m for m in yaml.safe_load_all(rendered) if m["kind"] == "Job")
     job["spec"]["template"]["spec"]["containers"][0]["args"] += args
     kubectl("apply", "-f", "-", stdin=json.dumps(job))

@@ -1,0 +1,22 @@
+"""The cluster of the opt-in tests: see cluster.py."""
+import os
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+from cluster import CONTEXT, image, kubectl, make, pod
+
+CLEAN = ["sh", "-c", "rm -rf /store/* /data/runs"]
+
+
+@pytest.fixture(scope="module")
+def deployed() -> Iterator[None]:
+    subprocess.run(["kubectl", "config", "use-context", CONTEXT], check=True, capture_output=True)
+    make("deploy", "OVERLAY=local")
+    yield
+    if not os.environ.get("IMAGO_TEST_KEEP"):
+        # What lies on the node outlives its claim, and the next run would serve it.
+        kubectl("delete", "job", "imago-train", "--ignore-not-found", "--cascade=foreground")
+        kubectl("apply", "-f", "-", stdin=pod("clean", image("serve"), CLEAN, "imago-store", "imago-data"))
+        kubectl("wait", "--for=jsonpath={.status.phase}=Succeeded", "pod/clean", "--timeout=60s")
+        make("undeploy", "OVERLAY=local", "PURGE=1")

@@ -1,0 +1,124 @@
+"""Components on the local overlay of a real cluster (cluster.py says on which): what only running them can show."""
+import json
+import subprocess
+import time
+
+import pytest
+from cluster import (
+    CONTEXT,
+    MARKS,
+    applied,
+    apply,
+    dns,
+    image,
+    kubectl,
+    load,
+    nothing_lost,
+    pod,
+    rolled_out,
+    serving_pods,
+    wait_for,
+    with_components,
+)
+
+pytestmark = MARKS
+
+
+def replicas() -> int:
+    return int(kubectl("get", "deployment", "imago-serving", "-o", "jsonpath={.status.readyReplicas}") or 0)
+
+
+# Waiting images alone, since CPU needs metrics-server, and a fall that a test can wait for.
+QUICK = {"target": {"kind": "HorizontalPodAutoscaler"}, "patch": json.dumps([
+    {"op": "remove", "path": "/spec/metrics/1"},
+    {"op": "replace", "path": "/spec/maxReplicas", "value": 3},
+    {"op": "replace", "path": "/spec/behavior/scaleDown", "value": {
+        "stabilizationWindowSeconds": 15, "policies": [{"type": "Pods", "value": 1, "periodSeconds": 15}]}}])}
+
+
+def test_waiting_images_bring_replicas_and_take_them_away():
+    if "v1beta1.custom.metrics.k8s.io" not in kubectl("get", "apiservices", "-o", "name"):
+        pytest.skip("the cluster has no custom metrics API (prometheus-adapter)")
+    scraped = ["pod-monitor"] if "podmonitors.monitoring.coreos.com" in kubectl("get", "crds", "-o", "name") else []
+    with applied("hpa", *scraped, patches=(QUICK,)):
+        wait_for("one replica without load", lambda: len(serving_pods()) == 1, 300)
+        with load(clients=64, pause=0, side=1500) as busy:  # 64 wait: 16 for each of 4, which is 1 more than allowed
+            wait_for("3 replicas", lambda: replicas() == 3, 300)
+        nothing_lost(busy)
+        with load() as calm:
+            wait_for("one replica after it", lambda: len(serving_pods()) == 1, 300)
+        nothing_lost(calm)
+
+
+SECOND = """
+import pathlib, shutil
+store = pathlib.Path("/store/digits")
+shutil.copytree(store / "1", store / "2", dirs_exist_ok=True)
+manifest = store / "2/manifest.json"
+manifest.write_text(manifest.read_text().replace('"version": 1,', '"version": 2,'))
+"""
+METRICS = "import urllib.request as r; print(r.urlopen('http://localhost:9090/metrics').read().decode())"
+
+
+def test_a_canary_gets_its_share_and_loses_nothing():
+    kubectl("apply", "-f", "-", stdin=pod("second", image("serve"), ["python", "-c", SECOND], "imago-store"))
+    kubectl("wait", "--for=jsonpath={.status.phase}=Succeeded", "pod/second", "--timeout=60s")
+    kubectl("delete", "pod", "second")
+    with load(clients=16) as account, applied("canary-plain"):
+        rolled_out()
+        rolled_out("imago-serving-canary")
+        time.sleep(10)
+        metrics = kubectl("exec", "deployment/imago-serving-canary", "--", "python", "-c", METRICS)
+    nothing_lost(account)
+    assert 0.05 < account["versions"]["2"] / sum(account["versions"].values()) < 0.6
+    assert "imago_shadow_images_total{" in metrics
+
+
+def evicted(name: str) -> bool:
+    """Whether the pod's eviction was granted."""
+    done = subprocess.run(
+        ["kubectl", "--context", CONTEXT, "create", "--raw", f"/api/v1/namespaces/imago/{name}/eviction", "-f", "-"],
+        input=json.dumps({"apiVersion": "policy/v1", "kind": "Eviction",
+                          "metadata": {"name": name.removeprefix("pods/"), "namespace": "imago"}}),
+        capture_output=True, text=True)
+    assert done.returncode == 0 or "disruption budget" in done.stderr, done.stderr
+    return done.returncode == 0
+
+
+def test_a_drain_takes_one_pod_at_a_time():
+    with applied("pdb"), load() as account:
+        kubectl("wait", "--for=jsonpath={.status.disruptionsAllowed}=1", "pdb/imago-serving", "--timeout=60s")
+        first, second = (name.replace("pod/", "pods/") for name in serving_pods())
+        assert evicted(first)
+        assert not evicted(second)
+        wait_for("the second eviction to be granted", lambda: evicted(second))
+        rolled_out()
+    nothing_lost(account)
+
+
+def test_network_policies_let_predictions_through():
+    with applied("network-policy"), load() as account:
+        time.sleep(5)
+    nothing_lost(account)
+
+
+def test_the_cron_job_trains():
+    with applied("cron-training"):
+        kubectl("create", "job", "now", "--from=cronjob/imago-train")
+        kubectl("wait", "--for=condition=Complete", "job/now", "--timeout=600s")
+        kubectl("delete", "job", "now")
+
+
+def test_two_pods_train_one_model():
+    if not dns():
+        pytest.skip("the cluster has no DNS, by which the pods find each other")
+    kubectl("delete", "job", "imago-train", "--cascade=foreground")
+    try:
+        apply(with_components("training-multinode"))
+        kubectl("wait", "--for=condition=Complete", "job/imago-train", "--timeout=900s")
+        logs = [kubectl("logs", name) for name in kubectl(
+            "get", "pods", "-l", "batch.kubernetes.io/job-name=imago-train", "-o", "name").split()]
+        assert len(logs) == 2
+        assert sum("certified" in log for log in logs) == 1
+    finally:
+        kubectl("delete", "job/imago-train", "service/imago-train", "--cascade=foreground")
