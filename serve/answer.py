@@ -28,18 +28,17 @@ class Answers:
 
         The open end is where a caller appends what only some answers have, such as a heat map.
         """
-        order = np.argsort(-probabilities, axis=1, kind="stable")[:, :max(top_k)]
-        best = np.take_along_axis(probabilities, order, 1).tolist()
-        sets = None if self.in_set_above is None else probabilities >= self.in_set_above
+        order = (-probabilities).argsort(1, kind="stable")[:, :max(top_k)].tolist()
+        sets = [None] * len(order) if self.in_set_above is None else probabilities >= self.in_set_above
         composed = []
-        for row, (indices, values, free, k) in enumerate(
-                zip(order.tolist(), best, energy.tolist(), top_k, strict=True)):
-            top = ",".join([f"{self.starts[i]}{p:.6g}}}" for i, p in zip(indices[:k], values, strict=False)])
-            chosen = indices[:1] if sets is None else np.flatnonzero(sets[row]).tolist()
-            members = ",".join([self.labels[i] for i in chosen])
+        for row, indices, members, free, k in zip(probabilities, order, sets, energy.tolist(), top_k, strict=True):
+            values = [row.item(i) for i in indices[:k]]
+            top = ",".join([f"{self.starts[i]}{p:.6g}}}" for i, p in zip(indices, values, strict=False)])
+            chosen = indices[:1] if members is None else members.nonzero()[0].tolist()
             unusual = self.energy_above is not None and free > self.energy_above
             composed.append(
-                f'{self.starts[indices[0]]}{values[0]:.6g},"top":[{top}],"prediction_set":[{members}],'
+                f'{self.starts[indices[0]]}{values[0]:.6g},"top":[{top}],'
+                f'"prediction_set":[{",".join([self.labels[i] for i in chosen])}],'
                 f'"abstain":{"true" if values[0] < self.abstain_below else "false"},'
                 f'"out_of_distribution":{"true" if unusual else "false"},"energy":{free:.6g}')
         return composed
