@@ -19,17 +19,18 @@ Manifest = dict
 
 @cache
 def render(case: str) -> tuple[Manifest, ...]:
-    """The manifests of an overlay as it is, or of a component on the base, as an overlay would list it."""
+    """The manifests of an overlay as it is, or of a component as an overlay would list it: `components/pdb` on the base,
+    `components/pdb on local` on that overlay."""
     kubectl = shutil.which("kubectl")
     if kubectl is None:
         pytest.skip("kubectl is not installed, so nothing renders here")
     with tempfile.TemporaryDirectory(dir=K8S / "overlays", prefix=".test-") as directory:
         target = K8S / case
         if case.startswith("components/"):
-            target = Path(directory)
+            target, (component, _, overlay) = Path(directory), case.partition(" on ")
             (target / "kustomization.yaml").write_text(yaml.safe_dump({
                 "apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization", "namespace": "imago",
-                "resources": ["../../base"], "components": [f"../../{case}"]}))
+                "resources": [f"../{overlay}" if overlay else "../../base"], "components": [f"../../{component}"]}))
         done = subprocess.run([kubectl, "kustomize", target], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return tuple(yaml.safe_load_all(done.stdout))

@@ -168,3 +168,12 @@ def test_a_cron_job_and_a_canary_are_copies_of_what_they_stand_for():
     same = ("image", "ports", "readinessProbe", "resources", "securityContext")
     one, other = (d["spec"]["template"]["spec"]["containers"][0] for d in (canary, stable))
     assert {k: one[k] for k in same} == {k: other[k] for k in same}
+
+
+@pytest.mark.parametrize("component", ["model-from-bucket", "model-from-image"])
+def test_a_store_that_a_component_brings_is_mounted_whole(component):
+    """An overlay may keep its store in a folder of a volume; what takes the volume's place has no such folder."""
+    template = dict(pod_specs(f"components/{component} on local"))["Deployment/imago-serving"]
+    mounts = [m for c in containers(template) for m in c["volumeMounts"] if m["name"] == "store"]
+    assert len(mounts) == 2
+    assert not any("subPath" in m for m in mounts)
