@@ -19,8 +19,10 @@ Manifest = dict
 
 @cache
 def render(case: str) -> tuple[Manifest, ...]:
-    """The manifests of an overlay as it is, or of a component as an overlay would list it: `components/pdb` on the base,
-    `components/pdb on local` on that overlay."""
+    """The manifests of an overlay as it is, or of a component as an overlay would list it.
+
+    `overlays/cpu`; `components/pdb`, which is on the base; `components/pdb on local`, which is on that overlay.
+    """
     kubectl = shutil.which("kubectl")
     if kubectl is None:
         pytest.skip("kubectl is not installed, so nothing renders here")
