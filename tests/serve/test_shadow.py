@@ -25,8 +25,7 @@ def test_agreement_and_latency_of_a_second_version(start, tmp_path):
     for i in range(30):
         answer = service.predict(tiny.image(tiny.CLASSES[i % 3], seed=i)).json()
         assert answer["model"]["version"] == "1"
-        time.sleep(0.02)
-    until(lambda: sum(counted(service).values()) == 30)
+        until(lambda i=i: sum(counted(service).values()) == i + 1)  # room for few, and it runs when others rest
     found = counted(service)
     assert found["failed"] == found["dropped"] == 0
     assert (found["agree"], found["disagree"]) == (20, 10)
