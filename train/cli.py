@@ -103,7 +103,7 @@ class CLI(LightningCLI):
     def before_fit(self) -> None:
         us, config = ours(self.trainer), self.config_init.fit
         if not us.fast_dev_run:
-            if config.export.enabled:
+            if config.export.enabled and self.trainer.is_global_zero:  # only that process needs to reach the store
                 Store(config.store).room(self.name)  # hours before a bundle is written: else it is refused only then
             self.begin_run(config)
         if not self.trainer.loggers:
