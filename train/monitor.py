@@ -20,7 +20,7 @@ PREFIX = "imago_train_"
 
 
 class Monitor(Callback, Collector):
-    """Serves the metrics of the first process, which stand for all: they take the same steps."""
+    """Serves the metrics of each node's first process, which stand for those beside it: they take the same steps."""
 
     def __init__(self, port: int | None = None, host: str = "0.0.0.0"):
         """
@@ -38,7 +38,7 @@ class Monitor(Callback, Collector):
 
     def start(self, trainer: L.Trainer) -> None:
         """Serve from now on. Raises ValueError where the port is taken."""
-        if self.port is None or not trainer.is_global_zero:
+        if self.port is None or trainer.local_rank:
             return
         self._trainer = trainer
         if trainer.strategy.root_device.type == "cuda":
@@ -58,7 +58,7 @@ class Monitor(Callback, Collector):
                            batch_idx: int) -> None:
         if self._trainer is None:
             return
-        self._images += len(batch[0]) * trainer.world_size
+        self._images += len(batch[0]) * trainer.world_size // trainer.num_nodes
         if (batch_idx + 1) % ours(trainer).log_every_n_steps == 0 or trainer.is_last_batch:
             self._sums.copy_(ours(trainer).lightning_module.sums["train"], non_blocking=True)
             then, images = self._since
@@ -84,7 +84,8 @@ class Monitor(Callback, Collector):
         yield _gauge("epoch", "Epoch under way, from 1.", min(trainer.current_epoch + 1, epochs))
         yield _gauge("epochs", "Epochs asked for; infinite where steps or time end the run.", epochs)
         yield _gauge("step", "Optimizer steps done.", trainer.global_step)
-        yield CounterMetricFamily(PREFIX + "images", "Images trained on since this start.", value=self._images)
+        yield CounterMetricFamily(PREFIX + "images", "Images trained on by this node since this start.",
+                                  value=self._images)
         yield _gauge("images_per_second", "Speed of training over the last steps.", self._speed)
         if images:
             yield _gauge("loss", "Mean loss of the epoch so far.", loss / images)

@@ -94,7 +94,8 @@ def serve(engine):
         try:
             yield service
         finally:
-            engine("rm", "--force", "--time=1", service.id)
+            engine("stop", "-t", "1", service.id)
+            engine("rm", "--force", service.id)
     return start
 
 

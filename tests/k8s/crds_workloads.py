@@ -59,7 +59,7 @@ class Strategy(Strict):
 
 
 class RolloutSpec(Strict):
-    replicas: int
+    replicas: int | None = None  # an autoscaler's, where there is one
     revisionHistoryLimit: int
     progressDeadlineSeconds: int
     progressDeadlineAbort: bool

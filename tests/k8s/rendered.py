@@ -11,7 +11,15 @@ import yaml
 K8S = Path(__file__).parents[2] / "k8s"
 OVERLAYS = sorted(p.name for p in (K8S / "overlays").iterdir() if p.is_dir())
 COMPONENTS = sorted(p.name for p in (K8S / "components").iterdir())
-CASES = [f"overlays/{name}" for name in OVERLAYS] + [f"components/{name}" for name in COMPONENTS]
+TOGETHER = [  # each component with many others, in the order that k8s/README.md asks for
+    "components/gpu-serving,gpu-training,training-multinode,cron-training,model-from-bucket,canary-rollout,ingress "
+    "on cpu",
+    "components/keda,pdb,network-policy,service-monitor,training-kubeflow,model-from-image,canary-plain,gateway-route "
+    "on local",
+    "components/gpu-training,training-kubeflow,keda,canary-rollout,prometheus-rules,grafana-dashboard on local",
+    "components/hpa,network-policy,pod-monitor,training-multinode,model-from-bucket,canary-plain on local",
+]
+CASES = [f"overlays/{name}" for name in OVERLAYS] + [f"components/{name}" for name in COMPONENTS] + TOGETHER
 SECRETS = {"imago-tls", "imago-bucket"}  # made by hand, as k8s/README.md and the components say
 
 Manifest = dict
@@ -19,9 +27,9 @@ Manifest = dict
 
 @cache
 def render(case: str) -> tuple[Manifest, ...]:
-    """The manifests of an overlay as it is, or of a component as an overlay would list it.
+    """The manifests of an overlay as it is, or of components as an overlay would list them.
 
-    `overlays/cpu`; `components/pdb`, which is on the base; `components/pdb on local`, which is on that overlay.
+    `overlays/cpu`; `components/pdb`, which is on the base; `components/hpa,pdb on local`: two on that overlay.
     """
     kubectl = shutil.which("kubectl")
     if kubectl is None:
@@ -29,10 +37,11 @@ def render(case: str) -> tuple[Manifest, ...]:
     with tempfile.TemporaryDirectory(dir=K8S / "overlays", prefix=".test-") as directory:
         target = K8S / case
         if case.startswith("components/"):
-            target, (component, _, overlay) = Path(directory), case.partition(" on ")
+            target, (listed, _, overlay) = Path(directory), case.removeprefix("components/").partition(" on ")
             (target / "kustomization.yaml").write_text(yaml.safe_dump({
                 "apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization", "namespace": "imago",
-                "resources": [f"../{overlay}" if overlay else "../../base"], "components": [f"../../{component}"]}))
+                "resources": [f"../{overlay}" if overlay else "../../base"],
+                "components": [f"../../components/{name}" for name in listed.split(",")]}))
         done = subprocess.run([kubectl, "kustomize", target], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return tuple(yaml.safe_load_all(done.stdout))

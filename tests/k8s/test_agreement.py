@@ -32,7 +32,7 @@ def test_settings_are_those_of_the_service(case, monkeypatch):
                 patch.setenv(name, value)
             Settings()  # and their values are taken
     for name in set(data) - {k for k in data if k.startswith(PREFIX)}:
-        assert case == "components/model-from-bucket", name
+        assert "model-from-bucket" in case, name
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -67,21 +67,20 @@ def test_selectors_find_pods(case):
                 assert not any(labelled(other, spec["selector"]["matchLabels"]) for other in others)
                 for constraint in spec["template"]["spec"]["topologySpreadConstraints"]:
                     assert labelled(spec["template"], constraint["labelSelector"]["matchLabels"])
-            case "Service" if spec["selector"].keys() != {"batch.kubernetes.io/job-name"}:
-                assert any(labelled(t, spec["selector"]) for t in templates)
             case "Service":
-                jobs = [job["metadata"]["name"] for job in of(case, "Job")]
-                assert spec["selector"]["batch.kubernetes.io/job-name"] in jobs
+                own = {k: v for k, v in spec["selector"].items() if not k.startswith("batch.kubernetes.io/")}
+                assert any(labelled(t, own) for t in templates)
             case "PodDisruptionBudget" | "PodMonitor":
                 assert any(labelled(t, spec["selector"]["matchLabels"]) for t in templates)
             case "ServiceMonitor":
                 services = [s["metadata"]["labels"] for s in of(case, "Service")]
                 assert any(spec["selector"]["matchLabels"].items() <= labels.items() for labels in services)
-            case "NetworkPolicy" if manifest["metadata"]["name"] != "imago-training":
+            case "NetworkPolicy" if "bucket" not in manifest["metadata"]["name"] or "bucket" in case:
                 assert any(labelled(t, spec["podSelector"]["matchLabels"]) for t in templates)
             case "HorizontalPodAutoscaler" | "ScaledObject":
-                assert spec["scaleTargetRef"]["name"] in [d["metadata"]["name"] for d in of(case, "Deployment")]
-                (scaled,) = of(case, "Deployment")
+                kind = "Rollout" if of(case, "Rollout") else "Deployment"
+                assert spec["scaleTargetRef"].get("kind", "Deployment") == kind
+                scaled = {d["metadata"]["name"]: d for d in of(case, kind)}[spec["scaleTargetRef"]["name"]]
                 assert "replicas" not in scaled["spec"], "each apply would undo the autoscaler"
 
 
@@ -100,6 +99,9 @@ def test_references_resolve(case):
             assert {m["name"] for m in container.get("volumeMounts", [])} <= {v["name"] for v in spec["volumes"]}
             for source in container.get("envFrom", []):
                 assert ("ConfigMap", source["configMapRef"]["name"]) in names
+            data = {key: value for c in of(case, "ConfigMap") for key, value in c.get("data", {}).items()}
+            for variable in re.findall(r"\$\((\w+)\)", " ".join(container.get("args", []))):
+                assert variable in data, f"{container['name']}: {variable}"
     for route in of(case, "HTTPRoute"):
         assert all(("Service", b["name"]) in names for r in route["spec"]["rules"] for b in r["backendRefs"])
     for rollout in of(case, "Rollout"):
@@ -137,7 +139,8 @@ def train_arguments():
             words = line["args"]
             if line.get("command") == ["torchrun"]:
                 words = words[words.index("train") + 1:]
-            found.add(tuple(words))
+            assert "$(DATA)" in words
+            found.add(tuple("digits" if word == "$(DATA)" else word for word in words))
     return sorted(found)
 
 
@@ -156,18 +159,54 @@ def test_torchrun_is_told_as_many_nodes_as_the_job_has():
     assert f"--trainer.num_nodes={spec['completions']}" in container["args"]
     endpoint = next(a for a in container["args"] if a.startswith("--rdzv-endpoint="))
     service = next(s for s in of("components/training-multinode", "Service") if s["metadata"]["name"] == "imago-train")
-    assert endpoint.endswith(f"=imago-train-0.{service['metadata']['name']}:{service['spec']['ports'][0]['port']}")
-    assert spec["template"]["spec"]["subdomain"] == service["metadata"]["name"]
+    assert endpoint.endswith(f"={service['metadata']['name']}:{service['spec']['ports'][0]['port']}")
+    assert service["spec"]["clusterIP"] == "None", "its address must be the first pod's own"
+    assert service["spec"]["selector"]["batch.kubernetes.io/job-completion-index"] == "0"
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if "multinode" in c or "kubeflow" in c])
+def test_before_torchrun_the_settings_are_looked_at_as_it_will_see_them(case):
+    for job in [j["spec"] for j in of(case, "Job")] + [j["spec"]["jobTemplate"]["spec"] for j in of(case, "CronJob")] \
+            + [r["template"]["spec"] for m in of(case, "TrainingRuntime")
+               for r in m["spec"]["template"]["spec"]["replicatedJobs"]]:
+        (settings,), (train,) = (job["template"]["spec"][kind] for kind in ("initContainers", "containers"))
+        assert settings["envFrom"] == train["envFrom"]
+        assert settings["volumeMounts"] == train["volumeMounts"]
+        rule = job["podFailurePolicy"]["rules"][0]
+        assert (rule["action"], rule["onExitCodes"]["containerName"]) == ("FailJob", "settings")
 
 
 def test_a_cron_job_and_a_canary_are_copies_of_what_they_stand_for():
-    (cron,), (job,) = of("components/cron-training", "CronJob"), of("components/pdb", "Job")
+    (cron,), (job,) = of("components/cron-training on local", "CronJob"), of("overlays/local", "Job")
     assert cron["spec"]["jobTemplate"]["spec"]["template"]["spec"] == job["spec"]["template"]["spec"]
     named = {d["metadata"]["name"]: d for d in of("components/canary-plain", "Deployment")}
     canary, stable = named["imago-serving-canary"], named["imago-serving"]
     same = ("image", "ports", "readinessProbe", "resources", "securityContext")
     one, other = (d["spec"]["template"]["spec"]["containers"][0] for d in (canary, stable))
     assert {k: one[k] for k in same} == {k: other[k] for k in same}
+
+
+def test_what_a_canary_adds_leaves_the_rest_of_its_environment():
+    with_gpu = dict(pod_specs("components/gpu-serving,canary-plain on local"))["Deployment/imago-serving-canary"]
+    (serve,) = with_gpu["spec"]["containers"]
+    found = {e["name"]: e["value"] for e in serve["env"]}
+    assert found == {"IMAGO_ENGINE": "cuda", "IMAGO_VERSION": "2", "IMAGO_SHADOW_VERSION": "1"}
+
+
+def test_network_policies_let_pods_reach_the_bucket_their_model_comes_from():
+    case = "components/network-policy,model-from-bucket on local"
+    (policy,) = (p["spec"] for p in of(case, "NetworkPolicy") if p["metadata"]["name"] == "imago-serving-bucket")
+    template = dict(pod_specs(case))["Deployment/imago-serving"]
+    assert labelled(template, policy["podSelector"]["matchLabels"])
+    assert {"port": 443, "protocol": "TCP"} in policy["egress"][0]["ports"]
+    without = dict(pod_specs("overlays/cpu"))["Deployment/imago-serving"]
+    assert not labelled(without, policy["podSelector"]["matchLabels"])
+
+
+def test_serving_on_gpus_takes_the_image_that_can():
+    for case in ("overlays/gpu", "components/gpu-serving on local"):
+        template = dict(pod_specs(case))["Deployment/imago-serving"]
+        assert all(c["image"].endswith("-cuda") for c in containers(template))
 
 
 @pytest.mark.parametrize("component", ["model-from-bucket", "model-from-image"])

@@ -1,5 +1,7 @@
 """What make says when it can't deploy: one line, what is wrong and what to do, exit status 2."""
 import os
+import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -18,6 +20,9 @@ def one_line(done: subprocess.CompletedProcess) -> str:
     return done.stderr
 
 
+needs_kubectl = pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl is not installed")
+
+
 @pytest.fixture
 def nowhere(tmp_path) -> dict[str, str]:
     """A kubectl that knows a cluster which does not answer."""
@@ -28,11 +33,13 @@ def nowhere(tmp_path) -> dict[str, str]:
     return {"KUBECONFIG": str(config)}
 
 
+@needs_kubectl
 @pytest.mark.parametrize("verb", ["deploy", "undeploy"])
 def test_a_wrong_overlay(verb):
     assert "no overlay 'moon'; there are: cpu gpu local" in one_line(run(verb, OVERLAY="moon"))
 
 
+@needs_kubectl
 @pytest.mark.parametrize("verb", ["deploy", "undeploy", "logs", "scale"])
 def test_a_missing_cluster(verb, nowhere):
     assert "no cluster answers in kubectl's context 'gone'" in one_line(run(verb, N="2", **nowhere))
@@ -43,33 +50,63 @@ def test_scale_without_a_number(count):
     assert "make scale N=3" in one_line(run("scale", N=count))
 
 
-def test_no_kubectl(tmp_path):
-    for tool in ("bash", "dirname", "env"):
+@pytest.mark.parametrize("verb", ["deploy", "undeploy", "logs", "scale", "render"])
+def test_no_kubectl(verb, tmp_path):
+    for tool in ("bash", "dirname", "env", "sed"):
         (tmp_path / tool).symlink_to(f"/usr/bin/{tool}")
-    assert "kubectl is not installed" in one_line(run("logs", PATH=str(tmp_path)))
+    assert "kubectl is not installed" in one_line(run(verb, N="2", PATH=str(tmp_path)))
 
 
+@needs_kubectl
 def test_a_registry_and_a_tag_of_ones_own():
     done = run("render", OVERLAY="gpu", REGISTRY="registry.example.com/team", TAG="7")
     images = {line.split("image: ")[1] for line in done.stdout.splitlines() if " image: " in line}
     assert images == {"registry.example.com/team/imago-serve:7-cuda", "registry.example.com/team/imago-train:7"}
 
 
+@needs_kubectl
 def test_make_passes_them_on(nowhere):
     done = subprocess.run(["make", "deploy", "OVERLAY=moon"], cwd=Path(K8S).parent, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.splitlines()[0] == "make: no overlay 'moon'; there are: cpu gpu local"
 
 
-@pytest.mark.parametrize("job", ["The Job", "Job.batch"])  # kubectl says it this way or that
-def test_a_job_whose_settings_differ_is_replaced(job, tmp_path):
-    kubectl = tmp_path / "kubectl"
-    kubectl.write_text(f"""#!/bin/sh
-      echo "$*" >>"$0.calls"
-      case "$*" in
-        *--dry-run*) echo '{job} "imago-train" is invalid: spec.template: field is immutable' >&2; exit 1 ;;
-        apply*) exit 1 ;;
-      esac""")
-    kubectl.chmod(0o755)
-    one_line(run("deploy", PATH=f"{tmp_path}:{os.environ['PATH']}"))
-    assert "-n imago delete job imago-train --cascade=foreground" in (tmp_path / "kubectl.calls").read_text()
+@pytest.fixture
+def refusing(tmp_path):
+    """A cluster that says this of what is applied; afterwards what it was asked."""
+    def deploy(*reasons: str) -> tuple[subprocess.CompletedProcess, str]:
+        kubectl = tmp_path / "kubectl"
+        kubectl.write_text(f"""#!/bin/sh
+          echo "$*" >>"$0.calls"
+          case "$*" in
+            kustomize*) exec {shutil.which("kubectl")} "$@" ;;
+            *--dry-run*) printf '%s\\n' {shlex.join(reasons)} >&2; exit 1 ;;
+            apply*) exit 1 ;;
+          esac""")
+        kubectl.chmod(0o755)
+        done = run("deploy", PATH=f"{tmp_path}:{os.environ['PATH']}")
+        return done, (tmp_path / "kubectl.calls").read_text()
+    return deploy
+
+
+JOB = '"imago-train" is invalid: spec.template: Invalid value: core.PodTemplateSpec{}: field is immutable'
+
+
+@needs_kubectl
+@pytest.mark.parametrize("job", ["The Job", "Error from server (Invalid): Job.batch"])  # kubectl has both
+def test_a_job_whose_settings_differ_is_replaced(job, refusing):
+    done, asked = refusing(f"{job} {JOB}")
+    one_line(done)
+    assert "-n imago delete job imago-train --cascade=foreground" in asked
+    assert "\napply -f -" in asked
+
+
+@needs_kubectl
+def test_nothing_is_touched_where_a_volume_cannot_become_what_the_overlay_says(refusing):
+    done, asked = refusing('The PersistentVolumeClaim "imago-store" is invalid: spec: Forbidden: immutable',
+                           f"The Job {JOB}")
+    assert done.returncode == 2
+    assert "make: nothing was changed" in done.stderr.splitlines()[-1]
+    assert 'PersistentVolumeClaim "imago-store" is invalid' in done.stderr
+    assert "delete" not in asked
+    assert "\napply -f -" not in asked

@@ -16,6 +16,7 @@ RUNBOOK = (K8S / "README.md").read_text()
 COMPUTED = {"imago_drift_psi": ("signal",), "imago_drift_images": (), "imago_feedback_accuracy": (),
             "imago_feedback_ece": ()}  # by serve.derived, when somebody scrapes
 TARGET = {"namespace", "pod", "job", "container"}  # added by Prometheus
+JOBS = {"job_name"}  # of kube-state-metrics' series on Jobs
 
 
 def series() -> dict[str, tuple[str, ...]]:
@@ -86,7 +87,7 @@ def test_queries_group_by_labels_that_their_series_have():
     known = series() | dict.fromkeys(training(), ())
     for where, query in queries().items():
         names = set(re.findall(r"\bimago_\w+", query))
-        labels = {label for name in names for label in known[name]} | TARGET
+        labels = {label for name in names for label in known[name]} | TARGET | (JOBS if "kube_job_" in query else set())
         for grouping in re.findall(r"\bby \(([^)]*)\)", query):
             if names:
                 assert {g.strip() for g in grouping.split(",")} <= labels, f"{where}: {grouping}"
