@@ -10,9 +10,9 @@ BOUNDARY = re.compile(rb'boundary=(?:"([^"\r\n]{1,70})"|([^\s;,"]{1,70}))', re.I
 MAX_PART_HEAD = 8192  # bytes of the headers of one part
 
 
-async def read(receive: Callable[[], Awaitable[dict]], limit: int) -> bytes:
-    """The whole body, counted as it comes. Raises Problem 413 beyond the limit, ConnectionError when the
-    client left."""
+async def read(receive: Callable[[], Awaitable[dict]], limit: int, grew: Callable[[int], None] | None = None) -> bytes:
+    """The whole body, counted as it comes: `grew` hears the bytes so far. Raises Problem 413 beyond the limit, what
+    `grew` raises, and ConnectionError when the client left."""
     message = await receive()
     body = message.get("body", b"")
     if not message.get("more_body") and message["type"] == "http.request" and len(body) <= limit:
@@ -25,6 +25,8 @@ async def read(receive: Callable[[], Awaitable[dict]], limit: int) -> bytes:
         size += len(parts[-1])
         if size > limit:
             raise Problem(413, f"the body is larger than the {limit} bytes allowed", "body", close=True)
+        if grew is not None:
+            grew(size)
         if not message.get("more_body"):
             return b"".join(parts)
         message = await receive()

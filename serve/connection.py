@@ -6,13 +6,14 @@ second.
 """
 import asyncio
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from serve.exchange import Exchange
 from serve.responses import Problem
+from serve.settings import Settings
 
 if TYPE_CHECKING:
     from serve.front import Front
@@ -24,7 +25,11 @@ MAX_DISCARDED_BYTES = 16 << 20  # of a body whose request was answered already; 
 
 
 class Connection(HttpToolsProtocol):
-    """Handlers find it in the state of the scope; whoever sets `on_lost` is called when the client is gone."""
+    """Handlers find it in the state of the scope; whoever sets `on_lost` is called when the client is gone.
+
+    Requests have their turn one after the other (`current`). Those that a client sends ahead wait in `pipeline`, and no
+    more is read from it meanwhile; nor does one begin while the client does not take the answers before it.
+    """
 
     front: ClassVar["Front"]
     open: ClassVar[set["Connection"]] = set()
@@ -32,13 +37,17 @@ class Connection(HttpToolsProtocol):
 
     on_lost: Callable[[], None] | None = None
     exchange: Exchange | None = None
-    arriving = False  # some of a request is there, but not all
-    in_head = False
-    head_bytes = discarded = 0
+    current: RequestResponseCycle | None = None  # the request that has its turn
+    farewell: Problem | None = None  # what the client is told at the end, after the answers that are due
+    over = False  # nothing that comes is looked at any more
+    in_message = in_head = False  # where the parser is
+    moved = begun = False  # whether this read brought it on, and to another request
+    head_bytes = unfinished = body_bytes = discarded = 0
+    unsent = 0.0  # since when an answer has not been taken
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # asyncio's base is wider
         super().connection_made(transport)
-        self.since = self.loop.time()  # when it last began to wait: for a request, or for the rest of one
+        self.since = self.loop.time()  # when we last began to wait for the client
         self.open.add(self)
         Connection.uvicorn = self.server_state
         if len(self.open) > self.front.settings.max_connections:
@@ -46,6 +55,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.open.discard(self)
+        self.over = True
         super().connection_lost(exc)
         if self.exchange is not None:
             self.exchange.lost()
@@ -56,31 +66,75 @@ class Connection(HttpToolsProtocol):
         """The process ends. Hanging up at once would reset a client whose request is on its way."""
         self.loop.call_later(LAST_CALL, super().shutdown)
 
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self.proceed()
+
     def data_received(self, data: bytes) -> None:
+        if self.over:
+            return
+        self.moved, self.begun, self.body_bytes = False, False, 0
         super().data_received(data)
-        if self.in_head:
-            self.head_bytes += len(data)
-            if self.head_bytes > MAX_HEAD_BYTES:
-                self.refuse(Problem(431, f"the head of a request may have {MAX_HEAD_BYTES} bytes", "head"))
-        elif self.arriving and self.exchange is not None and self.exchange.cycle is self.cycle:
-            self.exchange.grew()
+        if self.over:
+            return
+        if self.begun and self.in_head:  # only the end of it is this head
+            self.unfinished = min(len(data) - self.body_bytes, len(data.rpartition(b"\r\n\r\n")[2]))
+        elif self.in_head or not self.moved:  # a head, or what HTTP has between the pieces of a body and after it
+            self.unfinished += len(data)
+        else:
+            self.unfinished = 0
+            if self.exchange is not None and self.own:
+                self.exchange.grew()
+        if self.unfinished > MAX_HEAD_BYTES:
+            self.too_much()
+
+    def too_much(self) -> None:
+        self.refuse(Problem(431, f"a request may have {MAX_HEADERS} headers of {MAX_HEAD_BYTES} bytes in all", "head"))
 
     # What the parser calls, in this order.
 
     def on_message_begin(self) -> None:
+        if self.over:
+            return
         super().on_message_begin()
         self.scope["state"]["connection"] = self
-        self.since = self.loop.time()
-        self.arriving = self.in_head = True
+        if self.current is None:
+            self.since = self.loop.time()
+        self.in_message = self.in_head = self.moved = self.begun = True
+        self.head_bytes = 0
+
+    def on_url(self, url: bytes) -> None:
+        if self.over:
+            return
+        super().on_url(url)
+        self.moved = True
+        self.head_bytes += len(url)
+        if self.head_bytes > MAX_HEAD_BYTES:
+            self.too_much()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Also of trailers, which come after the body."""
+        if self.over:
+            return
+        super().on_header(name, value)
+        self.moved = True
+        self.head_bytes += len(name) + len(value)
+        if self.head_bytes > MAX_HEAD_BYTES or len(self.headers) > MAX_HEADERS:
+            self.too_much()
 
     def on_headers_complete(self) -> None:
-        self.in_head, self.head_bytes = False, 0
-        if len(self.headers) > MAX_HEADERS:
-            return self.refuse(Problem(431, f"a request may have {MAX_HEADERS} headers", "head"))
+        if self.over:
+            return
+        self.in_head = False
         super().on_headers_complete()
 
-    def _start_asgi_task(self, cycle, app) -> None:
-        """A request has its turn; uvicorn holds pipelined ones back until then."""
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        """A request would have its turn, says uvicorn, which does not look at whether answers are taken."""
+        if self.current is not None or self.flow.write_paused:
+            self.flow.pause_reading()
+            self.pipeline.appendleft((cycle, app))
+            return
+        self.current = cycle
         if cycle.scope["path"] != "/predict" or cycle.scope["method"] != "POST":
             return super()._start_asgi_task(cycle, app)
         self.exchange = Exchange(self.front, self, cycle)
@@ -90,90 +144,109 @@ class Connection(HttpToolsProtocol):
             self.loop.call_soon(self.exchange.begin)  # a long pipeline must not become a deep recursion
 
     def on_body(self, body: bytes) -> None:
-        if self.cycle is None:
+        if self.over:
             return
-        if self.exchange is not None and self.exchange.cycle is self.cycle:
+        self.moved = True
+        self.body_bytes += len(body)
+        if self.exchange is not None and self.own:
             self.cycle.body += body
-            return
-        if self.cycle.response_complete:
+        elif self.cycle.response_complete:
             self.discarded += len(body)
             if self.discarded > MAX_DISCARDED_BYTES:
                 self.transport.abort()
-            return
-        super().on_body(body)
+        else:
+            super().on_body(body)
 
     def on_message_complete(self) -> None:
-        self.arriving, self.discarded = False, 0
-        if self.cycle is None:
+        if self.over:
             return
         super().on_message_complete()
-        if self.exchange is not None and self.exchange.cycle is self.cycle:
+        own = self.own
+        self.in_message, self.moved, self.discarded = False, True, 0
+        if self.exchange is not None and own:
             self.exchange.arrived()
+
+    @property
+    def own(self) -> bool:
+        """Whether what the parser is in belongs to the request that has its turn."""
+        return self.in_message and not self.in_head and self.current is self.cycle
 
     # Answers.
 
-    def respond(self, cycle, payload: bytes, close: bool) -> None:
+    def respond(self, cycle: RequestResponseCycle, payload: bytes, close: bool) -> None:
         """Send a whole response, head and body, as the answer of `cycle`."""
-        if cycle.disconnected:
-            return
         cycle.response_started = cycle.response_complete = True
+        if cycle.disconnected or self.transport.is_closing():
+            return
         self.transport.write(payload)
         if close or not cycle.keep_alive:
+            self.over = True
             self.transport.close()
         cycle.on_response()
 
     def on_response_complete(self) -> None:
         """As uvicorn has it, but idle connections are found by `sweep` instead of by a timer each."""
         self.server_state.total_requests += 1
-        if self.transport.is_closing():
+        self.current = None
+        self.since = self.loop.time()
+        self.proceed()
+
+    def proceed(self) -> None:
+        """Go on with the request that waits, with reading, or with the farewell."""
+        if self.current is not None or self.flow.write_paused or self.transport.is_closing():
             return
-        if not self.arriving:
-            self.since = self.loop.time()
-        self.flow.resume_reading()
         if self.pipeline:
             self._start_asgi_task(*self.pipeline.pop())
+        elif self.farewell is not None:
+            self.part(self.farewell)
+        if not self.pipeline:
+            self.flow.resume_reading()
 
     def refuse(self, problem: Problem) -> None:
-        """Answer something that is no request we take, unless another answer is due first, and hang up."""
-        if self.transport.is_closing():
+        """Look at nothing more from this client: answer what is due, then say why, and hang up."""
+        if self.over or self.transport.is_closing():
             return
-        if not self.pipeline and (self.exchange is None or self.exchange.cycle is self.cycle):
-            number = self.front.new_id()
-            response = self.front.refused(problem, number)
-            self.transport.write(self.front.head(response, number, True) + response.body)
-            self.front.count(response.status, 0.0)
+        self.over = problem.close = True
+        if self.own and self.exchange is not None:
+            self.exchange.fail(problem)
+        elif self.in_message and not self.in_head and self.cycle.response_started:
+            self.transport.abort()  # it has its answer
+        elif self.own or (self.current is None and not self.pipeline):
+            self.part(problem)
+        else:
+            self.farewell = problem
+            self.proceed()
+
+    def part(self, problem: Problem) -> None:
+        number = self.front.new_id()
+        response = self.front.refused(problem, number)
+        self.transport.write(self.front.head(response, number, True) + response.body)
         self.transport.close()
+        self.front.count(response.status, 0.0)
 
     def send_400_response(self, msg: str) -> None:
         self.refuse(Problem(400, "this is not HTTP", "malformed"))
 
     # Time.
 
-    @property
-    def busy(self) -> bool:
-        """A request is here whole, and not yet answered."""
-        return self.cycle is not None and not self.cycle.response_complete and not self.arriving
-
     @classmethod
     def sweep(cls) -> None:
         """Hang up on clients that are too slow to send, to take, or to come with another request."""
-        settings, now = cls.front.settings, asyncio.get_running_loop().time()
+        now = asyncio.get_running_loop().time()
         for connection in list(cls.open):
-            waited = now - connection.since
-            if connection.transport.get_write_buffer_size():
-                if waited > settings.deadline_ms / 1000 + settings.read_timeout_seconds:
-                    connection.transport.abort()
-            elif connection.busy:
-                continue
-            elif connection.arriving or connection.cycle is None:
-                if waited > settings.read_timeout_seconds:
-                    if connection.arriving and not connection.answering:
-                        connection.refuse(Problem(408, "the request did not arrive in time", "slow"))
-                    connection.transport.abort() if connection.answering else connection.transport.close()
-            elif waited > settings.keep_alive_seconds:
-                connection.transport.close()
+            connection.look(cls.front.settings, now)
 
-    @property
-    def answering(self) -> bool:
-        """The rest of a request comes in whose answer has begun already."""
-        return self.cycle is not None and self.cycle.response_started
+    def look(self, settings: Settings, now: float) -> None:
+        if self.transport.get_write_buffer_size():
+            self.unsent = self.unsent or now
+            if now - self.unsent > settings.deadline_ms / 1000 + settings.read_timeout_seconds:
+                self.transport.abort()
+            return
+        self.unsent = 0.0
+        if self.current is not None and not self.own:
+            return  # it waits for us
+        begun = self.in_message or self.cycle is None
+        if now - self.since > (settings.read_timeout_seconds if begun else settings.keep_alive_seconds):
+            if self.in_message:
+                self.refuse(Problem(408, "the request did not arrive in time", "slow"))
+            self.transport.close()

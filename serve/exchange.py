@@ -28,6 +28,8 @@ class Exchange:
 
     def begin(self) -> None:
         """Admit it by its head."""
+        if self.connection.exchange is not self:
+            return  # the client left first
         self.started = time.perf_counter()
         self.request = self.front.request(self.cycle.scope, None)
         try:
@@ -93,8 +95,10 @@ class Exchange:
         """The client went away: its place is free again, and its work is dropped."""
         if self.ask is not None:
             self.ask.cancel()
+        begun = self.place is not None
         self.leave()
-        self.front.finish(self.request, None, time.perf_counter() - self.started)
+        if begun:
+            self.front.finish(self.request, None, time.perf_counter() - self.started)
 
     def leave(self) -> None:
         self.connection.exchange = self.ask = None  # no ring of references is left for the garbage collector to find

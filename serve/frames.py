@@ -12,7 +12,8 @@ ANSWER = struct.Struct("<IIHHIIII")  # id, bytes of body, status, reserved, vers
 CANCEL = 1  # the client went away: drop the job of this id
 CAM = 2  # the heat map is wanted
 TENSOR = 4  # the body is not a file: uint8 [height, width, channels] as the network takes it
-ARRAYS = 8  # the answer is not JSON: probabilities [K] and energy, float32
+ARRAYS = 8  # the answer is not JSON: the label, then probabilities [K] and energy, float32
+LABEL = struct.Struct("<I")  # bytes of the label that follows, as the Open Inference Protocol has it
 HELLO = 0  # id of the answer that a worker sends on its own: the model that it serves, as JSON
 
 

@@ -146,14 +146,16 @@ class Front:
             found = next((h for prefix, h in self.prefixes.items() if path.startswith(prefix)), None)
         if found is None:
             if path in self.methods:
-                raise Problem(405, f"{path} takes {' and '.join(self.methods[path])}, not {method}")
+                raise Problem(405, f"{path} takes {' and '.join(self.methods[path])}, not {method}",
+                              headers=[(b"allow", ", ".join(self.methods[path]).encode())])
             raise Problem(404, "there is nothing here; see /docs")
         return found
 
     def authorize(self, headers: dict[bytes, bytes]) -> None:
         """Compare the key in constant time. Raises Problem 401."""
         if self.key is not None:
-            given = headers.get(b"x-api-key") or headers.get(b"authorization", b"").removeprefix(b"Bearer ")
+            scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
+            given = headers.get(b"x-api-key") or (token.strip() if scheme.lower() == b"bearer" else b"")
             if not hmac.compare_digest(given, self.key):
                 raise Problem(401, "send the API key as X-API-Key, or as Authorization: Bearer", "key")
 
@@ -182,7 +184,8 @@ class Front:
     def finish(self, request: Request, response: Response | None, seconds: float) -> None:
         """Count, trace and log a request that ended; without a response the client left before."""
         path, status = request.scope["path"], response.status if response else 499
-        if response is not None and (path == "/predict" or path.startswith(INFER)):
+        asked = request.scope["method"] == "POST" and (path == "/predict" or path.startswith(INFER))
+        if response is not None and asked:
             self.count(status, seconds)
         if self.tracing:
             self.tracing.record(request, response, seconds)

@@ -34,6 +34,8 @@ class Model:
         self.answers = Answers(self.manifest)
         self.wanted = ("probabilities", "energy")
         check(bundle, samples, self.variant, self.engine)
+        self.explains = [name for name in ("cam",) if name in self.engine.outputs]
+        self.hello = json.dumps(self.describe(), separators=(",", ":")).encode()  # what HTTP processes are told
         self.warm(settings.max_batch_size)
 
     def warm(self, batch: int) -> None:
@@ -56,13 +58,10 @@ class Model:
             "metrics": {part: m.model_dump(include={"images", "accuracy", "top5", "nll", "ece"})
                         for part, m in manifest.metrics.items()},
             "notes": manifest.notes,
-            "explains": [name for name in ("cam",) if name in self.engine.outputs],
+            "explains": self.explains,
             "samples": [{"file": s.file, "label": manifest.classes[s.label]} for s in manifest.samples],
             "report": (self.bundle.path / "report.html").is_file(),
         }
-
-    def hello(self) -> bytes:
-        return json.dumps(self.describe(), separators=(",", ":")).encode()
 
 
 def check(bundle: Bundle, samples: Samples, variant: str, candidate: engine.Engine) -> None:

@@ -2,10 +2,10 @@
 import asyncio
 import json
 import time
-from collections import deque
 from collections.abc import Callable
 from itertools import count
 
+from serve import logs
 from serve.frames import CANCEL, HELLO, Answer, Job, pack_job, take_answers
 
 RETRY_SECONDS = 0.02
@@ -16,11 +16,11 @@ UNANSWERED = Answer(0, 0, 0, 0, 0, 0, b"")  # stands in the place of an answer u
 class Ask:
     """The images of one request on their way. `done` is called once: when each has an answer, or at the deadline."""
 
-    __slots__ = ("answers", "deadline", "done", "expired", "jobs", "left", "over")
+    __slots__ = ("answers", "deadline", "done", "expired", "jobs", "left", "pool")
 
-    def __init__(self, answers: list[Answer], deadline: float, done: Callable[["Ask"], None]):
+    def __init__(self, pool: "Pool", answers: list[Answer], deadline: float, done: Callable[["Ask"], None]):
         """`deadline`: by time.monotonic."""
-        self.answers, self.deadline, self.done, self.over, self.expired = answers, deadline, done, False, False
+        self.pool, self.answers, self.deadline, self.done, self.expired = pool, answers, deadline, done, False
         self.left = answers.count(UNANSWERED)
         self.jobs: list[tuple[Channel, int]] = []
 
@@ -31,17 +31,20 @@ class Ask:
             self.finish()
 
     def finish(self) -> None:
-        self.over = True
-        self.done(self)
+        self.pool.asks.pop(self, None)
+        try:
+            self.done(self)
+        except Exception:  # what is wrong with one request must not reach the others of its worker
+            logs.logger.exception("an answer could not be given")
 
     def expire(self) -> None:
         self.expired = True
         self.cancel()
-        self.done(self)
+        self.finish()
 
     def cancel(self) -> None:
         """Nobody waits any more: what is not done yet is dropped, not done late, and `done` is not called."""
-        self.over = True
+        self.pool.asks.pop(self, None)
         for channel, number in self.jobs:
             channel.cancel(number)
 
@@ -61,13 +64,13 @@ class Channel(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Every job that the worker had is answered with 503, at once."""
+        if not self.closed.done():
+            self.closed.set_result(None)
         self.model = None
         self.pool.look()
         for number, (ask, index) in list(self.waiting.items()):
             ask.put(index, Answer(number, 503, 0, 0, 0, 0, LOST))
         self.waiting.clear()
-        if not self.closed.done():
-            self.closed.set_result(None)
 
     def data_received(self, data: bytes) -> None:
         self.buffer += data
@@ -109,7 +112,7 @@ class Pool:
         self.usable: list[Channel] = []
         self.model: dict = {}  # what was told last
         self.name = b""  # of the model, as JSON
-        self.asks: deque[Ask] = deque()  # by deadline; those that are over leave when they come first
+        self.asks: dict[Ask, None] = {}  # those under way, by deadline
         self.timer: asyncio.TimerHandle | None = None  # one for all: to make and cancel one costs as much as to parse
         self.tasks = [self.loop.create_task(self._keep(i)) for i in range(workers)]
 
@@ -143,11 +146,9 @@ class Pool:
     def ask(self, images: list[bytes], answers: list[Answer], seconds: float, top_k: int, flags: int,
             done: Callable[[Ask], None]) -> Ask:
         """Hand each image without an answer to the worker with the least to do. There must be a usable one."""
-        deadline, usable, asks = time.monotonic() + seconds, self.usable, self.asks
-        ask = Ask(answers, deadline, done)
-        while asks and asks[0].over:
-            asks.popleft()
-        asks.append(ask)
+        deadline, usable = time.monotonic() + seconds, self.usable
+        ask = Ask(self, answers, deadline, done)
+        self.asks[ask] = None
         if self.timer is None:
             self.timer = self.loop.call_later(seconds, self.expire)
         for index, body in enumerate(images):
@@ -161,11 +162,13 @@ class Pool:
     def expire(self) -> None:
         """End what is past its deadline, and look again when the next one is due."""
         asks, now = self.asks, time.monotonic()
-        while asks and (asks[0].over or asks[0].deadline <= now):
-            first = asks.popleft()
-            if not first.over:
-                first.expire()
-        self.timer = self.loop.call_later(asks[0].deadline - now, self.expire) if asks else None
+        while (first := next(iter(asks), None)) is not None and first.deadline <= now:
+            first.expire()
+        self.timer = None if first is None else self.loop.call_later(first.deadline - now, self.expire)
+
+    def unsent(self) -> int:
+        """Bytes of jobs that workers have not taken: a hung one leaves them where they are, past their deadlines."""
+        return sum(channel.transport.get_write_buffer_size() for channel in self.usable)
 
     def close(self) -> None:
         for task in self.tasks:

@@ -69,7 +69,8 @@ class Predictor:
         settings = self.settings
         if self.state.pending(settings.api_processes) + images > settings.max_pending:
             raise Problem(429, "too many images are waiting; try again in a second", "pending")
-        if size and self.state.body_bytes(settings.api_processes) + size > settings.max_pending_bytes:
+        if size and max(self.state.body_bytes(settings.api_processes) + size,
+                        self.pool.unsent()) > settings.max_pending_bytes:
             raise Problem(429, "too many bytes are waiting; try again in a second", "bytes")
 
     def hold(self, place: Place, images: int, size: int) -> None:
@@ -131,7 +132,8 @@ class Predictor:
         connection = request.scope["state"]["connection"]
         ended = self.pool.loop.create_future()
         try:
-            content = await body.read(request.receive, self.settings.max_body_bytes)
+            content = await body.read(request.receive, self.settings.max_body_bytes,
+                                      lambda size: self.hold(place, 0, size))
             images, top_k, flags = parse(content)
             self.hold(place, len(images), len(content))
             ask = self.ask(images, top_k, flags, lambda _: None if ended.done() else ended.set_result(None))

@@ -21,7 +21,7 @@ from serve.model import Model
 from serve.settings import Settings
 
 SERVING, LOCK = "serving", "reload.lock"
-CHECK_SECONDS = 300  # a check that takes longer has failed
+CHECK_SECONDS = 300  # a check that takes longer has failed, and one that is older is made again
 NICE = 10
 
 
@@ -42,11 +42,17 @@ class Reload:
     def watch(self) -> None:
         while True:
             time.sleep(self.settings.reload_seconds)
-            version = self.store.latest(self.settings.model)
-            if version in (None, self.api.model.version):
-                self.refused = None
-            elif version != self.refused:
-                self.swap(version)
+            try:
+                self.look()
+            except Exception:  # a store that does not answer for a while, say
+                logs.logger.exception("could not look for a new version")
+
+    def look(self) -> None:
+        version = self.store.latest(self.settings.model)
+        if version in (None, self.api.model.version):
+            self.refused = None
+        elif version != self.refused:
+            self.swap(version)
 
     def swap(self, version: int) -> None:
         """Load a version beside the one that is served and take its place, or refuse it and say why."""
@@ -81,7 +87,7 @@ def check(settings: Settings, run: str, version: int) -> str:
     Raises BundleError with what it said.
     """
     done = os.path.join(run, f"checked-{version}")
-    if os.path.exists(done):
+    if os.path.exists(done) and time.time() - os.path.getmtime(done) < CHECK_SECONDS:
         with open(done) as file:
             return file.read()
     command = [sys.executable, "-m", "serve", "check", "--store", str(settings.store), "--model", settings.model,

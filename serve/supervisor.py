@@ -111,20 +111,27 @@ class Supervisor(litserve.LitServer):
                 logs.logger.info("serving %s on http://%s:%d", self.settings.model, host, self.settings.port)
                 told = True
             for (kind, i), watch in watches.items():
-                if not watch.due():
-                    continue
-                process = self.inference_workers[i] if kind == "worker" else self.apis[i]
-                reason = self.failure(kind, i, process)
-                if reason and process.exitcode == UNUSABLE and not self.ready_once:
-                    self.unusable = True
-                    self._shutdown_event.set()
-                elif reason and not self.state.draining:
-                    logs.logger.error("%s process replaced", kind, extra={"fields": {
-                        "number": i, "reason": reason, "exit_code": process.exitcode}})
-                    self.slab.add("restarts", kind, reason)
-                    self.replace(kind, i)
+                try:
+                    self.look_after(kind, i, watch)
+                except Exception:  # no process could be started, say: the next look tries again
+                    logs.logger.exception("a %s process could not be replaced", kind)
                     watch.replaced()
             time.sleep(WATCH)
+
+    def look_after(self, kind: str, number: int, watch: "Watch") -> None:
+        if not watch.due():
+            return
+        process = self.inference_workers[number] if kind == "worker" else self.apis[number]
+        reason = self.failure(kind, number, process)
+        if reason and process.exitcode == UNUSABLE and not self.ready_once:
+            self.unusable = True
+            self._shutdown_event.set()
+        elif reason and not self.state.draining:
+            logs.logger.error("%s process replaced", kind, extra={"fields": {
+                "number": number, "reason": reason, "exit_code": process.exitcode}})
+            self.slab.add("restarts", kind, reason)
+            self.replace(kind, number)
+            watch.replaced()
 
     @property
     def ready_once(self) -> bool:

@@ -12,7 +12,7 @@ from urllib.parse import unquote
 
 import numpy as np
 
-from serve.frames import ARRAYS, TENSOR, Answer
+from serve.frames import ARRAYS, LABEL, TENSOR, Answer
 from serve.pool import Pool
 from serve.responses import JSON, Problem, Request, Response, as_json
 
@@ -105,8 +105,12 @@ class OpenInference:
 
     def write(self, asked: dict[str, Any], answers: list[Answer]) -> Response:
         model = self.pool.model
-        values = np.stack([np.frombuffer(a.body, "<f4") for a in answers])
-        labels = [model["classes"][i].encode() for i in values[:, :-1].argmax(1)]
+        ends = [LABEL.size + LABEL.unpack_from(a.body)[0] for a in answers]
+        labels = [a.body[LABEL.size:end] for a, end in zip(answers, ends, strict=True)]
+        rows = [np.frombuffer(a.body, "<f4", offset=end) for a, end in zip(answers, ends, strict=True)]
+        if len({len(row) for row in rows}) > 1:
+            raise Problem(503, "the model was changed for one with other classes meanwhile; try again")
+        values = np.stack(rows)
         tensors = {"probabilities": ("FP32", values[:, :-1]), "energy": ("FP32", values[:, -1])}
         described, chunks = [], []
         for name, binary in outputs(asked):

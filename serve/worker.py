@@ -27,7 +27,7 @@ from serve import logs, reload
 from serve.answer import heat_map
 from serve.backlog import Backlog, Peer, Waiting
 from serve.drift import Drift
-from serve.frames import ARRAYS, CAM, HELLO, TENSOR, Answer, Job, pack_answer
+from serve.frames import ARRAYS, CAM, HELLO, LABEL, TENSOR, Answer, Job, pack_answer
 from serve.metrics import Slab, WorkerMetrics
 from serve.model import Model
 from serve.settings import Settings
@@ -109,7 +109,7 @@ class PredictLoop(LitLoop):
 
     def hello(self) -> bytes:
         model = self.api.model
-        return pack_answer(Answer(HELLO, 200, model.version, 0, 0, 0, model.hello()))
+        return pack_answer(Answer(HELLO, 200, model.version, 0, 0, 0, model.hello))
 
     def swap(self, model: Model) -> None:
         """Serve another model from the next batch on, and tell all HTTP processes."""
@@ -144,6 +144,10 @@ class PredictLoop(LitLoop):
             if w.job.deadline < started:
                 refused.append((w, self.failed(w, 504, b"the deadline passed before its turn")))
                 metrics.outcome("expired")
+                continue
+            if w.job.flags & CAM and "cam" not in model.explains:  # it was asked of the model before this one
+                refused.append((w, self.failed(w, 400, b"this model has no heat maps; leave explain away")))
+                metrics.outcome("refused")
                 continue
             before = time.perf_counter()
             try:
@@ -206,7 +210,9 @@ def bodies(model: Model, taken: list[Waiting], outputs: list[np.ndarray]) -> lis
     found = []
     for i, (w, text) in enumerate(zip(taken, texts, strict=True)):
         if w.job.flags & ARRAYS:
-            found.append(np.append(probabilities[i], energy[i]).astype("<f4").tobytes())
+            label = model.manifest.classes[probabilities[i].argmax()].encode()
+            values = np.append(probabilities[i], energy[i]).astype("<f4")
+            found.append(LABEL.pack(len(label)) + label + values.tobytes())
         elif w.job.flags & CAM:
             image = heat_map(outputs[2][i, probabilities[i].argmax()], model.manifest.input)
             found.append(f'{text},"cam":"{image}"}}'.encode())
