@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from models.digests import SUMS, BundleError, check_sums, inside, sha256, write_sums
 from models.graph import check_signature
@@ -146,6 +146,13 @@ class Manifest(_Part):
     samples: list[Sample] = []
     notes: list[str] = Field(default=[], description="what a reader should know, e.g. why int8 is missing")
     provenance: Provenance
+
+    @model_validator(mode="after")
+    def _samples_have_classes(self) -> "Manifest":
+        wrong = next((s for s in self.samples if not 0 <= s.label < len(self.classes)), None)
+        if wrong is not None:
+            raise ValueError(f"sample {wrong.file} has the label {wrong.label} of {len(self.classes)} classes")
+        return self
 
     def write(self, directory: Path) -> None:
         (directory / MANIFEST).write_text(self.model_dump_json(indent=1) + "\n")

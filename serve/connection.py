@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
@@ -74,7 +75,7 @@ class Connection(HttpToolsProtocol):
         if self.over:
             return
         self.moved, self.begun, self.body_bytes = False, False, 0
-        super().data_received(data)
+        self.feed(data)
         if self.over:
             return
         if self.begun and self.in_head:  # only the end of it is this head
@@ -87,6 +88,21 @@ class Connection(HttpToolsProtocol):
                 self.exchange.grew()
         if self.unfinished > MAX_HEAD_BYTES:
             self.too_much()
+
+    def feed(self, data: bytes) -> None:
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            # To HTTP/2, as Java's client and `curl --http2` ask in every request. The parser looks at no body then, so
+            # it gets the request once more, as if nothing had been asked.
+            method = self.parser.get_method()
+            kept = [header for header in self.headers if header[0] not in (b"upgrade", b"connection")]
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn has it
+            head = b"".join(b"%b: %b\r\n" % header for header in kept)
+            self.feed(b"%b %b HTTP/1.1\r\n%b\r\n%b" % (method, self.url, head, data[upgrade.args[0]:]))
+        except httptools.HttpParserError:
+            self.refuse(Problem(400, "this is not HTTP", "malformed"))
 
     def too_much(self) -> None:
         self.refuse(Problem(431, f"a request may have {MAX_HEADERS} headers of {MAX_HEAD_BYTES} bytes in all", "head"))
@@ -123,7 +139,7 @@ class Connection(HttpToolsProtocol):
             self.too_much()
 
     def on_headers_complete(self) -> None:
-        if self.over:
+        if self.over or self.parser.should_upgrade():
             return
         self.in_head = False
         super().on_headers_complete()
@@ -158,7 +174,7 @@ class Connection(HttpToolsProtocol):
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        if self.over:
+        if self.over or self.parser.should_upgrade():
             return
         super().on_message_complete()
         own = self.own
@@ -223,9 +239,6 @@ class Connection(HttpToolsProtocol):
         self.transport.write(self.front.head(response, number, True) + response.body)
         self.transport.close()
         self.front.count(response.status, 0.0)
-
-    def send_400_response(self, msg: str) -> None:
-        self.refuse(Problem(400, "this is not HTTP", "malformed"))
 
     # Time.
 

@@ -113,7 +113,7 @@ def test_a_bundle_that_was_renamed_in_its_store_is_refused(bundle, tmp_path, ver
     ({"variants": {}}, "variants: Dictionary should have at least 1 item"),
     ({"surprise": 1}, "surprise: Extra inputs are not permitted"),
     ({"outputs": ["probabilities"]}, "model.onnx: its outputs are probabilities, energy, embedding, cam, not"),
-    ({"classes": ["a", "b"]}, "model.onnx: its output probabilities has 3 classes, not 2"),
+    ({"classes": ["a", "b", "c", "d"]}, "model.onnx: its output probabilities has 3 classes, not 4"),
     ({"input": {"height": 8, "width": 8, "channels": 1}}, "model.onnx: its input is image uint8 [N, 32, 32, 3], not"),
 ])
 def test_a_wrong_manifest_is_refused(bundle, verify, changes, says):

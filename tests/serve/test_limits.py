@@ -90,6 +90,34 @@ def test_pending_bytes_are_bounded(start):
     assert server.metric("imago_rejected_total", reason="bytes") == 1
 
 
+def test_bytes_of_tensors_count_while_they_come(start):
+    server = start("--max-pending-bytes", "100000")
+    half = head(60_000).replace(b"/predict", b"/v2/models/colours/infer") + b"x" * 59_000
+
+    def room() -> bool:
+        """For 50,000 bytes, of which none is sent."""
+        return Raw(server, head(50_000, "Expect: 100-continue")).socket.recv(12) == b"HTTP/1.1 100"
+
+    assert room()
+    arriving = Raw(server, half)
+    wait(lambda: not room())
+    assert Raw(server, half).answer()[0] == 429
+    arriving.socket.close()
+    wait(room)
+
+
+def test_what_a_hung_worker_does_not_take_is_bounded(start):
+    server = start("--deadline-ms", "50", "--max-pending-bytes", "1000000")
+    body = tiny.image("red", 200)
+    with stopped(server):
+        answers = []
+        while len(answers) < 200 and 429 not in answers:  # each gives up, and its bytes stay where they are
+            answers.append(server.predict(body).status_code)
+        assert answers[0] == 504
+        assert answers[-1] == 429
+    wait(lambda: server.predict(body).status_code == 200)
+
+
 def test_a_body_too_large(start):
     server = start("--max-body-bytes", "1000")
     assert Raw(server, head(1001)).answer()[0] == 413

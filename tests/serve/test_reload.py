@@ -1,4 +1,5 @@
 """Hot reload of `latest`, for real: under load, with several workers, with bad versions and back again."""
+import base64
 import json
 import os
 import signal
@@ -64,6 +65,11 @@ def spoiled(store, how: str) -> None:
         expected["probabilities"] = expected["probabilities"][:, ::-1]
         np.savez(path / "samples" / "expected.npz", **expected)
         write_sums(path)
+    elif how == "no such class":
+        manifest = json.loads((path / "manifest.json").read_text())
+        manifest["samples"][0]["label"] = 99
+        (path / "manifest.json").write_text(json.dumps(manifest))
+        write_sums(path)
     elif how == "no manifest":
         (path / "manifest.json").unlink()
     os.symlink("2", store / "colours" / "next")
@@ -98,6 +104,27 @@ def test_the_answers_are_those_of_the_new_version(start, tmp_path):
     assert (model["version"], model["input"]["height"], len(model["classes"])) == ("2", 48, 4)
 
 
+def test_labels_and_numbers_are_those_of_the_version_that_answered(start, tmp_path):
+    tiny.write(tmp_path)
+    service = start(*SOON, "--workers", "2", store=tmp_path)
+    classes = {"1": tiny.CLASSES, "2": ["rot", "grün", "blau", "rosa"]}
+    request = {"inputs": [{"name": "image", "datatype": "BYTES", "shape": [1],
+                           "data": [base64.b64encode(tiny.image("blue")).decode()]}]}
+
+    def ask() -> str:
+        answer = service.http.post("/v2/models/colours/infer", json=request).json()
+        found = {output["name"]: output for output in answer["outputs"]}
+        assert found["label"]["data"] == [classes[answer["model_version"]][2]]
+        assert found["probabilities"]["shape"] == [1, len(classes[answer["model_version"]])]
+        return answer["model_version"]
+
+    assert ask() == "1"
+    tiny.write(tmp_path, classes=classes["2"])
+    until(lambda: ask() == "2")
+    until(lambda: service.metric("imago_reloads_total", outcome="ok") == 2)
+    assert {ask() for _ in range(20)} == {"2"}
+
+
 def test_every_worker_swaps(start, tmp_path):
     tiny.write(tmp_path)
     service = start(*SOON, "--workers", "2", store=tmp_path)
@@ -110,7 +137,7 @@ def test_every_worker_swaps(start, tmp_path):
     assert {number for _, number in answers[seen + 10:]} == {"2"}
 
 
-@pytest.mark.parametrize("how", ["changed", "no graph", "other answers", "no manifest"])
+@pytest.mark.parametrize("how", ["changed", "no graph", "other answers", "no such class", "no manifest"])
 def test_a_bad_version_is_refused_and_the_old_serves_on(start, tmp_path, how):
     tiny.write(tmp_path)
     service = start(*SOON, store=tmp_path)
