@@ -1,8 +1,13 @@
 """The manifests and the code say the same: settings, ports, paths, flags, recipes, selectors, references."""
 import re
+import shutil
+import subprocess
+import tempfile
 import tomllib
+from pathlib import Path
 
 import pytest
+import yaml
 from rendered import CASES, K8S, SECRETS, containers, of, pod_specs, render
 
 from serve.settings import PREFIX, Settings
@@ -216,3 +221,15 @@ def test_a_store_that_a_component_brings_is_mounted_whole(component):
     mounts = [m for c in containers(template) for m in c["volumeMounts"] if m["name"] == "store"]
     assert len(mounts) == 2
     assert not any("subPath" in m for m in mounts)
+
+
+@pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl is not installed")
+def test_the_overlay_that_the_readme_shows_trains_and_serves_ones_own_data():
+    text = (K8S / "README.md").read_text()
+    lines = text[text.index("    apiVersion: kustomize"):text.index("Then `make deploy OVERLAY=mine`")].splitlines()
+    with tempfile.TemporaryDirectory(dir=K8S / "overlays", prefix=".test-") as directory:
+        (Path(directory) / "kustomization.yaml").write_text("\n".join(line[4:] for line in lines))
+        done = subprocess.run(["kubectl", "kustomize", directory], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    data = {k: v for m in yaml.safe_load_all(done.stdout) if m["kind"] == "ConfigMap" for k, v in m["data"].items()}
+    assert (data["DATA"], data["IMAGO_MODEL"]) == ("/data/photos", "photos")
