@@ -3,11 +3,13 @@ import binascii
 import json
 import re
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from serve.responses import Problem
 
 BOUNDARY = re.compile(rb'boundary=(?:"([^"\r\n]{1,70})"|([^\s;,"]{1,70}))', re.IGNORECASE)
 MAX_PART_HEAD = 8192  # bytes of the headers of one part
+FEW = 64  # objects and lists, more than any request has outside of a tensor
 
 
 async def read(receive: Callable[[], Awaitable[dict]], limit: int) -> bytes:
@@ -71,12 +73,29 @@ def parts(body: bytes, content_type: bytes, limit: int) -> list[bytes]:
         at = end + len(delimiter)
 
 
-def from_json(body: bytes, limit: int) -> list[bytes]:
-    """`{"image": "<base64>"}` or `{"images": ["<base64>", ...]}`; a data: URL is as good as its base64."""
+def load(text: bytes, lists: int, commas: int) -> Any:
+    """JSON that is no larger in memory than its images need. Raises Problem 400, 413.
+
+    Counted before it is parsed: `{},` a million times would be 70 MB, and hold up all other requests meanwhile.
+    """
+    if text.count(b"{") > FEW or text.count(b"[") > lists:
+        raise Problem(400, "the JSON has more objects or lists than images need")
+    if text.count(b",") > commas:
+        raise Problem(413, "the JSON has more values than the images allowed in one request need", "images")
     try:
-        value = json.loads(body)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise Problem(400, "the body is not JSON") from error
+
+
+def from_base64(text: str) -> bytes:
+    """Strict but for line breaks, which MIME asks for (RFC 2045). Raises ValueError."""
+    return binascii.a2b_base64(text.replace("\n", "").replace("\r", ""), strict_mode=True)
+
+
+def from_json(body: bytes, limit: int) -> list[bytes]:
+    """`{"image": "<base64>"}` or `{"images": ["<base64>", ...]}`; a data: URL is as good as its base64."""
+    value = load(body, lists=FEW, commas=2 * limit + FEW)  # a data: URL has a comma of its own
     if not isinstance(value, dict) or ("image" in value) == ("images" in value):
         raise Problem(400, 'send {"image": "<base64>"} or {"images": ["<base64>", ...]}')
     texts = value["images"] if "images" in value else [value["image"]]
@@ -85,6 +104,6 @@ def from_json(body: bytes, limit: int) -> list[bytes]:
     if len(texts) > limit:
         raise Problem(413, f"more than the {limit} images allowed in one request", "images")
     try:
-        return [binascii.a2b_base64(text.rpartition("base64,")[2], strict_mode=True) for text in texts]
+        return [from_base64(text.rpartition("base64,")[2]) for text in texts]
     except (binascii.Error, ValueError) as error:
         raise Problem(400, "an image is not valid base64") from error

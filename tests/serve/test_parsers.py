@@ -1,6 +1,7 @@
 """What reads untrusted bytes: multipart, base64 JSON and frames, against whatever hypothesis comes up with."""
 import base64
 import json
+import tracemalloc
 
 import pytest
 from hypothesis import given
@@ -69,6 +70,12 @@ def test_json_round_trip(contents):
     assert images(json.dumps({"images": texts}).encode(), b"application/json") == contents
 
 
+def test_base64_may_have_the_line_breaks_of_mime():
+    content = bytes(range(256))
+    for text in (base64.encodebytes(content), base64.encodebytes(content).replace(b"\n", b"\r\n")):
+        assert images(json.dumps({"image": text.decode()}).encode(), b"application/json") == [content]
+
+
 @given(st.binary(max_size=200) | st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["image", "images", "x"]), inner),
@@ -80,6 +87,17 @@ def test_json_of_anything(content):
 
 def test_deeply_nested_json_is_refused():
     assert images(b"[" * 100_000, b"application/json") == 400
+
+
+@pytest.mark.parametrize(("values", "status"), [(b"{}", 400), (b"[]", 400), (b"0", 413), (b'"aGk="', 413)])
+def test_json_takes_no_more_memory_than_its_images(values, status):
+    content = b'{"images":[%b]}' % b",".join([values] * 1_000_000)
+    tracemalloc.start()
+    try:
+        assert images(content, b"application/json") == status
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(("pack", "take", "kind"), [(pack_job, take_jobs, jobs), (pack_answer, take_answers, answers)])
