@@ -2,12 +2,13 @@
 import binascii
 import json
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from serve.responses import Problem
 
 BOUNDARY = re.compile(rb'boundary=(?:"([^"\r\n]{1,70})"|([^\s;,"]{1,70}))', re.IGNORECASE)
+FILE = re.compile(rb"^content-disposition:.*;\s*filename\*?=", re.IGNORECASE | re.MULTILINE)
 MAX_PART_HEAD = 8192  # bytes of the headers of one part
 FEW = 64  # objects and lists, more than any request has outside of a tensor
 
@@ -32,8 +33,12 @@ async def read(receive: Callable[[], Awaitable[dict]], limit: int) -> bytes:
         message = await receive()
 
 
-def images(body: bytes, content_type: bytes, limit: int) -> list[bytes]:
-    """The images of a body. Raises Problem 400 where it is malformed, 413 for too many images, 415 for other types."""
+def images(body: bytes, content_type: bytes, limit: int) -> Sequence[bytes | Problem]:
+    """The images of a body, or what is wrong with one of many.
+
+    Raises Problem 400 where the body is malformed or has no image, 413 for too many images, 415 for other types.
+    """
+    found: Sequence[bytes | Problem]
     kind = content_type.split(b";", 1)[0].strip().lower()
     if kind.startswith(b"image/") or kind == b"application/octet-stream":
         found = [body]
@@ -43,9 +48,9 @@ def images(body: bytes, content_type: bytes, limit: int) -> list[bytes]:
         found = from_json(body, limit)
     else:
         raise Problem(415, "send one image as image/*, many as multipart/form-data, or JSON with base64 images")
-    if not found or not all(found):
-        raise Problem(400, "there is no image in the body" if not any(found) else "one of the images has no bytes")
-    return found
+    if any(image and not isinstance(image, Problem) for image in found):
+        return found
+    raise next((image for image in found if isinstance(image, Problem)), Problem(400, "there is no image in the body"))
 
 
 def parts(body: bytes, content_type: bytes, limit: int) -> list[bytes]:
@@ -66,7 +71,7 @@ def parts(body: bytes, content_type: bytes, limit: int) -> list[bytes]:
         end = body.find(delimiter, head_end + 2) if head_end >= 0 else -1
         if end < 0:
             raise Problem(400, "the multipart body ends before its closing boundary")
-        if b"filename" in body[at:head_end].lower():
+        if FILE.search(body, at, head_end):
             if len(found) == limit:
                 raise Problem(413, f"more than the {limit} images allowed in one request", "images")
             found.append(body[head_end + 4:end])
@@ -93,7 +98,7 @@ def from_base64(text: str) -> bytes:
     return binascii.a2b_base64(text.replace("\n", "").replace("\r", ""), strict_mode=True)
 
 
-def from_json(body: bytes, limit: int) -> list[bytes]:
+def from_json(body: bytes, limit: int) -> list[bytes | Problem]:
     """`{"image": "<base64>"}` or `{"images": ["<base64>", ...]}`; a data: URL is as good as its base64."""
     value = load(body, lists=FEW, commas=2 * limit + FEW)  # a data: URL has a comma of its own
     if not isinstance(value, dict) or ("image" in value) == ("images" in value):
@@ -103,7 +108,10 @@ def from_json(body: bytes, limit: int) -> list[bytes]:
         raise Problem(400, "images must be strings of base64")
     if len(texts) > limit:
         raise Problem(413, f"more than the {limit} images allowed in one request", "images")
-    try:
-        return [from_base64(text.rpartition("base64,")[2]) for text in texts]
-    except (binascii.Error, ValueError) as error:
-        raise Problem(400, "an image is not valid base64") from error
+    found = list[bytes | Problem]()
+    for text in texts:
+        try:
+            found.append(from_base64(text.rpartition("base64,")[2]))
+        except ValueError:
+            found.append(Problem(400, "the image is not valid base64"))
+    return found
