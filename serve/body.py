@@ -10,7 +10,7 @@ from serve.responses import Problem
 BOUNDARY = re.compile(rb'boundary=(?:"([^"\r\n]{1,70})"|([^\s;,"]{1,70}))', re.IGNORECASE)
 FILE = re.compile(rb"^content-disposition:.*;\s*filename\*?=", re.IGNORECASE | re.MULTILINE)
 MAX_PART_HEAD = 8192  # bytes of the headers of one part
-FEW = 64  # objects and lists, more than any request has outside of a tensor
+FEW = 64  # objects, lists or fields, more than any request has besides its images
 
 
 async def read(receive: Callable[[], Awaitable[dict]], limit: int) -> bytes:
@@ -62,7 +62,7 @@ def parts(body: bytes, content_type: bytes, limit: int) -> list[bytes]:
     if not body.startswith(dash):
         raise Problem(400, "the multipart body does not begin with its boundary")
     found, at, delimiter = list[bytes](), len(dash), b"\r\n" + dash
-    while True:
+    for _ in range(limit + FEW + 1):
         if body.startswith(b"--", at):
             return found
         if not body.startswith(b"\r\n", at):
@@ -76,6 +76,7 @@ def parts(body: bytes, content_type: bytes, limit: int) -> list[bytes]:
                 raise Problem(413, f"more than the {limit} images allowed in one request", "images")
             found.append(body[head_end + 4:end])
         at = end + len(delimiter)
+    raise Problem(413, f"the multipart body has more than {FEW} fields besides its images", "images")
 
 
 def load(text: bytes, lists: int, commas: int) -> Any:

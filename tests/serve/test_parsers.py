@@ -66,6 +66,12 @@ def test_fields_that_are_no_files_are_passed_over():
         assert images(field + form([b"image"], "b"), b"multipart/form-data; boundary=b") == [b"image"]
 
 
+def test_fields_without_end_are_refused():
+    field = b'--b\r\nContent-Disposition: form-data; name="x"\r\n\r\nhello\r\n'
+    assert images(20 * field + form([b"image"], "b"), b"multipart/form-data; boundary=b") == [b"image"]
+    assert images(100 * field + form([b"image"], "b"), b"multipart/form-data; boundary=b") == 413
+
+
 @pytest.mark.parametrize("name", [b'filename="a.png"', b"FILENAME=a", b"filename*=UTF-8''a", b' filename="a"'])
 def test_names_of_files(name):
     part = b"--b\r\ncontent-disposition: form-data; name=x;%b\r\n\r\nhello\r\n--b--" % name
