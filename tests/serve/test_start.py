@@ -68,6 +68,11 @@ def test_a_port_in_use(bundle_store):
         refused(run("--store", str(bundle_store), "--host", "127.0.0.1", "--port", str(port)), str(port), "in use")
 
 
+def test_a_machine_without_ipv6(bundle_store, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import socket; socket.AF_INET6 = 999")
+    refused(run("--store", str(bundle_store), "--host", "::", PYTHONPATH=str(tmp_path)), "--host", "::")
+
+
 def test_it_says_what_it_serves_and_where(start):
     server = start()
     wait(lambda: f"serving colours on http://127.0.0.1:{server.port}" in server.log.read_text())
