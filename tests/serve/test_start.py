@@ -73,6 +73,12 @@ def test_a_machine_without_ipv6(bundle_store, tmp_path):
     refused(run("--store", str(bundle_store), "--host", "::", PYTHONPATH=str(tmp_path)), "--host", "::")
 
 
+def test_tracing_without_its_packages(bundle_store, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['opentelemetry.exporter'] = None")
+    refused(run("--store", str(bundle_store), "--tracing", "true", *loopback(), PYTHONPATH=str(tmp_path)),
+            "imago[tracing]")
+
+
 def test_it_says_what_it_serves_and_where(start):
     server = start()
     wait(lambda: f"serving colours on http://127.0.0.1:{server.port}" in server.log.read_text())
