@@ -40,27 +40,29 @@ class OpenInference:
             return response
 
     async def route(self, request: Request, path: list[str]) -> Response:
-        post = request.scope["method"] == "POST"
         match path:
-            case [] if not post:
-                return as_json({"name": "imago", "version": "2", "extensions": ["binary_tensor_data"]})
-            case ["health", "live"] if not post:
-                return as_json({"live": True})
-            case ["health", "ready"] if not post:
-                return self.ready("ready")
             case ["models", name, *rest]:
                 action = self.action(name, rest)
-                if action == "infer" and post:
+                if action == "infer":
+                    _takes(request, "POST")
                     return await self.infer(request)
-                if action == "ready" and not post:
-                    return self.ready("ready")
-                if action == "" and not post:
-                    return as_json(self.metadata())
-        raise Problem(404, "no such path or method in the Open Inference Protocol")
+                answer = {"": self.metadata, "ready": self.ready}.get(action)
+            case _:
+                answer = {"": self.server, "health/live": self.live, "health/ready": self.ready}.get("/".join(path))
+        if answer is None:
+            raise Problem(404, "no such path in the Open Inference Protocol")
+        _takes(request, "GET", "HEAD")
+        return answer()
 
-    def ready(self, name: str) -> Response:
+    def server(self) -> Response:
+        return as_json({"name": "imago", "version": "2", "extensions": ["binary_tensor_data"]})
+
+    def live(self) -> Response:
+        return as_json({"live": True})
+
+    def ready(self) -> Response:
         ready = self.pool.ready and not self.predictor.state.draining
-        return as_json({name: ready}, 200 if ready else 503)
+        return as_json({"ready": ready}, 200 if ready else 503)
 
     def action(self, name: str, rest: list[str]) -> str:
         """What is asked of the model. Raises Problem 404 for another model or version than the one that is served."""
@@ -75,17 +77,17 @@ class OpenInference:
             raise Problem(404, "no such path in the Open Inference Protocol")
         return rest[0] if rest else ""
 
-    def metadata(self) -> dict[str, Any]:
+    def metadata(self) -> Response:
         model = self.pool.model
         spec = model["input"]
-        return {
+        return as_json({
             "name": model["name"], "versions": [model["version"]], "platform": "onnx",
             "inputs": [{"name": "image", "datatype": "UINT8",
                         "shape": [-1, spec["height"], spec["width"], spec["channels"]]}],
             "outputs": [{"name": "probabilities", "datatype": "FP32", "shape": [-1, len(model["classes"])]},
                         {"name": "energy", "datatype": "FP32", "shape": [-1]},
                         {"name": "label", "datatype": "BYTES", "shape": [-1]}],
-        }
+        })
 
     async def infer(self, request: Request) -> Response:
         asked: dict[str, Any] = {}
@@ -133,6 +135,11 @@ class OpenInference:
             return Response(200, text, JSON, [version])
         return Response(200, b"".join((text, *chunks)), b"application/octet-stream",
                         [version, (LENGTH, b"%d" % len(text))])
+
+
+def _takes(request: Request, *methods: str) -> None:
+    if request.scope["method"] not in methods:
+        raise Problem(405, f"this path takes {' and '.join(methods)}", allow=", ".join(methods))
 
 
 def read(content: bytes, headers: dict[bytes, bytes], spec: dict[str, Any],

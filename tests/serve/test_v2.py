@@ -70,6 +70,17 @@ def test_image_bytes(client, shape):
     assert answer.as_numpy("energy") is None
 
 
+@pytest.mark.parametrize(("method", "path", "status"), [
+    ("PUT", "/v2/health/live", 405), ("DELETE", "/v2/models/colours", 405), ("POST", "/v2/models/colours/ready", 405),
+    ("GET", INFER, 405), ("POST", "/v2/nothing", 404), ("GET", "/v2/models/colours/nothing", 404),
+    ("GET", "/v2/models", 404), ("HEAD", "/v2/health/ready", 200), ("GET", "/v2/models/colours%252f", 404)])
+def test_other_methods_and_paths(server, method, path, status):
+    answer = server.http.request(method, path)
+    assert answer.status_code == status
+    if status == 405:
+        assert answer.headers["allow"] == ("POST" if path == INFER else "GET, HEAD")
+
+
 def test_image_bytes_in_json_are_base64(server):
     data = [base64.b64encode(tiny.image("blue")).decode()]
     body = {"inputs": [{"name": "image", "datatype": "BYTES", "shape": [1], "data": data}]}
