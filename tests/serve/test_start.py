@@ -1,5 +1,6 @@
 """Starting and ending: settings, bad settings, ports, stores."""
 import socket
+import sys
 
 import pytest
 import tiny
@@ -55,6 +56,8 @@ def test_a_bundle_whose_samples_look_otherwise_here(tmp_path):
     (("--version", "first"), ("--version",)),
     (("--api-key", "x", "--api-key-file", "/etc/hostname"), ("api_key",)),
     (("--api-key-file", "/nowhere"), ("/nowhere",)),
+    (("--api-key-file", "/proc/self/mem"), ("/proc/self/mem", "can't be read")),  # of root, who may read all others
+    (("--api-key-file", sys.executable), (sys.executable, "can't be read")),
 ])
 def test_bad_settings(bundle_store, flags, words):
     refused(run("--store", str(bundle_store), *flags), *words)
