@@ -25,7 +25,8 @@ __all__ = ["MAX_PIXELS", "Header", "ImageError", "ImageTooLarge", "InputSpec", "
            "decode", "fit", "header", "pixels"]
 
 cv2.setNumThreads(1)  # callers run one decode a core; a second pool inside would only contend
-cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # the sender hears what is wrong, not stderr
+# The sender hears what is wrong, not stderr. OpenCV obeys; libpng and libjpeg write there still.
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 MAX_PIXELS = 50_000_000
 

@@ -8,7 +8,7 @@ import importlib
 import sys
 
 from models.bundle import BundleError
-from serve import options
+from serve import machine, options, tracing
 
 COMMANDS = ("predict", "check", "bench")
 
@@ -22,6 +22,10 @@ def main(arguments: list[str]) -> int:
         options.add(parser)
         chosen = options.resolve(options.read(vars(parser.parse_args(arguments))))
         chosen.key()
+        if not machine.listens(chosen.host):
+            raise ValueError(f"--host (IMAGO_HOST): this machine has no address of the kind {chosen.host}")
+        if chosen.tracing:
+            tracing.check()
         from serve.supervisor import serve  # only now: LitServe takes half a second to import
         return serve(chosen)
     except (ValueError, BundleError) as error:

@@ -2,12 +2,15 @@
 import binascii
 import json
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 from serve.responses import Problem
 
 BOUNDARY = re.compile(rb'boundary=(?:"([^"\r\n]{1,70})"|([^\s;,"]{1,70}))', re.IGNORECASE)
+FILE = re.compile(rb"^content-disposition:.*;\s*filename\*?=", re.IGNORECASE | re.MULTILINE)
 MAX_PART_HEAD = 8192  # bytes of the headers of one part
+FEW = 64  # objects, lists or fields, more than any request has besides its images
 
 
 async def read(receive: Callable[[], Awaitable[dict]], limit: int, grew: Callable[[int], None] | None = None) -> bytes:
@@ -32,8 +35,12 @@ async def read(receive: Callable[[], Awaitable[dict]], limit: int, grew: Callabl
         message = await receive()
 
 
-def images(body: bytes, content_type: bytes, limit: int) -> list[bytes]:
-    """The images of a body. Raises Problem 400 where it is malformed, 413 for too many images, 415 for other types."""
+def images(body: bytes, content_type: bytes, limit: int) -> Sequence[bytes | Problem]:
+    """The images of a body, or what is wrong with one of many.
+
+    Raises Problem 400 where the body is malformed or has no image, 413 for too many images, 415 for other types.
+    """
+    found: Sequence[bytes | Problem]
     kind = content_type.split(b";", 1)[0].strip().lower()
     if kind.startswith(b"image/") or kind == b"application/octet-stream":
         found = [body]
@@ -43,9 +50,9 @@ def images(body: bytes, content_type: bytes, limit: int) -> list[bytes]:
         found = from_json(body, limit)
     else:
         raise Problem(415, "send one image as image/*, many as multipart/form-data, or JSON with base64 images")
-    if not found or not all(found):
-        raise Problem(400, "there is no image in the body" if not any(found) else "one of the images has no bytes")
-    return found
+    if any(image and not isinstance(image, Problem) for image in found):
+        return found
+    raise next((image for image in found if isinstance(image, Problem)), Problem(400, "there is no image in the body"))
 
 
 def parts(body: bytes, content_type: bytes, limit: int) -> list[bytes]:
@@ -57,7 +64,7 @@ def parts(body: bytes, content_type: bytes, limit: int) -> list[bytes]:
     if not body.startswith(dash):
         raise Problem(400, "the multipart body does not begin with its boundary")
     found, at, delimiter = list[bytes](), len(dash), b"\r\n" + dash
-    while True:
+    for _ in range(limit + FEW + 1):
         if body.startswith(b"--", at):
             return found
         if not body.startswith(b"\r\n", at):
@@ -66,19 +73,37 @@ def parts(body: bytes, content_type: bytes, limit: int) -> list[bytes]:
         end = body.find(delimiter, head_end + 2) if head_end >= 0 else -1
         if end < 0:
             raise Problem(400, "the multipart body ends before its closing boundary")
-        if b"filename" in body[at:head_end].lower():
+        if FILE.search(body, at, head_end):
             if len(found) == limit:
                 raise Problem(413, f"more than the {limit} images allowed in one request", "images")
             found.append(body[head_end + 4:end])
         at = end + len(delimiter)
+    raise Problem(413, f"the multipart body has more than {FEW} fields besides its images", "images")
 
 
-def from_json(body: bytes, limit: int) -> list[bytes]:
-    """`{"image": "<base64>"}` or `{"images": ["<base64>", ...]}`; a data: URL is as good as its base64."""
+def load(text: bytes, lists: int, commas: int) -> Any:
+    """JSON that is no larger in memory than its images need. Raises Problem 400, 413.
+
+    Counted before it is parsed: `{},` a million times would be 70 MB, and hold up all other requests meanwhile.
+    """
+    if text.count(b"{") > FEW or text.count(b"[") > lists:
+        raise Problem(400, "the JSON has more objects or lists than images need")
+    if text.count(b",") > commas:
+        raise Problem(413, "the JSON has more values than the images allowed in one request need", "images")
     try:
-        value = json.loads(body)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise Problem(400, "the body is not JSON") from error
+
+
+def from_base64(text: str) -> bytes:
+    """Strict but for line breaks, which MIME asks for (RFC 2045). Raises ValueError."""
+    return binascii.a2b_base64(text.replace("\n", "").replace("\r", ""), strict_mode=True)
+
+
+def from_json(body: bytes, limit: int) -> list[bytes | Problem]:
+    """`{"image": "<base64>"}` or `{"images": ["<base64>", ...]}`; a data: URL is as good as its base64."""
+    value = load(body, lists=FEW, commas=2 * limit + FEW)  # a data: URL has a comma of its own
     if not isinstance(value, dict) or ("image" in value) == ("images" in value):
         raise Problem(400, 'send {"image": "<base64>"} or {"images": ["<base64>", ...]}')
     texts = value["images"] if "images" in value else [value["image"]]
@@ -86,7 +111,10 @@ def from_json(body: bytes, limit: int) -> list[bytes]:
         raise Problem(400, "images must be strings of base64")
     if len(texts) > limit:
         raise Problem(413, f"more than the {limit} images allowed in one request", "images")
-    try:
-        return [binascii.a2b_base64(text.rpartition("base64,")[2], strict_mode=True) for text in texts]
-    except (binascii.Error, ValueError) as error:
-        raise Problem(400, "an image is not valid base64") from error
+    found = list[bytes | Problem]()
+    for text in texts:
+        try:
+            found.append(from_base64(text.rpartition("base64,")[2]))
+        except ValueError:
+            found.append(Problem(400, "the image is not valid base64"))
+    return found

@@ -10,8 +10,11 @@ ERRORS = {
     429: "Too many images are waiting; try again after Retry-After seconds.",
     503: "Not ready, or shutting down.", 504: "No answer before the deadline.",
     404: "There is no such thing.", 405: "The path does not take this method.",
+    408: "The request did not arrive in time.", 431: "The head of the request is too large.",
+    500: "The service failed on this request.",
 }
-REQUEST_ERRORS = (400, 401, 413, 415, 422, 429, 503, 504)
+REQUEST_ERRORS = (401, 408, 429, 431)
+IMAGE_ERRORS = (400, 413, 415, 422, 500, 503, 504)  # of a request, or of all its images, each then told in its place
 
 
 def _schema(properties: dict, required: list[str] | None = None) -> dict:
@@ -73,6 +76,13 @@ def _problems(*statuses: int) -> dict:
     return {str(s): _answer(ERRORS[s], "Problem", "application/problem+json") for s in statuses}
 
 
+def _failures(*statuses: int) -> dict:
+    found = _problems(*statuses)
+    for answer in found.values():
+        answer["content"]["application/json"] = {"schema": {"$ref": "#/components/schemas/Answer"}}
+    return found
+
+
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _MULTIPART = {"schema": _schema({"file": {"type": "array", "items": {"type": "string", "format": "binary"}}})}
 _HTML = {"description": "HTML.", "content": {"text/html": {"schema": _TEXT}}}
@@ -94,7 +104,7 @@ PATHS = {
             "multipart/form-data": _MULTIPART,
             "application/json": {"schema": {"$ref": "#/components/schemas/Images"}}}},
         "responses": {"200": _answer("One prediction an image, in their order.", "Answer"),
-                      **_problems(*REQUEST_ERRORS)}}},
+                      **_problems(*REQUEST_ERRORS), **_failures(*IMAGE_ERRORS)}}},
     "/model": {"get": {"summary": "What is served", "operationId": "model", "responses": {
         "200": _answer("Name, version, classes, input, calibration.", "Model"), **_problems(503)}}},
     "/health/live": {"get": {"summary": "Is the process alive", "operationId": "live", "responses": {
@@ -132,7 +142,8 @@ PATHS = {
                 "application/json": {"schema": {"$ref": "#/components/schemas/InferAnswer"}},
                 "application/octet-stream": _BINARY}},
             "401": _answer(ERRORS[401], "Problem", "application/problem+json"),
-            **{str(s): _answer(ERRORS[s], "InferError") for s in (400, 404, 413, 415, 422, 429, 503, 504)}}}},
+            **{str(s): _answer(ERRORS[s], "InferError") for s in (400, 404, 413, 415, 422, 429, 500, 503, 504)},
+            **_problems(408, 431)}}},
 }
 OPENAPI = {
     "openapi": "3.1.0",
@@ -170,7 +181,8 @@ def _operation(path: str, method: str, operation: dict) -> str:
     takes = ", ".join(f"<code>{kind}</code>" for kind in operation.get("requestBody", {}).get("content", {}))
     rows = [(f"<code>{p['name']}</code>", f"{p['in']}: {escape(p.get('description', p['schema']['type']))}")
             for p in operation.get("parameters", [])]
-    rows += [(f"<b>{code}</b>", escape(answer["description"])) for code, answer in operation["responses"].items()]
+    answers = sorted(operation["responses"].items())
+    rows += [(f"<b>{code}</b>", escape(answer["description"])) for code, answer in answers]
     table = "".join(f"<tr><th scope=row>{name}</th><td>{text}</td></tr>" for name, text in rows)
     return (f"<section class=card><h2><code>{method.upper()} {path}</code></h2><p>{escape(operation['summary'])}."
             f"{f' Takes {takes}.' if takes else ''}</p><table>{table}</table></section>")

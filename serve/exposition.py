@@ -1,4 +1,5 @@
 """/metrics on a port of its own, answered by the supervisor's process, which does nothing else under load."""
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -31,10 +32,17 @@ class Handler(BaseHTTPRequestHandler):
         """Scrapes are not logged."""
 
 
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, host: str, port: int, handler: type[Handler]):
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, port), handler)
+
+
 def start(host: str, port: int, run: str) -> ThreadingHTTPServer:
     """Listen at once; answer from a thread. Raises OSError where the port is taken."""
     handler = type("MetricsHandler", (Handler,), {"collector": Collector(run)})
-    server = ThreadingHTTPServer((host, port), handler)
-    server.daemon_threads = True
+    server = Server(host, port, handler)
     threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
     return server

@@ -147,7 +147,7 @@ class Front:
         if found is None:
             if path in self.methods:
                 raise Problem(405, f"{path} takes {' and '.join(self.methods[path])}, not {method}",
-                              headers=[(b"allow", ", ".join(self.methods[path]).encode())])
+                              allow=", ".join(self.methods[path]))
             raise Problem(404, "there is nothing here; see /docs")
         return found
 

@@ -25,8 +25,13 @@ class JsonFormatter(logging.Formatter):
 
 class TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        fields = " ".join(f"{key}={value}" for key, value in getattr(record, "fields", {}).items())
+        fields = " ".join(f"{key}={_plain(str(value))}" for key, value in getattr(record, "fields", {}).items())
         return f"{super().format(record)} {fields}".rstrip()
+
+
+def _plain(text: str) -> str:
+    """As it is or, where it could pass for another field or line, in quotes: a path comes from whoever sends it."""
+    return text if text.isprintable() and not set(text) & set(' "=') else json.dumps(text)
 
 
 def configure(settings: Settings) -> None:

@@ -1,6 +1,7 @@
 """What this process may use of the machine: cores by affinity and CPU quota, and a place for run files."""
 import math
 import os
+import socket
 import tempfile
 from pathlib import Path
 
@@ -57,6 +58,16 @@ def _v1(directory: Path) -> float | None:
         return limit / period if limit > 0 else None
     except (OSError, ValueError, ZeroDivisionError):
         return None
+
+
+def listens(host: str) -> bool:
+    """Whether this machine has addresses of that kind: `::` needs IPv6, which may be turned off."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.bind((host, 0))
+    except OSError:
+        return False
+    return True
 
 
 def run_directory() -> str:

@@ -180,6 +180,9 @@ class WorkerMetrics:
 
     def __init__(self, path: str):
         self.slab = Slab(path)
+        for name, labels in list(self.slab.slots):
+            if name == "model_info":  # of the worker before, which may have served another version
+                self.slab.set(name, *labels, to=0)
         self.model, self.label_slots = None, list[int]()
 
     def serve(self, model) -> None:

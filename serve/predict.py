@@ -1,6 +1,7 @@
 """Predictions in one HTTP process: admission, images, workers, answers. `serve.exchange` and `serve.v2` call it."""
 import asyncio
 import json
+import re
 from collections.abc import Callable, Sequence
 from urllib.parse import parse_qs
 
@@ -17,6 +18,8 @@ from serve.state import State
 
 QUERY = {b"": (TOP_K, 0)}  # of most requests
 MAX_TOP_K = 1000
+NUMBER = re.compile("[0-9]{1,9}")  # int() raises for some thousand digits
+Parsed = tuple[Sequence[bytes | Problem], int, int]  # images, or what is wrong with one of them; top_k; flags
 
 
 class Place:
@@ -85,7 +88,7 @@ class Predictor:
     def leave(self, place: Place) -> None:
         self.count(-place.images, -1, -place.size)
 
-    def parse(self, request: Request, content: bytes) -> tuple[list[bytes], int, int]:
+    def parse(self, request: Request, content: bytes) -> Parsed:
         """Images, top_k and flags of a request to /predict. Raises Problem 4xx."""
         top_k, flags = query(request.scope["query_string"])
         if flags & CAM and "cam" not in self.pool.model["explains"]:
@@ -93,14 +96,20 @@ class Predictor:
         kind = request.headers.get(b"content-type", b"")
         return body.images(content, kind, self.settings.max_images), top_k, flags
 
-    def ask(self, images: list[bytes], top_k: int, flags: int, done: Callable[[Ask], None]) -> Ask:
+    def ask(self, given: Sequence[bytes | Problem], top_k: int, flags: int, done: Callable[[Ask], None]) -> Ask:
         """Start to answer these images; `done` is called when they are, or at the deadline. Raises Problem 503."""
-        answers = [UNANSWERED] * len(images)
+        answers = [self.refusal(image) if isinstance(image, Problem) else UNANSWERED for image in given]
+        images = [b"" if isinstance(image, Problem) else image for image in given]
         if self.cache is not None:
             done = self.look_up(self.cache, answers, images, top_k, flags, done)
         if not self.pool.usable:
             raise Problem(503, "no model is ready; try again in a second", "not_ready")
         return self.pool.ask(images, answers, self.settings.deadline_ms / 1000, top_k, flags, done)
+
+    def refusal(self, problem: Problem) -> Answer:
+        """The answer of an image that no worker need see."""
+        self.slab.add("images", "refused")
+        return Answer(0, problem.status, 0, 0, 0, 0, problem.detail.encode())
 
     def look_up(self, cache: Cache, answers: list[Answer], images: list[bytes], top_k: int, flags: int,
                 done: Callable[[Ask], None]) -> Callable[[Ask], None]:
@@ -108,7 +117,8 @@ class Predictor:
         model, keys = self.pool.model, [cache.key(image, top_k, flags) for image in images]
         missing = []
         for i, key in enumerate(keys):
-            answers[i] = cache.get(key, model) or UNANSWERED
+            if answers[i] is UNANSWERED:
+                answers[i] = cache.get(key, model) or UNANSWERED
             if answers[i] is UNANSWERED:
                 missing.append(i)
 
@@ -126,7 +136,7 @@ class Predictor:
             raise Problem(504, f"no answer within {self.settings.deadline_ms} ms")
         return ask.answers
 
-    async def run(self, request: Request, parse: Callable[[bytes], tuple[list[bytes], int, int]]) -> list[Answer]:
+    async def run(self, request: Request, parse: Callable[[bytes], Parsed]) -> list[Answer]:
         """All of the above for a handler that waits. Raises Problem, or ConnectionError when the client left."""
         place = self.enter(request.headers)
         connection = request.scope["state"]["connection"]
@@ -174,7 +184,7 @@ def query(text: bytes) -> tuple[int, int]:
         return QUERY[text]
     top_k, flags = TOP_K, 0
     for name, values in parse_qs(text.decode("latin-1"), keep_blank_values=True).items():
-        if name == "top_k" and values[-1].isdecimal() and 1 <= int(values[-1]) <= MAX_TOP_K:
+        if name == "top_k" and NUMBER.fullmatch(values[-1]) and 1 <= int(values[-1]) <= MAX_TOP_K:
             top_k = int(values[-1])
         elif name == "explain" and values[-1] == "cam":
             flags |= CAM

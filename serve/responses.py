@@ -1,6 +1,5 @@
 """Requests and responses of the service, and errors as RFC 9457 problem+json."""
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
@@ -31,20 +30,20 @@ class Response:
 class Problem(Exception):
     """Ends a request with this status; `detail` tells the client what is wrong and what to do."""
 
-    def __init__(self, status: int, detail: str, reason: str | None = None, close: bool = False,
-                 headers: Sequence[Header] = ()):
+    def __init__(self, status: int, detail: str, reason: str | None = None, close: bool = False, allow: str = ""):
         super().__init__(detail)
-        self.status, self.detail, self.headers = status, detail, headers
+        self.status, self.detail = status, detail
         self.reason = reason  # why it was turned away before any work, for rejected_total
+        self.allow = allow  # with 405: the methods that the path does take
         self.close = close  # the connection can't be used any more, e.g. since the body was not read
 
     def response(self, request_id: str) -> Response:
         body = json.dumps({"type": "about:blank", **self.members(), "request_id": request_id}).encode()
-        headers = list(self.headers)
-        if self.status in (429, 503):
-            headers.append((b"retry-after", b"1"))
+        headers = [(b"retry-after", b"1")] if self.status in (429, 503) else []
         if self.status == 401:
             headers.append((b"www-authenticate", b"Bearer"))
+        if self.allow:
+            headers.append((b"allow", self.allow.encode()))
         return Response(self.status, body, PROBLEM, headers, self.close)
 
     def members(self) -> dict[str, Any]:

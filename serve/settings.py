@@ -1,4 +1,5 @@
 """Every setting of the service: a flag, an IMAGO_ variable and a default, in one class."""
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -64,7 +65,7 @@ class Settings(BaseSettings):
     @field_validator("api_key_file")
     @classmethod
     def _readable(cls, path: Path | None) -> Path | None:
-        if path is not None and not path.is_file():
+        if path is not None and not os.path.isfile(path):  # Path.is_file raises where a directory is closed to us
             raise ValueError(f"no such file: {path}")
         return path
 
@@ -79,7 +80,10 @@ class Settings(BaseSettings):
     def key(self) -> bytes | None:
         """The API key, from wherever it was given; None where none is asked for."""
         if self.api_key_file:
-            key = self.api_key_file.read_text().strip()
+            try:
+                key = self.api_key_file.read_text().strip()
+            except (OSError, UnicodeDecodeError) as error:
+                raise ValueError(f"{self.api_key_file}: the file with the API key can't be read: {error}") from error
             if not key:
                 raise ValueError(f"{self.api_key_file}: the file with the API key is empty")
             return key.encode()

@@ -10,17 +10,23 @@ from serve.responses import Request, Response
 TIMES = re.compile(rb"(\w+);dur=([\d.]+)")
 
 
-class Tracing:
-    """Raises ValueError where the extra is not installed."""
+def check() -> None:
+    """Raises ValueError where the extra is not installed. In an HTTP process it would not end the service."""
+    try:
+        import opentelemetry.exporter.otlp.proto.http.trace_exporter  # noqa: F401  # needs all the others
+    except ImportError as error:
+        raise ValueError("--tracing needs the extra of this name: pip install 'imago[tracing]'") from error
 
-    def __init__(self, provider=None):
-        try:
-            from opentelemetry import trace
-            from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-        except ImportError as error:
-            raise ValueError("tracing needs the extra of this name: pip install 'imago[tracing]'") from error
+
+class Tracing:
+    """What one HTTP process needs for it."""
+
+    def __init__(self):
+        from opentelemetry import trace
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
         self.trace, self.propagator = trace, TraceContextTextMapPropagator()
-        self.provider = provider or _provider()
+        self.provider = _provider()
         self.tracer = self.provider.get_tracer("imago")
 
     def record(self, request: Request, response: Response | None, seconds: float) -> None:

@@ -4,14 +4,15 @@ One input, `image`: UINT8 [N, height, width, channels] as the network takes it, 
 files. Outputs: `probabilities` FP32 [N, K], `energy` FP32 [N], `label` BYTES [N].
 https://github.com/kserve/open-inference-protocol
 """
-import binascii
 import json
+import math
 import struct
+from itertools import chain
 from typing import Any
-from urllib.parse import unquote
 
 import numpy as np
 
+from serve import body
 from serve.frames import ARRAYS, LABEL, TENSOR, Answer
 from serve.pool import Pool
 from serve.responses import JSON, Problem, Request, Response, as_json
@@ -19,6 +20,7 @@ from serve.responses import JSON, Problem, Request, Response, as_json
 OUTPUTS = ("probabilities", "energy", "label")
 LENGTH = b"inference-header-content-length"
 MAX_JSON = 2 << 20  # bytes; reading more would hold up other requests
+SPARE = 256  # lists and commas of a request besides those of its tensor
 
 
 class OpenInference:
@@ -29,7 +31,7 @@ class OpenInference:
 
     async def __call__(self, request: Request) -> Response:
         try:
-            return await self.route(request, [unquote(p) for p in request.scope["path"].split("/")[2:] if p])
+            return await self.route(request, [part for part in request.scope["path"].split("/")[2:] if part])
         except Problem as problem:
             if problem.reason:
                 self.predictor.slab.add("rejected", problem.reason)
@@ -38,27 +40,29 @@ class OpenInference:
             return response
 
     async def route(self, request: Request, path: list[str]) -> Response:
-        post = request.scope["method"] == "POST"
         match path:
-            case [] if not post:
-                return as_json({"name": "imago", "version": "2", "extensions": ["binary_tensor_data"]})
-            case ["health", "live"] if not post:
-                return as_json({"live": True})
-            case ["health", "ready"] if not post:
-                return self.ready("ready")
             case ["models", name, *rest]:
                 action = self.action(name, rest)
-                if action == "infer" and post:
+                if action == "infer":
+                    _takes(request, "POST")
                     return await self.infer(request)
-                if action == "ready" and not post:
-                    return self.ready("ready")
-                if action == "" and not post:
-                    return as_json(self.metadata())
-        raise Problem(404, "no such path or method in the Open Inference Protocol")
+                answer = {"": self.metadata, "ready": self.ready}.get(action)
+            case _:
+                answer = {"": self.server, "health/live": self.live, "health/ready": self.ready}.get("/".join(path))
+        if answer is None:
+            raise Problem(404, "no such path in the Open Inference Protocol")
+        _takes(request, "GET", "HEAD")
+        return answer()
 
-    def ready(self, name: str) -> Response:
+    def server(self) -> Response:
+        return as_json({"name": "imago", "version": "2", "extensions": ["binary_tensor_data"]})
+
+    def live(self) -> Response:
+        return as_json({"live": True})
+
+    def ready(self) -> Response:
         ready = self.pool.ready and not self.predictor.state.draining
-        return as_json({name: ready}, 200 if ready else 503)
+        return as_json({"ready": ready}, 200 if ready else 503)
 
     def action(self, name: str, rest: list[str]) -> str:
         """What is asked of the model. Raises Problem 404 for another model or version than the one that is served."""
@@ -73,28 +77,26 @@ class OpenInference:
             raise Problem(404, "no such path in the Open Inference Protocol")
         return rest[0] if rest else ""
 
-    def metadata(self) -> dict[str, Any]:
+    def metadata(self) -> Response:
         model = self.pool.model
         spec = model["input"]
-        return {
+        return as_json({
             "name": model["name"], "versions": [model["version"]], "platform": "onnx",
             "inputs": [{"name": "image", "datatype": "UINT8",
                         "shape": [-1, spec["height"], spec["width"], spec["channels"]]}],
             "outputs": [{"name": "probabilities", "datatype": "FP32", "shape": [-1, len(model["classes"])]},
                         {"name": "energy", "datatype": "FP32", "shape": [-1]},
                         {"name": "label", "datatype": "BYTES", "shape": [-1]}],
-        }
+        })
 
     async def infer(self, request: Request) -> Response:
         asked: dict[str, Any] = {}
 
         def parse(content: bytes) -> tuple[list[bytes], int, int]:
-            header, images, flags = read(content, request.headers, self.pool.model["input"])
+            limit = self.predictor.settings.max_images
+            header, images, flags = read(content, request.headers, self.pool.model["input"], limit)
             asked.update(header)
             outputs(header)  # what is wrong with them shows before any work is done
-            limit = self.predictor.settings.max_images
-            if len(images) > limit:
-                raise Problem(413, f"more than the {limit} images allowed in one request", "images")
             return images, 1, flags | ARRAYS
 
         answers = await self.predictor.run(request, parse)
@@ -139,17 +141,28 @@ class OpenInference:
                         [version, (LENGTH, b"%d" % len(text))])
 
 
-def read(content: bytes, headers: dict[bytes, bytes], spec: dict[str, Any]) -> tuple[dict, list[bytes], int]:
-    """The JSON part of an infer request, its images, and the flags that say what they are. Raises Problem 400."""
+def _takes(request: Request, *methods: str) -> None:
+    if request.scope["method"] not in methods:
+        raise Problem(405, f"this path takes {' and '.join(methods)}", allow=", ".join(methods))
+
+
+def read(content: bytes, headers: dict[bytes, bytes], spec: dict[str, Any],
+         limit: int) -> tuple[dict, list[bytes], int]:
+    """The JSON part of an infer request, its images, at most `limit`, and the flags that say what they are.
+
+    Raises Problem 400, 413, 415.
+    """
+    want = [spec["height"], spec["width"], spec["channels"]]
     if b"content-encoding" in headers:
         raise Problem(415, "compressed requests are not taken")
     try:
         end = int(headers.get(LENGTH, b"%d" % len(content)))
         if end > MAX_JSON:
             raise Problem(413, f"more than {MAX_JSON} bytes of JSON; send the tensor in binary", "body")
-        header = json.loads(content[:end])
-    except (ValueError, RecursionError) as error:
-        raise Problem(400, "the request is not JSON") from error
+    except ValueError as error:
+        raise Problem(400, "the length of the JSON is not a number") from error
+    header = body.load(content[:end], lists=limit * (1 + want[0] + want[0] * want[1]) + SPARE,
+                       commas=limit * math.prod(want) + SPARE)
     if not isinstance(header, dict) or not 0 <= end <= len(content):
         raise Problem(400, "the request is not a JSON object of the length stated")
     inputs = header.get("inputs")
@@ -159,11 +172,13 @@ def read(content: bytes, headers: dict[bytes, bytes], spec: dict[str, Any]) -> t
     shape, kind = inputs[0].get("shape"), inputs[0].get("datatype")
     if not isinstance(shape, list) or not shape or any(type(n) is not int or n < 1 for n in shape):
         raise Problem(400, "shape must be a list of positive numbers")
+    if shape[0] > limit:
+        raise Problem(413, f"more than the {limit} images allowed in one request", "images")
     data = _data(inputs[0], content[end:])
     if kind == "BYTES":
         return header, _files(data, shape), 0
     if kind == "UINT8":
-        return header, _tensors(data, shape, [spec["height"], spec["width"], spec["channels"]]), TENSOR
+        return header, _tensors(data, shape, want), TENSOR
     raise Problem(400, "the datatype must be UINT8 or BYTES")
 
 
@@ -184,17 +199,27 @@ def _tensors(data: bytes | list, shape: list[int], want: list[int]) -> list[byte
     if shape[1:] != want:
         raise Problem(400, f"shape must be [N, {', '.join(map(str, want))}]")
     if isinstance(data, list):
-        try:
-            values = np.array(data).ravel()
-        except ValueError as error:
-            raise Problem(400, "data is not a tensor") from error
-        if values.dtype.kind not in "iu" or (values.size and not 0 <= values.min() <= values.max() <= 255):
-            raise Problem(400, "data must be whole numbers from 0 to 255")
-        data = values.astype(np.uint8).tobytes()
-    size = want[0] * want[1] * want[2]
+        data = _values(data, len(shape))
+    size = math.prod(want)
     if len(data) != shape[0] * size:
         raise Problem(400, f"{len(data)} values came, and the shape says {shape[0] * size}")
     return [data[at:at + size] for at in range(0, len(data), size)]
+
+
+def _values(data: list, depth: int) -> bytes:
+    """The numbers of a list, flat or nested up to `depth`. NumPy would give each leaf the room of the longest text."""
+    for _ in range(depth - 1):
+        if not data or type(data[0]) is not list:
+            break
+        if set(map(type, data)) != {list} or len(set(map(len, data))) > 1:
+            raise Problem(400, "data is not a tensor")
+        data = list(chain.from_iterable(data))
+    try:
+        if set(map(type, data)) <= {int}:  # True and False are none
+            return bytes(data)
+    except ValueError:
+        pass  # one of them is no byte
+    raise Problem(400, "data must be whole numbers from 0 to 255")
 
 
 def _files(data: bytes | list, shape: list[int]) -> list[bytes]:
@@ -202,19 +227,19 @@ def _files(data: bytes | list, shape: list[int]) -> list[bytes]:
     found = []
     if isinstance(data, list):
         try:
-            found = [binascii.a2b_base64(text, strict_mode=True) for text in data]
-        except (binascii.Error, ValueError, TypeError) as error:
+            found = [body.from_base64(text) for text in data[:shape[0] + 1]]
+        except (ValueError, TypeError, AttributeError) as error:
             raise Problem(400, "BYTES in JSON must be base64") from error
     else:
         at = 0
-        while at + 4 <= len(data):
+        while at + 4 <= len(data) and len(found) <= shape[0]:
             (length,) = struct.unpack_from("<I", data, at)
             found.append(data[at + 4:at + 4 + length])
             at += 4 + length
         if at != len(data):
             raise Problem(400, "the lengths in the BYTES tensor do not add up")
     if shape not in ([len(found)], [len(found), 1]):
-        raise Problem(400, f"{len(found)} images came, and the shape says {shape}")
+        raise Problem(400, f"the shape {shape} is not that of the images that came")
     return found
 
 
@@ -224,6 +249,8 @@ def outputs(header: dict[str, Any]) -> list[tuple[str, bool]]:
     wanted = header.get("outputs") or [{"name": name} for name in OUTPUTS]
     if not isinstance(wanted, list) or any(not isinstance(o, dict) or o.get("name") not in OUTPUTS for o in wanted):
         raise Problem(400, f"outputs can be {', '.join(OUTPUTS)}")
+    if len({o["name"] for o in wanted}) < len(wanted):
+        raise Problem(400, "an output is asked for twice")
     return [(o["name"], _parameters(o).get("binary_data", default) is True) for o in wanted]
 
 

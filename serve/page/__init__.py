@@ -75,4 +75,4 @@ class Page:
 
 def _only_get(request: Request) -> None:
     if request.scope["method"] not in ("GET", "HEAD"):
-        raise Problem(405, f"{request.scope['path']} is only to be read")
+        raise Problem(405, f"{request.scope['path']} is only to be read", allow="GET, HEAD")

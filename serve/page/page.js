@@ -78,12 +78,14 @@ function addSample(sample, index) {
 async function classifyAll(files, truth) {
   if (!files.length) return;
   const queue = [...files];
+  let answered = 0;
   const one = async () => {
-    for (let file = queue.shift(); file; file = queue.shift()) await classify(file, truth);
+    for (let file = queue.shift(); file; file = queue.shift()) if (await classify(file, truth)) answered += 1;
   };
   say(files.length === 1 ? `Sending ${files[0].name}` : `Sending ${files.length} images`);
   await Promise.all(Array.from({ length: Math.min(AT_ONCE, files.length) }, one));
-  if (files.length > 1) say(`${files.length} images answered`);
+  const missed = files.length - answered;
+  if (files.length > 1) say(missed ? `${answered} of ${files.length} images answered` : `${answered} images answered`, missed > 0);
 }
 
 function request(file) {
@@ -94,6 +96,7 @@ function request(file) {
   return { url: new URL(`predict?${query}`, document.baseURI).href, headers };
 }
 
+// One image to a card of the page, which holds the prediction or what went wrong; true where it is a prediction.
 async function classify(file, truth) {
   const { url, headers } = request(file);
   const began = performance.now();
@@ -104,11 +107,12 @@ async function classify(file, truth) {
     body = await answer.json();
   } catch (error) {
     if (answer?.status === 401) { $("key").closest("details").open = true; $("key").focus(); }
-    say(`${file.name}: ${error.message}`, true);
-    return;
+    refused(show(file, truth, command(file, url, headers)), file, error.message);
+    return false;
   }
   const elapsed = performance.now() - began;
-  show(file, truth, body.predictions[0], timings(answer, elapsed), command(file, url, headers));
+  predicted(show(file, truth, command(file, url, headers)), file, body.predictions[0], timings(answer, elapsed));
+  return true;
 }
 
 async function problem(answer) {
@@ -134,26 +138,38 @@ function command(file, url, headers) {
   return [...lines, `  --data-binary ${quote(`@${file.name}`)}`].join(" \\\n");
 }
 
-function show(file, truth, prediction, times, curl) {
+// A new card, with what is known before there is an answer.
+function show(file, truth, curl) {
   const card = $("result").content.cloneNode(true).firstElementChild;
   const find = (selector) => card.querySelector(selector);
-  const title = find(".label");
-  title.append(`${prediction.label} `, element("small", "", percent(prediction.confidence)));
   find(".file").textContent = truth === undefined ? file.name : `${file.name}, true class ${truth}`;
-  badges(prediction).forEach(([text, bad]) => find(".badges").append(element("li", bad ? "bad" : "", text)));
-  prediction.top.forEach((entry) => find(".bars").append(bar(entry)));
-  const classes = prediction.prediction_set;
-  find(".set").textContent = classes ? `Prediction set: ${classes.length ? classes.join(", ") : "empty"}` : "";
-  find(".times").textContent = times;
   find("pre").textContent = curl;
   find(".copy").addEventListener("click", async (event) => {
     await navigator.clipboard.writeText(curl);
     event.target.textContent = "Copied";
   });
-  picture(card, file, prediction);
   $("empty").hidden = true;
   $("results").prepend(card);
   while ($("results").children.length > SHOWN) $("results").lastElementChild.remove();
+  return card;
+}
+
+function refused(card, file, reason) {
+  card.querySelector(".label").textContent = "No answer";
+  card.querySelector(".badges").append(element("li", "bad", reason));
+  picture(card, file, {}, "This browser can't show the file.");
+  say(`${file.name}: ${reason}`, true);
+}
+
+function predicted(card, file, prediction, times) {
+  const find = (selector) => card.querySelector(selector);
+  find(".label").append(`${prediction.label} `, element("small", "", percent(prediction.confidence)));
+  badges(prediction).forEach(([text, bad]) => find(".badges").append(element("li", bad ? "bad" : "", text)));
+  prediction.top.forEach((entry) => find(".bars").append(bar(entry)));
+  const classes = prediction.prediction_set;
+  find(".set").textContent = classes ? `Prediction set: ${classes.length ? classes.join(", ") : "empty"}` : "";
+  find(".times").textContent = times;
+  picture(card, file, prediction, "This browser can't show the image; the service can read it.");
   const doubts = badges(prediction).map(([text]) => `, ${text.toLowerCase()}`).join("");
   say(`${file.name}: ${prediction.label}, ${percent(prediction.confidence)}${doubts}`);
 }
@@ -178,7 +194,7 @@ function bar(entry) {
   return item;
 }
 
-function picture(card, file, prediction) {
+function picture(card, file, prediction, unseen) {
   const photo = card.querySelector(".photo");
   photo.alt = `Your image ${file.name}`;
   photo.addEventListener("load", () => {
@@ -187,7 +203,7 @@ function picture(card, file, prediction) {
     if (prediction.cam) heat(card, photo, prediction.cam);
   });
   photo.addEventListener("error", () => {
-    photo.replaceWith(element("p", "photo unseen", "This browser can't show the image; the service can read it."));
+    photo.replaceWith(element("p", "photo unseen", unseen));
   });
   photo.src = URL.createObjectURL(file);
 }

@@ -175,6 +175,33 @@ def test_a_file_that_is_no_image_is_told_in_words(page, tmp_path):
     assert "415" in page.wrong.pop()  # noted by the browser itself
 
 
+def test_among_many_each_that_fails_says_why_in_its_place(page, tmp_path):
+    for name, content in (("one.png", tiny.image("red")), ("notes.png", b"no image"), ("two.png", tiny.image("blue"))):
+        (tmp_path / name).write_bytes(content)
+    page.set_input_files("#files", [tmp_path / name for name in ("one.png", "notes.png", "two.png")])
+    page.get_by_role("status").get_by_text("2 of 3 images answered").wait_for()
+    assert "bad" in page.locator("#status").get_attribute("class")
+    shown = {card.locator(".file").inner_text(): card for card in page.locator("article").all()}
+    assert set(shown) == {"one.png", "notes.png", "two.png"}
+    bad = shown["notes.png"]
+    assert bad.locator(".label").inner_text() == "No answer"
+    assert "not a JPEG" in bad.locator(".badges li.bad").inner_text()
+    bad.get_by_text("can't show the file").wait_for()
+    assert "415" in page.wrong.pop()  # noted by the browser itself
+
+
+@pytest.mark.parametrize("width", [390, 1200])
+def test_it_is_dark_for_those_who_want_it_dark(page, width):
+    page.set_viewport_size({"width": width, "height": 700})
+    means = []
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        pixels = cv2.imdecode(np.frombuffer(page.screenshot(), np.uint8), cv2.IMREAD_GRAYSCALE)
+        means.append(pixels.mean())
+    assert means[0] > 200
+    assert means[1] < 60
+
+
 def test_an_image_the_browser_cannot_show_still_gets_its_answer(page, tmp_path):
     pixels = cv2.imdecode(np.frombuffer(tiny.image("red", size=64), np.uint8), cv2.IMREAD_COLOR)
     (tmp_path / "scan.tiff").write_bytes(cv2.imencode(".tiff", pixels)[1].tobytes())
@@ -217,7 +244,9 @@ def test_the_key_is_asked_for_and_sent(browser, start, store, tmp_path):
     opened.get_by_role("status").get_by_text("API key").wait_for()
     opened.keyboard.type("secret")  # the field has the focus
     opened.locator("#strip button").first.click()
+    opened.get_by_role("status").get_by_text("red,").wait_for()
     card = result(opened, "true class red")
+    assert card.locator(".label").inner_text().startswith("red")
     assert "secret" not in card.locator("pre").text_content()
     assert "$IMAGO_API_KEY" in card.locator("pre").text_content()
     context.close()

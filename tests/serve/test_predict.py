@@ -39,10 +39,29 @@ def test_multipart_keeps_the_order_and_the_others_when_one_fails(server):
     assert error["error"]["status"] == 415
 
 
+@pytest.mark.parametrize("flags", [(), ("--cache-entries", "9")])
+def test_an_empty_file_and_one_that_is_no_base64_are_errors_in_their_places(start, flags):
+    service = start(*flags)
+    good = tiny.image("blue")
+    files = [("f", ("a", b"")), ("f", ("b", good)), ("f", ("c", b""))]
+    texts = {"images": ["?", base64.b64encode(good).decode(), "", "é"]}
+    for _ in range(2):  # the second time the cache knows them
+        for request, statuses in (({"files": files}, [422, "blue", 422]), ({"json": texts}, [400, "blue", 422, 400])):
+            answer = service.http.post("/predict", **request)
+            assert answer.status_code == 200
+            assert answer.headers["x-model-version"] == "1"
+            assert [p["error"]["status"] if "error" in p else p["label"]
+                    for p in answer.json()["predictions"]] == statuses
+    assert service.metric("imago_images_total", outcome="refused") == 10
+
+
 def test_when_all_images_fail_the_status_says_so(server):
     answer = server.http.post("/predict", files=[("a", ("a", b"hello")), ("b", ("b", b"world"))])
     assert answer.status_code == 415
     assert [p["error"]["status"] for p in answer.json()["predictions"]] == [415, 415]
+    answer = server.http.post("/predict", json={"images": ["?", base64.b64encode(b"hello").decode()]})
+    assert answer.status_code == 415
+    assert [p["error"]["status"] for p in answer.json()["predictions"]] == [400, 415]
 
 
 @pytest.mark.parametrize("prefix", ["", "data:image/png;base64,"])
@@ -78,10 +97,14 @@ def test_many_images_of_one_request(server):
     ({"content": b'{"image": "?"}', "headers": {"Content-Type": "application/json"}}, 400),
     ({"content": b'{"images": [1]}', "headers": {"Content-Type": "application/json"}}, 400),
     ({"content": b'{"images": []}', "headers": {"Content-Type": "application/json"}}, 400),
+    ({"content": b'{"images": ["?", ""]}', "headers": {"Content-Type": "application/json"}}, 400),
+    ({"content": b'{"images": ["", ""]}', "headers": {"Content-Type": "application/json"}}, 400),
     ({"content": b"--x", "headers": {"Content-Type": "multipart/form-data"}}, 400),
     ({"content": b"--x", "headers": {"Content-Type": "multipart/form-data; boundary=x"}}, 400),
     ({"content": b"{", "params": {"top_k": "0"}}, 400),
     ({"content": b"{", "params": {"top_k": "x"}}, 400),
+    ({"content": b"{", "params": {"top_k": "1" * 5000}}, 400),
+    ({"content": b"{", "params": {"top_k": "1001"}}, 400),
     ({"content": b"{", "params": {"explain": "x"}}, 400),
 ])
 def test_bad_requests_are_4xx_problems(server, request_, status):

@@ -1,6 +1,8 @@
 """Metrics as a real Prometheus reads them, and against the sum of what was sent to several processes."""
 import json
+import os
 import shutil
+import signal
 import subprocess
 import time
 from collections import Counter
@@ -10,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 import tiny
-from service import free_ports
+from service import free_ports, wait
 
 from models.bundle import Calibration
 
@@ -63,6 +65,18 @@ def test_several_processes_count_what_was_sent(service):
     assert service.metric("imago_out_of_distribution_total") == 0
     assert service.metric("imago_pending_images") == 0
     assert service.metric("imago_ready") == 1
+
+
+def test_a_worker_that_comes_back_with_another_version_tells_of_that_alone(start, tmp_path):
+    tiny.write(tmp_path)
+    service = start("--reload-seconds", "0", store=tmp_path)
+    tiny.write(tmp_path)
+    (worker,) = service.workers()
+    os.kill(worker, signal.SIGKILL)
+    wait(lambda: service.http.get("/model").json().get("version") == "2")
+    told = [line for line in service.metrics().splitlines() if line.startswith("imago_model_info{")]
+    assert len(told) == 1
+    assert 'version="2"' in told[0]
 
 
 @pytest.mark.skipif(PROMTOOL is None, reason="there is no promtool on this machine")

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,23 +21,28 @@ needs_namespaces = pytest.mark.skipif(
     or subprocess.run([*UNSHARE, "sh", "-c", SETUP, "sh", "true"], capture_output=True).returncode != 0,
     reason="this user can't make namespaces")
 
+IPV6 = ["sh", "-c", "ip link set lo up && ip -6 address show dev lo | grep -q ::1"]
+needs_ipv6 = pytest.mark.skipif(
+    shutil.which("unshare") is None or subprocess.run([*UNSHARE, *IPV6], capture_output=True).returncode != 0,
+    reason="this machine has no IPv6")
 
-def ask(pid: int, path: str, data: bytes | None = None) -> int:
+
+def ask(pid: int, path: str, data: bytes | None = None, at: str = "127.0.0.1:8000") -> int:
     """The status of a request from inside the server's network namespace."""
     code = ("import sys, httpx; data = sys.stdin.buffer.read() or None; "
-            "print(httpx.request('POST' if data else 'GET', 'http://127.0.0.1:8000' + sys.argv[1], content=data, "
+            "print(httpx.request('POST' if data else 'GET', 'http://' + sys.argv[1], content=data, "
             "headers={'Content-Type': 'image/png'}).status_code)")
-    done = subprocess.run(["nsenter", "-t", str(pid), "-n", sys.executable, "-c", code, path], input=data or b"",
+    done = subprocess.run(["nsenter", "-t", str(pid), "-n", sys.executable, "-c", code, at + path], input=data or b"",
                           capture_output=True)
     return int(done.stdout or 0)
 
 
-@needs_namespaces
-def test_pid_1_on_a_read_only_root_without_capabilities(tmp_path):
-    tiny.write(tmp_path / "store")
-    command = [sys.executable, "-m", "serve", "--store", str(tmp_path / "store"), "--host", "127.0.0.1"]
-    with (tmp_path / "log").open("wb") as log:
-        outer = subprocess.Popen([*UNSHARE, "sh", "-c", SETUP, "sh", *command], cwd=ROOT, stdout=log, stderr=log,
+@contextlib.contextmanager
+def sandboxed(store: Path, log: Path, host: str) -> Iterator[int]:
+    """A ready service's process id, as it is outside; ended by SIGTERM."""
+    command = [sys.executable, "-m", "serve", "--store", str(store), "--host", host]
+    with log.open("wb") as file:
+        outer = subprocess.Popen([*UNSHARE, "sh", "-c", SETUP, "sh", *command], cwd=ROOT, stdout=file, stderr=file,
                                  env={"PATH": os.environ["PATH"], "HOME": "/nonexistent"})
     try:
         end = time.monotonic() + 60
@@ -44,17 +50,32 @@ def test_pid_1_on_a_read_only_root_without_capabilities(tmp_path):
             children = Path(f"/proc/{outer.pid}/task/{outer.pid}/children").read_text().split()
             if children and ask(int(children[0]), "/health/ready") == 200:
                 break
-            assert outer.poll() is None, (tmp_path / "log").read_text()
-            assert time.monotonic() < end, (tmp_path / "log").read_text()
-        inner = int(children[0])
-        assert Path(f"/proc/{inner}/status").read_text().split("NSpid:")[1].split("\n")[0].split()[-1] == "1"
-        assert ask(inner, "/predict", tiny.image("red")) == 200
-        os.kill(inner, signal.SIGTERM)
+            assert outer.poll() is None, log.read_text()
+            assert time.monotonic() < end, log.read_text()
+        yield int(children[0])
+        os.kill(int(children[0]), signal.SIGTERM)
         assert outer.wait(25) == 0
     finally:
         with contextlib.suppress(ProcessLookupError):
             outer.kill()
         outer.wait()
+
+
+@needs_namespaces
+def test_pid_1_on_a_read_only_root_without_capabilities(tmp_path):
+    tiny.write(tmp_path / "store")
+    with sandboxed(tmp_path / "store", tmp_path / "log", "127.0.0.1") as inner:
+        assert Path(f"/proc/{inner}/status").read_text().split("NSpid:")[1].split("\n")[0].split()[-1] == "1"
+        assert ask(inner, "/predict", tiny.image("red")) == 200
     text = (tmp_path / "log").read_text()
     assert "Traceback" not in text
     assert "telemetry" not in text
+
+
+@needs_namespaces
+@needs_ipv6
+def test_both_ports_are_there_for_both_kinds_of_address(bundle_store, tmp_path):
+    with sandboxed(bundle_store, tmp_path / "log", "::") as inner:
+        assert ask(inner, "/predict", tiny.image("red"), at="[::1]:8000") == 200
+        for host in ("127.0.0.1", "[::1]"):
+            assert ask(inner, "/metrics", at=f"{host}:9090") == 200

@@ -1,5 +1,6 @@
 """Starting and ending: settings, bad settings, ports, stores."""
 import socket
+import sys
 
 import pytest
 import tiny
@@ -55,6 +56,8 @@ def test_a_bundle_whose_samples_look_otherwise_here(tmp_path):
     (("--version", "first"), ("--version",)),
     (("--api-key", "x", "--api-key-file", "/etc/hostname"), ("api_key",)),
     (("--api-key-file", "/nowhere"), ("/nowhere",)),
+    (("--api-key-file", "/proc/self/mem"), ("/proc/self/mem", "can't be read")),  # of root, who may read all others
+    (("--api-key-file", sys.executable), (sys.executable, "can't be read")),
 ])
 def test_bad_settings(bundle_store, flags, words):
     refused(run("--store", str(bundle_store), *flags), *words)
@@ -66,6 +69,17 @@ def test_a_port_in_use(bundle_store):
         taken.listen()
         port = taken.getsockname()[1]
         refused(run("--store", str(bundle_store), "--host", "127.0.0.1", "--port", str(port)), str(port), "in use")
+
+
+def test_a_machine_without_ipv6(bundle_store, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import socket; socket.AF_INET6 = 999")
+    refused(run("--store", str(bundle_store), "--host", "::", PYTHONPATH=str(tmp_path)), "--host", "::")
+
+
+def test_tracing_without_its_packages(bundle_store, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['opentelemetry.exporter'] = None")
+    refused(run("--store", str(bundle_store), "--tracing", "true", *loopback(), PYTHONPATH=str(tmp_path)),
+            "imago[tracing]")
 
 
 def test_it_says_what_it_serves_and_where(start):

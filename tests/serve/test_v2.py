@@ -2,6 +2,7 @@
 import base64
 import json
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -69,6 +70,17 @@ def test_image_bytes(client, shape):
     assert answer.as_numpy("energy") is None
 
 
+@pytest.mark.parametrize(("method", "path", "status"), [
+    ("PUT", "/v2/health/live", 405), ("DELETE", "/v2/models/colours", 405), ("POST", "/v2/models/colours/ready", 405),
+    ("GET", INFER, 405), ("POST", "/v2/nothing", 404), ("GET", "/v2/models/colours/nothing", 404),
+    ("GET", "/v2/models", 404), ("HEAD", "/v2/health/ready", 200), ("GET", "/v2/models/colours%252f", 404)])
+def test_other_methods_and_paths(server, method, path, status):
+    answer = server.http.request(method, path)
+    assert answer.status_code == status
+    if status == 405:
+        assert answer.headers["allow"] == ("POST" if path == INFER else "GET, HEAD")
+
+
 def test_image_bytes_in_json_are_base64(server):
     data = [base64.b64encode(tiny.image("blue")).decode()]
     body = {"inputs": [{"name": "image", "datatype": "BYTES", "shape": [1], "data": data}]}
@@ -95,7 +107,12 @@ def entry(**changes) -> dict:
     (entry(shape=[1, 3, 32, 32]), 400), (entry(shape=[2, 32, 32, 3]), 400), (entry(shape=[-1]), 400),
     (entry(data=[256] * 3072), 400), (entry(data=[0.5] * 3072), 400), (entry(data=["a"] * 3072), 400),
     (entry(data=[[1], [2, 3]]), 400), (entry(data=None), 400), (entry(parameters={"binary_data_size": 5}), 400),
+    (entry(data=[-1] * 3072), 400), (entry(data=[10**30] * 3072), 400), (entry(data=[True] * 3072), 400),
+    (entry(data=PIXELS[:2].tolist()), 400), (entry(data=[PIXELS[:1].tolist()]), 400),
+    (entry(data=[[7] * 3072]), 200), (entry(data=[1, [2]] * 1536), 400), (entry(data=[{}] * 3072), 400),
     (entry(parameters=7), 400), (entry() | {"outputs": [{"name": "logits"}]}, 400), (entry() | {"outputs": 3}, 400),
+    (entry() | {"outputs": [{"name": "energy"}, {"name": "label"}]}, 200),
+    (entry() | {"outputs": [{"name": "energy"}] * 2}, 400),
     (entry(datatype="BYTES", shape=[1], data=["?"]), 400), (entry(datatype="BYTES", shape=[2], data=["aGk="]), 400),
     (entry(datatype="BYTES", shape=[1], data=["aGk="]), 415), (entry(shape=[65, 32, 32, 3], data=[0] * 65 * 3072), 413),
     (entry(data=[200] * (1 << 19)), 413),
@@ -104,6 +121,19 @@ def test_requests_by_hand(server, body, status):
     answer = server.http.post(INFER, json=body)
     assert answer.status_code == status
     assert status == 200 or answer.json()["error"]
+
+
+@pytest.mark.parametrize(("data", "status"), [
+    (["x" * 2_000] + [""] * 100_000, 400), ([[]] * 600_000, 400), ([{}] * 600_000, 400), ([0] * 900_000, 413),
+], ids=["a long text", "lists", "objects", "numbers"])
+def test_json_takes_no_more_memory_than_its_bytes_are_worth(data, status):
+    content = json.dumps(entry(data=data), separators=(",", ":")).encode()
+    tracemalloc.start()
+    try:
+        assert parsed(content, {}) == status
+        assert tracemalloc.get_traced_memory()[1] < 6 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_many_requests_are_as_bounded_as_predict(start):
@@ -127,7 +157,7 @@ JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st
 def parsed(content: bytes, headers: dict[bytes, bytes]) -> int:
     """Status of reading such a request: 200, or that of the Problem raised; anything else raises."""
     try:
-        header, images, _ = read(content, headers, SPEC.model_dump())
+        header, images, _ = read(content, headers, SPEC.model_dump(), 64)
         outputs(header)
         assert images
         assert all(isinstance(image, bytes) for image in images)
@@ -155,6 +185,6 @@ def test_bytes_tensors_come_back_as_they_were_sent(files, cut):
                                        "parameters": {"binary_data_size": len(data)}}]}).encode()
         headers = {b"inference-header-content-length": str(len(text)).encode()}
         if whole:
-            assert read(text + data, headers, SPEC.model_dump())[1] == files
+            assert read(text + data, headers, SPEC.model_dump(), 64)[1] == files
         else:
             assert parsed(text + data, headers) == 400

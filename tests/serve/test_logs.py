@@ -1,0 +1,37 @@
+"""What a running service writes on stderr."""
+import base64
+import json
+
+import tiny
+
+
+def test_json_lines_tell_of_requests_and_never_hold_images(start):
+    service = start("--access-log", "true")
+    image = tiny.image("red")
+    encoded = base64.b64encode(image).decode()
+    ids = [service.predict(image).json()["id"], service.http.post("/predict", json={"image": encoded}).json()["id"],
+           service.predict(b"no image").json()["request_id"]]
+    service.http.get("/a%0ab")
+    assert service.stop() == 0
+    text = service.log.read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    requests = [line for line in lines if line["message"] == "request" and line["path"] == "/predict"]
+    assert [(line["request_id"], line["method"], line["status"]) for line in requests] == [
+        (ids[0], "POST", 200), (ids[1], "POST", 200), (ids[2], "POST", 415)]
+    assert all(line["ms"] > 0 for line in requests)
+    assert "/a\nb" in [line.get("path") for line in lines]
+    assert encoded[:40] not in text
+    assert "PNG" not in text
+
+
+def test_a_path_makes_no_line_and_no_field_of_a_text_log(start):
+    service = start("--access-log", "true", "--log-format", "text")
+    paths = ("/a%0a16:00:00%20INFO%20all%20is%20well", "/a%20status=200", "/a%e2%80%a8b")
+    for path in paths:
+        assert service.http.get(path).status_code == 404
+    assert service.stop() == 0
+    lines = [line for line in service.log.read_text().splitlines() if "/a" in line]
+    assert len(lines) == len(paths)
+    for line in lines:
+        assert 'path="/a' in line
+        assert " status=404 ms=" in line
