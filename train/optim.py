@@ -111,12 +111,12 @@ def parameter_groups(network: Network, config: Optimizer) -> list[dict[str, Any]
     return [group for group in groups if group["params"]]
 
 
-def build(network: Network, config: Optimizer) -> torch.optim.Optimizer:
-    """The optimizer over the parameter groups of a network; torch's fused kernels where it has them."""
+def build(network: Network, config: Optimizer, fused: bool = True) -> torch.optim.Optimizer:
+    """The optimizer over the parameter groups of a network; torch's fused kernels where it has them and `fused`."""
     groups = parameter_groups(network, config)
     if config.name == "muon":
         return Muon(groups, config.lr, config.momentum, config.others, config.others_momentum, config.nesterov)
-    fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
+    fused = fused and all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
     if config.name == "sgd":
         return torch.optim.SGD(groups, config.lr, config.momentum, nesterov=config.nesterov and config.momentum > 0,
                                fused=fused)

@@ -160,7 +160,10 @@ class Classifier(L.LightningModule):
         self._report("test_tta")
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        optimizer = optim.build(self.network, self.optimizer)
+        # A fused optimizer unscales gradients in its step, too late for clipping: under a mixed precision Lightning
+        # refuses the two together.
+        clips = bool(self.trainer.gradient_clip_val) and self.trainer.precision in ("16-mixed", "bf16-mixed")
+        optimizer = optim.build(self.network, self.optimizer, fused=not clips)
         steps = int(self.trainer.estimated_stepping_batches)
         scheduler = self.schedule.scheduler(optimizer, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -74,6 +74,18 @@ def test_pixels_labels_and_moments_belong_together(tmp_path, cache):
     assert data.std == pytest.approx(images.std((0, 2, 3), correction=0).tolist())
 
 
+def test_a_channel_without_contrast_can_be_divided_by(tmp_path, cache):
+    source = folder(tmp_path / "photos")
+    for path in source.rglob("*.png"):
+        pixels = cv2.imread(str(path))
+        pixels[:, :, 0] = 77
+        cv2.imwrite(str(path), pixels)
+    data = ready(source, cache)
+    assert data.mean[2] == pytest.approx(77)
+    assert data.std[2] == 1
+    assert min(data.std[:2]) > 10
+
+
 def test_files_come_as_samples_byte_for_byte(tmp_path, cache):
     data = ready(folder(tmp_path / "photos"), cache, val_fraction=0.3)
     samples = data.samples(6)

@@ -224,9 +224,14 @@ def _digest(facts: Known, found: Source) -> str:
 
 
 def _moments(chunks: Iterable[np.ndarray]) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel of uint8 [M, H, W, C] chunks, in 0..255."""
+    """Mean and standard deviation of each channel of uint8 [M, H, W, C] chunks, in 0..255.
+
+    A channel that is the same everywhere gets the deviation 1, so that it can be divided by.
+    """
     counts = sum((np.stack([np.bincount(plane.reshape(-1), minlength=256) for plane in np.moveaxis(chunk, 3, 0)])
                   for chunk in chunks), np.zeros((1, 256), np.int64))
     levels, total = np.arange(256.0), counts[0].sum()
     mean = counts @ levels / total
-    return mean.tolist(), np.sqrt(counts @ levels**2 / total - mean**2).tolist()
+    variance = counts @ levels**2 / total - mean**2
+    constant = (counts > 0).sum(1) == 1  # told by the counts: the variance is off by a rounding error
+    return mean.tolist(), np.where(constant, 1.0, np.sqrt(variance.clip(0))).tolist()
