@@ -124,6 +124,15 @@ def test_a_stream_gives_what_memory_gives(tmp_path, cache):
         assert all(torch.equal(a, b) and torch.equal(x, y) for (a, x), (b, y) in zip(kept, streamed, strict=True))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_file_that_vanishes_from_a_stream_is_named_in_one_line(tmp_path, cache, workers):
+    source = folder(tmp_path / "photos")
+    data = ready(source, cache, memory="stream", workers=workers)
+    (source / data.found.items.name(int(data.index["train"][3]))).unlink()
+    with pytest.raises(DataError, match=r"^\w+/\d+\.png: can't be read any more: No such file or directory$"):
+        list(data.train_dataloader())
+
+
 def test_what_does_not_fit_is_streamed_and_said(tmp_path, cache, capsys):
     data = ready(folder(tmp_path / "photos"), cache, memory_share=1e-9)
     assert data.place == "stream"

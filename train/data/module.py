@@ -16,7 +16,7 @@ from train.data.cache import Known, known
 from train.data.loader import Batches, MemoryBatches, StreamBatches
 from train.data.memory import Memory, choose
 from train.data.order import Order
-from train.data.pixels import encoded, to_pixels
+from train.data.pixels import encoded, pixels_of
 from train.data.source import PARTS, Arrays, DataError, Source, cache_home, say
 from train.data.sources import open_source
 from train.data.spec import input_spec, kept_spec, thumbnail_spec
@@ -134,7 +134,7 @@ class ImageData(L.LightningDataModule):
         index = self.index["train"]
         if self.place == "stream":
             some = index[np.linspace(0, len(index) - 1, min(SAMPLED, len(index)), dtype=np.int64)]
-            yield from (to_pixels(self.found.items[i], self.input)[None] for i in some.tolist())
+            yield from (pixels_of(self.found.items, i, self.input)[None] for i in some.tolist())
         else:
             yield from (self.known.pixels[some] for some in np.array_split(index, -(-len(index) // 1024)))
 
