@@ -9,6 +9,8 @@ import pytest
 import torch
 from launch import Command, Commands
 
+from train import checkpoints
+
 EPOCHS, STEPS = 3, 11  # with batches of 120
 # Dropout, EMA and random crops: all that draws random numbers or keeps a state of its own.
 RECIPE = f"""
@@ -129,6 +131,19 @@ def test_a_damaged_checkpoint_is_passed_over(commands, undisturbed, tmp_path):
     assert "going on from step 4:" in finished.text
     assert_same(learnt(result(place)), learnt(result(undisturbed)))
     assert not list(run_of(place).glob(".*.tmp"))
+
+
+def test_a_checkpoint_with_any_byte_of_its_directory_flipped_is_told(tmp_path):
+    file = checkpoints.place(tmp_path, 3)
+    torch.save({"state_dict": {"w": torch.arange(1000.0)}, "epoch": 2}, file)
+    sound = file.read_bytes()
+    assert checkpoints.newest(tmp_path) == file
+    for place in range(sound.rindex(b"PK\x01\x02", 0, -200) - 400, len(sound)):
+        damaged = bytearray(sound)
+        damaged[place] ^= 0xFF
+        file.write_bytes(damaged)
+        if checkpoints.newest(tmp_path):  # some of its bytes say nothing, such as a date
+            assert torch.load(file, weights_only=True)["state_dict"]["w"].tolist() == list(range(1000))
 
 
 def test_a_full_disk_stops_with_a_word_and_costs_no_checkpoint(commands, undisturbed, tmp_path):
