@@ -17,7 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from models.store import Store
-from train import distributed, lean, loggers, runs
+from train import checks, distributed, lean, loggers, runs
 from train.audit.__main__ import main as audit
 from train.audit.callback import Audit
 from train.callbacks import EarlyStopping, ProgressBar, SamplePredictions
@@ -88,6 +88,7 @@ class CLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:  # type: ignore[override]
         # Lightning takes more kinds of arguments; `run` gives this one
         self.config = parser.parse_args(args)
+        checks.check(self.config.subcommand, self.config[self.config.subcommand])
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
@@ -99,6 +100,22 @@ class CLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         distributed.own_signals(self.trainer)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Lightning's whole command, the bundle included, with words for errors that torch tells in a traceback."""
+        try:
+            super()._run_subcommand(subcommand)
+        except (RuntimeError, MemoryError) as error:
+            if "Error(s) in loading state_dict" in str(error):
+                raise UsageError(f"--ckpt_path {self.config_init[subcommand].ckpt_path}: of another network or another "
+                                 "number of classes; give the settings that it was trained with") from error
+            if not is_out_of_memory(error):
+                raise
+            # Lightning has reset its stage by now, but not the mode of the network
+            evaluating = subcommand != "fit" or self.trainer.state.finished or not self.model.training
+            data = self.datamodule
+            size = data.eval_batch_size or 2 * data.batch_size if evaluating else data.batch_size
+            raise OutOfMemory(size, self.trainer.strategy.root_device, evaluating) from error
 
     def before_fit(self) -> None:
         us, config = ours(self.trainer), self.config_init.fit
@@ -122,14 +139,7 @@ class CLI(LightningCLI):
         lean.trim(self.trainer, self.model)
         if self.trainer.strategy.root_device.type == "cpu":
             lean.keep_memory()
-        try:
-            self.trainer.fit(**arguments)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            data, evaluating = self.datamodule, self.trainer.validating
-            size = (evaluating and (data.eval_batch_size or 2 * data.batch_size)) or data.batch_size
-            raise OutOfMemory(size, self.trainer.strategy.root_device, evaluating) from error
+        self.trainer.fit(**arguments)
         distributed.part()
 
     def after_fit(self) -> None:

@@ -45,8 +45,9 @@ class Optimizer:
     others_momentum: float = 0.9
 
     def __post_init__(self):
-        if self.lr <= 0 or self.others_lr <= 0:
-            raise ValueError(f"model.optimizer.lr: {min(self.lr, self.others_lr)} is not above 0")
+        for name in ("lr", "bias_lr", "head_lr", "others_lr"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"model.optimizer.{name}: {getattr(self, name)} is not above 0")
 
 
 @dataclass
