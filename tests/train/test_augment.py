@@ -7,6 +7,7 @@ import torch
 from pictures import folder
 
 from train.data import Augmentation, ImageData
+from train.data.spec import kept_spec
 
 EVERYTHING = {"flip": "random", "crop_padding": 3, "rotation": 10.0, "random_resized_crop": 0.5, "brightness": 0.2,
               "contrast": 0.2, "saturation": 0.2, "hue": 0.1, "cutout": 6, "erasing": 0.5, "mixup": 0.2, "cutmix": 1.0}
@@ -97,6 +98,22 @@ def test_rotation_by_nothing_changes_nothing_and_turns_are_about_the_centre(phot
         uniform = staticmethod(lambda low, high, count: np.full(count, high))
 
     assert torch.equal(warp(square, (8, 8), 0, 90.0, "zero", Right()), square.rot90(-1, (2, 3)))
+
+
+def test_a_turn_leaves_scale_and_crop_of_a_margin_be(tmp_path):
+    source = folder(tmp_path / "photos", size=48)
+    settings = {"cache": "", "workers": 0, "batch_size": 64, "size": 32, "short_side": 40}
+    turned = ImageData(str(source), augment=Augmentation(rotation=1e-4), **settings)
+    turned.setup()
+    kept = turned._pixels(kept_spec(turned.input)).transpose(0, 3, 1, 2).astype(int)
+    loader = turned.train_dataloader()
+    (images, _), = loader
+    places = set()
+    for row, image in zip(loader.order.epoch(0)[0], images.numpy().astype(int), strict=True):
+        (place,) = [(y, x) for y in range(9) for x in range(9)
+                    if np.abs(image - kept[row][:, y:y + 32, x:x + 32]).max() <= 1]
+        places.add(place)
+    assert len(places) > 8
 
 
 def test_holes_take_the_mean_colour(photos):

@@ -78,7 +78,9 @@ class Augmenter:
         """
         chosen, size = self.chosen, (self.spec.height, self.spec.width)
         if chosen.random_resized_crop or chosen.rotation:
-            images = geometry.warp(images, size, chosen.random_resized_crop, chosen.rotation, chosen.border, draw)
+            # A random-resized crop takes the place of the crop from the margin; a mere turn leaves scale and margin be
+            target = size if chosen.random_resized_crop else (images.shape[2], images.shape[3])
+            images = geometry.warp(images, target, chosen.random_resized_crop, chosen.rotation, chosen.border, draw)
         if chosen.crop_padding or images.shape[2:] != size:
             images = geometry.shift(images, size, chosen.crop_padding, chosen.border, draw)
         if chosen.flip == "random":
