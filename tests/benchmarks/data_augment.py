@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 
+import bare  # noqa: F401  (first: it puts the repository on the path)
 import numpy as np
 import torch
 
