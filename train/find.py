@@ -70,6 +70,7 @@ class Speed(Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any,
                            batch_idx: int) -> None:
         self.step += 1
+        pl_module.sums.clear()  # so no loss ends this trial or the next ones: a step takes as long with NaN
         if self.step == WARM_UP:
             self._began = _now(pl_module.device)
         elif self.step > WARM_UP:
@@ -125,8 +126,7 @@ def find_batch_size(settings: dict[str, Any], system: Classifier, data: ImageDat
     while not speeds or size <= data.counts["train"]:
         data.batch_size, watch = size, Speed()
         try:
-            with contextlib.suppress(Diverged):  # it is fast all the same
-                trial(settings, watch, WARM_UP + TIMED).fit(system, datamodule=data)
+            trial(settings, watch, WARM_UP + TIMED).fit(system, datamodule=data)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

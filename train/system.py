@@ -18,6 +18,7 @@ from train.trainer import ours
 
 Batch = tuple[Tensor, Tensor]  # images uint8 or float 0..255 [B,C,H,W]; labels int64 [B] or shares [B,K]
 ADAMW, CONSTANT = optim.Optimizer(), optim.Schedule()
+METRICS = ("val/loss", "val/accuracy", "train/loss", "train/accuracy")  # of each epoch, by the names they are logged by
 PREPARE_IMAGES = 5000  # training images that a network which fixes a layer from data gets to see
 
 

@@ -5,8 +5,8 @@
 
 --twin also trains a bare PyTorch loop by the same recipe afterwards, to compare the wall time with; it refuses recipes
 with options that the loop has not. Seconds are those of training, validation included; all up to the end of the first
-step (data, set-up, compiling) is counted apart, for the twin as well. Processor seconds tell more than wall time where a
-machine is shared.
+step (data, set-up, compiling) is counted apart, for the twin as well. Processor seconds tell more than wall time where
+a machine is shared.
 """
 import argparse
 import json

@@ -6,7 +6,9 @@ import pytest
 import torch
 from pictures import folder
 
+from models.image import InputSpec
 from train.data import Augmentation, ImageData
+from train.data.augment import Augmenter
 from train.data.spec import kept_spec
 
 EVERYTHING = {"flip": "random", "crop_padding": 3, "rotation": 10.0, "random_resized_crop": 0.5, "brightness": 0.2,
@@ -74,6 +76,24 @@ def test_alternating_flips_show_both_sides_in_any_two_epochs(photos):
     sides = [(epochs(epoch)[0] == plain[..., ::-1]).all((1, 2, 3)) for epoch in range(4)]
     assert 0 < sides[0].mean() < 1
     assert all((one != two).all() for one, two in pairwise(sides))
+
+
+def test_the_sides_of_alternating_flips_are_independent_of_place_and_seed():
+    def sides(seed: int) -> np.ndarray:
+        augment = Augmenter(Augmentation(flip="alternating"), InputSpec(height=4, width=4), [0.0] * 3, 2, 4000, seed)
+        images = torch.arange(48, dtype=torch.uint8).view(1, 3, 4, 4).expand(4000, -1, -1, -1)
+        rows = torch.arange(4000)
+        found, _ = augment(images, torch.zeros_like(rows), rows, 0, np.random.default_rng(0))
+        return (found != images).any(3).any(2).any(1).numpy() * 2.0 - 1
+
+    one, other = sides(0), sides(1)
+    assert np.array_equal(one, sides(0))
+    assert abs(one.mean()) < 0.06  # four standard errors
+    for lag in range(1, 20):
+        assert abs((one[lag:] * one[:-lag]).mean()) < 0.065, lag
+        assert abs((one[lag:] * other[:-lag]).mean()) < 0.065, lag
+        assert abs((other[lag:] * one[:-lag]).mean()) < 0.065, lag
+    assert abs((one * other).mean()) < 0.065
 
 
 @pytest.mark.parametrize("border", ["reflect", "zero"])
@@ -165,11 +185,10 @@ def test_settings_out_of_range_are_refused():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_gives_what_the_cpu_gives(photos):
-    from train.data.augment import Augmenter
     from train.data.order import rng
 
     data = Epochs(photos).data
-    augment = Augmenter(Augmentation(**EVERYTHING), data.input, data.mean, 3, 0)
+    augment = Augmenter(Augmentation(**EVERYTHING), data.input, data.mean, 3, len(data.found.items), 0)
     images = torch.from_numpy(data.known.pixels).permute(0, 3, 1, 2)
     labels, rows = torch.from_numpy(data.found.labels), torch.arange(len(images))
     here, shares = augment(images, labels, rows, 0, rng("test", 0))

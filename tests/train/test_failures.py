@@ -25,6 +25,7 @@ QUIET = "--logger", "none", "--progress.quiet", "true", "--audit.enabled", "fals
     (("--model.network", "speednet", "--model.options", "{depth: two}"), 2, "depth: 'two' is no whole number"),
     (("--ckpt_path", __file__), 2, "no checkpoint, or a damaged one"),
     (("--data.sampling", "balanced", "--model.weigh_classes", "true"), 2, "both do it twice; choose one"),
+    (("--early_stopping.monitor", "val/los"), 2, "early_stopping.monitor: 'val/los' is none of val/loss, val/accuracy"),
     (("--trainer.max_epochs", 0), 2, "trainer.max_epochs: 0 trains nothing"),
 ])
 def test_one_line(commands, tmp_path, settings, status, words):

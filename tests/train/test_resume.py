@@ -120,6 +120,19 @@ def test_a_run_killed_over_and_over_ends_as_one_that_never_was(commands, undistu
     assert (run_of(place) / metrics).read_text() == (run_of(undisturbed) / metrics).read_text()
 
 
+def test_the_history_shows_validation_only_where_there_was_one(commands, tmp_path):
+    flags = "--trainer.check_val_every_n_epoch", 2, "--trainer.max_epochs", 4, "--progress.quiet", "false"
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    told = [line for line in finish(commands, whole, *flags).text.splitlines() if line.startswith("epoch ")]
+    assert ["val loss" in line for line in told] == [False, True, False, True]
+    assert start(commands, killed, *flags, kill=f"TERM:step:{2 * STEPS + 3}").status() == 143
+    finish(commands, killed, *flags)
+    rows = result(whole)["callbacks"]["History"]["rows"]
+    assert ["val/loss" in row for row in rows] == [False, True, False, True]
+    assert rows[1]["val/loss"] != rows[3]["val/loss"]
+    assert_same(learnt(result(killed)), learnt(result(whole)))
+
+
 def test_a_damaged_checkpoint_is_passed_over(commands, undisturbed, tmp_path):
     place = tmp_path / "runs"
     assert start(commands, place, "--resume.every_steps", 4, kill="KILL:step:10").status() == 137

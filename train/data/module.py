@@ -154,7 +154,8 @@ class ImageData(L.LightningDataModule):
             weights /= weights.sum()
         size = self.batch_size if training else self.eval_batch_size or 2 * self.batch_size
         order = Order(rows, size, training, self.seed, rank, world, weights)
-        augment = Augmenter(self.augment, self.input, self.mean, len(self.classes), self.seed) if training else None
+        augment = Augmenter(self.augment, self.input, self.mean, len(self.classes), len(self.found.items),
+                            self.seed) if training else None
         spec, device = kept_spec(self.input) if training else self.input, self._device()
         labels = self._tensor("labels", lambda: torch.from_numpy(self.found.labels), device)
         if self.place == "stream":
