@@ -2,7 +2,9 @@
 import csv
 import errno
 import logging
+import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -88,7 +90,10 @@ class CLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:  # type: ignore[override]
         # Lightning takes more kinds of arguments; `run` gives this one
         self.config = parser.parse_args(args)
-        checks.check(self.config.subcommand, self.config[self.config.subcommand])
+        config = self.config[self.config.subcommand]
+        checks.check(self.config.subcommand, config)
+        if config.weights_only is None:
+            config.weights_only = True  # Lightning would run whatever code a checkpoint holds
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
@@ -160,7 +165,7 @@ class CLI(LightningCLI):
         mine = data.index["test"][self.trainer.global_rank::self.trainer.world_size]
         if self.trainer.is_global_zero:
             rows.writerow(("image", "label", "confidence"))
-        for i, probabilities in zip(mine.tolist(), found, strict=True):
+        for i, probabilities in zip(mine.tolist(), found, strict=False):  # limit_predict_batches may end it sooner
             confidence, index = probabilities.max(0)
             rows.writerow((data.found.items.name(i), data.classes[index], f"{confidence:.4f}"))
 
@@ -195,6 +200,8 @@ def model_name(source: str) -> str:
 
 def front_door(argv: list[str]) -> list[str]:
     """`run DATA [--recipe R] [--root DIR] [fit flags]` as the arguments of `fit`. Raises UsageError."""
+    if argv[:1] in (["-h"], ["--help"]):
+        return ["fit", "--help"]
     if not argv or argv[0].startswith("-"):
         raise UsageError("run: name the data first, e.g. python -m train run digits, or a folder of class folders")
     data, rest = argv[0], argv[1:]
@@ -246,6 +253,8 @@ def run(argv: list[str]) -> CLI | None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The exit status. An error is one line; with IMAGO_TRACEBACK=1 its traceback comes before it, as what looks like a
+    wrong setting may be a defect of ours."""
     for noisy in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # torch's own use and Lightning's
@@ -258,6 +267,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run(sys.argv[1:] if argv is None else argv)
     except (ValueError, OSError, MisconfigurationException, Diverged, OutOfMemory) as error:
+        if os.environ.get("IMAGO_TRACEBACK") == "1":
+            traceback.print_exc()
         print(f"train: {' '.join(str(error).split())}", file=sys.stderr)
         broken = isinstance(error, Diverged | OutOfMemory) or getattr(error, "errno", None) in DISK
         return FAILURE if broken else USAGE

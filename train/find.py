@@ -18,6 +18,7 @@ from train.data import ImageData
 from train.failures import Diverged, is_out_of_memory
 from train.optim import Schedule
 from train.system import Classifier
+from train.trainer import ours
 
 LOWEST, HIGHEST, SWEEP = 1e-6, 10.0, 120  # learning rates, and steps from one to the other
 SMOOTHING = 0.9  # of the losses, as a moving average
@@ -70,7 +71,7 @@ class Speed(Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any,
                            batch_idx: int) -> None:
         self.step += 1
-        pl_module.sums.clear()  # so no loss ends this trial or the next ones: a step takes as long with NaN
+        ours(trainer).lightning_module.sums.clear()  # no loss ends a trial: steps take as long with NaN
         if self.step == WARM_UP:
             self._began = _now(pl_module.device)
         elif self.step > WARM_UP:

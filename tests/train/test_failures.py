@@ -36,6 +36,15 @@ def test_one_line(commands, tmp_path, settings, status, words):
     assert all(line.startswith("data: ") for line in told)
 
 
+def test_the_traceback_is_shown_where_it_is_asked_for(commands, tmp_path):
+    settings = "run", "digits", *QUIET, "--model.label_smoothing", 1.5
+    plain, full = (commands.start(*settings, env={"IMAGO_TRACEBACK": value}, cwd=tmp_path) for value in (None, "1"))
+    assert plain.status() == full.status() == 2
+    assert "Traceback" not in plain.text
+    assert full.text.startswith("Traceback")
+    assert full.text.splitlines()[-1] == plain.text.splitlines()[-1]
+
+
 @pytest.mark.parametrize("subcommand", ["validate", "test", "predict"])
 def test_weights_that_are_none_are_not_scored(commands, tmp_path, subcommand):
     (tmp_path / "rubbish.ckpt").write_bytes(b"PK no checkpoint")
