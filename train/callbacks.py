@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from models.image import decode
+from train.system import METRICS
 from train.trainer import ours
 
 
@@ -34,6 +35,7 @@ class ProgressBar(LightningProgressBar):
         self.console = Console(file=sys.stderr, quiet=quiet, highlight=False)
         self._began, self._images = 0.0, 0
         self._done: tuple[str, str] | None = None  # epoch and speed of an epoch not yet told
+        self._validated = False  # in that epoch; Lightning shows the last validation for ever
 
     def disable(self) -> None:
         self.console.quiet = True
@@ -78,11 +80,14 @@ class ProgressBar(LightningProgressBar):
         if not self._done:
             return
         found, words = trainer.callback_metrics, [self._done[0]]
-        for part in ("train", "val"):
+        for part in ("train", "val") if self._validated else ("train",):
             if f"{part}/loss" in found:
                 words.append(f"{part} loss {found[f'{part}/loss']:.4f} accuracy {found[f'{part}/accuracy']:.4f}")
         self.console.print("  ".join([*words, self._done[1]]), soft_wrap=True)
-        self._done = None
+        self._done, self._validated = None, False
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._validated = not trainer.sanity_checking
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._tell(trainer)
@@ -107,6 +112,8 @@ class EarlyStopping(LightningEarlyStopping):
             mode: min or max.
             min_delta: how much better counts.
         """
+        if monitor not in METRICS:
+            raise ValueError(f"early_stopping.monitor: {monitor!r} is none of {', '.join(METRICS)}")
         super().__init__(monitor, min_delta, patience or 10**9, mode=mode, verbose=patience > 0,
                          strict=False)  # a run that ends within its first epoch has no validation
 

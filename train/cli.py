@@ -2,7 +2,9 @@
 import csv
 import errno
 import logging
+import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -17,7 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from models.store import Store
-from train import distributed, lean, loggers, runs
+from train import checks, distributed, lean, loggers, runs
 from train.audit.__main__ import main as audit
 from train.audit.callback import Audit
 from train.callbacks import EarlyStopping, ProgressBar, SamplePredictions
@@ -88,6 +90,10 @@ class CLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:  # type: ignore[override]
         # Lightning takes more kinds of arguments; `run` gives this one
         self.config = parser.parse_args(args)
+        config = self.config[self.config.subcommand]
+        checks.check(self.config.subcommand, config)
+        if config.weights_only is None:
+            config.weights_only = True  # Lightning would run whatever code a checkpoint holds
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
@@ -99,6 +105,22 @@ class CLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         distributed.own_signals(self.trainer)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Lightning's whole command, the bundle included, with words for errors that torch tells in a traceback."""
+        try:
+            super()._run_subcommand(subcommand)
+        except (RuntimeError, MemoryError) as error:
+            if "Error(s) in loading state_dict" in str(error):
+                raise UsageError(f"--ckpt_path {self.config_init[subcommand].ckpt_path}: of another network or another "
+                                 "number of classes; give the settings that it was trained with") from error
+            if not is_out_of_memory(error):
+                raise
+            # Lightning has reset its stage by now, but not the mode of the network
+            evaluating = subcommand != "fit" or self.trainer.state.finished or not self.model.training
+            data = self.datamodule
+            size = data.eval_batch_size or 2 * data.batch_size if evaluating else data.batch_size
+            raise OutOfMemory(size, self.trainer.strategy.root_device, evaluating) from error
 
     def before_fit(self) -> None:
         us, config = ours(self.trainer), self.config_init.fit
@@ -122,14 +144,7 @@ class CLI(LightningCLI):
         lean.trim(self.trainer, self.model)
         if self.trainer.strategy.root_device.type == "cpu":
             lean.keep_memory()
-        try:
-            self.trainer.fit(**arguments)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            data, evaluating = self.datamodule, self.trainer.validating
-            size = (evaluating and (data.eval_batch_size or 2 * data.batch_size)) or data.batch_size
-            raise OutOfMemory(size, self.trainer.strategy.root_device, evaluating) from error
+        self.trainer.fit(**arguments)
         distributed.part()
 
     def after_fit(self) -> None:
@@ -150,7 +165,7 @@ class CLI(LightningCLI):
         mine = data.index["test"][self.trainer.global_rank::self.trainer.world_size]
         if self.trainer.is_global_zero:
             rows.writerow(("image", "label", "confidence"))
-        for i, probabilities in zip(mine.tolist(), found, strict=True):
+        for i, probabilities in zip(mine.tolist(), found, strict=False):  # limit_predict_batches may end it sooner
             confidence, index = probabilities.max(0)
             rows.writerow((data.found.items.name(i), data.classes[index], f"{confidence:.4f}"))
 
@@ -185,6 +200,8 @@ def model_name(source: str) -> str:
 
 def front_door(argv: list[str]) -> list[str]:
     """`run DATA [--recipe R] [--root DIR] [fit flags]` as the arguments of `fit`. Raises UsageError."""
+    if argv[:1] in (["-h"], ["--help"]):
+        return ["fit", "--help"]
     if not argv or argv[0].startswith("-"):
         raise UsageError("run: name the data first, e.g. python -m train run digits, or a folder of class folders")
     data, rest = argv[0], argv[1:]
@@ -236,6 +253,8 @@ def run(argv: list[str]) -> CLI | None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The exit status. An error is one line; with IMAGO_TRACEBACK=1 its traceback comes before it, as what looks like a
+    wrong setting may be a defect of ours."""
     for noisy in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # torch's own use and Lightning's
@@ -248,6 +267,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run(sys.argv[1:] if argv is None else argv)
     except (ValueError, OSError, MisconfigurationException, Diverged, OutOfMemory) as error:
+        if os.environ.get("IMAGO_TRACEBACK") == "1":
+            traceback.print_exc()
         print(f"train: {' '.join(str(error).split())}", file=sys.stderr)
         broken = isinstance(error, Diverged | OutOfMemory) or getattr(error, "errno", None) in DISK
         return FAILURE if broken else USAGE

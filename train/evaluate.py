@@ -8,7 +8,7 @@ from torch import Tensor
 from models.bundle import ClassMetrics, Metrics
 from train.calibrate import ece, nll, softmax
 from train.data import ImageData
-from train.data.pixels import to_pixels
+from train.data.pixels import pixels_of
 from train.graph import Served
 
 
@@ -74,7 +74,7 @@ def images(data: ImageData, part: str, rows: np.ndarray) -> np.ndarray:
     index = data.index[part][rows]
     if data.place != "stream":
         return np.ascontiguousarray(data.known.pixels[index])
-    return np.stack([to_pixels(data.found.items[i], data.input) for i in index.tolist()])
+    return np.stack([pixels_of(data.found.items, i, data.input) for i in index.tolist()])
 
 
 def spread(count: int, most: int) -> np.ndarray:

@@ -18,6 +18,7 @@ from train.data import ImageData
 from train.failures import Diverged, is_out_of_memory
 from train.optim import Schedule
 from train.system import Classifier
+from train.trainer import ours
 
 LOWEST, HIGHEST, SWEEP = 1e-6, 10.0, 120  # learning rates, and steps from one to the other
 SMOOTHING = 0.9  # of the losses, as a moving average
@@ -70,6 +71,7 @@ class Speed(Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any,
                            batch_idx: int) -> None:
         self.step += 1
+        ours(trainer).lightning_module.sums.clear()  # no loss ends a trial: steps take as long with NaN
         if self.step == WARM_UP:
             self._began = _now(pl_module.device)
         elif self.step > WARM_UP:
@@ -125,8 +127,7 @@ def find_batch_size(settings: dict[str, Any], system: Classifier, data: ImageDat
     while not speeds or size <= data.counts["train"]:
         data.batch_size, watch = size, Speed()
         try:
-            with contextlib.suppress(Diverged):  # it is fast all the same
-                trial(settings, watch, WARM_UP + TIMED).fit(system, datamodule=data)
+            trial(settings, watch, WARM_UP + TIMED).fit(system, datamodule=data)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

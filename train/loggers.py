@@ -30,7 +30,8 @@ def _first() -> bool:
 
 
 def tensorboard(run: Run) -> Logger:
-    return TensorBoardLogger(run.path, name=None, version="tensorboard", purge_step=run.step if run.step else None)
+    """What was logged after the checkpoint, or by a start that was killed before its first one, is purged."""
+    return TensorBoardLogger(run.path, name=None, version="tensorboard", purge_step=run.step)
 
 
 def comma_separated(run: Run) -> Logger:

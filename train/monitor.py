@@ -65,16 +65,10 @@ class Monitor(Callback, Collector):
             self._since = now, _ = time.monotonic(), self._images
             self._speed = (self._images - images) / (now - then)
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._note(trainer)
-
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._note(trainer)
-        self._since = time.monotonic(), self._images  # a validation does not count as slow training
-
-    def _note(self, trainer: L.Trainer) -> None:
         if self._trainer is not None:
             self._metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        self._since = time.monotonic(), self._images  # a validation does not count as slow training
 
     def collect(self) -> Iterator[Metric]:
         trainer = self._trainer

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from models.networks.base import Network
@@ -22,8 +22,10 @@ class Optimizer:
         lr: peak learning rate of kernels.
         momentum: of sgd and muon.
         nesterov: whether sgd looks ahead.
-        weight_decay: times the learning rate, what a step takes off the weights (in muon not off kernels, whose norm is
-            held). All parameters lose the same share a step, whatever their own learning rate.
+        weight_decay: pull of the weights to zero, the same for all whatever their own learning rate. In adamw a step
+            takes off this times the learning rate; sgd adds this times the weight to the gradient, before momentum;
+            adam does so too, and then scales the sum. In muon not for kernels, whose norm is held; for the others as
+            in sgd or adamw.
         decay_biases: whether biases and norms decay as well.
         bias_lr: learning rate of biases and norms, as a multiple of lr (of others_lr for muon).
         head_lr: learning rate of the last layer, likewise.
@@ -45,8 +47,9 @@ class Optimizer:
     others_momentum: float = 0.9
 
     def __post_init__(self):
-        if self.lr <= 0 or self.others_lr <= 0:
-            raise ValueError(f"model.optimizer.lr: {min(self.lr, self.others_lr)} is not above 0")
+        for name in ("lr", "bias_lr", "head_lr", "others_lr"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"model.optimizer.{name}: {getattr(self, name)} is not above 0")
 
 
 @dataclass
@@ -92,12 +95,16 @@ class Schedule:
 
 
 def parameter_groups(network: Network, config: Optimizer) -> list[dict[str, Any]]:
-    """Kernels; biases and norms, which don't decay; the head. Frozen parameters are left out."""
-    head = {id(p) for p in network.head.parameters() if p.ndim > 1}
+    """Kernels; biases, norms and the like, which don't decay; the head. Frozen parameters are left out.
+
+    Kernels are what maps features to features: the weights of convolutions, linear layers and attention. Shape does not
+    tell them: scales of layers, embeddings of positions and class tokens have several axes as well.
+    """
     trained = [p for p in network.parameters() if p.requires_grad]
-    kernels = [p for p in trained if p.ndim > 1 and id(p) not in head]
-    vectors = [p for p in trained if p.ndim <= 1]
-    heads = [p for p in trained if id(p) in head]
+    maps = {id(p) for module in network.modules() for p in _maps(module)}
+    heads = [p for p in trained if p is network.head.weight]
+    kernels = [p for p in trained if id(p) in maps and p is not network.head.weight]
+    vectors = [p for p in trained if id(p) not in maps]
     muon, decay = config.name == "muon", config.weight_decay
     rest = config.others_lr if muon else config.lr
     groups: list[dict[str, Any]] = [
@@ -111,12 +118,19 @@ def parameter_groups(network: Network, config: Optimizer) -> list[dict[str, Any]
     return [group for group in groups if group["params"]]
 
 
-def build(network: Network, config: Optimizer) -> torch.optim.Optimizer:
-    """The optimizer over the parameter groups of a network; torch's fused kernels where it has them."""
+def _maps(module: nn.Module) -> list[Tensor]:
+    """The kernels that a module holds itself."""
+    if isinstance(module, nn.MultiheadAttention):  # its output's is that of a linear layer inside
+        return [module.in_proj_weight]
+    return [module.weight] if isinstance(module, nn.Conv2d | nn.Linear) else []
+
+
+def build(network: Network, config: Optimizer, fused: bool = True) -> torch.optim.Optimizer:
+    """The optimizer over the parameter groups of a network; torch's fused kernels where it has them and `fused`."""
     groups = parameter_groups(network, config)
     if config.name == "muon":
         return Muon(groups, config.lr, config.momentum, config.others, config.others_momentum, config.nesterov)
-    fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
+    fused = fused and all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
     if config.name == "sgd":
         return torch.optim.SGD(groups, config.lr, config.momentum, nesterov=config.nesterov and config.momentum > 0,
                                fused=fused)
@@ -193,10 +207,12 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrix: Tensor, steps: int = 3) -> Tensor:
-    """The nearest semi-orthogonal matrix, about: singular values end near 1 (0.7 to 1.2).
+    """The nearest semi-orthogonal matrix, about, for directions that count.
 
-    A quintic Newton-Schulz iteration whose coefficients give the steepest rise from zero; it needs products only and
-    stands bfloat16, which is used where the hardware is fast at it.
+    With 3 steps a singular value of at least 1/50 of the matrix's Frobenius norm ends within 0.68 to 1.21; a smaller
+    one, of which a square or low-rank matrix has many, only grows about 41 times against that norm. It is a quintic
+    Newton-Schulz iteration whose coefficients give the steepest rise from zero; it needs products only and stands
+    bfloat16, which is used where the hardware is fast at it.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrix.bfloat16() if matrix.is_cuda else matrix

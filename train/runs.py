@@ -21,6 +21,7 @@ from train.resume import Resume
 
 SETTINGS, FINISHED = "settings.json", "finished"
 # Settings that decide what is learnt. A run whose other settings change, such as its logger, is still the same run.
+# eval_batch_size may have to shrink after the last step, where the bundle's figures did not fit into memory.
 DECISIVE = ("seed_everything", "data", "model", "ema", "early_stopping", "checkpoint", "trainer", "ckpt_path")
 INDIFFERENT = ("logger", "default_root_dir", "profiler", "enable_progress_bar")  # of the trainer's
 
@@ -107,7 +108,8 @@ def _going_on(path: Path) -> Run:
 
 def _decisive(config: dict[str, Any]) -> dict[str, Any]:
     kept = {key: config.get(key) for key in DECISIVE}
-    return kept | {"trainer": {k: v for k, v in config["trainer"].items() if k not in INDIFFERENT}}
+    return kept | {"trainer": {k: v for k, v in config["trainer"].items() if k not in INDIFFERENT},
+                   "data": {k: v for k, v in config["data"].items() if k != "eval_batch_size"}}
 
 
 def _numbered(parent: Path) -> list[Path]:

@@ -18,6 +18,7 @@ from train.trainer import ours
 
 Batch = tuple[Tensor, Tensor]  # images uint8 or float 0..255 [B,C,H,W]; labels int64 [B] or shares [B,K]
 ADAMW, CONSTANT = optim.Optimizer(), optim.Schedule()
+METRICS = ("val/loss", "val/accuracy", "train/loss", "train/accuracy")  # of each epoch, by the names they are logged by
 PREPARE_IMAGES = 5000  # training images that a network which fixes a layer from data gets to see
 
 
@@ -51,6 +52,8 @@ class Classifier(L.LightningModule):
         """
         super().__init__()
         networks.check(network)
+        if not 0 <= label_smoothing <= 1:
+            raise ValueError(f"model.label_smoothing: {label_smoothing} is not in 0..1; it is a share of the label")
         self.save_hyperparameters(ignore=["weights", "channels_last", "compile", "tta"])  # those are not the model's
         self.name, self.options, self.weights = network, options or {}, weights
         self.optimizer, self.schedule = optimizer, schedule
@@ -160,9 +163,18 @@ class Classifier(L.LightningModule):
         self._report("test_tta")
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        optimizer = optim.build(self.network, self.optimizer)
-        steps = int(self.trainer.estimated_stepping_batches)
-        scheduler = self.schedule.scheduler(optimizer, steps)
+        # A fused optimizer unscales gradients in its step, too late for clipping: under a mixed precision Lightning
+        # refuses the two together.
+        clips = bool(self.trainer.gradient_clip_val) and self.trainer.precision in ("16-mixed", "bf16-mixed")
+        optimizer = optim.build(self.network, self.optimizer, fused=not clips)
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            if self.schedule.name != "constant" or self.schedule.warmup:
+                raise ValueError("model.schedule: a run that only time ends has no shares of steps; give "
+                                 "--trainer.max_epochs or --trainer.max_steps beside --trainer.max_time, or "
+                                 "--model.schedule.name constant with --model.schedule.warmup 0")
+            steps = 0  # the constant rate asks for none
+        scheduler = self.schedule.scheduler(optimizer, int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def recipe(self) -> dict[str, Any]:

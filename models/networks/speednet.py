@@ -24,6 +24,14 @@ class SpeedNet(Network):
                  scale: float = 1 / 9, norm_momentum: float = 0.4, kernel: int = 2):
         """`depth` convolutions a block (the third and later ones lie in a shortcut); `scale` multiplies the logits."""
         super().__init__()
+        if not (isinstance(widths, Sequence) and widths and all(isinstance(w, int) and w > 0 for w in widths)):
+            raise ValueError(f"network speednet: widths: {widths!r} is no list of filters, such as [64, 256, 256]")
+        for name, count in (("depth", depth), ("kernel", kernel)):
+            if not (isinstance(count, int) and count > 0):
+                raise ValueError(f"network speednet: {name}: {count!r} is no whole number above 0")
+        for name, factor in (("scale", scale), ("norm_momentum", norm_momentum)):
+            if not isinstance(factor, int | float):
+                raise ValueError(f"network speednet: {name}: {factor!r} is no number")
         if size >> len(widths) < 1:
             raise ValueError(f"network speednet: {size} pixels are too few for {len(widths)} blocks, each of which "
                              f"halves them; give {2 << len(widths)} or more, or fewer widths")

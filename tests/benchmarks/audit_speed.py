@@ -8,6 +8,7 @@ import argparse
 import resource
 import time
 
+import bare  # noqa: F401  (first: it puts the repository on the path)
 import numpy as np
 import torch
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 
+import bare  # noqa: F401  (first: it puts the repository on the path)
 import numpy as np
 import torch
 
@@ -63,7 +64,7 @@ def main() -> None:
     print(f"{options.device}, {options.threads} threads")
     print(f"{'':24}{'ms':>8}  times as fast as torchvision, image by image")
     for name, (chosen, transforms) in CASES.items():
-        augment = Augmenter(Augmentation(**chosen), spec, [128.0] * 3, 10, 0)
+        augment = Augmenter(Augmentation(**chosen), spec, [128.0] * 3, 10, 512, 0)
         spent = milliseconds(partial(run, augment, images, labels, rows), options.device)
         ratio = ""
         if transforms:

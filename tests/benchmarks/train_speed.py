@@ -19,18 +19,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
+import bare  # first: it puts the repository on the path
+import cv2
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback
 
-import models.networks  # noqa: E402, F401, I001  (before lightning)
-import bare  # noqa: E402
-import cv2  # noqa: E402
-import lightning as L  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from lightning.pytorch.callbacks import Callback  # noqa: E402
-
-from train import cli, optim  # noqa: E402
+from train import cli, optim
 
 AUGMENT = ["--data.augment.flip", "alternating", "--data.augment.crop_padding", "2"]
 CASES = {  # the recipe's network and how it is fed

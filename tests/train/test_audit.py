@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 
 from train import audit
 from train.audit import duplicates
-from train.data import ImageData
+from train.data import Augmentation, ImageData
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore:::lightning")
@@ -138,6 +138,29 @@ def test_what_was_found_is_kept_for_the_same_data_and_split(faulty, tmp_path, mo
     assert again.leaked_test.tolist() == first.leaked_test.tolist()
 
 
+def test_names_that_were_changed_are_shown_anew(tmp_path):
+    source, cache = folder(tmp_path / "photos"), str(tmp_path / "cache")
+    (source / "red" / "011.png").write_bytes((source / "red" / "003.png").read_bytes())
+    look(source, cache=cache)
+    (source / "red" / "011.png").rename(source / "red" / "twin.png")
+    _, findings = look(source, cache=cache)
+    assert findings["exact_duplicates"]["pairs"][0]["second"]["file"] == "red/twin.png"
+
+
+def test_a_mirrored_copy_is_one_where_flips_are_trained_on(tmp_path):
+    folder(tmp_path / "photos/train", 20)
+    folder(tmp_path / "photos/test", 8, first=100)
+    file = tmp_path / "photos/test/green/mirrored.jpg"
+    cv2.imwrite(str(file), cv2.flip(picture(1, 4), 1), [cv2.IMWRITE_JPEG_QUALITY, 80])
+    _, findings = look(tmp_path / "photos", size=32, cache=str(tmp_path / "cache"))
+    assert findings["near_duplicates"]["count"] == 0
+    flipped = Augmentation(flip="alternating")
+    data, findings = look(tmp_path / "photos", size=32, cache=str(tmp_path / "cache"), augment=flipped)
+    (pair,) = findings["near_duplicates"]["pairs"]
+    assert [pair[side]["file"] for side in ("first", "second")] == ["test/green/mirrored.jpg", "train/green/004.png"]
+    assert data.found.items.name(data.index["test"][data.leaked_test[0]]) == "test/green/mirrored.jpg"
+
+
 def test_many_images_meet_in_cells(monkeypatch):
     rng = np.random.default_rng(0)
     pixels = np.stack([picture(i % 3, i) for i in range(400)])
@@ -150,6 +173,11 @@ def test_many_images_meet_in_cells(monkeypatch):
     cells = duplicates.near(pixels, usable, cpu)
     assert set(zip(whole.first.tolist(), whole.second.tolist(), strict=True)) == {(i, 400 + i) for i in range(30)}
     assert len(cells.first) >= 28
+    both = np.concatenate([pixels[:200], pixels[:20, :, ::-1]])
+    found = duplicates.near(both, np.ones(len(both), bool), cpu, mirrored=True)
+    pairs = set(zip(found.first.tolist(), found.second.tolist(), strict=True))
+    assert pairs <= {(i, 200 + i) for i in range(20)}
+    assert len(pairs) >= 18
 
 
 def test_the_command_writes_the_report_and_warns(commands, faulty, tmp_path):

@@ -6,7 +6,10 @@ import pytest
 import torch
 from pictures import folder
 
+from models.image import InputSpec
 from train.data import Augmentation, ImageData
+from train.data.augment import Augmenter
+from train.data.spec import kept_spec
 
 EVERYTHING = {"flip": "random", "crop_padding": 3, "rotation": 10.0, "random_resized_crop": 0.5, "brightness": 0.2,
               "contrast": 0.2, "saturation": 0.2, "hue": 0.1, "cutout": 6, "erasing": 0.5, "mixup": 0.2, "cutmix": 1.0}
@@ -75,6 +78,24 @@ def test_alternating_flips_show_both_sides_in_any_two_epochs(photos):
     assert all((one != two).all() for one, two in pairwise(sides))
 
 
+def test_the_sides_of_alternating_flips_are_independent_of_place_and_seed():
+    def sides(seed: int) -> np.ndarray:
+        augment = Augmenter(Augmentation(flip="alternating"), InputSpec(height=4, width=4), [0.0] * 3, 2, 4000, seed)
+        images = torch.arange(48, dtype=torch.uint8).view(1, 3, 4, 4).expand(4000, -1, -1, -1)
+        rows = torch.arange(4000)
+        found, _ = augment(images, torch.zeros_like(rows), rows, 0, np.random.default_rng(0))
+        return (found != images).any(3).any(2).any(1).numpy() * 2.0 - 1
+
+    one, other = sides(0), sides(1)
+    assert np.array_equal(one, sides(0))
+    assert abs(one.mean()) < 0.06  # four standard errors
+    for lag in range(1, 20):
+        assert abs((one[lag:] * one[:-lag]).mean()) < 0.065, lag
+        assert abs((one[lag:] * other[:-lag]).mean()) < 0.065, lag
+        assert abs((other[lag:] * one[:-lag]).mean()) < 0.065, lag
+    assert abs((one * other).mean()) < 0.065
+
+
 @pytest.mark.parametrize("border", ["reflect", "zero"])
 def test_padded_crops_are_windows_of_the_padded_image(photos, border):
     epochs = Epochs(photos, crop_padding=2, border=border)
@@ -97,6 +118,22 @@ def test_rotation_by_nothing_changes_nothing_and_turns_are_about_the_centre(phot
         uniform = staticmethod(lambda low, high, count: np.full(count, high))
 
     assert torch.equal(warp(square, (8, 8), 0, 90.0, "zero", Right()), square.rot90(-1, (2, 3)))
+
+
+def test_a_turn_leaves_scale_and_crop_of_a_margin_be(tmp_path):
+    source = folder(tmp_path / "photos", size=48)
+    settings = {"cache": "", "workers": 0, "batch_size": 64, "size": 32, "short_side": 40}
+    turned = ImageData(str(source), augment=Augmentation(rotation=1e-4), **settings)
+    turned.setup()
+    kept = turned._pixels(kept_spec(turned.input)).transpose(0, 3, 1, 2).astype(int)
+    loader = turned.train_dataloader()
+    (images, _), = loader
+    places = set()
+    for row, image in zip(loader.order.epoch(0)[0], images.numpy().astype(int), strict=True):
+        (place,) = [(y, x) for y in range(9) for x in range(9)
+                    if np.abs(image - kept[row][:, y:y + 32, x:x + 32]).max() <= 1]
+        places.add(place)
+    assert len(places) > 8
 
 
 def test_holes_take_the_mean_colour(photos):
@@ -148,11 +185,10 @@ def test_settings_out_of_range_are_refused():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_gives_what_the_cpu_gives(photos):
-    from train.data.augment import Augmenter
     from train.data.order import rng
 
     data = Epochs(photos).data
-    augment = Augmenter(Augmentation(**EVERYTHING), data.input, data.mean, 3, 0)
+    augment = Augmenter(Augmentation(**EVERYTHING), data.input, data.mean, 3, len(data.found.items), 0)
     images = torch.from_numpy(data.known.pixels).permute(0, 3, 1, 2)
     labels, rows = torch.from_numpy(data.found.labels), torch.arange(len(images))
     here, shares = augment(images, labels, rows, 0, rng("test", 0))

@@ -74,6 +74,15 @@ def test_pixels_labels_and_moments_belong_together(tmp_path, cache):
     assert data.std == pytest.approx(images.std((0, 2, 3), correction=0).tolist())
 
 
+def test_a_channel_without_contrast_can_be_divided_by(tmp_path, cache):
+    source = folder(tmp_path / "photos")
+    for path in source.rglob("*.png"):
+        cv2.imwrite(str(path), cv2.imread(str(path)) * np.uint8([0, 1, 1]))
+    data = ready(source, cache)
+    assert data.std[2] == 1
+    assert min(data.std[:2]) > 10
+
+
 def test_files_come_as_samples_byte_for_byte(tmp_path, cache):
     data = ready(folder(tmp_path / "photos"), cache, val_fraction=0.3)
     samples = data.samples(6)
@@ -110,6 +119,15 @@ def test_a_stream_gives_what_memory_gives(tmp_path, cache):
         kept, streamed = ([*getattr(ready(source, cache, memory=memory, workers=workers, size=32), part)()]
                           for memory, workers in (("memory", 0), ("stream", 2)))
         assert all(torch.equal(a, b) and torch.equal(x, y) for (a, x), (b, y) in zip(kept, streamed, strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_file_that_vanishes_from_a_stream_is_named_in_one_line(tmp_path, cache, workers):
+    source = folder(tmp_path / "photos")
+    data = ready(source, cache, memory="stream", workers=workers)
+    (source / data.found.items.name(int(data.index["train"][3]))).unlink()
+    with pytest.raises(DataError, match=r"^\w+/\d+\.png: can't be read any more: No such file or directory$"):
+        list(data.train_dataloader())
 
 
 def test_what_does_not_fit_is_streamed_and_said(tmp_path, cache, capsys):

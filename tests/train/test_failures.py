@@ -1,5 +1,8 @@
 """What goes wrong in a run is one line that says what to try, and a status that is not 0."""
 import pytest
+import torch
+
+from models import networks
 
 QUIET = "--logger", "none", "--progress.quiet", "true", "--audit.enabled", "false"
 
@@ -13,6 +16,17 @@ QUIET = "--logger", "none", "--progress.quiet", "true", "--audit.enabled", "fals
     (("--logger", "tensorbord"), 2, "train: --logger tensorbord: not one of tensorboard, csv, wandb, mlflow, none"),
     (("--trainer.default_root_dir", "/proc/nowhere"), 2, "train: [Errno 2] No such file or directory: '/proc/nowhere"),
     (("--trainer.precision", "16-mixed", "--trainer.accelerator", "gpu"), 2, "train: "),
+    (("--model.label_smoothing", 1.5), 2, "model.label_smoothing: 1.5 is not in 0..1"),
+    (("--model.optimizer.head_lr", 0), 2, "model.optimizer.head_lr: 0.0 is not above 0"),
+    (("--model.optimizer.bias_lr", 0), 2, "model.optimizer.bias_lr: 0.0 is not above 0"),
+    (("--trainer.max_epochs", -1, "--trainer.max_time", "00:00:00:05"), 2, "a run that only time ends"),
+    (("--model.network", "speednet", "--model.options", "{widths: 64}"), 2, "widths: 64 is no list"),
+    (("--model.network", "speednet", "--model.options", "{widths: []}"), 2, "widths: [] is no list"),
+    (("--model.network", "speednet", "--model.options", "{depth: two}"), 2, "depth: 'two' is no whole number"),
+    (("--ckpt_path", __file__), 2, "no checkpoint, or a damaged one"),
+    (("--data.sampling", "balanced", "--model.weigh_classes", "true"), 2, "both do it twice; choose one"),
+    (("--early_stopping.monitor", "val/los"), 2, "early_stopping.monitor: 'val/los' is none of val/loss, val/accuracy"),
+    (("--trainer.max_epochs", 0), 2, "trainer.max_epochs: 0 trains nothing"),
 ])
 def test_one_line(commands, tmp_path, settings, status, words):
     command = commands.start("run", "digits", *QUIET, *settings, cwd=tmp_path)
@@ -20,6 +34,36 @@ def test_one_line(commands, tmp_path, settings, status, words):
     *told, last = command.text.splitlines()
     assert words in last
     assert all(line.startswith("data: ") for line in told)
+
+
+def test_the_traceback_is_shown_where_it_is_asked_for(commands, tmp_path):
+    settings = "run", "digits", *QUIET, "--model.label_smoothing", 1.5
+    plain, full = (commands.start(*settings, env={"IMAGO_TRACEBACK": value}, cwd=tmp_path) for value in (None, "1"))
+    assert plain.status() == full.status() == 2
+    assert "Traceback" not in plain.text
+    assert full.text.startswith("Traceback")
+    assert full.text.splitlines()[-1] == plain.text.splitlines()[-1]
+
+
+@pytest.mark.parametrize("subcommand", ["validate", "test", "predict"])
+def test_weights_that_are_none_are_not_scored(commands, tmp_path, subcommand):
+    (tmp_path / "rubbish.ckpt").write_bytes(b"PK no checkpoint")
+    for flags, words in (((), f"train: {subcommand}: the weights would be random ones; give --ckpt_path"),
+                         (("--ckpt_path", "rubbish.ckpt"), "train: --ckpt_path rubbish.ckpt: no checkpoint, or a"),
+                         (("--ckpt_path", "nowhere.ckpt"), "nowhere.ckpt")):
+        command = commands.start(subcommand, "--data.source", "digits", "--model.network", "convnet", *QUIET[2:],
+                                 *flags, cwd=tmp_path)
+        assert command.status() == 2
+        assert words in command.text.splitlines()[-1]
+        assert "Traceback" not in command.text
+
+
+def test_a_checkpoint_of_another_network_is_refused(commands, tmp_path):
+    commands.run("run", "digits", *QUIET, "--trainer.max_epochs", 1, "--export.enabled", "false", cwd=tmp_path)
+    command = commands.start("test", "--data.source", "digits", *QUIET[2:], "--data.size", 16,
+                             "--ckpt_path", next(tmp_path.rglob("best.ckpt")), cwd=tmp_path)
+    assert command.status() == 2
+    assert "best.ckpt: of another network" in command.text.splitlines()[-1]
 
 
 @pytest.mark.parametrize(("evaluating", "flag"), [
@@ -33,4 +77,19 @@ def test_out_of_memory_names_the_batch_size_to_try(commands, tmp_path, evaluatin
     last = command.text.splitlines()[-1]
     assert last.startswith("train: out of memory on cpu with batches of ")
     assert f"; try {flag}" in last + ","
+    assert "Traceback" not in command.text
+
+
+@pytest.mark.parametrize("subcommand", ["test", "run"])
+def test_out_of_memory_is_told_in_every_command_and_in_the_export(commands, tmp_path, subcommand):
+    torch.save(networks.build("convnet", 10, 1, 512).state_dict(), tmp_path / "weights.pt")
+    data = ("digits",) if subcommand == "run" else ("--data.source", "digits")
+    command = commands.start(
+        subcommand, *data, *QUIET[2:], "--model.network", "convnet", "--model.weights", "weights.pt", "--data.size",
+        512, "--data.batch_size", 2, "--data.eval_batch_size", 400, "--data.cache", "",
+        "--trainer.limit_val_batches", 0, "--trainer.limit_train_batches", 1, "--trainer.max_epochs", 1,
+        cwd=tmp_path, limits={"RLIMIT_AS": 6 << 30})
+    assert command.status() == 1, command.text
+    assert command.text.splitlines()[-1] == ("train: out of memory on cpu with batches of 400 in validation and test; "
+                                             "try --data.eval_batch_size 200")
     assert "Traceback" not in command.text

@@ -15,6 +15,14 @@ def test_the_learning_rate_found_lies_where_the_loss_falls(commands, tmp_path):
     assert not list(tmp_path.iterdir())  # a trial leaves nothing behind
 
 
+def test_a_loss_that_is_no_number_costs_the_batch_sizes_nothing(commands, tmp_path):
+    found = commands.run("find-batch-size", "digits", "--model.optimizer.name", "sgd", "--model.optimizer.lr", "1e30",
+                         cwd=tmp_path).text.splitlines()
+    speeds = [float(line.split()[1].replace(",", "")) for line in found if line.endswith("-")]
+    assert len(speeds) >= 3
+    assert min(speeds) > 0
+
+
 def test_the_batch_size_found_was_tried(commands, tmp_path):
     found = commands.run("find-batch-size", "digits", "--model.network", "convnet", cwd=tmp_path).text.splitlines()
     speeds = {int(a): float(b.replace(",", "")) for a, b, _ in (line.split() for line in found if line.endswith("-"))}

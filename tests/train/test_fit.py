@@ -64,6 +64,8 @@ def test_a_checkpoint_is_validated_tested_and_predicted_from(tmp_path, capsys):
     right = [truth[row["image"]] == row["label"] for row in rows]
     assert np.mean(right) == pytest.approx(tested["test/accuracy"].item())
     assert all(0.1 < float(row["confidence"]) <= 1 for row in rows)
+    cli.run(["predict", *recipe, "--trainer.limit_predict_batches", "2"])
+    assert list(csv.DictReader(capsys.readouterr().out.splitlines())) == rows[:2 * 2 * data.batch_size]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -104,9 +106,11 @@ def test_a_seed_gives_the_same_weights_and_another_one_others(tmp_path):
     ["--model.optimizer.name", "muon", "--model.optimizer.lr", "0.1", "--model.optimizer.others", "adamw",
      "--model.optimizer.others_lr", "0.01"],
     ["--trainer.accumulate_grad_batches", "2", "--model.channels_last", "true", "--trainer.precision", "bf16-mixed"],
-    ["--data.augment.mixup", "0.2", "--model.weigh_classes", "true", "--data.sampling", "balanced"],
+    ["--data.augment.mixup", "0.2", "--model.weigh_classes", "true"],
+    ["--data.sampling", "balanced"],
     ["--model.schedule.name", "linear", "--model.schedule.warmup", "0.3", "--trainer.gradient_clip_val", "1"],
     ["--model.schedule.name", "step", "--ema.decay", "0"],
+    ["--trainer.gradient_clip_val", "1", "--trainer.precision", "bf16-mixed"],
 ], ids=lambda flags: " ".join(word.removeprefix("--") for word in flags[:2]))
 def test_knobs_train(tmp_path, flags):
     found = fit(tmp_path, *flags, "--model.label_smoothing", "0", epochs=4)
@@ -224,7 +228,8 @@ def test_where_no_bundle_could_be_written_nothing_is_trained(commands, tmp_path,
 
 
 def test_help_names_every_knob(commands):
-    said = commands.run("fit", "--help").text
+    said = commands.run("run", "--help").text
+    assert said == commands.run("fit", "--help").text
     for knob in ("--model.network", "--data.source", "--trainer.precision", "--trainer.devices", "--trainer.strategy",
                  "--trainer.num_nodes", "--trainer.accumulate_grad_batches", "--store", "--name", "--ema.decay",
                  "--early_stopping.patience", "--ckpt_path"):

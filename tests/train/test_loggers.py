@@ -48,6 +48,21 @@ def test_tensorboard(commands, tmp_path):
     assert found.Images("val/predictions")[0].encoded_image_string[:4] == b"\x89PNG"
 
 
+def test_steps_before_the_first_checkpoint_are_not_there_twice(commands, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    settings = ("run", "digits", "--trainer.max_epochs", 1, "--trainer.log_every_n_steps", 1, "--data.batch_size", 100,
+                "--export.enabled", "false", "--audit.enabled", "false", "--trainer.callbacks+=killer.Killer")
+    assert commands.start(*settings, env={"KILL": "TERM:epoch:2"}, cwd=tmp_path).status() == 0
+    (run,) = (tmp_path / "artifacts/runs/digits").iterdir()
+    (run / "finished").unlink()  # as if it had been killed, with all it had logged on disk, and no checkpoint yet
+    (run / "last.ckpt").unlink()
+    assert "no whole checkpoint" in commands.run(*settings, cwd=tmp_path).text
+    found = EventAccumulator(str(run / "tensorboard"))
+    found.Reload()
+    assert [event.step for event in found.Scalars("train/loss_step")] == list(range(13))
+
+
 def leveldb_log(data: bytes) -> Iterator[bytes]:
     """The records of a .wandb file: seven bytes, then LevelDB's log format, blocks of 32 KiB whose pieces say whether
     they are whole (1), first (2), middle (3) or last (4) of a record."""

@@ -9,6 +9,8 @@ import pytest
 import torch
 from launch import Command, Commands
 
+from train import checkpoints
+
 EPOCHS, STEPS = 3, 11  # with batches of 120
 # Dropout, EMA and random crops: all that draws random numbers or keeps a state of its own.
 RECIPE = f"""
@@ -118,6 +120,19 @@ def test_a_run_killed_over_and_over_ends_as_one_that_never_was(commands, undistu
     assert (run_of(place) / metrics).read_text() == (run_of(undisturbed) / metrics).read_text()
 
 
+def test_the_history_shows_validation_only_where_there_was_one(commands, tmp_path):
+    flags = "--trainer.check_val_every_n_epoch", 2, "--trainer.max_epochs", 4, "--progress.quiet", "false"
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    told = [line for line in finish(commands, whole, *flags).text.splitlines() if line.startswith("epoch ")]
+    assert ["val loss" in line for line in told] == [False, True, False, True]
+    assert start(commands, killed, *flags, kill=f"TERM:step:{2 * STEPS + 3}").status() == 143
+    finish(commands, killed, *flags)
+    rows = result(whole)["callbacks"]["History"]["rows"]
+    assert ["val/loss" in row for row in rows] == [False, True, False, True]
+    assert rows[1]["val/loss"] != rows[3]["val/loss"]
+    assert_same(learnt(result(killed)), learnt(result(whole)))
+
+
 def test_a_damaged_checkpoint_is_passed_over(commands, undisturbed, tmp_path):
     place = tmp_path / "runs"
     assert start(commands, place, "--resume.every_steps", 4, kill="KILL:step:10").status() == 137
@@ -129,6 +144,19 @@ def test_a_damaged_checkpoint_is_passed_over(commands, undisturbed, tmp_path):
     assert "going on from step 4:" in finished.text
     assert_same(learnt(result(place)), learnt(result(undisturbed)))
     assert not list(run_of(place).glob(".*.tmp"))
+
+
+def test_a_checkpoint_with_any_byte_of_its_directory_flipped_is_told(tmp_path):
+    file = checkpoints.place(tmp_path, 3)
+    torch.save({"state_dict": {"w": torch.arange(1000.0)}, "epoch": 2}, file)
+    sound = file.read_bytes()
+    assert checkpoints.newest(tmp_path) == file
+    for place in range(sound.rindex(b"PK\x01\x02", 0, -200) - 400, len(sound)):
+        damaged = bytearray(sound)
+        damaged[place] ^= 0xFF
+        file.write_bytes(damaged)
+        if checkpoints.newest(tmp_path):  # some of its bytes say nothing, such as a date
+            assert torch.load(file, weights_only=True)["state_dict"]["w"].tolist() == list(range(1000))
 
 
 def test_a_full_disk_stops_with_a_word_and_costs_no_checkpoint(commands, undisturbed, tmp_path):

@@ -62,6 +62,14 @@ def test_csv_with_parts(tmp_path):
     check(str(write_table(tmp_path / "table.csv", rows, "path,label,split")), train=21, val=6, test=3)
 
 
+def test_blanks_around_a_label_in_a_csv_make_no_class(tmp_path):
+    files = folder(tmp_path / "photos", 10)
+    rows = [(str(path), path.parent.name + " " * (int(path.stem) % 2)) for path in sorted(files.rglob("*.png"))]
+    data = ImageData(str(write_table(tmp_path / "table.csv", rows)))
+    data.setup()
+    assert data.classes == CLASSES
+
+
 def test_csv_that_is_wrong_is_refused_in_one_line(tmp_path):
     def refused(rows: list[tuple], message: str, header: str = "path,label") -> None:
         with pytest.raises(DataError, match=message):
@@ -69,6 +77,7 @@ def test_csv_that_is_wrong_is_refused_in_one_line(tmp_path):
 
     refused([("a.png", "x")], "no column 'label'.*it has path, class", "path,class")
     refused([("a.png", "")], "line 2 lacks a path or a label")
+    refused([("a.png", " ")], "line 2 lacks a path or a label")
     refused([("a.png", "x", "somewhere")], "line 2: split 'somewhere' is none of", "path,label,split")
     refused([], "no rows")
     with pytest.raises(DataError, match=r"nowhere\.csv: not readable"):

@@ -53,7 +53,7 @@ def examine(data: ImageData) -> Findings:
     exact = duplicates.exact(facts["sha256"], usable)
     first_of_kind = usable.copy()
     first_of_kind[exact.second] = False  # copies of copies would only repeat what is found
-    near = duplicates.near(data.known.pixels, first_of_kind, device)
+    near = duplicates.near(data.known.pixels, first_of_kind, device, _mirrors(data))
     doubtful = labels.suspects(data.known.pixels, truth, np.flatnonzero(usable), len(data.classes), device)
 
     def image(i: int) -> dict[str, Any]:
@@ -78,6 +78,11 @@ def examine(data: ImageData) -> Findings:
             {**image(i), "suggested": data.classes[k], "confidence": round(float(p), 3)} for i, k, p in
             zip(doubtful.index[:SHOWN], doubtful.label[:SHOWN], doubtful.confidence[:SHOWN], strict=True)]},
     }
+
+
+def _mirrors(data: ImageData) -> bool:
+    """Whether training shows mirror images, so that one in another part is a duplicate."""
+    return data.augment.flip != "none"
 
 
 def _leaked(name: str, part: np.ndarray, exact: duplicates.Pairs, near: duplicates.Pairs) -> dict[str, Any]:
@@ -161,7 +166,8 @@ def _place(data: ImageData) -> Path | None:
     if data.cache is None:
         return None
     split = {part: data.index[part].tolist() for part in PARTS}
-    key = json.dumps([LAYOUT, data.digest, data.source, split, data.input.model_dump()])
+    names = hashlib.sha256("\0".join(map(data.found.items.name, range(len(data.found.items)))).encode()).hexdigest()
+    key = json.dumps([LAYOUT, data.digest, names, data.source, split, data.input.model_dump(), _mirrors(data)])
     return data.cache / "audit" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 
 

@@ -3,7 +3,7 @@ import argparse
 from pathlib import Path
 
 from train import audit
-from train.data import ImageData
+from train.data import Augmentation, ImageData
 
 REPORTS = "artifacts/audit"
 
@@ -20,9 +20,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--test-fraction", type=float, default=0.2, help="as in training (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the split, as in training (default %(default)s)")
     parser.add_argument("--max-unreadable", type=float, default=1.0, help="stop where a larger share can't be read")
+    parser.add_argument("--mirrored", action="store_true",
+                        help="mirror images are duplicates too, as where training flips images")
     options = parser.parse_args(argv)
     data = ImageData(options.source, root=options.root, size=options.size, val_fraction=options.val_fraction,
-                     test_fraction=options.test_fraction, seed=options.seed, max_unreadable=options.max_unreadable)
+                     test_fraction=options.test_fraction, seed=options.seed, max_unreadable=options.max_unreadable,
+                     augment=Augmentation(flip="random" if options.mirrored else "none"))
     data.setup()
     out = Path(options.out or f"{REPORTS}/{data.found.name}")
     findings = audit.run(data, out)

@@ -42,69 +42,94 @@ def exact(digests: np.ndarray, usable: np.ndarray) -> Pairs:
     return Pairs(index[first[group][copies]], index[copies], np.ones(int(copies.sum()), np.float32))
 
 
-def near(pixels: np.ndarray, usable: np.ndarray, device: torch.device) -> Pairs:
-    """Near duplicates among the usable images of uint8 [N, H, W, C]; exact copies come with a likeness of about 1."""
+def near(pixels: np.ndarray, usable: np.ndarray, device: torch.device, mirrored: bool = False) -> Pairs:
+    """Near duplicates among the usable images of uint8 [N, H, W, C]; exact copies come with a likeness of about 1.
+
+    `mirrored`: mirror images count as well, as they must where training mirrors them.
+    """
     index = np.flatnonzero(usable)
     if min(pixels.shape[1:3]) < 2 * max(COARSE.values()) - 4 or len(index) < 2:
         return Pairs(*(np.zeros(0, kind) for kind in (np.int64, np.int64, np.float32)))  # too few pixels to tell apart
-    pairs = _candidates(_descriptors(pixels, index, device))
-    chunks = np.array_split(pairs, len(pairs) // 256 + 1)
-    likeness = np.concatenate([_likeness(pixels, index[some], device) for some in chunks])
-    found = np.flatnonzero(likeness >= SAME)
-    found = found[np.argsort(-likeness[found], kind="stable")]
-    return Pairs(index[pairs[found, 0]], index[pairs[found, 1]], likeness[found])
+    plain, flipped = _descriptors(pixels, index, device)
+    least, pairs, likeness = _least(plain), [], []
+    for others in (plain, flipped) if mirrored else (plain,):
+        found = _candidates(plain, others, least)
+        close = np.concatenate([_likeness(pixels, index[some], device, others is flipped)
+                                for some in np.array_split(found, len(found) // 256 + 1)])
+        pairs.append(found[close >= SAME])
+        likeness.append(close[close >= SAME])
+    order = np.argsort(-np.concatenate(likeness), kind="stable")
+    both, likeness_of = np.concatenate(pairs)[order], np.concatenate(likeness)[order]
+    once = np.sort(np.unique(both, axis=0, return_index=True)[1])  # an image that is its own mirror image came twice
+    return Pairs(index[both[once, 0]], index[both[once, 1]], likeness_of[once])
 
 
-def _descriptors(pixels: np.ndarray, index: np.ndarray, device: torch.device) -> Tensor:
-    """float32 [M, COMPONENTS] of length 1."""
-    coarse = []
+def _descriptors(pixels: np.ndarray, index: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+    """float32 [M, COMPONENTS] of length 1, and those of the mirror images."""
+    coarse, side = [], COARSE[pixels.shape[3]]
     for rows in np.array_split(index, -(-len(index) // CELL)):
         images = torch.from_numpy(pixels[rows]).to(device).permute(0, 3, 1, 2).float()
-        flat = adaptive_avg_pool2d(images, COARSE[images.shape[1]]).flatten(1)
+        flat = adaptive_avg_pool2d(images, side).flatten(1)
         flat = flat - flat.mean(1, keepdim=True)
         coarse.append(flat / (flat.norm(dim=1, keepdim=True) + 30))  # plus 30: noise in flat images stays small
     features = torch.cat(coarse)
     values, vectors = torch.linalg.eigh(features.T @ features / len(features))
     values, vectors = values.flip(0)[:COMPONENTS], vectors.flip(1)[:, :COMPONENTS]
-    return normalize(features @ (vectors / (values + 0.01 * values[0]).sqrt()))
+    whitening = vectors / (values + 0.01 * values[0]).sqrt()
+    flipped = features.unflatten(1, (-1, side, side)).flip(3).flatten(1)
+    return normalize(features @ whitening), normalize(flipped @ whitening)
 
 
-def _candidates(descriptors: Tensor) -> np.ndarray:
-    """int64 [P, 2], first < second: pairs of descriptors with a cosine of ALIKE or more, or the closest of them.
+def _least(descriptors: Tensor) -> float:
+    """The cosine that makes a pair worth a closer look: ALIKE, or more where that gives more than LOOKS an image."""
+    count = len(descriptors)
+    chosen = np.random.default_rng(0).choice(count, min(count, 512), replace=False)
+    some = descriptors[torch.from_numpy(chosen).to(descriptors.device)]
+    cosines = (some @ descriptors.T).flatten()
+    allowed = len(some) + round(2 * LOOKS * len(some))  # each of them is most like itself
+    return max(ALIKE, float(cosines.topk(min(allowed, len(cosines))).values[-1]))
+
+
+def _candidates(descriptors: Tensor, others: Tensor, least: float) -> np.ndarray:
+    """int64 [P, 2], first < second: rows of `descriptors` and of `others` with a cosine of `least` or more.
 
     Very many images are sorted into cells around randomly chosen ones, each into the two closest (an inverted file,
     Jégou et al., 2011), so that the work grows with N^1.5 instead of N^2.
     """
-    count, draw = len(descriptors), np.random.default_rng(0)
-    some = descriptors[torch.from_numpy(draw.choice(count, min(count, 512), replace=False)).to(descriptors.device)]
-    cosines = (some @ descriptors.T).flatten()
-    allowed = len(some) + round(2 * LOOKS * len(some))  # each of them is most like itself
-    least = max(ALIKE, float(cosines.topk(min(allowed, len(cosines))).values[-1]))
+    count, device = len(descriptors), descriptors.device
     if count <= WHOLE:
-        return _closest(descriptors, torch.arange(count, device=descriptors.device), least)
-    centres = descriptors[torch.from_numpy(draw.choice(count, count // CELL, replace=False)).to(descriptors.device)]
-    cells = torch.cat([(rows @ centres.T).topk(2).indices for rows in descriptors.split(CELL)])
-    members = [(cells == k).any(1).nonzero()[:, 0] for k in range(len(centres))]
-    return np.unique(np.concatenate([_closest(descriptors[rows], rows, least) for rows in members]), axis=0)
+        everything = torch.arange(count, device=device)
+        return _closest(descriptors, everything, others, everything, least)
+    chosen = np.random.default_rng(0).choice(count, count // CELL, replace=False)
+    centres = descriptors[torch.from_numpy(chosen).to(device)]
+    cells, theirs = (torch.cat([(rows @ centres.T).topk(2).indices for rows in of.split(CELL)])
+                     for of in (descriptors, others))
+    found = []
+    for k in range(len(centres)):
+        rows, columns = ((of == k).any(1).nonzero()[:, 0] for of in (cells, theirs))
+        found.append(_closest(descriptors[rows], rows, others[columns], columns, least))
+    return np.unique(np.concatenate(found), axis=0)
 
 
-def _closest(descriptors: Tensor, rows: Tensor, least: float) -> np.ndarray:
-    """Pairs of the rising `rows` with a cosine of `least` or more, int64 [P, 2]."""
-    pairs = []
+def _closest(descriptors: Tensor, rows: Tensor, others: Tensor, columns: Tensor, least: float) -> np.ndarray:
+    """Pairs of the rising `rows` and `columns`, row < column, with a cosine of `least` or more, int64 [P, 2]."""
+    pairs = [np.zeros((0, 2), np.int64)]
     for start in range(0, len(rows), 1024):
-        cosine = descriptors[start:start + 1024] @ descriptors[start:].T
+        since = int(torch.searchsorted(columns, rows[start]))  # the columns before are less than any of these rows
+        cosine = descriptors[start:start + 1024] @ others[since:].T
         one, other = (cosine >= least).nonzero(as_tuple=True)
-        later = one < other
-        pairs.append(torch.stack([rows[one[later] + start], rows[other[later] + start]], 1).cpu().numpy())
+        one, other = rows[one + start], columns[other + since]
+        pairs.append(torch.stack([one, other], 1)[one < other].cpu().numpy())
     return np.concatenate(pairs)
 
 
-def _likeness(pixels: np.ndarray, pairs: np.ndarray, device: torch.device) -> np.ndarray:
+def _likeness(pixels: np.ndarray, pairs: np.ndarray, device: torch.device, mirrored: bool) -> np.ndarray:
     """float32 [P] for pairs of positions [P, 2]: the best correlation of either image's middle, at any scale, with any
-    place in the other."""
+    place in the other, or in its mirror image."""
     if not len(pairs):
         return np.zeros(0, np.float32)
     first, second = (_gray(pixels[side], device) for side in pairs.T)
+    second = second.flip(3) if mirrored else second
     best = _correlation(_band(first, SIDE), _band(second, SIDE))
     near_miss = ((best >= HOPE) & (best < SAME)).nonzero()[:, 0]  # most pairs are decided already
     first, second = first[near_miss], second[near_miss]

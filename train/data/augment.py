@@ -12,6 +12,7 @@ from torch import Tensor
 
 from models.image import InputSpec
 from train.data import colour, geometry, mixing
+from train.data.order import rng
 
 
 @dataclass
@@ -63,11 +64,13 @@ class Augmentation:
 class Augmenter:
     """Applies an Augmentation to batches; also cuts images that are kept with a margin to the size of the network."""
 
-    def __init__(self, chosen: Augmentation, spec: InputSpec, mean: list[float], classes: int, seed: int):
-        """`mean`: the colour of holes, in 0..255."""
+    def __init__(self, chosen: Augmentation, spec: InputSpec, mean: list[float], classes: int, images: int, seed: int):
+        """`mean`: the colour of holes, in 0..255; `images`: how many the data set has."""
         if chosen.border == "reflect" and chosen.crop_padding >= min(spec.height, spec.width):
             raise ValueError(f"augment.crop_padding: {chosen.crop_padding} is not less than the image's side")
-        self.chosen, self.spec, self.classes, self.seed = chosen, spec, classes, seed
+        self.chosen, self.spec, self.classes = chosen, spec, classes
+        # A coin for each image that is thrown once: which side alternating flips show in even epochs
+        self.sides = torch.from_numpy(rng("flip", seed).random(images) < 0.5)
         self.fill = torch.tensor(mean).round().to(torch.uint8).view(1, -1, 1, 1)
 
     def __call__(self, images: Tensor, labels: Tensor, rows: Tensor, epoch: int,
@@ -78,13 +81,16 @@ class Augmenter:
         """
         chosen, size = self.chosen, (self.spec.height, self.spec.width)
         if chosen.random_resized_crop or chosen.rotation:
-            images = geometry.warp(images, size, chosen.random_resized_crop, chosen.rotation, chosen.border, draw)
+            # A random-resized crop takes the place of the crop from the margin; a mere turn leaves scale and margin be
+            target = size if chosen.random_resized_crop else (images.shape[2], images.shape[3])
+            images = geometry.warp(images, target, chosen.random_resized_crop, chosen.rotation, chosen.border, draw)
         if chosen.crop_padding or images.shape[2:] != size:
             images = geometry.shift(images, size, chosen.crop_padding, chosen.border, draw)
         if chosen.flip == "random":
             images = geometry.flip(images, torch.from_numpy(draw.random(len(images)) < 0.5))
         elif chosen.flip == "alternating":
-            images = geometry.flip(images, geometry.sides(rows, self.seed) ^ (epoch % 2 == 1))
+            self.sides = self.sides.to(rows.device)
+            images = geometry.flip(images, self.sides[rows] ^ (epoch % 2 == 1))
         if chosen.brightness or chosen.contrast or chosen.saturation or chosen.hue:
             images = colour.jitter(images, chosen.brightness, chosen.contrast, chosen.saturation, chosen.hue, draw)
         if chosen.cutout:

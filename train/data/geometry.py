@@ -42,11 +42,6 @@ def flip(images: Tensor, chosen: Tensor) -> Tensor:
     return torch.where(chosen.to(images.device, non_blocking=True).view(-1, 1, 1, 1), images.flip(3), images)
 
 
-def sides(rows: Tensor, seed: int) -> Tensor:
-    """bool [B]: a coin for each row of the data set that falls the same way every time (multiplicative hashing)."""
-    return ((rows + seed) * 2654435761 >> 16) % 2 == 1
-
-
 def warp(images: Tensor, size: tuple[int, int], least: float, degrees: float, border: str,
          draw: np.random.Generator) -> Tensor:
     """A random part of each image, turned, resampled once (bilinear) to `size`.

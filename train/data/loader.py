@@ -9,7 +9,7 @@ from torch import Tensor
 from models.image import InputSpec
 from train.data.order import Order, rng
 from train.data.pixels import Decoded, loader
-from train.data.source import Items
+from train.data.source import DataError, Items
 
 Batch = tuple[Tensor, Tensor]  # uint8 [B, C, H, W] in channels-last layout, int64 [B] or float [B, K] when mixed
 Augment = Callable[[Tensor, Tensor, Tensor, int, np.random.Generator], Batch]
@@ -99,4 +99,6 @@ class StreamBatches(Batches):
     def _images(self, rows: list[np.ndarray]) -> Iterator[Tensor]:
         batches = [self.positions[some] for some in rows]
         for images in loader(self.decoded, batches, self.workers, pin=self.device.type == "cuda"):
+            if isinstance(images, DataError):
+                raise images
             yield images.to(self.device, non_blocking=True).permute(0, 3, 1, 2)

@@ -16,7 +16,7 @@ from train.data.cache import Known, known
 from train.data.loader import Batches, MemoryBatches, StreamBatches
 from train.data.memory import Memory, choose
 from train.data.order import Order
-from train.data.pixels import encoded, to_pixels
+from train.data.pixels import encoded, pixels_of
 from train.data.source import PARTS, Arrays, DataError, Source, cache_home, say
 from train.data.sources import open_source
 from train.data.spec import input_spec, kept_spec, thumbnail_spec
@@ -134,7 +134,7 @@ class ImageData(L.LightningDataModule):
         index = self.index["train"]
         if self.place == "stream":
             some = index[np.linspace(0, len(index) - 1, min(SAMPLED, len(index)), dtype=np.int64)]
-            yield from (to_pixels(self.found.items[i], self.input)[None] for i in some.tolist())
+            yield from (pixels_of(self.found.items, i, self.input)[None] for i in some.tolist())
         else:
             yield from (self.known.pixels[some] for some in np.array_split(index, -(-len(index) // 1024)))
 
@@ -154,7 +154,8 @@ class ImageData(L.LightningDataModule):
             weights /= weights.sum()
         size = self.batch_size if training else self.eval_batch_size or 2 * self.batch_size
         order = Order(rows, size, training, self.seed, rank, world, weights)
-        augment = Augmenter(self.augment, self.input, self.mean, len(self.classes), self.seed) if training else None
+        augment = Augmenter(self.augment, self.input, self.mean, len(self.classes), len(self.found.items),
+                            self.seed) if training else None
         spec, device = kept_spec(self.input) if training else self.input, self._device()
         labels = self._tensor("labels", lambda: torch.from_numpy(self.found.labels), device)
         if self.place == "stream":
@@ -224,9 +225,14 @@ def _digest(facts: Known, found: Source) -> str:
 
 
 def _moments(chunks: Iterable[np.ndarray]) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel of uint8 [M, H, W, C] chunks, in 0..255."""
+    """Mean and standard deviation of each channel of uint8 [M, H, W, C] chunks, in 0..255.
+
+    A channel that is the same everywhere gets the deviation 1, so that it can be divided by.
+    """
     counts = sum((np.stack([np.bincount(plane.reshape(-1), minlength=256) for plane in np.moveaxis(chunk, 3, 0)])
                   for chunk in chunks), np.zeros((1, 256), np.int64))
     levels, total = np.arange(256.0), counts[0].sum()
     mean = counts @ levels / total
-    return mean.tolist(), np.sqrt(counts @ levels**2 / total - mean**2).tolist()
+    variance = counts @ levels**2 / total - mean**2
+    constant = (counts > 0).sum(1) == 1  # told by the counts: the variance is off by a rounding error
+    return mean.tolist(), np.where(constant, 1.0, np.sqrt(variance.clip(0))).tolist()

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from models import image
 from models.image import InputSpec
-from train.data.source import Items
+from train.data.source import DataError, Items
 
 # What one look at an item tells; `problem` is empty where it can be used.
 FACTS = np.dtype([("sha256", "u1", 32), ("width", "i4"), ("height", "i4"), ("format", "U8"), ("mode", "U8"),
@@ -38,6 +38,18 @@ def to_pixels(item: bytes | np.ndarray, spec: InputSpec) -> np.ndarray:
     return image.decode(encoded(item), spec)
 
 
+def pixels_of(items: Items, i: int, spec: InputSpec) -> np.ndarray:
+    """`to_pixels` of an item that could be read when the data was looked through.
+
+    Raises DataError, with the item's name, where it can't be any more: a file was moved, or a share went away.
+    """
+    try:
+        return to_pixels(items[i], spec)
+    except (OSError, image.ImageError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise DataError(f"{items.name(i)}: can't be read any more: {reason}") from error
+
+
 class ByPosition(Dataset):
     """Dataset whose index is an array of positions among the items."""
 
@@ -46,10 +58,14 @@ class ByPosition(Dataset):
 
 
 class Decoded(ByPosition):
-    """Its elements are pixels, uint8 [B, H, W, C]."""
+    """Its elements are pixels, uint8 [B, H, W, C]; or an error, to be raised in the process that trains: from a worker
+    torch would hand on its whole traceback as the message."""
 
-    def __getitem__(self, index: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.stack([to_pixels(self.items[i], self.spec) for i in index.tolist()]))
+    def __getitem__(self, index: np.ndarray) -> Tensor | DataError:
+        try:
+            return torch.from_numpy(np.stack([pixels_of(self.items, i, self.spec) for i in index.tolist()]))
+        except DataError as error:
+            return error
 
 
 class Examined(ByPosition):

@@ -70,6 +70,7 @@ def table(path: Path) -> Source:
         if column not in columns:
             raise DataError(f"{path}: no column {column!r} in the first line; it has {', '.join(columns) or 'nothing'}")
     for number, row in enumerate(rows, 2):
+        row["label"] = (row["label"] or "").strip()  # "red " is no other class than "red"
         if not row["path"] or not row["label"]:
             raise DataError(f"{path}: line {number} lacks a path or a label")
         if row.get("split") and not part_name(row["split"]):

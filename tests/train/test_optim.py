@@ -1,0 +1,66 @@
+"""The optimizers' mathematics, and which parameters they treat how."""
+import pytest
+import torch
+
+from models import networks
+from train.optim import Muon, Optimizer, orthogonal, parameter_groups
+
+
+@pytest.mark.parametrize("shape", [(64, 576), (16, 9), (128, 128)])
+def test_singular_values_come_near_one_save_tiny_ones(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    u, before, vh = torch.linalg.svd(matrix, full_matrices=False)
+    found = u.T @ orthogonal(matrix) @ vh.T
+    assert (found - found.diag().diag()).abs().max() < 1e-9  # the directions stay
+    after, share = found.diag(), before / before.norm()
+    assert ((after > 0.68) & (after < 1.21))[share >= 1 / 50].all()
+    assert (after[share < 1 / 50] <= 3.4445 ** 3 * share[share < 1 / 50]).all()
+    assert (share >= 1 / 50).sum() > len(share) / 2
+
+
+def test_muon_is_nesterov_momentum_orthogonalised_at_a_held_norm():
+    generator = torch.Generator().manual_seed(1)
+    kernel = torch.nn.Parameter(torch.randn(8, 3, 3, 3, generator=generator))
+    gradients = [torch.randn(8, 3, 3, 3, generator=generator) for _ in range(3)]
+    expected, velocity = kernel.detach().clone(), torch.zeros_like(kernel)
+    muon = Muon([{"params": [kernel], "muon": True}], lr=0.1, momentum=0.6)
+    for gradient in gradients:
+        kernel.grad = gradient.clone()
+        muon.step()
+        velocity = 0.6 * velocity + gradient
+        update = (gradient + 0.6 * velocity).flatten(1)
+        expected = expected * (8 ** 0.5 / expected.norm()) - 0.1 * orthogonal(update).view_as(expected)
+        assert torch.allclose(kernel, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_muon_s_sgd_for_the_others_is_torch_s(momentum):
+    mine, theirs = (torch.nn.Parameter(torch.linspace(-1, 1, 5)) for _ in range(2))
+    muon = Muon([{"params": [mine], "weight_decay": 0.01}], lr=0.1, others_momentum=momentum)
+    sgd = torch.optim.SGD([theirs], 0.1, momentum, weight_decay=0.01, nesterov=momentum > 0)
+    for step in range(4):
+        for p, optimizer in ((mine, muon), (theirs, sgd)):
+            p.grad = torch.arange(5.0) - step
+            optimizer.step()
+    assert torch.allclose(mine, theirs)
+
+
+NO_KERNELS = {  # in networks whose parameters of several axes are not all kernels
+    "convnext_tiny": "layer_scale", "swin_t": "relative_position_bias_table", "vit_b_32": "class_token",
+}
+
+
+@pytest.mark.parametrize("name", NO_KERNELS)
+def test_only_what_maps_features_is_orthogonalised_and_decays(name):
+    with torch.device("meta"):
+        network = networks.build(name, 10, 3, 224)
+    names = {id(p): n for n, p in network.named_parameters()}
+    kernels, vectors, heads = ([names[id(p)] for p in group["params"]] for group in
+                               parameter_groups(network, Optimizer("muon", weight_decay=0.1)))
+    assert heads == ["head.weight"]
+    assert len(kernels) + len(vectors) + 1 == len(names)
+    assert all(n.endswith("weight") for n in kernels)
+    assert all(network.get_parameter(n).ndim > 1 for n in kernels)
+    several = {n for n in vectors if network.get_parameter(n).ndim > 1}
+    assert any(NO_KERNELS[name] in n for n in several)
+    assert not any(n.endswith("weight") for n in several)
