@@ -166,6 +166,7 @@ def test_torchrun_is_told_as_many_nodes_as_the_job_has():
     service = next(s for s in of("components/training-multinode", "Service") if s["metadata"]["name"] == "imago-train")
     assert endpoint.endswith(f"={service['metadata']['name']}:{service['spec']['ports'][0]['port']}")
     assert service["spec"]["clusterIP"] == "None", "its address must be the first pod's own"
+    assert spec["template"]["spec"]["subdomain"] == service["metadata"]["name"], "torchrun tells others its full name"
     assert service["spec"]["selector"]["batch.kubernetes.io/job-completion-index"] == "0"
 
 
