@@ -43,7 +43,7 @@ class Connection(HttpToolsProtocol):
     over = False  # nothing that comes is looked at any more
     in_message = in_head = False  # where the parser is
     moved = begun = False  # whether this read brought it on, and to another request
-    head_bytes = unfinished = body_bytes = discarded = 0
+    unfinished = read_bytes = body_bytes = discarded = 0
     unsent = 0.0  # since when an answer has not been taken
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # asyncio's base is wider
@@ -74,13 +74,13 @@ class Connection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self.over:
             return
-        self.moved, self.begun, self.body_bytes = False, False, 0
+        self.moved, self.begun, self.read_bytes, self.body_bytes = False, False, len(data), 0
         self.feed(data)
         if self.over:
             return
         if self.begun and self.in_head:  # only the end of it is this head
             self.unfinished = min(len(data) - self.body_bytes, len(data.rpartition(b"\r\n\r\n")[2]))
-        elif self.in_head or not self.moved:  # a head, or what HTTP has between the pieces of a body and after it
+        elif self.in_head or not self.moved:  # a head, or what HTTP has between the pieces of a body, and trailers
             self.unfinished += len(data)
         else:
             self.unfinished = 0
@@ -117,32 +117,18 @@ class Connection(HttpToolsProtocol):
         if self.current is None:
             self.since = self.loop.time()
         self.in_message = self.in_head = self.moved = self.begun = True
-        self.head_bytes = 0
-
-    def on_url(self, url: bytes) -> None:
-        if self.over:
-            return
-        super().on_url(url)
-        self.moved = True
-        self.head_bytes += len(url)
-        if self.head_bytes > MAX_HEAD_BYTES:
-            self.too_much()
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """Also of trailers, which come after the body."""
-        if self.over:
-            return
-        super().on_header(name, value)
-        self.moved = True
-        self.head_bytes += len(name) + len(value)
-        if self.head_bytes > MAX_HEAD_BYTES or len(self.headers) > MAX_HEADERS:
-            self.too_much()
 
     def on_headers_complete(self) -> None:
         if self.over or self.parser.should_upgrade():
             return
+        large = self.unfinished or self.read_bytes > MAX_HEAD_BYTES  # else it can't be too long
+        if len(self.headers) > MAX_HEADERS or (large and self.head_bytes() > MAX_HEAD_BYTES):
+            return self.too_much()
         self.in_head = False
         super().on_headers_complete()
+
+    def head_bytes(self) -> int:
+        return len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         """A request would have its turn, says uvicorn, which does not look at whether answers are taken."""

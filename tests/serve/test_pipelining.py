@@ -106,7 +106,7 @@ def test_a_large_body_before_a_head_is_not_taken_for_one(server):
 
 
 def test_trailers_and_chunk_extensions_are_bounded(server):
-    for flood in (b"a: b\r\n" * 200, b"a: " + b"b" * 100_000):
+    for flood in (b"a: b\r\n" * 20_000, b"a: " + b"b" * 100_000):
         with connect(server) as connection:
             connection.sendall(chunked(IMAGE)[:-2])
             time.sleep(0.05)
