@@ -96,6 +96,8 @@ class Connection(HttpToolsProtocol):
             # To HTTP/2, as Java's client and `curl --http2` ask in every request. The parser looks at no body then, so
             # it gets the request once more, as if nothing had been asked.
             method = self.parser.get_method()
+            if method == b"CONNECT":
+                return self.refuse(Problem(400, "this is no proxy", "malformed"))
             kept = [header for header in self.headers if header[0] not in (b"upgrade", b"connection")]
             self.parser = httptools.HttpRequestParser(self)
             self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn has it

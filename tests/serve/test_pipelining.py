@@ -170,6 +170,12 @@ def test_an_upgrade_is_not_taken_and_the_request_is_answered(server, path):
         assert statuses(connection, 3) == [200] * 3
 
 
+def test_a_tunnel_is_refused(server):
+    with connect(server) as connection:
+        connection.sendall(b"CONNECT example.com:443 HTTP/1.1\r\nHost: example.com\r\n\r\n")
+        assert statuses(connection) == [400]
+
+
 def test_a_method_that_is_not_taken_says_which_is(server):
     answer = server.http.get("/predict")
     assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
