@@ -22,7 +22,7 @@ def main(arguments: list[str]) -> int:
         options.add(parser)
         chosen = options.resolve(options.read(vars(parser.parse_args(arguments))))
         chosen.key()
-        if not machine.listens(chosen.host):
+        if not machine.free(chosen.host):
             raise ValueError(f"--host (IMAGO_HOST): this machine has no address of the kind {chosen.host}")
         if chosen.tracing:
             tracing.check()

@@ -60,11 +60,12 @@ def _v1(directory: Path) -> float | None:
         return None
 
 
-def listens(host: str) -> bool:
-    """Whether this machine has addresses of that kind: `::` needs IPv6, which may be turned off."""
+def free(host: str, port: int = 0) -> bool:
+    """Whether the port can be listened on; with 0, any: `::` needs IPv6, which may be turned off."""
     try:
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-            probe.bind((host, 0))
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
     except OSError:
         return False
     return True

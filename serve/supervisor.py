@@ -223,7 +223,7 @@ def serve(settings: Settings) -> int:
     """Run the service until it is told to end. Returns the exit status."""
     logs.configure(settings)
     for port in (settings.port, settings.metrics_port):
-        if port and not free(settings.host, port):
+        if port and not machine.free(settings.host, port):
             print(f"error: port {port} is in use; stop what uses it or choose another", file=sys.stderr)
             return 2
     run = machine.run_directory()
@@ -257,14 +257,3 @@ def _serve(settings: Settings, run: str) -> int:
         if metrics:
             metrics.shutdown()
     return 2 if supervisor.unusable else 0
-
-
-def free(host: str, port: int) -> bool:
-    """Whether the port can be listened on."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-    return True
