@@ -50,7 +50,8 @@ def test_training_ends_in_one_line_that_says_where_how_good_and_how_to_serve(tra
     accuracy = float(re.search(r"test accuracy (0\.\d+|1\.0+)", last)[1])
     assert accuracy >= 0.98
     assert str(store / "digits" / "1") in last
-    assert "serve" in last
+    command = last.partition("serve it: ")[2].split()
+    assert subprocess.run([*command, "--help"], cwd=ROOT, capture_output=True).returncode == 0, last
 
 
 def test_the_bundle_records_what_the_line_says(trained):

@@ -1,6 +1,8 @@
 """After the fit: test, calibrate, export, quantize, certify, report, publish."""
 import copy
 import json
+import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -123,8 +125,13 @@ def export_bundle(trainer: L.Trainer, system: Classifier, data: ImageData, expor
         path = seal(staged, manifest, seconds, export)
     tested = manifest.metrics["test"]
     print(f"{path}: test accuracy {tested.accuracy:.4f} on {tested.images} images; "
-          f"serve it: python -m serve --store {store} --model {name}")
+          f"serve it: {interpreter()} -m serve --store {store} --model {name}")
     return path
+
+
+def interpreter() -> str:
+    """This Python as it is called from here: `.venv/bin/python` in a clone."""
+    return sys.executable.removeprefix(f"{Path.cwd()}{os.sep}")
 
 
 def seal(staged: Staged, manifest: Manifest, seconds: dict[str, float], export: Export) -> Path:
