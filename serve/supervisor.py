@@ -4,9 +4,11 @@ It subclasses LitServer where version 0.2.19 leaves no public hook: to keep the 
 replaces; to watch the workers in its own way, since LitServe sees no hang and restarts without a pause; and to do
 without LitServe's manager process and queues, which nothing here uses.
 """
+import asyncio
 import contextlib
 import copy
 import multiprocessing
+import multiprocessing.connection
 import shutil
 import signal
 import socket
@@ -30,7 +32,8 @@ from serve.state import State
 from serve.worker import UNUSABLE, Worker
 
 TICK = 0.05  # seconds between two looks at a drain
-WATCH = 0.1  # seconds between two looks at the processes
+WATCH = 1.0  # seconds between two looks at the processes; one that ends is seen at once
+BEGINNING = 0.1  # the same until all have started
 FAREWELL = 1.0  # seconds in which clients that keep a connection get one more answer on it, and are told to close it
 LINGER = 0.3  # seconds in which clients are still told that we are leaving
 GUESTS = 0.2  # seconds to tell those who connected after the HTTP processes had ended
@@ -77,7 +80,7 @@ class Supervisor(litserve.LitServer):
         """Fork an HTTP process; all accept from the same socket."""
         app = copy.copy(self.app)
         app.response_queue_id = number
-        server = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=1, **self.options))
+        server = Api(uvicorn.Config(app, timeout_graceful_shutdown=1, **self.options))
         self.apis[number] = multiprocessing.get_context("fork").Process(
             target=run_api, args=(server, self.sockets), name=f"http-{number}")
         self.apis[number].start()
@@ -116,12 +119,16 @@ class Supervisor(litserve.LitServer):
                 except Exception:  # no process could be started, say: the next look tries again
                     logs.logger.exception("a %s process could not be replaced", kind)
                     watch.replaced()
-            time.sleep(WATCH)
+            due = [self.process(*key).sentinel for key, watch in watches.items() if watch.due()]
+            multiprocessing.connection.wait(due, WATCH if told else BEGINNING)
+
+    def process(self, kind: str, number: int) -> BaseProcess:
+        return self.inference_workers[number] if kind == "worker" else self.apis[number]
 
     def look_after(self, kind: str, number: int, watch: "Watch") -> None:
         if not watch.due():
             return
-        process = self.inference_workers[number] if kind == "worker" else self.apis[number]
+        process = self.process(kind, number)
         reason = self.failure(kind, number, process)
         if reason and process.exitcode == UNUSABLE and not self.ready_once:
             self.unusable = True
@@ -177,7 +184,24 @@ class Supervisor(litserve.LitServer):
         raise KeyboardInterrupt  # LitServe's way to end
 
 
-def run_api(server: uvicorn.Server, sockets: list[socket.socket]) -> None:
+class Api(uvicorn.Server):
+    """Looks around once a second; uvicorn does ten times, which is most of what an idle service costs."""
+
+    told: asyncio.Event | None = None
+
+    async def main_loop(self) -> None:
+        self.loop, self.told = asyncio.get_running_loop(), asyncio.Event()
+        while not await self.on_tick(0):  # which also writes the Date header of this second
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.told.wait(), 1.0)
+
+    def handle_exit(self, number: int, frame: Any) -> None:
+        super().handle_exit(number, frame)
+        if self.told is not None:
+            self.loop.call_soon_threadsafe(self.told.set)
+
+
+def run_api(server: Api, sockets: list[socket.socket]) -> None:
     """An HTTP process. `drain` came along with the fork, but is the supervisor's; uvicorn sets handlers of its own."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
