@@ -1,6 +1,7 @@
 """Shared by all tests: a small bundle in a store of its own, and real server processes."""
 import contextlib
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,8 @@ import tiny
 from launch import Commands
 from service import Server
 
+CHROMIUM_FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+                  "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and threads that wait for each other do not
 
 
@@ -34,6 +37,19 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
     started = Commands(tmp_path_factory.mktemp("commands"))
     yield started
     started.close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator:
+    """The machine's Chromium, driven by Playwright, whose event loop other modules must not meet."""
+    from playwright.sync_api import sync_playwright
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("there is no Chromium on this machine")
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_FLAGS)
+        yield running
+        running.close()
 
 
 @pytest.fixture

@@ -80,6 +80,19 @@ def test_raw_bytes_as_in_the_readme(served):
     assert answer["predictions"][0]["label"] == str(DIGITS.target[7])
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_no_barrier_in_the_reports(trained, browser, scheme):
+    """Of the model and of the data."""
+    from axe_playwright_python.sync_playwright import Axe
+    store = trained[0]
+    page = browser.new_page(color_scheme=scheme)
+    for path in (store / "digits" / "1" / "report.html", store.parent / "runs/digits/1/audit/index.html"):
+        page.goto(path.as_uri())
+        report = Axe().run(page)
+        assert not report.violations_count, report.generate_report()
+    page.close()
+
+
 @pytest.mark.slow
 def test_a_fresh_clone_serves_with_one_command(tmp_path):
     """What a newcomer does, virtual environment included."""

@@ -1,6 +1,5 @@
 """The page in a real Chromium, driven by Playwright, against a real server."""
 import json
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +12,6 @@ from service import Server
 
 from models.bundle import Calibration, write_sums
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]
 PASTE = """([name, bytes]) => {
   const files = new DataTransfer();
   files.items.add(new File([new Uint8Array(bytes)], name, {type: 'image/png'}));
@@ -40,15 +35,6 @@ def store(tmp_path_factory) -> Path:
                                       "<script>document.title = 'a script ran'</script>")
     write_sums(path)
     return store
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator:
-    from playwright.sync_api import sync_playwright
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield running
-        running.close()
 
 
 @pytest.fixture(scope="module")
@@ -250,3 +236,21 @@ def test_the_key_is_asked_for_and_sent(browser, start, store, tmp_path):
     assert "secret" not in card.locator("pre").text_content()
     assert "$IMAGO_API_KEY" in card.locator("pre").text_content()
     context.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_no_barrier(page, tmp_path, scheme):
+    """Names, roles, contrast, headings and more, by the rules of WCAG that a program can check."""
+    from axe_playwright_python.sync_playwright import Axe
+    page.emulate_media(color_scheme=scheme)
+    (tmp_path / "gray.png").write_bytes(cv2.imencode(".png", np.full((32, 32, 3), 9, np.uint8))[1].tobytes())
+    (tmp_path / "text.png").write_bytes(b"no image")
+    page.set_input_files("#files", [tmp_path / "gray.png", tmp_path / "text.png"])
+    page.locator("article").nth(1).wait_for()
+    for summary in page.locator("article summary").all():
+        summary.click()
+    found = [Axe().run(page)]
+    page.goto("/docs")
+    found.append(Axe().run(page))
+    assert not [report.generate_report() for report in found if report.violations_count]
+    page.wrong.clear()  # the console tells of the file that is no image

@@ -144,8 +144,8 @@ def summary(findings: Findings) -> list[str]:
     """What a person should know before training, one line each; what is fine is not mentioned."""
     lines, leak = [], findings["leakage"]["test"]
     if leak["count"]:
-        lines.append(f"WARNING: {leak['count']} test images ({leak['share']:.1%}) have a duplicate in the data that is "
-                     "trained on; test figures are given with and without them")
+        lines.append(f"WARNING: {leak['count']} test images ({leak['share']:.1%}) have an exact or near duplicate "
+                     "in the data that is trained on; test figures are given with and without them")
     for kind, name in (("exact_duplicates", "exact"), ("near_duplicates", "near")):
         found = findings[kind]
         if found["count"]:

@@ -92,9 +92,9 @@ def _section(anchor: str, title: str, text: str, body: str) -> str:
 def _alarm(leak: dict[str, Any]) -> str:
     if not leak["count"]:
         return ""
-    return (f'<section id="leakage" class="alarm">{leak["count"]:,} test images ({leak["share"]:.2%}) have a duplicate '
-            "in the data that is trained on. They make the test figures look better than they are; figures are given "
-            "with and without them.</section>")
+    return (f'<section id="leakage" class="alarm">{leak["count"]:,} test images ({leak["share"]:.2%}) have an exact or '
+            "near duplicate in the data that is trained on. They make the test figures look better than they are; "
+            "figures are given with and without them.</section>")
 
 
 def _unreadable(files: list[dict[str, str]]) -> str:
@@ -139,7 +139,8 @@ def _classes(rows: list[dict[str, Any]]) -> str:
         f'<td class="w"><div class="bar" style="width:{100 * row["train"] / most:.1f}%"></div></td>'
         f'{"".join(f"<td class=n>{row[part]:,}</td>" for part in ("train", "val", "test"))}'
         f'<td class="bad-text">{row["note"]}</td></tr>' for row in sorted(rows, key=lambda row: -row["train"]))
-    head = "<tr><th>Class</th><th></th><th class=n>train</th><th class=n>val</th><th class=n>test</th><th></th></tr>"
+    head = ("<tr><th>Class</th><th>Share</th><th class=n>train</th><th class=n>val</th><th class=n>test</th>"
+            "<th>Note</th></tr>")
     return _section("classes", "Classes", "Images by class and part.", f"<table>{head}{body}</table>")
 
 
