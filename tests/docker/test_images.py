@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import time
 import urllib.error
 import urllib.request
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from load import Load
-from service import free_ports
+from service import ROOT, free_ports
 
 NAMES = os.environ.get("IMAGO_TEST_IMAGES", "")
 pytestmark = [
@@ -152,6 +153,21 @@ def test_no_layer_remembers_the_index(engine):
         found = engine("run", "--rm", "--entrypoint=find", name(kind), "/etc", "/root", "/locks", "-name", "pip.conf",
                        check=False).stdout
         assert found.strip() == "", "a machine's pip settings are in the image"
+
+
+def test_a_second_build_gives_the_same_layers(engine):
+    """From nothing, not from the cache."""
+    flags = os.environ.get("BUILD_FLAGS", "")
+    if "Podman" not in engine("version").stdout and "rewrite-timestamp" not in flags:
+        pytest.skip("docker needs BUILD_FLAGS='--output type=image,rewrite-timestamp=true' for this")
+    again = {"PREFIX": "localhost/imago-again-", "TAG": "test", "BUILD_FLAGS": f"{flags} --no-cache"}
+    subprocess.run([ROOT / "docker/build", "serve"], env=os.environ | again, check=True, capture_output=True)
+    both = name("serve"), "localhost/imago-again-serve:test"
+    try:
+        first, second = (json.loads(engine("image", "inspect", image).stdout)[0]["RootFS"]["Layers"] for image in both)
+    finally:
+        engine("rmi", both[1])
+    assert first == second
 
 
 def test_serves_what_training_left(volume, serve):
