@@ -4,6 +4,7 @@ An engine is shared by all predictor threads of a worker. `run` says whether the
 every core (latency), while under load each predictor runs its own batch on its own core, and no core waits for another
 (throughput).
 """
+import ctypes
 import time
 from collections.abc import Callable
 from functools import partial
@@ -71,6 +72,11 @@ class Cuda:
     def __init__(self, path: Path, threads: int):
         if "CUDAExecutionProvider" not in ort.get_available_providers():
             raise ValueError("engine cuda: this onnxruntime has no CUDA; install onnxruntime-gpu, or take another")
+        try:
+            ctypes.CDLL("libcuda.so.1")
+        except OSError:
+            raise ValueError("engine cuda: there is no NVIDIA driver (libcuda.so.1) here; take another") from None
+        ort.preload_dlls()  # CUDA and cuDNN lie in packages of their own, where the linker does not look
         options = {"cudnn_conv_algo_search": "HEURISTIC", "arena_extend_strategy": "kSameAsRequested"}
         self.session = _session(path, threads, [("CUDAExecutionProvider", options), "CPUExecutionProvider"])
         if "CUDAExecutionProvider" not in self.session.get_providers():
@@ -97,7 +103,7 @@ def _session(path: Path, threads: int, providers: list, spin_us: int = 0) -> ort
 def makers(name: str, precision: str) -> list[Callable[[Path, int], Engine]]:
     """How to make the engine of a setting's name, the fastest way first; a later one is for where that fails."""
     if name == "auto":
-        name = "cuda" if "CUDAExecutionProvider" in ort.get_available_providers() else "onnxruntime"
+        return [Cuda, OnnxRuntime] if "CUDAExecutionProvider" in ort.get_available_providers() else [OnnxRuntime]
     if name == "openvino":
         return [partial(OpenVino, bf16=True), OpenVino] if precision == "fp32" else [OpenVino]
     return [Cuda if name == "cuda" else OnnxRuntime]
