@@ -111,6 +111,8 @@ def test_a_seed_gives_the_same_weights_and_another_one_others(tmp_path):
     ["--model.schedule.name", "linear", "--model.schedule.warmup", "0.3", "--trainer.gradient_clip_val", "1"],
     ["--model.schedule.name", "step", "--ema.decay", "0"],
     ["--trainer.gradient_clip_val", "1", "--trainer.precision", "bf16-mixed"],
+    ["--trainer.precision", "16-mixed"],
+    ["--trainer.precision", "bf16-true"],
 ], ids=lambda flags: " ".join(word.removeprefix("--") for word in flags[:2]))
 def test_knobs_train(tmp_path, flags):
     found = fit(tmp_path, *flags, "--model.label_smoothing", "0", epochs=4)
