@@ -1,4 +1,4 @@
-"""Several processes give what one gives: through torchrun, on the CPU."""
+"""Several processes give what one gives, on the CPU: through torchrun, and started by Lightning."""
 import collections
 import csv
 import os
@@ -19,14 +19,20 @@ SETTINGS = ("run", "digits", "--trainer.max_epochs", "2", "--trainer.log_every_n
 
 def torchrun(place: Path, *settings: str, flags: tuple[str, ...] = ("--nproc-per-node", "2"), kill: str = "",
              wait: bool = True) -> subprocess.Popen:
+    return launch(place, *settings, kill=kill, wait=wait, through=(
+        "-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_ports(1)[0]}",
+        *flags))
+
+
+def launch(place: Path, *settings: str, through: tuple[str, ...] = (), kill: str = "",
+           wait: bool = True) -> subprocess.Popen:
     (place / "seen").mkdir(exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "KILL": kill, "RECORD": str(place / "seen"),
                    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests/train")])}
     with open(place / "log", "ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint",
-             f"127.0.0.1:{free_ports(1)[0]}", *flags, "-m", "train", *SETTINGS, "--trainer.default_root_dir",
-             str(place / "runs"), "--store", str(place / "store"), *settings],
+            [sys.executable, *through, "-m", "train", *SETTINGS, "--trainer.default_root_dir", str(place / "runs"),
+             "--store", str(place / "store"), *settings],
             cwd=place, env=environment, stdout=log, stderr=subprocess.STDOUT)
     if wait:
         process.wait(280)
@@ -81,6 +87,13 @@ def test_two_processes_stopped_and_resumed_are_as_good_as_one(one, tmp_path):
     log = (tmp_path / "log").read_text()
     assert finished.returncode == 0, log
     assert log.count("going on from step") == 1
+    assert_alike(tmp_path, one)
+
+
+@pytest.mark.slow
+def test_lightning_starts_the_processes_itself(one, tmp_path):
+    done = launch(tmp_path, "--data.batch_size", "32", "--trainer.devices", "2", "--trainer.strategy", "ddp")
+    assert done.returncode == 0, (tmp_path / "log").read_text()
     assert_alike(tmp_path, one)
 
 
