@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 MAX_HEAD_BYTES = 32 << 10
 MAX_HEADERS = 100
 LAST_CALL = 0.1  # seconds, when the process ends, for a request on a connection that has only just come
+SPARE = 16  # connections beyond the bound, for one question about our health each: a crowd is no reason to be killed
+HEALTH = ("/health/", "/v2/health/")
 MAX_DISCARDED_BYTES = 16 << 20  # of a body whose request was answered already; then the connection is cut
 
 
@@ -51,8 +53,13 @@ class Connection(HttpToolsProtocol):
         self.since = self.loop.time()  # when we last began to wait for the client
         self.open.add(self)
         Connection.uvicorn = self.server_state
-        if len(self.open) > self.front.settings.max_connections:
-            self.refuse(Problem(503, "too many connections; try again in a second", "connections"))
+        crowd = len(self.open) - self.front.settings.max_connections
+        self.spare = crowd > 0
+        if crowd > SPARE:
+            self.crowded()
+
+    def crowded(self) -> None:
+        self.refuse(Problem(503, "too many connections; try again in a second", "connections"))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.open.discard(self)
@@ -134,6 +141,10 @@ class Connection(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         """A request would have its turn, says uvicorn, which does not look at whether answers are taken."""
+        if self.spare:
+            if not cycle.scope["path"].startswith(HEALTH):
+                return self.crowded()
+            cycle.keep_alive = False
         if self.current is not None or self.flow.write_paused:
             self.flow.pause_reading()
             self.pipeline.appendleft((cycle, app))

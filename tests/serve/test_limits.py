@@ -73,7 +73,7 @@ def test_pending_images_are_bounded_and_those_accepted_are_answered(start):
             assert int(refused.headers["retry-after"]) >= 1
             status, _ = Raw(server, head(1_000_000)).answer()  # its body was never sent
             assert status == 429
-            assert server.http.get("/health/ready").status_code == 200
+            assert [server.http.get(f"/health/{word}").status_code for word in ("live", "ready")] == [200, 200]
         assert [f.result().status_code for f in accepted] == [200] * 4
     assert server.metric("imago_rejected_total", reason="pending") == 3
     assert server.metric("imago_pending_images") == 0
@@ -221,7 +221,15 @@ def test_connections_are_bounded(start):
     wait(lambda: Raw(server, b"GET /health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").answer()[0] == 200)
     held = [Raw(server, b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n") for _ in range(3)]
     assert [c.socket.recv(12) for c in held] == [b"HTTP/1.1 200"] * 3
-    assert Raw(server, b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n").answer()[0] == 503
+    assert Raw(server, head(len(IMAGE)) + IMAGE).answer()[0] == 503
+    for path in (b"live", b"ready"):  # a crowd is no reason to restart it, or to send what it has to others
+        probe = Raw(server, b"GET /health/%b HTTP/1.1\r\nHost: x\r\n\r\n" % path)
+        assert probe.answer()[0] == 200
+        assert probe.is_closed()
+    spare = [Raw(server) for _ in range(16)]
+    wait(lambda: Raw(server).answer()[0] == 503)  # it said nothing, and there is room for no more
+    for connection in spare:
+        connection.socket.close()
     held[0].socket.close()
     wait(lambda: Raw(server, b"GET /health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").answer()[0] == 200)
 
