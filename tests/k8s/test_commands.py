@@ -72,21 +72,28 @@ def test_make_passes_them_on(nowhere):
 
 
 @pytest.fixture
-def refusing(tmp_path):
-    """A cluster that says this of what is applied; afterwards what it was asked."""
-    def deploy(*reasons: str) -> tuple[subprocess.CompletedProcess, str]:
+def cluster(tmp_path):
+    """Runs a verb where a cluster does this when it is asked something with these words; also all that it was asked.
+
+    Anything else it leaves without an answer: what is not named is not there.
+    """
+    def run_there(verb: str, answers: dict[str, str], **env: str) -> tuple[subprocess.CompletedProcess, str]:
         kubectl = tmp_path / "kubectl"
+        cases = "".join(f"*'{words}'*) {does} ;;\n" for words, does in answers.items())
         kubectl.write_text(f"""#!/bin/sh
           echo "$*" >>"$0.calls"
           case "$*" in
             kustomize*) exec {shutil.which("kubectl")} "$@" ;;
-            *--dry-run*) printf '%s\\n' {shlex.join(reasons)} >&2; exit 1 ;;
-            apply*) exit 1 ;;
+            {cases}
           esac""")
         kubectl.chmod(0o755)
-        done = run("deploy", PATH=f"{tmp_path}:{os.environ['PATH']}")
+        done = run(verb, **env, PATH=f"{tmp_path}:{os.environ['PATH']}")
         return done, (tmp_path / "kubectl.calls").read_text()
-    return deploy
+    return run_there
+
+
+def refuses(*reasons: str) -> dict[str, str]:
+    return {"--dry-run": f"printf '%s\\n' {shlex.join(reasons)} >&2; exit 1", "apply -f -": "exit 1"}
 
 
 JOB = '"imago-train" is invalid: spec.template: Invalid value: core.PodTemplateSpec{}: field is immutable'
@@ -94,17 +101,34 @@ JOB = '"imago-train" is invalid: spec.template: Invalid value: core.PodTemplateS
 
 @needs_kubectl
 @pytest.mark.parametrize("job", ["The Job", "Error from server (Invalid): Job.batch"])  # kubectl has both
-def test_a_job_whose_settings_differ_is_replaced(job, refusing):
-    done, asked = refusing(f"{job} {JOB}")
+def test_a_job_whose_settings_differ_is_replaced(job, cluster):
+    done, asked = cluster("deploy", refuses(f"{job} {JOB}"))
     one_line(done)
     assert "-n imago delete job imago-train --cascade=foreground" in asked
     assert "\napply -f -" in asked
 
 
 @needs_kubectl
-def test_nothing_is_touched_where_a_volume_cannot_become_what_the_overlay_says(refusing):
-    done, asked = refusing('The PersistentVolumeClaim "imago-store" is invalid: spec: Forbidden: immutable',
-                           f"The Job {JOB}")
+def test_a_job_that_gave_up_is_replaced_though_nothing_differs(cluster, tmp_path):
+    gave_up = f"[ -e {tmp_path}/deleted ] || echo 'the backoff limit is reached'"
+    done, asked = cluster("deploy", {"get job imago-train": gave_up,
+                                     "delete job imago-train": f"touch {tmp_path}/deleted"})
+    assert done.returncode == 0, done.stderr
+    assert asked.index("delete job imago-train --cascade=foreground") < asked.index("\napply -f -")
+    assert "Serving." in done.stdout
+
+
+@needs_kubectl
+def test_a_job_that_has_not_failed_stays(cluster):
+    done, asked = cluster("deploy", {})
+    assert done.returncode == 0, done.stderr
+    assert "delete" not in asked
+
+
+@needs_kubectl
+def test_nothing_is_touched_where_a_volume_cannot_become_what_the_overlay_says(cluster):
+    done, asked = cluster("deploy", refuses(
+        'The PersistentVolumeClaim "imago-store" is invalid: spec: Forbidden: immutable', f"The Job {JOB}"))
     assert done.returncode == 2
     assert "make: nothing was changed" in done.stderr.splitlines()[-1]
     assert 'PersistentVolumeClaim "imago-store" is invalid' in done.stderr
