@@ -16,7 +16,8 @@ TOGETHER = [  # each component with many others, in the order that k8s/README.md
     "on cpu",
     "components/keda,pdb,network-policy,service-monitor,training-kubeflow,model-from-image,canary-plain,gateway-route "
     "on local",
-    "components/gpu-training,training-kubeflow,keda,canary-rollout,prometheus-rules,grafana-dashboard on local",
+    "components/keda,gpu-serving,gpu-training,training-kubeflow,canary-rollout,prometheus-rules,grafana-dashboard "
+    "on local",
     "components/hpa,network-policy,pod-monitor,training-multinode,model-from-bucket,canary-plain on local",
 ]
 CASES = [f"overlays/{name}" for name in OVERLAYS] + [f"components/{name}" for name in COMPONENTS] + TOGETHER

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from rendered import K8S, of
+from rendered import CASES, K8S, of
 
 from serve.metrics import METRICS
 
@@ -105,6 +105,18 @@ def test_the_autoscalers_ask_for_the_same_metric():
     containers = {c["name"] for c in deployment["spec"]["template"]["spec"]["containers"]}
     assert hpa["spec"]["metrics"][1]["containerResource"]["container"] in containers
     assert scaled["spec"]["triggers"][1]["metadata"]["containerName"] in containers
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_autoscalers_add_a_replica_at_seven_tenths_of_the_limit_of_a_pod(case):
+    deployment = next(d for d in of(case, "Deployment") if d["metadata"]["name"] == "imago-serving")
+    limit = int(deployment["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"])
+    targets = [m["containerResource"]["target"] for hpa in of(case, "HorizontalPodAutoscaler")
+               for m in hpa["spec"]["metrics"] if m["type"] == "ContainerResource"]
+    targets += [{"type": t["metricType"], "averageValue": t["metadata"]["value"]}
+                for s in of(case, "ScaledObject") for t in s["spec"]["triggers"] if t["type"] == "cpu"]
+    wanted = of(case, "HorizontalPodAutoscaler", "ScaledObject") and case != "overlays/gpu"
+    assert targets == ([{"type": "AverageValue", "averageValue": f"{700 * limit}m"}] if wanted else [])
 
 
 def test_each_alert_has_its_paragraph_in_the_runbook():
