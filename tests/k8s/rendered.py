@@ -32,18 +32,25 @@ def render(case: str) -> tuple[Manifest, ...]:
 
     `overlays/cpu`; `components/pdb`, which is on the base; `components/hpa,pdb on local`: two on that overlay.
     """
-    kubectl = shutil.which("kubectl")
-    if kubectl is None:
-        pytest.skip("kubectl is not installed, so nothing renders here")
+    if not case.startswith("components/"):
+        return kustomize(K8S / case)
+    listed, _, overlay = case.removeprefix("components/").partition(" on ")
+    return render_overlay(yaml.safe_dump({
+        "apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization", "namespace": "imago",
+        "resources": [f"../{overlay}" if overlay else "../../base"],
+        "components": [f"../../components/{name}" for name in listed.split(",")]}))
+
+
+def render_overlay(kustomization: str) -> tuple[Manifest, ...]:
+    """The manifests of an overlay of one's own."""
     with tempfile.TemporaryDirectory(dir=K8S / "overlays", prefix=".test-") as directory:
-        target = K8S / case
-        if case.startswith("components/"):
-            target, (listed, _, overlay) = Path(directory), case.removeprefix("components/").partition(" on ")
-            (target / "kustomization.yaml").write_text(yaml.safe_dump({
-                "apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization", "namespace": "imago",
-                "resources": [f"../{overlay}" if overlay else "../../base"],
-                "components": [f"../../components/{name}" for name in listed.split(",")]}))
-        done = subprocess.run([kubectl, "kustomize", target], capture_output=True, text=True)
+        (Path(directory) / "kustomization.yaml").write_text(kustomization)
+        return kustomize(Path(directory))
+
+
+def kustomize(directory: Path) -> tuple[Manifest, ...]:
+    kubectl = shutil.which("kubectl") or pytest.skip("kubectl is not installed, so nothing renders here")
+    done = subprocess.run([kubectl, "kustomize", directory], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return tuple(yaml.safe_load_all(done.stdout))
 

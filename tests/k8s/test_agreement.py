@@ -1,14 +1,9 @@
 """The manifests and the code say the same: settings, ports, paths, flags, recipes, selectors, references."""
 import re
-import shutil
-import subprocess
-import tempfile
 import tomllib
-from pathlib import Path
 
 import pytest
-import yaml
-from rendered import CASES, K8S, SECRETS, containers, of, pod_specs, render
+from rendered import CASES, K8S, SECRETS, containers, of, pod_specs, render, render_overlay
 
 from serve.settings import PREFIX, Settings
 
@@ -224,13 +219,20 @@ def test_a_store_that_a_component_brings_is_mounted_whole(component):
     assert not any("subPath" in m for m in mounts)
 
 
-@pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl is not installed")
 def test_the_overlay_that_the_readme_shows_trains_and_serves_ones_own_data():
     text = (K8S / "README.md").read_text()
     lines = text[text.index("    apiVersion: kustomize"):text.index("Then `make deploy OVERLAY=mine`")].splitlines()
-    with tempfile.TemporaryDirectory(dir=K8S / "overlays", prefix=".test-") as directory:
-        (Path(directory) / "kustomization.yaml").write_text("\n".join(line[4:] for line in lines))
-        done = subprocess.run(["kubectl", "kustomize", directory], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    data = {k: v for m in yaml.safe_load_all(done.stdout) if m["kind"] == "ConfigMap" for k, v in m["data"].items()}
+    manifests = render_overlay("\n".join(line[4:] for line in lines))
+    data = {k: v for m in manifests if m["kind"] == "ConfigMap" for k, v in m["data"].items()}
     assert (data["DATA"], data["IMAGO_MODEL"]) == ("/data/photos", "photos")
+
+
+def test_the_volumes_of_the_node_are_claimed_from_whatever_namespace():
+    manifests = render_overlay("{kind: Kustomization, namespace: team, resources: [../local]}")
+    assert {m["metadata"]["namespace"] for m in manifests if "namespace" in m["metadata"]} == {"team"}
+    volumes = {m["metadata"]["name"]: m["spec"] for m in manifests if m["kind"] == "PersistentVolume"}
+    claims = {m["spec"]["volumeName"]: m["spec"] for m in manifests if m["kind"] == "PersistentVolumeClaim"}
+    assert volumes.keys() == claims.keys()
+    for name, volume in volumes.items():
+        assert "claimRef" not in volume, "it would name a namespace"
+        assert volume["storageClassName"] == claims[name]["storageClassName"] != "", "others' claims could take it"
