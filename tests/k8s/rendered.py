@@ -2,6 +2,8 @@
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -43,9 +45,16 @@ def render(case: str) -> tuple[Manifest, ...]:
 
 def render_overlay(kustomization: str) -> tuple[Manifest, ...]:
     """The manifests of an overlay of one's own."""
+    with own_overlay(kustomization) as name:
+        return kustomize(K8S / "overlays" / name)
+
+
+@contextmanager
+def own_overlay(kustomization: str) -> Iterator[str]:
+    """The name of an overlay that stands beside the others for a while."""
     with tempfile.TemporaryDirectory(dir=K8S / "overlays", prefix=".test-") as directory:
         (Path(directory) / "kustomization.yaml").write_text(kustomization)
-        return kustomize(Path(directory))
+        yield Path(directory).name
 
 
 def kustomize(directory: Path) -> tuple[Manifest, ...]:

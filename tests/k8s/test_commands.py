@@ -6,7 +6,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from rendered import K8S
+import yaml
+from rendered import K8S, own_overlay
 
 
 def run(verb: str, **env: str) -> subprocess.CompletedProcess:
@@ -123,6 +124,51 @@ def test_a_job_that_has_not_failed_stays(cluster):
     done, asked = cluster("deploy", {})
     assert done.returncode == 0, done.stderr
     assert "delete" not in asked
+
+
+LAST_APPLIED = """
+apiVersion: apps/v1
+kind: Deployment
+metadata:
+  name: imago-serving
+spec:
+  replicas: 2
+  revisionHistoryLimit: 5"""
+
+
+def deployed(cluster, tmp_path, live: int, overlay: str) -> tuple[list[str | None], str]:
+    """The replicas that each Deployment is applied with where so many run, and what is left as applied before."""
+    done, _ = cluster("deploy", {
+        "get deployment imago-serving": f"echo {live}",
+        "view-last-applied": f"echo {shlex.quote(LAST_APPLIED)}",
+        "set-last-applied": f"cat >{tmp_path}/before",
+        "apply -f -": f"cat >{tmp_path}/applied"}, OVERLAY=overlay)
+    assert done.returncode == 0, done.stderr
+    applied = yaml.safe_load_all((tmp_path / "applied").read_text())
+    before = tmp_path / "before"
+    return ([m["spec"].get("replicas") for m in applied if m["kind"] == "Deployment"],
+            before.read_text() if before.exists() else LAST_APPLIED)
+
+
+@needs_kubectl
+@pytest.mark.parametrize("overlay", ["local", "cpu"], ids=["scaled by hand", "under an autoscaler that is new"])
+def test_a_deploy_leaves_the_replicas_that_run(overlay, cluster, tmp_path):
+    replicas, before = deployed(cluster, tmp_path, live=5, overlay=overlay)
+    assert replicas == [None]
+    assert "replicas" not in before, "apply would take the field away, and the API server make it 1"
+    assert yaml.safe_load(before)["spec"] == {"revisionHistoryLimit": 5}
+
+
+@needs_kubectl
+def test_a_deploy_starts_a_service_that_was_scaled_to_nothing(cluster, tmp_path):
+    assert deployed(cluster, tmp_path, live=0, overlay="local") == ([2], LAST_APPLIED)
+
+
+@needs_kubectl
+def test_a_deploy_leaves_the_replicas_of_a_canary_to_the_overlay(cluster, tmp_path):
+    with own_overlay("{kind: Kustomization, namespace: imago, resources: [../local],"
+                     " components: [../../components/canary-plain]}") as name:
+        assert deployed(cluster, tmp_path, live=5, overlay=name)[0] == [None, 1]
 
 
 @needs_kubectl
