@@ -165,6 +165,15 @@ def test_torchrun_is_told_as_many_nodes_as_the_job_has():
     assert service["spec"]["selector"]["batch.kubernetes.io/job-completion-index"] == "0"
 
 
+def test_kubeflow_starts_as_many_processes_as_the_training_counts_with():
+    (job,) = of("components/training-kubeflow", "TrainJob")
+    (runtime,) = of("components/training-kubeflow", "TrainingRuntime")
+    trainer = job["spec"]["trainer"]
+    assert f"--trainer.num_nodes={trainer['numNodes']}" in trainer["args"]
+    assert f"--trainer.devices={trainer.get('numProcPerNode', 'auto')}" in trainer["args"]
+    assert runtime["spec"]["mlPolicy"]["numNodes"] == trainer["numNodes"]
+
+
 @pytest.mark.parametrize("case", [c for c in CASES if "multinode" in c or "kubeflow" in c])
 def test_before_torchrun_the_settings_are_looked_at_as_it_will_see_them(case):
     for job in [j["spec"] for j in of(case, "Job")] + [j["spec"]["jobTemplate"]["spec"] for j in of(case, "CronJob")] \
