@@ -232,8 +232,10 @@ def test_the_overlay_that_the_readme_shows_trains_and_serves_ones_own_data():
     text = (K8S / "README.md").read_text()
     lines = text[text.index("    apiVersion: kustomize"):text.index("Then `make deploy OVERLAY=mine`")].splitlines()
     manifests = render_overlay("\n".join(line[4:] for line in lines))
-    data = {k: v for m in manifests if m["kind"] == "ConfigMap" for k, v in m["data"].items()}
+    maps = [m for m in manifests if m["kind"] == "ConfigMap"]
+    data = {k: v for m in maps for k, v in m["data"].items()}
     assert (data["DATA"], data["IMAGO_MODEL"]) == ("/data/photos", "photos")
+    assert all(m["immutable"] for m in maps)
 
 
 def test_the_volumes_of_the_node_are_claimed_from_whatever_namespace():
