@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from rendered import K8S, own_overlay
+from rendered import K8S, OVERLAYS, own_overlay, render
 
 
 def run(verb: str, **env: str) -> subprocess.CompletedProcess:
@@ -180,3 +180,90 @@ def test_nothing_is_touched_where_a_volume_cannot_become_what_the_overlay_says(c
     assert 'PersistentVolumeClaim "imago-store" is invalid' in done.stderr
     assert "delete" not in asked
     assert "\napply -f -" not in asked
+
+
+def reports(*images: tuple[str, str]) -> str:
+    """A pod's line of what its containers wait for, as k8s/cluster asks for it: the init container, the other."""
+    return shlex.join(["printf", r"imago-serving-x\t%s\t%s\t\n", *(f"{image} {reason}" for image, reason in images)])
+
+
+@needs_kubectl
+@pytest.mark.parametrize("reason", ["ErrImagePull", "ImagePullBackOff", "ErrImageNeverPull", "InvalidImageName"])
+def test_an_image_that_is_not_there_is_one_line(reason, cluster):
+    done, _ = cluster("deploy", {
+        "rollout status": "exit 1",
+        "get pods": reports(("here/imago-serve:1", "PodInitializing"), ("nowhere/imago-serve:1", reason))})
+    assert "the image nowhere/imago-serve:1 is not on the node" in one_line(done)
+    assert "Serving." not in done.stdout
+
+
+@needs_kubectl
+def test_a_training_that_fails_while_its_service_waits_is_one_line(cluster, tmp_path):
+    done, _ = cluster("deploy", {
+        "rollout status": "exit 1", "apply -f -": f"touch {tmp_path}/applied",
+        "get job imago-train": f"[ ! -e {tmp_path}/applied ] || echo 'Container train exited with 2'"})
+    assert "training failed: Container train exited with 2; read its log with: make logs" in one_line(done)
+
+
+@needs_kubectl
+def test_pods_that_wait_for_something_else_may_go_on_waiting(cluster):
+    done, _ = cluster("deploy", {"rollout status": "exit 1", "get pods": reports(
+        ("here/imago-serve:1", ""), ("here/imago-serve:1", "PodInitializing"))}, WAIT="0")
+    assert "not ready after 0 s; look at: kubectl -n imago describe pods" in one_line(done)
+
+
+@needs_kubectl
+def test_an_autoscaler_keeps_its_replicas(cluster):
+    done, asked = cluster("scale", {"get scaledobject,hpa": "echo horizontalpodautoscaler/imago-serving"}, N="3")
+    said = one_line(done)
+    assert "an autoscaler owns the replicas" in said
+    assert said.endswith("kubectl -n imago edit horizontalpodautoscaler/imago-serving\n")
+    assert "--replicas" not in asked
+
+
+@needs_kubectl
+def test_an_autoscaler_is_found_where_keda_is_unknown(cluster):
+    done, _ = cluster("scale", {"get scaledobject,hpa": "exit 1", "get hpa": "echo hpa/imago-serving"}, N="3")
+    assert "edit hpa/imago-serving" in one_line(done)
+
+
+@needs_kubectl
+@pytest.mark.parametrize("kind", ["deployment", "rollout"])
+def test_scale_changes_whoever_has_the_pods(kind, cluster):
+    done, asked = cluster("scale", {} if kind == "rollout" else {"get rollout": "exit 1"}, N="3")
+    assert done.returncode == 0, done.stderr
+    assert f"-n imago scale {kind}/imago-serving --replicas=3" in asked
+
+
+@needs_kubectl
+@pytest.mark.parametrize("purge", [True, False])
+def test_undeploy_keeps_what_was_stored_unless_it_is_told_to_purge(purge, cluster):
+    done, asked = cluster("undeploy", {}, **{"PURGE": "1"} if purge else {})
+    assert done.returncode == 0, done.stderr
+    (deleted,) = (line for line in asked.splitlines() if line.startswith("delete"))
+    assert ("-l app.kubernetes.io/component!=storage" in deleted) is not purge
+    assert ("PURGE=1 deletes them too" in done.stdout) is not purge
+
+
+def test_what_was_stored_is_labelled_so_in_every_overlay():
+    stored = {"Namespace", "PersistentVolume", "PersistentVolumeClaim"}
+    for overlay in OVERLAYS:
+        for manifest in render(f"overlays/{overlay}"):
+            label = manifest["metadata"].get("labels", {}).get("app.kubernetes.io/component")
+            assert (label == "storage") is (manifest["kind"] in stored), manifest["kind"]
+
+
+@needs_kubectl
+@pytest.mark.parametrize("follow", [True, False])
+def test_logs_are_those_of_all_our_pods(follow, cluster):
+    done, asked = cluster("logs", {"get pods": "echo pod/imago-serving-x", "logs -l": "echo a line"},
+                          **{"FOLLOW": "1"} if follow else {})
+    assert (done.returncode, done.stdout) == (0, "a line\n")
+    assert "logs -l app.kubernetes.io/part-of=imago --all-containers" in asked
+    assert ("--follow" in asked) is follow
+
+
+@needs_kubectl
+def test_logs_of_nothing_are_one_line(cluster):
+    done, _ = cluster("logs", {})
+    assert "nothing runs in the namespace 'imago'; deploy first" in one_line(done)
