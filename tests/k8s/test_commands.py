@@ -213,6 +213,17 @@ def test_pods_that_wait_for_something_else_may_go_on_waiting(cluster):
 
 
 @needs_kubectl
+def test_a_service_whose_training_waits_for_its_hour_says_how_to_train_now(cluster):
+    with own_overlay("{kind: Kustomization, namespace: imago, resources: [../local],"
+                     " components: [../../components/cron-training]}") as name:
+        done, _ = cluster("deploy", {"rollout status": "exit 1"}, WAIT="0", OVERLAY=name)
+    hint = "train one now: kubectl -n imago create job first --from=cronjob/imago-train\n"
+    assert done.stdout.endswith(hint), "without waiting for WAIT"
+    assert one_line(done).startswith("make: not ready after 0 s")
+    assert done.stderr.endswith(hint)
+
+
+@needs_kubectl
 def test_an_autoscaler_keeps_its_replicas(cluster):
     done, asked = cluster("scale", {"get scaledobject,hpa": "echo horizontalpodautoscaler/imago-serving"}, N="3")
     said = one_line(done)
