@@ -66,6 +66,14 @@ def test_a_registry_and_a_tag_of_ones_own():
 
 
 @needs_kubectl
+def test_a_model_that_is_an_image_comes_from_that_registry_by_its_own_tag():
+    with own_overlay("{kind: Kustomization, namespace: imago, resources: [../local],"
+                     " components: [../../components/model-from-image]}") as name:
+        done = run("render", OVERLAY=name, REGISTRY="registry.example.com/team", TAG="7")
+    assert "reference: registry.example.com/team/imago-model:digits-1\n" in done.stdout
+
+
+@needs_kubectl
 def test_make_passes_them_on(nowhere):
     done = subprocess.run(["make", "deploy", "OVERLAY=moon"], cwd=Path(K8S).parent, capture_output=True, text=True)
     assert done.returncode == 2
