@@ -1,14 +1,17 @@
 """Alerts, dashboard, autoscalers and analyses ask for metrics and labels that the service has, and alerts do fire."""
+import ast
 import json
 import re
 import shutil
 import subprocess
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 import yaml
 from rendered import CASES, K8S, of
 
+from serve.front import CODES
 from serve.metrics import METRICS
 
 HERE = Path(__file__).parent
@@ -81,6 +84,34 @@ def test_queries_name_series_and_labels_that_the_service_has():
             labels = set(re.findall(r"(\w+)\s*(?:=~|!~|!=|=)", selector))
             assert labels <= {*known[name], *TARGET}, f"{where}: {labels}"
     assert len(used) > 15
+
+
+def counted() -> dict[str, set[str]]:
+    """The label values that each metric is counted under, as the service's source writes them."""
+    found = defaultdict(set, requests={str(code) for code in CODES})
+    for path in (K8S.parent / "serve").glob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.args:
+                first, *others = ([n.value for n in ast.walk(argument)
+                                   if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+                                  for argument in call.args)
+                if call.func.attr in ("add", "slot") and len(first) == 1:
+                    found[first[0]] |= {value for words in others for value in words}
+                if call.func.attr == "outcome":
+                    found["images"] |= set(first)
+    return found
+
+
+def test_queries_ask_for_label_values_that_the_service_counts():
+    known, asked = counted(), set()
+    for where, query in queries().items():
+        for name, selector in re.findall(r"\bimago_(\w+?)(?:_total)?\{([^}]*)\}", query):
+            for label, _, value in re.findall(r'(\w+)\s*(=~|!~|!=|=)\s*"([^"]*)"', selector):
+                if label not in TARGET:
+                    asked.add(label)
+                    for one in value.split("|"):
+                        assert any(re.fullmatch(one, counts) for counts in known[name]), f"{where}: {label} {one}"
+    assert asked == {"code", "outcome"}
 
 
 def test_queries_group_by_labels_that_their_series_have():
