@@ -118,7 +118,7 @@ class MLPolicy(Strict):
 
 class JobTemplate(Strict):
     metadata: dict[str, dict[str, str]]
-    spec: dict[str, Any]  # that of a batch/v1 Job
+    spec: dict[str, Any]  # that of a batch/v1 Job: test_schema.py looks at it
 
 
 class ReplicatedJob(Strict):
