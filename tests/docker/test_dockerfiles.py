@@ -72,10 +72,31 @@ def build(tmp_path):
         for name, does in {engine: 'echo "$*"', "python3": python}.items():
             (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
             (tmp_path / name).chmod(0o755)
-        done = run("docker/engine", "build", ".", ENGINE=engine, PATH=f"{tmp_path}:{os.environ['PATH']}")
+        path = f"{tmp_path}:{os.environ['PATH']}"
+        done = run("docker/engine", "build", ".", ENGINE=engine, BUILD_FLAGS="", PATH=path)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout.split()
     return build
+
+
+PIP = """cat <<END
+global.index-url='https://pip.example.com/simple'
+global.find-links='/tmp'
+:env:.cert='$0'
+END"""
+
+
+def test_docker_gets_pips_settings_as_secrets_and_nothing_that_only_podman_knows(build):
+    words = build("docker", PIP)
+    secrets = [words[i + 1] for i, word in enumerate(words) if word == "--secret"]
+    assert [secret.partition(",src=")[0] for secret in secrets] == ["id=pip", "id=ca"]
+    assert {word for word in words if word.startswith("-")} == {"--secret"}
+
+
+def test_podman_gets_them_too_and_the_wheels_on_this_disk(build):
+    words = build("podman", PIP)
+    assert words.count("--secret") == 2
+    assert {"--format", "--network", "--volume", "/tmp:/tmp:ro"} <= set(words)
 
 
 @pytest.mark.parametrize("engine", ["docker", "podman"])
