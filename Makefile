@@ -90,7 +90,8 @@ images: ## build both images with docker or podman: make images [BASE=…] [RUNT
 	@BASE='$(BASE)' RUNTIME='$(RUNTIME)' PREFIX='$(REGISTRY)/imago-' TAG='$(TAG)' docker/build serve train
 
 test-images: dev images ## train in one image, serve from the other, under the restrictions of a cluster
-	@IMAGO_TEST_IMAGES='$(REGISTRY)/imago-%:$(TAG)' BASE='$(BASE)' $(run) pytest tests/docker -m slow $(ARGS)
+	@IMAGO_TEST_IMAGES='$(REGISTRY)/imago-serve:$(TAG)$(addprefix -,$(filter-out cpu,$(RUNTIME))) $(REGISTRY)/imago-train:$(TAG)' \
+	  BASE='$(BASE)' RUNTIME='$(RUNTIME)' $(run) pytest tests/docker -m slow $(ARGS)
 
 checkov: $(VENV)/checkov/bin/checkov ## install the checker of policies, which does not fit beside our packages
 $(VENV)/checkov/bin/checkov:

@@ -5,6 +5,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
@@ -43,6 +44,8 @@ def test_locks_satisfy_the_declared_ranges_and_name_no_index():
     extras = PROJECT["optional-dependencies"]
     wanted = {
         "serve.lock": extras["serve"],
+        "serve-cuda.lock": [re.sub("^onnxruntime(?=[>=])", "onnxruntime-gpu", r) for r in extras["serve"]],
+        "serve-openvino.lock": extras["serve"] + extras["openvino"],
         "train.lock": extras["train"] + extras["serve"],
         "dev.lock": extras["train"] + extras["serve"] + extras["dev"],
     }
@@ -53,10 +56,21 @@ def test_locks_satisfy_the_declared_ranges_and_name_no_index():
         assert "://" not in re.sub(r"#.*", "", (ROOT / "docker" / lock).read_text()), f"an address in {lock}"
 
 
-def test_the_serving_lock_is_hashed_and_free_of_torch():
-    text = (ROOT / "docker" / "serve.lock").read_text()
-    assert not {"torch", "torchvision", "lightning"} & set(pins("serve.lock"))
-    assert text.count("--hash=sha256:") >= len(pins("serve.lock"))
+@pytest.mark.parametrize("lock", sorted(p.name for p in (ROOT / "docker").glob("serve*.lock")))
+def test_serving_locks_are_hashed_and_free_of_torch(lock):
+    locked = pins(lock)
+    assert not {"torch", "torchvision", "lightning"} & set(locked)
+    entries = re.split(r"^(?=[\w.-]+==)", (ROOT / "docker" / lock).read_text(), flags=re.MULTILINE)[1:]
+    assert len(entries) >= len(locked)  # a package may stand there once for each Python
+    assert all("--hash=sha256:" in entry for entry in entries)
+    assert ("onnxruntime" in locked) is ("onnxruntime-gpu" not in locked), "each would overwrite the other's files"
+
+
+def test_the_images_that_are_tested_are_those_that_were_built():
+    for runtime, suffix in (("cpu", ""), ("openvino", "-openvino")):
+        told = subprocess.run(["make", "-n", "test-images", f"RUNTIME={runtime}", "REGISTRY=here", "TAG=7"], cwd=ROOT,
+                              capture_output=True, text=True, check=True).stdout
+        assert f"IMAGO_TEST_IMAGES='here/imago-serve:7{suffix} here/imago-train:7'" in told
 
 
 def test_make_alone_lists_every_target():

@@ -65,6 +65,46 @@ def test_an_unknown_runtime_is_one_line():
     assert "no RUNTIME 'abacus'; there are: cpu" in one_line(run("docker/build", "serve", RUNTIME="abacus"))
 
 
+@pytest.fixture
+def build(tmp_path):
+    """What this engine is told to build with, where `python3` does this."""
+    def build(engine: str, python: str) -> list[str]:
+        for name, does in {engine: 'echo "$*"', "python3": python}.items():
+            (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+            (tmp_path / name).chmod(0o755)
+        path = f"{tmp_path}:{os.environ['PATH']}"
+        done = run("docker/engine", "build", ".", ENGINE=engine, BUILD_FLAGS="", PATH=path)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout.split()
+    return build
+
+
+PIP = """cat <<END
+global.index-url='https://pip.example.com/simple'
+global.find-links='/tmp'
+:env:.cert='$0'
+END"""
+
+
+def test_docker_gets_pips_settings_as_secrets_and_nothing_that_only_podman_knows(build):
+    words = build("docker", PIP)
+    secrets = [words[i + 1] for i, word in enumerate(words) if word == "--secret"]
+    assert [secret.partition(",src=")[0] for secret in secrets] == ["id=pip", "id=ca"]
+    assert {word for word in words if word.startswith("-")} == {"--secret"}
+
+
+def test_podman_gets_them_too_and_the_wheels_on_this_disk(build):
+    words = build("podman", PIP)
+    assert words.count("--secret") == 2
+    assert {"--format", "--network", "--volume", "/tmp:/tmp:ro"} <= set(words)
+
+
+@pytest.mark.parametrize("engine", ["docker", "podman"])
+def test_a_python_without_pip_has_no_settings_to_pass_on(engine, build):
+    words = build(engine, "exit 1")
+    assert (words[0], words[-1]) == ("build", ".")
+
+
 def test_a_base_image_that_is_not_there_is_one_line(engine):
     said = one_line(run("docker/build", "serve", BASE="localhost:1/no/such:image"))
     assert "the base image localhost:1/no/such:image is not here" in said

@@ -104,7 +104,7 @@ class Fallback(Strict):
 
 
 class Advanced(Strict):
-    horizontalPodAutoscalerConfig: dict[str, Any]  # `behavior` is that of autoscaling/v2
+    horizontalPodAutoscalerConfig: dict[str, Any]  # that of an autoscaling/v2 HPA: test_schema.py looks at it
 
 
 class ScaledObjectSpec(Strict):

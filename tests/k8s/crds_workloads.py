@@ -107,14 +107,18 @@ class AnalysisTemplate(Resource):
 
 # Kubeflow Trainer
 
+class Torch(Strict):
+    """How many processes a node has is said by the TrainJob alone, from 2.2 on."""
+
+
 class MLPolicy(Strict):
     numNodes: int
-    torch: dict[str, Any]
+    torch: Torch
 
 
 class JobTemplate(Strict):
     metadata: dict[str, dict[str, str]]
-    spec: dict[str, Any]  # that of a batch/v1 Job
+    spec: dict[str, Any]  # that of a batch/v1 Job: test_schema.py looks at it
 
 
 class ReplicatedJob(Strict):
@@ -148,6 +152,7 @@ class RuntimeRef(Strict):
 
 class Trainer(Strict):
     numNodes: int
+    numProcPerNode: int | None = Field(None, ge=1)
     command: list[str]
     args: list[str]
 

@@ -2,6 +2,8 @@
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -16,7 +18,8 @@ TOGETHER = [  # each component with many others, in the order that k8s/README.md
     "on cpu",
     "components/keda,pdb,network-policy,service-monitor,training-kubeflow,model-from-image,canary-plain,gateway-route "
     "on local",
-    "components/gpu-training,training-kubeflow,keda,canary-rollout,prometheus-rules,grafana-dashboard on local",
+    "components/keda,gpu-serving,gpu-training,training-kubeflow,canary-rollout,prometheus-rules,grafana-dashboard "
+    "on local",
     "components/hpa,network-policy,pod-monitor,training-multinode,model-from-bucket,canary-plain on local",
 ]
 CASES = [f"overlays/{name}" for name in OVERLAYS] + [f"components/{name}" for name in COMPONENTS] + TOGETHER
@@ -31,18 +34,32 @@ def render(case: str) -> tuple[Manifest, ...]:
 
     `overlays/cpu`; `components/pdb`, which is on the base; `components/hpa,pdb on local`: two on that overlay.
     """
-    kubectl = shutil.which("kubectl")
-    if kubectl is None:
-        pytest.skip("kubectl is not installed, so nothing renders here")
+    if not case.startswith("components/"):
+        return kustomize(K8S / case)
+    listed, _, overlay = case.removeprefix("components/").partition(" on ")
+    return render_overlay(yaml.safe_dump({
+        "apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization", "namespace": "imago",
+        "resources": [f"../{overlay}" if overlay else "../../base"],
+        "components": [f"../../components/{name}" for name in listed.split(",")]}))
+
+
+def render_overlay(kustomization: str) -> tuple[Manifest, ...]:
+    """The manifests of an overlay of one's own."""
+    with own_overlay(kustomization) as name:
+        return kustomize(K8S / "overlays" / name)
+
+
+@contextmanager
+def own_overlay(kustomization: str) -> Iterator[str]:
+    """The name of an overlay that stands beside the others for a while."""
     with tempfile.TemporaryDirectory(dir=K8S / "overlays", prefix=".test-") as directory:
-        target = K8S / case
-        if case.startswith("components/"):
-            target, (listed, _, overlay) = Path(directory), case.removeprefix("components/").partition(" on ")
-            (target / "kustomization.yaml").write_text(yaml.safe_dump({
-                "apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization", "namespace": "imago",
-                "resources": [f"../{overlay}" if overlay else "../../base"],
-                "components": [f"../../components/{name}" for name in listed.split(",")]}))
-        done = subprocess.run([kubectl, "kustomize", target], capture_output=True, text=True)
+        (Path(directory) / "kustomization.yaml").write_text(kustomization)
+        yield Path(directory).name
+
+
+def kustomize(directory: Path) -> tuple[Manifest, ...]:
+    kubectl = shutil.which("kubectl") or pytest.skip("kubectl is not installed, so nothing renders here")
+    done = subprocess.run([kubectl, "kustomize", directory], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return tuple(yaml.safe_load_all(done.stdout))
 

@@ -1,14 +1,9 @@
 """The manifests and the code say the same: settings, ports, paths, flags, recipes, selectors, references."""
 import re
-import shutil
-import subprocess
-import tempfile
 import tomllib
-from pathlib import Path
 
 import pytest
-import yaml
-from rendered import CASES, K8S, SECRETS, containers, of, pod_specs, render
+from rendered import CASES, K8S, SECRETS, containers, of, pod_specs, render, render_overlay
 
 from serve.settings import PREFIX, Settings
 
@@ -170,6 +165,15 @@ def test_torchrun_is_told_as_many_nodes_as_the_job_has():
     assert service["spec"]["selector"]["batch.kubernetes.io/job-completion-index"] == "0"
 
 
+def test_kubeflow_starts_as_many_processes_as_the_training_counts_with():
+    (job,) = of("components/training-kubeflow", "TrainJob")
+    (runtime,) = of("components/training-kubeflow", "TrainingRuntime")
+    trainer = job["spec"]["trainer"]
+    assert f"--trainer.num_nodes={trainer['numNodes']}" in trainer["args"]
+    assert f"--trainer.devices={trainer.get('numProcPerNode', 'auto')}" in trainer["args"]
+    assert runtime["spec"]["mlPolicy"]["numNodes"] == trainer["numNodes"]
+
+
 @pytest.mark.parametrize("case", [c for c in CASES if "multinode" in c or "kubeflow" in c])
 def test_before_torchrun_the_settings_are_looked_at_as_it_will_see_them(case):
     for job in [j["spec"] for j in of(case, "Job")] + [j["spec"]["jobTemplate"]["spec"] for j in of(case, "CronJob")] \
@@ -224,13 +228,22 @@ def test_a_store_that_a_component_brings_is_mounted_whole(component):
     assert not any("subPath" in m for m in mounts)
 
 
-@pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl is not installed")
 def test_the_overlay_that_the_readme_shows_trains_and_serves_ones_own_data():
     text = (K8S / "README.md").read_text()
     lines = text[text.index("    apiVersion: kustomize"):text.index("Then `make deploy OVERLAY=mine`")].splitlines()
-    with tempfile.TemporaryDirectory(dir=K8S / "overlays", prefix=".test-") as directory:
-        (Path(directory) / "kustomization.yaml").write_text("\n".join(line[4:] for line in lines))
-        done = subprocess.run(["kubectl", "kustomize", directory], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    data = {k: v for m in yaml.safe_load_all(done.stdout) if m["kind"] == "ConfigMap" for k, v in m["data"].items()}
+    manifests = render_overlay("\n".join(line[4:] for line in lines))
+    maps = [m for m in manifests if m["kind"] == "ConfigMap"]
+    data = {k: v for m in maps for k, v in m["data"].items()}
     assert (data["DATA"], data["IMAGO_MODEL"]) == ("/data/photos", "photos")
+    assert all(m["immutable"] for m in maps)
+
+
+def test_the_volumes_of_the_node_are_claimed_from_whatever_namespace():
+    manifests = render_overlay("{kind: Kustomization, namespace: team, resources: [../local]}")
+    assert {m["metadata"]["namespace"] for m in manifests if "namespace" in m["metadata"]} == {"team"}
+    volumes = {m["metadata"]["name"]: m["spec"] for m in manifests if m["kind"] == "PersistentVolume"}
+    claims = {m["spec"]["volumeName"]: m["spec"] for m in manifests if m["kind"] == "PersistentVolumeClaim"}
+    assert volumes.keys() == claims.keys()
+    for name, volume in volumes.items():
+        assert "claimRef" not in volume, "it would name a namespace"
+        assert volume["storageClassName"] == claims[name]["storageClassName"] != "", "others' claims could take it"

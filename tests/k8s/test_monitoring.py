@@ -1,14 +1,17 @@
 """Alerts, dashboard, autoscalers and analyses ask for metrics and labels that the service has, and alerts do fire."""
+import ast
 import json
 import re
 import shutil
 import subprocess
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 import yaml
-from rendered import K8S, of
+from rendered import CASES, K8S, of
 
+from serve.front import CODES
 from serve.metrics import METRICS
 
 HERE = Path(__file__).parent
@@ -83,6 +86,34 @@ def test_queries_name_series_and_labels_that_the_service_has():
     assert len(used) > 15
 
 
+def counted() -> dict[str, set[str]]:
+    """The label values that each metric is counted under, as the service's source writes them."""
+    found = defaultdict(set, requests={str(code) for code in CODES})
+    for path in (K8S.parent / "serve").glob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.args:
+                first, *others = ([n.value for n in ast.walk(argument)
+                                   if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+                                  for argument in call.args)
+                if call.func.attr in ("add", "slot") and len(first) == 1:
+                    found[first[0]] |= {value for words in others for value in words}
+                if call.func.attr == "outcome":
+                    found["images"] |= set(first)
+    return found
+
+
+def test_queries_ask_for_label_values_that_the_service_counts():
+    known, asked = counted(), set()
+    for where, query in queries().items():
+        for name, selector in re.findall(r"\bimago_(\w+?)(?:_total)?\{([^}]*)\}", query):
+            for label, _, value in re.findall(r'(\w+)\s*(=~|!~|!=|=)\s*"([^"]*)"', selector):
+                if label not in TARGET:
+                    asked.add(label)
+                    for one in value.split("|"):
+                        assert any(re.fullmatch(one, counts) for counts in known[name]), f"{where}: {label} {one}"
+    assert asked == {"code", "outcome"}
+
+
 def test_queries_group_by_labels_that_their_series_have():
     known = series() | dict.fromkeys(training(), ())
     for where, query in queries().items():
@@ -105,6 +136,18 @@ def test_the_autoscalers_ask_for_the_same_metric():
     containers = {c["name"] for c in deployment["spec"]["template"]["spec"]["containers"]}
     assert hpa["spec"]["metrics"][1]["containerResource"]["container"] in containers
     assert scaled["spec"]["triggers"][1]["metadata"]["containerName"] in containers
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_autoscalers_add_a_replica_at_seven_tenths_of_the_limit_of_a_pod(case):
+    deployment = next(d for d in of(case, "Deployment") if d["metadata"]["name"] == "imago-serving")
+    limit = int(deployment["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"])
+    targets = [m["containerResource"]["target"] for hpa in of(case, "HorizontalPodAutoscaler")
+               for m in hpa["spec"]["metrics"] if m["type"] == "ContainerResource"]
+    targets += [{"type": t["metricType"], "averageValue": t["metadata"]["value"]}
+                for s in of(case, "ScaledObject") for t in s["spec"]["triggers"] if t["type"] == "cpu"]
+    wanted = of(case, "HorizontalPodAutoscaler", "ScaledObject") and case != "overlays/gpu"
+    assert targets == ([{"type": "AverageValue", "averageValue": f"{700 * limit}m"}] if wanted else [])
 
 
 def test_each_alert_has_its_paragraph_in_the_runbook():

@@ -101,6 +101,16 @@ def test_training_survives_what_it_should_and_fails_at_once_where_it_should(case
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_a_changed_setting_is_a_new_config_map(case):
+    """So it rolls out and back with its pods. Grafana's sidecar reads the dashboard anew, by the same name."""
+    settings = [m for m in of(case, "ConfigMap") if m["metadata"]["name"] != "imago-dashboard"]
+    assert len(settings) == 2
+    for manifest in settings:
+        assert re.fullmatch(r"imago-(serving|training)-[a-z0-9]{10}", manifest["metadata"]["name"])
+        assert manifest["immutable"] is True, manifest["metadata"]["name"]
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_labels_follow_the_recommended_scheme(case):
     for manifest in render(case):
         labels = manifest["metadata"].get("labels", {})

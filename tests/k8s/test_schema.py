@@ -1,4 +1,6 @@
 """Every manifest is what Kubernetes 1.30 to 1.36 and the operators' resources take, with no field they do not know."""
+import copy
+
 import crds
 import kubernetes_validate
 import pytest
@@ -27,11 +29,26 @@ def test_built_in_kinds_match_the_schema_of_each_kubernetes(case):
                 kubernetes_validate.validate(manifest, version, strict=True)
 
 
+def built_in(manifest):
+    """What a custom resource holds of the built-in kinds, each as an object of its own."""
+    spec, named = manifest["spec"], {"metadata": manifest["metadata"]}
+    match manifest["kind"]:
+        case "TrainingRuntime":
+            for job in spec["template"]["spec"]["replicatedJobs"]:
+                yield {"apiVersion": "batch/v1", "kind": "Job", **named, "spec": job["template"]["spec"]}
+        case "ScaledObject":
+            yield {"apiVersion": "autoscaling/v2", "kind": "HorizontalPodAutoscaler", **named, "spec": {
+                "scaleTargetRef": {"kind": "Deployment", **spec["scaleTargetRef"]}, "maxReplicas": 1,
+                **spec["advanced"]["horizontalPodAutoscalerConfig"]}}
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_custom_kinds_match_their_models(case):
     for manifest in render(case):
         if manifest["kind"] in KINDS:
             KINDS[manifest["kind"]].model_validate(manifest)
+            for inner in built_in(manifest):
+                kubernetes_validate.validate(inner, VERSIONS[-1], strict=True)
         else:
             assert "." not in manifest["apiVersion"] or manifest["apiVersion"].split("/")[0].endswith(".k8s.io"), \
                 f"{manifest['kind']}: no model of this custom kind"
@@ -42,6 +59,22 @@ def test_the_check_is_strict():
     broken = {**deployment, "spec": {**deployment["spec"], "replica": 1}}
     with pytest.raises(kubernetes_validate.ValidationError, match="replica"):
         kubernetes_validate.validate(broken, VERSIONS[-1], strict=True)
+
+
+@pytest.mark.parametrize(("kind", "path"), [
+    ("ScaledObject", ("advanced", "horizontalPodAutoscalerConfig", "behavior", "scaleDown")),
+    ("TrainingRuntime", ("template", "spec", "replicatedJobs", 0, "template", "spec", "template", "spec")),
+])
+def test_the_check_looks_into_custom_kinds(kind, path):
+    case = "components/keda,gpu-serving,gpu-training,training-kubeflow on local"
+    broken = copy.deepcopy(next(m for m in render(case) if m["kind"] == kind))
+    inside = broken["spec"]
+    for step in path:
+        inside = inside[step]
+    inside["unheardOf"] = 1
+    (inner,) = built_in(broken)
+    with pytest.raises(kubernetes_validate.ValidationError, match="unheardOf"):
+        kubernetes_validate.validate(inner, VERSIONS[-1], strict=True)
 
 
 def test_the_overlay_for_a_bare_cluster_needs_no_custom_kind():
