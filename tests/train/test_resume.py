@@ -196,6 +196,16 @@ def test_every_random_number_is_restored(commands, tmp_path):
     assert_same(learnt(result(tmp_path / "killed")), learnt(result(tmp_path / "undisturbed")))
 
 
+def test_a_stream_goes_on_where_it_was(commands, tmp_path):
+    """With dropout, so that a random number too many shows."""
+    stream = ("--data.memory", "stream", "--data.workers", 2, "--model.network", "mobilenet_v3_small",
+              "--trainer.limit_train_batches", 4, "--trainer.max_epochs", 2)
+    finish(commands, tmp_path / "undisturbed", *stream)
+    assert start(commands, tmp_path / "killed", *stream, kill="TERM:step:3").status() == 143
+    assert "going on from step 3:" in finish(commands, tmp_path / "killed", *stream).text
+    assert_same(learnt(result(tmp_path / "killed")), learnt(result(tmp_path / "undisturbed")))
+
+
 @pytest.mark.slow
 def test_sigkill_at_any_moment(commands, undisturbed, tmp_path):
     place, moment = tmp_path / "runs", 1.0

@@ -136,11 +136,16 @@ def examine(items: Items, index: np.ndarray, spec: InputSpec, workers: int,
 
 
 def loader(dataset: ByPosition, batches: Sequence[np.ndarray], workers: int, pin: bool = False) -> DataLoader:
-    """Workers that make one element of `dataset` for each array of positions, in order."""
+    """Workers that make one element of `dataset` for each array of positions, in order.
+
+    They draw no random numbers, so they get a generator of their own: by default torch takes their seed from that of
+    the training, once for each start of an epoch, and a run that is resumed has one start more.
+    """
     safe = getattr(dataset.items, "fork_safe", True)
     context = None if safe or not workers else "spawn"
     return DataLoader(dataset, batch_size=None, sampler=batches, num_workers=workers, pin_memory=pin,
-                      collate_fn=_as_is, multiprocessing_context=context, persistent_workers=False)
+                      collate_fn=_as_is, multiprocessing_context=context, persistent_workers=False,
+                      generator=torch.Generator())
 
 
 def _as_is(element: object) -> object:
