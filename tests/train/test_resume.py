@@ -197,12 +197,13 @@ def test_every_random_number_is_restored(commands, tmp_path):
 
 
 def test_a_stream_goes_on_where_it_was(commands, tmp_path):
-    """With dropout, so that a random number too many shows."""
+    """With dropout, so that a random number too many shows. The second notice also goes to the decoding workers."""
     stream = ("--data.memory", "stream", "--data.workers", 2, "--model.network", "mobilenet_v3_small",
-              "--trainer.limit_train_batches", 4, "--trainer.max_epochs", 2)
+              "--trainer.limit_train_batches", 9, "--trainer.max_epochs", 2)
     finish(commands, tmp_path / "undisturbed", *stream)
     assert start(commands, tmp_path / "killed", *stream, kill="TERM:step:3").status() == 143
-    assert "going on from step 3:" in finish(commands, tmp_path / "killed", *stream).text
+    assert start(commands, tmp_path / "killed", *stream, kill="GROUP:step:11").status() == 143
+    assert "going on from step 11:" in finish(commands, tmp_path / "killed", *stream).text
     assert_same(learnt(result(tmp_path / "killed")), learnt(result(tmp_path / "undisturbed")))
 
 

@@ -1,6 +1,7 @@
 """Items to pixels: what workers decode with, and the one pass over all images that finds out what they are."""
 import hashlib
 import io
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -145,7 +146,13 @@ def loader(dataset: ByPosition, batches: Sequence[np.ndarray], workers: int, pin
     context = None if safe or not workers else "spawn"
     return DataLoader(dataset, batch_size=None, sampler=batches, num_workers=workers, pin_memory=pin,
                       collate_fn=_as_is, multiprocessing_context=context, persistent_workers=False,
-                      generator=torch.Generator())
+                      generator=torch.Generator(), worker_init_fn=_apart)
+
+
+def _apart(worker: int) -> None:
+    """Out of the group of processes that a launcher or a terminal tells to end: whoever trains still wants batches, to
+    come to the end of a step and save it, and ends its workers itself. They see for themselves that it has gone."""
+    os.setpgid(0, 0)
 
 
 def _as_is(element: object) -> object:
