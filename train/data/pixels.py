@@ -18,7 +18,7 @@ from models import image
 from models.image import InputSpec
 from train.data.source import DataError, Items
 
-# What one look at an item tells; `problem` is empty where it can be used.
+# What one look at an item tells; `problem` is empty where it can be used, `sha256` is 0 where it could not be read.
 FACTS = np.dtype([("sha256", "u1", 32), ("width", "i4"), ("height", "i4"), ("format", "U8"), ("mode", "U8"),
                   ("problem", "U160")])
 CHUNK = 256  # images a task: large enough that handing over costs nothing beside decoding
@@ -78,6 +78,10 @@ class Examined(ByPosition):
         for row, i in enumerate(index.tolist()):
             try:
                 item = self.items[i]
+            except OSError as error:
+                facts[row]["problem"] = str(error)
+                continue
+            try:
                 _describe(item, facts[row])
                 out[row] = to_pixels(item, self.spec)
             except (OSError, image.ImageError) as error:
