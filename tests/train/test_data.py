@@ -58,6 +58,16 @@ def test_parts_that_the_data_brings_are_kept(tmp_path, cache):
     assert data.classes == CLASSES
 
 
+def test_a_class_may_have_the_name_of_a_part(tmp_path, cache):
+    source = folder(tmp_path / "vehicles")
+    for name, vehicle in (("blue", "train"), ("green", "test"), ("red", "car")):
+        (source / name).rename(source / vehicle)
+    assert ready(source, cache).classes == ["car", "test", "train"]
+    (source / "car").rename(source / "val")
+    with pytest.raises(DataError, match="train/ and test/ with class folders"):
+        ready(source, cache)
+
+
 def test_pixels_labels_and_moments_belong_together(tmp_path, cache):
     data = ready(folder(tmp_path / "photos"), cache, batch_size=5)
     seen = []
