@@ -209,6 +209,6 @@ def test_a_random_crop_is_as_large_and_as_shaped_as_stated(least):
     area, shape = width * height, width / height
     assert least - 0.01 < area.min() < least + 0.05
     assert 0.95 < area.max() < 1.01
-    assert 3 / 4 - 0.01 < shape.min()
+    assert shape.min() > 3 / 4 - 0.01
     assert shape.max() < 4 / 3 + 0.01
     assert places[:, 0].mean(1).std() > 4 * (1 - least)  # not always the middle
