@@ -273,7 +273,7 @@ def main(argv: list[str] | None = None) -> int:
         broken = isinstance(error, Diverged | OutOfMemory) or getattr(error, "errno", None) in DISK
         return FAILURE if broken else USAGE
     except RuntimeError:
-        if NOTICE.signum:  # a notice to the whole group of processes: the workers that decode were first to go
+        if NOTICE.signum:  # a notice to each process there is: the workers that decode were first to go
             return 128 + NOTICE.signum
         raise
     return 0

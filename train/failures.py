@@ -27,6 +27,7 @@ class OutOfMemory(RuntimeError):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Also torch's on the CPU, which is a plain RuntimeError."""
-    words = ("DefaultCPUAllocator: can't allocate memory", "not enough memory", "out of memory")
+    words = ("DefaultCPUAllocator: can't allocate memory", "not enough memory", "out of memory",
+             "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")  # what is left is too little for the library
     return (isinstance(error, MemoryError | torch.OutOfMemoryError)
             or (isinstance(error, RuntimeError) and any(word in str(error) for word in words)))

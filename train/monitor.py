@@ -59,7 +59,8 @@ class Monitor(Callback, Collector):
         if self._trainer is None:
             return
         self._images += len(batch[0]) * trainer.world_size // trainer.num_nodes
-        if (batch_idx + 1) % ours(trainer).log_every_n_steps == 0 or trainer.is_last_batch:
+        every = ours(trainer).log_every_n_steps  # 0 for never, save at the end of an epoch
+        if trainer.is_last_batch or (every and (batch_idx + 1) % every == 0):
             self._sums.copy_(ours(trainer).lightning_module.sums["train"], non_blocking=True)
             then, images = self._since
             self._since = now, _ = time.monotonic(), self._images

@@ -2,7 +2,8 @@
 
 Order and augmentation are functions of (seed, epoch, step), so what a checkpoint must hold beside Lightning's own
 (weights, optimizer, schedule, loops, callbacks) is where the epoch stands, each process's random numbers and its
-running sums. A checkpoint is made at one of four stages, each of which Lightning can start from:
+running sums, and the digest of the data, which must not change. A checkpoint is made at one of four stages, each of
+which Lightning can start from:
 
     step        after a step, where neither a validation nor the epoch's end comes next
     validation  before a validation that was cut short; all of it is done again
@@ -20,6 +21,7 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 
 from train import checkpoints
+from train.data import DataError, ImageData
 from train.preemption import NOTICE, Preempted
 from train.system import Classifier
 from train.trainer import ours
@@ -41,6 +43,7 @@ class Resume(Checkpoint):  # this base makes it the last of the callbacks, when 
             raise ValueError("resume: every_minutes and every_steps must be 0 or more, and keep 1 or more")
         self.every_seconds, self.every_steps, self.keep = every_minutes * 60 or float("inf"), every_steps, keep
         self.directory: Path | None = None  # set by the command line; without one nothing is written
+        self.begun: Path | None = None  # the checkpoint there to go on from, if any; set by the command line too
         self._wanted, self._saved_step = 0, -1
         self._next = float("inf")
         self._stage: str | None = None
@@ -51,6 +54,16 @@ class Resume(Checkpoint):  # this base makes it the last of the callbacks, when 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit" and trainer.world_size > 1 and self._group is None:
             self._group = torch.distributed.new_group(backend="gloo")
+        if stage == "fit" and self.begun:  # here, as Lightning loads the weights before it asks callbacks
+            self._check_data(self.begun, ours(trainer).datamodule)
+
+    def _check_data(self, begun: Path, data: ImageData) -> None:
+        """Raise DataError where the data is not what it was: neither order nor weights would fit."""
+        state = torch.load(begun, map_location="cpu", mmap=True, weights_only=True)["resume"]
+        if state.get("digest", data.digest) != data.digest:
+            raise DataError(f"{self.directory}: begun on other images, labels or classes than {data.source} holds now; "
+                            "put those back to go on, or begin anew: with --fresh, or by removing that directory where "
+                            "the same command is retried by itself")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         NOTICE.training = self.directory is not None
@@ -152,7 +165,7 @@ class Resume(Checkpoint):  # this base makes it the last of the callbacks, when 
             processes *= trainer.world_size
             torch.distributed.all_gather_object(processes, processes[0], group=self._group)
         checkpoint["resume"] = {"stage": self._stage, "data": us.train_dataloader.state_dict(),
-                                "processes": processes}
+                                "digest": us.datamodule.digest, "processes": processes}
         loops = checkpoint["loops"]["fit_loop"]
         if self._stage == "validation":
             loops["epoch_loop.val_loop.batch_progress"] |= {

@@ -69,7 +69,7 @@ def begin(trainer: L.Trainer, root: Path, name: str, config: dict[str, Any], fre
     trainer.strategy.checkpoint_io = checkpoints.WholeFiles()
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, Resume):
-            callback.directory = run.path
+            callback.directory, callback.begun = run.path, run.checkpoint
         elif isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
             callback.dirpath = str(run.path)
     return run

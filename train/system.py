@@ -149,7 +149,8 @@ class Classifier(L.LightningModule):
         sums = self.sums.pop(part, None)
         if sums is not None:
             loss, right, count, _ = self.trainer.strategy.reduce(sums, reduce_op="sum").cpu().tolist()
-            self.log_dict({f"{part}/loss": loss / count, f"{part}/accuracy": right / count})
+            if count:
+                self.log_dict({f"{part}/loss": loss / count, f"{part}/accuracy": right / count})
 
     def on_train_epoch_end(self) -> None:
         self._report("train")
@@ -159,6 +160,8 @@ class Classifier(L.LightningModule):
 
     def on_test_epoch_end(self) -> None:
         self._report("test")
+        if len(ours(self.trainer).datamodule.leaked_test):  # all processes sum up, also one whose images are all leaked
+            self.sums.setdefault("test_unleaked", torch.zeros(4, dtype=torch.float64, device=self.device))
         self._report("test_unleaked")
         self._report("test_tta")
 

@@ -1,4 +1,4 @@
-"""speednet: the kind of network that holds the CIFAR-10 speed records, for images of 8 to 96 pixels."""
+"""speednet: the kind of network that holds the CIFAR-10 speed records, for images of 9 to 96 pixels."""
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -32,9 +32,9 @@ class SpeedNet(Network):
         for name, factor in (("scale", scale), ("norm_momentum", norm_momentum)):
             if not isinstance(factor, int | float):
                 raise ValueError(f"network speednet: {name}: {factor!r} is no number")
-        if size >> len(widths) < 1:
+        if size - kernel + 1 < 1 << len(widths):
             raise ValueError(f"network speednet: {size} pixels are too few for {len(widths)} blocks, each of which "
-                             f"halves them; give {2 << len(widths)} or more, or fewer widths")
+                             f"halves them; give {(1 << len(widths)) + kernel - 1} or more, or fewer widths")
         self.scale = scale
         filters = 2 * channels * kernel ** 2
         self.whiten = nn.Conv2d(channels, filters, kernel)

@@ -2,13 +2,16 @@
 
 Beside the time on the wall stand the seconds of CPU, which other work on the machine hardly changes.
 
-    python tests/benchmarks/audit_speed.py DATA [--root DIR] [--threads 2]
+    python tests/benchmarks/audit_speed.py DATA [--root DIR] [--threads 2] [--keep]
+
+--keep writes them into audit_speed.json beside this script as well.
 """
 import argparse
+import platform
 import resource
 import time
 
-import bare  # noqa: F401  (first: it puts the repository on the path)
+import bare  # first: it puts the repository on the path
 import numpy as np
 import torch
 
@@ -27,6 +30,7 @@ def main() -> None:
     parser.add_argument("data")
     parser.add_argument("--root")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--keep", action="store_true", help="write the results beside this script, too")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     began = start = clock()
@@ -58,6 +62,12 @@ def main() -> None:
     print(f"leaked test images: {findings['leakage']['test']['count']}; near duplicates: "
           f"{findings['near_duplicates']['count']}; first model: {findings['labels']['accuracy']:.3f} accurate, "
           f"{findings['labels']['count']} doubtful labels")
+    if options.keep:
+        seconds = {name: {"wall": round(wall, 1), "cpu": round(cpu, 1)}
+                   for name, (wall, cpu) in {"in all": total, **spent}.items()}
+        bare.keep(__file__, {
+            "data": data.found.name, "images": count, "threads": options.threads, "seconds": seconds,
+            "torch": torch.__version__, "python": platform.python_version()}, ("data", "threads"))
 
 
 if __name__ == "__main__":

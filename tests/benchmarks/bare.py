@@ -2,10 +2,12 @@
 
 Importing this first also puts the repository on the path, so that a script beside it runs from anywhere.
 """
+import json
 import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -51,6 +53,14 @@ def epoch(network: nn.Module, optimizer: torch.optim.Optimizer, schedule: torch.
         schedule.step()
         pace.images += len(pixels)
     return pace.stop()
+
+
+def keep(script: str, result: dict[str, Any], same: tuple[str, ...]) -> None:
+    """Write a result into the JSON file beside the script, in place of an earlier one with the `same` values."""
+    file = Path(script).with_suffix(".json")
+    everything = json.loads(file.read_text()) if file.exists() else []
+    everything = [old for old in everything if any(old[key] != result[key] for key in same)] + [result]
+    file.write_text(json.dumps(everything, indent=1) + "\n")
 
 
 @torch.no_grad()

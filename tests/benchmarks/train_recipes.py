@@ -6,7 +6,7 @@
 --twin also trains a bare PyTorch loop by the same recipe afterwards, to compare the wall time with; it refuses recipes
 with options that the loop has not. Seconds are those of training, validation included; all up to the end of the first
 step (data, set-up, compiling) is counted apart, for the twin as well. Processor seconds tell more than wall time where
-a machine is shared.
+a machine is shared. The peak of memory is that of all seeds up to then, and of their twins.
 """
 import argparse
 import json
@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import bare  # first: it puts the repository on the path
@@ -29,7 +28,6 @@ from models import networks
 from train import cli, optim
 from train.system import PREPARE_IMAGES, first_images
 
-RESULTS = Path(__file__).with_suffix(".json")
 clocks: list["Clock"] = []
 
 
@@ -157,10 +155,7 @@ def keep(recipe: str, flags: list[str], note: str, runs: list[dict[str, Any]]) -
         "peak_memory_mb": round((torch.cuda.max_memory_allocated() if cuda else
                                  resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e6),
         "note": note, "runs": runs}
-    everything = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    same = ("recipe", "flags", "device")
-    everything = [old for old in everything if any(old[key] != result[key] for key in same)] + [result]
-    RESULTS.write_text(json.dumps(everything, indent=1) + "\n")
+    bare.keep(__file__, result, ("recipe", "flags", "device"))
     return result
 
 

@@ -49,6 +49,11 @@ def test_own_networks(name, size, channels):
     check(networks.build(name, 5, channels, size), channels, size, 5)
 
 
+def test_speednet_takes_what_it_asks_for():
+    check(networks.build("speednet", 5, 1, 9), 1, 9, 5)
+    check(networks.build("speednet", 5, 1, 8, widths=[8, 16]), 1, 8, 5)
+
+
 @pytest.mark.parametrize(("name", "size"), CASES)
 def test_every_family_of_torchvision(name, size):
     check(networks.build(name, 7, 3, size), 3, size, 7)
@@ -124,6 +129,7 @@ def test_whitened_patches_are_uncorrelated():
     ("vit_b_16", 28, {}, "28 pixels"),
     ("lenet", 8, {}, "too small"),
     ("speednet", 4, {}, "too few"),
+    ("speednet", 8, {}, "give 9 or more"),
     ("lenet", 32, {"widths": [1]}, "unknown option 'widths'"),
     ("speednet", 32, {"width": [1]}, "it has widths, depth"),
     ("resnet18", 32, {"stemm": "small"}, "stemm"),

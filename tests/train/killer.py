@@ -2,6 +2,7 @@
 import hashlib
 import os
 import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -15,12 +16,15 @@ class Killer(Callback):
     """Sends what the environment's KILL says, e.g. TERM:step:7 for SIGTERM to this process within the seventh step.
 
     Moments: step, validation (in this epoch), epoch (its start), end (of the training), export (so many tenths of a
-    second after the training). LAUNCHER:… is SIGTERM to the process that started this one; SLEEP:… hangs for a minute.
+    second after the training). LAUNCHER:… is SIGTERM to the process that started this one; GROUP:… to all processes of
+    this one's group; SLEEP:… hangs for a minute.
     """
 
     def __init__(self) -> None:
         self.kind, self.moment, self.number = (os.environ.get("KILL") or "TERM:never:0").split(":")
         self.struck = False
+        if self.kind == "GROUP":
+            os.setpgid(0, 0)  # a group of its own, as a launcher gives it
 
     def _strike(self, moment: str, number: int, trainer: L.Trainer) -> None:
         if self.struck or (moment, str(number)) != (self.moment, self.number) or not trainer.is_global_zero:
@@ -31,6 +35,10 @@ class Killer(Callback):
             time.sleep(60)
         elif self.kind == "LAUNCHER":
             os.kill(os.getppid(), signal.SIGTERM)
+        elif self.kind == "GROUP":
+            # by another process, as workers that decode take a signal of their parent for the end of the epoch
+            subprocess.run(["sh", "-c", f"kill -TERM -{os.getpid()}"])
+            time.sleep(0.5)  # whom it ends has ended
         else:
             os.kill(os.getpid(), getattr(signal, f"SIG{self.kind}"))
 

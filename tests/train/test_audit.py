@@ -129,6 +129,17 @@ def test_clean_data_raises_no_alarm():
     assert not any("WARNING" in line for line in audit.summary(findings))
 
 
+@pytest.mark.parametrize(("size", "looked_for"), [(23, False), (24, True)])
+def test_images_too_small_for_near_duplicates_are_said_to_be(tmp_path, size, looked_for):
+    source = folder(tmp_path / "photos", 20)
+    cv2.imwrite(str(source / "red/brighter.png"), cv2.convertScaleAbs(picture(2, 3), alpha=0.9, beta=20))
+    _, findings = look(source, tmp_path / "out", size=size)
+    assert findings["near_duplicates"]["count"] == looked_for
+    assert findings["near_duplicates"]["looked_for"] == looked_for
+    assert any("near duplicates are not looked for" in line for line in audit.summary(findings)) != looked_for
+    assert ("Not looked for: that takes images of 24 pixels" in (tmp_path / "out/index.html").read_text()) != looked_for
+
+
 def test_what_was_found_is_kept_for_the_same_data_and_split(faulty, tmp_path, monkeypatch):
     cache = str(tmp_path / "cache")
     first, findings = look(faulty, cache=cache, size=32)

@@ -195,3 +195,20 @@ def test_a_gpu_gives_what_the_cpu_gives(photos):
     there, same = augment(images.cuda(), labels.cuda(), rows.cuda(), 0, rng("test", 0))
     assert (here.int() - there.cpu().int()).abs().max() <= 2
     assert torch.allclose(shares, same.cpu(), atol=1e-3)
+
+
+@pytest.mark.parametrize("least", [0.35, 0.9])
+def test_a_random_crop_is_as_large_and_as_shaped_as_stated(least):
+    ramp = torch.arange(0, 256, 4, dtype=torch.uint8)  # colours that tell the place: 64 pixels, 4 levels each
+    across, down = ramp.view(1, 64).expand(64, 64), ramp.view(64, 1).expand(64, 64)
+    images = torch.stack([across, down]).expand(500, 2, 64, 64)
+    augment = Augmenter(Augmentation(random_resized_crop=least), InputSpec(height=64, width=64), [0.0] * 2, 2, 500, 0)
+    found, _ = augment(images, torch.zeros(500, dtype=torch.int64), torch.arange(500), 0, np.random.default_rng(0))
+    places = found.double().flatten(2)
+    width, height = ((places.amax(2) - places.amin(2)) / 252).T
+    area, shape = width * height, width / height
+    assert least - 0.01 < area.min() < least + 0.05
+    assert 0.95 < area.max() < 1.01
+    assert shape.min() > 3 / 4 - 0.01
+    assert shape.max() < 4 / 3 + 0.01
+    assert places[:, 0].mean(1).std() > 4 * (1 - least)  # not always the middle

@@ -8,8 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from launch import ROOT
+from pictures import folder
 from service import free_ports
+
+from models import networks
 
 # No augmentation, so that images can be told apart, and no norm over the batch, which each process takes for itself.
 SETTINGS = ("run", "digits", "--trainer.max_epochs", "2", "--trainer.log_every_n_steps", "1", "--logger", "csv",
@@ -18,20 +22,20 @@ SETTINGS = ("run", "digits", "--trainer.max_epochs", "2", "--trainer.log_every_n
 
 
 def torchrun(place: Path, *settings: str, flags: tuple[str, ...] = ("--nproc-per-node", "2"), kill: str = "",
-             wait: bool = True) -> subprocess.Popen:
-    return launch(place, *settings, kill=kill, wait=wait, through=(
+             wait: bool = True, first: tuple[str, ...] = SETTINGS) -> subprocess.Popen:
+    return launch(place, *settings, kill=kill, wait=wait, first=first, through=(
         "-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_ports(1)[0]}",
         *flags))
 
 
 def launch(place: Path, *settings: str, through: tuple[str, ...] = (), kill: str = "",
-           wait: bool = True) -> subprocess.Popen:
+           wait: bool = True, first: tuple[str, ...] = SETTINGS) -> subprocess.Popen:
     (place / "seen").mkdir(exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "KILL": kill, "RECORD": str(place / "seen"),
                    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests/train")])}
     with open(place / "log", "ab") as log:
         process = subprocess.Popen(
-            [sys.executable, *through, "-m", "train", *SETTINGS, "--trainer.default_root_dir", str(place / "runs"),
+            [sys.executable, *through, "-m", "train", *first, "--trainer.default_root_dir", str(place / "runs"),
              "--store", str(place / "store"), *settings],
             cwd=place, env=environment, stdout=log, stderr=subprocess.STDOUT)
     if wait:
@@ -108,3 +112,19 @@ def test_two_launchers_meet(one, tmp_path):
         for node in nodes:
             node.send_signal(signal.SIGKILL) if node.poll() is None else None
     assert_alike(tmp_path, one)
+
+
+@pytest.mark.slow
+def test_a_process_whose_test_images_are_all_leaked_keeps_step(tmp_path):
+    for part in ("train", "test"):
+        folder(tmp_path / "photos" / part, 8, first=100 * (part == "test"))
+    test = sorted((tmp_path / "photos/test").rglob("*.png"))
+    for file in test[::2]:  # all that the first process gets
+        file.write_bytes((tmp_path / "photos/train" / file.parent.name / file.name).read_bytes())
+    torch.save(networks.build("convnet", 3, 3, 32).state_dict(), tmp_path / "weights.pt")
+    done = torchrun(tmp_path, "--model.weights", "weights.pt", "--data.batch_size", "2", first=(
+        "test", "--data.source", "photos", "--model.network", "convnet", "--audit.enabled", "true"))
+    log = (tmp_path / "log").read_text()
+    assert done.returncode == 0, log
+    assert "WARNING: 12 test images" in log
+    assert "test_unleaked/accuracy" in log

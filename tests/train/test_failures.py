@@ -1,8 +1,16 @@
 """What goes wrong in a run is one line that says what to try, and a status that is not 0."""
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 import torch
+from launch import ROOT
 
 from models import networks
+from train.failures import is_out_of_memory
 
 QUIET = "--logger", "none", "--progress.quiet", "true", "--audit.enabled", "false"
 
@@ -78,6 +86,27 @@ def test_out_of_memory_names_the_batch_size_to_try(commands, tmp_path, evaluatin
     assert last.startswith("train: out of memory on cpu with batches of ")
     assert f"; try {flag}" in last + ","
     assert "Traceback" not in command.text
+
+
+@pytest.mark.parametrize(("words", "memory"), [
+    ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+    ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True),
+    ("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasGemmEx`", False)])
+def test_libraries_of_cuda_have_words_of_their_own_for_it(words, memory):
+    assert is_out_of_memory(RuntimeError(words)) == memory
+
+
+def test_a_notice_is_heard_before_the_imports_are_done():
+    """The first process of a container would ignore it without a handler; any other would end with -15."""
+    process = subprocess.Popen([sys.executable, "-m", "train", "--help"], cwd=ROOT, stdout=subprocess.DEVNULL)
+    place, heard = Path(f"/proc/{process.pid}"), 0
+    while not heard & 1 << signal.SIGTERM - 1:
+        assert process.poll() is None
+        heard = int((place / "status").read_text().split("SigCgt:")[1].split()[0], 16)
+        time.sleep(0.01)
+    assert "libtorch" not in (place / "maps").read_text()
+    process.terminate()
+    assert process.wait(60) == 143
 
 
 @pytest.mark.parametrize("subcommand", ["test", "run"])

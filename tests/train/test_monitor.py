@@ -37,6 +37,17 @@ def test_metrics_follow_the_training(commands, tmp_path):
     command.signal(9)
 
 
+def test_a_run_that_logs_no_steps_is_followed_by_epochs(commands, tmp_path):
+    port, = free_ports(1)
+    command = commands.start(
+        "run", "digits", "--monitor.port", port, "--monitor.host", "127.0.0.1", "--logger", "none", "--audit.enabled",
+        "false", "--progress.quiet", "true", "--trainer.log_every_n_steps", 0, "--data.batch_size", 500,
+        "--trainer.callbacks+=killer.Killer", env={"KILL": "SLEEP:step:4"}, cwd=tmp_path)
+    command.wait_for("asleep")  # in the first step of the second epoch
+    assert scrape(port)["imago_train_loss"] > 0
+    command.signal(9)
+
+
 def test_without_a_port_nothing_listens(commands, tmp_path):
     command = commands.start("run", "digits", "--logger", "none", "--audit.enabled", "false",
                              "--trainer.callbacks+=killer.Killer", env={"KILL": "SLEEP:step:3"}, cwd=tmp_path)

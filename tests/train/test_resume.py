@@ -1,5 +1,6 @@
 """A run that is killed and started again ends as one that never was. All by killing real processes."""
 import contextlib
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from launch import Command, Commands
+from pictures import folder
 
 from train import checkpoints
 
@@ -185,6 +187,25 @@ def test_a_finished_run_and_another_job_s_run_are_left_alone(commands, tmp_path)
     assert sorted(p.name for p in (tmp_path / "digits").iterdir() if (p / "finished").exists()) == ["2", "3", "5"]
 
 
+def test_a_run_does_not_go_on_with_other_data(commands, tmp_path):
+    photos, place = folder(tmp_path / "photos", 40), tmp_path / "runs"
+    settings = "--data.source", photos, "--name", "digits", "--data.batch_size", 16, "--trainer.max_epochs", 2
+    assert start(commands, place, *settings, kill="TERM:step:3").status() == 143
+    (photos / "yellow").mkdir()
+    for i in range(9):
+        (photos / "yellow" / f"{i}.png").write_bytes((photos / "red" / f"{i:03d}.png").read_bytes())
+    refused = start(commands, place, *settings)
+    assert refused.status() == 2
+    assert refused.text.splitlines()[-1].startswith(f"train: {run_of(place)}: begun on other images, labels or classes")
+    assert "--fresh" in refused.text.splitlines()[-1]
+    shutil.rmtree(photos / "yellow")
+    removed = (photos / "red" / "000.png").read_bytes()
+    (photos / "red" / "000.png").unlink()
+    assert start(commands, place, *settings).status() == 2
+    (photos / "red" / "000.png").write_bytes(removed)
+    assert "going on from step 3:" in finish(commands, place, *settings).text
+
+
 @pytest.mark.slow
 def test_every_random_number_is_restored(commands, tmp_path):
     """A network with dropout and batch norm, and gradients summed over two batches."""
@@ -193,6 +214,17 @@ def test_every_random_number_is_restored(commands, tmp_path):
     finish(commands, tmp_path / "undisturbed", *network)
     assert start(commands, tmp_path / "killed", *network, kill="TERM:step:9").status() == 143
     assert "going on from step 5:" in finish(commands, tmp_path / "killed", *network).text
+    assert_same(learnt(result(tmp_path / "killed")), learnt(result(tmp_path / "undisturbed")))
+
+
+def test_a_stream_goes_on_where_it_was(commands, tmp_path):
+    """With dropout, so that a random number too many shows. The second notice also goes to the decoding workers."""
+    stream = ("--data.memory", "stream", "--data.workers", 2, "--model.network", "mobilenet_v3_small",
+              "--trainer.limit_train_batches", 9, "--trainer.max_epochs", 2)
+    finish(commands, tmp_path / "undisturbed", *stream)
+    assert start(commands, tmp_path / "killed", *stream, kill="TERM:step:3").status() == 143
+    assert start(commands, tmp_path / "killed", *stream, kill="GROUP:step:11").status() == 143
+    assert "going on from step 11:" in finish(commands, tmp_path / "killed", *stream).text
     assert_same(learnt(result(tmp_path / "killed")), learnt(result(tmp_path / "undisturbed")))
 
 

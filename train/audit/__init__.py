@@ -14,7 +14,7 @@ from train.audit import duplicates, labels, page
 from train.data import ImageData
 from train.data.source import PARTS, say
 
-LAYOUT = 1  # of the findings; kept ones of another layout are found anew
+LAYOUT = 2  # of the findings; kept ones of another layout are found anew
 RARE = 0.1  # a class with less than this share of the largest class's images is rare
 FEW = 10  # training images that are too few to learn a class from
 ODD_AREA = 8.0  # times more or less than the median area is an odd size
@@ -71,7 +71,8 @@ def examine(data: ImageData) -> Findings:
     return {
         "source": data.source, "digest": data.digest, "classes": data.classes, "counts": data.counts,
         "unreadable": [{"file": name, "problem": problem} for name, problem in data.unreadable],
-        "exact_duplicates": pairs(exact), "near_duplicates": pairs(near),
+        "exact_duplicates": pairs(exact),
+        "near_duplicates": pairs(near) | {"looked_for": duplicates.told_apart(data.known.pixels)},
         "leakage": {name: _leaked(name, part, exact, near) for name in ("test", "val")},
         "class_counts": _class_counts(data), "odd": _odd(facts, usable, image),
         "labels": {"accuracy": round(doubtful.accuracy, 4), "count": len(doubtful.index), "suspects": [
@@ -151,6 +152,8 @@ def summary(findings: Findings) -> list[str]:
         if found["count"]:
             other = f", {found['other_label']} with different labels" if found["other_label"] else ""
             lines.append(f"{found['count']} {name} duplicates, {found['across_parts']} across parts{other}")
+    if not findings["near_duplicates"]["looked_for"]:
+        lines.append(f"near duplicates are not looked for: that takes images of {duplicates.LEAST} pixels or more")
     notes = [row for row in findings["class_counts"] if row["note"]]
     if notes:
         lines.append("few images: " + ", ".join(f"{row['label']} ({row['train']})" for row in notes[:10]))

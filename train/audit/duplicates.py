@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, conv2d, interpolate, normalize, pad
 
 COARSE = {1: 14, 3: 8}  # channels -> side of the descriptor's picture, in pixels: 192 numbers either way
+LEAST = 24  # pixels a side; smaller pictures are too few pixels to tell apart
 COMPONENTS = 64
 ALIKE = 0.6  # cosine of two descriptors that makes a pair worth a closer look
 LOOKS = 0.25  # pairs an image, on average, that get it; where more are alike, the closest
@@ -42,14 +43,19 @@ def exact(digests: np.ndarray, usable: np.ndarray) -> Pairs:
     return Pairs(index[first[group][copies]], index[copies], np.ones(int(copies.sum()), np.float32))
 
 
+def told_apart(pixels: np.ndarray) -> bool:
+    """Whether near duplicates can be looked for among uint8 [N, H, W, C] at all."""
+    return min(pixels.shape[1:3]) >= LEAST
+
+
 def near(pixels: np.ndarray, usable: np.ndarray, device: torch.device, mirrored: bool = False) -> Pairs:
     """Near duplicates among the usable images of uint8 [N, H, W, C]; exact copies come with a likeness of about 1.
 
     `mirrored`: mirror images count as well, as they must where training mirrors them.
     """
     index = np.flatnonzero(usable)
-    if min(pixels.shape[1:3]) < 2 * max(COARSE.values()) - 4 or len(index) < 2:
-        return Pairs(*(np.zeros(0, kind) for kind in (np.int64, np.int64, np.float32)))  # too few pixels to tell apart
+    if not told_apart(pixels) or len(index) < 2:
+        return Pairs(*(np.zeros(0, kind) for kind in (np.int64, np.int64, np.float32)))
     plain, flipped = _descriptors(pixels, index, device)
     least, pairs, likeness = _least(plain), [], []
     for others in (plain, flipped) if mirrored else (plain,):

@@ -5,6 +5,7 @@ from html import escape
 from typing import Any
 
 from models.image import InputSpec, fit
+from train.audit.duplicates import LEAST
 from train.data import ImageData
 from train.data.pixels import encoded
 
@@ -44,11 +45,11 @@ def _text(value: str) -> str:
 
 
 def render(findings: dict[str, Any], data: ImageData) -> str:
-    leak, label = findings["leakage"]["test"], findings["labels"]
+    leak, label, near = findings["leakage"]["test"], findings["labels"], findings["near_duplicates"]
     tiles = [("leakage", leak["count"], f"leaked test images ({leak['share']:.1%})", "bad"),
              ("unreadable", len(findings["unreadable"]), "unreadable files", "bad"),
              ("exact", findings["exact_duplicates"]["count"], "exact duplicates", "warn"),
-             ("near", findings["near_duplicates"]["count"], "near duplicates", "warn"),
+             ("near", near["count"], "near duplicates" + ("" if near["looked_for"] else " (not looked for)"), "warn"),
              ("labels", label["count"], "doubtful labels", "warn"),
              ("classes", sum(bool(row["note"]) for row in findings["class_counts"]), "rare classes", "warn"),
              ("odd", findings["odd"]["count"], "odd sizes and modes", "warn")]
@@ -64,7 +65,7 @@ Digest <code>{findings["digest"][:16]}</code>. All that is listed here in part i
 {_alarm(leak)}{_unreadable(findings["unreadable"])}
 {_pairs("exact", "Exact duplicates", "The same file more than once.", findings["exact_duplicates"], thumbnail)}
 {_pairs("near", "Near duplicates", "The same picture but for brightness, colour, a frame or a slight crop.",
-        findings["near_duplicates"], thumbnail)}
+        near, thumbnail)}
 {_labels(label, thumbnail)}{_classes(findings["class_counts"])}{_odd(findings["odd"], thumbnail)}
 </main></html>
 """
@@ -105,6 +106,8 @@ def _unreadable(files: list[dict[str, str]]) -> str:
 
 
 def _pairs(anchor: str, title: str, text: str, found: dict[str, Any], thumbnail: Callable) -> str:
+    if not found.get("looked_for", True):
+        return _section(anchor, title, text, f"Not looked for: that takes images of {LEAST} pixels a side or more.")
     if not found["count"]:
         return ""
     figures = []

@@ -6,6 +6,7 @@
 An entry is written beside its place and renamed in whole. A lock makes a second job wait for the first and then
 read what it wrote; without the lock both would decode, and either result would do.
 """
+import contextlib
 import hashlib
 import os
 import shutil
@@ -45,7 +46,9 @@ def known(items: Items, spec: InputSpec, cache: Path | None, workers: int, title
     try:
         place.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{key}.lock"):
-            found = _load(key, len(items), spec) or _fill(key, suffix, items, spec, workers, title)
+            found = _load(key, len(items), spec)
+            if found is None or _more_readable(items, found.facts):
+                found = _fill(key, suffix, items, spec, workers, title)
             if found is None:
                 raise OSError("what was written there does not read back")
             return found
@@ -64,6 +67,16 @@ def _load(key: Path, count: int, spec: InputSpec) -> Known | None:
         return None
     sound = pixels.shape == (count, spec.height, spec.width, spec.channels) and facts.shape == (count,)
     return Known(pixels, facts) if sound and facts.dtype == FACTS else None
+
+
+def _more_readable(items: Items, facts: np.ndarray) -> bool:
+    """Whether an item that could not be read then can be now: its mode or its disk may be other than they were, which
+    no fingerprint shows."""
+    for i in np.flatnonzero(~facts["sha256"].any(1)).tolist():
+        with contextlib.suppress(OSError):
+            items[i]
+            return True
+    return False
 
 
 def _fill(key: Path, suffix: str, items: Items, spec: InputSpec, workers: int, title: str) -> Known | None:

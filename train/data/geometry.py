@@ -52,8 +52,10 @@ def warp(images: Tensor, size: tuple[int, int], least: float, degrees: float, bo
     across = down = np.ones(b)
     right = below = np.zeros(b)
     if least:
-        area, ratio = draw.uniform(least, 1, b), np.exp(draw.uniform(math.log(3 / 4), math.log(4 / 3), b))
-        across, down = np.minimum(1, np.sqrt(area * ratio)), np.minimum(1, np.sqrt(area / ratio))
+        area = draw.uniform(least, 1, b)
+        widest = np.minimum(math.log(4 / 3), -np.log(area))  # a large part can't be long: it would stick out
+        ratio = np.exp(draw.uniform(-widest, widest))
+        across, down = np.sqrt(area * ratio), np.sqrt(area / ratio)
         right, below = draw.uniform(-1, 1, b) * (1 - across), draw.uniform(-1, 1, b) * (1 - down)
     angle = np.deg2rad(draw.uniform(-degrees, degrees, b)) if degrees else np.zeros(b)
     cos, sin = np.cos(angle), np.sin(angle)  # from output to input, both in -1..1 with the centre at 0

@@ -16,8 +16,8 @@ class Order:
 
     All processes draw the same permutation of the part; the process of rank r takes every world-th image from r on, so
     step s of all processes together is batch s of one process with a world times larger batch. Every image is seen
-    once an epoch and every process makes the same number of steps: processes differ by one image at most, and where
-    that one image would need a step of its own, it joins the last batch instead.
+    once an epoch and every process makes the same number of steps: processes differ by one image at most, and an image
+    that would need a step of its own joins the batch before instead, as batch norm has no use for one alone.
     """
 
     rows: np.ndarray  # int64 [N], the part's images
@@ -30,7 +30,8 @@ class Order:
 
     @property
     def steps(self) -> int:
-        return max(1, -(-(len(self.rows) // self.world) // self.batch_size))
+        fewest = len(self.rows) // self.world  # images of a process
+        return max(1, -(-(fewest - (self.batch_size > 1)) // self.batch_size))
 
     def epoch(self, epoch: int) -> list[np.ndarray]:
         """The rows of each step's images of this process, int64, in the order of the steps."""

@@ -1,6 +1,7 @@
 """Items to pixels: what workers decode with, and the one pass over all images that finds out what they are."""
 import hashlib
 import io
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from models import image
 from models.image import InputSpec
 from train.data.source import DataError, Items
 
-# What one look at an item tells; `problem` is empty where it can be used.
+# What one look at an item tells; `problem` is empty where it can be used, `sha256` is 0 where it could not be read.
 FACTS = np.dtype([("sha256", "u1", 32), ("width", "i4"), ("height", "i4"), ("format", "U8"), ("mode", "U8"),
                   ("problem", "U160")])
 CHUNK = 256  # images a task: large enough that handing over costs nothing beside decoding
@@ -77,6 +78,10 @@ class Examined(ByPosition):
         for row, i in enumerate(index.tolist()):
             try:
                 item = self.items[i]
+            except OSError as error:
+                facts[row]["problem"] = str(error)
+                continue
+            try:
                 _describe(item, facts[row])
                 out[row] = to_pixels(item, self.spec)
             except (OSError, image.ImageError) as error:
@@ -136,11 +141,22 @@ def examine(items: Items, index: np.ndarray, spec: InputSpec, workers: int,
 
 
 def loader(dataset: ByPosition, batches: Sequence[np.ndarray], workers: int, pin: bool = False) -> DataLoader:
-    """Workers that make one element of `dataset` for each array of positions, in order."""
+    """Workers that make one element of `dataset` for each array of positions, in order.
+
+    They draw no random numbers, so they get a generator of their own: by default torch takes their seed from that of
+    the training, once for each start of an epoch, and a run that is resumed has one start more.
+    """
     safe = getattr(dataset.items, "fork_safe", True)
     context = None if safe or not workers else "spawn"
     return DataLoader(dataset, batch_size=None, sampler=batches, num_workers=workers, pin_memory=pin,
-                      collate_fn=_as_is, multiprocessing_context=context, persistent_workers=False)
+                      collate_fn=_as_is, multiprocessing_context=context, persistent_workers=False,
+                      generator=torch.Generator(), worker_init_fn=_apart)
+
+
+def _apart(worker: int) -> None:
+    """Out of the group of processes that a launcher or a terminal tells to end: whoever trains still wants batches, to
+    come to the end of a step and save it, and ends its workers itself. They see for themselves that it has gone."""
+    os.setpgid(0, 0)
 
 
 def _as_is(element: object) -> object:

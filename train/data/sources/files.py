@@ -13,12 +13,15 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 def folder(root: Path) -> Source:
     """A folder of class folders, or of train/, val/ (valid/) and test/ with class folders each.
 
-    Hidden files and folders are passed over; a class folder is searched to any depth.
+    Hidden files and folders are passed over; a class folder is searched to any depth. A class may have the name of a
+    part: train/ is one where it holds images, beside classes of other names.
     """
     if not root.is_dir():
         raise DataError(f"{root}: no such folder")
-    parts = {d.name: part for d in _folders(root) if (part := part_name(d.name))}
-    if "train" not in parts.values():
+    folders = _folders(root)
+    parts = {d.name: part for d in folders if (part := part_name(d.name))}
+    training = [d for d in folders if parts.get(d.name) == "train"]
+    if not training or (len(parts) < len(folders) and not any(map(_folders, training))):
         parts = {"": "train"}
     found = [(part, d.name, path) for name, part in parts.items() for d in _folders(root / name)
              for path in _files(d, root)]

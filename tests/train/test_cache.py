@@ -1,0 +1,98 @@
+"""Decoded pixels are kept: once for each content, never half, and no longer than they are right."""
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pictures import folder, png
+
+from models.image import InputSpec
+from train.data import ImageData
+from train.data.cache import Known, known
+from train.data.source import Files
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.filterwarnings("ignore:::lightning")
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> str:
+    return str(tmp_path / "cache")
+
+
+def ready(source: Path, cache: str) -> ImageData:
+    data = ImageData(str(source), cache=cache, workers=0)
+    data.setup()
+    return data
+
+
+def test_pixels_are_decoded_once_and_known_by_their_content(tmp_path, cache):
+    source = folder(tmp_path / "photos")
+    first = ready(source, cache)
+    entries = sorted(path.name for path in Path(cache, "pixels").iterdir() if path.is_dir())
+    for path in source.rglob("*.png"):
+        path.touch()
+    assert ready(source, cache).digest == first.digest
+    assert sorted(path.name for path in Path(cache, "pixels").iterdir() if path.is_dir()) == entries
+    (source / "red" / "000.png").write_bytes(png(2, 77))
+    changed = ready(source, cache)
+    assert changed.digest != first.digest
+    assert not np.array_equal(changed.known.pixels, first.known.pixels)
+
+
+def test_a_damaged_cache_is_made_anew(tmp_path, cache):
+    source = folder(tmp_path / "photos")
+    before = np.array(ready(source, cache).known.pixels)
+    for path in Path(cache).rglob("*.npy"):
+        path.write_bytes(path.read_bytes()[:100])
+    assert np.array_equal(ready(source, cache).known.pixels, before)
+
+
+def test_two_jobs_that_start_at_once_share_one_decoding(tmp_path, cache):
+    source = folder(tmp_path / "photos", count=60)
+    script = ("import sys; from train.data import ImageData\n"
+              "data = ImageData(sys.argv[1], cache=sys.argv[2], workers=1); data.setup(); print(data.digest)")
+    jobs = [subprocess.Popen([sys.executable, "-c", script, str(source), cache], cwd=ROOT, stdout=subprocess.PIPE,
+                             text=True) for _ in range(2)]
+    digests = {job.communicate(timeout=120)[0].strip() for job in jobs}
+    assert [job.returncode for job in jobs] == [0, 0]
+    assert len(digests) == 1
+    assert len([path for path in Path(cache, "pixels").iterdir() if path.is_dir()]) == 1
+
+
+def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    data = ready(folder(tmp_path / "photos"), str(tmp_path / "file" / "cache"))
+    assert sum(data.counts.values()) == 36
+    assert "memory only" in capsys.readouterr().err
+
+
+class Share(Files):
+    """Files whose first one can't be read for a while, though it looks the same from outside."""
+
+    away = True
+    reads = 0
+
+    def __getitem__(self, i: int) -> bytes:
+        Share.reads += 1
+        if i == 0 and self.away:
+            raise PermissionError(13, "Permission denied")
+        return super().__getitem__(i)
+
+
+def test_what_could_not_be_read_is_tried_again(tmp_path, monkeypatch):
+    source = folder(tmp_path / "photos")
+    items = Share(source, sorted(p.relative_to(source).as_posix() for p in source.rglob("*.png")))
+
+    def look() -> Known:
+        return known(items, InputSpec(height=32, width=32), tmp_path / "cache", 0, "Decoding")
+
+    assert "Permission denied" in look().facts["problem"][0]
+    before = Share.reads
+    assert "Permission denied" in look().facts["problem"][0]
+    assert Share.reads == before + 1  # the others come from the cache
+    monkeypatch.setattr(Share, "away", False)
+    found = look()
+    assert (found.facts["problem"] == "").all()
+    assert found.pixels[0].any()
