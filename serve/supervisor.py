@@ -23,7 +23,7 @@ import uvicorn
 from starlette.middleware.gzip import GZipMiddleware
 
 from serve import exposition, logs, machine, shadow
-from serve.connection import Connection
+from serve.connection import SPARE, Connection
 from serve.front import Front
 from serve.metrics import Slab
 from serve.quiet import Quiet
@@ -38,6 +38,7 @@ FAREWELL = 1.0  # seconds in which clients that keep a connection get one more a
 LINGER = 0.3  # seconds in which clients are still told that we are leaving
 GUESTS = 0.2  # seconds to tell those who connected after the HTTP processes had ended
 END = 1.5  # seconds of the drain that are kept for ending the processes
+OWN_FILES = 128  # that a process has open besides the connections of clients
 MAX_PAUSE = 10.0  # seconds between two tries to start a process that keeps crashing
 
 _GONE = b'{"type":"about:blank","title":"Service Unavailable","status":503,"detail":"the service is shutting down"}'
@@ -261,7 +262,18 @@ def serve(settings: Settings) -> int:
         shutil.rmtree(run, ignore_errors=True)
 
 
+def bound_connections(settings: Settings) -> None:
+    """One connection too many for the system would get no answer; one too many for us gets 503."""
+    rest = OWN_FILES + SPARE
+    room = max(1, machine.open_files(settings.max_connections + rest) - rest)
+    if room < settings.max_connections:
+        logs.logger.warning("max_connections is %d, not %d: the limit of open files (ulimit -n) allows no more", room,
+                            settings.max_connections)
+        settings.max_connections = room
+
+
 def _serve(settings: Settings, run: str) -> int:
+    bound_connections(settings)
     State.create(run)
     threads = settings.threads or max(1, machine.cores() // settings.workers)
     supervisor = Supervisor(settings, run, threads)

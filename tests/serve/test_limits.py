@@ -5,6 +5,7 @@ A worker that is stopped by SIGSTOP stands for one that is busy: what it was sen
 import contextlib
 import re
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -232,6 +233,25 @@ def test_connections_are_bounded(start):
         connection.socket.close()
     held[0].socket.close()
     wait(lambda: Raw(server, b"GET /health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").answer()[0] == 200)
+
+
+def crowd(server, count: int) -> list[Raw]:
+    """Connections that each had one answer and are idle now."""
+    server.http.close()
+    return [Raw(server, b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n") for _ in range(count)]
+
+
+@pytest.mark.parametrize(("limit", "flags", "room"), [
+    ("-Sn 64", ("--max-connections", "300"), 300),
+    ("-n 256", (), 112),
+])
+def test_open_files_allow_the_connections_that_are_promised(start, limit, flags, room):
+    server = start(*flags, command=["sh", "-c", f'ulimit {limit}; exec "$@"', "sh", sys.executable, "-m", "serve"])
+    held = crowd(server, room + 16)
+    assert {connection.socket.recv(12) for connection in held} == {b"HTTP/1.1 200"}
+    beyond = [Raw(server) for _ in range(64)]
+    assert {connection.socket.recv(12) for connection in beyond[32:]} == {b"HTTP/1.1 503"}
+    assert ("max_connections is 112, not 1024" in server.log.read_text()) == (room == 112)
 
 
 def test_pipelined_requests_are_answered_in_order(server):
