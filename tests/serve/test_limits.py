@@ -270,6 +270,16 @@ def test_expect_100_continue(server):
     assert connection.answer()[0] == 200
 
 
+@pytest.mark.parametrize(("path", "length", "status"), [
+    (b"/predict", 1 << 30, 413), (b"/v2/models/colours/infer", 1 << 30, 413), (b"/nothing", 9, 404)])
+def test_refused_before_100_continue(server, path, length, status):
+    """The client may send its body or not. What it sends next must not be taken for one, so the connection ends."""
+    connection = Raw(server, head(length, "Expect: 100-continue").replace(b"/predict", path))
+    found, text = connection.answer()
+    assert (found, "connection: close" in text) == (status, True)
+    assert connection.is_closed()
+
+
 def test_http_1_0_and_connection_close(server):
     for request in (head(len(IMAGE)).replace(b"HTTP/1.1", b"HTTP/1.0"), head(len(IMAGE), "Connection: close")):
         connection = Raw(server, request + IMAGE)
