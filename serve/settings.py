@@ -43,7 +43,7 @@ class Settings(BaseSettings):
     deadline_ms: int = Field(10_000, ge=1, description="a request not answered by then gets 504")
     read_timeout_seconds: float = Field(10, gt=0, description="time for a request to arrive whole")
     keep_alive_seconds: int = Field(75, ge=1, description="time an idle connection stays open")
-    drain_seconds: float = Field(20, gt=0, description="time between SIGTERM and the end, at most")
+    drain_seconds: float = Field(20, ge=2, description="time between SIGTERM and the end, at most")
     worker_timeout_seconds: float = Field(20, gt=0, description="a worker stuck for so long is replaced")
 
     # Trust

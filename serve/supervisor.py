@@ -36,8 +36,9 @@ WATCH = 1.0  # seconds between two looks at the processes; one that ends is seen
 BEGINNING = 0.1  # the same until all have started
 FAREWELL = 1.0  # seconds in which clients that keep a connection get one more answer on it, and are told to close it
 LINGER = 0.3  # seconds in which clients are still told that we are leaving
+LEAVE = 0.9  # seconds for the HTTP processes to end, in which clients take their last answers
 GUESTS = 0.2  # seconds to tell those who connected after the HTTP processes had ended
-END = 1.5  # seconds of the drain that are kept for ending the processes
+END = 1.8  # seconds of the drain that are kept for ending the processes
 OWN_FILES = 128  # that a process has open besides the connections of clients
 MAX_PAUSE = 10.0  # seconds between two tries to start a process that keeps crashing
 
@@ -91,15 +92,16 @@ class Supervisor(litserve.LitServer):
 
     def _perform_graceful_shutdown(self, manager: Any, *args: Any) -> None:
         self.state.stop()
+        for worker in self.inference_workers:
+            worker.kill()  # all that it could answer is answered; what it could not gets 503
         for api in self.apis.values():
             api.terminate()
+        end = time.monotonic() + LEAVE
         for api in self.apis.values():
-            api.join(1.2)
+            api.join(max(0.0, end - time.monotonic()))
             api.kill()
         for listener in self.sockets:
             dismiss(listener)
-        for worker in self.inference_workers:
-            worker.kill()  # all that it could answer is answered
         super()._perform_graceful_shutdown(manager, *args)
 
     # Watching.
@@ -175,8 +177,9 @@ class Supervisor(litserve.LitServer):
         self.slab.set("ready", to=0)
         logs.logger.info("draining")
         now = time.monotonic()
-        end, linger = now + self.settings.drain_seconds - END, now + FAREWELL + LINGER
-        while time.monotonic() < min(now + FAREWELL, end):
+        end = now + self.settings.drain_seconds - END
+        farewell, linger = min(now + FAREWELL, end), min(now + FAREWELL + LINGER, end)
+        while time.monotonic() < farewell:
             time.sleep(TICK)
         self.state.refuse()
         while time.monotonic() < linger or (
