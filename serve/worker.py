@@ -21,7 +21,7 @@ import numpy as np
 from litserve.loops.base import LitLoop
 
 from models.bundle import BundleError
-from models.image import ImageError, UndecodableImage, decode
+from models.image import ImageError, decode
 from models.store import LATEST
 from serve import logs, reload
 from serve.answer import heat_map
@@ -36,6 +36,12 @@ from serve.state import State
 
 STEP = 0.5  # seconds between two heartbeats
 UNUSABLE = 2  # exit status of a worker that can't serve what it is told to
+
+
+class Changed(ImageError):
+    """A tensor was right for the model before this one."""
+
+    status = 503
 
 
 @dataclass
@@ -198,7 +204,7 @@ class PredictLoop(LitLoop):
         if not job.flags & TENSOR:
             return decode(job.body, spec, self.api.settings.max_pixels)
         if len(job.body) != spec.height * spec.width * spec.channels:
-            raise UndecodableImage("the tensor has another shape than the model takes")
+            raise Changed("the model was changed meanwhile for one that takes another shape; try again")
         return np.frombuffer(job.body, np.uint8).reshape(spec.height, spec.width, spec.channels)
 
     def expired(self, waiting: Waiting, metrics: WorkerMetrics) -> tuple[Waiting, Answer]:
