@@ -7,6 +7,7 @@ without LitServe's manager process and queues, which nothing here uses.
 import asyncio
 import contextlib
 import copy
+import math
 import multiprocessing
 import multiprocessing.connection
 import shutil
@@ -56,6 +57,7 @@ class Supervisor(litserve.LitServer):
         self.state, self.slab = State(run), Slab(f"{run}/supervisor.metrics")
         self.slab.set("ready", to=1)  # the least over all processes counts, and others know better
         self.apis: dict[int, BaseProcess] = {}
+        self.shadows: list[BaseProcess] = []  # one, or none
         self.unusable = False  # a worker could not load the model, and has said why
         for worker in range(settings.workers):
             self.state.reset(worker)
@@ -87,6 +89,12 @@ class Supervisor(litserve.LitServer):
             target=run_api, args=(server, self.sockets), name=f"http-{number}")
         self.apis[number].start()
 
+    def launch_shadow(self) -> None:
+        given = self.settings, self.settings.shadow_version, self.lit_api.run
+        self.shadows = [multiprocessing.get_context("spawn").Process(
+            target=shadow.serve, args=given, name="shadow", daemon=True)]
+        self.shadows[0].start()
+
     def _start_worker_monitoring(self, *_: Any) -> None:
         threading.Thread(target=self.watch, name="watch", daemon=True).start()
 
@@ -110,6 +118,7 @@ class Supervisor(litserve.LitServer):
         """Replace processes that died or show no progress."""
         watches = {("worker", i): Watch() for i in range(self.settings.workers)}
         watches |= {("http", i): Watch() for i in self.apis}
+        watches |= {("shadow", i): Watch() for i in range(len(self.shadows))}
         told = False
         while not self.state.draining and not self.unusable:
             if not told and all(map(self.state.has_started, range(self.settings.workers))):
@@ -126,14 +135,16 @@ class Supervisor(litserve.LitServer):
             multiprocessing.connection.wait(due, WATCH if told else BEGINNING)
 
     def process(self, kind: str, number: int) -> BaseProcess:
-        return self.inference_workers[number] if kind == "worker" else self.apis[number]
+        return {"worker": self.inference_workers, "http": self.apis, "shadow": self.shadows}[kind][number]
 
     def look_after(self, kind: str, number: int, watch: "Watch") -> None:
         if not watch.due():
             return
         process = self.process(kind, number)
         reason = self.failure(kind, number, process)
-        if reason and process.exitcode == UNUSABLE and not self.ready_once:
+        if reason and kind == "shadow" and process.exitcode == shadow.UNUSABLE:
+            watch.next = math.inf  # it has said why
+        elif reason and process.exitcode == UNUSABLE and not self.ready_once:
             self.unusable = True
             self._shutdown_event.set()
         elif reason and not self.state.draining:
@@ -163,6 +174,8 @@ class Supervisor(litserve.LitServer):
         if kind == "http":
             self.state.set_pending(number, 0, 0, 0)
             self.launch_api(number)
+        elif kind == "shadow":
+            self.launch_shadow()
         else:
             self.state.reset(number)
             self.inference_workers[number] = self.launch_single_inference_worker(self.lit_api, number)
@@ -283,8 +296,7 @@ def _serve(settings: Settings, run: str) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, supervisor.drain)
     if settings.shadow_version:
-        multiprocessing.get_context("spawn").Process(
-            target=shadow.serve, args=(settings, settings.shadow_version, run), name="shadow", daemon=True).start()
+        supervisor.launch_shadow()
     metrics = exposition.start(settings.host, settings.metrics_port, run) if settings.metrics_port else None
     try:
         supervisor.run(

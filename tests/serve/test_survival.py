@@ -157,7 +157,8 @@ def test_sigterm_before_it_is_ready(start):
 def test_signals_to_the_whole_group_end_it_cleanly(bundle_store, start):
     """As Ctrl+C in a terminal and systemd do."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        server = start(command=["setsid", sys.executable, "-m", "serve"])
+        server = start("--shadow-version", "1", command=["setsid", sys.executable, "-m", "serve"])
+        wait(lambda server=server: "shadow ready" in server.log.read_text())
         with Load(server.port, IMAGE, clients=4, pause=0.002) as load:
             wait(lambda load=load: load.statuses[200] > 20)
             os.killpg(server.process.pid, number)
