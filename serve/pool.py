@@ -164,7 +164,7 @@ class Pool:
                 channel = usable[0] if len(usable) == 1 else min(usable, key=lambda c: len(c.waiting))
                 channel.ask(ask, index, body, deadline, top_k, flags)
         if not ask.left:
-            self.loop.call_soon(ask.finish)
+            self.loop.call_soon(lambda: ask.finish() if ask in self.asks else None)  # the client may leave first
         return ask
 
     def expire(self) -> None:
