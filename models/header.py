@@ -36,7 +36,8 @@ class UndecodableImage(ImageError):
 class Header:
     """Size in pixels before EXIF orientation. `alpha`: how a fourth channel is to be read, should there be one.
 
-    `transparent`: the gray value that a PNG without alpha channel declares as see-through.
+    `transparent`: the gray value that a PNG without alpha channel declares as see-through. `pixel_bytes`: what decoding
+    holds for each pixel, at most. `progressive`: of a JPEG, which then is held whole before any of it can be seen.
     """
 
     format: Literal["jpeg", "png", "webp", "bmp", "gif", "tiff"]
@@ -44,6 +45,8 @@ class Header:
     height: int
     alpha: Literal["straight", "premultiplied", "ignored"] = "straight"
     transparent: int | None = None
+    pixel_bytes: int = 4
+    progressive: bool = False
 
 
 def header(data: bytes) -> Header:
@@ -102,8 +105,16 @@ def _jpeg(data: bytes) -> Header:
             if marker == 0xC2 and data.count(b"\xff\xda", at) > _MOST_SCANS:
                 raise UndecodableImage(f"the jpeg has more than {_MOST_SCANS} scans")
             height, width = struct.unpack_from(">HH", data, at + 3)
-            return Header("jpeg", width, height)
+            return Header("jpeg", width, height, progressive=marker == 0xC2)
         at += length
+
+
+_PNG_SAMPLES = {0: 1, 2: 3, 4: 2, 6: 4}  # by colour type, where there may be 16 bits of each
+
+
+def _deep(samples: int) -> int:
+    """Bytes a pixel of 16 bits a sample; gray with alpha becomes colour with alpha."""
+    return {1: 4, 3: 6}.get(samples, 8)
 
 
 def _png(data: bytes) -> Header:
@@ -121,7 +132,8 @@ def _png(data: bytes) -> Header:
                 if depth < 8:  # decoders spread few bits over 0..255
                     transparent = transparent * 255 // (2 ** depth - 1)
             at += 12 + length
-    return Header("png", width, height, transparent=transparent)
+    return Header("png", width, height, transparent=transparent,
+                  pixel_bytes=_deep(_PNG_SAMPLES[colour]) if depth == 16 else 4)
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:
@@ -169,7 +181,8 @@ def _tiff(data: bytes) -> Header:
     if tags.get(TILE_WIDTH, 1) * tags.get(TILE_HEIGHT, 1) > _LARGEST_TILE:
         raise UndecodableImage("the tiff has senseless tiles")
     straight = deep and tags.get(EXTRA, 2) == 2  # libtiff multiplies 8-bit colours with alpha, 16-bit ones stay
-    return Header("tiff", tags[WIDTH], tags[HEIGHT], "straight" if straight else "premultiplied")
+    return Header("tiff", tags[WIDTH], tags[HEIGHT], "straight" if straight else "premultiplied",
+                  pixel_bytes=_deep(samples) if deep else 4)
 
 
 def tiff_tags(data: bytes) -> dict[int, int]:

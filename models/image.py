@@ -4,6 +4,8 @@ Untrusted bytes reach a decoder only after their magic number names one of six f
 allowed size. No other codec is reachable.
 """
 import struct
+import threading
+from contextlib import nullcontext
 from typing import Literal
 
 import cv2
@@ -29,6 +31,10 @@ cv2.setNumThreads(1)  # callers run one decode a core; a second pool inside woul
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 MAX_PIXELS = 50_000_000
+LARGE = 64 << 20  # bytes; threads that all decoded more at once would need more memory than a container has
+STRIP = 1 << 18  # pixels that are flattened at once
+
+_one_large, _any_small = threading.Lock(), nullcontext()
 
 
 class InputSpec(BaseModel):
@@ -50,9 +56,15 @@ def decode(data: bytes, spec: InputSpec, max_pixels: int = MAX_PIXELS) -> np.nda
     """Bytes of one image to what the network is fed: uint8 [height, width, channels] of `spec`.
 
     EXIF orientation is applied; transparent pixels lie on white; of an animation the first frame counts.
-    Raises UnsupportedFormat, ImageTooLarge (more than `max_pixels`) or UndecodableImage.
+    Raises UnsupportedFormat, ImageTooLarge (more than `max_pixels`, or than they have bytes in 8 bits) or
+    UndecodableImage.
     """
-    return fit(pixels(data, spec.channels, spec, max_pixels), spec)
+    head = _checked(data, max_pixels)
+    held = head.width * head.height * head.pixel_bytes
+    if not head.progressive:  # whose coefficients are all held at any scale
+        held //= _scale(head, spec) ** 2
+    with _one_large if held > LARGE else _any_small:
+        return fit(_pixels(data, head, spec.channels, spec), spec)
 
 
 def pixels(data: bytes, channels: int, spec: InputSpec | None = None, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -61,9 +73,20 @@ def pixels(data: bytes, channels: int, spec: InputSpec | None = None, max_pixels
     With `spec`, a JPEG much larger than it is decoded at 1/2, 1/4 or 1/8 of its size: the inverse DCT then yields the
     smaller picture at a fraction of the cost. Raises as `decode`.
     """
+    return _pixels(data, _checked(data, max_pixels), channels, spec)
+
+
+def _checked(data: bytes, max_pixels: int) -> Header:
     head = header(data)
     if head.width * head.height > max_pixels:
         raise ImageTooLarge(f"{head.width}x{head.height} pixels is more than the {max_pixels} allowed")
+    if head.width * head.height * head.pixel_bytes > 4 * max_pixels:
+        raise ImageTooLarge(f"{head.width}x{head.height} pixels of {head.pixel_bytes} bytes are more than the "
+                            f"{4 * max_pixels} bytes allowed; send 8 bits a colour")
+    return head
+
+
+def _pixels(data: bytes, head: Header, channels: int, spec: InputSpec | None) -> np.ndarray:
     flag = _read_flag(head, channels, spec)
     buffer, exif = np.frombuffer(data, np.uint8), b""
     image: np.ndarray | None
@@ -87,12 +110,16 @@ def pixels(data: bytes, channels: int, spec: InputSpec | None = None, max_pixels
 def _read_flag(head: Header, channels: int, spec: InputSpec | None) -> int:
     if head.format != "jpeg" and head.alpha != "ignored":
         return cv2.IMREAD_UNCHANGED  # may have alpha or 16 bits
+    return (_GRAY if channels == 1 else _COLOR)[_scale(head, spec)]
+
+
+def _scale(head: Header, spec: InputSpec | None) -> int:
     scale = 1
     if head.format == "jpeg" and spec is not None:
         target = max(spec.short_side or 0, spec.height, spec.width)
         while scale < 8 and min(head.width, head.height) >= 2 * scale * target:
             scale *= 2
-    return (_GRAY if channels == 1 else _COLOR)[scale]
+    return scale
 
 
 _GRAY = {1: cv2.IMREAD_GRAYSCALE, 2: cv2.IMREAD_REDUCED_GRAYSCALE_2, 4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
@@ -102,9 +129,28 @@ _COLOR = {1: cv2.IMREAD_COLOR_RGB, 2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_
 
 
 def _flatten(image: np.ndarray, channels: int, head: Header) -> np.ndarray:
-    """Any depth and channel count (gray, BGR, BGRA) to uint8 [H, W, channels] over white, without wide temporaries."""
+    """Any depth and channel count (gray, BGR, BGRA) to uint8 [H, W, channels] over white.
+
+    It goes strip by strip, and what it makes takes the place of what it has read: a second picture of 50 million pixels
+    beside the first is what a container has no memory for.
+    """
     if image.dtype not in (np.uint8, np.uint16):
         raise UndecodableImage(f"samples of type {image.dtype} are not supported")
+    height, width = image.shape[:2]
+    if height * width <= STRIP:
+        return _flat(image, channels, head)
+    size = height * width * channels
+    if image.nbytes < size:
+        out = np.empty((height, width, channels), np.uint8)
+    else:
+        out = image.reshape(-1).view(np.uint8)[:size].reshape(height, width, channels)
+    rows = max(1, STRIP // width)
+    for top in range(0, height, rows):
+        out[top:top + rows] = _flat(image[top:top + rows], channels, head)
+    return out
+
+
+def _flat(image: np.ndarray, channels: int, head: Header) -> np.ndarray:
     clear = None if head.transparent is None or image.ndim != 2 else image == head.transparent
     if image.dtype == np.uint16:
         image = cv2.convertScaleAbs(image, alpha=1 / 257)
@@ -136,7 +182,7 @@ def _upright(image: np.ndarray, exif: bytes) -> np.ndarray:
     if 5 <= orientation <= 8:
         image = cv2.transpose(image)
     if orientation in _FLIPS:
-        image = cv2.flip(image, _FLIPS[orientation])
+        cv2.flip(image, _FLIPS[orientation], dst=image)
     return image.reshape(*image.shape[:2], channels)
 
 

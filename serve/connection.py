@@ -100,16 +100,28 @@ class Connection(HttpToolsProtocol):
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
-            # To HTTP/2, as Java's client and `curl --http2` ask in every request. The parser looks at no body then, so
-            # it gets the request once more, as if nothing had been asked.
-            method = self.parser.get_method()
-            if method == b"CONNECT":
-                return self.refuse(Problem(400, "this is no proxy", "malformed"))
-            kept = [header for header in self.headers if header[0] not in (b"upgrade", b"connection")]
-            self.parser = httptools.HttpRequestParser(self)
-            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn has it
-            head = b"".join(b"%b: %b\r\n" % header for header in kept)
-            self.feed(b"%b %b HTTP/1.1\r\n%b\r\n%b" % (method, self.url, head, data[upgrade.args[0]:]))
+            self.decline(memoryview(data)[upgrade.args[0]:])
+        except httptools.HttpParserError:
+            self.refuse(Problem(400, "this is not HTTP", "malformed"))
+
+    def decline(self, rest: memoryview) -> None:
+        """An upgrade to HTTP/2, as Java's client and `curl --http2` ask for in every request. The parser looks at no
+        body then, so it gets the head once more, as if nothing had been asked, then the rest up to the next such one.
+        """
+        try:
+            while not self.over:
+                method = self.parser.get_method()
+                if method == b"CONNECT":
+                    return self.refuse(Problem(400, "this is no proxy", "malformed"))
+                kept = [header for header in self.headers if header[0] not in (b"upgrade", b"connection")]
+                self.parser = httptools.HttpRequestParser(self)
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn has it
+                head = b"".join(b"%b: %b\r\n" % header for header in kept)
+                self.parser.feed_data(b"%b %b HTTP/1.1\r\n%b\r\n" % (method, self.url, head))
+                try:
+                    return self.parser.feed_data(rest)
+                except httptools.HttpParserUpgrade as upgrade:
+                    rest = rest[upgrade.args[0]:]
         except httptools.HttpParserError:
             self.refuse(Problem(400, "this is not HTTP", "malformed"))
 

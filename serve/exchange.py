@@ -79,6 +79,7 @@ class Exchange:
         self.respond(response)
 
     def fail(self, problem: Problem) -> None:
+        problem.close |= withheld(self.cycle)
         self.respond(self.front.refused(problem, self.request.id))
 
     def broken(self) -> None:
@@ -105,3 +106,8 @@ class Exchange:
         if self.place is not None:
             self.front.predictor.leave(self.place)
             self.place = None
+
+
+def withheld(cycle) -> bool:
+    """Whether the client still waits for 100 Continue. It need not send the body now, so we can't tell what comes."""
+    return cycle.waiting_for_100_continue and cycle.more_body

@@ -18,6 +18,7 @@ from typing import Any
 
 from serve import docs, logs
 from serve.connection import Connection
+from serve.exchange import withheld
 from serve.feedback import Feedback
 from serve.metrics import Slab
 from serve.page import Page
@@ -125,7 +126,7 @@ class Front:
             logs.logger.exception("a request failed", extra={"fields": {"request_id": request.id, "path": path}})
             response = Problem(500, "the service failed on this request", close=True).response(request.id)
         if response is not None:
-            await self.send(response, request.id, send)
+            await self.send(response, request, send)
         self.finish(request, response, time.perf_counter() - started)
 
     def request(self, scope: dict, receive: Any) -> Request:
@@ -173,10 +174,10 @@ class Front:
             response.content_type, len(response.body), request_id.encode(), b"connection: close\r\n" if close else b""))
         return b"".join(parts)
 
-    async def send(self, response: Response, request_id: str, send: Any) -> None:
+    async def send(self, response: Response, request: Request, send: Any) -> None:
         headers = [(b"content-type", response.content_type), (b"content-length", b"%d" % len(response.body)),
-                   (b"x-request-id", request_id.encode()), *SECURITY, *response.headers]
-        if response.close or self.state.draining:
+                   (b"x-request-id", request.id.encode()), *SECURITY, *response.headers]
+        if response.close or self.state.draining or withheld(request.scope["state"]["connection"].current):
             headers.append((b"connection", b"close"))
         await send({"type": "http.response.start", "status": response.status, "headers": headers})
         await send({"type": "http.response.body", "body": response.body})

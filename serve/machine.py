@@ -1,6 +1,7 @@
 """What this process may use of the machine: cores by affinity and CPU quota, and a place for run files."""
 import math
 import os
+import resource
 import socket
 import tempfile
 from pathlib import Path
@@ -69,6 +70,15 @@ def free(host: str, port: int = 0) -> bool:
     except OSError:
         return False
     return True
+
+
+def open_files(wanted: int) -> int:
+    """Let this process and those it starts have so many files and connections open; returns how many they may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return wanted if soft == resource.RLIM_INFINITY else soft
 
 
 def run_directory() -> str:

@@ -57,6 +57,7 @@ class Channel(asyncio.Protocol):
         self.waiting: dict[int, tuple[Ask, int]] = {}
         self.ids = count(1)
         self.model: dict | None = None  # what the worker serves; None until it has told
+        self.version = 0  # of that model
         self.closed = asyncio.get_running_loop().create_future()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # asyncio's base is wider
@@ -77,7 +78,8 @@ class Channel(asyncio.Protocol):
         for answer in take_answers(self.buffer):
             if answer.id == HELLO:
                 self.model = json.loads(answer.body)
-                self.pool.told(self.model)
+                self.version = answer.version
+                self.pool.told(self.model, self.version)
             elif place := self.waiting.pop(answer.id, None):
                 place[0].put(place[1], answer)
 
@@ -111,6 +113,7 @@ class Pool:
         self.channels: list[Channel | None] = [None] * workers
         self.usable: list[Channel] = []
         self.model: dict = {}  # what was told last
+        self.version = 0  # of that model
         self.name = b""  # of the model, as JSON
         self.asks: dict[Ask, None] = {}  # those under way, by deadline
         self.timer: asyncio.TimerHandle | None = None  # one for all: to make and cancel one costs as much as to parse
@@ -130,8 +133,8 @@ class Pool:
             await channel.closed
             self.channels[index] = None
 
-    def told(self, model: dict) -> None:
-        self.model, self.name = model, json.dumps(model["name"]).encode()
+    def told(self, model: dict, version: int) -> None:
+        self.model, self.version, self.name = model, version, json.dumps(model["name"]).encode()
         self.look()
 
     def look(self) -> None:
@@ -145,8 +148,13 @@ class Pool:
 
     def ask(self, images: list[bytes], answers: list[Answer], seconds: float, top_k: int, flags: int,
             done: Callable[[Ask], None]) -> Ask:
-        """Hand each image without an answer to the worker with the least to do. There must be a usable one."""
+        """Hand each image without an answer to the worker with the least to do. There must be a usable one.
+
+        While workers swap one after the other, the images of one request go to those of one version.
+        """
         deadline, usable = time.monotonic() + seconds, self.usable
+        if len(images) > 1 and len(usable) > 1:
+            usable = [channel for channel in usable if channel.version == self.version] or usable
         ask = Ask(self, answers, deadline, done)
         self.asks[ask] = None
         if self.timer is None:
@@ -156,7 +164,7 @@ class Pool:
                 channel = usable[0] if len(usable) == 1 else min(usable, key=lambda c: len(c.waiting))
                 channel.ask(ask, index, body, deadline, top_k, flags)
         if not ask.left:
-            self.loop.call_soon(ask.finish)
+            self.loop.call_soon(lambda: ask.finish() if ask in self.asks else None)  # the client may leave first
         return ask
 
     def expire(self) -> None:

@@ -131,9 +131,11 @@ class Predictor:
         return learn
 
     def result(self, ask: Ask) -> list[Answer]:
-        """The answers of what is done. Raises Problem 504 where its deadline passed."""
+        """The answers of what is done. Raises Problem 504 after its deadline, 503 where two versions answered."""
         if ask.expired:
             raise Problem(504, f"no answer within {self.settings.deadline_ms} ms")
+        if len(ask.answers) > 1 and len({a.version for a in ask.answers if a.status == 200}) > 1:
+            raise Problem(503, "the model was changed meanwhile; try again")
         return ask.answers
 
     async def run(self, request: Request, parse: Callable[[bytes], Parsed]) -> list[Answer]:

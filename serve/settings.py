@@ -38,12 +38,12 @@ class Settings(BaseSettings):
     max_pending_bytes: int = Field(256 << 20, ge=1, description="bytes of bodies accepted and not yet answered")
     max_images: int = Field(64, ge=1, description="images in one request")
     max_body_bytes: int = Field(32 << 20, ge=1, description="bytes of one request's body")
-    max_pixels: int = Field(50_000_000, ge=1, description="pixels of one image, as its header states them")
+    max_pixels: int = Field(50_000_000, ge=1, description="pixels of one image by its header; of 16 bits, half as many")
     max_connections: int = Field(1024, ge=1, description="open connections of one HTTP process")
     deadline_ms: int = Field(10_000, ge=1, description="a request not answered by then gets 504")
     read_timeout_seconds: float = Field(10, gt=0, description="time for a request to arrive whole")
     keep_alive_seconds: int = Field(75, ge=1, description="time an idle connection stays open")
-    drain_seconds: float = Field(20, gt=0, description="time between SIGTERM and the end, at most")
+    drain_seconds: float = Field(20, ge=2, description="time between SIGTERM and the end, at most")
     worker_timeout_seconds: float = Field(20, gt=0, description="a worker stuck for so long is replaced")
 
     # Trust

@@ -5,6 +5,7 @@ no room is dropped. So the second version can be slow, hang or crash, and no ans
 """
 import os
 import random
+import signal
 import socket
 import struct
 import sys
@@ -27,6 +28,7 @@ SOCKET = "shadow.sock"
 _HEAD = struct.Struct("<fH")  # confidence, bytes of the label
 MAX_BYTES = 192 << 10  # of an image: what a datagram is sure to hold with Linux's default of wmem_max
 PARENT_SECONDS = 5.0
+UNUSABLE = 2  # exit status of a process that can't load its version; another would not either
 
 
 class Shadow:
@@ -60,6 +62,7 @@ class Shadow:
 
 def serve(settings: Settings, version: int, run: str) -> None:
     """The second version's process: take, decode, run, compare, count, until the supervisor is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # which may reach the whole group; the supervisor alone ends this
     os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     logs.configure(settings)
     parent = os.getppid()
@@ -68,7 +71,7 @@ def serve(settings: Settings, version: int, run: str) -> None:
         model = Model(bundle, settings.model_copy(update={"max_batch_size": 1}), 1)
     except (BundleError, ValueError) as error:
         logs.logger.error("no shadow: %s", error)
-        sys.exit(1)
+        sys.exit(UNUSABLE)
     slab = Slab(os.path.join(run, "shadow.metrics"))
     slab.set("shadow_info", model.name, str(model.version), model.variant, to=1)
     path = os.path.join(run, SOCKET)

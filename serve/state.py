@@ -75,8 +75,10 @@ class State:
     def has_started(self, worker: int) -> bool:
         return self.page[_BEAT + worker] <= time.monotonic()
 
-    def begin(self, worker: int, predictor: int) -> None:
-        self.page[_BUSY + worker * PREDICTORS + predictor] = time.monotonic()
+    def begin(self, worker: int, predictor: int) -> float:
+        """An image, or a run of the graph. Returns the time."""
+        self.page[_BUSY + worker * PREDICTORS + predictor] = now = time.monotonic()
+        return now
 
     def end(self, worker: int, predictor: int) -> None:
         self.page[_BUSY + worker * PREDICTORS + predictor] = 0
@@ -88,7 +90,7 @@ class State:
             self.end(worker, i)
 
     def silent_seconds(self, worker: int, predictors: int) -> float:
-        """How long a worker has shown no progress: its heartbeat, or a predictor in one batch."""
+        """How long a worker has shown no progress: its heartbeat, or a predictor with one image or run."""
         first = _BUSY + worker * PREDICTORS
         signs = [self.page[_BEAT + worker], *self.page[first:first + predictors]]
         since = min((s for s in signs if s), default=0.0)

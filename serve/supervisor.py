@@ -7,6 +7,7 @@ without LitServe's manager process and queues, which nothing here uses.
 import asyncio
 import contextlib
 import copy
+import math
 import multiprocessing
 import multiprocessing.connection
 import shutil
@@ -23,7 +24,7 @@ import uvicorn
 from starlette.middleware.gzip import GZipMiddleware
 
 from serve import exposition, logs, machine, shadow
-from serve.connection import Connection
+from serve.connection import SPARE, Connection
 from serve.front import Front
 from serve.metrics import Slab
 from serve.quiet import Quiet
@@ -36,8 +37,10 @@ WATCH = 1.0  # seconds between two looks at the processes; one that ends is seen
 BEGINNING = 0.1  # the same until all have started
 FAREWELL = 1.0  # seconds in which clients that keep a connection get one more answer on it, and are told to close it
 LINGER = 0.3  # seconds in which clients are still told that we are leaving
+LEAVE = 0.9  # seconds for the HTTP processes to end, in which clients take their last answers
 GUESTS = 0.2  # seconds to tell those who connected after the HTTP processes had ended
-END = 1.5  # seconds of the drain that are kept for ending the processes
+END = 1.8  # seconds of the drain that are kept for ending the processes
+OWN_FILES = 128  # that a process has open besides the connections of clients
 MAX_PAUSE = 10.0  # seconds between two tries to start a process that keeps crashing
 
 _GONE = b'{"type":"about:blank","title":"Service Unavailable","status":503,"detail":"the service is shutting down"}'
@@ -54,6 +57,7 @@ class Supervisor(litserve.LitServer):
         self.state, self.slab = State(run), Slab(f"{run}/supervisor.metrics")
         self.slab.set("ready", to=1)  # the least over all processes counts, and others know better
         self.apis: dict[int, BaseProcess] = {}
+        self.shadows: list[BaseProcess] = []  # one, or none
         self.unusable = False  # a worker could not load the model, and has said why
         for worker in range(settings.workers):
             self.state.reset(worker)
@@ -85,20 +89,27 @@ class Supervisor(litserve.LitServer):
             target=run_api, args=(server, self.sockets), name=f"http-{number}")
         self.apis[number].start()
 
+    def launch_shadow(self) -> None:
+        given = self.settings, self.settings.shadow_version, self.lit_api.run
+        self.shadows = [multiprocessing.get_context("spawn").Process(
+            target=shadow.serve, args=given, name="shadow", daemon=True)]
+        self.shadows[0].start()
+
     def _start_worker_monitoring(self, *_: Any) -> None:
         threading.Thread(target=self.watch, name="watch", daemon=True).start()
 
     def _perform_graceful_shutdown(self, manager: Any, *args: Any) -> None:
         self.state.stop()
+        for worker in self.inference_workers:
+            worker.kill()  # all that it could answer is answered; what it could not gets 503
         for api in self.apis.values():
             api.terminate()
+        end = time.monotonic() + LEAVE
         for api in self.apis.values():
-            api.join(1.2)
+            api.join(max(0.0, end - time.monotonic()))
             api.kill()
         for listener in self.sockets:
             dismiss(listener)
-        for worker in self.inference_workers:
-            worker.kill()  # all that it could answer is answered
         super()._perform_graceful_shutdown(manager, *args)
 
     # Watching.
@@ -107,6 +118,7 @@ class Supervisor(litserve.LitServer):
         """Replace processes that died or show no progress."""
         watches = {("worker", i): Watch() for i in range(self.settings.workers)}
         watches |= {("http", i): Watch() for i in self.apis}
+        watches |= {("shadow", i): Watch() for i in range(len(self.shadows))}
         told = False
         while not self.state.draining and not self.unusable:
             if not told and all(map(self.state.has_started, range(self.settings.workers))):
@@ -123,14 +135,16 @@ class Supervisor(litserve.LitServer):
             multiprocessing.connection.wait(due, WATCH if told else BEGINNING)
 
     def process(self, kind: str, number: int) -> BaseProcess:
-        return self.inference_workers[number] if kind == "worker" else self.apis[number]
+        return {"worker": self.inference_workers, "http": self.apis, "shadow": self.shadows}[kind][number]
 
     def look_after(self, kind: str, number: int, watch: "Watch") -> None:
         if not watch.due():
             return
         process = self.process(kind, number)
         reason = self.failure(kind, number, process)
-        if reason and process.exitcode == UNUSABLE and not self.ready_once:
+        if reason and kind == "shadow" and process.exitcode == shadow.UNUSABLE:
+            watch.next = math.inf  # it has said why
+        elif reason and process.exitcode == UNUSABLE and not self.ready_once:
             self.unusable = True
             self._shutdown_event.set()
         elif reason and not self.state.draining:
@@ -160,6 +174,8 @@ class Supervisor(litserve.LitServer):
         if kind == "http":
             self.state.set_pending(number, 0, 0, 0)
             self.launch_api(number)
+        elif kind == "shadow":
+            self.launch_shadow()
         else:
             self.state.reset(number)
             self.inference_workers[number] = self.launch_single_inference_worker(self.lit_api, number)
@@ -174,8 +190,9 @@ class Supervisor(litserve.LitServer):
         self.slab.set("ready", to=0)
         logs.logger.info("draining")
         now = time.monotonic()
-        end, linger = now + self.settings.drain_seconds - END, now + FAREWELL + LINGER
-        while time.monotonic() < min(now + FAREWELL, end):
+        end = now + self.settings.drain_seconds - END
+        farewell, linger = min(now + FAREWELL, end), min(now + FAREWELL + LINGER, end)
+        while time.monotonic() < farewell:
             time.sleep(TICK)
         self.state.refuse()
         while time.monotonic() < linger or (
@@ -261,15 +278,25 @@ def serve(settings: Settings) -> int:
         shutil.rmtree(run, ignore_errors=True)
 
 
+def bound_connections(settings: Settings) -> None:
+    """One connection too many for the system would get no answer; one too many for us gets 503."""
+    rest = OWN_FILES + SPARE
+    room = max(1, machine.open_files(settings.max_connections + rest) - rest)
+    if room < settings.max_connections:
+        logs.logger.warning("max_connections is %d, not %d: the limit of open files (ulimit -n) allows no more", room,
+                            settings.max_connections)
+        settings.max_connections = room
+
+
 def _serve(settings: Settings, run: str) -> int:
+    bound_connections(settings)
     State.create(run)
     threads = settings.threads or max(1, machine.cores() // settings.workers)
     supervisor = Supervisor(settings, run, threads)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, supervisor.drain)
     if settings.shadow_version:
-        multiprocessing.get_context("spawn").Process(
-            target=shadow.serve, args=(settings, settings.shadow_version, run), name="shadow", daemon=True).start()
+        supervisor.launch_shadow()
     metrics = exposition.start(settings.host, settings.metrics_port, run) if settings.metrics_port else None
     try:
         supervisor.run(

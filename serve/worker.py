@@ -21,7 +21,7 @@ import numpy as np
 from litserve.loops.base import LitLoop
 
 from models.bundle import BundleError
-from models.image import ImageError, UndecodableImage, decode
+from models.image import ImageError, decode
 from models.store import LATEST
 from serve import logs, reload
 from serve.answer import heat_map
@@ -36,6 +36,12 @@ from serve.state import State
 
 STEP = 0.5  # seconds between two heartbeats
 UNUSABLE = 2  # exit status of a worker that can't serve what it is told to
+
+
+class Changed(ImageError):
+    """A tensor was right for the model before this one."""
+
+    status = 503
 
 
 @dataclass
@@ -124,9 +130,8 @@ class PredictLoop(LitLoop):
                     time.sleep(STEP)
                     continue
                 batch, alone = self.backlog.take()
-                self.state.begin(self.number, index)
                 try:
-                    self.run_batch(batch, alone, metrics)
+                    self.run_batch(batch, alone, index, metrics)
                 except Exception:
                     logs.logger.exception("a batch of %d failed", len(batch))
                     reply([(w, self.failed(w, 500, b"the model failed on this batch")) for w in batch])
@@ -136,14 +141,13 @@ class PredictLoop(LitLoop):
             logs.logger.exception("a predictor ended")
             os._exit(1)  # better a new worker than one that works with half its cores
 
-    def run_batch(self, batch: list[Waiting], alone: bool, metrics: WorkerMetrics) -> None:
+    def run_batch(self, batch: list[Waiting], alone: bool, index: int, metrics: WorkerMetrics) -> None:
         """Decode, run, answer. What is past its deadline or can't be decoded is answered before the graph runs."""
         model, started = self.api.model, time.monotonic()
         taken, pixels, decode_us, refused = [], [], [], []
         for w in batch:  # grows while it is gone through
-            if w.job.deadline < started:
-                refused.append((w, self.failed(w, 504, b"the deadline passed before its turn")))
-                metrics.outcome("expired")
+            if w.job.deadline < self.state.begin(self.number, index):
+                refused.append(self.expired(w, metrics))
                 continue
             if w.job.flags & CAM and "cam" not in model.explains:  # it was asked of the model before this one
                 refused.append((w, self.failed(w, 400, b"this model has no heat maps; leave explain away")))
@@ -160,6 +164,10 @@ class PredictLoop(LitLoop):
                 decode_us.append(int((time.perf_counter() - before) * 1e6))
             if w is batch[-1]:
                 batch += self.backlog.more(self.api.settings.max_batch_size - len(batch))
+        now = self.state.begin(self.number, index)
+        for i in [i for i, w in enumerate(taken) if w.job.deadline < now][::-1]:  # while others were decoded
+            refused.append(self.expired(taken.pop(i), metrics))
+            del pixels[i], decode_us[i]
         if refused:
             reply(refused)
         if not taken:
@@ -196,8 +204,12 @@ class PredictLoop(LitLoop):
         if not job.flags & TENSOR:
             return decode(job.body, spec, self.api.settings.max_pixels)
         if len(job.body) != spec.height * spec.width * spec.channels:
-            raise UndecodableImage("the tensor has another shape than the model takes")
+            raise Changed("the model was changed meanwhile for one that takes another shape; try again")
         return np.frombuffer(job.body, np.uint8).reshape(spec.height, spec.width, spec.channels)
+
+    def expired(self, waiting: Waiting, metrics: WorkerMetrics) -> tuple[Waiting, Answer]:
+        metrics.outcome("expired")
+        return waiting, self.failed(waiting, 504, b"the deadline passed before its turn")
 
     def failed(self, waiting: Waiting, status: int, detail: bytes) -> Answer:
         return Answer(waiting.job.id, status, self.api.model.version, 0, 0, 0, detail)

@@ -145,8 +145,14 @@ function show(file, truth, curl) {
   find(".file").textContent = truth === undefined ? file.name : `${file.name}, true class ${truth}`;
   find("pre").textContent = curl;
   find(".copy").addEventListener("click", async (event) => {
-    await navigator.clipboard.writeText(curl);
-    event.target.textContent = "Copied";
+    const button = event.target;
+    try {
+      await navigator.clipboard.writeText(curl);
+      button.textContent = "Copied";
+    } catch { // browsers give a page no clipboard over plain HTTP, but from this machine
+      getSelection().selectAllChildren(find("pre"));
+      button.textContent = document.execCommand("copy") ? "Copied" : "Selected";
+    }
   });
   $("empty").hidden = true;
   $("results").prepend(card);

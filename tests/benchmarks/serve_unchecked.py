@@ -2,7 +2,8 @@
 
     python serve_unchecked.py FLAGS…    takes the flags of `python -m serve`
 
-What it leaves out stands below; the worker process imports this file as well.
+What it leaves out stands below; the worker process imports this file as well. The limits of serve/connection.py (heads,
+connections, slow clients) stay on: the protocol itself hangs on them.
 """
 import sys
 from pathlib import Path
@@ -26,7 +27,8 @@ Front.authorize = Front.finish = Front.count = nothing
 Front.request = lambda self, scope, receive: Request(scope, receive, dict(scope["headers"]), "0")
 Predictor.enter = lambda self, headers: Place()
 Predictor.hold = Predictor.leave = Predictor.check_room = nothing
-Feedback.remember = WorkerMetrics.batch = WorkerMetrics.outcome = State.begin = State.end = nothing
+Feedback.remember = WorkerMetrics.batch = WorkerMetrics.outcome = State.end = nothing
+State.begin = lambda self, worker, predictor: 0.0  # the time, which no deadline is before
 
 if __name__ == "__main__":
     sys.exit(main(["--drift-window", "0", "--reload-seconds", "0", *sys.argv[1:]]))

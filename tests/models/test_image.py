@@ -125,6 +125,17 @@ def test_sixteen_bit_colour_becomes_eight(suffix, mode):
     assert np.abs(got.astype(int) - want).max() <= 1
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "RGB", "LA", "L"])
+def test_a_picture_of_many_strips_agrees_with_the_oracle(mode):
+    large = RGBA.resize((997, 811), Image.Resampling.BICUBIC).convert(mode)
+    for channels in (3, 1):
+        data = save(large, "PNG", exif=exif(6))
+        assert np.abs(pixels(data, channels).astype(int) - oracle(data, channels)).max() <= 1
+    if mode.startswith("RGB"):
+        deep = pixels(ppm16(np.asarray(large), ".png"), 3)
+        assert np.abs(deep.astype(int) - oracle(save(large, "PNG"), 3)).max() <= 1
+
+
 def test_transparent_pixels_lie_on_white():
     clear = Image.new("RGBA", (9, 7), (10, 200, 30, 0))
     for kind, options in (("PNG", {}), ("WEBP", {"lossless": True, "exact": True}), ("TIFF", {})):

@@ -1,10 +1,19 @@
 """How batches form: from what waits, shared by the cores, and by a timer only where that is asked for."""
 from concurrent.futures import ThreadPoolExecutor
 
+import cv2
+import numpy as np
+import pytest
 import tiny
 from service import stopped, wait
 
 IMAGE = tiny.image("red")
+
+
+@pytest.fixture(scope="module")
+def slow() -> bytes:
+    """An image that takes a tenth of a second or more to decode."""
+    return cv2.imencode(".png", np.zeros((3200, 3200, 4), np.uint8))[1].tobytes()
 
 
 def batches(server) -> tuple[float, float]:
@@ -41,3 +50,27 @@ def test_a_lone_request_waits_for_company_only_where_that_is_asked_for(start):
     wait(lambda: batches(server)[1] == 4)
     assert batches(server)[0] <= 2
     assert max(float(text.split("dur=")[1].split(",")[0]) for text in times) > 500
+
+
+def test_what_expires_in_a_batch_is_not_done_late(start, slow):
+    server = start("--threads", "1", "--max-batch-size", "16", "--deadline-ms", "1500")
+    with ThreadPoolExecutor(16) as threads:
+        with stopped(server):
+            sent = [threads.submit(server.predict, slow) for _ in range(16)]
+            wait(lambda: server.metric("imago_pending_images") > 12)
+        statuses = [future.result().status_code for future in sent]
+    assert set(statuses) <= {200, 504}
+    wait(lambda: server.predict(IMAGE).status_code == 200)  # it rests again
+    done = server.metric("imago_images_total", outcome="answered") - 1
+    assert done <= statuses.count(200) + 1, "one may have been under way"
+
+
+def test_a_long_batch_is_no_hang(start, slow):
+    server = start("--threads", "1", "--max-batch-size", "16", "--worker-timeout-seconds", "2",
+                   "--deadline-ms", "60000")
+    with ThreadPoolExecutor(16) as threads:
+        with stopped(server):
+            sent = [threads.submit(server.predict, slow) for _ in range(16)]
+            wait(lambda: server.metric("imago_pending_images") > 12)
+        assert {future.result().status_code for future in sent} == {200}
+    assert server.metric("imago_restarts_total", process="worker", reason="hang") == 0

@@ -5,6 +5,7 @@ A worker that is stopped by SIGSTOP stands for one that is busy: what it was sen
 import contextlib
 import re
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -234,6 +235,25 @@ def test_connections_are_bounded(start):
     wait(lambda: Raw(server, b"GET /health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").answer()[0] == 200)
 
 
+def crowd(server, count: int) -> list[Raw]:
+    """Connections that each had one answer and are idle now."""
+    server.http.close()
+    return [Raw(server, b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n") for _ in range(count)]
+
+
+@pytest.mark.parametrize(("limit", "flags", "room"), [
+    ("-Sn 64", ("--max-connections", "300"), 300),
+    ("-n 256", (), 112),
+])
+def test_open_files_allow_the_connections_that_are_promised(start, limit, flags, room):
+    server = start(*flags, command=["sh", "-c", f'ulimit {limit}; exec "$@"', "sh", sys.executable, "-m", "serve"])
+    held = crowd(server, room + 16)
+    assert {connection.socket.recv(12) for connection in held} == {b"HTTP/1.1 200"}
+    beyond = [Raw(server) for _ in range(64)]
+    assert {connection.socket.recv(12) for connection in beyond[32:]} == {b"HTTP/1.1 503"}
+    assert ("max_connections is 112, not 1024" in server.log.read_text()) == (room == 112)
+
+
 def test_pipelined_requests_are_answered_in_order(server):
     requests = b"".join(head(len(body), f"X-Request-ID: n{i}") + body
                         for i, body in enumerate([IMAGE, b"", tiny.image("blue"), b"hello"]))
@@ -248,6 +268,16 @@ def test_expect_100_continue(server):
     assert connection.socket.recv(100).startswith(b"HTTP/1.1 100 ")
     connection.send(IMAGE)
     assert connection.answer()[0] == 200
+
+
+@pytest.mark.parametrize(("path", "length", "status"), [
+    (b"/predict", 1 << 30, 413), (b"/v2/models/colours/infer", 1 << 30, 413), (b"/nothing", 9, 404)])
+def test_refused_before_100_continue(server, path, length, status):
+    """The client may send its body or not. What it sends next must not be taken for one, so the connection ends."""
+    connection = Raw(server, head(length, "Expect: 100-continue").replace(b"/predict", path))
+    found, text = connection.answer()
+    assert (found, "connection: close" in text) == (status, True)
+    assert connection.is_closed()
 
 
 def test_http_1_0_and_connection_close(server):

@@ -1,5 +1,6 @@
 """The page in a real Chromium, driven by Playwright, against a real server."""
 import json
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,6 +66,25 @@ def result(page, name: str):
     card = page.locator("article").first
     card.locator(".file", has_text=name).wait_for()
     return card
+
+
+@pytest.mark.parametrize("secure", [True, False], ids=["secure", "plain HTTP"])
+def test_the_command_is_copied(page, secure):
+    if secure:
+        page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    else:
+        page.evaluate("Object.defineProperty(navigator, 'clipboard', {value: undefined})")
+    page.locator("#strip button").first.click()
+    card = page.locator("article").first
+    card.locator("summary").first.click()
+    command = card.locator("pre").inner_text()
+    card.locator(".copy").click()
+    if secure:
+        card.get_by_role("button", name="Copied").wait_for()
+        assert page.evaluate("navigator.clipboard.readText()") == command
+    else:
+        card.get_by_role("button", name=re.compile("Copied|Selected")).wait_for()
+        assert page.evaluate("getSelection().toString()") == command
 
 
 def test_picked_images_are_classified(page, tmp_path):

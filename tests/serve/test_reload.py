@@ -125,6 +125,44 @@ def test_labels_and_numbers_are_those_of_the_version_that_answered(start, tmp_pa
     assert {ask() for _ in range(20)} == {"2"}
 
 
+def test_the_images_of_a_request_are_answered_by_one_version(start, tmp_path):
+    tiny.write(tmp_path)
+    service = start(*SOON, "--workers", "2", "--threads", "1", store=tmp_path)
+    labels = {"1": "blue", "2": "blau"}
+    files = [("f", (f"{i}", tiny.image("blue"))) for i in range(16)]
+    found, over = [], threading.Event()
+
+    def ask() -> None:
+        with httpx.Client(base_url=service.url, timeout=30) as http:
+            while not over.is_set():
+                found.append(http.post("/predict", files=files))
+
+    clients = [threading.Thread(target=ask) for _ in range(4)]
+    for client in clients:
+        client.start()
+    tiny.write(tmp_path, classes=["rot", "grün", "blau"])
+    until(lambda: service.metric("imago_reloads_total", outcome="ok") == 2)
+    over.set()
+    for client in clients:
+        client.join()
+    assert {answer.status_code for answer in found} <= {200, 503}
+    for answer in (answer.json() for answer in found if answer.status_code == 200):
+        assert {p["label"] for p in answer["predictions"]} == {labels[answer["model"]["version"]]}
+
+
+def test_a_tensor_that_was_right_when_it_was_sent_is_no_fault_of_the_client(start, tmp_path):
+    tiny.write(tmp_path)
+    service = start(*SOON, "--batch-wait-ms", "1000", "--threads", "1", store=tmp_path)  # so it waits in the queue
+    request = {"inputs": [{"name": "image", "datatype": "UINT8", "shape": [1, 32, 32, 3], "data": [7] * 3072}]}
+    tiny.write(tmp_path, size=48)
+    found = [200]
+    while found[-1] == 200:
+        answer = service.http.post("/v2/models/colours/infer", json=request)
+        found.append(answer.status_code)
+    assert found[-1] == 503, answer.text
+    assert service.http.post("/v2/models/colours/infer", json=request).status_code == 400
+
+
 def test_every_worker_swaps(start, tmp_path):
     tiny.write(tmp_path)
     service = start(*SOON, "--workers", "2", store=tmp_path)

@@ -1,4 +1,6 @@
 """Shadow: a second version gets a share of the traffic, in idle time, and can do no harm."""
+import os
+import signal
 import time
 
 import pytest
@@ -51,4 +53,22 @@ def test_a_shadow_that_cannot_be_loaded_does_no_harm(start, tmp_path):
         assert service.predict(tiny.image("red", seed=i)).status_code == 200
     until(lambda: "no shadow" in service.log.read_text())
     assert counted(service)["dropped"] == 20
+    assert service.metric("imago_restarts_total", process="shadow", reason="crash") == 0, "another could not either"
     assert service.stop() == 0
+
+
+def test_a_shadow_that_dies_is_replaced(start, tmp_path):
+    tiny.write(tmp_path)
+    service = start("--shadow-version", "1", "--shadow-share", "1", store=tmp_path)
+    until(lambda: "shadow ready" in service.log.read_text())
+    (shadow,) = [pid for pid in service.children() if idle(pid)]
+    os.kill(shadow, signal.SIGKILL)
+    until(lambda: service.log.read_text().count("shadow ready") == 2)
+    assert service.metric("imago_restarts_total", process="shadow", reason="crash") == 1
+    assert service.predict(tiny.image("red")).status_code == 200
+    until(lambda: counted(service)["agree"] == 1)
+
+
+def idle(pid: int) -> bool:
+    """Whether it only gets idle time (SCHED_IDLE)."""
+    return os.sched_getscheduler(pid) == os.SCHED_IDLE

@@ -129,8 +129,9 @@ def test_what_is_queued_at_sigterm_is_answered(start):
     assert load.lost == []
 
 
-def test_a_drain_that_can_not_finish_ends_in_time(start):
-    server = start("--drain-seconds", "3", "--deadline-ms", "60000")
+@pytest.mark.parametrize("seconds", [2, 3])
+def test_a_drain_that_can_not_finish_ends_in_time_and_answers(start, seconds):
+    server = start("--drain-seconds", str(seconds), "--deadline-ms", "60000")
     (pid,) = server.workers()
     os.kill(pid, signal.SIGSTOP)
     with Load(server.port, IMAGE, clients=2) as load:
@@ -138,8 +139,10 @@ def test_a_drain_that_can_not_finish_ends_in_time(start):
         load.over.set()
         began = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
-        server.process.wait(30)
-        assert time.monotonic() - began < 6
+        assert server.process.wait(30) == 0
+        assert time.monotonic() - began < seconds + 1  # where others keep the cores busy
+    assert load.statuses == {503: 2}
+    assert load.lost == []
 
 
 def test_sigterm_before_it_is_ready(start):
@@ -154,7 +157,8 @@ def test_sigterm_before_it_is_ready(start):
 def test_signals_to_the_whole_group_end_it_cleanly(bundle_store, start):
     """As Ctrl+C in a terminal and systemd do."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        server = start(command=["setsid", sys.executable, "-m", "serve"])
+        server = start("--shadow-version", "1", command=["setsid", sys.executable, "-m", "serve"])
+        wait(lambda server=server: "shadow ready" in server.log.read_text())
         with Load(server.port, IMAGE, clients=4, pause=0.002) as load:
             wait(lambda load=load: load.statuses[200] > 20)
             os.killpg(server.process.pid, number)
