@@ -3,6 +3,7 @@ import asyncio
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import count
 
 from serve import logs
@@ -16,21 +17,29 @@ UNANSWERED = Answer(0, 0, 0, 0, 0, 0, b"")  # stands in the place of an answer u
 class Ask:
     """The images of one request on their way. `done` is called once: when each has an answer, or at the deadline."""
 
-    __slots__ = ("answers", "deadline", "done", "expired", "jobs", "left", "pool")
+    __slots__ = ("again", "answers", "deadline", "done", "expired", "jobs", "left", "pool")
 
     def __init__(self, pool: "Pool", answers: list[Answer], deadline: float, done: Callable[["Ask"], None]):
         """`deadline`: by time.monotonic."""
         self.pool, self.answers, self.deadline, self.done, self.expired = pool, answers, deadline, done, False
         self.left = answers.count(UNANSWERED)
         self.jobs: list[tuple[Channel, int]] = []
+        self.again: Callable[[list[int]], None] | None = None  # asks for these images once more
 
     def put(self, index: int, answer: Answer) -> None:
         self.answers[index] = answer
         self.left -= 1
-        if not self.left:
+        if self.left:
+            return
+        good = [i for i, a in enumerate(self.answers) if a.status == 200] if self.again else []
+        if self.again and len({self.answers[i].version for i in good}) > 1:  # the model was swapped between them
+            again, self.again = self.again, None
+            again(good)
+        else:
             self.finish()
 
     def finish(self) -> None:
+        self.again = None  # no ring of references is left
         self.pool.asks.pop(self, None)
         try:
             self.done(self)
@@ -152,20 +161,34 @@ class Pool:
 
         While workers swap one after the other, the images of one request go to those of one version.
         """
-        deadline, usable = time.monotonic() + seconds, self.usable
-        if len(images) > 1 and len(usable) > 1:
-            usable = [channel for channel in usable if channel.version == self.version] or usable
-        ask = Ask(self, answers, deadline, done)
+        ask = Ask(self, answers, time.monotonic() + seconds, done)
         self.asks[ask] = None
         if self.timer is None:
             self.timer = self.loop.call_later(seconds, self.expire)
-        for index, body in enumerate(images):
-            if answers[index] is UNANSWERED:
-                channel = usable[0] if len(usable) == 1 else min(usable, key=lambda c: len(c.waiting))
-                channel.ask(ask, index, body, deadline, top_k, flags)
+        if len(images) > 1:
+            ask.again = partial(self.ask_again, ask, images, top_k, flags)
+        self.hand_out(ask, images, top_k, flags)
         if not ask.left:
             self.loop.call_soon(lambda: ask.finish() if ask in self.asks else None)  # the client may leave first
         return ask
+
+    def hand_out(self, ask: Ask, images: list[bytes], top_k: int, flags: int) -> None:
+        usable = self.usable
+        if len(images) > 1 and len(usable) > 1:
+            usable = [channel for channel in usable if channel.version == self.version] or usable
+        for index, body in enumerate(images):
+            if ask.answers[index] is UNANSWERED:
+                channel = usable[0] if len(usable) == 1 else min(usable, key=lambda c: len(c.waiting))
+                channel.ask(ask, index, body, ask.deadline, top_k, flags)
+
+    def ask_again(self, ask: Ask, images: list[bytes], top_k: int, flags: int, indices: list[int]) -> None:
+        """What two versions answered gets its answers from one, the new."""
+        if not self.usable:
+            return ask.finish()
+        for index in indices:
+            ask.answers[index] = UNANSWERED
+        ask.left = len(indices)
+        self.hand_out(ask, images, top_k, flags)
 
     def expire(self) -> None:
         """End what is past its deadline, and look again when the next one is due."""
