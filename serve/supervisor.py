@@ -4,8 +4,6 @@ It subclasses LitServer where version 0.2.19 leaves no public hook: to keep the 
 replaces; to watch the workers in its own way, since LitServe sees no hang and restarts without a pause; and to do
 without LitServe's manager process and queues, which nothing here uses.
 """
-import asyncio
-import contextlib
 import copy
 import math
 import multiprocessing
@@ -24,6 +22,7 @@ import uvicorn
 from starlette.middleware.gzip import GZipMiddleware
 
 from serve import exposition, logs, machine, shadow
+from serve.api import Api, dismiss, run_api
 from serve.connection import SPARE, Connection
 from serve.front import Front
 from serve.metrics import Slab
@@ -38,14 +37,9 @@ BEGINNING = 0.1  # the same until all have started
 FAREWELL = 1.0  # seconds in which clients that keep a connection get one more answer on it, and are told to close it
 LINGER = 0.3  # seconds in which clients are still told that we are leaving
 LEAVE = 0.9  # seconds for the HTTP processes to end, in which clients take their last answers
-GUESTS = 0.2  # seconds to tell those who connected after the HTTP processes had ended
 END = 1.8  # seconds of the drain that are kept for ending the processes
 OWN_FILES = 128  # that a process has open besides the connections of clients
 MAX_PAUSE = 10.0  # seconds between two tries to start a process that keeps crashing
-
-_GONE = b'{"type":"about:blank","title":"Service Unavailable","status":503,"detail":"the service is shutting down"}'
-GONE = (b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/problem+json\r\nretry-after: 1\r\n"
-        b"connection: close\r\ncontent-length: %d\r\n\r\n%s" % (len(_GONE), _GONE))
 
 
 class Supervisor(litserve.LitServer):
@@ -199,48 +193,6 @@ class Supervisor(litserve.LitServer):
                 self.state.requests(self.settings.api_processes) and time.monotonic() < end):
             time.sleep(TICK)
         raise KeyboardInterrupt  # LitServe's way to end
-
-
-class Api(uvicorn.Server):
-    """Looks around once a second; uvicorn does ten times, which is most of what an idle service costs."""
-
-    told: asyncio.Event | None = None
-
-    async def main_loop(self) -> None:
-        self.loop, self.told = asyncio.get_running_loop(), asyncio.Event()
-        while not await self.on_tick(0):  # which also writes the Date header of this second
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.told.wait(), 1.0)
-
-    def handle_exit(self, number: int, frame: Any) -> None:
-        super().handle_exit(number, frame)
-        if self.told is not None:
-            self.loop.call_soon_threadsafe(self.told.set)
-
-
-def run_api(server: Api, sockets: list[socket.socket]) -> None:
-    """An HTTP process. `drain` came along with the fork, but is the supervisor's; uvicorn sets handlers of its own."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-    server.run(sockets)
-
-
-def dismiss(listener: socket.socket) -> None:
-    """Answer those who connected when nobody accepted any more, then close: closing alone would reset them."""
-    guests = []
-    listener.setblocking(False)
-    with contextlib.suppress(OSError):  # there is nobody left
-        while True:
-            guests.append(listener.accept()[0])
-    listener.close()
-    end = time.monotonic() + GUESTS
-    for guest in guests:
-        with contextlib.suppress(OSError), guest:
-            guest.settimeout(0.05)
-            guest.sendall(GONE)
-            guest.shutdown(socket.SHUT_WR)
-            while time.monotonic() < end and guest.recv(1 << 16):
-                pass  # what is unread when a socket is closed resets it, and the answer is lost
 
 
 class Watch:

@@ -8,6 +8,9 @@ import tiny
 from service import loopback, refused, run
 
 from models.image import InputSpec, decode
+from models.store import Store
+from serve.model import Model
+from serve.settings import Settings
 
 IMAGES = [tiny.image(label, seed=7) for label in tiny.CLASSES]
 needs_openvino = pytest.mark.skipif(not importlib.util.find_spec("openvino"), reason="the extra openvino is missing")
@@ -50,6 +53,17 @@ def test_cuda_without_a_gpu_is_refused_in_one_line(bundle_store):
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("there is a GPU")
     refused(run("--store", str(bundle_store), "--engine", "cuda", *loopback()), "cuda")
+
+
+def test_auto_takes_the_cpu_where_cuda_finds_no_gpu(bundle_store, monkeypatch):
+    """As in an image made for GPUs on a node that has none."""
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("there is a GPU")
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    model = Model(Store(bundle_store).open("colours"), Settings(store=str(bundle_store)), 1)
+    assert model.engine.name == "onnxruntime"
 
 
 def test_an_unknown_variant_is_refused_in_one_line(bundle_store):
