@@ -135,6 +135,18 @@ def applied(*components: str, patches: tuple[Manifest, ...] = ()) -> Iterator[No
         rolled_out()
 
 
+def evicted(pod: str) -> bool:
+    """Ask for the eviction of `pod/NAME`; whether it was granted."""
+    name = pod.removeprefix("pod/")
+    path = f"/api/v1/namespaces/imago/pods/{name}/eviction"
+    done = subprocess.run(
+        ["kubectl", "--context", CONTEXT, "create", "--raw", path, "-f", "-"],
+        input=json.dumps({"apiVersion": "policy/v1", "kind": "Eviction",
+                          "metadata": {"name": name, "namespace": "imago"}}), capture_output=True, text=True)
+    assert done.returncode == 0 or "disruption budget" in done.stderr, done.stderr
+    return done.returncode == 0
+
+
 def nothing_lost(account: dict) -> None:
     assert account["count"] == 0, account["lost"]
     assert set(account["statuses"]) == {"200"}, account["statuses"]

@@ -8,6 +8,7 @@ from cluster import (
     MARKS,
     ROOT,
     SELECTOR,
+    evicted,
     image,
     kubectl,
     load,
@@ -134,8 +135,7 @@ def test_an_evicted_pod_goes_on_where_it_was():
     wait_for("some epochs", lambda: train_pods() and train_pods()[0]["status"]["phase"] == "Running"
              and "epoch 5/60" in kubectl("logs", "job/imago-train"), 240)
     first = train_pods()[0]["metadata"]["name"]
-    kubectl("create", "--raw", f"/api/v1/namespaces/imago/pods/{first}/eviction", "-f", "-", stdin=json.dumps(
-        {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": first, "namespace": "imago"}}))
+    assert evicted(first)
     kubectl("wait", "--for=condition=Complete", "job/imago-train", "--timeout=600s")
     log = kubectl("logs", "job/imago-train")
     assert "epoch 1/60" not in log

@@ -1,15 +1,14 @@
 """Components on the local overlay of a real cluster (cluster.py says on which): what only running them can show."""
 import json
-import subprocess
 import time
 
 import pytest
 from cluster import (
-    CONTEXT,
     MARKS,
     applied,
     apply,
     dns,
+    evicted,
     image,
     kubectl,
     load,
@@ -77,21 +76,11 @@ def test_a_canary_gets_its_share_and_loses_nothing():
     assert "imago_shadow_images_total{" in metrics
 
 
-def evicted(name: str) -> bool:
-    """Whether the pod's eviction was granted."""
-    done = subprocess.run(
-        ["kubectl", "--context", CONTEXT, "create", "--raw", f"/api/v1/namespaces/imago/{name}/eviction", "-f", "-"],
-        input=json.dumps({"apiVersion": "policy/v1", "kind": "Eviction",
-                          "metadata": {"name": name.removeprefix("pods/"), "namespace": "imago"}}),
-        capture_output=True, text=True)
-    assert done.returncode == 0 or "disruption budget" in done.stderr, done.stderr
-    return done.returncode == 0
-
-
 def test_a_drain_takes_one_pod_at_a_time():
     with applied("pdb"), load() as account:
         kubectl("wait", "--for=jsonpath={.status.disruptionsAllowed}=1", "pdb/imago-serving", "--timeout=60s")
-        first, second = (name.replace("pod/", "pods/") for name in serving_pods())
+        wait_for("two pods, and none of another test", lambda: len(serving_pods()) == 2)
+        first, second = serving_pods()
         assert evicted(first)
         assert not evicted(second)
         wait_for("the second eviction to be granted", lambda: evicted(second))
