@@ -32,6 +32,7 @@ RUN rm -rf /usr/local/lib/python3.*/site-packages/* /usr/local/lib/python3.*/ens
 
 # From scratch, so that what was removed above is in no layer at all.
 FROM scratch
+ARG SOURCE_DATE_EPOCH=0
 # hadolint ignore=DL3067
 COPY --from=system / /
 COPY --from=packages /opt/imago /opt/imago

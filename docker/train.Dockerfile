@@ -17,7 +17,7 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     && PYTHONHASHSEED=0 /opt/imago/bin/python -m compileall -q --invalidation-mode unchecked-hash -x '/testing/' /opt/imago/lib
 
 FROM ${BASE}
-ARG COMPILER=0
+ARG COMPILER=0 SOURCE_DATE_EPOCH=0
 # hadolint ignore=DL3008
 RUN [ "$COMPILER" = 0 ] || { apt-get update && apt-get install -y --no-install-recommends g++ python3-dev \
     && rm -rf /var/lib/apt/lists/*; }
