@@ -2,12 +2,11 @@
 #   BASE      any Debian with Python 3.11
 #   RUNTIME   cpu; cuda and openvino take their packages from serve-<RUNTIME>.lock
 #   VERSION, REVISION   of Imago, for the labels
-#   SOURCE_DATE_EPOCH   the time that files carry; stages that name it are not taken from a cache of another time
 ARG BASE=docker.io/library/python:3.11-slim-bookworm
 
 # The packages: by hash, wheels only, in a virtual environment that has no pip.
 FROM ${BASE} AS packages
-ARG RUNTIME=cpu SOURCE_DATE_EPOCH=0
+ARG RUNTIME=cpu
 COPY docker/serve*.lock /locks/
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
@@ -23,7 +22,6 @@ RUN find . -type d \( -name tests -o -name include \) -prune -exec rm -r {} + \
 
 # The system, less what a server never needs: pip, caches, manuals, legacy encodings. dpkg's list stays, for scanners.
 FROM ${BASE} AS system
-ARG SOURCE_DATE_EPOCH=0
 RUN rm -rf /usr/local/lib/python3.*/site-packages/* /usr/local/lib/python3.*/ensurepip /usr/local/bin/pip* \
       /usr/lib/python3/dist-packages/* /usr/lib/python3.*/ensurepip /usr/bin/pip* /usr/share/python-wheels \
       /usr/local/lib/python3.*/idlelib /usr/local/lib/python3.*/tkinter /usr/local/lib/python3.*/test \
@@ -32,7 +30,6 @@ RUN rm -rf /usr/local/lib/python3.*/site-packages/* /usr/local/lib/python3.*/ens
 
 # From scratch, so that what was removed above is in no layer at all.
 FROM scratch
-ARG SOURCE_DATE_EPOCH=0
 # hadolint ignore=DL3067
 COPY --from=system / /
 COPY --from=packages /opt/imago /opt/imago

@@ -3,11 +3,9 @@
 #   BASE       any Debian with Python 3.11
 #   COMPILER   1 adds gcc, which `--model.compile` needs at run time (Triton and inductor write C)
 #   VERSION, REVISION   of Imago; the revision also goes into the bundle's provenance
-#   SOURCE_DATE_EPOCH   the time that files carry; a stage that names it is not taken from a cache of another time
 ARG BASE=docker.io/library/python:3.11-slim-bookworm
 
 FROM ${BASE} AS packages
-ARG SOURCE_DATE_EPOCH=0
 COPY docker/train.lock /locks/
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
@@ -17,7 +15,7 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     && PYTHONHASHSEED=0 /opt/imago/bin/python -m compileall -q --invalidation-mode unchecked-hash -x '/testing/' /opt/imago/lib
 
 FROM ${BASE}
-ARG COMPILER=0 SOURCE_DATE_EPOCH=0
+ARG COMPILER=0
 # hadolint ignore=DL3008
 RUN [ "$COMPILER" = 0 ] || { apt-get update && apt-get install -y --no-install-recommends g++ python3-dev \
     && rm -rf /var/lib/apt/lists/*; }
