@@ -12,13 +12,20 @@ def scrape(port: int) -> dict[str, float]:
     return {sample.name: sample.value for family in text_string_to_metric_families(text) for sample in family.samples}
 
 
-def test_metrics_follow_the_training(commands, tmp_path):
+def asleep(commands, place, step: int, *flags):
+    """A run that sleeps in this step, and the port of its metrics."""
     port, = free_ports(1)
     command = commands.start(
         "run", "digits", "--monitor.port", port, "--monitor.host", "127.0.0.1", "--logger", "none", "--audit.enabled",
-        "false", "--progress.quiet", "true", "--trainer.log_every_n_steps", 1, "--data.batch_size", 100,
-        "--trainer.callbacks+=killer.Killer", env={"KILL": "SLEEP:step:20"}, cwd=tmp_path)
-    command.wait_for("asleep")  # in the twentieth step, the seventh of the second epoch: 1,295 images make 13
+        "false", "--progress.quiet", "true", *flags, "--trainer.callbacks+=killer.Killer",
+        env={"KILL": f"SLEEP:step:{step}"}, cwd=place)
+    command.wait_for("asleep")
+    return command, port
+
+
+def test_metrics_follow_the_training(commands, tmp_path):
+    command, port = asleep(commands, tmp_path, 20, "--trainer.log_every_n_steps", 1, "--data.batch_size", 100)
+    # in the twentieth step, the seventh of the second epoch: 1,295 images make 13
     seen = scrape(port)
     assert seen["imago_train_epoch"] == 2
     assert seen["imago_train_epochs"] == 40
@@ -38,12 +45,8 @@ def test_metrics_follow_the_training(commands, tmp_path):
 
 
 def test_a_run_that_logs_no_steps_is_followed_by_epochs(commands, tmp_path):
-    port, = free_ports(1)
-    command = commands.start(
-        "run", "digits", "--monitor.port", port, "--monitor.host", "127.0.0.1", "--logger", "none", "--audit.enabled",
-        "false", "--progress.quiet", "true", "--trainer.log_every_n_steps", 0, "--data.batch_size", 500,
-        "--trainer.callbacks+=killer.Killer", env={"KILL": "SLEEP:step:4"}, cwd=tmp_path)
-    command.wait_for("asleep")  # in the first step of the second epoch
+    command, port = asleep(commands, tmp_path, 4, "--trainer.log_every_n_steps", 0, "--data.batch_size", 500)
+    # in the first step of the second epoch
     assert scrape(port)["imago_train_loss"] > 0
     command.signal(9)
 
