@@ -53,6 +53,7 @@ class Ask:
 
     def cancel(self) -> None:
         """Nobody waits any more: what is not done yet is dropped, not done late, and `done` is not called."""
+        self.again = None
         self.pool.asks.pop(self, None)
         for channel, number in self.jobs:
             channel.cancel(number)
