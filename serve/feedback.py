@@ -10,6 +10,8 @@ import os
 import struct
 from collections import deque
 
+import numpy as np
+
 from serve import body
 from serve.derived import BINS
 from serve.frames import Answer
@@ -80,6 +82,12 @@ class Feedback:
         for image, answer in enumerate(answers):
             if answer.status == 200:
                 self.memory.put(request_id, image, answer.version, answer.body)
+
+    def remember_numbers(self, request_id: str, answers: list[Answer], probabilities: np.ndarray) -> None:
+        """The same for answers without text: probabilities [N, K]."""
+        best = zip(probabilities.argmax(1).tolist(), probabilities.max(1).tolist(), strict=True)
+        self.remember(request_id, [answer._replace(body=b'","index":%d,"confidence":%.6f,' % pair)
+                                   for answer, pair in zip(answers, best, strict=True)])
 
     async def __call__(self, request: Request) -> Response:
         said = _parse(await body.read(request.receive, MAX_BYTES))

@@ -103,14 +103,15 @@ class OpenInference:
         failed = next((a for a in answers if a.status != 200), None)
         if failed:
             raise Problem(failed.status, failed.body.decode())
-        return self.write(asked, answers)
+        return self.write(request.id, asked, answers)
 
-    def write(self, asked: dict[str, Any], answers: list[Answer]) -> Response:
+    def write(self, request_id: str, asked: dict[str, Any], answers: list[Answer]) -> Response:
         model = self.pool.model
         ends = [LABEL.size + LABEL.unpack_from(a.body)[0] for a in answers]
         labels = [a.body[LABEL.size:end] for a, end in zip(answers, ends, strict=True)]
         rows = [np.frombuffer(a.body, "<f4", offset=end) for a, end in zip(answers, ends, strict=True)]
         values = np.stack(rows)
+        self.predictor.feedback.remember_numbers(request_id, answers, values[:, :-1])
         tensors = {"probabilities": ("FP32", values[:, :-1]), "energy": ("FP32", values[:, -1])}
         described, chunks = [], []
         for name, binary in outputs(asked):

@@ -183,10 +183,20 @@ class PredictLoop(LitLoop):
 
     def run_graph(self, model: Model, taken: list[Waiting], pixels: list[np.ndarray], decode_us: list[int],
                   started: float, alone: bool, metrics: WorkerMetrics) -> None:
-        """Run the graph on decoded images that want the same outputs, answer, count."""
+        """Run the graph on decoded images that want the same outputs, answer, count. If it raises: on each alone."""
         wanted = (*model.wanted, "cam") if taken[0].job.flags & CAM else model.wanted
         images, before = np.stack(pixels), time.perf_counter()
-        outputs = model.engine.run(images, wanted, alone)
+        try:
+            outputs = model.engine.run(images, wanted, alone)
+        except Exception:
+            if len(taken) > 1:  # what is wrong with one image must not reach the others
+                for one in zip(taken, pixels, decode_us, strict=True):
+                    self.run_graph(model, *([value] for value in one), started, alone, metrics)
+            else:
+                logs.logger.exception("the model failed on an image")
+                reply([(taken[0], self.failed(taken[0], 500, b"the model failed on this image"))])
+                metrics.outcome("failed")
+            return
         infer = time.perf_counter() - before
         infer_us = int(infer * 1e6)
         queue_us = [max(0, int((started - w.arrived) * 1e6)) for w in taken]

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import tiny
 
+from models.image import InputSpec, decode
 from serve.feedback import PLACES, Memory
 
 
@@ -55,6 +56,16 @@ def test_each_image_of_a_request_has_its_own(server):
     assert give(server, request_id, "green", image=0).json()["correct"] is False
     assert give(server, request_id, "green", image=1).status_code == 404
     assert give(server, request_id, "green", image=3).status_code == 404
+
+
+def test_answers_in_the_open_inference_protocol_take_labels(server):
+    pixels = np.stack([decode(tiny.image(label), InputSpec(height=32, width=32)) for label in ("blue", "red")])
+    tensor = {"name": "image", "datatype": "UINT8", "shape": list(pixels.shape), "data": pixels.ravel().tolist()}
+    answer = server.http.post("/v2/models/colours/infer", json={"inputs": [tensor]})
+    request_id = answer.headers["x-request-id"]
+    assert give(server, request_id, "blue", image=0).json()["correct"] is True
+    assert give(server, request_id, "green", image=1).json()["correct"] is False
+    assert give(server, request_id, "red", image=1).status_code == 404
 
 
 def test_labels_with_quotes(start, tmp_path):
