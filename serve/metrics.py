@@ -33,7 +33,7 @@ class Definition(NamedTuple):
 METRICS = {
     "requests": Definition("counter", "Answers to requests for predictions, by status code.", ("code",)),
     "request_duration_seconds": Definition("histogram", "From the head of a request to its answer.", (), SECONDS),
-    "images": Definition("counter", "Images by outcome: answered, refused (not decodable), expired, failed.", ("outcome",)),
+    "images": Definition("counter", "Images: answered, refused (not decodable), expired, failed.", ("outcome",)),
     "queue_wait_seconds": Definition("histogram", "From a worker's queue to a predictor.", (), SECONDS),
     "decode_seconds": Definition("histogram", "Decode and resize of one image.", (), SECONDS),
     "inference_seconds": Definition("histogram", "One run of the graph on one batch.", (), SECONDS),

@@ -76,7 +76,8 @@ def test_an_image_on_which_the_model_fails_hurts_no_other_of_its_batch(start, tm
     for i, node in enumerate([
             helper.make_node("ReduceMax", ["given"], ["brightest"], keepdims=0),
             helper.make_node("Cast", ["brightest"], ["place"], to=onnx.TensorProto.INT64),
-            helper.make_node("Gather", ["table", "place"], ["one"]), helper.make_node("Mul", ["given", "one"], ["unit"])]):
+            helper.make_node("Gather", ["table", "place"], ["one"]),
+            helper.make_node("Mul", ["given", "one"], ["unit"])]):
         model.graph.node.insert(at + 1 + i, node)
     model.graph.initializer.append(numpy_helper.from_array(np.ones(1, np.float32), "table"))
     onnx.save(model, directory / "model.onnx")
