@@ -1,10 +1,11 @@
 """Goodput when ten times more is asked than can be done, and what a refusal costs.
 
-    python tests/benchmarks/serve_overload.py [--seconds 5] [--variant fp32]
+    python tests/benchmarks/serve_overload.py [--case small|large] [--variant fp32] [--seconds 5]
 
-Capacity is what 32 clients in a closed loop get (wrk, ResNet-18 at 32 pixels). Then hey offers ten times that rate from
-as many connections as MAX_PENDING, and 200 are counted by the server's own metrics. Both clients share the cores with
-the server, so both figures are divided by the share of the cores that the client of the moment left:
+Capacity is what 32 clients in a closed loop get (wrk; ResNet-18 at 32 or 224 pixels). Then hey offers ten times that
+rate from four times as many connections as MAX_PENDING. `offered` is what came, in capacities: on few cores the client
+of the fast case can't bring as much as it wants to, that of the large one can. 200 are counted by the server's own
+metrics. Both clients share the cores with the server, so figures are divided by what the client left of the cores:
 `goodput = (200s a second / share left) / (capacity / share left)`; `goodput_raw` is without that. `refusal_cpu_us`
 is the CPU of the HTTP process a refusal; `refusal_ms` their latency (p50, p99) while the worker is stopped and
 all places are taken. One JSON line.
@@ -65,11 +66,11 @@ def refusal_latency(port: int, pid: int, body: Path, lua: Path) -> dict[str, flo
             for percent, number, unit in re.findall(r"(50|99)% +([\d.]+)(us|ms|s)", out)}
 
 
-def main(store: Path, variant: str, seconds: int) -> dict:
-    publish(store, "small")
+def main(store: Path, case: str, variant: str, seconds: int) -> dict:
+    publish(store, case)
     lua, _ = script(store)
     port, metrics, body = free_port(), free_port(), store / "one.body"
-    command = ["-m", "serve", "--store", str(store), "--model", "small", "--variant", variant, "--port", str(port),
+    command = ["-m", "serve", "--store", str(store), "--model", case, "--variant", variant, "--port", str(port),
                "--host", "127.0.0.1", "--metrics-port", str(metrics), "--log-level", "error",
                "--max-pending", str(PENDING)]
     with serving(command, port, "/health/ready") as pid:
@@ -82,7 +83,8 @@ def main(store: Path, variant: str, seconds: int) -> dict:
         good, refused = metric(metrics, ok) - before[0], metric(metrics, no) - before[1]
         cpu = own_cpu(api) - cpu
         latency = refusal_latency(port, pid, body, lua)
-    return {"variant": variant, "capacity": capacity, "offered": round((good + refused) / wall, 1),
+    return {"case": case, "variant": variant, "capacity": capacity,
+            "offered": round((good + refused) / wall / capacity, 1),
             "goodput": round(good / wall / (1 - client) / (capacity / (1 - first["client"])), 3),
             "goodput_raw": round(good / wall / capacity, 3), "client_share": round(client, 3),
             "refusal_cpu_us": round(1e6 * cpu / (good + refused), 1), "refusal_ms": latency}
@@ -90,10 +92,11 @@ def main(store: Path, variant: str, seconds: int) -> dict:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--case", choices=("small", "large"), default="small")
     parser.add_argument("--seconds", type=int, default=5)
     parser.add_argument("--variant", default="fp32")
     parser.add_argument("--store", type=Path)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         where = given.store or Path(place)
-        print(json.dumps(main(where, given.variant, given.seconds)))
+        print(json.dumps(main(where, given.case, given.variant, given.seconds)))

@@ -174,7 +174,7 @@ def test_a_second_build_gives_the_same_layers(engine):
 
 def test_serves_what_training_left(volume, serve):
     path, manifest = bundle(volume)
-    with serve(volume / "store", "--env=IMAGO_MODEL=digits") as service:
+    with serve(volume / "store", "--env=IMAGO_MODEL=digits", "--user=12345:54321") as service:  # whoever it may be
         service.wait_ready()
         right = 0
         for sample in manifest["samples"]:
