@@ -31,7 +31,7 @@ root := $(if $(ROOT),--root "$(ROOT)")
 help: ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} \
 	  /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@awk '/^#   / {print substr($$0, 3)}' $(firstword $(MAKEFILE_LIST)) | sed '1i\\nVariables'
+	@awk 'BEGIN {print "\nVariables"} /^#   / {print substr($$0, 3)}' $(firstword $(MAKEFILE_LIST))
 
 setup: $(VENV)/.train.lock ## make the virtual environment (again when the lock changed)
 
@@ -52,7 +52,7 @@ models: setup ## list the store
 
 ##@ Development
 test: dev ## run the quick tests: make test [ARGS='tests/serve -k drain']
-	@$(run) pytest -m 'not slow' -n $$(($$(nproc) + 1)) --maxprocesses 6 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@$(run) pytest -m 'not slow' -n $$(($$(getconf _NPROCESSORS_ONLN) + 1)) --maxprocesses 6 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: dev ## run the slow tests
 	@$(run) pytest -m slow $(ARGS)
@@ -83,7 +83,7 @@ clean: ## remove the virtual environment and the caches; the store stays
 BASE ?= docker.io/library/python:3.11-slim-bookworm
 RUNTIME ?= cpu
 REGISTRY ?= localhost
-TAG ?= $(shell sed -n '/^version/ {s/.*"\(.*\)"/\1/p; q}' pyproject.toml)
+TAG ?= $(shell sed -n '/^version/ {s/.*"\(.*\)"/\1/p; q;}' pyproject.toml)
 OVERLAY ?= local
 
 images: ## build both images with docker or podman: make images [BASE=…] [RUNTIME=cuda] [REGISTRY=…] [TAG=…]

@@ -69,7 +69,8 @@ def test_an_unknown_runtime_is_one_line():
 def build(tmp_path):
     """What this engine is told to build with, where `python3` does this."""
     def build(engine: str, python: str) -> list[str]:
-        for name, does in {engine: 'echo "$*"', "python3": python}.items():
+        says = f'[ "$1" = --version ] && echo {engine} version 5 || echo "$*"'
+        for name, does in {engine: says, "python3": python}.items():
             (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
             (tmp_path / name).chmod(0o755)
         path = f"{tmp_path}:{os.environ['PATH']}"
@@ -103,6 +104,22 @@ def test_podman_gets_them_too_and_the_wheels_on_this_disk(build):
 def test_a_python_without_pip_has_no_settings_to_pass_on(engine, build):
     words = build(engine, "exit 1")
     assert (words[0], words[-1]) == ("build", ".")
+
+
+def test_a_docker_that_cannot_build_gives_way_to_podman(tmp_path):
+    """docker from version 23 on has BuildKit only with its plugin."""
+    docker = {"info": "true", "buildx": "exit 1", "version": "echo 28.2.2", "--version": "echo Docker version 28.2.2"}
+    podman = {"info": "true", "--version": "echo podman version 5.4.0", "images": "echo by podman"}
+    for name, does in {"docker": docker, "podman": podman}.items():
+        cases = "\n".join(f"{verb}) {action};;" for verb, action in does.items())
+        (tmp_path / name).write_text(f'#!/bin/sh\ncase "$1" in {cases} *) exit 1;; esac\n')
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = run("docker/engine", "images", PATH=path, ENGINE="")
+    assert done.stdout == "by podman\n", done.stderr
+    assert "docker-buildx" in one_line(run("docker/engine", "images", PATH=path, ENGINE="docker"))
+    (tmp_path / "docker").write_text('#!/bin/sh\n[ "$1" != buildx ] && echo 20.10.24 $DOCKER_BUILDKIT\n')
+    assert run("docker/engine", "images", PATH=path, ENGINE="").stdout == "20.10.24 1\n"
 
 
 def test_a_base_image_that_is_not_there_is_one_line(engine):
