@@ -124,6 +124,15 @@ def test_queries_group_by_labels_that_their_series_have():
                 assert {g.strip() for g in grouping.split(",")} <= labels, f"{where}: {grouping}"
 
 
+def test_alerts_on_training_see_the_jobs_that_are_made_by_hand():
+    made = re.findall(r"create job (\S+) --from", RUNBOOK + (K8S / "cluster").read_text())
+    assert len(made) >= 2
+    patterns = {pattern for query in queries().values()
+                for pattern in re.findall(r'\b(?:job_name|pod)=~"(imago-train[^"]*)"', query)}
+    assert patterns
+    assert all(re.fullmatch(pattern, name) for pattern in patterns for name in made)
+
+
 def test_the_autoscalers_ask_for_the_same_metric():
     (hpa,) = of("components/hpa", "HorizontalPodAutoscaler")
     (pods,) = (m["pods"] for m in hpa["spec"]["metrics"] if m["type"] == "Pods")
