@@ -233,6 +233,17 @@ def test_a_store_that_a_component_brings_is_mounted_whole(component):
     assert not any("subPath" in m for m in mounts)
 
 
+@pytest.mark.parametrize("case", [c for c in CASES if "model-from-image" in c])
+def test_an_image_that_is_the_store_holds_the_version_that_its_pod_serves(case):
+    data, _ = settings_of(case)
+    for deployment in of(case, "Deployment"):
+        spec = deployment["spec"]["template"]["spec"]
+        (reference,) = (v["image"]["reference"] for v in spec["volumes"] if "image" in v)
+        for container in spec["initContainers"] + spec["containers"]:
+            found = data | {e["name"]: e["value"] for e in container.get("env", [])}
+            assert reference.endswith(f":{found['IMAGO_MODEL']}-{found['IMAGO_VERSION']}"), container["name"]
+
+
 def test_the_overlay_that_the_readme_shows_trains_and_serves_ones_own_data():
     text = (K8S / "README.md").read_text()
     lines = text[text.index("    apiVersion: kustomize"):text.index("Then `make deploy OVERLAY=mine`")].splitlines()
