@@ -1,10 +1,12 @@
-"""The cluster of the opt-in tests: see cluster.py."""
+"""The cluster of the opt-in tests (see cluster.py), and the one that stands in for it in the others (standin.py)."""
 import os
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from cluster import CONTEXT, image, kubectl, make, pod
+from standin import Cluster, stand_in
 
 CLEAN = ["sh", "-c", "rm -rf /store/* /data/runs"]
 
@@ -20,3 +22,8 @@ def deployed() -> Iterator[None]:
         kubectl("apply", "-f", "-", stdin=pod("clean", image("serve"), CLEAN, "imago-store", "imago-data"))
         kubectl("wait", "--for=jsonpath={.status.phase}=Succeeded", "pod/clean", "--timeout=60s")
         make("undeploy", "OVERLAY=local", "PURGE=1")
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Cluster:
+    return stand_in(tmp_path)

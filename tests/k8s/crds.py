@@ -1,8 +1,9 @@
-"""The operators' resources, as far as these manifests use them: fields that are not named here are refused.
+"""Models of the operators' resources, written by hand: of the fields that these manifests use, and of no other.
 
-Written from the CustomResourceDefinitions of KEDA 2.20, Prometheus operator 0.93 and Gateway API 1.6, and in
-crds_workloads.py of Argo Rollouts 1.10 and Kubeflow Trainer 2.3: names, types, enumerations, patterns and what is
-required are theirs.
+They are not the CustomResourceDefinitions. They were read off those of KEDA 2.20, Prometheus operator 0.93 and Gateway
+API 1.6, and in crds_workloads.py of Argo Rollouts 1.10 and Kubeflow Trainer 2.3: names, types, enumerations, patterns
+and what is required. So they find a misspelt or misplaced field, not one that an operator has changed since, nor what
+its webhooks ask for; `kubectl apply --dry-run=server` on a cluster with the operators does.
 """
 from typing import Annotated, Any, Literal
 
@@ -101,6 +102,7 @@ class Target(Strict):
 class Fallback(Strict):
     failureThreshold: int
     replicas: int
+    behavior: Literal["static", "currentReplicas", "currentReplicasIfHigher", "currentReplicasIfLower"] = "static"
 
 
 class Advanced(Strict):

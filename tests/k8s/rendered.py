@@ -3,7 +3,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -55,6 +55,12 @@ def own_overlay(kustomization: str) -> Iterator[str]:
     with tempfile.TemporaryDirectory(dir=K8S / "overlays", prefix=".test-") as directory:
         (Path(directory) / "kustomization.yaml").write_text(kustomization)
         yield Path(directory).name
+
+
+def with_components(*components: str) -> AbstractContextManager[str]:
+    """The name of an overlay for a while: the local one with these components."""
+    return own_overlay(yaml.safe_dump({"kind": "Kustomization", "namespace": "imago", "resources": ["../local"],
+                                       "components": [f"../../components/{name}" for name in components]}))
 
 
 def kustomize(directory: Path) -> tuple[Manifest, ...]:

@@ -129,6 +129,9 @@ def test_the_bounds_outside_are_those_inside():
     assert int(route["spec"]["rules"][0]["timeouts"]["request"].removesuffix("s")) > deadline
 
 
+LAUNCHER = ["python", "-m", "train.launch"]
+
+
 def train_arguments():
     """Every different command line of training in the manifests, as `python -m train` gets it."""
     found = set()
@@ -137,7 +140,7 @@ def train_arguments():
         lines += [m["spec"]["trainer"] for m in of(case, "TrainJob")]
         for line in lines:
             words = line["args"]
-            if line.get("command") == ["torchrun"]:
+            if line.get("command") == LAUNCHER:
                 words = words[words.index("train") + 1:]
             assert "$(DATA)" in words
             found.add(tuple("digits" if word == "$(DATA)" else word for word in words))
@@ -175,15 +178,17 @@ def test_kubeflow_starts_as_many_processes_as_the_training_counts_with():
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if "multinode" in c or "kubeflow" in c])
-def test_before_torchrun_the_settings_are_looked_at_as_it_will_see_them(case):
-    for job in [j["spec"] for j in of(case, "Job")] + [j["spec"]["jobTemplate"]["spec"] for j in of(case, "CronJob")] \
-            + [r["template"]["spec"] for m in of(case, "TrainingRuntime")
-               for r in m["spec"]["template"]["spec"]["replicatedJobs"]]:
-        (settings,), (train,) = (job["template"]["spec"][kind] for kind in ("initContainers", "containers"))
-        assert settings["envFrom"] == train["envFrom"]
-        assert settings["volumeMounts"] == train["volumeMounts"]
-        rule = job["podFailurePolicy"]["rules"][0]
-        assert (rule["action"], rule["onExitCodes"]["containerName"]) == ("FailJob", "settings")
+def test_of_several_nodes_the_launcher_tells_how_it_ended(case):
+    """By its status a Job decides; torchrun's own is 1, whatever happened."""
+    from torch.distributed import run
+    started = [m["spec"]["trainer"] for m in of(case, "TrainJob")] or [
+        c for _, template in pod_specs(case) for c in containers(template) if "imago-train:" in c["image"]]
+    for line in started:
+        assert line["command"] == LAUNCHER
+        flags = run.parse_args(line["args"])
+        assert (flags.module, flags.training_script, flags.max_restarts) == (True, "train", 3)
+        assert flags.rdzv_backend == "c10d", "with a static one no node takes the place of another"
+        assert flags.rdzv_endpoint in ("imago-train:29500", "$(PET_MASTER_ADDR):$(PET_MASTER_PORT)")
 
 
 def test_a_cron_job_and_a_canary_are_copies_of_what_they_stand_for():
@@ -226,6 +231,17 @@ def test_a_store_that_a_component_brings_is_mounted_whole(component):
     mounts = [m for c in containers(template) for m in c["volumeMounts"] if m["name"] == "store"]
     assert len(mounts) == 2
     assert not any("subPath" in m for m in mounts)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if "model-from-image" in c])
+def test_an_image_that_is_the_store_holds_the_version_that_its_pod_serves(case):
+    data, _ = settings_of(case)
+    for deployment in of(case, "Deployment"):
+        spec = deployment["spec"]["template"]["spec"]
+        (reference,) = (v["image"]["reference"] for v in spec["volumes"] if "image" in v)
+        for container in spec["initContainers"] + spec["containers"]:
+            found = data | {e["name"]: e["value"] for e in container.get("env", [])}
+            assert reference.endswith(f":{found['IMAGO_MODEL']}-{found['IMAGO_VERSION']}"), container["name"]
 
 
 def test_the_overlay_that_the_readme_shows_trains_and_serves_ones_own_data():

@@ -96,9 +96,9 @@ def test_network_policies_let_predictions_through():
 
 def test_the_cron_job_trains():
     with applied("cron-training"):
-        kubectl("create", "job", "now", "--from=cronjob/imago-train")
-        kubectl("wait", "--for=condition=Complete", "job/now", "--timeout=600s")
-        kubectl("delete", "job", "now")
+        kubectl("create", "job", "imago-train-first", "--from=cronjob/imago-train")
+        kubectl("wait", "--for=condition=Complete", "job/imago-train-first", "--timeout=600s")
+        kubectl("delete", "job", "imago-train-first")
 
 
 def test_two_pods_train_one_model():

@@ -1,27 +1,12 @@
 """What make says when it can't deploy: one line, what is wrong and what to do, exit status 2."""
-import os
+import re
 import shlex
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
-import yaml
-from rendered import K8S, OVERLAYS, own_overlay, render
-
-
-def run(verb: str, **env: str) -> subprocess.CompletedProcess:
-    return subprocess.run([K8S / "cluster", verb], capture_output=True, text=True, env={**os.environ, **env})
-
-
-def one_line(done: subprocess.CompletedProcess) -> str:
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert done.stderr.startswith("make: ")
-    assert done.stderr.count("\n") == 1, done.stderr
-    return done.stderr
-
-
-needs_kubectl = pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl is not installed")
+from rendered import K8S, OVERLAYS, render, with_components
+from standin import needs_kubectl, one_line, run
 
 
 @pytest.fixture
@@ -58,6 +43,13 @@ def test_no_kubectl(verb, tmp_path):
     assert "kubectl is not installed" in one_line(run(verb, N="2", PATH=str(tmp_path)))
 
 
+def test_the_script_keeps_to_what_a_mac_has():
+    """bash 3.2, to which an empty array is unbound, and BSD's sed, where a command ends at `;` or at the line's end."""
+    script = (K8S / "cluster").read_text()
+    assert not re.findall(r'(?<!\+)"\$\{\w+\[@\]\}"', script)
+    assert not re.findall(r"\bsed .*[^;]}'", script)
+
+
 @needs_kubectl
 def test_a_registry_and_a_tag_of_ones_own():
     done = run("render", OVERLAY="gpu", REGISTRY="registry.example.com/team", TAG="7")
@@ -67,8 +59,7 @@ def test_a_registry_and_a_tag_of_ones_own():
 
 @needs_kubectl
 def test_a_model_that_is_an_image_comes_from_that_registry_by_its_own_tag():
-    with own_overlay("{kind: Kustomization, namespace: imago, resources: [../local],"
-                     " components: [../../components/model-from-image]}") as name:
+    with with_components("model-from-image") as name:
         done = run("render", OVERLAY=name, REGISTRY="registry.example.com/team", TAG="7")
     assert "reference: registry.example.com/team/imago-model:digits-1\n" in done.stdout
 
@@ -78,116 +69,6 @@ def test_make_passes_them_on(nowhere):
     done = subprocess.run(["make", "deploy", "OVERLAY=moon"], cwd=Path(K8S).parent, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.splitlines()[0] == "make: no overlay 'moon'; there are: cpu gpu local"
-
-
-@pytest.fixture
-def cluster(tmp_path):
-    """Runs a verb where a cluster does this when it is asked something with these words; also all that it was asked.
-
-    Anything else it leaves without an answer: what is not named is not there.
-    """
-    def run_there(verb: str, answers: dict[str, str], **env: str) -> tuple[subprocess.CompletedProcess, str]:
-        kubectl = tmp_path / "kubectl"
-        cases = "".join(f"*'{words}'*) {does} ;;\n" for words, does in answers.items())
-        kubectl.write_text(f"""#!/bin/sh
-          echo "$*" >>"$0.calls"
-          case "$*" in
-            kustomize*) exec {shutil.which("kubectl")} "$@" ;;
-            {cases}
-          esac""")
-        kubectl.chmod(0o755)
-        done = run(verb, **env, PATH=f"{tmp_path}:{os.environ['PATH']}")
-        return done, (tmp_path / "kubectl.calls").read_text()
-    return run_there
-
-
-def refuses(*reasons: str) -> dict[str, str]:
-    return {"--dry-run": f"printf '%s\\n' {shlex.join(reasons)} >&2; exit 1", "apply -f -": "exit 1"}
-
-
-JOB = '"imago-train" is invalid: spec.template: Invalid value: core.PodTemplateSpec{}: field is immutable'
-
-
-@needs_kubectl
-@pytest.mark.parametrize("job", ["The Job", "Error from server (Invalid): Job.batch"])  # kubectl has both
-def test_a_job_whose_settings_differ_is_replaced(job, cluster):
-    done, asked = cluster("deploy", refuses(f"{job} {JOB}"))
-    one_line(done)
-    assert "-n imago delete job imago-train --cascade=foreground" in asked
-    assert "\napply -f -" in asked
-
-
-@needs_kubectl
-def test_a_job_that_gave_up_is_replaced_though_nothing_differs(cluster, tmp_path):
-    gave_up = f"[ -e {tmp_path}/deleted ] || echo 'the backoff limit is reached'"
-    done, asked = cluster("deploy", {"get job imago-train": gave_up,
-                                     "delete job imago-train": f"touch {tmp_path}/deleted"})
-    assert done.returncode == 0, done.stderr
-    assert asked.index("delete job imago-train --cascade=foreground") < asked.index("\napply -f -")
-    assert "Serving." in done.stdout
-
-
-@needs_kubectl
-def test_a_job_that_has_not_failed_stays(cluster):
-    done, asked = cluster("deploy", {})
-    assert done.returncode == 0, done.stderr
-    assert "delete" not in asked
-
-
-LAST_APPLIED = """
-apiVersion: apps/v1
-kind: Deployment
-metadata:
-  name: imago-serving
-spec:
-  replicas: 2
-  revisionHistoryLimit: 5"""
-
-
-def deployed(cluster, tmp_path, live: int, overlay: str) -> tuple[list[str | None], str]:
-    """The replicas that each Deployment is applied with where so many run, and what is left as applied before."""
-    done, _ = cluster("deploy", {
-        "get deployment imago-serving": f"echo {live}",
-        "view-last-applied": f"echo {shlex.quote(LAST_APPLIED)}",
-        "set-last-applied": f"cat >{tmp_path}/before",
-        "apply -f -": f"cat >{tmp_path}/applied"}, OVERLAY=overlay)
-    assert done.returncode == 0, done.stderr
-    applied = yaml.safe_load_all((tmp_path / "applied").read_text())
-    before = tmp_path / "before"
-    return ([m["spec"].get("replicas") for m in applied if m["kind"] == "Deployment"],
-            before.read_text() if before.exists() else LAST_APPLIED)
-
-
-@needs_kubectl
-@pytest.mark.parametrize("overlay", ["local", "cpu"], ids=["scaled by hand", "under an autoscaler that is new"])
-def test_a_deploy_leaves_the_replicas_that_run(overlay, cluster, tmp_path):
-    replicas, before = deployed(cluster, tmp_path, live=5, overlay=overlay)
-    assert replicas == [None]
-    assert "replicas" not in before, "apply would take the field away, and the API server make it 1"
-    assert yaml.safe_load(before)["spec"] == {"revisionHistoryLimit": 5}
-
-
-@needs_kubectl
-def test_a_deploy_starts_a_service_that_was_scaled_to_nothing(cluster, tmp_path):
-    assert deployed(cluster, tmp_path, live=0, overlay="local") == ([2], LAST_APPLIED)
-
-
-@needs_kubectl
-def test_a_deploy_leaves_the_replicas_of_a_canary_to_the_overlay(cluster, tmp_path):
-    with own_overlay("{kind: Kustomization, namespace: imago, resources: [../local],"
-                     " components: [../../components/canary-plain]}") as name:
-        assert deployed(cluster, tmp_path, live=5, overlay=name)[0] == [None, 1]
-
-
-@needs_kubectl
-def test_nothing_is_touched_where_a_volume_cannot_become_what_the_overlay_says(cluster):
-    done, asked = cluster("deploy", refuses(
-        'The PersistentVolumeClaim "imago-store" is invalid: spec: Forbidden: immutable', f"The Job {JOB}"))
-    assert done.returncode == 2
-    assert "make: nothing was changed" in done.stderr.splitlines()[-1]
-    assert 'PersistentVolumeClaim "imago-store" is invalid' in done.stderr
-    assert "delete" not in asked
-    assert "\napply -f -" not in asked
 
 
 def reports(*images: tuple[str, str]) -> str:
@@ -222,10 +103,9 @@ def test_pods_that_wait_for_something_else_may_go_on_waiting(cluster):
 
 @needs_kubectl
 def test_a_service_whose_training_waits_for_its_hour_says_how_to_train_now(cluster):
-    with own_overlay("{kind: Kustomization, namespace: imago, resources: [../local],"
-                     " components: [../../components/cron-training]}") as name:
+    with with_components("cron-training") as name:
         done, _ = cluster("deploy", {"rollout status": "exit 1"}, WAIT="0", OVERLAY=name)
-    hint = "train one now: kubectl -n imago create job first --from=cronjob/imago-train\n"
+    hint = "train one now: kubectl -n imago create job imago-train-first --from=cronjob/imago-train\n"
     assert done.stdout.endswith(hint), "without waiting for WAIT"
     assert one_line(done).startswith("make: not ready after 0 s")
     assert done.stderr.endswith(hint)

@@ -4,12 +4,13 @@ import json
 import re
 import shutil
 import subprocess
+import textwrap
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
 import yaml
-from rendered import CASES, K8S, of
+from rendered import CASES, K8S, of, render_overlay
 
 from serve.front import CODES
 from serve.metrics import METRICS
@@ -124,6 +125,15 @@ def test_queries_group_by_labels_that_their_series_have():
                 assert {g.strip() for g in grouping.split(",")} <= labels, f"{where}: {grouping}"
 
 
+def test_alerts_on_training_see_the_jobs_that_are_made_by_hand():
+    made = re.findall(r"create job (\S+) --from", RUNBOOK + (K8S / "cluster").read_text())
+    assert len(made) >= 2
+    patterns = {pattern for query in queries().values()
+                for pattern in re.findall(r'\b(?:job_name|pod)=~"(imago-train[^"]*)"', query)}
+    assert patterns
+    assert all(re.fullmatch(pattern, name) for pattern in patterns for name in made)
+
+
 def test_the_autoscalers_ask_for_the_same_metric():
     (hpa,) = of("components/hpa", "HorizontalPodAutoscaler")
     (pods,) = (m["pods"] for m in hpa["spec"]["metrics"] if m["type"] == "Pods")
@@ -136,6 +146,22 @@ def test_the_autoscalers_ask_for_the_same_metric():
     containers = {c["name"] for c in deployment["spec"]["template"]["spec"]["containers"]}
     assert hpa["spec"]["metrics"][1]["containerResource"]["container"] in containers
     assert scaled["spec"]["triggers"][1]["metadata"]["containerName"] in containers
+
+
+def test_where_nothing_is_measured_no_replica_is_taken_away():
+    (scaled,) = of("components/keda", "ScaledObject")
+    assert scaled["spec"]["triggers"][0]["metadata"]["ignoreNullValues"] == "false", "no series would be no load"
+    assert scaled["spec"]["fallback"]["behavior"] == "currentReplicasIfHigher"
+
+
+def test_with_the_patch_of_the_readme_no_query_asks_for_another_namespace():
+    (patches,) = re.findall(r"^    (patches:\n.*?)\n\n", RUNBOOK, re.MULTILINE | re.DOTALL)
+    manifests = render_overlay("kind: Kustomization\nnamespace: team\nresources: [../local]\n"
+                               "components: [../../components/keda]\n" + textwrap.dedent("    " + patches))
+    (scaled,) = (m for m in manifests if m["kind"] == "ScaledObject")
+    query = scaled["spec"]["triggers"][0]["metadata"]["query"]
+    (standard,) = of("components/keda", "ScaledObject")
+    assert query == standard["spec"]["triggers"][0]["metadata"]["query"].replace("imago\"", "team\"")
 
 
 @pytest.mark.parametrize("case", CASES)

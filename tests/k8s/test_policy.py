@@ -88,16 +88,19 @@ def test_serving_updates_probes_and_drains(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_training_survives_what_it_should_and_fails_at_once_where_it_should(case):
-    for job in [j["spec"] for j in of(case, "Job")] + [j["spec"]["jobTemplate"]["spec"] for j in of(case, "CronJob")]:
+    jobs = [j["spec"] for j in of(case, "Job")] + [j["spec"]["jobTemplate"]["spec"] for j in of(case, "CronJob")]
+    for runtime in of(case, "TrainingRuntime"):
+        jobs += [job["template"]["spec"] for job in runtime["spec"]["template"]["spec"]["replicatedJobs"]]
+    for job in jobs:
         rules = {(r["action"], *r.get("onExitCodes", {}).get("values", ["disruption"])) for r in
                  job["podFailurePolicy"]["rules"]}
         assert rules == {("FailJob", 2), ("Ignore", 143), ("Ignore", "disruption")}
         assert job["template"]["spec"]["restartPolicy"] == "Never"
         assert job["ttlSecondsAfterFinished"] > 0
         assert job["podReplacementPolicy"] == "Failed"
-        names = {c["name"] for c in containers(job["template"])}
+        (train,) = containers(job["template"])
         codes = [r["onExitCodes"] for r in job["podFailurePolicy"]["rules"] if "onExitCodes" in r]
-        assert {code["containerName"] for code in codes} <= names
+        assert {code["containerName"] for code in codes} == {train["name"]}
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,4 +1,5 @@
-"""Every manifest is what Kubernetes 1.30 to 1.36 and the operators' resources take, with no field they do not know."""
+"""Every manifest is what Kubernetes 1.30 to 1.36 takes, by its schemas, with no field it does not know; and those of
+operators are what our own models of their resources take (crds.py)."""
 import copy
 
 import crds

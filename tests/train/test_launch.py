@@ -1,0 +1,109 @@
+"""The launcher of several nodes ends with the status by which Kubernetes decides. With real launchers and processes."""
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from launch import ROOT
+from service import free_ports
+
+WORKER = """
+import os, signal, sys, time
+match sys.argv[1:]:
+    case ["exit", status]:
+        sys.exit(int(status))
+    case ["killed"]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    case ["meet", place]:
+        import torch
+        from torch import distributed
+        launcher = os.getppid()
+        distributed.init_process_group("gloo")
+        open(f"{place}/met-{launcher}-{os.environ['RANK']}", "w").close()
+        while os.getppid() == launcher:
+            over = torch.tensor(os.path.exists(f"{place}/over"), dtype=torch.int)
+            distributed.all_reduce(over)
+            if over:
+                sys.exit()
+            time.sleep(0.05)
+"""
+Start = Callable[..., subprocess.Popen]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts launchers of this program; what still runs ends with the test."""
+    (tmp_path / "worker.py").write_text(WORKER)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
+    launchers: list[subprocess.Popen] = []
+
+    def run(*words: object) -> subprocess.Popen:
+        with open(tmp_path / f"log-{len(launchers)}", "wb") as log:
+            launchers.append(subprocess.Popen([sys.executable, "-m", "train.launch", *map(str, words)], cwd=tmp_path,
+                                              env=environment, stdout=log, stderr=subprocess.STDOUT))
+        return launchers[-1]
+
+    yield run
+    for launcher in launchers:
+        if launcher.poll() is None:
+            launcher.kill()
+    for log in sorted(tmp_path.glob("log-*")):  # shown where the test failed
+        print(log.name, log.read_text()[-2000:])
+
+
+@pytest.fixture
+def node(start: Start, tmp_path: Path) -> Start:
+    """Starts a node of one run of two; they meet at the one that is `first`."""
+    flags = ("--nnodes=2", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-backend=c10d", "--rdzv-id=imago",
+             f"--rdzv-endpoint=127.0.0.1:{free_ports(1)[0]}")
+    return lambda first=False: start(*flags, f"--rdzv-conf=is_host={first}", "-m", "worker", "meet", tmp_path)
+
+
+def met(place: Path, *nodes: subprocess.Popen) -> None:
+    """Wait until the processes of these nodes have met."""
+    end = time.monotonic() + 120
+    while not all(list(place.glob(f"met-{node.pid}-*")) for node in nodes):
+        assert time.monotonic() < end, "they did not meet"
+        assert all(node.poll() is None for node in nodes), [node.poll() for node in nodes]
+        time.sleep(0.05)
+
+
+def test_its_status_is_that_of_its_process(start, tmp_path):
+    programs = {("worker", "exit", "0"): 0, ("worker", "exit", "143"): 143, ("worker", "killed"): 137,
+                ("train", "run", tmp_path / "no-such-folder"): 2}
+    launchers = {start("--standalone", "-m", *words): status for words, status in programs.items()}
+    assert [launcher.wait(240) for launcher in launchers] == list(launchers.values())
+
+
+def test_it_ends_before_it_has_met_the_others(node):
+    alone = node(first=True)
+    time.sleep(3)  # amid its imports
+    alone.terminate()
+    assert alone.wait(60) == 143
+
+
+@pytest.mark.parametrize("notice", [signal.SIGTERM, signal.SIGKILL])
+def test_where_the_node_that_all_meet_at_goes_the_others_are_not_finished(notice, node, tmp_path):
+    first, other = node(first=True), node()
+    met(tmp_path, first, other)
+    first.send_signal(notice)
+    assert first.wait(60) == (143 if notice == signal.SIGTERM else -9)
+    assert other.wait(100) == 143
+
+
+@pytest.mark.slow
+def test_another_node_takes_the_place_of_one_that_went(node, tmp_path):
+    first, other = node(first=True), node()
+    met(tmp_path, first, other)
+    other.terminate()
+    assert other.wait(60) == 143
+    for mark in tmp_path.glob("met-*"):
+        mark.unlink()
+    replacement = node()
+    met(tmp_path, first, replacement)
+    (tmp_path / "over").touch()
+    assert (first.wait(60), replacement.wait(60)) == (0, 0)
