@@ -21,23 +21,21 @@ ABANDONED_SECONDS = 24 * 3600
 
 
 class Store:
-    """Bundles by name and version under one directory, which need not exist yet."""
+    """Bundles by name and version under one directory, which need not exist yet.
+
+    Whatever has to list a directory raises BundleError where it may not.
+    """
 
     def __init__(self, root: str | Path):
         self.root = Path(root)
 
     def names(self) -> list[str]:
         """Names with at least one version, sorted."""
-        if not self.root.is_dir():
-            return []
-        return sorted(p.name for p in self.root.iterdir() if not p.name.startswith(".") and self.versions(p.name))
+        return sorted(name for name in _directories(self.root) if re.fullmatch(NAME, name) and self.versions(name))
 
     def versions(self, name: str) -> list[int]:
         """Versions of a name, rising; empty where there is none."""
-        directory = self.root / name
-        if not directory.is_dir():
-            return []
-        return sorted(int(p.name) for p in directory.iterdir() if p.name.isdecimal() and p.is_dir())
+        return sorted(int(number) for number in _directories(self.root / name) if number.isdecimal())
 
     def latest(self, name: str) -> int | None:
         """The version that `latest` points to, or None."""
@@ -49,10 +47,10 @@ class Store:
 
     def path(self, name: str, version: str | int = LATEST) -> Path:
         """Directory of one version ("latest" or a number). Raises BundleError, saying what there is instead."""
-        self._known(name)
         number = self.latest(name) if str(version) == LATEST else version
         path = self.root / name / str(number)
-        if number is None or not str(number).isdecimal() or not path.is_dir():
+        if not (re.fullmatch(NAME, name) and str(number).isdecimal() and os.path.isdir(path)):
+            self._known(name)  # looks at the whole store, which may be large and far away
             there = ", ".join(map(str, self.versions(name)))
             raise BundleError(f"{self.root}: {name} has no version {version}; it has {there}")
         return path
@@ -187,6 +185,17 @@ class Staged:
         if promote:
             self.store.advance(self.name, self.version)
         return Bundle(target, verify=False)
+
+
+def _directories(path: Path) -> list[str]:
+    """Names of the directories in there; none where nothing is there. Raises BundleError where it can't be listed."""
+    try:
+        with os.scandir(path) as entries:
+            return [entry.name for entry in entries if entry.is_dir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise BundleError(f"{path}: can't be listed: {error.strerror}") from error
 
 
 def sync(directory: Path) -> None:

@@ -5,18 +5,21 @@ ready), bench (a small load test of a running service). Each has its own --help.
 """
 import argparse
 import importlib
+import io
+import os
 import sys
 
 from models.bundle import BundleError
 from serve import machine, options, tracing
 
 COMMANDS = ("predict", "check", "bench")
+INTERRUPTED, UNREAD = 130, 141  # exit statuses, as a shell has them for SIGINT and SIGPIPE
 
 
 def main(arguments: list[str]) -> int:
     try:
         if arguments and arguments[0] in COMMANDS:
-            return importlib.import_module(f"serve.commands.{arguments[0]}").main(arguments[1:])
+            return run(*arguments)
         parser = argparse.ArgumentParser("python -m serve", description=__doc__,
                                          formatter_class=argparse.RawDescriptionHelpFormatter)
         options.add(parser)
@@ -31,6 +34,21 @@ def main(arguments: list[str]) -> int:
     except (ValueError, BundleError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def run(command: str, *arguments: str) -> int:
+    """A command. Ctrl-C, or a reader that has seen enough, ends it at once; a thread may be reading what never ends."""
+    assert isinstance(sys.stdout, io.TextIOWrapper)
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be any bytes
+    try:
+        try:
+            return importlib.import_module(f"serve.commands.{command}").main(list(arguments))
+        finally:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        os._exit(INTERRUPTED)
+    except BrokenPipeError:
+        os._exit(UNREAD)
 
 
 if __name__ == "__main__":

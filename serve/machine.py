@@ -1,11 +1,14 @@
 """What this process may use of the machine: cores by affinity and CPU quota, and a place for run files."""
+import fcntl
 import math
 import os
 import resource
+import shutil
 import socket
 import tempfile
 from pathlib import Path
 
+RUN, LOCK = "imago-", "supervisor.lock"
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
 
@@ -84,6 +87,9 @@ def open_files(wanted: int) -> int:
 def run_directory() -> str:
     """A new private directory for sockets and counters, in memory where the machine has such a place.
 
+    Its lock is held until this process ends, however it ends. A directory whose lock is free was left by one that was
+    killed, and goes: /dev/shm is small, and that of a pod outlives its containers.
+
     A container with a read-only root still has /dev/shm; LitServe's manager needs a temporary directory as well, so
     TMPDIR is pointed there when no other place can be written.
     """
@@ -92,4 +98,21 @@ def run_directory() -> str:
     except FileNotFoundError:
         tempfile.tempdir = os.environ["TMPDIR"] = "/dev/shm"
     shm = "/dev/shm"
-    return tempfile.mkdtemp(prefix="imago-", dir=shm if os.access(shm, os.W_OK | os.X_OK) else None)
+    parent = shm if os.access(shm, os.W_OK | os.X_OK) else tempfile.gettempdir()
+    for left in Path(parent).glob(f"{RUN}*/{LOCK}"):
+        _remove_if_free(left)
+    run = tempfile.mkdtemp(prefix=RUN, dir=parent)
+    lock = os.open(f"{run}/new", os.O_WRONLY | os.O_CREAT)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    os.rename(f"{run}/new", f"{run}/{LOCK}")  # so that no one ever finds it free
+    return run
+
+
+def _remove_if_free(lock: Path) -> None:
+    try:
+        with lock.open("rb") as file:
+            if lock.parent.lstat().st_uid == os.getuid():
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(lock.parent)
+    except OSError:
+        pass  # in use, or another is removing it

@@ -10,6 +10,7 @@ from models.store import Store
 from serve.settings import PREFIX, Settings
 
 MODEL = ("store", "model", "version", "variant", "engine", "threads")  # what says which model runs, and how
+KEY = ("api_key", "api_key_file")
 
 
 def add(parser: argparse.ArgumentParser, names: Iterable[str] = Settings.model_fields) -> None:

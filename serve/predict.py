@@ -12,7 +12,7 @@ from serve.feedback import Feedback
 from serve.frames import CAM, Answer
 from serve.metrics import Slab
 from serve.pool import UNANSWERED, Ask, Pool
-from serve.responses import JSON, Problem, Request, Response
+from serve.responses import JSON, Problem, Request, Response, retry_after
 from serve.settings import Settings
 from serve.state import State
 
@@ -173,11 +173,13 @@ class Predictor:
             status = 200 if last.status == 200 else max(a.status for a in answers)
             content = b",".join([a.body if a.status == 200 else error(a) for a in answers])
             times = [max(column) for column in list(zip(*answers, strict=True))[3:6]]
+        version = last.version or self.pool.version  # an answer that no worker gave has none
         whole = (b'{"id":"%b","model":{"name":%b,"version":"%d"},"predictions":[%b]}'
-                 % (request_id.encode(), self.pool.name, last.version, content))
+                 % (request_id.encode(), self.pool.name, version, content))
         timing = b"queue;dur=%.3f, decode;dur=%.3f, infer;dur=%.3f" % tuple([t / 1000 for t in times])
         self.feedback.remember(request_id, answers)
-        return Response(status, whole, JSON, [(b"x-model-version", b"%d" % last.version), (b"server-timing", timing)])
+        return Response(status, whole, JSON, [(b"x-model-version", b"%d" % version), (b"server-timing", timing),
+                                              *retry_after(status)])
 
 
 def query(text: bytes) -> tuple[int, int]:

@@ -39,7 +39,7 @@ class Problem(Exception):
 
     def response(self, request_id: str) -> Response:
         body = json.dumps({"type": "about:blank", **self.members(), "request_id": request_id}).encode()
-        headers = [(b"retry-after", b"1")] if self.status in (429, 503) else []
+        headers = retry_after(self.status)
         if self.status == 401:
             headers.append((b"www-authenticate", b"Bearer"))
         if self.allow:
@@ -48,6 +48,11 @@ class Problem(Exception):
 
     def members(self) -> dict[str, Any]:
         return {"title": HTTPStatus(self.status).phrase, "status": self.status, "detail": self.detail}
+
+
+def retry_after(status: int) -> list[Header]:
+    """The header that tells a client to come back, where that helps."""
+    return [(b"retry-after", b"1")] if status in (429, 503) else []
 
 
 def as_json(value: Any, status: int = 200) -> Response:

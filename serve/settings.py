@@ -27,8 +27,8 @@ class Settings(BaseSettings):
     metrics_port: int = Field(9090, ge=0, le=65535, description="port of /metrics; 0 turns it off")
 
     # How much of the machine
-    threads: int = Field(0, ge=0, le=1024, description="cores for decoding and inference; 0: the CPU quota")
-    workers: int = Field(1, ge=1, le=64, description="worker processes, which share the threads")
+    threads: int = Field(0, ge=0, le=1024, description="cores of each worker; 0: the CPU quota divided by the workers")
+    workers: int = Field(1, ge=1, le=64, description="worker processes")
     api_processes: int = Field(1, ge=1, le=64, description="HTTP processes")
     max_batch_size: int = Field(8, ge=1, le=1024, description="most images in one run of the graph")
     batch_wait_ms: float = Field(0, ge=0, le=1000, description="how long a batch waits for company")
@@ -54,13 +54,23 @@ class Settings(BaseSettings):
     shadow_share: float = Field(0.1, gt=0, le=1, description="share of images that the second version gets too")
 
     # Access and logs
-    api_key: SecretStr | None = Field(None, description="clients must send it as X-API-Key or bearer token")
-    api_key_file: Path | None = Field(None, description="file that holds the key")
+    api_key: SecretStr | None = Field(None, description="sent as X-API-Key or bearer token; an empty one is refused")
+    api_key_file: Path | None = Field(None, description="file with the key, instead of it")
     public_key: Path | None = Field(None, description="PEM file; only bundles signed with its other half are served")
     log_format: Literal["json", "text"] = Field("json", description="of the log on stderr")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
     access_log: bool = Field(False, description="log every request, not only those that failed")
     tracing: bool = Field(False, description="OpenTelemetry spans, sent where the OTEL_ variables say")
+
+    @field_validator("api_key")
+    @classmethod
+    def _not_empty(cls, key: SecretStr | None) -> SecretStr | None:
+        if key is None:
+            return None
+        stripped = key.get_secret_value().strip()  # a Secret made with echo ends in a newline, which no header can
+        if not stripped:
+            raise ValueError("the key is empty; leave the setting away where none is wanted")
+        return SecretStr(stripped)
 
     @field_validator("api_key_file")
     @classmethod
@@ -73,6 +83,10 @@ class Settings(BaseSettings):
     def _one_key(self) -> "Settings":
         if self.api_key and self.api_key_file:
             raise ValueError("give api_key or api_key_file, not both")
+        if not (self.api_key or self.api_key_file):
+            for name in (f"{PREFIX}API_KEY", f"{PREFIX}API_KEY_FILE"):
+                if os.environ.get(name) == "":  # as other empty variables it is not read, but it must not open the door
+                    raise ValueError(f"{name} is empty; unset it where no key is wanted")
         if self.metrics_port == self.port:
             raise ValueError("port and metrics_port must differ")
         return self

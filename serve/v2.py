@@ -65,8 +65,14 @@ class OpenInference:
         return as_json({"ready": ready}, 200 if ready else 503)
 
     def action(self, name: str, rest: list[str]) -> str:
-        """What is asked of the model. Raises Problem 404 for another model or version than the one that is served."""
+        """What is asked of the model.
+
+        Raises Problem 404 for another model or version than the one that is served, 503 until that is known.
+        """
         model = self.pool.model
+        if not model:
+            raise Problem(503, "no model is ready; try again in a second",
+                          "not_ready" if rest[-1:] == ["infer"] else None)
         if name != model.get("name"):
             raise Problem(404, f"there is no model {name!r} here")
         if rest[:1] == ["versions"]:

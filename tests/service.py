@@ -128,6 +128,12 @@ class Server:
         except httpx.TransportError:
             return False
 
+    def is_live(self) -> bool:
+        try:
+            return self.http.get("/health/live").status_code == 200
+        except httpx.TransportError:
+            return False
+
     def predict(self, data: bytes, query: str = "", **headers: str) -> httpx.Response:
         """POST the bytes of one image."""
         return self.http.post("/predict" + query, content=data, headers={"Content-Type": "image/*", **headers})

@@ -1,12 +1,11 @@
 """A small load test of a running service, so that a deployment can be sized: a step for each number of clients.
 
 Every client sends the next request as soon as its last was answered. Run it from another machine where you can: here it
-takes cores from the service.
+takes cores from the service. Ctrl-C shows the steps that are done.
 """
 import argparse
 import asyncio
 import json
-import os
 import ssl
 import statistics
 import sys
@@ -19,6 +18,8 @@ from urllib.parse import urlsplit
 
 from rich.console import Console
 from rich.table import Table
+
+from serve import options
 
 MAX_CLIENTS, MAX_SECONDS = 1024, 300
 TIMEOUT = 60.0  # seconds for one answer
@@ -42,14 +43,14 @@ class Step:
 class Target:
     """Where to, and the bytes of a request for each image."""
 
-    def __init__(self, url: str, images: list[bytes], key: str | None):
+    def __init__(self, url: str, images: list[bytes], key: bytes | None):
         parts = urlsplit(url if "//" in url else f"http://{url}")
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"{url}: not the URL of a service; it looks like http://localhost:8000")
         self.tls = ssl.create_default_context() if parts.scheme == "https" else None
         self.host, self.port = parts.hostname, parts.port or (443 if self.tls else 80)
         self.path = parts.path.rstrip("/")
-        self.key = f"X-API-Key: {key}\r\n" if key else ""
+        self.key = f"X-API-Key: {key.decode()}\r\n" if key else ""
         self.requests = [self.request("POST", "/predict", image) for image in images]
 
     def request(self, method: str, path: str, body: bytes = b"") -> bytes:
@@ -103,21 +104,28 @@ async def run(target: Target, clients: int, seconds: float) -> Step:
     return step
 
 
+async def get(target: Target, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, path: str) -> bytes:
+    """Raises ValueError for any status but 200."""
+    status, body, _ = await exchange(reader, writer, target.request("GET", path))
+    if status != 200:
+        raise ValueError(f"GET {path} gave status {status}; images can be given with --image")
+    return body
+
+
 async def samples(target: Target) -> list[bytes]:
     """The sample images of the service itself. Raises ValueError where there is no service, or none of ours."""
     try:
         async with asyncio.timeout(TIMEOUT):
             reader, writer = await target.open()
-            status, body, _ = await exchange(reader, writer, target.request("GET", "/model"))
-            if status != 200:
-                raise ValueError(f"status {status}")
-            count = len(json.loads(body)["samples"])
-            found = [(await exchange(reader, writer, target.request("GET", f"/samples/{i}")))[1] for i in range(count)]
-            writer.close()
+            try:
+                count = len(json.loads(await get(target, reader, writer, "/model"))["samples"])
+                found = [await get(target, reader, writer, f"/samples/{i}") for i in range(count)]
+            finally:
+                writer.close()
     except (OSError, TimeoutError) as error:
         raise ValueError(f"nothing answers at {target.host}:{target.port}: {error}") from error
     except (ValueError, KeyError, TypeError, asyncio.IncompleteReadError) as error:
-        raise ValueError(f"{target.host}:{target.port} is not an Imago service, or not ready") from error
+        raise ValueError(f"{target.host}:{target.port} is not an Imago service, or not ready: {error}") from error
     if not found:
         raise ValueError("the service has no sample images; give some with --image")
     return found
@@ -131,6 +139,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seconds", type=float, default=5, help="length of a step (default: 5)")
     parser.add_argument("--image", type=Path, action="append", help="image to send; by default the service's samples")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    options.add(parser, options.KEY)
     given = parser.parse_args(arguments)
     counts = list(numbers(given.clients))
     if not 0 < given.seconds <= MAX_SECONDS:
@@ -139,14 +148,16 @@ def main(arguments: list[str]) -> int:
         images = [path.read_bytes() for path in given.image or ()]
     except OSError as error:
         raise ValueError(f"{error.filename}: {error.strerror}") from error
-    key = os.environ.get("IMAGO_API_KEY")
+    key = options.read({name: value for name, value in vars(given).items() if name in options.KEY}).key()
     if not images:
         images = asyncio.run(samples(Target(given.url, [], key)))
-    target, steps = Target(given.url, images, key), []
-    for count in counts:
-        print(f"{count} clients for {given.seconds:g} s", file=sys.stderr)
-        steps.append(asyncio.run(run(target, count, given.seconds)))
-    (as_json if given.json else as_table)(steps)
+    target, steps = Target(given.url, images, key), list[Step]()
+    try:
+        for count in counts:
+            print(f"{count} clients for {given.seconds:g} s", file=sys.stderr)
+            steps.append(asyncio.run(run(target, count, given.seconds)))
+    finally:  # after Ctrl-C too
+        (as_json if given.json else as_table)(steps)
     return 0 if all(set(step.statuses) == {200} for step in steps) else 1
 
 

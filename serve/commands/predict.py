@@ -2,6 +2,7 @@
 import argparse
 import csv
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -40,11 +41,11 @@ def main(arguments: list[str]) -> int:
     threads = settings.threads or machine.cores()
     model = Model(Store(settings.store).open(settings.model, settings.version), settings, threads)
     batches = [files[at:at + BATCH] for at in range(0, len(files), BATCH)]
-    with ThreadPoolExecutor(threads) as pool:
-        answered = pool.map(lambda batch: classify(model, batch, top_k, settings.max_pixels), batches)
-        shown = track(answered, "Classifying", len(batches), console=Console(stderr=True),
-                      disable=not sys.stderr.isatty(), transient=True)
-        rows = [row for batch in shown for row in batch]
+    pool = ThreadPoolExecutor(threads)  # not in `with`, where Ctrl-C would wait for a pipe that never ends
+    answered = pool.map(lambda batch: classify(model, batch, top_k, settings.max_pixels), batches)
+    shown = track(answered, "Classifying", len(batches), console=Console(stderr=True),
+                  disable=not sys.stderr.isatty(), transient=True)
+    rows = [row for batch in shown for row in batch]
     {"table": as_table, "json": as_json, "csv": as_csv}[form](model, rows)
     return 1 if any("error" in row for row in rows) else 0
 
@@ -53,16 +54,26 @@ def find(paths: Iterable[Path]) -> list[Path]:
     """Files as given, and the images below directories, sorted. Raises ValueError for what is not there."""
     found: list[Path] = []
     for path in paths:
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-            if not inside:
-                raise ValueError(f"{path}: no images in this directory")
-            found += inside
-        elif path.is_file():
+        if not os.path.isdir(path):
+            try:
+                path.stat()
+            except OSError as error:
+                raise ValueError(f"{path}: {error.strerror}") from error
             found.append(path)
+        elif inside := sorted(images(path)):
+            found += inside
         else:
-            raise ValueError(f"{path}: no such file or directory")
+            raise ValueError(f"{path}: no images in this directory")
     return found
+
+
+def images(directory: Path) -> Iterator[Path]:
+    """The images below it, and what we may not look at: to read that will say why not."""
+    closed: list[OSError] = []
+    for place, _, names in os.walk(directory, onerror=closed.append):
+        paths = [Path(place, name) for name in names if Path(name).suffix.lower() in SUFFIXES]
+        yield from (path for path in paths if os.path.isfile(path) or not os.path.exists(path))
+    yield from (Path(error.filename) for error in closed)
 
 
 def classify(model: Model, files: list[Path], top_k: int, max_pixels: int) -> list[dict]:

@@ -67,10 +67,12 @@ class Page:
         if not model:
             raise Problem(503, "no model is ready yet; try again in a second")
         try:
-            path = inside(self.store.path(model["name"], model["version"]), name)
-            return await asyncio.to_thread(path.read_bytes)
+            return await asyncio.to_thread(self.content, model, name)  # the store may hang, and the loop may not
         except (OSError, BundleError) as error:
             raise Problem(404, "the bundle has no such file") from error
+
+    def content(self, model: dict, name: str) -> bytes:
+        return inside(self.store.path(model["name"], model["version"]), name).read_bytes()
 
 
 def _only_get(request: Request) -> None:

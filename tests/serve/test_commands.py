@@ -89,7 +89,7 @@ def test_one_bad_file_does_not_stop_the_others(bundle_store, folder):
 
 
 def test_predict_says_what_is_missing(bundle_store, tmp_path):
-    refused(run("predict", tmp_path / "gone.png", "--store", bundle_store), "gone.png", "no such file")
+    refused(run("predict", tmp_path / "gone.png", "--store", bundle_store), "gone.png", "No such file")
     refused(run("predict", tmp_path, "--store", bundle_store), "no images")
     refused(run("predict", ROOT / "README.md", "--store", tmp_path / "empty"), "no model")
 

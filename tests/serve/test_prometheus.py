@@ -1,8 +1,11 @@
 """Metrics as a real Prometheus reads them, and against the sum of what was sent to several processes."""
+import contextlib
 import json
 import os
 import shutil
 import signal
+import socket
+import struct
 import subprocess
 import time
 from collections import Counter
@@ -15,6 +18,7 @@ import tiny
 from service import free_ports, wait
 
 from models.bundle import Calibration
+from serve.exposition import MOST, SECONDS
 
 PROMETHEUS, PROMTOOL = shutil.which("prometheus"), shutil.which("promtool")
 
@@ -121,6 +125,54 @@ def test_a_real_prometheus_scrapes_it(service, tmp_path):
     finally:
         process.terminate()
         process.wait(30)
+
+
+def test_a_scraper_that_goes_away_leaves_one_line_that_is_json(start):
+    service = start("--log-level", "debug")
+    for begun in (b"GET /met", b"GET /metrics HTTP/1.1\r\nX: "):
+        scraper = socket.create_connection(("127.0.0.1", service.metrics_port))
+        scraper.sendall(begun)
+        scraper.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        scraper.close()  # with a reset
+    wait(lambda: service.log.read_text().count("a scrape was not answered") == 2)
+    assert service.metric("imago_ready") == 1
+    assert service.stop() == 0
+    lines = [json.loads(line) for line in service.log.read_text().splitlines()]
+    assert [line["level"] for line in lines if "scrape" in line["message"]] == ["debug", "debug"]
+
+
+def test_slow_scrapers_are_few_and_are_not_waited_for(start):
+    service = start()
+    before = threads(service)
+    with contextlib.ExitStack() as held:
+        scrapers = [held.enter_context(socket.create_connection(("127.0.0.1", service.metrics_port), 30))
+                    for _ in range(3 * MOST)]
+        wait(lambda: threads(service) > before)
+        for scraper in scrapers:
+            scraper.settimeout(0.1)
+        end = time.monotonic() + 3 * SECONDS
+        while scrapers:
+            assert threads(service) <= before + MOST
+            assert time.monotonic() < end, f"{len(scrapers)} are still waited for"
+            scrapers = [scraper for scraper in scrapers if not ended(scraper)]
+    wait(lambda: threads(service) == before)
+    assert service.metric("imago_ready") == 1
+
+
+def threads(service) -> int:
+    """Of the first process."""
+    return len(os.listdir(f"/proc/{service.process.pid}/task"))
+
+
+def ended(scraper: socket.socket) -> bool:
+    """Whether the other side closed the connection; else it gets one more byte."""
+    try:
+        scraper.sendall(b"G")
+        return scraper.recv(1) == b""
+    except TimeoutError:
+        return False
+    except ConnectionError:
+        return True
 
 
 def test_label_counts_are_bounded(start, tmp_path: Path):

@@ -63,6 +63,34 @@ def test_bad_settings(bundle_store, flags, words):
     refused(run("--store", str(bundle_store), *flags), *words)
 
 
+@pytest.mark.parametrize(("flags", "env", "words"), [
+    (("--api-key", ""), {}, ("--api-key", "IMAGO_API_KEY", "empty")),
+    (("--api-key", " \n"), {}, ("--api-key", "empty")),
+    (("--api-key-file", ""), {}, ("--api-key-file",)),
+    ((), {"IMAGO_API_KEY": ""}, ("IMAGO_API_KEY is empty",)),
+    ((), {"IMAGO_API_KEY": "\n"}, ("IMAGO_API_KEY", "empty")),
+    ((), {"IMAGO_API_KEY_FILE": ""}, ("IMAGO_API_KEY_FILE is empty",)),
+])
+def test_an_empty_key_does_not_open_the_door(bundle_store, flags, env, words):
+    refused(run("--store", str(bundle_store), *loopback(), *flags, **env), *words)
+
+
+@pytest.mark.parametrize(("flags", "env"), [
+    ((), {"IMAGO_API_KEY": "secret\n"}),
+    (("--api-key", " secret "), {"IMAGO_API_KEY": ""}),
+])
+def test_a_key_is_what_stands_between_the_blanks(start, flags, env):
+    service = start(*flags, env=env)
+    assert service.predict(tiny.image("red")).status_code == 401
+    assert service.predict(tiny.image("red"), **{"X-API-Key": "secret"}).status_code == 200
+
+
+def test_threads_are_those_of_each_worker(bundle_store):
+    assert "cores of each worker; 0: the CPU quota divided by the workers" in " ".join(run("--help").stdout.split())
+    said = run("check", "--store", str(bundle_store), "--threads", "3", "--workers", "2").stdout
+    assert "3 for each of 2 workers" in said
+
+
 def test_a_port_in_use(bundle_store):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

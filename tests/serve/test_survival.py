@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,21 @@ def test_a_worker_that_hangs_is_replaced_and_its_requests_get_503(start):
     assert load.lost == []
     assert set(load.statuses) == {200, 503}
     assert server.metric("imago_restarts_total", process="worker", reason="hang") == 1
+
+
+def test_images_that_are_lost_with_their_worker_can_be_sent_again(start):
+    server = start()
+    (pid,) = server.workers()
+    os.kill(pid, signal.SIGSTOP)
+    with ThreadPoolExecutor(1) as other:
+        asked = other.submit(server.http.post, "/predict", files=[("f", (name, IMAGE)) for name in "ab"])
+        wait(lambda: server.metric("imago_pending_images") == 2)
+        os.kill(pid, signal.SIGKILL)
+        answer = asked.result()
+    assert answer.status_code == 503
+    assert [p["error"]["status"] for p in answer.json()["predictions"]] == [503, 503]
+    assert answer.headers["retry-after"] == "1"
+    assert answer.headers["x-model-version"] == answer.json()["model"]["version"] == "1"
 
 
 def test_one_of_two_workers_dies(start):
@@ -173,6 +189,25 @@ def test_nothing_outlives_a_killed_supervisor(start):
     server.process.kill()
     server.process.wait()
     wait(lambda: not any(alive(pid) for pid in children))
+
+
+def test_what_a_killed_supervisor_left_in_memory_goes_at_the_next_start(start):
+    killed, living = start(), start()
+    left, kept = run_directory(killed), run_directory(living)
+    children = killed.children()
+    killed.process.kill()
+    killed.process.wait()
+    wait(lambda: not any(alive(pid) for pid in children))
+    assert left.exists()
+    start()
+    assert not left.exists()
+    assert kept.exists()
+    assert living.predict(IMAGE).status_code == 200
+
+
+def run_directory(server) -> Path:
+    maps = Path(f"/proc/{server.process.pid}/maps").read_text()
+    return Path(re.search(r"(/dev/shm/imago-\w+)/", maps)[1])
 
 
 def alive(pid: int) -> bool:

@@ -7,8 +7,10 @@ import tracemalloc
 import numpy as np
 import pytest
 import tiny
+from hang import Hang
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from service import wait
 
 from models.image import InputSpec, decode
 from serve.responses import Problem
@@ -145,6 +147,20 @@ def test_many_requests_are_as_bounded_as_predict(start):
     assert keyed.status_code == 200
     assert service.metric("imago_requests_total", code="200") == 1
     assert service.metric("imago_images_total", outcome="answered") == 1
+
+
+def test_before_the_model_is_known_clients_are_told_to_come_back(start, tmp_path):
+    hang = Hang(tmp_path / "hang", tiny.write(tmp_path / "store"))
+    with hang.hangs():
+        service = start(store=tmp_path / "store", env=hang.env, wait=False)
+        wait(service.is_live)
+        for answer in (service.http.post(INFER, json=entry()), service.http.get("/v2/models/colours")):
+            assert answer.status_code == 503
+            assert answer.headers["retry-after"] == "1"
+            assert "no model is ready" in answer.json()["error"]
+        assert service.metric("imago_rejected_total", reason="not_ready") == 1
+    service.wait_ready()
+    assert service.http.post(INFER, json=entry()).status_code == 200
 
 
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
