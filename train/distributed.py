@@ -1,7 +1,7 @@
 """Several processes: what torchrun says is what the trainer does, and what one decides holds for all.
 
-    .venv/bin/torchrun --nproc-per-node 2 -m train run DATA
-    .venv/bin/torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:PORT -m train run DATA
+    python -m train.launch --nproc-per-node 2 -m train run DATA
+    python -m train.launch --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:PORT -m train run DATA
 """
 import json
 import os
