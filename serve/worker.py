@@ -155,7 +155,7 @@ class PredictLoop(LitLoop):
                 continue
             before = time.perf_counter()
             try:
-                pixels.append(self.pixels(w.job, model))
+                pixels.append(self.pixels(w.job, model, index))
             except ImageError as error:
                 refused.append((w, self.failed(w, error.status, str(error).encode())))
                 metrics.outcome("refused")
@@ -208,11 +208,12 @@ class PredictLoop(LitLoop):
             for observer in self.observers:
                 observer(seen)
 
-    def pixels(self, job: Job, model: Model) -> np.ndarray:
+    def pixels(self, job: Job, model: Model, index: int) -> np.ndarray:
         """uint8 [height, width, channels] of one job. Raises ImageError."""
         spec = model.manifest.input
         if not job.flags & TENSOR:
-            return decode(job.body, spec, self.api.settings.max_pixels)
+            self.state.end(self.number, index)  # to wait for one's turn is no hang, to decode for ever is
+            return decode(job.body, spec, self.api.settings.max_pixels, lambda: self.state.begin(self.number, index))
         if len(job.body) != spec.height * spec.width * spec.channels:
             raise Changed("the model was changed meanwhile for one that takes another shape; try again")
         return np.frombuffer(job.body, np.uint8).reshape(spec.height, spec.width, spec.channels)

@@ -105,3 +105,17 @@ def test_a_long_batch_is_no_hang(start, slow):
             wait(lambda: server.metric("imago_pending_images") > 12)
         assert {future.result().status_code for future in sent} == {200}
     assert server.metric("imago_restarts_total", process="worker", reason="hang") == 0
+
+
+def test_to_wait_for_the_turn_of_a_large_image_is_no_hang(start, tmp_path):
+    """Only one is decoded at a time, whatever the threads; here the last waits far longer than a worker may hang."""
+    tiny.write(tmp_path, size=256)  # enough to do for many
+    large = cv2.imencode(".png", np.zeros((4500, 4500, 4), np.uint8))[1].tobytes()
+    server = start("--threads", "32", "--max-batch-size", "1", "--worker-timeout-seconds", "4",
+                   "--deadline-ms", "120000", store=tmp_path)
+    server.http.timeout = 120
+    with ThreadPoolExecutor(32) as threads:
+        statuses = {future.result().status_code for future in [threads.submit(server.predict, large)
+                                                               for _ in range(32)]}
+    assert statuses == {200}
+    assert server.metric("imago_restarts_total", process="worker", reason="hang") == 0
