@@ -117,17 +117,24 @@ def note(run: str, version: int) -> None:
     os.replace(file.name, path)
 
 
-def load(settings: Settings, run: str, threads: int, slab: Slab | None = None) -> Model:
-    """The model that a starting worker serves: the settings' version, or what served before where `latest` is bad."""
-    store, path = Store(settings.store), os.path.join(run, SERVING)
-    try:
-        model = Model(store.open(settings.model, settings.version), settings, threads)
-    except (BundleError, ValueError) as error:
-        if settings.version != LATEST or not os.path.exists(path):
-            raise
+def load(settings: Settings, run: str, threads: int) -> Model:
+    """The model of a starting worker: the settings' version, or what served before where that can't be had.
+
+    Where `latest` is followed it is the other way round: only Reload's check may lead on to another version, since a
+    bad one could crash or hang each worker that took it.
+    """
+    store, path, versions = Store(settings.store), os.path.join(run, SERVING), [settings.version]
+    if settings.version == LATEST and os.path.exists(path):
         with open(path) as file:
             before = file.read()
-        logs.logger.error("latest refused, version %s serves on: %s", before, error)
-        model = Model(store.open(settings.model, before), settings, threads)
+        versions = [before, LATEST] if settings.reload_seconds else [LATEST, before]
+    for version in versions:
+        try:
+            model = Model(store.open(settings.model, version), settings, threads)
+            break
+        except (ValueError, OSError) as error:  # BundleError is the first, a store that can't be read the second
+            if version == versions[-1]:
+                raise
+            logs.logger.error("version %s refused, %s is taken: %s", version, versions[-1], error)
     note(run, model.version)
     return model

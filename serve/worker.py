@@ -20,7 +20,6 @@ import litserve
 import numpy as np
 from litserve.loops.base import LitLoop
 
-from models.bundle import BundleError
 from models.image import ImageError, decode
 from models.store import LATEST
 from serve import logs, reload
@@ -68,7 +67,7 @@ class Worker(litserve.LitAPI):
         logs.configure(self.settings)
         try:
             self.model = reload.load(self.settings, self.run, self.threads)
-        except (BundleError, ValueError) as error:
+        except (ValueError, OSError) as error:  # BundleError is the first, a store that can't be read the second
             print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(UNUSABLE)
 

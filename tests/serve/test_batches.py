@@ -3,10 +3,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import cv2
 import numpy as np
-import onnx
 import pytest
 import tiny
-from onnx import helper, numpy_helper
 from service import stopped, wait
 
 IMAGE = tiny.image("red")
@@ -68,20 +66,7 @@ def test_what_expires_in_a_batch_is_not_done_late(start, slow):
 
 
 def test_an_image_on_which_the_model_fails_hurts_no_other_of_its_batch(start, tmp_path):
-    """The graph looks up a place that isn't there where a picture is brighter than any of its samples."""
-    directory = tiny.write(tmp_path)
-    model = onnx.load(directory / "model.onnx")
-    at = next(i for i, node in enumerate(model.graph.node) if node.output[0] == "unit")
-    model.graph.node[at].output[0] = "given"
-    for i, node in enumerate([
-            helper.make_node("ReduceMax", ["given"], ["brightest"], keepdims=0),
-            helper.make_node("Cast", ["brightest"], ["place"], to=onnx.TensorProto.INT64),
-            helper.make_node("Gather", ["table", "place"], ["one"]),
-            helper.make_node("Mul", ["given", "one"], ["unit"])]):
-        model.graph.node.insert(at + 1 + i, node)
-    model.graph.initializer.append(numpy_helper.from_array(np.ones(1, np.float32), "table"))
-    onnx.save(model, directory / "model.onnx")
-    tiny.reseal(directory)
+    tiny.break_where_bright(tiny.write(tmp_path))  # brighter than any of its samples
     bright = cv2.imencode(".png", np.full((32, 32, 3), 255, np.uint8))[1].tobytes()
     server = start("--threads", "1", store=tmp_path)
     with ThreadPoolExecutor(8) as threads:
