@@ -175,25 +175,24 @@ def _family(name: str, definition: Definition, series: dict[tuple[str, ...], np.
     return family
 
 
+def tell_served(slab: Slab, model) -> None:
+    """A worker's `model_info` is 1 for this model alone, also where the worker before it served another."""
+    for name, labels in list(slab.slots):
+        if name == "model_info":
+            slab.set(name, *labels, to=0)
+    slab.set("model_info", model.name, str(model.version), model.variant, model.digest, to=1)
+
+
 class WorkerMetrics:
     """What one predictor thread counts."""
 
     def __init__(self, path: str):
-        self.slab = Slab(path)
-        for name, labels in list(self.slab.slots):
-            if name == "model_info":  # of the worker before, which may have served another version
-                self.slab.set(name, *labels, to=0)
-        self.model, self.label_slots = None, list[int]()
+        self.slab, self.model, self.label_slots = Slab(path), None, list[int]()
 
     def serve(self, model) -> None:
         """Count for this model from now on."""
-        if self.model is not None:
-            self.slab.set("model_info", *self.info, to=0)
-        manifest = model.manifest
         self.model = model
-        self.info = (model.name, str(model.version), model.variant, model.bundle.digest)
-        self.slab.set("model_info", *self.info, to=1)
-        names = [label if i < MAX_LABELS else OTHER for i, label in enumerate(manifest.classes)]
+        names = [label if i < MAX_LABELS else OTHER for i, label in enumerate(model.manifest.classes)]
         self.label_slots = [self.slab.slot("predictions", name) for name in names]
         for name in ("abstained", "out_of_distribution"):
             self.slab.slot(name)

@@ -27,7 +27,7 @@ from serve.answer import heat_map
 from serve.backlog import Backlog, Peer, Waiting
 from serve.drift import Drift
 from serve.frames import ARRAYS, CAM, HELLO, LABEL, TENSOR, Answer, Job, pack_answer
-from serve.metrics import Slab, WorkerMetrics
+from serve.metrics import Slab, WorkerMetrics, tell_served
 from serve.model import Model
 from serve.settings import Settings
 from serve.shadow import Shadow
@@ -87,6 +87,8 @@ class PredictLoop(LitLoop):
         self.number, self.parent = worker_id, os.getppid()
         self.backlog = Backlog(f"{lit_api.run}/worker-{worker_id}.sock", self.predictors(lit_api.model),
                                lit_api.settings.max_batch_size, lit_api.settings.batch_wait_ms / 1000, self.hello)
+        self.served = Slab(f"{lit_api.run}/worker-{worker_id}-model.metrics")
+        tell_served(self.served, lit_api.model)
         self.observers = self.watchers(lit_api.settings, f"{lit_api.run}/worker-{worker_id}")
         for i in range(lit_api.threads):
             metrics = WorkerMetrics(f"{lit_api.run}/worker-{worker_id}-{i}.metrics")
@@ -119,6 +121,7 @@ class PredictLoop(LitLoop):
     def swap(self, model: Model) -> None:
         """Serve another model from the next batch on, and tell all HTTP processes."""
         self.api.model, self.backlog.predictors = model, self.predictors(model)
+        tell_served(self.served, model)
         for peer in list(self.backlog.peers):
             peer.send(self.hello())
 

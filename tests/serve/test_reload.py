@@ -206,6 +206,23 @@ def test_every_worker_swaps(start, tmp_path):
     assert {number for _, number in answers[seen + 10:]} == {"2"}
 
 
+def told(service) -> list[str]:
+    """The versions that imago_model_info is 1 for."""
+    lines = [line for line in service.metrics().splitlines() if line.startswith("imago_model_info{")]
+    return sorted(line.split('version="')[1].split('"')[0] for line in lines if line.endswith(" 1.0"))
+
+
+@pytest.mark.parametrize("flags", [("--threads", "2"), ("--threads", "2", "--workers", "2")])
+def test_an_idle_service_tells_of_the_new_version_alone(start, tmp_path, flags):
+    tiny.write(tmp_path)
+    service = start(*SOON, *flags, store=tmp_path)
+    assert told(service) == ["1"]
+    tiny.write(tmp_path)
+    workers = 2 if "--workers" in flags else 1
+    until(lambda: service.metric("imago_reloads_total", outcome="ok") == workers)
+    assert told(service) == ["2"]
+
+
 @pytest.mark.parametrize("how", ["changed", "no graph", "other answers", "no such class", "no manifest",
                                  "a graph that fails"])
 def test_a_bad_version_is_refused_and_the_old_serves_on(start, tmp_path, how):
