@@ -7,6 +7,7 @@ warms it and takes it. Rollback is the same move, since all that counts is where
 import fcntl
 import json
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -18,7 +19,7 @@ from models.store import LATEST, Store
 from serve import logs
 from serve.metrics import Slab
 from serve.model import Model
-from serve.settings import Settings
+from serve.settings import PREFIX, Settings
 
 SERVING, LOCK = "serving", "reload.lock"
 CHECK_SECONDS = 300  # a check that takes longer has failed, and one that is older is made again
@@ -60,14 +61,16 @@ class Reload:
         fields = {"from": old, "to": version}
         try:
             with turn(self.api.run):  # workers reload one after the other
-                settings = self.settings.model_copy(update={"variant": check(self.settings, self.api.run, version)})
-                bundle = Bundle(self.store.path(settings.model, version), verify=False)
-                fresh = Model(bundle, settings, self.api.threads)
+                variant = check(self.settings, self.api.run, version, self.api.threads)
+                bundle = Bundle(self.store.path(self.settings.model, version), verify=False)
+                fresh = Model(bundle, self.settings.model_copy(update={"variant": variant}), self.api.threads)
         except Exception as error:  # whatever is wrong with it, the old one serves on
             self.refused = version
             self.slab.add("reloads", "refused")
             logs.logger.error("new version refused: %s", error, extra={"fields": fields})
             return
+        if self.store.latest(self.settings.model) != version:
+            return  # it was withdrawn meanwhile
         self.loop.swap(fresh)
         note(self.api.run, version)
         self.slab.add("reloads", "ok")
@@ -81,9 +84,10 @@ def turn(run: str):
         yield
 
 
-def check(settings: Settings, run: str, version: int) -> str:
+def check(settings: Settings, run: str, version: int, threads: int) -> str:
     """Check a version in a process of its own, once for all workers; returns the variant to serve.
 
+    It gets what matters as flags and no IMAGO_ variable: one that a flag of ours overrides might not fit the rest.
     Raises BundleError with what it said.
     """
     done = os.path.join(run, f"checked-{version}")
@@ -91,10 +95,14 @@ def check(settings: Settings, run: str, version: int) -> str:
         with open(done) as file:
             return file.read()
     command = [sys.executable, "-m", "serve", "check", "--store", str(settings.store), "--model", settings.model,
-               "--version", str(version), "--variant", settings.variant, "--engine", settings.engine, "--json",
+               "--version", str(version), "--variant", settings.variant, "--engine", settings.engine,
+               "--threads", str(threads), "--max-batch-size", str(settings.max_batch_size), "--json",
                *(["--public-key", str(settings.public_key)] if settings.public_key else [])]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+    clean = {name: value for name, value in os.environ.items() if not name.upper().startswith(PREFIX)}
+    with subprocess.Popen(command, env=clean, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
         os.setpriority(os.PRIO_PROCESS, child.pid, NICE)
+        seconds = CHECK_SECONDS * threads  # of CPU: should this worker die, nobody else would end one that hangs
+        resource.prlimit(child.pid, resource.RLIMIT_CPU, (seconds, seconds))
         try:
             found, said = child.communicate(timeout=CHECK_SECONDS)
         except subprocess.TimeoutExpired as error:

@@ -281,6 +281,30 @@ def test_a_worker_that_dies_when_the_old_is_gone_takes_the_new(start, tmp_path):
     assert version(service) == "2"
 
 
+def test_variables_that_flags_override_do_not_reach_the_check(start, tmp_path):
+    tiny.write(tmp_path)
+    clash = {"IMAGO_PORT": "9090", "IMAGO_VERSION": "7", "imago_workers": "0"}  # 9090 is the default of another port
+    service = start(*SOON, "--version", "latest", "--workers", "1", store=tmp_path, env=clash)
+    tiny.write(tmp_path)
+    until(lambda: version(service) == "2")
+
+
+def test_a_version_withdrawn_while_it_is_checked_is_not_served(start, tmp_path):
+    tiny.write(tmp_path)
+    service = start(*SOON, "--threads", "1", store=tmp_path)
+    tiny.write(tmp_path)
+    until(lambda: checks(tmp_path))
+    (pid,) = checks(tmp_path)
+    os.kill(pid, signal.SIGSTOP)
+    assert b"--threads\x001\0" in Path(f"/proc/{pid}/cmdline").read_bytes(), "it takes no more cores than we may"
+    Store(tmp_path).promote("colours", 1)
+    os.kill(pid, signal.SIGCONT)
+    until(lambda: not checks(tmp_path))
+    tiny.write(tmp_path)
+    until(lambda: version(service) == "3")
+    assert service.metric("imago_reloads_total", outcome="ok") == 1
+
+
 def test_a_number_is_not_followed(start, tmp_path):
     tiny.write(tmp_path)
     service = start(*SOON, "--version", "1", store=tmp_path)
