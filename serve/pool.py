@@ -125,6 +125,7 @@ class Pool:
         self.model: dict = {}  # what was told last
         self.version = 0  # of that model
         self.name = b""  # of the model, as JSON
+        self.on_version: Callable[[], None] = lambda: None  # called when another one is told
         self.asks: dict[Ask, None] = {}  # those under way, by deadline
         self.timer: asyncio.TimerHandle | None = None  # one for all: to make and cancel one costs as much as to parse
         self.tasks = [self.loop.create_task(self._keep(i)) for i in range(workers)]
@@ -144,7 +145,10 @@ class Pool:
             self.channels[index] = None
 
     def told(self, model: dict, version: int) -> None:
-        self.model, self.version, self.name = model, version, json.dumps(model["name"]).encode()
+        changed, self.model, self.version = version != self.version, model, version
+        self.name = json.dumps(model["name"]).encode()
+        if changed:
+            self.on_version()
         self.look()
 
     def look(self) -> None:

@@ -89,6 +89,7 @@ class PredictLoop(LitLoop):
                                lit_api.settings.max_batch_size, lit_api.settings.batch_wait_ms / 1000, self.hello)
         self.served = Slab(f"{lit_api.run}/worker-{worker_id}-model.metrics")
         tell_served(self.served, lit_api.model)
+        self.drift: Drift | None = None
         self.observers = self.watchers(lit_api.settings, f"{lit_api.run}/worker-{worker_id}")
         for i in range(lit_api.threads):
             metrics = WorkerMetrics(f"{lit_api.run}/worker-{worker_id}-{i}.metrics")
@@ -103,7 +104,8 @@ class PredictLoop(LitLoop):
         """What looks at batches after their answers left, each with a counting file of its own."""
         found: list[Callable[[Batch], None]] = []
         if settings.drift_window:
-            found.append(Drift(Slab(f"{path}-drift.metrics"), settings.drift_window))
+            self.drift = Drift(Slab(f"{path}-drift.metrics"), settings.drift_window, self.api.model)
+            found.append(self.drift)
         if settings.shadow_version:
             found.append(Shadow(self.api.run, settings.shadow_share, self.backlog, Slab(f"{path}-shadow.metrics")))
         if settings.version == LATEST and settings.reload_seconds:
@@ -122,6 +124,8 @@ class PredictLoop(LitLoop):
         """Serve another model from the next batch on, and tell all HTTP processes."""
         self.api.model, self.backlog.predictors = model, self.predictors(model)
         tell_served(self.served, model)
+        if self.drift:
+            self.drift.start(model)
         for peer in list(self.backlog.peers):
             peer.send(self.hello())
 
