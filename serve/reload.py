@@ -7,7 +7,6 @@ warms it and takes it. Rollback is the same move, since all that counts is where
 import fcntl
 import json
 import os
-import resource
 import subprocess
 import sys
 import threading
@@ -24,6 +23,8 @@ from serve.settings import PREFIX, Settings
 SERVING, LOCK = "serving", "reload.lock"
 CHECK_SECONDS = 300  # a check that takes longer has failed, and one that is older is made again
 NICE = 10
+# `python -m serve`, killed with the thread that started it (PR_SET_PDEATHSIG): a check that hangs must not outlive us.
+MORTAL = "import ctypes, runpy; ctypes.CDLL(None).prctl(1, 9); runpy.run_module('serve', run_name='__main__')"
 
 
 class Reload:
@@ -94,15 +95,13 @@ def check(settings: Settings, run: str, version: int, threads: int) -> str:
     if os.path.exists(done) and time.time() - os.path.getmtime(done) < CHECK_SECONDS:
         with open(done) as file:
             return file.read()
-    command = [sys.executable, "-m", "serve", "check", "--store", str(settings.store), "--model", settings.model,
+    command = [sys.executable, "-c", MORTAL, "check", "--store", str(settings.store), "--model", settings.model,
                "--version", str(version), "--variant", settings.variant, "--engine", settings.engine,
                "--threads", str(threads), "--max-batch-size", str(settings.max_batch_size), "--json",
                *(["--public-key", str(settings.public_key)] if settings.public_key else [])]
     clean = {name: value for name, value in os.environ.items() if not name.upper().startswith(PREFIX)}
     with subprocess.Popen(command, env=clean, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
         os.setpriority(os.PRIO_PROCESS, child.pid, NICE)
-        seconds = CHECK_SECONDS * threads  # of CPU: should this worker die, nobody else would end one that hangs
-        resource.prlimit(child.pid, resource.RLIMIT_CPU, (seconds, seconds))
         try:
             found, said = child.communicate(timeout=CHECK_SECONDS)
         except subprocess.TimeoutExpired as error:

@@ -21,7 +21,7 @@ from models.bundle import write_sums
 from models.store import Store
 
 # Even root reads no file that is closed to it.
-MORTAL = ["setpriv", "--inh-caps=-all", "--bounding-set=-all"] if os.geteuid() == 0 else []
+BOUND = ["setpriv", "--inh-caps=-all", "--bounding-set=-all"] if os.geteuid() == 0 else []
 SOON = ("--reload-seconds", "0.2")
 
 
@@ -243,7 +243,7 @@ def test_a_bad_version_is_refused_and_the_old_serves_on(start, tmp_path, how):
 @pytest.mark.parametrize("how", ["changed", "a graph that fails", "closed to us"])
 def test_a_worker_that_dies_while_latest_is_bad_comes_back_with_the_old(start, tmp_path, how):
     tiny.write(tmp_path)
-    service = start(*SOON, store=tmp_path, command=[*MORTAL, sys.executable, "-m", "serve"])
+    service = start(*SOON, store=tmp_path, command=[*BOUND, sys.executable, "-m", "serve"])
     spoiled(tmp_path, how)
     until(lambda: service.metric("imago_reloads_total", outcome="refused") == 1)
     replace_worker(service)
@@ -257,10 +257,13 @@ def test_a_worker_that_dies_while_latest_hangs_comes_back_with_the_old(start, tm
     service = start(*SOON, store=tmp_path)
     spoiled(tmp_path, "a graph that hangs")
     until(lambda: checks(tmp_path))
+    (first,) = checks(tmp_path)
     replace_worker(service)
     assert version(service) == "1"
-    for pid in checks(tmp_path):
-        os.kill(pid, signal.SIGKILL)
+    until(lambda: checks(tmp_path) not in ([first], []))
+    assert first not in checks(tmp_path), "a check outlives its worker"
+    assert service.stop() == 0
+    until(lambda: not checks(tmp_path))
 
 
 def test_a_worker_that_dies_before_latest_was_checked_moves_on_by_itself(start, tmp_path):
