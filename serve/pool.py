@@ -8,6 +8,7 @@ from itertools import count
 
 from serve import logs
 from serve.frames import CANCEL, HELLO, Answer, Job, pack_job, take_answers
+from serve.metrics import Slab
 
 RETRY_SECONDS = 0.02
 LOST = b"the worker was lost before it answered; try again"
@@ -17,12 +18,13 @@ UNANSWERED = Answer(0, 0, 0, 0, 0, 0, b"")  # stands in the place of an answer u
 class Ask:
     """The images of one request on their way. `done` is called once: when each has an answer, or at the deadline."""
 
-    __slots__ = ("again", "answers", "deadline", "done", "expired", "jobs", "left", "pool")
+    __slots__ = ("again", "answers", "asked", "deadline", "done", "expired", "jobs", "left", "pool")
 
     def __init__(self, pool: "Pool", answers: list[Answer], deadline: float, done: Callable[["Ask"], None]):
         """`deadline`: by time.monotonic."""
         self.pool, self.answers, self.deadline, self.done, self.expired = pool, answers, deadline, done, False
-        self.left = answers.count(UNANSWERED)
+        self.asked = [i for i, answer in enumerate(answers) if answer is UNANSWERED]
+        self.left = len(self.asked)
         self.jobs: list[tuple[Channel, int]] = []
         self.again: Callable[[list[int]], None] | None = None  # asks for these images once more
 
@@ -41,6 +43,8 @@ class Ask:
     def finish(self) -> None:
         self.again = None  # no ring of references is left
         self.pool.asks.pop(self, None)
+        for index in self.asked:
+            self.pool.slab.add("images", outcome(self.answers[index].status))
         try:
             self.done(self)
         except Exception:  # what is wrong with one request must not reach the others of its worker
@@ -57,6 +61,11 @@ class Ask:
         self.pool.asks.pop(self, None)
         for channel, number in self.jobs:
             channel.cancel(number)
+
+
+def outcome(status: int) -> str:
+    """What became of an image, by the status of its answer; 0 where there was none in time."""
+    return "answered" if status == 200 else "expired" if not status else "refused" if status < 500 else "failed"
 
 
 class Channel(asyncio.Protocol):
@@ -117,8 +126,8 @@ class Channel(asyncio.Protocol):
 class Pool:
     """All workers."""
 
-    def __init__(self, run: str, workers: int, tell_ready: Callable[[float], None]):
-        self.run, self.size, self.tell_ready = run, workers, tell_ready
+    def __init__(self, run: str, workers: int, slab: Slab):
+        self.run, self.size, self.slab, self.tell_ready = run, workers, slab, slab.setter("ready")
         self.loop = asyncio.get_running_loop()
         self.channels: list[Channel | None] = [None] * workers
         self.usable: list[Channel] = []

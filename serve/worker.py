@@ -148,23 +148,23 @@ class PredictLoop(LitLoop):
             os._exit(1)  # better a new worker than one that works with half its cores
 
     def run_batch(self, batch: list[Waiting], alone: bool, index: int, metrics: WorkerMetrics) -> None:
-        """Decode, run, answer. What is past its deadline or can't be decoded is answered before the graph runs."""
+        """Decode, run, answer. What can't be decoded is answered before the graph runs.
+
+        What is past its deadline is left out: the HTTP process has answered it, or does so this moment.
+        """
         model, started = self.api.model, time.monotonic()
         taken, pixels, decode_us, refused = [], [], [], []
         for w in batch:  # grows while it is gone through
             if w.job.deadline < self.state.begin(self.number, index):
-                refused.append(self.expired(w, metrics))
                 continue
             if w.job.flags & CAM and "cam" not in model.explains:  # it was asked of the model before this one
                 refused.append((w, self.failed(w, 400, b"this model has no heat maps; leave explain away")))
-                metrics.outcome("refused")
                 continue
             before = time.perf_counter()
             try:
                 pixels.append(self.pixels(w.job, model, index))
             except ImageError as error:
                 refused.append((w, self.failed(w, error.status, str(error).encode())))
-                metrics.outcome("refused")
             else:
                 taken.append(w)
                 decode_us.append(int((time.perf_counter() - before) * 1e6))
@@ -172,8 +172,7 @@ class PredictLoop(LitLoop):
                 batch += self.backlog.more(self.api.settings.max_batch_size - len(batch))
         now = self.state.begin(self.number, index)
         for i in [i for i, w in enumerate(taken) if w.job.deadline < now][::-1]:  # while others were decoded
-            refused.append(self.expired(taken.pop(i), metrics))
-            del pixels[i], decode_us[i]
+            del taken[i], pixels[i], decode_us[i]
         if refused:
             reply(refused)
         if not taken:
@@ -201,7 +200,6 @@ class PredictLoop(LitLoop):
             else:
                 logs.logger.exception("the model failed on an image")
                 reply([(taken[0], self.failed(taken[0], 500, b"the model failed on this image"))])
-                metrics.outcome("failed")
             return
         infer = time.perf_counter() - before
         infer_us = int(infer * 1e6)
@@ -223,10 +221,6 @@ class PredictLoop(LitLoop):
         if len(job.body) != spec.height * spec.width * spec.channels:
             raise Changed("the model was changed meanwhile for one that takes another shape; try again")
         return np.frombuffer(job.body, np.uint8).reshape(spec.height, spec.width, spec.channels)
-
-    def expired(self, waiting: Waiting, metrics: WorkerMetrics) -> tuple[Waiting, Answer]:
-        metrics.outcome("expired")
-        return waiting, self.failed(waiting, 504, b"the deadline passed before its turn")
 
     def failed(self, waiting: Waiting, status: int, detail: bytes) -> Answer:
         return Answer(waiting.job.id, status, self.api.model.version, 0, 0, 0, detail)

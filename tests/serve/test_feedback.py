@@ -50,8 +50,9 @@ def test_accuracy_is_of_the_version_that_serves(start, tmp_path):
                 if line.startswith("imago_feedback_accuracy ")]
 
     def label(truth: str) -> None:
-        with httpx.Client(base_url=service.url, timeout=30) as service.http:  # any of the processes
-            assert give(service, service.predict(tiny.image("red")).json()["id"], truth).status_code == 200
+        service.http.close()  # so that another process may get the next request
+        service.http = httpx.Client(base_url=service.url, timeout=30)
+        assert give(service, service.predict(tiny.image("red")).json()["id"], truth).status_code == 200
 
     for _ in range(10):
         label("blue")
