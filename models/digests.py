@@ -49,7 +49,7 @@ def read_sums(text: str, where: object) -> dict[str, str]:
 
 
 def check_sums(path: Path) -> dict[str, str]:
-    """Compare every file with SHA256SUMS and return it; a file missing, changed or not listed raises BundleError."""
+    """Compare every file with SHA256SUMS and return it; a file missing, unreadable, changed or extra: BundleError."""
     file = path / SUMS
     try:
         if file.stat().st_size > MAX_SUMS_BYTES:
@@ -65,7 +65,11 @@ def check_sums(path: Path) -> dict[str, str]:
             raise BundleError(f"{path / name}: not listed in {SUMS}")
         if name not in present:
             raise BundleError(f"{path / name}: listed in {SUMS}, but missing")
-        if sha256(inside(path, name)) != listed[name]:
+        try:
+            found = sha256(inside(path, name))
+        except OSError as error:
+            raise BundleError(f"{path / name}: not readable: {error.strerror}") from error
+        if found != listed[name]:
             raise BundleError(f"{path / name}: changed since it was written (sha256 differs from {SUMS})")
     return listed
 

@@ -37,7 +37,7 @@ class Header:
     """Size in pixels before EXIF orientation. `alpha`: how a fourth channel is to be read, should there be one.
 
     `transparent`: the gray value that a PNG without alpha channel declares as see-through. `pixel_bytes`: what decoding
-    holds for each pixel, at most. `progressive`: of a JPEG, which then is held whole before any of it can be seen.
+    holds for each pixel, at most. `several_scans`: of a JPEG, which then is held whole before any of it can be seen.
     """
 
     format: Literal["jpeg", "png", "webp", "bmp", "gif", "tiff"]
@@ -46,7 +46,7 @@ class Header:
     alpha: Literal["straight", "premultiplied", "ignored"] = "straight"
     transparent: int | None = None
     pixel_bytes: int = 4
-    progressive: bool = False
+    several_scans: bool = False
 
 
 def header(data: bytes) -> Header:
@@ -83,12 +83,17 @@ def _header(data: bytes) -> Header:
 
 
 _NO_SIZE = frozenset((0x00, 0xD8, 0xD9, 0xDA))  # stuffing, a second start, the end, or a scan before any frame
+_NO_FRAME = frozenset((0xC4, 0xC8, 0xCC))  # of the markers from C0 to CF
+_PROGRESSIVE = frozenset((0xC2, 0xC6, 0xCA, 0xCE))
 _MOST_SCANS = 100  # progressive encoders write about ten; each costs a pass over the whole picture
 
 
 def _jpeg(data: bytes) -> Header:
-    """Walk the marker segments to the start of frame (ITU T.81, annex B)."""
-    at = 2
+    """Walk the marker segments over the start of frame to the first scan (ITU T.81, annex B).
+
+    There may be more scans where the frame is progressive or the first one leaves components out; else decoders stop.
+    """
+    at, frame = 2, 0  # where the start of frame is
     while True:
         if data[at] != 0xFF:
             raise IndexError
@@ -99,14 +104,19 @@ def _jpeg(data: bytes) -> Header:
         if marker == 0x01 or 0xD0 <= marker <= 0xD7:  # stand-alone markers have no length
             continue
         length = data[at] << 8 | data[at + 1]
-        if marker in _NO_SIZE or length < 2:
+        if marker == 0xDA and frame:
+            break
+        is_frame = 0xC0 <= marker <= 0xCF and marker not in _NO_FRAME
+        if marker in _NO_SIZE or length < 2 or (is_frame and frame):
             raise IndexError
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            if marker == 0xC2 and data.count(b"\xff\xda", at) > _MOST_SCANS:
-                raise UndecodableImage(f"the jpeg has more than {_MOST_SCANS} scans")
-            height, width = struct.unpack_from(">HH", data, at + 3)
-            return Header("jpeg", width, height, progressive=marker == 0xC2)
+        if is_frame:
+            frame = at
         at += length
+    height, width, components = struct.unpack_from(">HHB", data, frame + 3)
+    several = data[frame - 1] in _PROGRESSIVE or data[at + 2] < components
+    if several and data.count(b"\xff\xda", at) >= _MOST_SCANS:
+        raise UndecodableImage(f"the jpeg has more than {_MOST_SCANS} scans")
+    return Header("jpeg", width, height, several_scans=several)
 
 
 _PNG_SAMPLES = {0: 1, 2: 3, 4: 2, 6: 4}  # by colour type, where there may be 16 bits of each

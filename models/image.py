@@ -5,6 +5,7 @@ allowed size. No other codec is reachable.
 """
 import struct
 import threading
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Literal
 
@@ -32,6 +33,7 @@ cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 MAX_PIXELS = 50_000_000
 LARGE = 64 << 20  # bytes; threads that all decoded more at once would need more memory than a container has
+COEFFICIENT_BYTES = 8  # a pixel: of a JPEG in several scans two for each component are held, at any scale
 STRIP = 1 << 18  # pixels that are flattened at once
 
 _one_large, _any_small = threading.Lock(), nullcontext()
@@ -52,18 +54,19 @@ class InputSpec(BaseModel):
     short_side: int | None = Field(default=None, gt=0, le=8192, description="for crop; by default the larger side")
 
 
-def decode(data: bytes, spec: InputSpec, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def decode(data: bytes, spec: InputSpec, max_pixels: int = MAX_PIXELS,
+           begin: Callable[[], object] = lambda: None) -> np.ndarray:
     """Bytes of one image to what the network is fed: uint8 [height, width, channels] of `spec`.
 
     EXIF orientation is applied; transparent pixels lie on white; of an animation the first frame counts.
+    `begin` is called when its turn has come: large images wait for each other.
     Raises UnsupportedFormat, ImageTooLarge (more than `max_pixels`, or than they have bytes in 8 bits) or
     UndecodableImage.
     """
     head = _checked(data, max_pixels)
-    held = head.width * head.height * head.pixel_bytes
-    if not head.progressive:  # whose coefficients are all held at any scale
-        held //= _scale(head, spec) ** 2
-    with _one_large if held > LARGE else _any_small:
+    each = COEFFICIENT_BYTES if head.several_scans else head.pixel_bytes / _scale(head, spec) ** 2
+    with _one_large if head.width * head.height * each > LARGE else _any_small:
+        begin()
         return fit(_pixels(data, head, spec.channels, spec), spec)
 
 

@@ -7,7 +7,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from models.signals import psi
 
 HIDDEN = "Counts that another metric is computed from."
-FROM = ("drift_baseline", "drift_window", "feedback_window")
+FROM = ("drift_baseline", "drift_window", "feedback_window", "model_info")
 ENOUGH = 10  # images for each bin before an index of drift means anything
 BINS = 15  # of confidence, equally wide, as for the ECE of the bundle
 
@@ -15,12 +15,17 @@ Counts = Mapping[tuple[str, ...], float]
 
 
 def families(counts: Mapping[str, Counts]) -> Iterable[Metric]:
-    yield from drift(counts["drift_baseline"], counts["drift_window"])
+    digests = {labels[-1] for labels, served in counts["model_info"].items() if served}
+    yield from drift(counts["drift_baseline"], counts["drift_window"], len(digests))
     yield from feedback(counts["feedback_window"])
 
 
-def drift(baseline: Counts, window: Counts) -> Iterable[Metric]:
-    """Metrics from counts by (signal, bin), summed over workers. A window too small for its bins has no index yet."""
+def drift(baseline: Counts, window: Counts, models: int) -> Iterable[Metric]:
+    """Metrics from counts by (signal, bin), summed over workers.
+
+    There is no index yet of a window too small for its bins, and none while workers swap one after the other and serve
+    two models. A bin that neither side has anything in says nothing; it may be one of a model before.
+    """
     index = GaugeMetricFamily("imago_drift_psi", "Population stability index of the last images against the bundle's "
                               "baseline; above 0.25 much has moved.", labels=("signal",))
     images = 0.0
@@ -29,8 +34,9 @@ def drift(baseline: Counts, window: Counts) -> Iterable[Metric]:
         live = np.array([window[signal, str(b)] for b in bins])
         images = max(images, live.sum())
         expected = np.array([baseline.get((signal, str(b)), 0.0) for b in bins])
-        if live.sum() >= ENOUGH * np.count_nonzero(expected) and expected.any():
-            index.add_metric((signal,), psi(expected, live))
+        used = (expected > 0) | (live > 0)
+        if models == 1 and live.sum() >= ENOUGH * np.count_nonzero(expected) and expected.any():
+            index.add_metric((signal,), psi(expected[used], live[used]))
     yield index
     yield GaugeMetricFamily("imago_drift_images", "Images in the windows that drift is measured on.", images)
 

@@ -20,18 +20,16 @@ RATE = 25  # images a second and worker that are measured: a fair sample at a co
 class Drift:
     """An observer of batches. Predictor threads share it; one that finds it busy goes on without."""
 
-    def __init__(self, slab, window: int):
-        self.slab, self.window = slab, window
-        self.model, self.due, self.lock = None, 0.0, threading.Lock()
+    def __init__(self, slab, window: int, model):
+        self.slab, self.window, self.due, self.lock = slab, window, 0.0, threading.Lock()
+        self.start(model)
 
     def __call__(self, batch) -> None:
         now = time.monotonic()
         if now < self.due or not self.lock.acquire(blocking=False):
             return
         try:
-            if batch.model is not self.model:
-                self.start(batch.model)
-            if self.edges:
+            if self.edges and batch.model is self.model:
                 taken = min(len(batch.waiting), AT_ONCE)
                 self.due = now + taken / RATE
                 for i in range(taken):
@@ -40,18 +38,19 @@ class Drift:
             self.lock.release()
 
     def start(self, model) -> None:
-        """Begin an empty window with the baseline of another model."""
-        for name, labels in list(self.slab.slots):
-            if name.startswith("drift_"):
-                self.slab.set(name, *labels, to=0)
-        manifest: Manifest = model.manifest
-        self.model, self.seen = model, deque[list[int]]()
-        self.edges = {name: histogram.edges[1:-1] for name, histogram in manifest.baseline.items()}
-        self.bins = {}
-        for name, histogram in manifest.baseline.items():
-            for i, count in enumerate(histogram.counts):
-                self.slab.set("drift_baseline", name, str(i), to=count)
-            self.bins[name] = [self.slab.slot("drift_window", name, str(i)) for i in range(len(histogram.counts))]
+        """Begin an empty window with the baseline of a model. An idle worker too: the sum is over all of them."""
+        with self.lock:
+            for name, labels in list(self.slab.slots):
+                if name.startswith("drift_"):
+                    self.slab.set(name, *labels, to=0)
+            manifest: Manifest = model.manifest
+            self.model, self.seen = model, deque[list[int]]()
+            self.edges = {name: histogram.edges[1:-1] for name, histogram in manifest.baseline.items()}
+            self.bins = {}
+            for name, histogram in manifest.baseline.items():
+                for i, count in enumerate(histogram.counts):
+                    self.slab.set("drift_baseline", name, str(i), to=count)
+                self.bins[name] = [self.slab.slot("drift_window", name, str(i)) for i in range(len(histogram.counts))]
 
     def add(self, values: dict[str, float]) -> None:
         """Count one image in its bins, and the oldest one no more."""

@@ -91,7 +91,7 @@ def _session(path: Path, threads: int, providers: list, spin_us: int = 0) -> ort
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what it would print is raised as well
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.add_session_config_entry("session.intra_op.spin_duration_us", str(spin_us))
     try:

@@ -74,9 +74,15 @@ class Feedback:
     def __init__(self, run: str, slab, pool: Pool):
         self.memory, self.slab, self.pool = Memory(run), slab, pool
         self.window: deque[tuple[int, bool, float]] = deque()
+        self.empty()  # also after a restart
+        pool.on_version = self.empty
+
+    def empty(self) -> None:
+        """Begin a window: it says something of one version only."""
+        self.window.clear()
         for part in ("count", "correct", "confidence"):
-            for i in range(BINS):  # this window begins empty, also after a restart
-                slab.set("feedback_window", part, str(i), to=0)
+            for i in range(BINS):
+                self.slab.set("feedback_window", part, str(i), to=0)
 
     def remember(self, request_id: str, answers: list[Answer]) -> None:
         for image, answer in enumerate(answers):

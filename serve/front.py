@@ -82,7 +82,7 @@ class Front:
                       if callable(uvicorn_ends) and self.state.stopping else None)
         self.slab = Slab(f"{self.run}/api-{number}.metrics")
         self.codes = {code: self.slab.slot("requests", str(code)) for code in CODES}
-        self.pool = Pool(self.run, self.settings.workers, self.slab.setter("ready"))
+        self.pool = Pool(self.run, self.settings.workers, self.slab)
         feedback = Feedback(self.run, self.slab, self.pool)
         self.predictor = Predictor(self.settings, self.pool, self.state, self.slab, number, feedback)
         page, v2 = Page(self.settings, self.pool), OpenInference(self.predictor, self.pool)

@@ -33,7 +33,8 @@ class Definition(NamedTuple):
 METRICS = {
     "requests": Definition("counter", "Answers to requests for predictions, by status code.", ("code",)),
     "request_duration_seconds": Definition("histogram", "From the head of a request to its answer.", (), SECONDS),
-    "images": Definition("counter", "Images: answered, refused (not decodable), expired, failed.", ("outcome",)),
+    "images": Definition("counter", "Images: answered, refused (not decodable), expired, failed (or lost with a worker).",
+                         ("outcome",)),
     "queue_wait_seconds": Definition("histogram", "From a worker's queue to a predictor.", (), SECONDS),
     "decode_seconds": Definition("histogram", "Decode and resize of one image.", (), SECONDS),
     "inference_seconds": Definition("histogram", "One run of the graph on one batch.", (), SECONDS),
@@ -55,8 +56,8 @@ METRICS = {
     "feedback_window": Definition("gauge", derived.HIDDEN, ("part", "bin")),
     "drift_window": Definition("gauge", derived.HIDDEN, ("signal", "bin")),
     "drift_baseline": Definition("gauge", derived.HIDDEN, ("signal", "bin"), combine="max"),
-    "shadow_images": Definition("counter", "Images of the second version: agree, disagree, failed, dropped.",
-                                ("outcome",)),
+    "shadow_images": Definition("counter", "Images of the second version: agree, disagree, failed, dropped (no idle time), "
+                                "too_large (it gets no file of more than 192 KiB).", ("outcome",)),
     "shadow_seconds": Definition("histogram", "Decode and inference of one image by the second version.", (), SECONDS),
     "shadow_confidence_difference": Definition("histogram", "|difference| of the two versions' confidence.", (),
                                                (.01, .02, .05, .1, .2, .5, 1)),
@@ -175,38 +176,33 @@ def _family(name: str, definition: Definition, series: dict[tuple[str, ...], np.
     return family
 
 
+def tell_served(slab: Slab, model) -> None:
+    """A worker's `model_info` is 1 for this model alone, also where the worker before it served another."""
+    for name, labels in list(slab.slots):
+        if name == "model_info":
+            slab.set(name, *labels, to=0)
+    slab.set("model_info", model.name, str(model.version), model.variant, model.digest, to=1)
+
+
 class WorkerMetrics:
     """What one predictor thread counts."""
 
     def __init__(self, path: str):
-        self.slab = Slab(path)
-        for name, labels in list(self.slab.slots):
-            if name == "model_info":  # of the worker before, which may have served another version
-                self.slab.set(name, *labels, to=0)
-        self.model, self.label_slots = None, list[int]()
+        self.slab, self.model, self.label_slots = Slab(path), None, list[int]()
 
     def serve(self, model) -> None:
         """Count for this model from now on."""
-        if self.model is not None:
-            self.slab.set("model_info", *self.info, to=0)
-        manifest = model.manifest
         self.model = model
-        self.info = (model.name, str(model.version), model.variant, model.bundle.digest)
-        self.slab.set("model_info", *self.info, to=1)
-        names = [label if i < MAX_LABELS else OTHER for i, label in enumerate(manifest.classes)]
+        names = [label if i < MAX_LABELS else OTHER for i, label in enumerate(model.manifest.classes)]
         self.label_slots = [self.slab.slot("predictions", name) for name in names]
         for name in ("abstained", "out_of_distribution"):
             self.slab.slot(name)
-
-    def outcome(self, outcome: str) -> None:
-        self.slab.add("images", outcome)
 
     def batch(self, model, outputs: list[np.ndarray], queue_us: list[int], decode_us: list[int], infer: float) -> None:
         """Count a batch that was answered: probabilities [N,K] and energy [N], microseconds, seconds."""
         if model is not self.model:
             self.serve(model)
         slab, probabilities, calibration = self.slab, outputs[0], model.manifest.calibration
-        slab.add("images", "answered", by=len(queue_us))
         slab.observe("batch_size", len(queue_us))
         slab.observe("inference_seconds", infer)
         for queue, decode in zip(queue_us, decode_us, strict=True):

@@ -26,7 +26,7 @@ class Model:
         if settings.public_key:
             verify_signature(bundle.path, settings.public_key)
         self.bundle, self.manifest = bundle, bundle.manifest
-        self.name, self.version = self.manifest.name, self.manifest.version
+        self.name, self.version, self.digest = self.manifest.name, self.manifest.version, bundle.digest
         samples = read_samples(bundle)
         if samples.problem:
             raise BundleError(f"{bundle.path}: {samples.problem}")
@@ -44,7 +44,7 @@ class Model:
         for size in (1, batch):
             images = np.zeros((size, spec.height, spec.width, spec.channels), np.uint8)
             for alone in (False, True):
-                self.engine.run(images, self.wanted, alone)
+                run(self.bundle, self.engine, images, self.wanted, alone)
         self.light = _seconds(self.engine, self.bundle, batch) < LIGHT * batch
 
     def describe(self) -> dict:
@@ -52,7 +52,7 @@ class Model:
         manifest = self.manifest
         return {
             "name": self.name, "version": str(self.version), "variant": self.variant, "engine": self.engine.name,
-            "digest": self.bundle.digest, "network": manifest.network, "created": manifest.created.isoformat(),
+            "digest": self.digest, "network": manifest.network, "created": manifest.created.isoformat(),
             "classes": manifest.classes, "input": manifest.input.model_dump(), "outputs": list(self.engine.outputs),
             "calibration": manifest.calibration.model_dump(),
             "metrics": {part: m.model_dump(include={"images", "accuracy", "top5", "nll", "ece"})
@@ -64,12 +64,24 @@ class Model:
         }
 
 
+def run(bundle: Bundle, candidate: engine.Engine, images: np.ndarray, wanted: tuple[str, ...],
+        alone: bool) -> list[np.ndarray]:
+    """As Engine.run. Raises BundleError where the graph fails, whatever the engine raises."""
+    try:
+        return candidate.run(images, wanted, alone)
+    except BundleError:
+        raise
+    except Exception as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BundleError(f"{bundle.path}: {candidate.name} can't run it: {said}") from error
+
+
 def check(bundle: Bundle, samples: Samples, variant: str, candidate: engine.Engine) -> None:
     """Run the bundle's samples through this engine, here. Raises BundleError where they come out otherwise."""
     wanted = candidate.outputs
     tolerance = BF16_TOLERANCE if candidate.name.endswith("bf16") else bundle.manifest.variants[variant].tolerance
     for alone in (False, True):
-        outputs = dict(zip(wanted, candidate.run(samples.images, wanted, alone), strict=True))
+        outputs = dict(zip(wanted, run(bundle, candidate, samples.images, wanted, alone), strict=True))
         verdict = compare(outputs, samples.expected, tolerance)
         if not verdict:
             raise BundleError(f"{bundle.path}: self check of {variant} failed: {verdict.reason}")
@@ -95,7 +107,7 @@ def _engine(bundle: Bundle, samples: Samples, settings: Settings, variant: str, 
             candidate = make(path, threads)
             check(bundle, samples, variant, candidate)
             return candidate
-        except (BundleError, ValueError) as error:
+        except Exception as error:  # drivers raise what they like
             logs.logger.info("a faster way is not taken: %s", error)
     return last(path, threads)
 
@@ -107,6 +119,6 @@ def _seconds(candidate: engine.Engine, bundle: Bundle, batch: int = 2, runs: int
     times = []
     for _ in range(runs + 1):
         start = time.perf_counter()
-        candidate.run(images, ("probabilities",), False)
+        run(bundle, candidate, images, ("probabilities",), False)
         times.append(time.perf_counter() - start)
     return min(times[1:])

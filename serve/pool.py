@@ -8,6 +8,7 @@ from itertools import count
 
 from serve import logs
 from serve.frames import CANCEL, HELLO, Answer, Job, pack_job, take_answers
+from serve.metrics import Slab
 
 RETRY_SECONDS = 0.02
 LOST = b"the worker was lost before it answered; try again"
@@ -17,12 +18,13 @@ UNANSWERED = Answer(0, 0, 0, 0, 0, 0, b"")  # stands in the place of an answer u
 class Ask:
     """The images of one request on their way. `done` is called once: when each has an answer, or at the deadline."""
 
-    __slots__ = ("again", "answers", "deadline", "done", "expired", "jobs", "left", "pool")
+    __slots__ = ("again", "answers", "asked", "deadline", "done", "expired", "jobs", "left", "pool")
 
     def __init__(self, pool: "Pool", answers: list[Answer], deadline: float, done: Callable[["Ask"], None]):
         """`deadline`: by time.monotonic."""
         self.pool, self.answers, self.deadline, self.done, self.expired = pool, answers, deadline, done, False
-        self.left = answers.count(UNANSWERED)
+        self.asked = [i for i, answer in enumerate(answers) if answer is UNANSWERED]
+        self.left = len(self.asked)
         self.jobs: list[tuple[Channel, int]] = []
         self.again: Callable[[list[int]], None] | None = None  # asks for these images once more
 
@@ -41,6 +43,8 @@ class Ask:
     def finish(self) -> None:
         self.again = None  # no ring of references is left
         self.pool.asks.pop(self, None)
+        for index in self.asked:
+            self.pool.slab.add("images", outcome(self.answers[index].status))
         try:
             self.done(self)
         except Exception:  # what is wrong with one request must not reach the others of its worker
@@ -57,6 +61,11 @@ class Ask:
         self.pool.asks.pop(self, None)
         for channel, number in self.jobs:
             channel.cancel(number)
+
+
+def outcome(status: int) -> str:
+    """What became of an image, by the status of its answer; 0 where there was none in time."""
+    return "answered" if status == 200 else "expired" if not status else "refused" if status < 500 else "failed"
 
 
 class Channel(asyncio.Protocol):
@@ -117,14 +126,15 @@ class Channel(asyncio.Protocol):
 class Pool:
     """All workers."""
 
-    def __init__(self, run: str, workers: int, tell_ready: Callable[[float], None]):
-        self.run, self.size, self.tell_ready = run, workers, tell_ready
+    def __init__(self, run: str, workers: int, slab: Slab):
+        self.run, self.size, self.slab, self.tell_ready = run, workers, slab, slab.setter("ready")
         self.loop = asyncio.get_running_loop()
         self.channels: list[Channel | None] = [None] * workers
         self.usable: list[Channel] = []
         self.model: dict = {}  # what was told last
         self.version = 0  # of that model
         self.name = b""  # of the model, as JSON
+        self.on_version: Callable[[], None] = lambda: None  # called when another one is told
         self.asks: dict[Ask, None] = {}  # those under way, by deadline
         self.timer: asyncio.TimerHandle | None = None  # one for all: to make and cancel one costs as much as to parse
         self.tasks = [self.loop.create_task(self._keep(i)) for i in range(workers)]
@@ -144,7 +154,10 @@ class Pool:
             self.channels[index] = None
 
     def told(self, model: dict, version: int) -> None:
-        self.model, self.version, self.name = model, version, json.dumps(model["name"]).encode()
+        changed, self.model, self.version = version != self.version, model, version
+        self.name = json.dumps(model["name"]).encode()
+        if changed:
+            self.on_version()
         self.look()
 
     def look(self) -> None:

@@ -18,11 +18,13 @@ from models.store import LATEST, Store
 from serve import logs
 from serve.metrics import Slab
 from serve.model import Model
-from serve.settings import Settings
+from serve.settings import PREFIX, Settings
 
 SERVING, LOCK = "serving", "reload.lock"
 CHECK_SECONDS = 300  # a check that takes longer has failed, and one that is older is made again
 NICE = 10
+# `python -m serve`, killed with the thread that started it (PR_SET_PDEATHSIG): a check that hangs must not outlive us.
+MORTAL = "import ctypes, runpy; ctypes.CDLL(None).prctl(1, 9); runpy.run_module('serve', run_name='__main__')"
 
 
 class Reload:
@@ -60,14 +62,16 @@ class Reload:
         fields = {"from": old, "to": version}
         try:
             with turn(self.api.run):  # workers reload one after the other
-                settings = self.settings.model_copy(update={"variant": check(self.settings, self.api.run, version)})
-                bundle = Bundle(self.store.path(settings.model, version), verify=False)
-                fresh = Model(bundle, settings, self.api.threads)
+                variant = check(self.settings, self.api.run, version, self.api.threads)
+                bundle = Bundle(self.store.path(self.settings.model, version), verify=False)
+                fresh = Model(bundle, self.settings.model_copy(update={"variant": variant}), self.api.threads)
         except Exception as error:  # whatever is wrong with it, the old one serves on
             self.refused = version
             self.slab.add("reloads", "refused")
             logs.logger.error("new version refused: %s", error, extra={"fields": fields})
             return
+        if self.store.latest(self.settings.model) != version:
+            return  # it was withdrawn meanwhile
         self.loop.swap(fresh)
         note(self.api.run, version)
         self.slab.add("reloads", "ok")
@@ -81,19 +85,22 @@ def turn(run: str):
         yield
 
 
-def check(settings: Settings, run: str, version: int) -> str:
+def check(settings: Settings, run: str, version: int, threads: int) -> str:
     """Check a version in a process of its own, once for all workers; returns the variant to serve.
 
+    It gets what matters as flags and no IMAGO_ variable: one that a flag of ours overrides might not fit the rest.
     Raises BundleError with what it said.
     """
     done = os.path.join(run, f"checked-{version}")
     if os.path.exists(done) and time.time() - os.path.getmtime(done) < CHECK_SECONDS:
         with open(done) as file:
             return file.read()
-    command = [sys.executable, "-m", "serve", "check", "--store", str(settings.store), "--model", settings.model,
-               "--version", str(version), "--variant", settings.variant, "--engine", settings.engine, "--json",
+    command = [sys.executable, "-c", MORTAL, "check", "--store", str(settings.store), "--model", settings.model,
+               "--version", str(version), "--variant", settings.variant, "--engine", settings.engine,
+               "--threads", str(threads), "--max-batch-size", str(settings.max_batch_size), "--json",
                *(["--public-key", str(settings.public_key)] if settings.public_key else [])]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+    clean = {name: value for name, value in os.environ.items() if not name.upper().startswith(PREFIX)}
+    with subprocess.Popen(command, env=clean, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
         os.setpriority(os.PRIO_PROCESS, child.pid, NICE)
         try:
             found, said = child.communicate(timeout=CHECK_SECONDS)
@@ -117,17 +124,24 @@ def note(run: str, version: int) -> None:
     os.replace(file.name, path)
 
 
-def load(settings: Settings, run: str, threads: int, slab: Slab | None = None) -> Model:
-    """The model that a starting worker serves: the settings' version, or what served before where `latest` is bad."""
-    store, path = Store(settings.store), os.path.join(run, SERVING)
-    try:
-        model = Model(store.open(settings.model, settings.version), settings, threads)
-    except (BundleError, ValueError) as error:
-        if settings.version != LATEST or not os.path.exists(path):
-            raise
+def load(settings: Settings, run: str, threads: int) -> Model:
+    """The model of a starting worker: the settings' version, or what served before where that can't be had.
+
+    Where `latest` is followed it is the other way round: only Reload's check may lead on to another version, since a
+    bad one could crash or hang each worker that took it.
+    """
+    store, path, versions = Store(settings.store), os.path.join(run, SERVING), [settings.version]
+    if settings.version == LATEST and os.path.exists(path):
         with open(path) as file:
             before = file.read()
-        logs.logger.error("latest refused, version %s serves on: %s", before, error)
-        model = Model(store.open(settings.model, before), settings, threads)
+        versions = [before, LATEST] if settings.reload_seconds else [LATEST, before]
+    for version in versions:
+        try:
+            model = Model(store.open(settings.model, version), settings, threads)
+            break
+        except (ValueError, OSError) as error:  # BundleError is the first, a store that can't be read the second
+            if version == versions[-1]:
+                raise
+            logs.logger.error("version %s refused, %s is taken: %s", version, versions[-1], error)
     note(run, model.version)
     return model

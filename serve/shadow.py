@@ -1,7 +1,8 @@
 """Shadow: a share of traffic goes to a second version too, in a process of its own that only gets idle time.
 
 A worker hands over an image after its answer has left, without waiting, and only while nothing waits for it; what finds
-no room is dropped. So the second version can be slow, hang or crash, and no answer is later for it.
+no room is dropped, and what no datagram holds is left out. So the second version can be slow, hang or crash, and no
+answer is later for it.
 """
 import os
 import random
@@ -47,13 +48,19 @@ class Shadow:
                 continue
             index = int(row.argmax())
             label = batch.model.manifest.classes[index].encode()
+            if len(waiting.job.body) > MAX_BYTES:
+                self.count("too_large")
+                continue
             try:
-                if self.busy() or len(waiting.job.body) > MAX_BYTES:
+                if self.busy():
                     raise BlockingIOError
                 self.socket.sendto(_HEAD.pack(row[index], len(label)) + label + waiting.job.body, self.path)
             except OSError:  # busy, full, starting or dead: all the same to us
-                with self.lock:
-                    self.slab.add("shadow_images", "dropped")
+                self.count("dropped")
+
+    def count(self, outcome: str) -> None:
+        with self.lock:
+            self.slab.add("shadow_images", outcome)
 
     def busy(self) -> bool:
         """Whether an image waits, or another predictor than the one that calls has work."""

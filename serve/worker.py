@@ -20,7 +20,6 @@ import litserve
 import numpy as np
 from litserve.loops.base import LitLoop
 
-from models.bundle import BundleError
 from models.image import ImageError, decode
 from models.store import LATEST
 from serve import logs, reload
@@ -28,7 +27,7 @@ from serve.answer import heat_map
 from serve.backlog import Backlog, Peer, Waiting
 from serve.drift import Drift
 from serve.frames import ARRAYS, CAM, HELLO, LABEL, TENSOR, Answer, Job, pack_answer
-from serve.metrics import Slab, WorkerMetrics
+from serve.metrics import Slab, WorkerMetrics, tell_served
 from serve.model import Model
 from serve.settings import Settings
 from serve.shadow import Shadow
@@ -68,7 +67,7 @@ class Worker(litserve.LitAPI):
         logs.configure(self.settings)
         try:
             self.model = reload.load(self.settings, self.run, self.threads)
-        except (BundleError, ValueError) as error:
+        except (ValueError, OSError) as error:  # BundleError is the first, a store that can't be read the second
             print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(UNUSABLE)
 
@@ -88,6 +87,9 @@ class PredictLoop(LitLoop):
         self.number, self.parent = worker_id, os.getppid()
         self.backlog = Backlog(f"{lit_api.run}/worker-{worker_id}.sock", self.predictors(lit_api.model),
                                lit_api.settings.max_batch_size, lit_api.settings.batch_wait_ms / 1000, self.hello)
+        self.served = Slab(f"{lit_api.run}/worker-{worker_id}-model.metrics")
+        tell_served(self.served, lit_api.model)
+        self.drift: Drift | None = None
         self.observers = self.watchers(lit_api.settings, f"{lit_api.run}/worker-{worker_id}")
         for i in range(lit_api.threads):
             metrics = WorkerMetrics(f"{lit_api.run}/worker-{worker_id}-{i}.metrics")
@@ -102,7 +104,8 @@ class PredictLoop(LitLoop):
         """What looks at batches after their answers left, each with a counting file of its own."""
         found: list[Callable[[Batch], None]] = []
         if settings.drift_window:
-            found.append(Drift(Slab(f"{path}-drift.metrics"), settings.drift_window))
+            self.drift = Drift(Slab(f"{path}-drift.metrics"), settings.drift_window, self.api.model)
+            found.append(self.drift)
         if settings.shadow_version:
             found.append(Shadow(self.api.run, settings.shadow_share, self.backlog, Slab(f"{path}-shadow.metrics")))
         if settings.version == LATEST and settings.reload_seconds:
@@ -120,6 +123,9 @@ class PredictLoop(LitLoop):
     def swap(self, model: Model) -> None:
         """Serve another model from the next batch on, and tell all HTTP processes."""
         self.api.model, self.backlog.predictors = model, self.predictors(model)
+        tell_served(self.served, model)
+        if self.drift:
+            self.drift.start(model)
         for peer in list(self.backlog.peers):
             peer.send(self.hello())
 
@@ -142,23 +148,23 @@ class PredictLoop(LitLoop):
             os._exit(1)  # better a new worker than one that works with half its cores
 
     def run_batch(self, batch: list[Waiting], alone: bool, index: int, metrics: WorkerMetrics) -> None:
-        """Decode, run, answer. What is past its deadline or can't be decoded is answered before the graph runs."""
+        """Decode, run, answer. What can't be decoded is answered before the graph runs.
+
+        What is past its deadline is left out: the HTTP process has answered it, or does so this moment.
+        """
         model, started = self.api.model, time.monotonic()
         taken, pixels, decode_us, refused = [], [], [], []
         for w in batch:  # grows while it is gone through
             if w.job.deadline < self.state.begin(self.number, index):
-                refused.append(self.expired(w, metrics))
                 continue
             if w.job.flags & CAM and "cam" not in model.explains:  # it was asked of the model before this one
                 refused.append((w, self.failed(w, 400, b"this model has no heat maps; leave explain away")))
-                metrics.outcome("refused")
                 continue
             before = time.perf_counter()
             try:
-                pixels.append(self.pixels(w.job, model))
+                pixels.append(self.pixels(w.job, model, index))
             except ImageError as error:
                 refused.append((w, self.failed(w, error.status, str(error).encode())))
-                metrics.outcome("refused")
             else:
                 taken.append(w)
                 decode_us.append(int((time.perf_counter() - before) * 1e6))
@@ -166,8 +172,7 @@ class PredictLoop(LitLoop):
                 batch += self.backlog.more(self.api.settings.max_batch_size - len(batch))
         now = self.state.begin(self.number, index)
         for i in [i for i, w in enumerate(taken) if w.job.deadline < now][::-1]:  # while others were decoded
-            refused.append(self.expired(taken.pop(i), metrics))
-            del pixels[i], decode_us[i]
+            del taken[i], pixels[i], decode_us[i]
         if refused:
             reply(refused)
         if not taken:
@@ -195,7 +200,6 @@ class PredictLoop(LitLoop):
             else:
                 logs.logger.exception("the model failed on an image")
                 reply([(taken[0], self.failed(taken[0], 500, b"the model failed on this image"))])
-                metrics.outcome("failed")
             return
         infer = time.perf_counter() - before
         infer_us = int(infer * 1e6)
@@ -208,18 +212,15 @@ class PredictLoop(LitLoop):
             for observer in self.observers:
                 observer(seen)
 
-    def pixels(self, job: Job, model: Model) -> np.ndarray:
+    def pixels(self, job: Job, model: Model, index: int) -> np.ndarray:
         """uint8 [height, width, channels] of one job. Raises ImageError."""
         spec = model.manifest.input
         if not job.flags & TENSOR:
-            return decode(job.body, spec, self.api.settings.max_pixels)
+            self.state.end(self.number, index)  # to wait for one's turn is no hang, to decode for ever is
+            return decode(job.body, spec, self.api.settings.max_pixels, lambda: self.state.begin(self.number, index))
         if len(job.body) != spec.height * spec.width * spec.channels:
             raise Changed("the model was changed meanwhile for one that takes another shape; try again")
         return np.frombuffer(job.body, np.uint8).reshape(spec.height, spec.width, spec.channels)
-
-    def expired(self, waiting: Waiting, metrics: WorkerMetrics) -> tuple[Waiting, Answer]:
-        metrics.outcome("expired")
-        return waiting, self.failed(waiting, 504, b"the deadline passed before its turn")
 
     def failed(self, waiting: Waiting, status: int, detail: bytes) -> Answer:
         return Answer(waiting.job.id, status, self.api.model.version, 0, 0, 0, detail)

@@ -111,3 +111,39 @@ def reseal(bundle: Path) -> None:
             variant["sha256"] = sha256(file)
     edit(bundle, variants=manifest["variants"])
     write_sums(bundle)
+
+
+def spoil(bundle: Path, *nodes: onnx.NodeProto, **constants: np.ndarray) -> None:
+    """Put nodes into the graph, which make "unit", the input in 0..1, from "given"; the digests fit again."""
+    model = onnx.load(bundle / "model.onnx")
+    at = next(i for i, node in enumerate(model.graph.node) if node.output[0] == "unit")
+    model.graph.node[at].output[0] = "given"
+    for i, node in enumerate(nodes):
+        model.graph.node.insert(at + 1 + i, node)
+    model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
+    onnx.save(model, bundle / "model.onnx")
+    reseal(bundle)
+
+
+def break_where_bright(bundle: Path, least: float = 1.0) -> None:
+    """Make the graph look up a place that isn't there where a pixel is as bright as `least`, 0..1."""
+    spoil(bundle,
+          helper.make_node("ReduceMax", ["given"], ["brightest"], keepdims=0),
+          helper.make_node("Div", ["brightest", "least"], ["share"]),
+          helper.make_node("Cast", ["share"], ["place"], to=TensorProto.INT64),
+          helper.make_node("Gather", ["table", "place"], ["one"]),
+          helper.make_node("Mul", ["given", "one"], ["unit"]),
+          least=np.float32(least), table=np.ones(1, np.float32))
+
+
+def hang(bundle: Path) -> None:
+    """Make the graph go round for ever."""
+    turn = helper.make_graph(
+        [helper.make_node("Identity", ["on"], ["goes_on"]), helper.make_node("Abs", ["before"], ["after"])], "turn",
+        [helper.make_tensor_value_info("number", TensorProto.INT64, []),
+         helper.make_tensor_value_info("on", TensorProto.BOOL, []),
+         helper.make_tensor_value_info("before", TensorProto.FLOAT, None)],
+        [helper.make_tensor_value_info("goes_on", TensorProto.BOOL, []),
+         helper.make_tensor_value_info("after", TensorProto.FLOAT, None)])
+    spoil(bundle, helper.make_node("Loop", ["often", "true", "given"], ["unit"], body=turn),
+          often=np.array(2**62), true=np.array(True))

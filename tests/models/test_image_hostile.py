@@ -7,6 +7,7 @@ import sys
 import zipfile
 import zlib
 
+import jpegs
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -181,6 +182,20 @@ def test_a_progressive_jpeg_of_a_thousand_scans_is_refused():
         decode(data[:-2] + scan * 1000 + b"\xff\xd9", SPEC)
 
 
+@pytest.mark.parametrize("frame", [0xC0, 0xC1, 0xC2, 0xC9, 0xCA])
+def test_a_thousand_scans_are_refused_of_every_kind(frame):
+    with pytest.raises(UndecodableImage, match="scans"):
+        decode(jpegs.green([[i % 3] for i in range(1000)], 7000, frame), SPEC)
+
+
+def test_a_second_frame_can_not_hide_the_first():
+    data = jpegs.green([[0, 1, 2]])
+    at = data.index(b"\xff\xc0")
+    for more in (data[at:at + 19], data[at:at + 5] + struct.pack(">HH", 7000, 7000) + data[at + 9:at + 19]):
+        with pytest.raises(UndecodableImage):
+            decode(data[:at] + more + data[at:], SPEC)
+
+
 MEMORY = """
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -237,9 +252,11 @@ def test_the_most_pixels_of_any_depth_leave_room_in_a_small_container(name):
     assert mib < 450
 
 
-def test_large_pictures_are_decoded_one_at_a_time():
-    """One of these takes 275 MiB."""
-    ended, mib = peak(zeros_png(6000, 6000, samples=4), threads=3)
+@pytest.mark.parametrize("data", [zeros_png(6000, 6000, samples=4), jpegs.green([[0], [1], [2]], 6000)],
+                         ids=["png", "jpeg of three scans"])
+def test_large_pictures_are_decoded_one_at_a_time(data):
+    """One of these takes up to 275 MiB."""
+    ended, mib = peak(data, threads=3)
     assert ended == "decoded"
     assert mib < 450
 

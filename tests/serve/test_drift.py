@@ -4,6 +4,7 @@ import time
 import numpy as np
 import pytest
 import tiny
+from service import wait
 
 from models.bundle import SIGNALS, Histogram
 from models.image import InputSpec, decode
@@ -80,6 +81,40 @@ def test_several_workers_add_up(start, tmp_path, baseline):
         assert service.http.post("/predict", files=many).status_code == 200
         time.sleep(0.45)
     assert service.metric("imago_drift_images") > IMAGES / 2
+    assert observed(service)["class"] < 0.1
+
+
+def swap(service, workers: int = 1) -> None:
+    before = service.metric("imago_reloads_total", outcome="ok")
+    wait(lambda: service.metric("imago_reloads_total", outcome="ok") == before + workers, 120)
+
+
+def test_a_model_of_fewer_classes_shows_no_drift_that_there_is_not(start, tmp_path, baseline):
+    many = {"class": Histogram(edges=class_edges(100).tolist(), counts=[10] * 100)}
+    tiny.write(tmp_path, classes=[f"class {i}" for i in range(100)], baseline=many)
+    service = start("--reload-seconds", "0.2", store=tmp_path)
+    assert service.predict(tiny.image("red")).status_code == 200
+    tiny.write(tmp_path, baseline={"class": baseline["class"]})
+    swap(service)
+    send(service, made(1000, (32,), tiny.CLASSES)[0][:36])
+    wait(lambda: observed(service) != {})
+    assert observed(service)["class"] < 0.1
+
+
+def test_a_worker_that_rests_compares_with_the_new_baseline(start, tmp_path):
+    def even(*counts: int) -> dict[str, Histogram]:
+        return {"class": Histogram(edges=class_edges(3).tolist(), counts=counts)}
+
+    tiny.write(tmp_path, baseline=even(9000, 1, 1))
+    service = start("--workers", "2", "--reload-seconds", "0.2", store=tmp_path)
+    files = made(1000, (32,), tiny.CLASSES)[0][:36]
+    for _ in range(5):  # both workers get some
+        service.http.post("/predict", files=[("f", (str(i), data)) for i, data in enumerate(files)])
+    tiny.write(tmp_path, baseline=even(40, 40, 40))
+    swap(service, workers=2)
+    assert service.metric("imago_drift_images") == 0
+    send(service, files)  # one at a time all go to one worker
+    wait(lambda: observed(service) != {})
     assert observed(service)["class"] < 0.1
 
 

@@ -9,6 +9,7 @@ from service import loopback, refused, run
 
 from models.image import InputSpec, decode
 from models.store import Store
+from serve import engine
 from serve.model import Model
 from serve.settings import Settings
 
@@ -64,6 +65,16 @@ def test_auto_takes_the_cpu_where_cuda_finds_no_gpu(bundle_store, monkeypatch):
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     model = Model(Store(bundle_store).open("colours"), Settings(store=str(bundle_store)), 1)
     assert model.engine.name == "onnxruntime"
+
+
+def test_auto_takes_the_cpu_where_the_gpu_fails_at_a_run(bundle_store, monkeypatch):
+    class Broken(engine.OnnxRuntime):
+        def run(self, *_):
+            raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(engine, "makers", lambda *_: [Broken, engine.OnnxRuntime])
+    model = Model(Store(bundle_store).open("colours"), Settings(store=str(bundle_store)), 1)
+    assert type(model.engine) is engine.OnnxRuntime
 
 
 def test_an_unknown_variant_is_refused_in_one_line(bundle_store):

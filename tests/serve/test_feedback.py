@@ -1,7 +1,9 @@
 """/feedback: true labels become live accuracy and calibration error, right with several processes and bounded."""
+import httpx
 import numpy as np
 import pytest
 import tiny
+from service import wait
 
 from models.image import InputSpec, decode
 from serve.feedback import PLACES, Memory
@@ -37,6 +39,29 @@ def test_labels_become_accuracy_and_calibration_error(service):
     assert service.metric("imago_feedback_total", outcome="wrong") == 6
     assert service.metric("imago_feedback_accuracy") == pytest.approx(0.8)
     assert service.metric("imago_feedback_ece") == pytest.approx(error, abs=1e-5)
+
+
+def test_accuracy_is_of_the_version_that_serves(start, tmp_path):
+    tiny.write(tmp_path)
+    service = start("--api-processes", "2", "--reload-seconds", "0.2", store=tmp_path)
+
+    def accuracy() -> list[float]:
+        return [float(line.split()[1]) for line in service.metrics().splitlines()
+                if line.startswith("imago_feedback_accuracy ")]
+
+    def label(truth: str) -> None:
+        service.http.close()  # so that another process may get the next request
+        service.http = httpx.Client(base_url=service.url, timeout=30)
+        assert give(service, service.predict(tiny.image("red")).json()["id"], truth).status_code == 200
+
+    for _ in range(10):
+        label("blue")
+    assert accuracy() == [0]
+    tiny.write(tmp_path)
+    wait(lambda: service.metric("imago_reloads_total", outcome="ok") == 1, 60)
+    wait(lambda: accuracy() == [])
+    label("red")
+    assert accuracy() == [1]
 
 
 def test_an_answer_takes_one_label(service):

@@ -6,6 +6,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import cv2
+import jpegs
 import numpy as np
 import pytest
 import tiny
@@ -48,6 +49,7 @@ def deep(label: str, suffix: str) -> bytes:
 GOOD = {
     "jpeg": save(rgb("green"), "JPEG"), "jpeg progressive": save(rgb("green"), "JPEG", progressive=True),
     "jpeg cmyk": save(rgb("green").convert("CMYK"), "JPEG"), "jpeg turned": turned("green", "JPEG"),
+    "jpeg of three scans": jpegs.green([[0], [1], [2]]),
     "png": save(rgb("green"), "PNG"), "png palette": save(rgb("green").quantize(16), "PNG"),
     "png alpha": save(see_through("green"), "PNG"), "png 16": deep("green", ".png"),
     "png turned": turned("green", "PNG"),
@@ -84,6 +86,7 @@ BAD = {
     "svg": (b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>', 415),
     "avif": (b"\0\0\0\x1cftypavif" + bytes(64), 415),
     "jpeg cut short": (GOOD["jpeg"][:len(GOOD["jpeg"]) // 2], 422), "jpeg start only": (b"\xff\xd8\xff\xe0", 422),
+    "jpeg of a thousand scans": (jpegs.green([[i % 3] for i in range(1000)], 7000), 422),
     "png cut short": (GOOD["png"][:-200], 422), "webp cut short": (GOOD["webp"][:-20], 422),
     "gif cut short": (GOOD["gif animated"][:60], 422), "bmp cut short": (GOOD["bmp"][:-500], 422),
     "tiff cut short": (GOOD["tiff"][:-2000], 422), "png bomb": (png_of(100_000, 100_000), 413),

@@ -108,6 +108,17 @@ def test_a_deadline_that_passes_is_504_and_the_work_is_not_done_late(start):
     assert server.predict(IMAGE).status_code == 200
     assert server.metric("imago_images_total", outcome="answered") == before + 1
     assert server.metric("imago_requests_total", code="504") == 1
+    assert server.metric("imago_images_total", outcome="expired") == 1
+
+
+def test_every_image_that_expires_is_counted_once(start):
+    server = start("--deadline-ms", "300")
+    with stopped(server):
+        files = [("f", (f"{i}", IMAGE)) for i in range(3)]
+        assert server.http.post("/predict", files=files).status_code == 504
+    wait(lambda: server.predict(IMAGE).status_code == 200)
+    assert server.metric("imago_images_total", outcome="expired") == 3
+    assert server.metric("imago_images_total", outcome="answered") == 1
 
 
 @pytest.mark.parametrize("path", ["/predict", "/v2/models/colours/infer"])

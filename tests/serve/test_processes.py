@@ -59,7 +59,7 @@ def test_both_workers_and_both_http_processes_work(fleet):
     assert len(runs) == 1
     from serve.metrics import entries
 
-    for pattern, name in (("api-?", "requests"), ("worker-?-0", "images")):
+    for pattern, name in (("api-?", "requests"), ("worker-?-0", "batch_size")):
         counts = []
         for path in sorted(runs[0].glob(f"{pattern}.metrics")):
             data = path.read_bytes()

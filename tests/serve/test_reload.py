@@ -1,12 +1,16 @@
 """Hot reload of `latest`, for real: under load, with several workers, with bad versions and back again."""
 import base64
+import contextlib
 import json
 import os
+import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -16,6 +20,8 @@ import tiny
 from models.bundle import write_sums
 from models.store import Store
 
+# Even root reads no file that is closed to it.
+BOUND = ["setpriv", "--inh-caps=-all", "--bounding-set=-all"] if os.geteuid() == 0 else []
 SOON = ("--reload-seconds", "0.2")
 
 
@@ -39,6 +45,25 @@ def load(service, clients: int = 4) -> Iterator[list[tuple[int, str]]]:
         stop.set()
         for thread in threads:
             thread.join()
+
+
+def replace_worker(service) -> None:
+    """Kill the only worker and wait for the next."""
+    (worker,) = service.workers()
+    os.kill(worker, signal.SIGKILL)
+    until(lambda: service.workers() not in ([worker], []))
+    until(service.is_ready)
+
+
+def checks(store) -> list[int]:
+    """Processes that check a version of this store."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = path.read_bytes().split(b"\0")
+            if b"check" in words and str(store).encode() in words:
+                found.append(int(path.parent.name))
+    return found
 
 
 def until(condition, seconds: float = 120) -> None:
@@ -70,6 +95,12 @@ def spoiled(store, how: str) -> None:
         manifest["samples"][0]["label"] = 99
         (path / "manifest.json").write_text(json.dumps(manifest))
         write_sums(path)
+    elif how == "a graph that fails":
+        tiny.break_where_bright(path, 0.1)
+    elif how == "a graph that hangs":
+        tiny.hang(path)
+    elif how == "closed to us":
+        (path / "model.onnx").chmod(0)
     elif how == "no manifest":
         (path / "manifest.json").unlink()
     os.symlink("2", store / "colours" / "next")
@@ -175,7 +206,25 @@ def test_every_worker_swaps(start, tmp_path):
     assert {number for _, number in answers[seen + 10:]} == {"2"}
 
 
-@pytest.mark.parametrize("how", ["changed", "no graph", "other answers", "no such class", "no manifest"])
+def told(service) -> list[str]:
+    """The versions that imago_model_info is 1 for."""
+    lines = [line for line in service.metrics().splitlines() if line.startswith("imago_model_info{")]
+    return sorted(line.split('version="')[1].split('"')[0] for line in lines if line.endswith(" 1.0"))
+
+
+@pytest.mark.parametrize("flags", [("--threads", "2"), ("--threads", "2", "--workers", "2")])
+def test_an_idle_service_tells_of_the_new_version_alone(start, tmp_path, flags):
+    tiny.write(tmp_path)
+    service = start(*SOON, *flags, store=tmp_path)
+    assert told(service) == ["1"]
+    tiny.write(tmp_path)
+    workers = 2 if "--workers" in flags else 1
+    until(lambda: service.metric("imago_reloads_total", outcome="ok") == workers)
+    assert told(service) == ["2"]
+
+
+@pytest.mark.parametrize("how", ["changed", "no graph", "other answers", "no such class", "no manifest",
+                                 "a graph that fails"])
 def test_a_bad_version_is_refused_and_the_old_serves_on(start, tmp_path, how):
     tiny.write(tmp_path)
     service = start(*SOON, store=tmp_path)
@@ -191,16 +240,72 @@ def test_a_bad_version_is_refused_and_the_old_serves_on(start, tmp_path, how):
     assert (lines[0]["level"], lines[0]["from"], lines[0]["to"]) == ("error", 1, 2)
 
 
-def test_a_worker_that_dies_while_latest_is_bad_comes_back_with_the_old(start, tmp_path):
+@pytest.mark.parametrize("how", ["changed", "a graph that fails", "closed to us"])
+def test_a_worker_that_dies_while_latest_is_bad_comes_back_with_the_old(start, tmp_path, how):
+    tiny.write(tmp_path)
+    service = start(*SOON, store=tmp_path, command=[*BOUND, sys.executable, "-m", "serve"])
+    spoiled(tmp_path, how)
+    until(lambda: service.metric("imago_reloads_total", outcome="refused") == 1)
+    replace_worker(service)
+    assert version(service) == "1"
+    until(lambda: service.metric("imago_reloads_total", outcome="refused") == 2)  # it looked by itself
+    assert service.metric("imago_restarts_total", process="worker", reason="crash") == 1
+
+
+def test_a_worker_that_dies_while_latest_hangs_comes_back_with_the_old(start, tmp_path):
     tiny.write(tmp_path)
     service = start(*SOON, store=tmp_path)
-    spoiled(tmp_path, "changed")
-    until(lambda: service.metric("imago_reloads_total", outcome="refused") == 1)
-    (worker,) = service.workers()
-    os.kill(worker, signal.SIGKILL)
-    until(lambda: service.workers() not in ([worker], []))
-    until(service.is_ready)
+    spoiled(tmp_path, "a graph that hangs")
+    until(lambda: checks(tmp_path))
+    (first,) = checks(tmp_path)
+    replace_worker(service)
     assert version(service) == "1"
+    until(lambda: checks(tmp_path) not in ([first], []))
+    assert first not in checks(tmp_path), "a check outlives its worker"
+    assert service.stop() == 0
+    until(lambda: not checks(tmp_path))
+
+
+def test_a_worker_that_dies_before_latest_was_checked_moves_on_by_itself(start, tmp_path):
+    tiny.write(tmp_path)
+    service = start("--reload-seconds", "3", store=tmp_path)
+    tiny.write(tmp_path)
+    replace_worker(service)
+    until(lambda: version(service) == "2")
+    assert service.metric("imago_reloads_total", outcome="ok") == 1
+
+
+def test_a_worker_that_dies_when_the_old_is_gone_takes_the_new(start, tmp_path):
+    tiny.write(tmp_path)
+    service = start("--reload-seconds", "1000", store=tmp_path)
+    tiny.write(tmp_path)
+    shutil.rmtree(tmp_path / "colours" / "1")
+    replace_worker(service)
+    assert version(service) == "2"
+
+
+def test_variables_that_flags_override_do_not_reach_the_check(start, tmp_path):
+    tiny.write(tmp_path)
+    clash = {"IMAGO_PORT": "9090", "IMAGO_VERSION": "7", "imago_workers": "0"}  # 9090 is the default of another port
+    service = start(*SOON, "--version", "latest", "--workers", "1", store=tmp_path, env=clash)
+    tiny.write(tmp_path)
+    until(lambda: version(service) == "2")
+
+
+def test_a_version_withdrawn_while_it_is_checked_is_not_served(start, tmp_path):
+    tiny.write(tmp_path)
+    service = start(*SOON, "--threads", "1", store=tmp_path)
+    tiny.write(tmp_path)
+    until(lambda: checks(tmp_path))
+    (pid,) = checks(tmp_path)
+    os.kill(pid, signal.SIGSTOP)
+    assert b"--threads\x001\0" in Path(f"/proc/{pid}/cmdline").read_bytes(), "it takes no more cores than we may"
+    Store(tmp_path).promote("colours", 1)
+    os.kill(pid, signal.SIGCONT)
+    until(lambda: not checks(tmp_path))
+    tiny.write(tmp_path)
+    until(lambda: version(service) == "3")
+    assert service.metric("imago_reloads_total", outcome="ok") == 1
 
 
 def test_a_number_is_not_followed(start, tmp_path):

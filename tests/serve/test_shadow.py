@@ -16,7 +16,7 @@ def until(condition, seconds: float = 120) -> None:
 
 def counted(service) -> dict[str, float]:
     return {outcome: service.metric("imago_shadow_images_total", outcome=outcome)
-            for outcome in ("agree", "disagree", "failed", "dropped")}
+            for outcome in ("agree", "disagree", "failed", "dropped", "too_large")}
 
 
 def test_agreement_and_latency_of_a_second_version(start, tmp_path):
@@ -34,6 +34,19 @@ def test_agreement_and_latency_of_a_second_version(start, tmp_path):
     assert service.metric("imago_shadow_seconds_count") == 30
     assert 'imago_shadow_info{name="colours",variant="fp32",version="2"} 1.0' in service.metrics()
     assert service.metric("imago_predictions_total", label="purple") == 0
+
+
+def test_what_is_too_large_to_be_handed_over_counts_apart(start, tmp_path):
+    tiny.write(tmp_path)
+    service = start("--shadow-version", "1", "--shadow-share", "1", store=tmp_path)
+    until(lambda: "shadow ready" in service.log.read_text())
+    large = tiny.image("red", 400)
+    assert len(large) > 192 << 10
+    assert service.predict(large).status_code == 200
+    until(lambda: counted(service)["too_large"] == 1)
+    assert service.predict(tiny.image("red")).status_code == 200
+    until(lambda: counted(service)["agree"] == 1)
+    assert sum(counted(service).values()) == 2
 
 
 def test_only_a_share_is_taken(start, tmp_path):

@@ -50,6 +50,11 @@ def test_a_bundle_whose_samples_look_otherwise_here(tmp_path):
     refused(run("--store", str(tmp_path), *loopback()), "samples decode differently here")
 
 
+def test_a_bundle_whose_graph_fails_here(tmp_path):
+    tiny.break_where_bright(tiny.write(tmp_path), 0.1)
+    refused(run("--store", str(tmp_path), *loopback()), "colours/1", "onnxruntime can't run it")
+
+
 @pytest.mark.parametrize(("flags", "words"), [
     (("--port", "70000"), ("--port", "IMAGO_PORT")),
     (("--port", "x"), ("--port",)),
