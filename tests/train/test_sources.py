@@ -70,6 +70,15 @@ def test_blanks_around_a_label_in_a_csv_make_no_class(tmp_path):
     assert data.classes == CLASSES
 
 
+def test_numbers_as_labels_have_one_order_however_they_are_written(tmp_path):
+    names = ["00002", "0002", "002", "02", "2", "010", "10"]
+    files = folder(tmp_path / "photos", 4 * len(names))
+    rows = [(str(path), names[int(path.stem) % len(names)]) for path in sorted(files.rglob("*.png"))]
+    data = ImageData(str(write_table(tmp_path / "table.csv", rows)))
+    data.setup()
+    assert data.classes == names
+
+
 def test_csv_that_is_wrong_is_refused_in_one_line(tmp_path):
     def refused(rows: list[tuple], message: str, header: str = "path,label") -> None:
         with pytest.raises(DataError, match=message):
@@ -173,6 +182,10 @@ def test_deep_lake(tmp_path):
     check(f"deeplake:{tmp_path}/lake", train=21, val=3, test=6)
     with pytest.raises(DataError, match="not readable by deeplake"):
         ImageData(f"deeplake:{tmp_path}/nowhere").setup()
+    lake.append({"image": [np.zeros((32, 32, 3), np.uint8)], "label": np.array([7], np.uint32), "split": ["train"]})
+    lake.commit()
+    with pytest.raises(DataError, match="row 24 of the train part has the label 7 of 3 classes"):
+        ImageData(f"deeplake:{tmp_path}/lake").setup()
 
 
 @pytest.mark.slow

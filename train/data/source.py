@@ -3,6 +3,7 @@ import hashlib
 import importlib
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +13,7 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_only
 
 PARTS = ("train", "val", "test")
+NONE = -1  # the label of an image that has none; no part may hold one
 
 
 class DataError(ValueError):
@@ -148,11 +150,13 @@ def as_item(value: object) -> bytes | np.ndarray:
     return np.ascontiguousarray(pixels)
 
 
-def numbered(labels: list[str]) -> tuple[list[str], np.ndarray]:
-    """Class names, sorted (as numbers where all are), and for each label its class, int64 [N]."""
-    names = sorted(set(labels), key=int if all(name.isdecimal() for name in labels) else None)
-    number = {name: k for k, name in enumerate(names)}
-    return names, np.array([number[name] for name in labels], np.int64)
+def numbered(labels: Sequence[str | None]) -> tuple[list[str], np.ndarray]:
+    """Class names, sorted (as numbers where all are), and for each label its class, int64 [N]; NONE for None."""
+    names = sorted({name for name in labels if name is not None})
+    if all(name.isdecimal() for name in names):
+        names.sort(key=int)  # in a stable order: "01" stays before "1"
+    number: dict[str | None, int] = {name: k for k, name in enumerate(names)}
+    return names, np.array([number.get(name, NONE) for name in labels], np.int64)
 
 
 def concatenate(chunks: dict[str, tuple[np.ndarray, np.ndarray]]) -> tuple[Arrays, np.ndarray, np.ndarray]:

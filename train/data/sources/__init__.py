@@ -2,7 +2,9 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from train.data.source import DataError, Source
+import numpy as np
+
+from train.data.source import NONE, DataError, Source
 from train.data.sources import bundled, files, hub, streams
 
 READERS: dict[str, Callable[[str], Source]] = {
@@ -22,6 +24,17 @@ def open_source(source: str, root: str | None = None) -> Source:
     disk (then nothing is downloaded), or the place where `source` is a bare scheme.
     Raises DataError where there is nothing, or nothing that can be used.
     """
+    found = _find(source, root)
+    wrong = np.flatnonzero((found.labels < 0) | (found.labels >= len(found.classes)))
+    if len(wrong):
+        label, part = int(found.labels[wrong[0]]), str(found.parts[wrong[0]])
+        row = int((found.parts[:wrong[0]] == part).sum())
+        raise DataError(f"{source}: row {row} of the {part} part has " + ("no label" if label == NONE else
+                        f"the label {label} of {len(found.classes)} classes") + "; give it one, or take the row out")
+    return found
+
+
+def _find(source: str, root: str | None) -> Source:
     if source == "digits":
         return bundled.digits()
     if source in bundled.TORCHVISION:
