@@ -58,7 +58,7 @@ class ImageData(L.LightningDataModule):
             memory: auto, memory (decoded once, kept in memory) or stream (decoded anew for each epoch by workers).
             memory_share: the share of free memory that the pixels may take before they are streamed.
             workers: processes that decode; by default one for each core that this job may use.
-            cache: where decoded pixels are kept for the next run; by default ~/.cache/imago, empty for nowhere.
+            cache: where pixels and labels are kept for the next run; by default ~/.cache/imago, empty for nowhere.
             max_unreadable: the share of images that may be unreadable and are left out; more stop the run.
         """
         super().__init__()
@@ -107,7 +107,7 @@ class ImageData(L.LightningDataModule):
     @cached_property
     def found(self) -> Source:
         """The data set as it is, before the split."""
-        return open_source(self.source, self.root)
+        return open_source(self.source, self.root, self.cache)
 
     def _known(self, spec: InputSpec) -> Known:
         cache = None if isinstance(self.found.items, Arrays) else self.cache

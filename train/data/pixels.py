@@ -26,11 +26,12 @@ CHUNK, CHUNK_BYTES = 256, 2 << 20  # images a task, at most: handing so many ove
 
 
 def encoded(item: bytes | np.ndarray) -> bytes:
-    """An image's bytes: as stored, or as PNG where the source keeps pixels (uint8 [H, W] or [H, W, C], RGB or gray)."""
+    """An image's bytes: as stored, or as PNG where the source keeps pixels: uint8 [H, W], or [H, W, C] in RGB order."""
     if isinstance(item, bytes):
         return item
-    bgr = item[..., ::-1] if item.ndim == 3 and item.shape[2] == 3 else item
-    return cv2.imencode(".png", bgr)[1].tobytes()
+    if item.ndim == 3 and item.shape[2] > 1:
+        item = item[..., [2, 1, 0, 3][:item.shape[2]]]  # cv2 writes BGR
+    return cv2.imencode(".png", item)[1].tobytes()
 
 
 def to_pixels(item: bytes | np.ndarray, spec: InputSpec) -> np.ndarray:
@@ -119,7 +120,7 @@ def _describe(item: bytes | np.ndarray, facts: np.void) -> None:
     if isinstance(item, np.ndarray):
         facts["sha256"] = np.frombuffer(hashlib.sha256(item.tobytes()).digest(), np.uint8)
         facts["height"], facts["width"] = item.shape[:2]
-        facts["format"], facts["mode"] = "pixels", "RGB" if item.ndim == 3 and item.shape[2] == 3 else "L"
+        facts["format"], facts["mode"] = "pixels", {(3,): "RGB", (4,): "RGBA"}.get(item.shape[2:], "L")
         return
     facts["sha256"] = np.frombuffer(hashlib.sha256(item).digest(), np.uint8)
     try:

@@ -11,8 +11,10 @@ from typing import Protocol
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_only
+from PIL import Image
 
 PARTS = ("train", "val", "test")
+CHANNELS = (1, 3, 4)  # of gray, RGB and RGBA
 NONE = -1  # the label of an image that has none; no part may hold one
 
 
@@ -40,7 +42,7 @@ class Items(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, i: int) -> bytes | np.ndarray:
-        """The bytes of an image file, or uint8 [H, W] or [H, W, C] of a source that stores pixels.
+        """The bytes of an image file, or uint8 [H, W] or [H, W, C] of a source that stores pixels: gray, RGB or RGBA.
 
         Raises OSError where the item can't be read.
         """
@@ -134,19 +136,21 @@ def needs(package: str, extra: str) -> ModuleType:
 
 
 def as_item(value: object) -> bytes | np.ndarray:
-    """What a source of any kind holds for an image, as an item: bytes as they are, pixels as uint8 [H, W] or [H, W, C].
+    """What a source of any kind holds for an image, as an item: bytes as they are, pixels as uint8 [H, W, C].
 
-    Takes bytes, PIL images, and arrays or tensors uint8 with channels first or last. Raises OSError for others.
+    Takes bytes, PIL images, and arrays or tensors uint8, gray, RGB or RGBA, with channels first or last. Raises OSError
+    for others.
     """
     if isinstance(value, bytes):
         return value
-    if hasattr(value, "mode") and hasattr(value, "convert"):  # a PIL image
-        return np.asarray(value if value.mode in ("L", "RGB") else value.convert("RGB"))
-    pixels = np.asarray(value)
-    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3):
-        raise OSError(f"{type(value).__name__} of {pixels.dtype} {pixels.shape} is no image")
-    if pixels.ndim == 3 and pixels.shape[0] in (1, 3) and pixels.shape[2] not in (1, 3):
+    if isinstance(value, Image.Image) and not value.mode.startswith(("I", "F")):  # more bits, which PIL would clip
+        value = value.convert("RGBA" if value.has_transparency_data else "L" if value.mode == "L" else "RGB")
+    found = np.asarray(value)
+    pixels = found[:, :, None] if found.ndim == 2 else found
+    if pixels.ndim == 3 and pixels.shape[2] not in CHANNELS:
         pixels = pixels.transpose(1, 2, 0)
+    if found.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in CHANNELS or not found.size:
+        raise OSError(f"{type(value).__name__} of {found.dtype} {found.shape} is no image")
     return np.ascontiguousarray(pixels)
 
 

@@ -7,24 +7,25 @@ import numpy as np
 from train.data.source import NONE, DataError, Source
 from train.data.sources import bundled, files, hub, streams
 
-READERS: dict[str, Callable[[str], Source]] = {
-    "folder": lambda place: files.folder(Path(place).expanduser()),
-    "csv": lambda place: files.table(Path(place).expanduser()),
+READERS: dict[str, Callable[[str, Path | None], Source]] = {
+    "folder": lambda place, cache: files.folder(Path(place).expanduser()),
+    "csv": lambda place, cache: files.table(Path(place).expanduser()),
     "litdata": streams.litdata,
-    "deeplake": streams.deeplake,
-    "hf": hub.huggingface,
+    "deeplake": lambda place, cache: streams.deeplake(place),
+    "hf": lambda place, cache: hub.huggingface(place),
 }
 
 
-def open_source(source: str, root: str | None = None) -> Source:
+def open_source(source: str, root: str | None = None, cache: Path | None = None) -> Source:
     """Find the data.
 
     `source`: digits; cifar10, cifar100, mnist or fashion-mnist; the path of a folder or of a .csv file; or one of
     folder, csv, litdata, deeplake and hf with the place after a colon. `root`: where a torchvision data set lies on
-    disk (then nothing is downloaded), or the place where `source` is a bare scheme.
+    disk (then nothing is downloaded), or the place where `source` is a bare scheme. `cache`: where what takes long to
+    find out is kept, if anywhere.
     Raises DataError where there is nothing, or nothing that can be used.
     """
-    found = _find(source, root)
+    found = _find(source, root, cache)
     wrong = np.flatnonzero((found.labels < 0) | (found.labels >= len(found.classes)))
     if len(wrong):
         label, part = int(found.labels[wrong[0]]), str(found.parts[wrong[0]])
@@ -34,7 +35,7 @@ def open_source(source: str, root: str | None = None) -> Source:
     return found
 
 
-def _find(source: str, root: str | None) -> Source:
+def _find(source: str, root: str | None, cache: Path | None) -> Source:
     if source == "digits":
         return bundled.digits()
     if source in bundled.TORCHVISION:
@@ -42,7 +43,7 @@ def _find(source: str, root: str | None) -> Source:
     scheme, colon, place = source.partition(":")
     where = place if colon else root
     if scheme in READERS and where:
-        return READERS[scheme](where)
+        return READERS[scheme](where, cache)
     path = Path(source).expanduser()
     if path.is_dir():
         return files.folder(path)
