@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from models.cores import cores
-from models.image import InputSpec
+from models.image import InputSpec, header
 from train.data.augment import Augmentation, Augmenter
 from train.data.cache import Known, known
 from train.data.loader import Batches, MemoryBatches, StreamBatches
@@ -205,15 +205,17 @@ class ImageData(L.LightningDataModule):
         return torch.from_numpy((counts.mean() / counts).astype(np.float32))
 
     def samples(self, n: int = 16) -> list[tuple[str, bytes, int]]:
-        """(file name, image file, label) of validation images, the classes in turn. Files are as they were found."""
+        """(file name, image file, label) of validation images, the classes in turn. Files are as they were found, under
+        plain names: what they are called may be fit for no other disk, or for no SHA256SUMS."""
         index = self.index["val"]
         labels = self.found.labels[index]
         turn = np.zeros(len(index), np.int64)  # how many of its class come before each image
         for k in np.unique(labels):
             turn[labels == k] = np.arange((labels == k).sum())
         chosen = index[np.lexsort((labels, turn))[:n]].tolist()
-        return [(f"{j:02d}-{self.found.items.name(i).rpartition('/')[2]}", encoded(self.found.items[i]),
-                 int(self.found.labels[i])) for j, i in enumerate(chosen)]
+        files = [encoded(self.found.items[i]) for i in chosen]
+        return [(f"{j:02d}.{header(file).format}", file, int(self.found.labels[i]))
+                for j, (i, file) in enumerate(zip(chosen, files, strict=True))]
 
 
 def _digest(facts: Known, found: Source) -> str:

@@ -106,19 +106,24 @@ class Files:
         return (self.root / self.paths[i]).read_bytes()
 
     def name(self, i: int) -> str:
-        return self.paths[i]
+        return as_text(self.paths[i])
 
     def fingerprint(self) -> str:
         """From path, size and time of change of each file."""
-        digest = hashlib.sha256(str(self.root.resolve()).encode())
+        digest = hashlib.sha256(os.fsencode(self.root.resolve()))
         for path in self.paths:
             try:
                 status = os.stat(self.root / path)
                 state = f"{status.st_size}\0{status.st_mtime_ns}"
             except OSError as error:
                 state = str(error.errno)
-            digest.update(f"{path}\0{state}\0".encode())
+            digest.update(os.fsencode(f"{path}\0{state}\0"))
         return digest.hexdigest()
+
+
+def as_text(name: str) -> str:
+    """A file's name, which may be any bytes, as what can be written anywhere: a byte that is no UTF-8 becomes \\xe9."""
+    return os.fsencode(name).decode(errors="backslashreplace")
 
 
 def part_name(name: str) -> str | None:

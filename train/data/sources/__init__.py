@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from train.data.source import NONE, DataError, Source
+from train.data.source import NONE, DataError, Source, as_text
 from train.data.sources import bundled, files, hub, streams
 
 READERS: dict[str, Callable[[str, Path | None], Source]] = {
@@ -25,6 +25,10 @@ def open_source(source: str, root: str | None = None, cache: Path | None = None)
     find out is kept, if anywhere.
     Raises DataError where there is nothing, or nothing that can be used.
     """
+    for place in (source, root or ""):
+        if as_text(place) != place:
+            raise DataError(f"{as_text(place)}: its name is not UTF-8, and a model's record could not hold it; rename "
+                            "it, or give a link to it")
     found = _find(source, root, cache)
     wrong = np.flatnonzero((found.labels < 0) | (found.labels >= len(found.classes)))
     if len(wrong):
