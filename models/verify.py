@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from models.bundle import MANIFEST, SAMPLES, Bundle, BundleError
+from models.cores import cores
 from models.digests import SIGNATURE
 from models.image import ImageError, decode
 
@@ -58,14 +59,15 @@ def compare(outputs: dict[str, np.ndarray], expected: dict[str, np.ndarray], tol
 
 
 def runner(path: Path, threads: int = 0) -> Runner:
-    """A function from uint8 [N, H, W, C] to the graph's outputs by name, on the CPU; 0 threads means one a core.
+    """A function from uint8 [N, H, W, C] to the graph's outputs by name, on the CPU; 0 threads means one for each core
+    that this process may use.
 
     Raises BundleError where onnxruntime can't load the file.
     """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = threads or cores()
     options.log_severity_level = 3
     try:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

@@ -21,6 +21,7 @@ import litserve
 import uvicorn
 from starlette.middleware.gzip import GZipMiddleware
 
+from models.cores import cores
 from serve import exposition, logs, machine, shadow
 from serve.api import Api, dismiss, run_api
 from serve.connection import SPARE, Connection
@@ -243,7 +244,7 @@ def bound_connections(settings: Settings) -> None:
 def _serve(settings: Settings, run: str) -> int:
     bound_connections(settings)
     State.create(run)
-    threads = settings.threads or max(1, machine.cores() // settings.workers)
+    threads = settings.threads or max(1, cores() // settings.workers)
     supervisor = Supervisor(settings, run, threads)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, supervisor.drain)

@@ -1,5 +1,4 @@
 """The certificate: how far each ONNX file is from the torch network, and how fast it is here."""
-import os
 import time
 from functools import partial
 
@@ -7,6 +6,7 @@ import numpy as np
 import torch
 
 from models.bundle import Latency, Parity
+from models.cores import cores
 from models.verify import Runner, latency_ms
 from train.graph import Served
 from train.provenance import cpu_name
@@ -58,7 +58,6 @@ def latencies(runs: dict[str, Runner], images: np.ndarray, seconds: float = 0.05
             for size in LATENCY_SIZES:
                 batch = np.resize(images, (size, *images.shape[1:]))
                 best[name][size] = min(best[name][size], latency_ms(partial(run, batch), seconds))
-    threads = len(os.sched_getaffinity(0))
-    return {name: Latency(device=cpu_name(), threads=threads, batch_ms=found,
+    return {name: Latency(device=cpu_name(), threads=cores(), batch_ms=found,
                           images_per_second=max(1000 * size / ms for size, ms in found.items()))
             for name, found in best.items()}

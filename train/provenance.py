@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from models.bundle import DataInfo, Provenance
+from models.cores import cores
 
 PACKAGES = ("torch", "torchvision", "lightning", "onnx", "onnxscript", "onnxruntime", "numpy", "opencv-python-headless",
             "imago")
@@ -37,7 +38,7 @@ def cpu_name() -> str:
         flags = ", VNNI" if {"avx512_vnni", "avx_vnni"} & set(facts.get("flags", "").split()) else ""
     except OSError:
         pass  # not Linux
-    return f"{name}{flags}, {len(os.sched_getaffinity(0))} cores"
+    return f"{name}{flags}, {cores()} cores"
 
 
 def _version(package: str) -> str | None:

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from models.bundle import Bundle
+from models.cores import cores
 from models.store import LATEST, Store
-from serve import machine, options
+from serve import options
 from serve.model import Model
 from serve.settings import Settings
 
@@ -43,7 +44,7 @@ def main(arguments: list[str]) -> int:
 
 def check(settings: Settings, say: Callable[[str, Any], None]) -> Model:
     """Everything that a starting worker does. Raises ValueError (BundleError is one) with the cause."""
-    threads = settings.threads or max(1, machine.cores() // settings.workers)
+    threads = settings.threads or max(1, cores() // settings.workers)
     say("cores", f"{threads} for each of {settings.workers} worker{'s' if settings.workers > 1 else ''}")
     settings.key()
     options.resolve(settings)

@@ -14,9 +14,10 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
+from models.cores import cores
 from models.image import ImageError, decode
 from models.store import Store
-from serve import machine, options
+from serve import options
 from serve.model import Model
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}  # looked for in directories
@@ -38,7 +39,7 @@ def main(arguments: list[str]) -> int:
         raise ValueError("--top-k must be at least 1")
     settings = options.resolve(options.read(given))
     files = find(paths)
-    threads = settings.threads or machine.cores()
+    threads = settings.threads or cores()
     model = Model(Store(settings.store).open(settings.model, settings.version), settings, threads)
     batches = [files[at:at + BATCH] for at in range(0, len(files), BATCH)]
     pool = ThreadPoolExecutor(threads)  # not in `with`, where Ctrl-C would wait for a pipe that never ends

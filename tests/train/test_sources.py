@@ -1,14 +1,18 @@
 """Sources of images other than folders, each on a small data set that is written here."""
+import io
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from pictures import CLASSES, folder, picture, png, recognise
+from PIL import Image
 from service import object_store
 
+from models.image import decode
 from train.data import DataError, ImageData
 
 COUNT = 30
@@ -70,6 +74,15 @@ def test_blanks_around_a_label_in_a_csv_make_no_class(tmp_path):
     assert data.classes == CLASSES
 
 
+def test_numbers_as_labels_have_one_order_however_they_are_written(tmp_path):
+    names = ["00002", "0002", "002", "02", "2", "010", "10"]
+    files = folder(tmp_path / "photos", 4 * len(names))
+    rows = [(str(path), names[int(path.stem) % len(names)]) for path in sorted(files.rglob("*.png"))]
+    data = ImageData(str(write_table(tmp_path / "table.csv", rows)))
+    data.setup()
+    assert data.classes == names
+
+
 def test_csv_that_is_wrong_is_refused_in_one_line(tmp_path):
     def refused(rows: list[tuple], message: str, header: str = "path,label") -> None:
         with pytest.raises(DataError, match=message):
@@ -114,23 +127,60 @@ def test_what_torchvision_finds_at_root_is_not_downloaded(tmp_path, name, place,
         assert torch.equal(images.flatten(1).float().mean(1), 20.0 * labels)
 
 
+def optimize(place: Path, images: list) -> Path:
+    """A LitData directory of these images, with the labels in turn."""
+    streaming = pytest.importorskip("litdata.streaming", reason="the extra litdata is not installed")
+    cache = streaming.Cache(str(place), chunk_size=8)
+    for i, (image, label) in enumerate(zip(images, LABELS, strict=True)):
+        cache[i] = {"image": image, "label": CLASSES[label]}
+    cache.done()
+    cache.merge()
+    return place
+
+
 @pytest.fixture(scope="module")
 def optimized(tmp_path_factory) -> Path:
     """A LitData directory with train/ and test/."""
-    streaming = pytest.importorskip("litdata.streaming", reason="the extra litdata is not installed")
     root = tmp_path_factory.mktemp("litdata") / "photos"
     for part, first in (("train", 0), ("test", 100)):
-        cache = streaming.Cache(str(root / part), chunk_size=8)
-        for i, label in enumerate(LABELS):
-            cache[i] = {"image": png(label, first + i), "label": CLASSES[label]}
-        cache.done()
-        cache.merge()
+        optimize(root / part, [png(label, first + i) for i, label in enumerate(LABELS)])
     return root
 
 
 def test_litdata_from_a_directory(optimized):
     check(f"litdata:{optimized}", train=27, val=3, test=30)
     check(f"litdata:{optimized}/train")
+
+
+def test_labels_of_litdata_are_kept_in_the_cache_that_was_named(optimized, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # a home that nothing can be written to
+    for cache in (tmp_path / "named", "", tmp_path / "file" / "named"):
+        data = ImageData(f"litdata:{optimized}", cache=str(cache), workers=0)
+        data.setup()
+        assert data.classes == CLASSES
+    assert len(list((tmp_path / "named").glob("labels/*"))) == 2
+
+
+@pytest.mark.parametrize("kind", ["channels last", "channels first", "PIL"])
+def test_see_through_pixels_lie_on_white_as_when_they_are_served(tmp_path, kind):
+    files = []
+    for i, label in enumerate(LABELS):
+        alpha = np.random.default_rng(i).integers(60, 256, (32, 32, 1), np.uint8)
+        files.append(cv2.imencode(".png", np.dstack([picture(label, i), alpha]))[1].tobytes())
+    images = [Image.open(io.BytesIO(file)) for file in files]
+    if kind != "PIL":
+        axes = (2, 0, 1) if kind == "channels first" else (0, 1, 2)
+        images = [np.ascontiguousarray(np.asarray(image).transpose(axes)) for image in images]
+    data = check(f"litdata:{optimize(tmp_path / 'set', images)}")
+    assert np.array_equal(data.known.pixels, [decode(file, data.input) for file in files])
+
+
+def test_pixels_of_other_channels_count_as_unreadable(tmp_path):
+    images = [np.zeros((32, 32, 2 if i == 4 else 3), np.uint8) for i in range(COUNT)]
+    data = ImageData(f"litdata:{optimize(tmp_path / 'set', images)}", workers=2)
+    data.setup()
+    assert [name for name, _ in data.unreadable] == ["000004"]
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +223,10 @@ def test_deep_lake(tmp_path):
     check(f"deeplake:{tmp_path}/lake", train=21, val=3, test=6)
     with pytest.raises(DataError, match="not readable by deeplake"):
         ImageData(f"deeplake:{tmp_path}/nowhere").setup()
+    lake.append({"image": [np.zeros((32, 32, 3), np.uint8)], "label": np.array([7], np.uint32), "split": ["train"]})
+    lake.commit()
+    with pytest.raises(DataError, match="row 24 of the train part has the label 7 of 3 classes"):
+        ImageData(f"deeplake:{tmp_path}/lake").setup()
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from models.image import InputSpec
 from train.data.pixels import FACTS, describe, examine
 from train.data.source import Arrays, Items, say
 
-LAYOUT = 1  # of the entries; a change of decoding changes it too
+LAYOUT = 2  # of the entries; a change of decoding changes it too
 
 
 @dataclass(frozen=True)

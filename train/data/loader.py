@@ -101,4 +101,4 @@ class StreamBatches(Batches):
         for images in loader(self.decoded, batches, self.workers, pin=self.device.type == "cuda"):
             if isinstance(images, DataError):
                 raise images
-            yield images.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+            yield torch.as_tensor(images).to(self.device, non_blocking=True).permute(0, 3, 1, 2)

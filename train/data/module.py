@@ -1,6 +1,5 @@
 """The one LightningDataModule, for every source."""
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +9,8 @@ import lightning as L
 import numpy as np
 import torch
 
-from models.image import InputSpec
+from models.cores import cores
+from models.image import InputSpec, header
 from train.data.augment import Augmentation, Augmenter
 from train.data.cache import Known, known
 from train.data.loader import Batches, MemoryBatches, StreamBatches
@@ -57,8 +57,8 @@ class ImageData(L.LightningDataModule):
             augment: what is done to training images; never to others.
             memory: auto, memory (decoded once, kept in memory) or stream (decoded anew for each epoch by workers).
             memory_share: the share of free memory that the pixels may take before they are streamed.
-            workers: processes that decode; by default one a core.
-            cache: where decoded pixels are kept for the next run; by default ~/.cache/imago, empty for nowhere.
+            workers: processes that decode; by default one for each core that this job may use.
+            cache: where pixels and labels are kept for the next run; by default ~/.cache/imago, empty for nowhere.
             max_unreadable: the share of images that may be unreadable and are left out; more stop the run.
         """
         super().__init__()
@@ -74,7 +74,7 @@ class ImageData(L.LightningDataModule):
         self.val_fraction, self.test_fraction, self.seed = val_fraction, test_fraction, seed
         self.sampling, self.augment = sampling, augment or Augmentation()
         self.memory, self.memory_share = memory, memory_share
-        self.workers = len(os.sched_getaffinity(0)) if workers is None else workers
+        self.workers = cores() if workers is None else workers
         self.cache = cache_home() if cache is None else Path(cache).expanduser() if cache else None
         self.max_unreadable = max_unreadable
         self._tensors: dict[tuple, torch.Tensor] = {}
@@ -107,7 +107,7 @@ class ImageData(L.LightningDataModule):
     @cached_property
     def found(self) -> Source:
         """The data set as it is, before the split."""
-        return open_source(self.source, self.root)
+        return open_source(self.source, self.root, self.cache)
 
     def _known(self, spec: InputSpec) -> Known:
         cache = None if isinstance(self.found.items, Arrays) else self.cache
@@ -205,15 +205,17 @@ class ImageData(L.LightningDataModule):
         return torch.from_numpy((counts.mean() / counts).astype(np.float32))
 
     def samples(self, n: int = 16) -> list[tuple[str, bytes, int]]:
-        """(file name, image file, label) of validation images, the classes in turn. Files are as they were found."""
+        """(file name, image file, label) of validation images, the classes in turn. Files are as they were found, under
+        plain names: what they are called may be fit for no other disk, or for no SHA256SUMS."""
         index = self.index["val"]
         labels = self.found.labels[index]
         turn = np.zeros(len(index), np.int64)  # how many of its class come before each image
         for k in np.unique(labels):
             turn[labels == k] = np.arange((labels == k).sum())
         chosen = index[np.lexsort((labels, turn))[:n]].tolist()
-        return [(f"{j:02d}-{self.found.items.name(i).rpartition('/')[2]}", encoded(self.found.items[i]),
-                 int(self.found.labels[i])) for j, i in enumerate(chosen)]
+        files = [encoded(self.found.items[i]) for i in chosen]
+        return [(f"{j:02d}.{header(file).format}", file, int(self.found.labels[i]))
+                for j, (i, file) in enumerate(zip(chosen, files, strict=True))]
 
 
 def _digest(facts: Known, found: Source) -> str:

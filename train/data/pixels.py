@@ -2,6 +2,7 @@
 import hashlib
 import io
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from models import image
 from models.image import InputSpec
@@ -21,15 +22,16 @@ from train.data.source import DataError, Items
 # What one look at an item tells; `problem` is empty where it can be used, `sha256` is 0 where it could not be read.
 FACTS = np.dtype([("sha256", "u1", 32), ("width", "i4"), ("height", "i4"), ("format", "U8"), ("mode", "U8"),
                   ("problem", "U160")])
-CHUNK = 256  # images a task: large enough that handing over costs nothing beside decoding
+CHUNK, CHUNK_BYTES = 256, 2 << 20  # images a task, at most: handing so many over costs nothing beside decoding
 
 
 def encoded(item: bytes | np.ndarray) -> bytes:
-    """An image's bytes: as stored, or as PNG where the source keeps pixels (uint8 [H, W] or [H, W, C], RGB or gray)."""
+    """An image's bytes: as stored, or as PNG where the source keeps pixels: uint8 [H, W], or [H, W, C] in RGB order."""
     if isinstance(item, bytes):
         return item
-    bgr = item[..., ::-1] if item.ndim == 3 and item.shape[2] == 3 else item
-    return cv2.imencode(".png", bgr)[1].tobytes()
+    if item.ndim == 3 and item.shape[2] > 1:
+        item = item[..., [2, 1, 0, 3][:item.shape[2]]]  # cv2 writes BGR
+    return cv2.imencode(".png", item)[1].tobytes()
 
 
 def to_pixels(item: bytes | np.ndarray, spec: InputSpec) -> np.ndarray:
@@ -62,9 +64,9 @@ class Decoded(ByPosition):
     """Its elements are pixels, uint8 [B, H, W, C]; or an error, to be raised in the process that trains: from a worker
     torch would hand on its whole traceback as the message."""
 
-    def __getitem__(self, index: np.ndarray) -> Tensor | DataError:
+    def __getitem__(self, index: np.ndarray) -> Tensor | np.ndarray | DataError:
         try:
-            return torch.from_numpy(np.stack([pixels_of(self.items, i, self.spec) for i in index.tolist()]))
+            return handed_over(np.stack([pixels_of(self.items, i, self.spec) for i in index.tolist()]))
         except DataError as error:
             return error
 
@@ -72,7 +74,7 @@ class Decoded(ByPosition):
 class Examined(ByPosition):
     """Its elements are pixels and FACTS [B]; an image that can't be decoded is black and says why."""
 
-    def __getitem__(self, index: np.ndarray) -> tuple[Tensor, np.ndarray]:
+    def __getitem__(self, index: np.ndarray) -> tuple[Tensor | np.ndarray, np.ndarray]:
         out = np.zeros((len(index), self.spec.height, self.spec.width, self.spec.channels), np.uint8)
         facts = np.zeros(len(index), FACTS)
         for row, i in enumerate(index.tolist()):
@@ -86,7 +88,23 @@ class Examined(ByPosition):
                 out[row] = to_pixels(item, self.spec)
             except (OSError, image.ImageError) as error:
                 facts[row]["problem"] = f"cut short: {error}" if _cut_short(item) else str(error)
-        return torch.from_numpy(out), facts
+        return handed_over(out), facts
+
+
+def handed_over(pixels: np.ndarray) -> Tensor | np.ndarray:
+    """A worker's pixels as a tensor in shared memory, or as they are where that has no room: then they go through a
+    pipe, which costs the process that trains some three times as much. A container's /dev/shm has 64 MB unless somebody
+    asks for more, and where torch itself finds no room there, in a thread of its own, the batch is waited for for ever.
+    """
+    tensor = torch.from_numpy(pixels)
+    if get_worker_info() is None:
+        return tensor
+    try:
+        if shutil.disk_usage("/dev/shm").free > 2 * pixels.nbytes:  # others need some of it: locks, NCCL
+            return tensor.share_memory_()
+    except (OSError, RuntimeError):
+        pass
+    return pixels
 
 
 def describe(array: np.ndarray) -> np.ndarray:
@@ -102,7 +120,7 @@ def _describe(item: bytes | np.ndarray, facts: np.void) -> None:
     if isinstance(item, np.ndarray):
         facts["sha256"] = np.frombuffer(hashlib.sha256(item.tobytes()).digest(), np.uint8)
         facts["height"], facts["width"] = item.shape[:2]
-        facts["format"], facts["mode"] = "pixels", "RGB" if item.ndim == 3 and item.shape[2] == 3 else "L"
+        facts["format"], facts["mode"] = "pixels", {(3,): "RGB", (4,): "RGBA"}.get(item.shape[2:], "L")
         return
     facts["sha256"] = np.frombuffer(hashlib.sha256(item).digest(), np.uint8)
     try:
@@ -133,10 +151,11 @@ def _cut_short(item: bytes | np.ndarray) -> bool:
 def examine(items: Items, index: np.ndarray, spec: InputSpec, workers: int,
             title: str) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
     """Rows, pixels uint8 [B, H, W, C] and FACTS [B] of the images at `index`, in order, decoded by `workers`."""
-    chunks = np.array_split(index, max(1, -(-len(index) // CHUNK)))
+    images = max(1, min(CHUNK, CHUNK_BYTES // (spec.height * spec.width * spec.channels)))
+    chunks = np.array_split(index, max(1, -(-len(index) // images)))
     start = 0
     for pixels, facts in shown(loader(Examined(items, spec), chunks, workers), title, len(index)):
-        yield slice(start, start + len(facts)), pixels.numpy(), facts
+        yield slice(start, start + len(facts)), np.asarray(pixels), facts
         start += len(facts)
 
 
@@ -163,7 +182,7 @@ def _as_is(element: object) -> object:
     return element
 
 
-def shown(chunks: DataLoader, title: str, total: int) -> Iterator[tuple[Tensor, np.ndarray]]:
+def shown(chunks: DataLoader, title: str, total: int) -> Iterator[tuple[Tensor | np.ndarray, np.ndarray]]:
     """The chunks, with a progress bar on a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, transient=True, disable=not sys.stderr.isatty()) as progress:

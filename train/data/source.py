@@ -3,6 +3,7 @@ import hashlib
 import importlib
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -10,8 +11,11 @@ from typing import Protocol
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_only
+from PIL import Image
 
 PARTS = ("train", "val", "test")
+CHANNELS = (1, 3, 4)  # of gray, RGB and RGBA
+NONE = -1  # the label of an image that has none; no part may hold one
 
 
 class DataError(ValueError):
@@ -38,7 +42,7 @@ class Items(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, i: int) -> bytes | np.ndarray:
-        """The bytes of an image file, or uint8 [H, W] or [H, W, C] of a source that stores pixels.
+        """The bytes of an image file, or uint8 [H, W] or [H, W, C] of a source that stores pixels: gray, RGB or RGBA.
 
         Raises OSError where the item can't be read.
         """
@@ -102,19 +106,24 @@ class Files:
         return (self.root / self.paths[i]).read_bytes()
 
     def name(self, i: int) -> str:
-        return self.paths[i]
+        return as_text(self.paths[i])
 
     def fingerprint(self) -> str:
         """From path, size and time of change of each file."""
-        digest = hashlib.sha256(str(self.root.resolve()).encode())
+        digest = hashlib.sha256(os.fsencode(self.root.resolve()))
         for path in self.paths:
             try:
                 status = os.stat(self.root / path)
                 state = f"{status.st_size}\0{status.st_mtime_ns}"
             except OSError as error:
                 state = str(error.errno)
-            digest.update(f"{path}\0{state}\0".encode())
+            digest.update(os.fsencode(f"{path}\0{state}\0"))
         return digest.hexdigest()
+
+
+def as_text(name: str) -> str:
+    """A file's name, which may be any bytes, as what can be written anywhere: a byte that is no UTF-8 becomes \\xe9."""
+    return os.fsencode(name).decode(errors="backslashreplace")
 
 
 def part_name(name: str) -> str | None:
@@ -132,27 +141,31 @@ def needs(package: str, extra: str) -> ModuleType:
 
 
 def as_item(value: object) -> bytes | np.ndarray:
-    """What a source of any kind holds for an image, as an item: bytes as they are, pixels as uint8 [H, W] or [H, W, C].
+    """What a source of any kind holds for an image, as an item: bytes as they are, pixels as uint8 [H, W, C].
 
-    Takes bytes, PIL images, and arrays or tensors uint8 with channels first or last. Raises OSError for others.
+    Takes bytes, PIL images, and arrays or tensors uint8, gray, RGB or RGBA, with channels first or last. Raises OSError
+    for others.
     """
     if isinstance(value, bytes):
         return value
-    if hasattr(value, "mode") and hasattr(value, "convert"):  # a PIL image
-        return np.asarray(value if value.mode in ("L", "RGB") else value.convert("RGB"))
-    pixels = np.asarray(value)
-    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3):
-        raise OSError(f"{type(value).__name__} of {pixels.dtype} {pixels.shape} is no image")
-    if pixels.ndim == 3 and pixels.shape[0] in (1, 3) and pixels.shape[2] not in (1, 3):
+    if isinstance(value, Image.Image) and not value.mode.startswith(("I", "F")):  # more bits, which PIL would clip
+        value = value.convert("RGBA" if value.has_transparency_data else "L" if value.mode == "L" else "RGB")
+    found = np.asarray(value)
+    pixels = found[:, :, None] if found.ndim == 2 else found
+    if pixels.ndim == 3 and pixels.shape[2] not in CHANNELS:
         pixels = pixels.transpose(1, 2, 0)
+    if found.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in CHANNELS or not found.size:
+        raise OSError(f"{type(value).__name__} of {found.dtype} {found.shape} is no image")
     return np.ascontiguousarray(pixels)
 
 
-def numbered(labels: list[str]) -> tuple[list[str], np.ndarray]:
-    """Class names, sorted (as numbers where all are), and for each label its class, int64 [N]."""
-    names = sorted(set(labels), key=int if all(name.isdecimal() for name in labels) else None)
-    number = {name: k for k, name in enumerate(names)}
-    return names, np.array([number[name] for name in labels], np.int64)
+def numbered(labels: Sequence[str | None]) -> tuple[list[str], np.ndarray]:
+    """Class names, sorted (as numbers where all are), and for each label its class, int64 [N]; NONE for None."""
+    names = sorted({name for name in labels if name is not None})
+    if all(name.isdecimal() for name in names):
+        names.sort(key=int)  # in a stable order: "01" stays before "1"
+    number: dict[str | None, int] = {name: k for k, name in enumerate(names)}
+    return names, np.array([number.get(name, NONE) for name in labels], np.int64)
 
 
 def concatenate(chunks: dict[str, tuple[np.ndarray, np.ndarray]]) -> tuple[Arrays, np.ndarray, np.ndarray]:

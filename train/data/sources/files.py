@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from train.data.source import DataError, Files, Source, numbered, part_name
+from train.data.source import DataError, Files, Source, as_text, numbered, part_name
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
@@ -23,7 +23,7 @@ def folder(root: Path) -> Source:
     training = [d for d in folders if parts.get(d.name) == "train"]
     if not training or (len(parts) < len(folders) and not any(map(_folders, training))):
         parts = {"": "train"}
-    found = [(part, d.name, path) for name, part in parts.items() for d in _folders(root / name)
+    found = [(part, as_text(d.name), path) for name, part in parts.items() for d in _folders(root / name)
              for path in _files(d, root)]
     if not found:
         raise DataError(_empty(root))

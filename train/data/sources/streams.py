@@ -1,23 +1,25 @@
 """Data sets made for streaming, on disk or in an object store: LitData and Deep Lake."""
+import contextlib
 import hashlib
+import json
 import os
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 
-from train.data.source import PARTS, DataError, Source, as_item, cache_home, needs, numbered, part_name
+from train.data.source import PARTS, DataError, Source, as_item, needs, numbered, part_name
 
 IMAGES, LABELS = ("image", "images", "img", "jpeg", "jpg", "png"), ("label", "labels", "class", "cls", "target")
 
 
-def litdata(place: str) -> Source:
+def litdata(place: str, cache: Path | None) -> Source:
     """What `litdata.optimize` wrote: a directory, or a URL such as s3://bucket/photos, with or without train/, val/ and
     test/ below it. An element is a mapping with an image (bytes, array or PIL image) and a label (number or name), or a
     pair of the two.
 
     Object stores are reached with what the environment holds (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, …). The labels are
-    read once, which reads everything once, and kept with the decoded pixels' cache.
+    read once, which reads everything once, and kept in `cache`.
     """
     package = needs("litdata", "litdata")
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
@@ -32,7 +34,7 @@ def litdata(place: str) -> Source:
         if whole is None:
             raise DataError(f"{place}: no index.json there nor in its train/; litdata.optimize writes one")
         found = {"train": whole}
-    labels = [label for chunks in found.values() for label in chunks.labels()]
+    labels = [label for chunks in found.values() for label in chunks.labels(cache)]
     classes, numbers = numbered(labels)
     parts = np.repeat(list(found), [len(chunks) for chunks in found.values()])
     return Source(place.rpartition("/")[2], classes, Joined(list(found.values())), numbers, parts)
@@ -89,17 +91,20 @@ class Chunks:
     def __getitem__(self, i: int) -> bytes | np.ndarray:
         return as_item(self._element(i)[0])
 
-    def labels(self) -> list[str]:
+    def labels(self, cache: Path | None) -> list[str | None]:
         """Names of all elements' classes; remembered by what index.json says."""
-        memory = cache_home() / "labels" / f"{self.fingerprint()[:32]}.txt"
-        if memory.is_file() and len(known := memory.read_text().split("\n")) == self.size:
-            return known
-        labels = [str(getattr(label, "item", lambda label=label: label)())
-                  for label in (self._element(i)[1] for i in range(self.size))]
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        staged = memory.with_name(f".{memory.name}-{os.getpid()}")
-        staged.write_text("\n".join(labels))
-        staged.replace(memory)
+        memory = cache and cache / "labels" / f"{self.fingerprint()[:32]}.json"
+        if memory:
+            with contextlib.suppress(OSError, ValueError):
+                return json.loads(memory.read_text())
+        values = (self._element(i)[1] for i in range(self.size))
+        labels = [None if value is None else str(value.item() if hasattr(value, "item") else value) for value in values]
+        if memory:
+            with contextlib.suppress(OSError):  # it only saves time
+                memory.parent.mkdir(parents=True, exist_ok=True)
+                staged = memory.with_name(f".{memory.name}-{os.getpid()}")
+                staged.write_text(json.dumps(labels))
+                staged.replace(memory)
         return labels
 
     def name(self, i: int) -> str:

@@ -1,0 +1,61 @@
+"""Names of files and folders may be any bytes: what is written of them is text, and a bundle's own names are plain."""
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from pictures import folder
+
+from models.bundle import Bundle
+
+ODD = {"000.png": "caf\udce9.png", "001.png": "back\\slash.png", "002.png": "new\nline.png", "003.png": "a b\r.png"}
+QUICK = ["--trainer.max_epochs", "1", "--name", "odd", "--data.cache", "", "--export.quantize.enabled", "false"]
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Each class has files with odd names (\\udce9 is how Python has the byte E9); one class has one itself, and a file
+    that is no image."""
+    root = folder(tmp_path / "photos", count=16)
+    for name in root.iterdir():
+        for plain, odd in ODD.items():
+            (name / plain).rename(name / odd)
+    (root / "red" / "br\udcf6ken.png").write_bytes(b"no image")
+    (root / "red").rename(root / "rosa \udce9")
+    return root
+
+
+def test_odd_names_go_from_a_folder_to_a_bundle(commands, tmp_path, photos):
+    run = commands.run("run", photos, *QUICK, "--data.val_fraction", "0.5", "--store", tmp_path / "store",
+                       "--trainer.default_root_dir", tmp_path / "runs")
+    assert r"rosa \xe9/br\xf6ken.png" in run.text
+    bundle = Bundle(tmp_path / "store/odd/1")
+    assert bundle.manifest.classes == ["blue", "green", r"rosa \xe9"]
+    assert [sample.file for sample in bundle.manifest.samples] == [f"{i:02d}.png" for i in range(16)]
+    for name in ("report.html", "README.md", "manifest.json"):
+        assert r"rosa \xe9" in (bundle.path / name).read_text("utf-8").replace(r"\\", "\\")
+
+
+def test_odd_names_in_the_audit_and_in_predictions_are_text(commands, tmp_path, photos):
+    commands.run("audit", photos, "--out", tmp_path / "audit")
+    text = (tmp_path / "audit/audit.json").read_text("ascii")
+    json.loads(text)
+    assert r"\ud" not in text  # half a surrogate pair: no reader but Python takes it
+    assert json.loads(text)["unreadable"][0]["file"] == r"rosa \xe9/br\xf6ken.png"
+    (tmp_path / "audit/index.html").read_text("utf-8")
+    commands.run("run", photos, *QUICK, "--export.enabled", "false", "--trainer.default_root_dir", tmp_path / "runs")
+    checkpoint = next((tmp_path / "runs").rglob("best.ckpt"))
+    run = commands.run("predict", "--data.source", photos, "--model.network", "lenet", "--ckpt_path", checkpoint,
+                       "--data.cache", "", "--progress.quiet", "true", "--data.test_fraction", "0.5")
+    said = run.log.read_text("utf-8")
+    rows = [row for row in csv.reader(said[said.index("image,label"):].splitlines()) if len(row) == 3]
+    assert any(r"caf\xe9.png" in row[0] for row in rows)
+
+
+def test_a_place_whose_name_is_no_text_is_refused_in_one_line(commands, tmp_path, photos):
+    place = photos.rename(tmp_path / "b\udcfccher")
+    refused = commands.start("run", place, *QUICK, "--trainer.default_root_dir", tmp_path / "runs")
+    assert refused.status() == 2
+    assert refused.text.startswith("train: ")
+    assert r"b\xfccher: its name is not UTF-8" in refused.text
+    assert len(refused.text.strip().splitlines()) == 1
