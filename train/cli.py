@@ -83,7 +83,7 @@ class CLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed")
         parser.set_defaults({
             "lr_monitor.logging_interval": "epoch",
-            "checkpoint.monitor": "val/accuracy", "checkpoint.mode": "max", "checkpoint.filename": "best",
+            "checkpoint.monitor": "val/accuracy", "checkpoint.mode": "auto", "checkpoint.filename": "best",
             "checkpoint.enable_version_counter": False, "checkpoint.auto_insert_metric_name": False,
         })
 

@@ -18,7 +18,8 @@ from train.trainer import ours
 
 Batch = tuple[Tensor, Tensor]  # images uint8 or float 0..255 [B,C,H,W]; labels int64 [B] or shares [B,K]
 ADAMW, CONSTANT = optim.Optimizer(), optim.Schedule()
-METRICS = ("val/loss", "val/accuracy", "train/loss", "train/accuracy")  # of each epoch, by the names they are logged by
+# Of each epoch, by the names they are logged by, and whether less or more is better.
+METRICS = {"val/loss": "min", "val/accuracy": "max", "train/loss": "min", "train/accuracy": "max"}
 PREPARE_IMAGES = 5000  # training images that a network which fixes a layer from data gets to see
 
 

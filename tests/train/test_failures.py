@@ -34,6 +34,13 @@ QUIET = "--logger", "none", "--progress.quiet", "true", "--audit.enabled", "fals
     (("--ckpt_path", __file__), 2, "no checkpoint, or a damaged one"),
     (("--data.sampling", "balanced", "--model.weigh_classes", "true"), 2, "both do it twice; choose one"),
     (("--early_stopping.monitor", "val/los"), 2, "early_stopping.monitor: 'val/los' is none of val/loss, val/accuracy"),
+    (("--checkpoint.monitor", "val/acuracy"), 2,
+     "train: checkpoint.monitor: 'val/acuracy' is none of val/loss, val/accuracy, null"),
+    (("--checkpoint.monitor", "train/loss"), 2, "'train/loss' is none of val/loss, val/accuracy, null"),
+    (("--checkpoint.mode", "max"), 2, "checkpoint.mode: max would take the worst val/loss for the best"),
+    (("--early_stopping.mode", "max"), 2, "early_stopping.mode: max would take the worst val/loss for the best"),
+    (("--checkpoint.save_top_k", 2), 2, "checkpoint.save_top_k: 2 is neither 1"),
+    (("--checkpoint.save_top_k", -1), 2, "checkpoint.save_top_k: -1 is neither 1"),
     (("--trainer.max_epochs", 0), 2, "trainer.max_epochs: 0 trains nothing"),
 ])
 def test_one_line(commands, tmp_path, settings, status, words):
