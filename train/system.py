@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from models import networks
 from models.networks.weights import load_weights, weights_file
-from train import optim
+from train import lineage, optim
 from train.evaluate import views
 from train.failures import Diverged
 from train.trainer import ours
@@ -165,6 +165,14 @@ class Classifier(L.LightningModule):
             self.sums.setdefault("test_unleaked", torch.zeros(4, dtype=torch.float64, device=self.device))
         self._report("test_unleaked")
         self._report("test_tta")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["lineage"] = lineage.record(ours(self.trainer).datamodule)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        command = self.trainer.state.fn
+        if "lineage" in checkpoint and command is not None:
+            lineage.check(checkpoint["lineage"], ours(self.trainer).datamodule, command.value)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         # A fused optimizer unscales gradients in its step, too late for clipping: under a mixed precision Lightning
