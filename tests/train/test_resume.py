@@ -206,6 +206,18 @@ def test_a_run_does_not_go_on_with_other_data(commands, tmp_path):
     assert "going on from step 3:" in finish(commands, place, *settings).text
 
 
+def test_a_finished_run_s_checkpoint_is_trained_on(commands, undisturbed, tmp_path):
+    last = run_of(undisturbed) / "last.ckpt"
+    finish(commands, tmp_path / "longer", "--ckpt_path", last, "--trainer.max_epochs", EPOCHS + 2)
+    before, after = torch.load(last, weights_only=True), result(tmp_path / "longer")
+    assert (before["global_step"], after["global_step"]) == (EPOCHS * STEPS, (EPOCHS + 2) * STEPS)
+    assert len(after["callbacks"]["History"]["rows"]) == EPOCHS + 2
+    name = "network.head.weight"
+    assert not torch.equal(before["state_dict"][name], after["state_dict"][name])
+    again = finish(commands, tmp_path / "again", "--ckpt_path", last)
+    assert f"{last}: nothing was trained, as its {EPOCHS} epochs are all that was asked for" in again.text
+
+
 @pytest.mark.slow
 def test_every_random_number_is_restored(commands, tmp_path):
     """A network with dropout and batch norm, and gradients summed over two batches."""
