@@ -78,6 +78,16 @@ def test_leaked_test_images_are_known_by_their_place_in_the_part(found):
     assert np.flatnonzero(np.concatenate(marked)).tolist() == data.leaked_test.tolist()
 
 
+def test_leaked_validation_images_are_told_of(tmp_path):
+    for part, first in (("train", 0), ("val", 100), ("test", 200)):
+        folder(tmp_path / "photos" / part, 8, first=first)
+    (tmp_path / "photos/val/red/copy.png").write_bytes((tmp_path / "photos/train/red/003.png").read_bytes())
+    _, findings = look(tmp_path / "photos", tmp_path / "out", size=32)
+    (line,) = [line for line in audit.summary(findings) if "WARNING" in line]
+    assert line.startswith("WARNING: 1 validation images (4.0%) have an exact or near duplicate in the training part")
+    assert "1 validation images (4.00%)" in (tmp_path / "out" / "index.html").read_text()
+
+
 def test_unreadable_odd_and_rare_are_listed(found):
     _, findings, _ = found
     assert [file["file"] for file in findings["unreadable"]] == ["train/red/short.png"]
