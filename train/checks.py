@@ -39,6 +39,6 @@ def _mode(owner: str, settings: Namespace, choices: list[str | None]) -> str:
         raise ValueError(f"{owner}.monitor: {settings.monitor!r} is none of {there}")
     wanted = METRICS.get(settings.monitor, "max")
     if settings.monitor and settings.mode not in ("auto", wanted):
-        raise ValueError(f"{owner}.mode: {settings.mode} would take the worst {settings.monitor} for the best; leave it "
-                         f"out or give {wanted}")
+        raise ValueError(f"{owner}.mode: {settings.mode} would take the worst {settings.monitor} for the best; leave "
+                         f"it out or give {wanted}")
     return wanted

@@ -31,8 +31,9 @@ def check(kept: dict[str, Any], data: ImageData, command: str) -> None:
             cure = (f"the split is another; give the recipe it was trained with, or {kept['flags']}" if same else
                     f"its images, labels or classes are not those of {kept['source']} as it was trained on; put those "
                     "back, or give data that shares none of them")
-            raise DataError(f"{data.source}: the checkpoint was trained on {len(seen)} of the {data.counts[part]} {part} "
-                            f"images, such as {data.found.items.name(int(data.index[part][seen[0]]))}: {cure}")
+            first = data.found.items.name(int(data.index[part][seen[0]]))
+            raise DataError(f"{data.source}: the checkpoint was trained on {len(seen)} of the {data.counts[part]} "
+                            f"{part} images, such as {first}: {cure}")
     say(f"WARNING: {'another split' if same else 'other data'} than the checkpoint was trained with ({kept['source']}, "
         f"{kept['flags']}); none of the {' and '.join(SCORED[command])} images is one of those it was trained on")
 

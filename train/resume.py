@@ -192,8 +192,9 @@ class Resume(Checkpoint):  # this base makes it the last of the callbacks, when 
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.global_step == self._start and not self.begun and trainer.is_global_zero:
-            print(f"train: {trainer.ckpt_path}: nothing was trained, as its {trainer.current_epoch} epochs are all that "
-                  "was asked for; its weights stay as they are (more --trainer.max_epochs to go on)", file=sys.stderr)
+            print(f"train: {trainer.ckpt_path}: nothing was trained, as its {trainer.current_epoch} epochs are all "
+                  "that was asked for; its weights stay as they are (more --trainer.max_epochs to go on)",
+                  file=sys.stderr)
 
 
 def _preempted() -> Preempted:

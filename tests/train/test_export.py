@@ -128,8 +128,8 @@ def test_int8_is_chosen_by_validation_images_and_measured_on_test_images(bundle)
     lost = {part: 100 * (accuracy("fp32", part) - accuracy("int8", part)) for part in ("val", "test")}
     assert lost["val"] <= 0.5
     assert bundle.manifest.variants["int8"].accuracy == pytest.approx(accuracy("int8", "test"))
-    said = re.fullmatch(r"int8 loses (\S+) points of validation accuracy \(0.5 allowed\).*; of test accuracy it loses (\S+)",
-                        bundle.manifest.notes[0])
+    said = re.fullmatch(r"int8 loses (\S+) points of validation accuracy \(0.5 allowed\).*; "
+                        r"of test accuracy it loses (\S+)", bundle.manifest.notes[0])
     assert [float(number) for number in said.groups()] == pytest.approx([lost["val"], lost["test"]], abs=0.006)
 
 

@@ -38,8 +38,8 @@ td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; width: 70px 
 .bar { height: 10px; border-radius: 5px; background: var(--bar) } code { font-size: 13px }
 """
 
-TEST_LEAK = ("test images ({share:.2%}) have an exact or near duplicate in the data that is trained on. They make the test "
-             "figures look better than they are; figures are given with and without them.")
+TEST_LEAK = ("test images ({share:.2%}) have an exact or near duplicate in the data that is trained on. They make the "
+             "test figures look better than they are; figures are given with and without them.")
 VAL_LEAK = ("validation images ({share:.2%}) have an exact or near duplicate in the training part. The best epoch, the "
             "temperature, the thresholds and the prediction sets are chosen with them, so answers are surer than they "
             "should be.")
