@@ -1,4 +1,5 @@
 """The system: a network, its loss, metrics, optimizer and schedule. Lightning runs the loop."""
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any, Literal
@@ -76,12 +77,25 @@ class Classifier(L.LightningModule):
         weights = data.class_weights if self.weigh_classes else None
         self.register_buffer("class_weights", weights, persistent=False)
         if self.weights:
-            load_weights(self.network, weights_file(self.weights, self.name))
+            self._load(self.weights, training=stage == "fit")
         elif stage == "fit" and self.network.prepare:
             self.network.prepare(self.normalize(first_images(data.train_dataloader(), PREPARE_IMAGES)))
         self.network.to(memory_format=self.layout)  # type: ignore[call-overload]  # torch's overloads leave it out
         if self.compile_mode != "off":
             self.network.compile(mode=self.compile_mode)  # the network, not this module: self.log breaks inside
+
+    def _load(self, weights: str, training: bool) -> None:
+        """From a file. Raises ValueError where tensors that it lacks, or has in other shapes, would be scored."""
+        lacking = [name for name in load_weights(self.network, weights_file(weights, self.name))
+                   if not name.endswith("num_batches_tracked")]  # which no answer depends on
+        if not lacking:
+            return
+        names = ", ".join(lacking[:4]) + (f" and {len(lacking) - 4} more" if len(lacking) > 4 else "")
+        if not training:
+            raise ValueError(f"model.weights: {weights} has no {names} that fit, so those would be random; give the "
+                             "data (classes, size, channels) that it was trained with")
+        if self.trainer.is_global_zero:
+            print(f"train: {weights}: all but {names} is taken from there; these begin at random", file=sys.stderr)
 
     def normalize(self, images: Tensor) -> Tensor:
         return ((images - self.mean) / self.std).contiguous(memory_format=self.layout)

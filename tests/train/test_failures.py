@@ -94,6 +94,20 @@ def elsewhere(commands, tmp_path_factory) -> Path:
     return place
 
 
+def test_what_a_file_of_weights_lacks_is_told_and_not_scored(commands, elsewhere, tmp_path):
+    torch.save(networks.build("convnet", 10, 3, 8).state_dict(), tmp_path / "ten.pt")  # and the photos have three
+    settings = ("--data.source", "photos", "--data.size", 8, "--model.network", "convnet", "--model.weights",
+                tmp_path / "ten.pt", *QUIET[2:], "--trainer.default_root_dir", tmp_path)
+    trained = commands.run("fit", *settings, "--trainer.max_epochs", 1, "--export.enabled", "false", cwd=elsewhere)
+    assert f"train: {tmp_path / 'ten.pt'}: all but head.weight, head.bias is taken from there" in trained.text
+    for subcommand in ("test", "validate", "predict"):
+        refused = commands.start(subcommand, *settings, cwd=elsewhere)
+        assert refused.status() == 2
+        assert "ten.pt has no head.weight, head.bias that fit, so" in refused.text.splitlines()[-1]
+    best = next(tmp_path.rglob("best.ckpt"))
+    assert "ten.pt" not in commands.run("test", *settings, "--ckpt_path", best, cwd=elsewhere).text
+
+
 SPLIT = "--data.val_fraction 0.15 --data.test_fraction 0.15 --seed_everything 0"
 
 
