@@ -164,13 +164,14 @@ class CLI(LightningCLI):
     def predict(self, **arguments: Any) -> None:
         """Print what the checkpoint makes of the test part, as CSV: image, predicted class, its probability."""
         found = chain.from_iterable(self.trainer.predict(**arguments) or [])
-        data, rows = self.datamodule, csv.writer(sys.stdout)
+        data, answers = self.datamodule, []
         mine = data.index["test"][self.trainer.global_rank::self.trainer.world_size]
-        if self.trainer.is_global_zero:
-            rows.writerow(("image", "label", "confidence"))
         for i, probabilities in zip(mine.tolist(), found, strict=False):  # limit_predict_batches may end it sooner
             confidence, index = probabilities.max(0)
-            rows.writerow((data.found.items.name(i), data.classes[index], f"{confidence:.4f}"))
+            answers.append((i, data.found.items.name(i), data.classes[index], f"{confidence:.4f}"))
+        answers = sorted(distributed.gather(self.trainer, answers))
+        if self.trainer.is_global_zero:
+            csv.writer(sys.stdout).writerows([("image", "label", "confidence"), *(row[1:] for row in answers)])
 
     def plain_config(self) -> dict[str, Any]:
         """All knobs as plain values, as the manifest keeps them."""
