@@ -103,7 +103,7 @@ class Metrics(_Part):
     nll: float
     ece: float | None = None
     per_class: list[ClassMetrics] = []
-    confusion: list[list[int]] = Field(default=[], description="rows: true class, columns: predicted")
+    confusion: list[list[int]] = Field(default=[], description="rows: true class, columns: predicted; empty with many")
 
 
 class DataInfo(_Part):

@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from models.image import decode
-from train.system import METRICS
 from train.trainer import ours
 
 
@@ -104,16 +103,14 @@ class ProgressBar(LightningProgressBar):
 class EarlyStopping(LightningEarlyStopping):
     """Ends the run when validation no longer gets better; off unless `patience` is given."""
 
-    def __init__(self, patience: int = 0, monitor: str = "val/loss", mode: str = "min", min_delta: float = 0.0):
+    def __init__(self, patience: int = 0, monitor: str = "val/loss", mode: str = "auto", min_delta: float = 0.0):
         """
         Args:
             patience: validations without a better value before the run ends; 0 never ends it.
             monitor: the metric.
-            mode: min or max.
+            mode: min or max; auto follows the metric.
             min_delta: how much better counts.
         """
-        if monitor not in METRICS:
-            raise ValueError(f"early_stopping.monitor: {monitor!r} is none of {', '.join(METRICS)}")
         super().__init__(monitor, min_delta, patience or 10**9, mode=mode, verbose=patience > 0,
                          strict=False)  # a run that ends within its first epoch has no validation
 

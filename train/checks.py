@@ -4,11 +4,19 @@ from pathlib import Path
 from jsonargparse import Namespace
 
 from train import checkpoints
+from train.system import METRICS
 
 
 def check(subcommand: str, config: Namespace) -> None:
-    """Raise ValueError, in one line that says what to do, for settings of one subcommand that don't go together."""
-    model, trainer = config.model, config.trainer
+    """Raise ValueError, in one line that says what to do, for settings of one subcommand that can't be or don't go
+    together; fill in the modes that follow from what is monitored."""
+    model, trainer, keeper = config.model, config.trainer, config.checkpoint
+    # Where the best weights are kept, after a validation, the metrics of training are those of the epoch before.
+    keeper.mode = _mode("checkpoint", keeper, ["val/loss", "val/accuracy", None])
+    config.early_stopping.mode = _mode("early_stopping", config.early_stopping, [*METRICS])
+    if keeper.save_top_k not in (0, 1):
+        raise ValueError(f"checkpoint.save_top_k: {keeper.save_top_k} is neither 1, for best.ckpt, nor 0, for none; a "
+                         "run keeps the weights of one epoch")
     if model.weigh_classes and config.data.sampling == "balanced":
         raise ValueError("model.weigh_classes and data.sampling: balanced each make up for rare classes, and both do "
                          "it twice; choose one")
@@ -22,3 +30,15 @@ def check(subcommand: str, config: Namespace) -> None:
     if config.ckpt_path and Path(config.ckpt_path).is_file() and not checkpoints.whole(Path(config.ckpt_path)):
         raise ValueError(f"--ckpt_path {config.ckpt_path}: no checkpoint, or a damaged one; a run keeps best.ckpt and "
                          "last.ckpt in its directory (--model.weights takes files of weights only)")
+
+
+def _mode(owner: str, settings: Namespace, choices: list[str | None]) -> str:
+    """min or max, as the metric that is monitored wants it."""
+    if settings.monitor not in choices:
+        there = ", ".join(name or "null" for name in choices)
+        raise ValueError(f"{owner}.monitor: {settings.monitor!r} is none of {there}")
+    wanted = METRICS.get(settings.monitor, "max")
+    if settings.monitor and settings.mode not in ("auto", wanted):
+        raise ValueError(f"{owner}.mode: {settings.mode} would take the worst {settings.monitor} for the best; leave "
+                         f"it out or give {wanted}")
+    return wanted

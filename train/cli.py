@@ -20,8 +20,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from models.store import Store
 from train import checks, distributed, lean, loggers, runs
-from train.audit.__main__ import main as audit
 from train.audit.callback import Audit
+from train.audit.command import look
 from train.callbacks import EarlyStopping, ProgressBar, SamplePredictions
 from train.data import ImageData
 from train.ema import WeightAverage
@@ -38,7 +38,7 @@ from train.trainer import ours
 
 RECIPES = Path(__file__).parent / "recipes"
 RUNS = "artifacts/runs"
-FINDERS = {"find-lr": find_lr, "find-batch-size": find_batch_size}
+FINDERS: dict[str, Any] = {"audit": look, "find-lr": find_lr, "find-batch-size": find_batch_size}
 FAILURE = 1  # exit status for what went wrong in a run that was set up right
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 USAGE = 2  # exit status for what the user can put right
@@ -83,7 +83,7 @@ class CLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed")
         parser.set_defaults({
             "lr_monitor.logging_interval": "epoch",
-            "checkpoint.monitor": "val/accuracy", "checkpoint.mode": "max", "checkpoint.filename": "best",
+            "checkpoint.monitor": "val/accuracy", "checkpoint.mode": "auto", "checkpoint.filename": "best",
             "checkpoint.enable_version_counter": False, "checkpoint.auto_insert_metric_name": False,
         })
 
@@ -108,6 +108,8 @@ class CLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Lightning's whole command, the bundle included, with words for errors that torch tells in a traceback."""
+        if self.config_init[subcommand].ckpt_path:
+            self.model.weights = None  # the checkpoint's take their place
         try:
             super()._run_subcommand(subcommand)
         except (RuntimeError, MemoryError) as error:
@@ -139,6 +141,7 @@ class CLI(LightningCLI):
         self.trainer.loggers = [*self.trainer.loggers, *loggers.make(config.logger, self.run)]
         if self.run.checkpoint:
             config.ckpt_path, config.weights_only = str(self.run.checkpoint), True
+            self.model.weights = None
 
     def fit(self, **arguments: Any) -> None:
         lean.trim(self.trainer, self.model)
@@ -161,13 +164,14 @@ class CLI(LightningCLI):
     def predict(self, **arguments: Any) -> None:
         """Print what the checkpoint makes of the test part, as CSV: image, predicted class, its probability."""
         found = chain.from_iterable(self.trainer.predict(**arguments) or [])
-        data, rows = self.datamodule, csv.writer(sys.stdout)
+        data, answers = self.datamodule, []
         mine = data.index["test"][self.trainer.global_rank::self.trainer.world_size]
-        if self.trainer.is_global_zero:
-            rows.writerow(("image", "label", "confidence"))
         for i, probabilities in zip(mine.tolist(), found, strict=False):  # limit_predict_batches may end it sooner
             confidence, index = probabilities.max(0)
-            rows.writerow((data.found.items.name(i), data.classes[index], f"{confidence:.4f}"))
+            answers.append((i, data.found.items.name(i), data.classes[index], f"{confidence:.4f}"))
+        answers = sorted(distributed.gather(self.trainer, answers))
+        if self.trainer.is_global_zero:
+            csv.writer(sys.stdout).writerows([("image", "label", "confidence"), *(row[1:] for row in answers)])
 
     def plain_config(self) -> dict[str, Any]:
         """All knobs as plain values, as the manifest keeps them."""
@@ -231,25 +235,26 @@ def _take(argv: list[str], flag: str) -> tuple[str | None, list[str]]:
     return None, argv
 
 
-def run(argv: list[str]) -> CLI | None:
+def run(argv: list[str]) -> CLI:
     """One command. Raises ValueError with one line for what the user can put right."""
-    if argv[:1] == ["audit"]:
-        audit(argv[1:])
-        return None
     if argv[:1] == ["run"]:
         argv = front_door(argv[1:])
     kind: Any = CLI
     if argv and argv[0] in FINDERS:
-        kind = partial(Finder, FINDERS[argv[0]])
+        finder = FINDERS[argv[0]]
+        if finder is look:
+            out, argv = _take(argv, "--out")
+            finder = partial(look, out=out)
+        kind = partial(Finder, finder)
         argv = ["fit", *argv[1:]] if argv[1:2] and argv[1].startswith("-") else front_door(argv[1:])
     return kind(
         Classifier, ImageData, args=argv, parser_class=Parser,
         auto_configure_optimizers=False, save_config_callback=None,
         trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False, "max_epochs": 10},
         parser_kwargs={"prog": "python -m train", "description": (
-            "run DATA takes the recipe named for the data and does what fit does with it; audit DATA looks for "
-            "broken, duplicate and leaked images; find-lr DATA and find-batch-size DATA try some. "
-            "The commands below are Lightning's, each with all its flags.")})
+            "run DATA takes the recipe named for the data and does what fit does with it; audit DATA [--out DIR] "
+            "looks for broken, duplicate and leaked images in the same split; find-lr DATA and find-batch-size DATA "
+            "try some. The commands below are Lightning's, each with all its flags.")})
 
 
 def main(argv: list[str] | None = None) -> int:

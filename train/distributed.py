@@ -6,6 +6,7 @@
 import json
 import os
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import lightning as L
@@ -41,6 +42,15 @@ def agree(trainer: L.Trainer, choose: Callable[[], dict[str, Any]]) -> dict[str,
     chosen = choose()
     os.environ[CHOSEN] = json.dumps(chosen)
     return chosen
+
+
+def gather(trainer: L.Trainer, rows: list[Any]) -> list[Any]:
+    """The rows (plain values) of all processes, those of the first one first."""
+    if trainer.world_size == 1:
+        return rows
+    found: list[list[Any]] = [[]] * trainer.world_size
+    torch.distributed.all_gather_object(found, rows)
+    return list(chain.from_iterable(found))
 
 
 def part() -> None:

@@ -11,6 +11,8 @@ from train.data import ImageData
 from train.data.pixels import pixels_of
 from train.graph import Served
 
+CONFUSION_CLASSES = 256  # the most that get a confusion matrix, whose size is the square of it
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -51,17 +53,24 @@ def metrics(scores: Scores, temperature: float) -> Metrics:
     logits, labels = scores.logits, scores.labels
     classes = logits.shape[1]
     predicted = logits.argmax(1)
-    confusion = np.bincount(classes * labels + predicted, minlength=classes**2).reshape(classes, classes)
-    true, support, answered = np.diag(confusion), confusion.sum(1), confusion.sum(0)
+    true, support, answered = (np.bincount(of, minlength=classes) for of in (
+        labels[predicted == labels], labels, predicted))
     precision, recall = _ratio(true, answered), _ratio(true, support)
     f1 = _ratio(2 * precision * recall, precision + recall)
     rank = (logits > logits[np.arange(len(labels)), labels][:, None]).sum(1)
     return Metrics(
         images=len(labels), accuracy=float((predicted == labels).mean()),
         top5=float((rank < 5).mean()) if classes > 5 else None, nll=nll(logits, labels, temperature),
-        ece=ece(softmax(logits, temperature), labels), confusion=confusion.tolist(),
+        ece=ece(softmax(logits, temperature), labels), confusion=_confusion(labels, predicted, classes),
         per_class=[ClassMetrics(precision=p, recall=r, f1=f, support=int(s))
                    for p, r, f, s in zip(precision, recall, f1, support, strict=True)])
+
+
+def _confusion(labels: np.ndarray, predicted: np.ndarray, classes: int) -> list[list[int]]:
+    """Images by true class and answer; nothing where the manifest would be made of little else."""
+    if classes > CONFUSION_CLASSES:
+        return []
+    return np.bincount(classes * labels + predicted, minlength=classes**2).reshape(classes, classes).tolist()
 
 
 def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -109,7 +109,8 @@ def export_bundle(trainer: L.Trainer, system: Classifier, data: ImageData, expor
         save_file({k: v.contiguous() for k, v in served.network.state_dict().items()},
                   staged.path / "weights.safetensors", {key: json.dumps(value) for key, value in about.items()})
         samples, expected = write_samples(staged.path, served, data, export.samples)
-        variants, notes = make_variants(staged.path, served, data, expected, test, export.quantize, seconds)
+        variants, notes = make_variants(staged.path, served, data, expected, {"val": val, "test": test},
+                                        export.quantize, seconds)
         info = DataInfo(source=str(data.source), digest=data.digest, counts=data.counts)
         manifest = Manifest(
             name=name, version=staged.version, created=datetime.now(UTC), network=system.name, classes=data.classes,
@@ -169,20 +170,20 @@ def write_samples(directory: Path, served: Served, data: ImageData, count: int) 
 
 
 def make_variants(directory: Path, served: Served, data: ImageData, expected: dict[str, np.ndarray],
-                  test: evaluate.Scores, config: QuantizeConfig, seconds: dict[str, float]
+                  scores: dict[str, evaluate.Scores], config: QuantizeConfig, seconds: dict[str, float]
                   ) -> tuple[dict[str, Variant], list[str]]:
     """model.onnx and, where it passes its gate, model.int8.onnx, certified and timed; and notes for the manifest."""
     files, accuracy, notes = {"fp32": directory / "model.onnx"}, {}, []
     with timed(seconds, "export"):
         opset = export_onnx(served, data.input, len(data.classes), files["fp32"])
-    accuracy["fp32"] = float((test.logits.argmax(1) == test.labels).mean())
+    accuracy["fp32"] = float((scores["test"].logits.argmax(1) == scores["test"].labels).mean())
     if config.enabled:
         with timed(seconds, "quantize"):
             target = directory / "model.int8.onnx"
-            passed, note = make_int8(files["fp32"], target, data, test, config)
+            tested, note = make_int8(files["fp32"], target, data, scores, config)
         notes.append(note)
-        if passed is not None:
-            files["int8"], accuracy["int8"] = target, passed
+        if tested is not None:
+            files["int8"], accuracy["int8"] = target, tested
     with timed(seconds, "certify"):
         runs = {name: runner(file) for name, file in files.items()}
         images = evaluate.images(data, "val", evaluate.spread(data.counts["val"], CERTIFIED))
@@ -204,27 +205,30 @@ def make_variants(directory: Path, served: Served, data: ImageData, expected: di
     return variants, notes
 
 
-def make_int8(source: Path, target: Path, data: ImageData, test: evaluate.Scores, config: QuantizeConfig
+def make_int8(source: Path, target: Path, data: ImageData, scores: dict[str, evaluate.Scores], config: QuantizeConfig
               ) -> tuple[float | None, str]:
-    """Its accuracy on the test part, or None where it is not shipped; and a note that says how it went."""
-    rows = evaluate.spread(len(test.labels), config.gate_images)
-    labels = test.labels[rows]
+    """Its accuracy on the test part, or None where it is not shipped; and a note that says how it went. Its gate is
+    of validation images: what is left in float is chosen by it."""
+    rows = {part: evaluate.spread(len(of.labels), config.gate_images) for part, of in scores.items()}
 
-    def accuracy(file: Path) -> float:
+    def accuracy(file: Path, part: str) -> float:
         run = runner(file)
-        right = [run(evaluate.images(data, "test", some))["probabilities"].argmax(1) == test.labels[some]
-                 for some in np.array_split(rows, -(-len(rows) // 64))]
+        right = [run(evaluate.images(data, part, some))["probabilities"].argmax(1) == scores[part].labels[some]
+                 for some in np.array_split(rows[part], -(-len(rows[part]) // 64))]
         return float(np.concatenate(right).mean())
 
-    reference = float((test.logits[rows].argmax(1) == labels).mean())
+    reference = {part: float((of.logits.argmax(1) == of.labels)[rows[part]].mean()) for part, of in scores.items()}
     training = evaluate.images(data, "train", evaluate.spread(data.counts["train"], config.images))
     try:
-        found = quantize(source, target, training, accuracy, reference, config)
+        found = quantize(source, target, training, lambda file: accuracy(file, "val"), reference["val"], config)
     except Exception as error:  # a network may hold what onnxruntime's quantizer does not know, and raises anything
         target.unlink(missing_ok=True)
         cause = " ".join(str(error).split())[:200]
         return None, f"int8 is not shipped: onnxruntime can't quantize this network ({cause})"
-    return (found.accuracy if found.passed else None), found.story(config.max_loss)
+    if not found.passed:
+        return None, found.story(config.max_loss)
+    tested = accuracy(target, "test")
+    return tested, f"{found.story(config.max_loss)}; of test accuracy it loses {100 * (reference['test'] - tested):.2f}"
 
 
 def score_all(data: ImageData, val: evaluate.Scores, test: evaluate.Scores, augmented: evaluate.Scores | None,

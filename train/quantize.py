@@ -23,8 +23,8 @@ class QuantizeConfig:
     Args:
         enabled: make an int8 variant and ship it if it passes the gate.
         images: training images that set the ranges of activations.
-        max_loss: points of test accuracy that int8 may cost.
-        gate_images: test images that the gate counts, at most.
+        max_loss: points of validation accuracy that int8 may cost.
+        gate_images: validation images that the gate counts, at most; and test images that the outcome is measured on.
     """
 
     enabled: bool = True
@@ -42,7 +42,6 @@ class Quantized:
     """How quantization ended. `lost`: points of accuracy on the gate's images; negative where int8 is better."""
 
     lost: float
-    accuracy: float
     left_in_float: list[str]
     passed: bool
     tried: list[tuple[float, float]]  # share of layers left in float, points lost
@@ -51,9 +50,9 @@ class Quantized:
         """One line for people: what happened and why."""
         if not self.passed:
             tries = ", ".join(f"{lost:.2f} with {share:.0%} of the layers left in float" for share, lost in self.tried)
-            return f"int8 is not shipped: it loses more than {max_loss} points of test accuracy ({tries})"
+            return f"int8 is not shipped: it loses more than {max_loss} points of validation accuracy ({tries})"
         left = f", with {len(self.left_in_float)} layers left in float" if self.left_in_float else ""
-        return f"int8 loses {self.lost:.2f} points of test accuracy ({max_loss} allowed){left}"
+        return f"int8 loses {self.lost:.2f} points of validation accuracy ({max_loss} allowed){left}"
 
 
 def quantize(source: Path, target: Path, images: np.ndarray, accuracy: Callable[[Path], float], reference: float,
@@ -73,15 +72,14 @@ def quantize(source: Path, target: Path, images: np.ndarray, accuracy: Callable[
                 order = by_damage(prepared, images[:DAMAGE_IMAGES], layers)
             left = order[:max(1, round(share * len(layers)))] if share else []
             _write(prepared, target, images, left)
-            found = accuracy(target)
-            lost = 100 * (reference - found)
+            lost = 100 * (reference - accuracy(target))
             tried.append((share, lost))
             if lost <= config.max_loss:
-                return Quantized(lost, found, left, True, tried)
+                return Quantized(lost, left, True, tried)
     finally:
         prepared.unlink(missing_ok=True)
     target.unlink()
-    return Quantized(lost, found, left, False, tried)
+    return Quantized(lost, left, False, tried)
 
 
 def _prepare(source: Path, target: Path) -> list[str]:

@@ -29,7 +29,7 @@ def write_report(directory: Path, manifest: Manifest, served: Served, data: Imag
         "m": m, "test": m.metrics["test"], "val": m.metrics["val"], "c": m.calibration, "p": m.provenance,
         "purpose": export.purpose or _purpose(m), "limits": export.limits or _limits(m), "license": export.license,
         "parameters": sum(p.numel() for p in served.network.parameters()), "cam": served.network.spatial,
-        "curves": training_curves(history), "confusion": _matrix(m), "confused": most_confused(m),
+        "curves": training_curves(history), "confusion": _matrix(m), "confused": most_confused(test, m.classes),
         "per_class": sorted(zip(m.classes, m.metrics["test"].per_class, strict=True), key=lambda row: row[1].f1),
         "mistakes": mistakes(served, data, test, probabilities, m.classes),
         "reliability": reliability_diagram(softmax(val.logits), softmax(val.logits, temperature), val.labels),
@@ -84,13 +84,13 @@ def _matrix(m: Manifest) -> Markup | None:
     return charts.confusion(m.metrics["test"].confusion, m.classes) if len(m.classes) <= MATRIX_CLASSES else None
 
 
-def most_confused(m: Manifest, count: int = 8) -> list[tuple[str, str, int]]:
+def most_confused(test: evaluate.Scores, classes: list[str], count: int = 8) -> list[tuple[str, str, int]]:
     """(true class, predicted class, images), most first."""
-    matrix = np.array(m.metrics["test"].confusion)
-    np.fill_diagonal(matrix, 0)
-    order = np.argsort(-matrix, axis=None, kind="stable")[:count]
-    pairs = [divmod(int(i), len(matrix)) for i in order]
-    return [(m.classes[i], m.classes[j], int(matrix[i, j])) for i, j in pairs if matrix[i, j]]
+    predicted = test.logits.argmax(1)
+    wrong = predicted != test.labels
+    pairs, images = np.unique(np.stack([test.labels, predicted], 1)[wrong], axis=0, return_counts=True)
+    order = np.argsort(-images, kind="stable")[:count]
+    return [(classes[i], classes[j], int(n)) for (i, j), n in zip(pairs[order], images[order], strict=True)]
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ class Resume(Checkpoint):  # this base makes it the last of the callbacks, when 
         self._next = float("inf")
         self._stage: str | None = None
         self._loaded: dict[str, Any] | None = None
+        self._start = -1  # the step of the checkpoint that was loaded
         self._group: Any = None  # of CPU messages between processes
         self._asked: Any = None
 
@@ -176,15 +177,24 @@ class Resume(Checkpoint):  # this base makes it the last of the callbacks, when 
                 count.update(dict.fromkeys(count, count["completed"]))
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        if trainer.state.fn != "fit" or "resume" not in checkpoint:
+        if trainer.state.fn != "fit":
+            return
+        self._start = checkpoint["global_step"]
+        if "resume" not in checkpoint:
             return
         self._loaded = checkpoint["resume"]
         if self._loaded["stage"] in ("epoch", "end"):  # no epoch is under way, so none is restarted
             loop = trainer.fit_loop
             loop.load_state_dict(checkpoint.pop("loops")["fit_loop"])
             loop._restarting = loop.epoch_loop.restarting = False
-        if self._loaded["stage"] == "end":
+        if self._loaded["stage"] == "end" and self.begun:  # another run's checkpoint is there to be trained on
             trainer.should_stop = True  # also when it had stopped early
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.global_step == self._start and not self.begun and trainer.is_global_zero:
+            print(f"train: {trainer.ckpt_path}: nothing was trained, as its {trainer.current_epoch} epochs are all "
+                  "that was asked for; its weights stay as they are (more --trainer.max_epochs to go on)",
+                  file=sys.stderr)
 
 
 def _preempted() -> Preempted:

@@ -21,9 +21,12 @@ from train.resume import Resume
 
 SETTINGS, FINISHED = "settings.json", "finished"
 # Settings that decide what is learnt. A run whose other settings change, such as its logger, is still the same run.
-# eval_batch_size may have to shrink after the last step, where the bundle's figures did not fit into memory.
-DECISIVE = ("seed_everything", "data", "model", "ema", "early_stopping", "checkpoint", "trainer", "ckpt_path")
-INDIFFERENT = ("logger", "default_root_dir", "profiler", "enable_progress_bar")  # of the trainer's
+DECISIVE = ("seed_everything", "data", "model", "ema", "early_stopping", "checkpoint", "trainer", "ckpt_path",
+            "processes")
+# eval_batch_size may have to shrink after the last step, where the bundle's figures did not fit into memory. What is
+# streamed instead of kept, by memory_share, is normalised by a sample of the images.
+INDIFFERENT = {"trainer": ("logger", "default_root_dir", "profiler", "enable_progress_bar"),
+               "data": ("eval_batch_size", "workers", "cache")}
 
 
 @dataclass(frozen=True)
@@ -77,13 +80,16 @@ def begin(trainer: L.Trainer, root: Path, name: str, config: dict[str, Any], fre
 
 def claim(root: Path, name: str, config: dict[str, Any], processes: int, fresh: bool) -> Run:
     """The same for one process. The run is this process's until it ends, however it ends."""
-    settings = json.dumps(_decisive(config) | {"processes": processes}, indent=1, sort_keys=True, default=str)
+    settings = json.loads(json.dumps(_decisive(config | {"processes": processes}), default=str))
     parent = (root / name).resolve()
     parent.mkdir(parents=True, exist_ok=True)
-    same = [path for path in _numbered(parent) if _digest(path) == hashlib.sha256(settings.encode()).hexdigest()]
+    there = _numbered(parent)
+    same = [path for path in there if _settings(path) == settings]
     if same and not fresh and not (same[-1] / FINISHED).exists() and _lock(same[-1]):
         return _going_on(same[-1])
-    number = int(_numbered(parent)[-1].name) + 1 if _numbered(parent) else 1
+    if there and not fresh:
+        _tell_of_other(there[-1], settings)
+    number = int(there[-1].name) + 1 if there else 1
     while True:
         path = parent / str(number)
         try:
@@ -92,7 +98,7 @@ def claim(root: Path, name: str, config: dict[str, Any], processes: int, fresh: 
             number += 1
             continue
         if _lock(path):
-            (path / SETTINGS).write_text(settings)
+            (path / SETTINGS).write_text(json.dumps(settings, indent=1, sort_keys=True))
             return Run(path)
 
 
@@ -106,20 +112,36 @@ def _going_on(path: Path) -> Run:
     return Run(path, checkpoint)
 
 
+def _tell_of_other(path: Path, settings: dict[str, Any]) -> None:
+    """Say so where a run that could be gone on with is not, as its settings are others."""
+    differing = _differing(_settings(path) or settings, settings)
+    if differing and checkpoints.found(path) and not (path / FINISHED).exists() and not _held_by_another(path):
+        print(f"train: {path}: unfinished, but begun with other settings ({', '.join(differing)}), so a new run begins",
+              file=sys.stderr)
+
+
 def _decisive(config: dict[str, Any]) -> dict[str, Any]:
     kept = {key: config.get(key) for key in DECISIVE}
-    return kept | {"trainer": {k: v for k, v in config["trainer"].items() if k not in INDIFFERENT},
-                   "data": {k: v for k, v in config["data"].items() if k != "eval_batch_size"}}
+    return kept | {owner: {k: v for k, v in config[owner].items() if k not in names}
+                   for owner, names in INDIFFERENT.items()}
+
+
+def _differing(one: Any, other: Any, name: str = "") -> list[str]:
+    """The settings that are not the same in both, as flags name them."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return [found for key in sorted(one.keys() | other.keys())
+                for found in _differing(one.get(key), other.get(key), f"{name}.{key}" if name else key)]
+    return [] if one == other else [name]
 
 
 def _numbered(parent: Path) -> list[Path]:
     return sorted((p for p in parent.iterdir() if p.name.isdecimal() and p.is_dir()), key=lambda p: int(p.name))
 
 
-def _digest(path: Path) -> str | None:
+def _settings(path: Path) -> dict[str, Any] | None:
     try:
-        return hashlib.sha256((path / SETTINGS).read_bytes()).hexdigest()
-    except OSError:
+        return _decisive(json.loads((path / SETTINGS).read_text()))
+    except (OSError, ValueError, KeyError, AttributeError):  # being made, or made by somebody else
         return None
 
 
@@ -134,3 +156,11 @@ def _lock(path: Path) -> bool:
         return False
     _held.append(lock)
     return True
+
+
+def _held_by_another(path: Path) -> bool:
+    try:
+        with FileLock(path / ".lock", timeout=0):
+            return False
+    except Timeout:
+        return True

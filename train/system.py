@@ -1,4 +1,5 @@
 """The system: a network, its loss, metrics, optimizer and schedule. Lightning runs the loop."""
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any, Literal
@@ -11,14 +12,15 @@ from torch.nn.functional import cross_entropy
 
 from models import networks
 from models.networks.weights import load_weights, weights_file
-from train import optim
+from train import lineage, optim
 from train.evaluate import views
 from train.failures import Diverged
 from train.trainer import ours
 
 Batch = tuple[Tensor, Tensor]  # images uint8 or float 0..255 [B,C,H,W]; labels int64 [B] or shares [B,K]
 ADAMW, CONSTANT = optim.Optimizer(), optim.Schedule()
-METRICS = ("val/loss", "val/accuracy", "train/loss", "train/accuracy")  # of each epoch, by the names they are logged by
+# Of each epoch, by the names they are logged by, and whether less or more is better.
+METRICS = {"val/loss": "min", "val/accuracy": "max", "train/loss": "min", "train/accuracy": "max"}
 PREPARE_IMAGES = 5000  # training images that a network which fixes a layer from data gets to see
 
 
@@ -75,12 +77,25 @@ class Classifier(L.LightningModule):
         weights = data.class_weights if self.weigh_classes else None
         self.register_buffer("class_weights", weights, persistent=False)
         if self.weights:
-            load_weights(self.network, weights_file(self.weights, self.name))
+            self._load(self.weights, training=stage == "fit")
         elif stage == "fit" and self.network.prepare:
             self.network.prepare(self.normalize(first_images(data.train_dataloader(), PREPARE_IMAGES)))
         self.network.to(memory_format=self.layout)  # type: ignore[call-overload]  # torch's overloads leave it out
         if self.compile_mode != "off":
             self.network.compile(mode=self.compile_mode)  # the network, not this module: self.log breaks inside
+
+    def _load(self, weights: str, training: bool) -> None:
+        """From a file. Raises ValueError where tensors that it lacks, or has in other shapes, would be scored."""
+        lacking = [name for name in load_weights(self.network, weights_file(weights, self.name))
+                   if not name.endswith("num_batches_tracked")]  # which no answer depends on
+        if not lacking:
+            return
+        names = ", ".join(lacking[:4]) + (f" and {len(lacking) - 4} more" if len(lacking) > 4 else "")
+        if not training:
+            raise ValueError(f"model.weights: {weights} has no {names} that fit, so those would be random; give the "
+                             "data (classes, size, channels) that it was trained with")
+        if self.trainer.is_global_zero:
+            print(f"train: {weights}: all but {names} is taken from there; these begin at random", file=sys.stderr)
 
     def normalize(self, images: Tensor) -> Tensor:
         return ((images - self.mean) / self.std).contiguous(memory_format=self.layout)
@@ -164,6 +179,14 @@ class Classifier(L.LightningModule):
             self.sums.setdefault("test_unleaked", torch.zeros(4, dtype=torch.float64, device=self.device))
         self._report("test_unleaked")
         self._report("test_tta")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["lineage"] = lineage.record(ours(self.trainer).datamodule)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        command = self.trainer.state.fn
+        if "lineage" in checkpoint and command is not None:
+            lineage.check(checkpoint["lineage"], ours(self.trainer).datamodule, command.value)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         # A fused optimizer unscales gradients in its step, too late for clipping: under a mixed precision Lightning

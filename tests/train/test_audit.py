@@ -78,6 +78,16 @@ def test_leaked_test_images_are_known_by_their_place_in_the_part(found):
     assert np.flatnonzero(np.concatenate(marked)).tolist() == data.leaked_test.tolist()
 
 
+def test_leaked_validation_images_are_told_of(tmp_path):
+    for part, first in (("train", 0), ("val", 100), ("test", 200)):
+        folder(tmp_path / "photos" / part, 8, first=first)
+    (tmp_path / "photos/val/red/copy.png").write_bytes((tmp_path / "photos/train/red/003.png").read_bytes())
+    _, findings = look(tmp_path / "photos", tmp_path / "out", size=32)
+    (line,) = [line for line in audit.summary(findings) if "WARNING" in line]
+    assert line.startswith("WARNING: 1 validation images (4.0%) have an exact or near duplicate in the training part")
+    assert "1 validation images (4.00%)" in (tmp_path / "out" / "index.html").read_text()
+
+
 def test_unreadable_odd_and_rare_are_listed(found):
     _, findings, _ = found
     assert [file["file"] for file in findings["unreadable"]] == ["train/red/short.png"]
@@ -192,10 +202,26 @@ def test_many_images_meet_in_cells(monkeypatch):
 
 
 def test_the_command_writes_the_report_and_warns(commands, faulty, tmp_path):
-    done = commands.run("audit", faulty, "--out", tmp_path / "report", "--size", "32")
+    done = commands.run("audit", faulty, "--out", tmp_path / "report", "--data.size", "32")
     assert "WARNING: 3 test images" in done.text
     assert (tmp_path / "report" / "index.html").is_file()
     assert json.loads((tmp_path / "report" / "audit.json").read_text())["classes"] == sorted([*CLASSES, "rare"])
+
+
+@pytest.mark.parametrize("flags", [
+    (), ("--recipe", "digits"), ("--data.val_fraction", "0.3", "--seed_everything", "1")],
+    ids=["the folder's recipe", "another recipe", "flags"])
+def test_the_command_looks_at_what_training_takes(commands, tmp_path, flags):
+    source = folder(tmp_path / "photos", 20)
+    mirrored = cv2.flip(picture(1, 4), 1)  # a copy by the folder's recipe, which flips images, and by no other
+    cv2.imwrite(str(source / "green/mirrored.jpg"), mirrored, [cv2.IMWRITE_JPEG_QUALITY, 80])
+    commands.run("audit", source, *flags, "--out", tmp_path / "report")
+    commands.run("run", source, *flags, "--model.network", "convnet", "--trainer.max_steps", 1, "--export.enabled",
+                 "false", "--trainer.default_root_dir", tmp_path / "runs", "--progress.quiet", "true")
+    looked, trained = (json.loads(file.read_text()) for file in (
+        tmp_path / "report/audit.json", tmp_path / "runs/photos/1/audit/audit.json"))
+    assert looked == trained
+    assert looked["near_duplicates"]["count"] == ("--recipe" not in flags)
 
 
 def test_the_command_refuses_in_one_line(commands, tmp_path):

@@ -115,6 +115,23 @@ def test_two_launchers_meet(one, tmp_path):
 
 
 @pytest.mark.slow
+def test_predictions_of_all_processes_are_one_table(commands, tmp_path):
+    torch.save(networks.build("convnet", 10, 1, 8).state_dict(), tmp_path / "weights.pt")
+    first = ("predict", "--data.source", "digits", "--model.network", "convnet", "--model.weights", "weights.pt",
+             "--progress.quiet", "true")
+    one = commands.run(*first, cwd=tmp_path).text
+    done = torchrun(tmp_path, first=first)
+    two = (tmp_path / "log").read_text()
+    assert done.returncode == 0, two
+    assert table(two) == table(one)
+    assert len(table(one)) == 1 + 359
+
+
+def table(log: str) -> list[str]:
+    return [line for line in log.splitlines() if line == "image,label,confidence" or ".png," in line]
+
+
+@pytest.mark.slow
 def test_a_process_whose_test_images_are_all_leaked_keeps_step(tmp_path):
     for part in ("train", "test"):
         folder(tmp_path / "photos" / part, 8, first=100 * (part == "test"))

@@ -1,4 +1,6 @@
 """What goes wrong in a run is one line that says what to try, and a status that is not 0."""
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from launch import ROOT
+from pictures import folder
 
 from models import networks
 from train.failures import is_out_of_memory
@@ -34,6 +37,13 @@ QUIET = "--logger", "none", "--progress.quiet", "true", "--audit.enabled", "fals
     (("--ckpt_path", __file__), 2, "no checkpoint, or a damaged one"),
     (("--data.sampling", "balanced", "--model.weigh_classes", "true"), 2, "both do it twice; choose one"),
     (("--early_stopping.monitor", "val/los"), 2, "early_stopping.monitor: 'val/los' is none of val/loss, val/accuracy"),
+    (("--checkpoint.monitor", "val/acuracy"), 2,
+     "train: checkpoint.monitor: 'val/acuracy' is none of val/loss, val/accuracy, null"),
+    (("--checkpoint.monitor", "train/loss"), 2, "'train/loss' is none of val/loss, val/accuracy, null"),
+    (("--checkpoint.mode", "max"), 2, "checkpoint.mode: max would take the worst val/loss for the best"),
+    (("--early_stopping.mode", "max"), 2, "early_stopping.mode: max would take the worst val/loss for the best"),
+    (("--checkpoint.save_top_k", 2), 2, "checkpoint.save_top_k: 2 is neither 1"),
+    (("--checkpoint.save_top_k", -1), 2, "checkpoint.save_top_k: -1 is neither 1"),
     (("--trainer.max_epochs", 0), 2, "trainer.max_epochs: 0 trains nothing"),
 ])
 def test_one_line(commands, tmp_path, settings, status, words):
@@ -72,6 +82,60 @@ def test_a_checkpoint_of_another_network_is_refused(commands, tmp_path):
                              "--ckpt_path", next(tmp_path.rglob("best.ckpt")), cwd=tmp_path)
     assert command.status() == 2
     assert "best.ckpt: of another network" in command.text.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def elsewhere(commands, tmp_path_factory) -> Path:
+    """A place with photos and a best.ckpt of another split of them than the default one."""
+    place = tmp_path_factory.mktemp("elsewhere")
+    folder(place / "photos", 40)
+    commands.run("fit", "--data.source", "photos", *QUIET, "--model.network", "convnet", "--trainer.max_epochs", 1,
+                 "--data.val_fraction", 0.15, "--data.test_fraction", 0.15, "--export.enabled", "false", cwd=place)
+    return place
+
+
+def test_what_a_file_of_weights_lacks_is_told_and_not_scored(commands, elsewhere, tmp_path):
+    torch.save(networks.build("convnet", 10, 3, 8).state_dict(), tmp_path / "ten.pt")  # and the photos have three
+    settings = ("--data.source", "photos", "--data.size", 8, "--model.network", "convnet", "--model.weights",
+                tmp_path / "ten.pt", *QUIET[2:], "--trainer.default_root_dir", tmp_path)
+    trained = commands.run("fit", *settings, "--trainer.max_epochs", 1, "--export.enabled", "false", cwd=elsewhere)
+    assert f"train: {tmp_path / 'ten.pt'}: all but head.weight, head.bias is taken from there" in trained.text
+    for subcommand in ("test", "validate", "predict"):
+        refused = commands.start(subcommand, *settings, cwd=elsewhere)
+        assert refused.status() == 2
+        assert "ten.pt has no head.weight, head.bias that fit, so" in refused.text.splitlines()[-1]
+    best = next(tmp_path.rglob("best.ckpt"))
+    assert "ten.pt" not in commands.run("test", *settings, "--ckpt_path", best, cwd=elsewhere).text
+
+
+SPLIT = "--data.val_fraction 0.15 --data.test_fraction 0.15 --seed_everything 0"
+
+
+@pytest.mark.parametrize(("subcommand", "part"), [
+    ("test", "24 test"), ("validate", "9 val"), ("predict", "24 test"), ("fit", "9 val")])
+def test_images_that_a_checkpoint_was_trained_on_are_not_scored(commands, elsewhere, tmp_path, subcommand, part):
+    settings = (subcommand, "--data.source", "photos", "--model.network", "convnet", "--progress.quiet", "true",
+                "--ckpt_path", next(elsewhere.rglob("best.ckpt")), "--trainer.default_root_dir", tmp_path)
+    refused = commands.start(*settings, cwd=elsewhere)
+    assert refused.status() == 2
+    last = refused.text.splitlines()[-1]
+    assert re.search(rf"trained on [1-9]\d* of the {part} images, such as (red|green|blue)/0\d\d.png: ", last)
+    assert last.endswith(f"the split is another; give the recipe it was trained with, or {SPLIT}")
+    if subcommand != "fit":
+        assert "WARNING" not in commands.run(*settings, *SPLIT.split(), cwd=elsewhere).text
+
+
+def test_data_that_changed_since_is_told_from_data_that_a_checkpoint_never_saw(commands, elsewhere, tmp_path):
+    settings = ("test", "--model.network", "convnet", *QUIET[2:], "--ckpt_path", next(elsewhere.rglob("best.ckpt")),
+                *SPLIT.split(), "--data.source")
+    new = commands.run(*settings, folder(tmp_path / "new", 20, first=100), cwd=elsewhere)
+    assert "WARNING: other data than the checkpoint was trained with (photos, " in new.text
+    assert "none of the test images is one of those it was trained on" in new.text
+    changed = shutil.copytree(elsewhere / "photos", tmp_path / "photos")
+    (changed / "red/000.png").unlink()
+    refused = commands.start(*settings, changed, cwd=elsewhere)
+    assert refused.status() == 2
+    assert "its images, labels or classes are not those of photos" in refused.text.splitlines()[-1]
 
 
 @pytest.mark.parametrize(("evaluating", "flag"), [

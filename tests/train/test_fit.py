@@ -120,8 +120,7 @@ def test_knobs_train(tmp_path, flags):
 
 
 def test_the_average_of_the_weights_is_what_is_kept(tmp_path):
-    found = fit(tmp_path, "--ema.decay", "0.9", "--checkpoint.monitor", "val/loss", "--checkpoint.mode", "min",
-                epochs=2)
+    found = fit(tmp_path, "--ema.decay", "0.9", "--checkpoint.monitor", "val/loss", epochs=2)
     checkpoint = torch.load(found.trainer.checkpoint_callback.best_model_path, weights_only=True)
     kept, current = checkpoint["state_dict"], checkpoint["ema"]["current"]
     name = "network.head.weight"
@@ -144,8 +143,23 @@ def test_the_schedule_rises_and_falls(tmp_path):
 
 def test_early_stopping_ends_the_run(tmp_path):
     found = fit(tmp_path, "--early_stopping.patience", "1", "--early_stopping.monitor", "val/accuracy",
-                "--early_stopping.mode", "max", "--early_stopping.min_delta", "1", epochs=9)
+                "--early_stopping.min_delta", "1", epochs=9)
     assert found.trainer.current_epoch == 2
+
+
+@pytest.mark.parametrize(("metric", "best"), [("val/loss", min), ("val/accuracy", max)])
+def test_the_best_epoch_is_kept_by_whatever_metric_is_named(tmp_path, metric, best):
+    fit(tmp_path, "--checkpoint.monitor", metric, "--logger", "csv", epochs=4)
+    (run,) = (tmp_path / "runs/test").iterdir()
+    with open(run / "csv/metrics.csv", newline="") as file:
+        values = [float(row[metric]) for row in csv.DictReader(file) if row[metric]]
+    assert len(set(values)) == len(values) == 4
+    assert values[torch.load(run / "best.ckpt", weights_only=True)["epoch"]] == best(values)
+
+
+def test_early_stopping_by_accuracy_goes_on_while_it_rises(tmp_path):
+    found = fit(tmp_path, "--early_stopping.patience", "1", "--early_stopping.monitor", "val/accuracy", epochs=3)
+    assert found.trainer.current_epoch == 3
 
 
 def test_weights_from_disk_go_on_where_they_were(tmp_path):

@@ -187,6 +187,20 @@ def test_a_finished_run_and_another_job_s_run_are_left_alone(commands, tmp_path)
     assert sorted(p.name for p in (tmp_path / "digits").iterdir() if (p / "finished").exists()) == ["2", "3", "5"]
 
 
+def test_settings_that_decide_nothing_may_change_and_others_are_named(commands, undisturbed, tmp_path):
+    place = tmp_path / "runs"
+    assert start(commands, place, kill="TERM:step:4").status() == 143
+    indifferent = "--data.workers", 1, "--data.cache", tmp_path / "cache"
+    assert start(commands, place, *indifferent, kill="TERM:step:9").status() == 143
+    fresh = finish(commands, place, "--data.batch_size", 200, "--model.optimizer.lr", 0.03, "--trainer.max_epochs", 1)
+    assert (f"train: {place}/digits/1: unfinished, but begun with other settings (data.batch_size, model.optimizer.lr, "
+            "trainer.max_epochs), so a new run begins") in fresh.text
+    (place / "digits/2").rename(tmp_path / "2")
+    assert "going on from step 9:" in finish(commands, place).text
+    assert_same(learnt(result(place)), learnt(result(undisturbed)))
+    assert "unfinished" not in finish(commands, place, "--trainer.max_epochs", 1).text
+
+
 def test_a_run_does_not_go_on_with_other_data(commands, tmp_path):
     photos, place = folder(tmp_path / "photos", 40), tmp_path / "runs"
     settings = "--data.source", photos, "--name", "digits", "--data.batch_size", 16, "--trainer.max_epochs", 2
@@ -204,6 +218,18 @@ def test_a_run_does_not_go_on_with_other_data(commands, tmp_path):
     assert start(commands, place, *settings).status() == 2
     (photos / "red" / "000.png").write_bytes(removed)
     assert "going on from step 3:" in finish(commands, place, *settings).text
+
+
+def test_a_finished_run_s_checkpoint_is_trained_on(commands, undisturbed, tmp_path):
+    last = run_of(undisturbed) / "last.ckpt"
+    finish(commands, tmp_path / "longer", "--ckpt_path", last, "--trainer.max_epochs", EPOCHS + 2)
+    before, after = torch.load(last, weights_only=True), result(tmp_path / "longer")
+    assert (before["global_step"], after["global_step"]) == (EPOCHS * STEPS, (EPOCHS + 2) * STEPS)
+    assert len(after["callbacks"]["History"]["rows"]) == EPOCHS + 2
+    name = "network.head.weight"
+    assert not torch.equal(before["state_dict"][name], after["state_dict"][name])
+    again = finish(commands, tmp_path / "again", "--ckpt_path", last)
+    assert f"{last}: nothing was trained, as its {EPOCHS} epochs are all that was asked for" in again.text
 
 
 @pytest.mark.slow

@@ -143,10 +143,14 @@ def _odd(facts: np.ndarray, usable: np.ndarray, image) -> dict[str, Any]:
 
 def summary(findings: Findings) -> list[str]:
     """What a person should know before training, one line each; what is fine is not mentioned."""
-    lines, leak = [], findings["leakage"]["test"]
-    if leak["count"]:
-        lines.append(f"WARNING: {leak['count']} test images ({leak['share']:.1%}) have an exact or near duplicate "
-                     "in the data that is trained on; test figures are given with and without them")
+    lines = []
+    for part, images, text in (
+            ("test", "test", "in the data that is trained on; test figures are given with and without them"),
+            ("val", "validation", "in the training part; the best epoch, calibration and thresholds rest on them")):
+        leak = findings["leakage"][part]
+        if leak["count"]:
+            lines.append(f"WARNING: {leak['count']} {images} images ({leak['share']:.1%}) have an exact or near "
+                         f"duplicate {text}")
     for kind, name in (("exact_duplicates", "exact"), ("near_duplicates", "near")):
         found = findings[kind]
         if found["count"]:

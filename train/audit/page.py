@@ -38,6 +38,12 @@ td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; width: 70px 
 .bar { height: 10px; border-radius: 5px; background: var(--bar) } code { font-size: 13px }
 """
 
+TEST_LEAK = ("test images ({share:.2%}) have an exact or near duplicate in the data that is trained on. They make the "
+             "test figures look better than they are; figures are given with and without them.")
+VAL_LEAK = ("validation images ({share:.2%}) have an exact or near duplicate in the training part. The best epoch, the "
+            "temperature, the thresholds and the prediction sets are chosen with them, so answers are surer than they "
+            "should be.")
+
 
 def _text(value: str) -> str:
     """Safe inside HTML, also where a file's name holds bytes that are no text."""
@@ -45,8 +51,10 @@ def _text(value: str) -> str:
 
 
 def render(findings: dict[str, Any], data: ImageData) -> str:
-    leak, label, near = findings["leakage"]["test"], findings["labels"], findings["near_duplicates"]
+    leak, held = (findings["leakage"][part] for part in ("test", "val"))
+    label, near = findings["labels"], findings["near_duplicates"]
     tiles = [("leakage", leak["count"], f"leaked test images ({leak['share']:.1%})", "bad"),
+             ("leakage-val", held["count"], f"leaked validation images ({held['share']:.1%})", "bad"),
              ("unreadable", len(findings["unreadable"]), "unreadable files", "bad"),
              ("exact", findings["exact_duplicates"]["count"], "exact duplicates", "warn"),
              ("near", near["count"], "near duplicates" + ("" if near["looked_for"] else " (not looked for)"), "warn"),
@@ -62,7 +70,7 @@ def render(findings: dict[str, Any], data: ImageData) -> str:
 <p><b>{_text(findings["source"])}</b>: {counts} images of {len(findings["classes"])} classes.
 Digest <code>{findings["digest"][:16]}</code>. All that is listed here in part is in full count in audit.json.</p>
 <div class="tiles">{"".join(_tile(*tile) for tile in tiles)}</div>
-{_alarm(leak)}{_unreadable(findings["unreadable"])}
+{_alarm("leakage", leak, TEST_LEAK)}{_alarm("leakage-val", held, VAL_LEAK)}{_unreadable(findings["unreadable"])}
 {_pairs("exact", "Exact duplicates", "The same file more than once.", findings["exact_duplicates"], thumbnail)}
 {_pairs("near", "Near duplicates", "The same picture but for brightness, colour, a frame or a slight crop.",
         near, thumbnail)}
@@ -90,12 +98,10 @@ def _section(anchor: str, title: str, text: str, body: str) -> str:
     return f'<section id="{anchor}"><h2>{title}</h2><p>{text}</p>{body}</section>'
 
 
-def _alarm(leak: dict[str, Any]) -> str:
+def _alarm(anchor: str, leak: dict[str, Any], text: str) -> str:
     if not leak["count"]:
         return ""
-    return (f'<section id="leakage" class="alarm">{leak["count"]:,} test images ({leak["share"]:.2%}) have an exact or '
-            "near duplicate in the data that is trained on. They make the test figures look better than they are; "
-            "figures are given with and without them.</section>")
+    return f'<section id="{anchor}" class="alarm">{leak["count"]:,} {text.format(share=leak["share"])}</section>'
 
 
 def _unreadable(files: list[dict[str, str]]) -> str:
