@@ -69,7 +69,7 @@ class Server(ThreadingHTTPServer):
 
     def handle_error(self, request, client_address) -> None:
         """A scraper that leaves early is no fault of ours."""
-        ours = not isinstance(sys.exc_info()[1], OSError)
+        ours = not isinstance(sys.exc_info()[1], ConnectionError)
         logs.logger.log(logging.ERROR if ours else logging.DEBUG, "a scrape was not answered", exc_info=ours)
 
 
