@@ -33,7 +33,7 @@ class Definition(NamedTuple):
 METRICS = {
     "requests": Definition("counter", "Answers to requests for predictions, by status code.", ("code",)),
     "request_duration_seconds": Definition("histogram", "From the head of a request to its answer.", (), SECONDS),
-    "images": Definition("counter", "Images: answered, refused (not decodable), expired, failed (or lost with a worker).",
+    "images": Definition("counter", "Images: answered, refused (not decodable), expired, failed (or lost by a worker).",
                          ("outcome",)),
     "queue_wait_seconds": Definition("histogram", "From a worker's queue to a predictor.", (), SECONDS),
     "decode_seconds": Definition("histogram", "Decode and resize of one image.", (), SECONDS),
@@ -56,7 +56,7 @@ METRICS = {
     "feedback_window": Definition("gauge", derived.HIDDEN, ("part", "bin")),
     "drift_window": Definition("gauge", derived.HIDDEN, ("signal", "bin")),
     "drift_baseline": Definition("gauge", derived.HIDDEN, ("signal", "bin"), combine="max"),
-    "shadow_images": Definition("counter", "Images of the second version: agree, disagree, failed, dropped (no idle time), "
+    "shadow_images": Definition("counter", "Images of the second version: agree, disagree, failed, dropped (not idle), "
                                 "too_large (it gets no file of more than 192 KiB).", ("outcome",)),
     "shadow_seconds": Definition("histogram", "Decode and inference of one image by the second version.", (), SECONDS),
     "shadow_confidence_difference": Definition("histogram", "|difference| of the two versions' confidence.", (),

@@ -195,8 +195,8 @@ class PredictLoop(LitLoop):
             outputs = model.engine.run(images, wanted, alone)
         except Exception:
             if len(taken) > 1:  # what is wrong with one image must not reach the others
-                for one in zip(taken, pixels, decode_us, strict=True):
-                    self.run_graph(model, *([value] for value in one), started, alone, metrics)
+                for w, image, us in zip(taken, pixels, decode_us, strict=True):
+                    self.run_graph(model, [w], [image], [us], started, alone, metrics)
             else:
                 logs.logger.exception("the model failed on an image")
                 reply([(taken[0], self.failed(taken[0], 500, b"the model failed on this image"))])
