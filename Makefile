@@ -45,7 +45,7 @@ serve: setup ## serve the store's model; trains the embedded default if the stor
 	@exec $(run) serve --store "$(STORE)" $(if $(NAME),--model $(NAME)) --port $(PORT) $(ARGS)
 
 audit: setup ## look for broken, duplicate, leaked and mislabelled images: make audit DATA=…
-	@$(run) train audit "$(data)" $(root) $(ARGS)
+	@$(run) train audit "$(data)" $(recipe) $(root) $(ARGS)
 
 models: setup ## list the store
 	@$(run) models list --store "$(STORE)" $(ARGS)

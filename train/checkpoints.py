@@ -70,12 +70,14 @@ def whole(path: Path) -> bool:
     """Whether all of a checkpoint reads back: torch writes zip files, with a CRC for each part.
 
     The CRCs do not cover the zip's own directory, so each part is read as torch finds it there, and the whole is opened
-    (mapped: no tensor is copied).
+    (mapped: no tensor is copied). Parts are not compressed: where the two sizes differ, torch leaves part of the memory
+    as it was, which may hold the right bytes of another reading.
     """
     try:
         reader = torch._C.PyTorchFileReader(str(path))
         with zipfile.ZipFile(path) as archive:
-            sound = all(zlib.crc32(reader.get_record(part.filename.partition("/")[2])) == part.CRC
+            sound = all(part.compress_size == part.file_size
+                        and zlib.crc32(reader.get_record(part.filename.partition("/")[2])) == part.CRC
                         for part in archive.infolist())
         return sound and "state_dict" in torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception:  # the zip and pickle readers raise anything for flipped bytes
