@@ -100,6 +100,8 @@ class CLI(LightningCLI):
         self.name = config.name or model_name(config.data.source)
         if config.trainer.logger is None:
             config.trainer.logger = False  # `logger` names them, and the run's directory is not known yet
+        if config.trainer.enable_progress_bar is False:  # which Lightning takes for a word about ours, and refuses it
+            config.trainer.enable_progress_bar, config.progress.quiet = None, True
         distributed.follow_launcher(config.trainer)
         config.trainer.precision = affordable(config.trainer.precision, config.trainer.accelerator)
 

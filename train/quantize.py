@@ -10,6 +10,8 @@ import numpy as np
 import onnx
 import onnxruntime
 
+from models.cores import cores
+
 # What int8 makes faster, and what lies between two such layers; other elementwise operators cost more to convert than
 # they gain. Seen with these: ResNet-18 3.4x of fp32, EfficientNet-B0 0.8x (tests/benchmarks/bundle_export.json).
 OPERATORS = ["Conv", "MatMul", "Gemm", "Add", "Relu", "Clip", "MaxPool", "AveragePool", "GlobalAveragePool"]
@@ -115,7 +117,9 @@ def by_damage(prepared: Path, images: np.ndarray, layers: list[str]) -> list[str
     tensors = sorted({t for names in touched.values() for t in names})
     model.graph.ClearField("output")
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in tensors)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = cores()
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     found = dict(zip(tensors, session.run(tensors, {"image": images}), strict=True))
 
     def damage(values: np.ndarray) -> float:
