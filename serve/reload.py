@@ -23,8 +23,12 @@ from serve.settings import PREFIX, Settings
 SERVING, LOCK = "serving", "reload.lock"
 CHECK_SECONDS = 300  # a check that takes longer has failed, and one that is older is made again
 NICE = 10
-# `python -m serve`, killed with the thread that started it (PR_SET_PDEATHSIG): a check that hangs must not outlive us.
-MORTAL = "import ctypes, runpy; ctypes.CDLL(None).prctl(1, 9); runpy.run_module('serve', run_name='__main__')"
+# `python -m serve`, killed with the thread that started it (PR_SET_PDEATHSIG): a check that hangs must not outlive us,
+# nor one whose worker died before it came to say so.
+MORTAL = """import ctypes, os, runpy
+ctypes.CDLL(None).prctl(1, 9)
+if os.getppid() == %d:
+    runpy.run_module('serve', run_name='__main__')"""
 
 
 class Reload:
@@ -95,9 +99,10 @@ def check(settings: Settings, run: str, version: int, threads: int) -> str:
     if os.path.exists(done) and time.time() - os.path.getmtime(done) < CHECK_SECONDS:
         with open(done) as file:
             return file.read()
-    command = [sys.executable, "-c", MORTAL, "check", "--store", str(settings.store), "--model", settings.model,
-               "--version", str(version), "--variant", settings.variant, "--engine", settings.engine,
-               "--threads", str(threads), "--max-batch-size", str(settings.max_batch_size), "--json",
+    command = [sys.executable, "-c", MORTAL % os.getpid(), "check", "--store", str(settings.store),
+               "--model", settings.model, "--version", str(version),
+               "--variant", settings.variant, "--engine", settings.engine, "--threads", str(threads),
+               "--max-batch-size", str(settings.max_batch_size), "--json",
                *(["--public-key", str(settings.public_key)] if settings.public_key else [])]
     clean = {name: value for name, value in os.environ.items() if not name.upper().startswith(PREFIX)}
     with subprocess.Popen(command, env=clean, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:

@@ -54,15 +54,20 @@ def refused(result: subprocess.CompletedProcess, *words: str) -> None:
         assert word in result.stderr
 
 
+def stop(pids: list[int]) -> None:
+    """By SIGSTOP, and wait until each of their threads rests."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    wait(lambda: all(stat.read_text().rpartition(")")[2].split()[0] == "T" for pid in pids
+                     for stat in Path(f"/proc/{pid}/task").glob("*/stat")))
+
+
 @contextlib.contextmanager
 def stopped(server: "Server") -> Iterator[None]:
     """Its workers by SIGSTOP: what they were sent stays pending meanwhile."""
     workers = server.workers()
     try:
-        for pid in workers:
-            os.kill(pid, signal.SIGSTOP)
-        wait(lambda: all(stat.read_text().rpartition(")")[2].split()[0] == "T" for pid in workers
-                         for stat in Path(f"/proc/{pid}/task").glob("*/stat")))
+        stop(workers)
         yield
     finally:
         for pid in workers:

@@ -98,8 +98,9 @@ def counted() -> dict[str, set[str]]:
                                   for argument in call.args)
                 if call.func.attr in ("add", "slot") and len(first) == 1:
                     found[first[0]] |= {value for words in others for value in words}
-                if call.func.attr == "outcome":
-                    found["images"] |= set(first)
+            if isinstance(call, ast.FunctionDef) and call.name == "outcome":
+                constants = (n.value for n in ast.walk(call) if isinstance(n, ast.Constant))
+                found["images"] |= {value for value in constants if isinstance(value, str)}
     return found
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 from load import Load
+from service import stop
 
 IMAGE = tiny.image("green")
 
@@ -63,7 +64,7 @@ def test_a_worker_that_hangs_is_replaced_and_its_requests_get_503(start):
     (pid,) = server.workers()
     with Load(server.port, IMAGE, clients=4) as load:
         wait(lambda: load.statuses[200] > 20)
-        os.kill(pid, signal.SIGSTOP)
+        stop([pid])
         wait(lambda: load.statuses[503] > 0)
         wait(lambda: server.is_ready() and server.workers() != [pid])
         before = load.statuses[200]
@@ -76,7 +77,7 @@ def test_a_worker_that_hangs_is_replaced_and_its_requests_get_503(start):
 def test_images_that_are_lost_with_their_worker_can_be_sent_again(start):
     server = start()
     (pid,) = server.workers()
-    os.kill(pid, signal.SIGSTOP)
+    stop([pid])
     with ThreadPoolExecutor(1) as other:
         asked = other.submit(server.http.post, "/predict", files=[("f", (name, IMAGE)) for name in "ab"])
         wait(lambda: server.metric("imago_pending_images") == 2)
@@ -129,7 +130,7 @@ def test_what_is_queued_at_sigterm_is_answered(start):
     """A stopped worker keeps requests queued; they are answered after SIGTERM, and ready is false at once."""
     server = start("--deadline-ms", "20000")
     (pid,) = server.workers()
-    os.kill(pid, signal.SIGSTOP)
+    stop([pid])
     with Load(server.port, IMAGE, clients=8) as load:
         wait(lambda: server.metric("imago_pending_images") == 8)
         server.process.send_signal(signal.SIGTERM)
@@ -148,8 +149,7 @@ def test_what_is_queued_at_sigterm_is_answered(start):
 @pytest.mark.parametrize("seconds", [2, 3])
 def test_a_drain_that_can_not_finish_ends_in_time_and_answers(start, seconds):
     server = start("--drain-seconds", str(seconds), "--deadline-ms", "60000")
-    (pid,) = server.workers()
-    os.kill(pid, signal.SIGSTOP)
+    stop(server.workers())
     with Load(server.port, IMAGE, clients=2) as load:
         wait(lambda: server.metric("imago_pending_images") == 2)
         load.over.set()

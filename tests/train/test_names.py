@@ -43,10 +43,12 @@ def test_odd_names_in_the_audit_and_in_predictions_are_text(commands, tmp_path, 
     assert r"\ud" not in text  # half a surrogate pair: no reader but Python takes it
     assert json.loads(text)["unreadable"][0]["file"] == r"rosa \xe9/br\xf6ken.png"
     (tmp_path / "audit/index.html").read_text("utf-8")
-    commands.run("run", photos, *QUICK, "--export.enabled", "false", "--trainer.default_root_dir", tmp_path / "runs")
+    split = "--data.cache", "", "--data.val_fraction", "0.1", "--data.test_fraction", "0.5"
+    commands.run("run", photos, *QUICK, *split, "--export.enabled", "false", "--trainer.default_root_dir",
+                 tmp_path / "runs")
     checkpoint = next((tmp_path / "runs").rglob("best.ckpt"))
     run = commands.run("predict", "--data.source", photos, "--model.network", "lenet", "--ckpt_path", checkpoint,
-                       "--data.cache", "", "--progress.quiet", "true", "--data.test_fraction", "0.5")
+                       *split, "--progress.quiet", "true")
     said = run.log.read_text("utf-8")
     rows = [row for row in csv.reader(said[said.index("image,label"):].splitlines()) if len(row) == 3]
     assert any(r"caf\xe9.png" in row[0] for row in rows)
