@@ -1,5 +1,5 @@
 """Every manifest is what Kubernetes 1.30 to 1.36 takes, by its schemas, with no field it does not know; and those of
-operators are what our own models of their resources take (crds.py)."""
+operators are what our own models of their resources take (crds.py; test_crds.py has the real ones)."""
 import copy
 
 import crds
