@@ -100,6 +100,7 @@ class Channel(asyncio.Protocol):
                 self.version = answer.version
                 self.pool.told(self.model, self.version)
             elif place := self.waiting.pop(answer.id, None):
+                self.version = answer.version or self.version  # a worker may answer by a model before it tells of it
                 place[0].put(place[1], answer)
 
     def send(self, job: Job) -> None:

@@ -123,11 +123,11 @@ class PredictLoop(LitLoop):
     def swap(self, model: Model) -> None:
         """Serve another model from the next batch on, and tell all HTTP processes."""
         self.api.model, self.backlog.predictors = model, self.predictors(model)
+        for peer in list(self.backlog.peers):
+            peer.send(self.hello())
         tell_served(self.served, model)
         if self.drift:
             self.drift.start(model)
-        for peer in list(self.backlog.peers):
-            peer.send(self.hello())
 
     def predictor(self, index: int, metrics: WorkerMetrics) -> None:
         try:
