@@ -3,9 +3,9 @@
     python tests/benchmarks/serve_overload.py [--case small|large] [--variant fp32] [--seconds 5]
 
 Capacity is what 32 clients in a closed loop get (wrk; ResNet-18 at 32 or 224 pixels). Then hey offers ten times that
-rate from four times as many connections as MAX_PENDING. `offered` is what came, in capacities: on few cores the client
-of the fast case can't bring as much as it wants to, that of the large one can. 200 are counted by the server's own
-metrics. Both clients share the cores with the server, so figures are divided by what the client left of the cores:
+rate and a little more, from eight times as many connections as MAX_PENDING. `offered` is what came, in capacities: on
+few cores the client of the fast case can't bring as much as it wants to, that of the large one can. 200 are counted by
+the server's own metrics. Both clients share the cores with it, so figures are divided by what a client left of them:
 `goodput = (200s a second / share left) / (capacity / share left)`; `goodput_raw` is without that. `refusal_cpu_us`
 is the CPU of the HTTP process a refusal; `refusal_ms` their latency (p50, p99) while the worker is stopped and
 all places are taken. One JSON line.
@@ -79,7 +79,7 @@ def main(store: Path, case: str, variant: str, seconds: int) -> dict:
         capacity, ok, no = first["rate"], 'imago_requests_total{code="200"}', 'imago_requests_total{code="429"}'
         api, before = http_process(pid), (metric(metrics, ok), metric(metrics, no))
         cpu = own_cpu(api)
-        client, wall = flood(port, body, 10 * capacity, seconds, 4 * PENDING)
+        client, wall = flood(port, body, 12 * capacity, seconds, 8 * PENDING)  # those that wait offer nothing meanwhile
         good, refused = metric(metrics, ok) - before[0], metric(metrics, no) - before[1]
         cpu = own_cpu(api) - cpu
         latency = refusal_latency(port, pid, body, lua)
