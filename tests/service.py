@@ -74,7 +74,7 @@ def stopped(server: "Server") -> Iterator[None]:
             os.kill(pid, signal.SIGCONT)
 
 
-def wait(condition: Callable[[], bool], seconds: float = 20) -> None:
+def wait(condition: Callable[[], object], seconds: float = 120) -> None:
     """Until the condition holds."""
     end = time.monotonic() + seconds
     while not condition():

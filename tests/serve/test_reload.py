@@ -16,6 +16,7 @@ import httpx
 import numpy as np
 import pytest
 import tiny
+from service import wait
 
 from models.bundle import write_sums
 from models.store import Store
@@ -51,8 +52,8 @@ def replace_worker(service) -> None:
     """Kill the only worker and wait for the next."""
     (worker,) = service.workers()
     os.kill(worker, signal.SIGKILL)
-    until(lambda: service.workers() not in ([worker], []))
-    until(service.is_ready)
+    wait(lambda: service.workers() not in ([worker], []))
+    wait(service.is_ready)
 
 
 def checks(store) -> list[int]:
@@ -64,13 +65,6 @@ def checks(store) -> list[int]:
             if b"check" in words and str(store).encode() in words:
                 found.append(int(path.parent.name))
     return found
-
-
-def until(condition, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.05)
 
 
 def version(service) -> str:
@@ -113,9 +107,9 @@ def test_a_new_version_is_swapped_in_under_load_and_back(start, tmp_path):
     assert version(service) == "1"
     with load(service) as answers:
         tiny.write(tmp_path, scale=0.5)
-        until(lambda: answers and answers[-1][1] == "2")
+        wait(lambda: answers and answers[-1][1] == "2")
         Store(tmp_path).promote("colours", 1)
-        until(lambda: answers[-1][1] == "1")
+        wait(lambda: answers[-1][1] == "1")
     assert {status for status, _ in answers} == {200}
     assert {number for _, number in answers} == {"1", "2"}
     assert service.metric("imago_reloads_total", outcome="ok") == 2
@@ -128,7 +122,7 @@ def test_the_answers_are_those_of_the_new_version(start, tmp_path):
     tiny.write(tmp_path)
     service = start(*SOON, store=tmp_path)
     tiny.write(tmp_path, classes=["rot", "grün", "blau", "rosa"], size=48)  # other classes, another size
-    until(lambda: version(service) == "2")
+    wait(lambda: version(service) == "2")
     (prediction,) = service.predict(tiny.image("blue")).json()["predictions"]
     assert prediction["label"] == "blau"
     model = service.http.get("/model").json()
@@ -151,8 +145,8 @@ def test_labels_and_numbers_are_those_of_the_version_that_answered(start, tmp_pa
 
     assert ask() == "1"
     tiny.write(tmp_path, classes=classes["2"])
-    until(lambda: ask() == "2")
-    until(lambda: service.metric("imago_reloads_total", outcome="ok") == 2)
+    wait(lambda: ask() == "2")
+    wait(lambda: service.metric("imago_reloads_total", outcome="ok") == 2)
     assert {ask() for _ in range(20)} == {"2"}
 
 
@@ -172,7 +166,7 @@ def test_the_images_of_a_request_are_answered_by_one_version(start, tmp_path):
     for client in clients:
         client.start()
     tiny.write(tmp_path, classes=["rot", "grün", "blau"])
-    until(lambda: service.metric("imago_reloads_total", outcome="ok") == 2)
+    wait(lambda: service.metric("imago_reloads_total", outcome="ok") == 2)
     over.set()
     for client in clients:
         client.join()
@@ -199,9 +193,9 @@ def test_every_worker_swaps(start, tmp_path):
     service = start(*SOON, "--workers", "2", store=tmp_path)
     with load(service, clients=2) as answers:
         tiny.write(tmp_path)
-        until(lambda: service.metric("imago_reloads_total", outcome="ok") == 2)
+        wait(lambda: service.metric("imago_reloads_total", outcome="ok") == 2)
         seen = len(answers)
-        until(lambda: len(answers) > seen + 50)
+        wait(lambda: len(answers) > seen + 50)
     assert {status for status, _ in answers} == {200}
     assert {number for _, number in answers[seen + 10:]} == {"2"}
 
@@ -219,7 +213,7 @@ def test_an_idle_service_tells_of_the_new_version_alone(start, tmp_path, flags):
     assert told(service) == ["1"]
     tiny.write(tmp_path)
     workers = 2 if "--workers" in flags else 1
-    until(lambda: service.metric("imago_reloads_total", outcome="ok") == workers)
+    wait(lambda: service.metric("imago_reloads_total", outcome="ok") == workers)
     assert told(service) == ["2"]
 
 
@@ -230,7 +224,7 @@ def test_a_bad_version_is_refused_and_the_old_serves_on(start, tmp_path, how):
     service = start(*SOON, store=tmp_path)
     with load(service, clients=1) as answers:
         spoiled(tmp_path, how)
-        until(lambda: service.metric("imago_reloads_total", outcome="refused") == 1)
+        wait(lambda: service.metric("imago_reloads_total", outcome="refused") == 1)
         time.sleep(1)
     assert set(answers) == {(200, "1")}
     assert service.is_ready()
@@ -245,10 +239,10 @@ def test_a_worker_that_dies_while_latest_is_bad_comes_back_with_the_old(start, t
     tiny.write(tmp_path)
     service = start(*SOON, store=tmp_path, command=[*BOUND, sys.executable, "-m", "serve"])
     spoiled(tmp_path, how)
-    until(lambda: service.metric("imago_reloads_total", outcome="refused") == 1)
+    wait(lambda: service.metric("imago_reloads_total", outcome="refused") == 1)
     replace_worker(service)
     assert version(service) == "1"
-    until(lambda: service.metric("imago_reloads_total", outcome="refused") == 2)  # it looked by itself
+    wait(lambda: service.metric("imago_reloads_total", outcome="refused") == 2)  # it looked by itself
     assert service.metric("imago_restarts_total", process="worker", reason="crash") == 1
 
 
@@ -256,13 +250,13 @@ def test_a_worker_that_dies_while_latest_hangs_comes_back_with_the_old(start, tm
     tiny.write(tmp_path)
     service = start(*SOON, store=tmp_path)
     spoiled(tmp_path, "a graph that hangs")
-    until(lambda: checks(tmp_path))
+    wait(lambda: checks(tmp_path))
     (first,) = checks(tmp_path)
     replace_worker(service)
     assert version(service) == "1"
-    until(lambda: checks(tmp_path) and first not in checks(tmp_path))  # a check does not outlive its worker
+    wait(lambda: checks(tmp_path) and first not in checks(tmp_path))  # a check does not outlive its worker
     assert service.stop() == 0
-    until(lambda: not checks(tmp_path))
+    wait(lambda: not checks(tmp_path))
 
 
 def test_a_worker_that_dies_before_latest_was_checked_moves_on_by_itself(start, tmp_path):
@@ -270,7 +264,7 @@ def test_a_worker_that_dies_before_latest_was_checked_moves_on_by_itself(start, 
     service = start("--reload-seconds", "3", store=tmp_path)
     tiny.write(tmp_path)
     replace_worker(service)
-    until(lambda: version(service) == "2")
+    wait(lambda: version(service) == "2")
     assert service.metric("imago_reloads_total", outcome="ok") == 1
 
 
@@ -288,22 +282,22 @@ def test_variables_that_flags_override_do_not_reach_the_check(start, tmp_path):
     clash = {"IMAGO_PORT": "9090", "IMAGO_VERSION": "7", "imago_workers": "0"}  # 9090 is the default of another port
     service = start(*SOON, "--version", "latest", "--workers", "1", store=tmp_path, env=clash)
     tiny.write(tmp_path)
-    until(lambda: version(service) == "2")
+    wait(lambda: version(service) == "2")
 
 
 def test_a_version_withdrawn_while_it_is_checked_is_not_served(start, tmp_path):
     tiny.write(tmp_path)
     service = start(*SOON, "--threads", "1", store=tmp_path)
     tiny.write(tmp_path)
-    until(lambda: checks(tmp_path))
+    wait(lambda: checks(tmp_path))
     (pid,) = checks(tmp_path)
     os.kill(pid, signal.SIGSTOP)
     assert b"--threads\x001\0" in Path(f"/proc/{pid}/cmdline").read_bytes(), "it takes no more cores than we may"
     Store(tmp_path).promote("colours", 1)
     os.kill(pid, signal.SIGCONT)
-    until(lambda: not checks(tmp_path))
+    wait(lambda: not checks(tmp_path))
     tiny.write(tmp_path)
-    until(lambda: version(service) == "3")
+    wait(lambda: version(service) == "3")
     assert service.metric("imago_reloads_total", outcome="ok") == 1
 
 

@@ -1,17 +1,10 @@
 """Shadow: a second version gets a share of the traffic, in idle time, and can do no harm."""
 import os
 import signal
-import time
 
 import pytest
 import tiny
-
-
-def until(condition, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.05)
+from service import wait
 
 
 def counted(service) -> dict[str, float]:
@@ -23,11 +16,11 @@ def test_agreement_and_latency_of_a_second_version(start, tmp_path):
     tiny.write(tmp_path)
     tiny.write(tmp_path, classes=["red", "green", "purple"], promote=False)
     service = start("--shadow-version", "2", "--shadow-share", "1", "--version", "1", store=tmp_path)
-    until(lambda: "shadow ready" in service.log.read_text())
+    wait(lambda: "shadow ready" in service.log.read_text())
     for i in range(30):
         answer = service.predict(tiny.image(tiny.CLASSES[i % 3], seed=i)).json()
         assert answer["model"]["version"] == "1"
-        until(lambda i=i: sum(counted(service).values()) == i + 1)  # room for few, and it runs when others rest
+        wait(lambda i=i: sum(counted(service).values()) == i + 1)  # room for few, and it runs when others rest
     found = counted(service)
     assert found["failed"] == found["dropped"] == 0
     assert (found["agree"], found["disagree"]) == (20, 10)
@@ -39,13 +32,13 @@ def test_agreement_and_latency_of_a_second_version(start, tmp_path):
 def test_what_is_too_large_to_be_handed_over_counts_apart(start, tmp_path):
     tiny.write(tmp_path)
     service = start("--shadow-version", "1", "--shadow-share", "1", store=tmp_path)
-    until(lambda: "shadow ready" in service.log.read_text())
+    wait(lambda: "shadow ready" in service.log.read_text())
     large = tiny.image("red", 400)
     assert len(large) > 192 << 10
     assert service.predict(large).status_code == 200
-    until(lambda: counted(service)["too_large"] == 1)
+    wait(lambda: counted(service)["too_large"] == 1)
     assert service.predict(tiny.image("red")).status_code == 200
-    until(lambda: counted(service)["agree"] == 1)
+    wait(lambda: counted(service)["agree"] == 1)
     assert sum(counted(service).values()) == 2
 
 
@@ -64,7 +57,7 @@ def test_a_shadow_that_cannot_be_loaded_does_no_harm(start, tmp_path):
     service = start("--shadow-version", "2", "--shadow-share", "1", store=tmp_path)
     for i in range(20):
         assert service.predict(tiny.image("red", seed=i)).status_code == 200
-    until(lambda: "no shadow" in service.log.read_text())
+    wait(lambda: "no shadow" in service.log.read_text())
     assert counted(service)["dropped"] == 20
     assert service.metric("imago_restarts_total", process="shadow", reason="crash") == 0, "another could not either"
     assert service.stop() == 0
@@ -73,13 +66,13 @@ def test_a_shadow_that_cannot_be_loaded_does_no_harm(start, tmp_path):
 def test_a_shadow_that_dies_is_replaced(start, tmp_path):
     tiny.write(tmp_path)
     service = start("--shadow-version", "1", "--shadow-share", "1", store=tmp_path)
-    until(lambda: "shadow ready" in service.log.read_text())
+    wait(lambda: "shadow ready" in service.log.read_text())
     (shadow,) = [pid for pid in service.children() if idle(pid)]
     os.kill(shadow, signal.SIGKILL)
-    until(lambda: service.log.read_text().count("shadow ready") == 2)
+    wait(lambda: service.log.read_text().count("shadow ready") == 2)
     assert service.metric("imago_restarts_total", process="shadow", reason="crash") == 1
     assert service.predict(tiny.image("red")).status_code == 200
-    until(lambda: counted(service)["agree"] == 1)
+    wait(lambda: counted(service)["agree"] == 1)
 
 
 def idle(pid: int) -> bool:

@@ -11,16 +11,9 @@ from pathlib import Path
 import pytest
 import tiny
 from load import Load
-from service import stop
+from service import stop, wait
 
 IMAGE = tiny.image("green")
-
-
-def wait(condition, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it never happened"
-        time.sleep(0.02)
 
 
 def kill_workers(server, times: int) -> None:
