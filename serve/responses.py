@@ -1,6 +1,7 @@
 """Requests and responses of the service, and errors as RFC 9457 problem+json."""
 import json
 from dataclasses import dataclass, field
+from functools import lru_cache
 from http import HTTPStatus
 from typing import Any
 
@@ -38,7 +39,7 @@ class Problem(Exception):
         self.close = close  # the connection can't be used any more, e.g. since the body was not read
 
     def response(self, request_id: str) -> Response:
-        body = json.dumps({"type": "about:blank", **self.members(), "request_id": request_id}).encode()
+        body = b'%b, "request_id": "%b"}' % (_opening(self.status, self.detail), request_id.encode())
         headers = retry_after(self.status)
         if self.status == 401:
             headers.append((b"www-authenticate", b"Bearer"))
@@ -48,6 +49,12 @@ class Problem(Exception):
 
     def members(self) -> dict[str, Any]:
         return {"title": HTTPStatus(self.status).phrase, "status": self.status, "detail": self.detail}
+
+
+@lru_cache(64)  # under overload it is the same again and again
+def _opening(status: int, detail: str) -> bytes:
+    """The body of a problem without its end."""
+    return json.dumps({"type": "about:blank", **Problem(status, detail).members()}).encode()[:-1]
 
 
 def retry_after(status: int) -> list[Header]:
