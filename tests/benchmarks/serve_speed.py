@@ -114,12 +114,29 @@ def serving(command: list[str], port: int, health: str):
         yield process.pid
     finally:
         pids = [process.pid, *children(process.pid)]  # LitServe's children outlive SIGTERM
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
         process.send_signal(signal.SIGINT)
         with suppress(subprocess.TimeoutExpired):
             process.wait(10)
         for pid in pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+
+
+def halt(pid: int, number: int = signal.SIGSTOP) -> None:
+    """Stop a server's processes (or with SIGCONT let them go on): an idle LitServe wakes a thousand times a second."""
+    for process in [pid, *children(pid)]:
+        os.kill(process, number)
+
+
+@contextmanager
+def awake(pid: int):
+    """Only this server runs meanwhile; a moment later it has seen to what it missed."""
+    halt(pid, signal.SIGCONT)
+    time.sleep(1)
+    yield
+    halt(pid)
 
 
 def service(store: Path, model: str, port: int, *flags: str):
@@ -142,7 +159,7 @@ def load(port: int, pid: int, script: Path, seconds: float, clients: int = 32) -
     times = {percent: float(number) * {"us": 1e-3, "ms": 1, "s": 1e3}[unit]
              for percent, number, unit in re.findall(r"(\d+)% +([\d.]+)(us|ms|s)", out)}
     return {"rate": float(re.search(r"Requests/sec: +([\d.]+)", out)[1]), "p50": times["50"], "p99": times["99"],
-            "client": client / wall / CORES, "cpu": (cpu_seconds(pid) - before) / count}
+            "client": client / wall / CORES, "cpu": (cpu_seconds(pid) - before) / max(count, 1)}
 
 
 def case(store: Path, name: str, rounds: int, seconds: float, rivals: list[str]) -> dict:
@@ -173,10 +190,14 @@ def case(store: Path, name: str, rounds: int, seconds: float, rivals: list[str])
             script = scripts["application/json" if kind == "litserve" else "image/jpeg"]
             servers[kind] = (port, pid, script)
             load(*servers[kind], 1)
+            halt(pid)
         found = []
         for _ in range(rounds):
             limit, cost = best.rate(seconds)
-            found.append({"limit": limit, "limit_cpu": cost} | {k: load(*s, seconds) for k, s in servers.items()})
+            found.append({"limit": limit, "limit_cpu": cost})
+            for kind, server in servers.items():
+                with awake(server[1]):
+                    found[-1][kind] = load(*server, seconds)
     return report(name, best.batch, found, rivals)
 
 
