@@ -183,7 +183,8 @@ def case(store: Path, name: str, rounds: int, seconds: float, rivals: list[str])
         for kind in ["service", *rivals]:
             port = free_port()
             if kind == "service":
-                pid = stack.enter_context(service(store, model, port, "--variant", variant))
+                flags = ("--variant", variant, "--worker-timeout-seconds", "600")  # to be halted is no hang
+                pid = stack.enter_context(service(store, model, port, *flags))
             else:
                 command = [str(HERE / "serve_rivals.py"), kind, str(file), str(port), str(bundle / "manifest.json")]
                 pid = stack.enter_context(serving(command, port, "/health"))
