@@ -7,7 +7,7 @@ rate and a little more, from eight times as many connections as MAX_PENDING. `of
 few cores the client of the fast case can't bring as much as it wants to, that of the large one can. Answers are counted
 by the server's own metrics, over `--seconds` in the middle of a load: when a client begins nothing is done yet, and
 what is under way when it hangs up is lost. Both clients share the cores with the server, so figures are divided by what
-a client left of them: `goodput = (200s a second / share left) / (capacity / share left)`; `goodput_raw` is without that.
+a client left of them: `goodput = (200s a second / share left) / (capacity / share left)`; `goodput_raw` is without it.
 Capacity is taken before and after each flood, and a flood is compared with the mean of the two; figures are medians of
 the rounds. `refusal_cpu_us` is the CPU of the HTTP process a request of the flood; `refusal_ms` the latency of refusals
 (p50, p99) while the worker is stopped and all places are taken. One JSON line.
