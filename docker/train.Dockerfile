@@ -12,7 +12,8 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     python3 -m venv --without-pip /opt/imago \
     && python3 -m pip --python /opt/imago/bin/python install --quiet --no-cache-dir --no-compile --only-binary :all: \
        -r /locks/train.lock \
-    && PYTHONHASHSEED=0 /opt/imago/bin/python -m compileall -q --invalidation-mode unchecked-hash -x '/testing/' /opt/imago/lib
+    && PYTHONHASHSEED=0 /opt/imago/bin/python -m compileall -q -f --invalidation-mode unchecked-hash -x '/testing/' \
+       /opt/imago/lib
 
 FROM ${BASE}
 ARG COMPILER=0
