@@ -3,9 +3,10 @@
     make images && python tests/benchmarks/pod_memory.py [--tag 0.1.0] [--prefix localhost/imago-]
 
 Runs the images by docker/engine with the limits of k8s/base: a training of the embedded default, twice; then the
-service with one client, with 64 images of 2.3 megapixels in flight, and with a shadow beside it. Each figure is the
-peak of what its control group holds for itself, looked at twenty times a second: anonymous and shared memory and the
-kernel's own, without the cache of files, which the kernel takes back when it needs it. One JSON line each, in MiB.
+service with one client, with 64 clients that send images of 2.3 megapixels, as many as its bounds let in, and with a
+shadow beside it. Each figure is the peak of what its control group holds for itself, looked at twenty times a second:
+anonymous and shared memory and the kernel's own, without the cache of files, which the kernel takes back when it needs
+it. One JSON line each, in MiB.
 """
 import argparse
 import json
@@ -108,7 +109,7 @@ def training(image: str, root: Path) -> int:
 
 
 def serving(image: str, root: Path, body: bytes, clients: int, *settings: str) -> int:
-    """The peak from the start to the end of a load: `REQUESTS` one by one, or by so many clients at once."""
+    """The peak from the start to the end of a load: `REQUESTS` answers, one by one or to so many clients at once."""
     port = free_port()
     settings = (*settings, f"IMAGO_PORT={port}", "IMAGO_METRICS_PORT=0", "IMAGO_HOST=127.0.0.1", "IMAGO_MODEL=digits")
     with running(image, limits("Deployment"), [f"{root}/store:/store:ro"], *(f"--env={s}" for s in settings),
@@ -116,10 +117,10 @@ def serving(image: str, root: Path, body: bytes, clients: int, *settings: str) -
         peak = Peak(container)
         await_ready(port, container)
         with Load(port, body, clients) as load:
-            while load.statuses[200] < REQUESTS:
+            while load.statuses.total() < REQUESTS:
                 assert not load.lost, load.lost[0]
                 time.sleep(0.05)
-        assert set(load.statuses) == {200}, load.statuses
+        assert set(load.statuses) <= {200, 429, 504}, load.statuses  # bounds may be reached
         return peak.bytes
 
 
@@ -144,7 +145,7 @@ def main(serve: str, train: str) -> None:
         show("training, digits", training(train, root), "Job")
         training(train, root)  # a second version, for the shadow
         show("serving, digits", serving(serve, root, small, 1), "Deployment")
-        show(f"serving, {CLIENTS} images of 2.3 megapixels ({len(large) >> 10} KiB) in flight",
+        show(f"serving, {CLIENTS} clients with PNGs of 2.3 megapixels, {len(large) / MIB:.1f} MiB each",
              serving(serve, root, large, CLIENTS), "Deployment")
         show("serving, with a shadow", serving(serve, root, small, 1, "IMAGO_SHADOW_VERSION=1"), "Deployment")
 
