@@ -7,16 +7,18 @@ import argparse
 import importlib
 import io
 import os
+import signal
 import sys
 
-from models.bundle import BundleError
-from serve import machine, options, tracing
-
 COMMANDS = ("predict", "check", "bench")
-INTERRUPTED, UNREAD = 130, 141  # exit statuses, as a shell has them for SIGINT and SIGPIPE
+INTERRUPTED, UNREAD, ENDED = 130, 141, 143  # exit statuses, as a shell has them for SIGINT, SIGPIPE and SIGTERM
 
 
 def main(arguments: list[str]) -> int:
+    if os.getpid() == 1:  # from which the kernel keeps each signal that it has no handler for
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(ENDED))
+    from models.bundle import BundleError  # only now: all there is to import takes a second
+    from serve import machine, options, tracing
     try:
         if arguments and arguments[0] in COMMANDS:
             return run(*arguments)
@@ -29,7 +31,7 @@ def main(arguments: list[str]) -> int:
             raise ValueError(f"--host (IMAGO_HOST): this machine has no address of the kind {chosen.host}")
         if chosen.tracing:
             tracing.check()
-        from serve.supervisor import serve  # only now: LitServe takes half a second to import
+        from serve.supervisor import serve  # LitServe takes half of it
         return serve(chosen)
     except (ValueError, BundleError) as error:
         print(f"error: {error}", file=sys.stderr)

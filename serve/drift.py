@@ -1,16 +1,20 @@
 """Drift: how far live traffic has moved from the validation data, as a population stability index for each signal.
 
 Each worker keeps a window of its last images and publishes its histograms; whoever answers /metrics adds those of all
-workers up and compares with the bundle's baseline. So the index is right with any number of processes.
+workers up and compares with the bundle's baseline. So the index is right with any number of processes. Where the window
+is too small for all bins, as for thousands of classes, neighbours share one.
 """
 import threading
 import time
 from bisect import bisect_right
 from collections import deque
 
-from models.bundle import Manifest
+import numpy as np
+
+from models.bundle import Histogram, Manifest
 from models.image import header
 from models.signals import image_signals
+from serve.derived import ENOUGH
 from serve.frames import TENSOR
 
 AT_ONCE = 4  # images of one batch, at most: the thread that measures is one that could predict
@@ -45,12 +49,12 @@ class Drift:
                     self.slab.set(name, *labels, to=0)
             manifest: Manifest = model.manifest
             self.model, self.seen = model, deque[list[int]]()
-            self.edges = {name: histogram.edges[1:-1] for name, histogram in manifest.baseline.items()}
-            self.bins = {}
+            self.edges, self.bins = dict[str, list[float]](), dict[str, list[int]]()
             for name, histogram in manifest.baseline.items():
-                for i, count in enumerate(histogram.counts):
+                self.edges[name], counts = coarse(histogram, max(2, self.window // ENOUGH))
+                for i, count in enumerate(counts):
                     self.slab.set("drift_baseline", name, str(i), to=count)
-                self.bins[name] = [self.slab.slot("drift_window", name, str(i)) for i in range(len(histogram.counts))]
+                self.bins[name] = [self.slab.slot("drift_window", name, str(i)) for i in range(len(counts))]
 
     def add(self, values: dict[str, float]) -> None:
         """Count one image in its bins, and the oldest one no more."""
@@ -61,6 +65,19 @@ class Drift:
         if len(self.seen) > self.window:
             for slot in self.seen.popleft():
                 self.slab.values[slot] -= 1
+
+
+def coarse(histogram: Histogram, most: int) -> tuple[list[float], list[int]]:
+    """Edges between bins, and counts, of a histogram of at most `most` bins: neighbours share one where there are more.
+
+    All get about the same mass. What is more frequent than that keeps a bin of its own.
+    """
+    counts = np.array(histogram.counts)
+    if len(counts) <= most:
+        return histogram.edges[1:-1], histogram.counts
+    middle = (counts.cumsum() - counts / 2) / max(1, counts.sum())
+    first = np.flatnonzero(np.diff(np.minimum(middle * most, most - 1).astype(int), prepend=-1))
+    return [histogram.edges[i] for i in first[1:]], np.add.reduceat(counts, first).tolist()
 
 
 def signals(batch, i: int) -> dict[str, float]:

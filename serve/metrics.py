@@ -66,19 +66,25 @@ METRICS = {
 
 
 class Slab:
-    """The counting file of one writer: `used` bytes of entries (key length, key, doubles), all aligned to 8."""
+    """The counting file of one writer: `used` bytes of entries (key length, key, doubles), all aligned to 8.
+
+    It grows as its entries do. Another process may go on with the map of its shorter self: both are the same memory.
+    """
 
     HEAD = struct.Struct("<q")
 
-    def __init__(self, path: str, capacity: int = 1 << 18):
-        with open(path, "a+b") as file:
-            if os.fstat(file.fileno()).st_size == 0:
-                file.truncate(capacity)
-                file.seek(0)
-            self.map = mmap.mmap(file.fileno(), capacity)
-        self.values = memoryview(self.map).cast("d")
+    def __init__(self, path: str, capacity: int = 1 << 16):
+        self.path = path
+        self.grow(capacity)
         self.slots = {(name, labels): at for name, labels, at in entries(self.map)}
         self.used = max(8, self.HEAD.unpack_from(self.map, 0)[0])
+
+    def grow(self, capacity: int) -> None:
+        with open(self.path, "a+b") as file:
+            if os.fstat(file.fileno()).st_size < capacity:
+                file.truncate(-(-capacity // mmap.PAGESIZE) * mmap.PAGESIZE)
+            self.map = mmap.mmap(file.fileno(), 0)
+        self.values = memoryview(self.map).cast("d")
 
     def slot(self, name: str, *labels: str) -> int:
         """Index into `values` of a metric's first number; it is made at its first use."""
@@ -88,8 +94,7 @@ class Slab:
             text += b" " * (-len(text) % 8)
             size = 8 + len(text) + 8 * _numbers(METRICS[name])
             if self.used + size > len(self.map):
-                assert set(labels) - {OTHER}, "the slab is too small"
-                return self.slot(name, *(OTHER,) * len(labels))
+                self.grow(2 * (self.used + size))
             self.HEAD.pack_into(self.map, self.used, len(text))
             self.map[self.used + 8:self.used + 8 + len(text)] = text
             self.slots[key] = (self.used + 8 + len(text)) // 8

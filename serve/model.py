@@ -33,7 +33,6 @@ class Model:
         self.variant, self.engine = _choose(bundle, samples, settings, threads)
         self.answers = Answers(self.manifest)
         self.wanted = ("probabilities", "energy")
-        check(bundle, samples, self.variant, self.engine)
         self.explains = [name for name in ("cam",) if name in self.engine.outputs]
         self.hello = json.dumps(self.describe(), separators=(",", ":")).encode()  # what HTTP processes are told
         self.warm(settings.max_batch_size)
@@ -90,26 +89,43 @@ def check(bundle: Bundle, samples: Samples, variant: str, candidate: engine.Engi
 
 
 def _choose(bundle: Bundle, samples: Samples, settings: Settings, threads: int) -> tuple[str, engine.Engine]:
-    """The variant that was asked for, or else the one that this machine runs fastest, with its engine."""
+    """The variant that was asked for, or else the one that this machine runs fastest, with its engine.
+
+    One that answers the samples wrongly here, or not at all, is none to choose from; where all do, that is raised.
+    """
     if settings.variant != "auto":
         return settings.variant, _engine(bundle, samples, settings, settings.variant, threads)
-    candidates = {name: _engine(bundle, samples, settings, name, threads) for name in bundle.manifest.variants}
-    fastest = min(candidates, key=lambda name: _seconds(candidates[name], bundle)) if len(candidates) > 1 else None
-    return (fastest, candidates[fastest]) if fastest else next(iter(candidates.items()))
+    candidates, failed = dict[str, engine.Engine](), list[Exception]()
+    for name in bundle.manifest.variants:
+        try:
+            candidates[name] = _engine(bundle, samples, settings, name, threads)
+        except Exception as error:  # drivers raise what they like
+            failed.append(error)
+    if not candidates:
+        raise failed[0]
+    for reason in failed:
+        logs.logger.warning("a variant is not taken: %s", reason)
+    if len(candidates) == 1:
+        return candidates.popitem()
+    fastest = min(candidates, key=lambda name: _seconds(candidates[name], bundle))
+    return fastest, candidates[fastest]
 
 
 def _engine(bundle: Bundle, samples: Samples, settings: Settings, variant: str, threads: int) -> engine.Engine:
-    """The fastest way to run a variant that answers the samples rightly here."""
+    """The fastest way to run a variant that answers the samples rightly here. Raises BundleError where none does."""
     path = bundle.variant_path(variant)
     *faster, last = engine.makers(settings.engine, bundle.manifest.variants[variant].precision)
     for make in faster:
         try:
-            candidate = make(path, threads)
-            check(bundle, samples, variant, candidate)
-            return candidate
+            return _checked(make(path, threads), bundle, samples, variant)
         except Exception as error:  # drivers raise what they like
             logs.logger.info("a faster way is not taken: %s", error)
-    return last(path, threads)
+    return _checked(last(path, threads), bundle, samples, variant)
+
+
+def _checked(candidate: engine.Engine, bundle: Bundle, samples: Samples, variant: str) -> engine.Engine:
+    check(bundle, samples, variant, candidate)
+    return candidate
 
 
 def _seconds(candidate: engine.Engine, bundle: Bundle, batch: int = 2, runs: int = 2) -> float:

@@ -48,7 +48,8 @@ class Settings(BaseSettings):
 
     # Trust
     reload_seconds: float = Field(5, ge=0, description="between two looks at where latest points; 0: never")
-    drift_window: int = Field(2000, ge=0, description="last images of a worker that drift is measured on; 0: none")
+    drift_window: int = Field(2000, ge=0, description="last images of a worker that drift is measured on, 10 or "
+                              "more a bin: with many classes, neighbours share one; 0: none")
     cache_entries: int = Field(0, ge=0, description="answers each HTTP process keeps by the image's digest; 0: none")
     shadow_version: int | None = Field(None, ge=1, description="second version that runs in idle time, to compare")
     shadow_share: float = Field(0.1, gt=0, le=1, description="share of images that the second version gets too")

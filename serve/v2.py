@@ -166,9 +166,11 @@ def read(content: bytes, headers: dict[bytes, bytes], spec: dict[str, Any],
             raise Problem(413, f"more than {MAX_JSON} bytes of JSON; send the tensor in binary", "body")
     except ValueError as error:
         raise Problem(400, "the length of the JSON is not a number") from error
+    if not 0 <= end <= len(content):  # before anything is cut off: -1 would take all but the last byte for JSON
+        raise Problem(400, "the length of the JSON is not one that the request has")
     header = body.load(content[:end], lists=limit * (1 + want[0] + want[0] * want[1]) + SPARE,
                        commas=limit * math.prod(want) + SPARE)
-    if not isinstance(header, dict) or not 0 <= end <= len(content):
+    if not isinstance(header, dict):
         raise Problem(400, "the request is not a JSON object of the length stated")
     inputs = header.get("inputs")
     if not isinstance(inputs, list) or len(inputs) != 1 or not isinstance(inputs[0], dict) \

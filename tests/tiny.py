@@ -113,19 +113,28 @@ def reseal(bundle: Path) -> None:
     write_sums(bundle)
 
 
-def spoil(bundle: Path, *nodes: onnx.NodeProto, **constants: np.ndarray) -> None:
+def add_int8(bundle: Path, scale: float = 1.0) -> None:
+    """A second variant, by its name in 8 bits; with another scale its answers are not those of the samples."""
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    onnx.save(graph(InputSpec(**manifest["input"]), len(manifest["classes"]), scale), bundle / "model.int8.onnx")
+    first = manifest["variants"]["fp32"]
+    edit(bundle, variants={"fp32": first, "int8": first | {"file": "model.int8.onnx", "precision": "int8"}})
+    reseal(bundle)
+
+
+def spoil(bundle: Path, *nodes: onnx.NodeProto, file: str = "model.onnx", **constants: np.ndarray) -> None:
     """Put nodes into the graph, which make "unit", the input in 0..1, from "given"; the digests fit again."""
-    model = onnx.load(bundle / "model.onnx")
+    model = onnx.load(bundle / file)
     at = next(i for i, node in enumerate(model.graph.node) if node.output[0] == "unit")
     model.graph.node[at].output[0] = "given"
     for i, node in enumerate(nodes):
         model.graph.node.insert(at + 1 + i, node)
     model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
-    onnx.save(model, bundle / "model.onnx")
+    onnx.save(model, bundle / file)
     reseal(bundle)
 
 
-def break_where_bright(bundle: Path, least: float = 1.0) -> None:
+def break_where_bright(bundle: Path, least: float = 1.0, file: str = "model.onnx") -> None:
     """Make the graph look up a place that isn't there where a pixel is as bright as `least`, 0..1."""
     spoil(bundle,
           helper.make_node("ReduceMax", ["given"], ["brightest"], keepdims=0),
@@ -133,11 +142,27 @@ def break_where_bright(bundle: Path, least: float = 1.0) -> None:
           helper.make_node("Cast", ["share"], ["place"], to=TensorProto.INT64),
           helper.make_node("Gather", ["table", "place"], ["one"]),
           helper.make_node("Mul", ["given", "one"], ["unit"]),
-          least=np.float32(least), table=np.ones(1, np.float32))
+          file=file, least=np.float32(least), table=np.ones(1, np.float32))
 
 
-def hang(bundle: Path) -> None:
-    """Make the graph go round for ever."""
+def hang(bundle: Path, where_bright: bool = False) -> None:
+    """Make the graph go round for ever; or only where a pixel is as bright as can be, as none of the samples is."""
+    if where_bright:
+        spoil(bundle, helper.make_node("ReduceMax", ["given"], ["brightest"], keepdims=0),
+              helper.make_node("Cast", ["brightest"], ["bright"], to=TensorProto.INT64),
+              helper.make_node("Mul", ["bright", "often"], ["turns"]), *_loop("turns"),
+              often=np.array(2**62), true=np.array(True))
+    else:
+        spoil(bundle, *_loop("often"), often=np.array(2**62), true=np.array(True))
+
+
+def slow(bundle: Path, file: str = "model.onnx", turns: int = 3000) -> None:
+    """Make a graph go round some milliseconds; its answers stay the same."""
+    spoil(bundle, *_loop("often"), file=file, often=np.array(turns), true=np.array(True))
+
+
+def _loop(turns: str) -> list[onnx.NodeProto]:
+    """Makes "unit" from "given", which it does not change."""
     turn = helper.make_graph(
         [helper.make_node("Identity", ["on"], ["goes_on"]), helper.make_node("Abs", ["before"], ["after"])], "turn",
         [helper.make_tensor_value_info("number", TensorProto.INT64, []),
@@ -145,5 +170,4 @@ def hang(bundle: Path) -> None:
          helper.make_tensor_value_info("before", TensorProto.FLOAT, None)],
         [helper.make_tensor_value_info("goes_on", TensorProto.BOOL, []),
          helper.make_tensor_value_info("after", TensorProto.FLOAT, None)])
-    spoil(bundle, helper.make_node("Loop", ["often", "true", "given"], ["unit"], body=turn),
-          often=np.array(2**62), true=np.array(True))
+    return [helper.make_node("Loop", [turns, "true", "given"], ["unit"], body=turn)]

@@ -101,6 +101,40 @@ def test_a_model_of_fewer_classes_shows_no_drift_that_there_is_not(start, tmp_pa
     assert observed(service)["class"] < 0.1
 
 
+@pytest.mark.parametrize("window", ["2000", "1000000"])  # where neighbours share bins, and where none have to
+def test_many_thousands_of_classes(start, tmp_path, window):
+    def write(classes: int, at: int) -> None:
+        """Those that are predicted come first; the others come with the baseline from `at` on."""
+        counts = np.zeros(classes, int)
+        counts[at:at + 3] = 40
+        tiny.write(tmp_path, classes=[f"class {i}" for i in range(classes)], size=4, samples=3,
+                   baseline={"class": Histogram(edges=class_edges(classes).tolist(), counts=counts.tolist())})
+
+    write(20_000, 0)
+    service = start("--reload-seconds", "0.2", "--drift-window", window, store=tmp_path)
+    files = made(1000, (4,), tiny.CLASSES)[0][:36]
+    send(service, files)
+    wait(lambda: observed(service) != {})
+    assert observed(service)["class"] < 0.1
+    write(20_001, 10_000)
+    swap(service)
+    assert service.http.get("/model").json()["version"] == "2"
+    send(service, files)
+    wait(lambda: observed(service) != {})
+    assert observed(service)["class"] > 1
+
+
+def test_classes_too_many_for_the_window_share_bins(start, tmp_path):
+    even = [20] * 500
+    tiny.write(tmp_path, classes=[f"class {i}" for i in range(500)],
+               baseline={"class": Histogram(edges=class_edges(500).tolist(), counts=even)})
+    service = start("--drift-window", "60", store=tmp_path)
+    send(service, made(1000, (32,), ["red"])[0][:62])
+    wait(lambda: observed(service) != {})
+    want = psi(np.array([10_000 // 6] * 6), np.array([60, 0, 0, 0, 0, 0]))
+    assert observed(service)["class"] == pytest.approx(want, rel=0.05)
+
+
 def test_a_worker_that_rests_compares_with_the_new_baseline(start, tmp_path):
     def even(*counts: int) -> dict[str, Histogram]:
         return {"class": Histogram(edges=class_edges(3).tolist(), counts=counts)}

@@ -3,6 +3,7 @@ import importlib.util
 
 import cv2
 import numpy as np
+import onnx
 import pytest
 import tiny
 from service import loopback, refused, run
@@ -79,3 +80,39 @@ def test_auto_takes_the_cpu_where_the_gpu_fails_at_a_run(bundle_store, monkeypat
 
 def test_an_unknown_variant_is_refused_in_one_line(bundle_store):
     refused(run("--store", str(bundle_store), "--variant", "int4", *loopback()), "int4", "fp32")
+
+
+@pytest.mark.parametrize(("slow", "faster"), [("model.onnx", "int8"), ("model.int8.onnx", "fp32")])
+def test_auto_takes_the_faster_of_two_variants(tmp_path, slow, faster):
+    bundle = tiny.write(tmp_path)
+    tiny.add_int8(bundle)
+    tiny.slow(bundle, slow)
+    assert Model(Store(tmp_path).open("colours"), Settings(store=tmp_path), 1).variant == faster
+
+
+@pytest.mark.parametrize("how", ["answers otherwise", "can't be run", "can't be loaded"])
+def test_auto_serves_the_variant_that_is_right_where_the_faster_one_is_not(start, tmp_path, how):
+    bundle = tiny.write(tmp_path)
+    tiny.add_int8(bundle, scale=2 if how == "answers otherwise" else 1)
+    if how == "can't be run":
+        tiny.break_where_bright(bundle, 0.1, "model.int8.onnx")
+    if how == "can't be loaded":
+        graph = onnx.load(bundle / "model.int8.onnx")
+        graph.graph.node[0].op_type = "NoSuchThing"
+        onnx.save(graph, bundle / "model.int8.onnx")
+        tiny.reseal(bundle)
+    tiny.slow(bundle)
+    server = start(store=tmp_path)
+    assert server.http.get("/model").json()["variant"] == "fp32"
+    assert server.predict(IMAGES[0]).json()["predictions"][0]["label"] == "red"
+    (line,) = [line for line in server.log.read_text().splitlines() if "a variant is not taken" in line]
+    assert {"answers otherwise": "self check of int8 failed", "can't be run": "can't run it",
+            "can't be loaded": "can't load it"}[how] in line
+
+
+def test_auto_is_refused_where_no_variant_is_right(tmp_path):
+    bundle = tiny.write(tmp_path)
+    tiny.add_int8(bundle, scale=2)
+    tiny.break_where_bright(bundle, 0.1)
+    refused(run("--store", str(tmp_path), *loopback()), "can't run it")
+    refused(run("--store", str(tmp_path), "--variant", "int8", *loopback()), "self check of int8 failed")

@@ -73,6 +73,29 @@ def test_pid_1_on_a_read_only_root_without_capabilities(tmp_path):
 
 
 @needs_namespaces
+def test_pid_1_ends_by_sigterm_from_the_first_moment(bundle_store, tmp_path):
+    """The kernel drops what PID 1 has no handler for; most of its first second goes by in imports."""
+    command = [sys.executable, "-m", "serve", "--store", str(bundle_store), "--host", "127.0.0.1"]
+    with (tmp_path / "log").open("wb") as file:
+        outer = subprocess.Popen([*UNSHARE, "sh", "-c", SETUP, "sh", *command], cwd=ROOT, stdout=file, stderr=file)
+    try:
+        end = time.monotonic() + 60
+        handled = False
+        while not handled:
+            assert time.monotonic() < end
+            children = Path(f"/proc/{outer.pid}/task/{outer.pid}/children").read_text().split()
+            if children and b"serve" in Path(f"/proc/{children[0]}/cmdline").read_bytes().split(b"\0")[:4]:
+                assert "numpy" not in Path(f"/proc/{children[0]}/maps").read_text(), "a signal would be lost till now"
+                caught = Path(f"/proc/{children[0]}/status").read_text().split("SigCgt:")[1].split()[0]
+                handled = bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
+        os.kill(int(children[0]), signal.SIGTERM)
+        assert outer.wait(10) == 128 + signal.SIGTERM
+    finally:
+        outer.kill()
+        outer.wait()
+
+
+@needs_namespaces
 @needs_ipv6
 def test_both_ports_are_there_for_both_kinds_of_address(bundle_store, tmp_path):
     with sandboxed(bundle_store, tmp_path / "log", "::") as inner:

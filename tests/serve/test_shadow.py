@@ -2,6 +2,8 @@
 import os
 import signal
 
+import cv2
+import numpy as np
 import pytest
 import tiny
 from service import wait
@@ -61,6 +63,19 @@ def test_a_shadow_that_cannot_be_loaded_does_no_harm(start, tmp_path):
     assert counted(service)["dropped"] == 20
     assert service.metric("imago_restarts_total", process="shadow", reason="crash") == 0, "another could not either"
     assert service.stop() == 0
+
+
+def test_a_shadow_that_fails_on_an_image_goes_on(start, tmp_path):
+    tiny.write(tmp_path)
+    tiny.break_where_bright(tiny.write(tmp_path, promote=False))
+    service = start("--shadow-version", "2", "--shadow-share", "1", "--version", "1", store=tmp_path)
+    wait(lambda: "shadow ready" in service.log.read_text())
+    bright = cv2.imencode(".png", np.full((32, 32, 3), 255, np.uint8))[1].tobytes()
+    assert service.predict(bright).status_code == 200
+    wait(lambda: counted(service)["failed"] == 1)
+    assert service.predict(tiny.image("red")).status_code == 200
+    wait(lambda: counted(service)["agree"] == 1)
+    assert service.metric("imago_restarts_total", process="shadow", reason="crash") == 0
 
 
 def test_a_shadow_that_dies_is_replaced(start, tmp_path):

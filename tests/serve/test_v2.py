@@ -138,6 +138,20 @@ def test_json_takes_no_more_memory_than_its_bytes_are_worth(data, status):
         tracemalloc.stop()
 
 
+@pytest.mark.parametrize("length", ["-1", "-2097153", "3000003"])
+def test_what_is_said_to_be_json_is_in_range_before_it_is_read(server, length):
+    """Were all of it but the last byte read, there would be more values than the images of a request need: 413."""
+    content = b"[" + b"0," * (3 << 19) + b"0] "
+    said = server.http.post(INFER, content=content, headers={"Inference-Header-Content-Length": length})
+    assert said.status_code == (413 if int(length) > 2 << 20 else 400)
+    tracemalloc.start()
+    try:
+        assert parsed(content, {b"inference-header-content-length": length.encode()}) == said.status_code
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20, "a copy of it is made"
+    finally:
+        tracemalloc.stop()
+
+
 def test_many_requests_are_as_bounded_as_predict(start):
     service = start("--api-key", "secret")
     assert service.http.get("/v2/health/ready").status_code == 200
