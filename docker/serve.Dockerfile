@@ -28,13 +28,18 @@ RUN rm -rf /usr/local/lib/python3.*/site-packages/* /usr/local/lib/python3.*/ens
       /usr/lib/*-linux-gnu/gconv /usr/share/doc /usr/share/man /usr/share/locale /usr/share/info /var/lib/apt /var/cache /var/log /root/.cache \
     && mkdir -p /var/lib/apt /var/cache /var/log /store
 
+# Ours, with modes that do not hang on the umask of whoever checked it out.
+FROM ${BASE} AS sources
+COPY models/*.py /app/models/
+COPY serve /app/serve
+RUN chmod -R u=rwX,go=rX /app
+
 # From scratch, so that what was removed above is in no layer at all.
 FROM scratch
 # hadolint ignore=DL3067
 COPY --from=system / /
 COPY --from=packages /opt/imago /opt/imago
-COPY models/*.py /app/models/
-COPY serve /app/serve
+COPY --from=sources /app /app
 ENV PATH=/opt/imago/bin:/usr/local/bin:/usr/bin:/bin \
     PYTHONPATH=/app PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 LANG=C.UTF-8 HOME=/tmp IMAGO_STORE=/store
 WORKDIR /app

@@ -48,6 +48,15 @@ def test_what_is_copied_may_enter_a_build_and_nothing_else():
     assert "*" in (ROOT / ".dockerignore").read_text().splitlines()
 
 
+@pytest.mark.parametrize("kind", ["serve", "train"])
+def test_no_mode_of_a_file_on_the_building_machine_gets_into_an_image(kind):
+    """Its umask may keep all others out, the image's user among them."""
+    *before, last = (ROOT / f"docker/{kind}.Dockerfile").read_text().split("\nFROM ")
+    assert re.findall(r"^COPY (?!--from)", last, re.MULTILINE) == []
+    (sources,) = (stage for stage in before if " AS sources\n" in stage)
+    assert "\nRUN chmod -R u=rwX,go=rX /app\n" in sources
+
+
 def run(script: str | Path, *words: str, **env: str) -> subprocess.CompletedProcess:
     return subprocess.run([ROOT / script, *words], capture_output=True, text=True, env={**os.environ, **env})
 
