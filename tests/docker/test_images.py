@@ -130,6 +130,14 @@ print(modules + [c for c in ("gcc", "cc", "g++", "ld", "make", "pip", "pip3") if
     assert everywhere.strip() == ""
 
 
+@pytest.mark.parametrize("kind", ["serve", "train"])
+def test_each_package_of_the_system_comes_with_its_licence(engine, kind):
+    look = r"""dpkg-query -W -f '${Package}\n' | while read -r p; do [ -e "/usr/share/doc/$p/copyright" ] || echo "$p"; done
+ls -d /usr/share/doc/dpkg"""
+    found = engine("run", "--rm", *RESTRICTED, "--entrypoint=sh", name(kind), "-c", look).stdout
+    assert found.split() == ["/usr/share/doc/dpkg"]
+
+
 @pytest.mark.skipif(RUNTIME != "cpu", reason="CUDA and OpenVINO weigh what they weigh")
 def test_serving_is_small(engine):
     size = int(engine("image", "inspect", "--format", "{{.Size}}", name("serve")).stdout)
