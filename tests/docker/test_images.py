@@ -132,7 +132,9 @@ print(modules + [c for c in ("gcc", "cc", "g++", "ld", "make", "pip", "pip3") if
 
 @pytest.mark.parametrize("kind", ["serve", "train"])
 def test_each_package_of_the_system_comes_with_its_licence(engine, kind):
-    look = r"""dpkg-query -W -f '${Package}\n' | while read -r p; do [ -e "/usr/share/doc/$p/copyright" ] || echo "$p"; done
+    look = """for package in $(dpkg-query -W -f '${Package} '); do
+  [ -e "/usr/share/doc/$package/copyright" ] || echo "$package"
+done
 ls -d /usr/share/doc/dpkg"""
     found = engine("run", "--rm", *RESTRICTED, "--entrypoint=sh", name(kind), "-c", look).stdout
     assert found.split() == ["/usr/share/doc/dpkg"]

@@ -29,4 +29,4 @@ def test_it_ends_when_the_model_is_there(waiting, tmp_path):
 def test_it_hears_a_notice_to_end(waiting):
     """As the first process of a container, which the kernel spares a signal that it has no handler for."""
     waiting.send_signal(signal.SIGTERM)
-    assert waiting.wait(1.5) == 143
+    assert waiting.wait(10) == 143
