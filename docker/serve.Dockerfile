@@ -20,21 +20,31 @@ RUN find . -type d \( -name tests -o -name include \) -prune -exec rm -r {} + \
     && rm -rf onnxruntime/transformers onnxruntime/quantization onnxruntime/tools onnxruntime/datasets \
     && PYTHONHASHSEED=0 /opt/imago/bin/python -m compileall -q --invalidation-mode unchecked-hash -x 'pygments' .
 
-# The system, less what a server never needs: pip, caches, manuals, legacy encodings. dpkg's list stays, for scanners.
+# The system, less what a server never needs: pip, caches, manuals, legacy encodings. dpkg's list stays, for scanners, and
+# each package's copyright file, which its licence asks for.
 FROM ${BASE} AS system
 RUN rm -rf /usr/local/lib/python3.*/site-packages/* /usr/local/lib/python3.*/ensurepip /usr/local/bin/pip* \
       /usr/lib/python3/dist-packages/* /usr/lib/python3.*/ensurepip /usr/bin/pip* /usr/share/python-wheels \
-      /usr/local/lib/python3.*/idlelib /usr/local/lib/python3.*/tkinter /usr/local/lib/python3.*/test \
-      /usr/lib/*-linux-gnu/gconv /usr/share/doc /usr/share/man /usr/share/locale /usr/share/info /var/lib/apt /var/cache /var/log /root/.cache \
+      /usr/local/lib/python3.*/idlelib /usr/local/lib/python3.*/tkinter \
+      /usr/local/lib/python3.*/test /usr/local/lib/python3.*/lib2to3 /usr/local/lib/python3.*/pydoc_data \
+      /usr/lib/python3.*/test /usr/lib/python3.*/lib2to3 /usr/lib/python3.*/pydoc_data \
+      /usr/lib/*-linux-gnu/gconv /usr/share/man /usr/share/locale /usr/share/info /var/lib/apt /var/cache /var/log /root/.cache \
+    && find /usr/share/doc -type f ! -name copyright -delete \
+    && find /usr/share/doc \( -xtype l -o -type d -empty \) -delete \
     && mkdir -p /var/lib/apt /var/cache /var/log /store
+
+# Ours, with modes that do not hang on the umask of whoever checked it out.
+FROM ${BASE} AS sources
+COPY models/*.py /app/models/
+COPY serve /app/serve
+RUN chmod -R u=rwX,go=rX /app
 
 # From scratch, so that what was removed above is in no layer at all.
 FROM scratch
 # hadolint ignore=DL3067
 COPY --from=system / /
 COPY --from=packages /opt/imago /opt/imago
-COPY models/*.py /app/models/
-COPY serve /app/serve
+COPY --from=sources /app /app
 ENV PATH=/opt/imago/bin:/usr/local/bin:/usr/bin:/bin \
     PYTHONPATH=/app PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 LANG=C.UTF-8 HOME=/tmp IMAGO_STORE=/store
 WORKDIR /app

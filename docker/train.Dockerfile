@@ -15,14 +15,19 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     && PYTHONHASHSEED=0 /opt/imago/bin/python -m compileall -q -f --invalidation-mode unchecked-hash -x '/testing/' \
        /opt/imago/lib
 
+# Ours, with modes that do not hang on the umask of whoever checked it out.
+FROM ${BASE} AS sources
+COPY models /app/models
+COPY train /app/train
+RUN chmod -R u=rwX,go=rX /app
+
 FROM ${BASE}
 ARG COMPILER=0
 # hadolint ignore=DL3008
 RUN [ "$COMPILER" = 0 ] || { apt-get update && apt-get install -y --no-install-recommends g++ python3-dev \
     && rm -rf /var/lib/apt/lists/*; }
 COPY --from=packages /opt/imago /opt/imago
-COPY models /app/models
-COPY train /app/train
+COPY --from=sources /app /app
 ARG VERSION=0 REVISION=unknown
 ENV PATH=/opt/imago/bin:/usr/local/bin:/usr/bin:/bin \
     PYTHONPATH=/app PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 LANG=C.UTF-8 HOME=/tmp \

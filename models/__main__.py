@@ -4,7 +4,7 @@ import sys
 from datetime import datetime
 from pathlib import Path
 
-from models.bundle import Bundle, BundleError
+from models.bundle import Bundle, BundleError, Latency
 from models.remote import pull, push
 from models.store import LATEST, Store
 from models.verify import Check, check_bundle
@@ -85,7 +85,7 @@ def show(options) -> int:
           f"{m.input.height}x{m.input.width}x{m.input.channels}, made {_day(m.created)}")
     print(f"  test       accuracy {_accuracy(bundle)}")
     for name, v in m.variants.items():
-        speed = f"{v.latency.images_per_second:.0f} images/s" if v.latency else "not timed"
+        speed = _speed(v.latency) if v.latency else "not timed"
         accuracy = "-" if v.accuracy is None else f"{100 * v.accuracy:.2f} %"
         print(f"  {name:9s}  {v.bytes / 1e6:.2f} MB, accuracy {accuracy}, {speed}, opset {v.opset}")
     print(f"  answers    temperature {c.temperature:.3f}, abstains below {c.abstain_threshold:.3f}")
@@ -163,6 +163,11 @@ def pull_(options) -> int:
 def _accuracy(bundle: Bundle) -> str:
     metrics = bundle.manifest.metrics.get("test")
     return f"{100 * metrics.accuracy:.2f} %" if metrics else "-"
+
+
+def _speed(latency: Latency) -> str:
+    rate = latency.images_per_second
+    return f"{rate:.0f} images/s ({rate / latency.threads:.0f} a core of {latency.threads})"
 
 
 def _day(created: datetime) -> str:

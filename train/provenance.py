@@ -17,11 +17,20 @@ PACKAGES = ("torch", "torchvision", "lightning", "onnx", "onnxscript", "onnxrunt
 
 def provenance(device: torch.device, data: DataInfo, seed: int, recipe: dict[str, Any],
                seconds: dict[str, float]) -> Provenance:
-    commit = _git("rev-parse", "HEAD") or os.environ.get("IMAGO_REVISION")  # an image has no repository, but was told
-    status = _git("status", "--porcelain")
+    commit, dirty = revision()
     packages = {"python": platform.python_version()} | {p: v for p in PACKAGES if (v := _version(p))}
-    return Provenance(git_commit=commit, git_dirty=None if status is None else bool(status), data=data,
-                      packages=packages, device=device_name(device), seed=seed, recipe=recipe, seconds=seconds)
+    return Provenance(git_commit=commit, git_dirty=dirty, data=data, packages=packages, device=device_name(device),
+                      seed=seed, recipe=recipe, seconds=seconds)
+
+
+def revision() -> tuple[str | None, bool | None]:
+    """The commit of this code, and whether it was changed since; None where nobody knows."""
+    if commit := _git("rev-parse", "HEAD"):
+        status = _git("status", "--porcelain")
+        return commit, None if status is None else bool(status)
+    told = os.environ.get("IMAGO_REVISION", "unknown")  # an image has no repository: docker/build told it
+    commit = told.removesuffix("-dirty")
+    return (None, None) if commit == "unknown" else (commit, commit != told)
 
 
 def device_name(device: torch.device) -> str:

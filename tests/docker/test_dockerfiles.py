@@ -1,6 +1,7 @@
 """The Dockerfiles as text, and what the scripts beside them say when something is missing."""
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -47,7 +48,16 @@ def test_what_is_copied_may_enter_a_build_and_nothing_else():
     assert "*" in (ROOT / ".dockerignore").read_text().splitlines()
 
 
-def run(script: str, *words: str, **env: str) -> subprocess.CompletedProcess:
+@pytest.mark.parametrize("kind", ["serve", "train"])
+def test_no_mode_of_a_file_on_the_building_machine_gets_into_an_image(kind):
+    """Its umask may keep all others out, the image's user among them."""
+    *before, last = (ROOT / f"docker/{kind}.Dockerfile").read_text().split("\nFROM ")
+    assert re.findall(r"^COPY (?!--from)", last, re.MULTILINE) == []
+    (sources,) = (stage for stage in before if " AS sources\n" in stage)
+    assert "\nRUN chmod -R u=rwX,go=rX /app\n" in sources
+
+
+def run(script: str | Path, *words: str, **env: str) -> subprocess.CompletedProcess:
     return subprocess.run([ROOT / script, *words], capture_output=True, text=True, env={**os.environ, **env})
 
 
@@ -120,6 +130,36 @@ def test_a_docker_that_cannot_build_gives_way_to_podman(tmp_path):
     assert "docker-buildx" in one_line(run("docker/engine", "images", PATH=path, ENGINE="docker"))
     (tmp_path / "docker").write_text('#!/bin/sh\n[ "$1" != buildx ] && echo 20.10.24 $DOCKER_BUILDKIT\n')
     assert run("docker/engine", "images", PATH=path, ENGINE="").stdout == "20.10.24 1\n"
+
+
+def test_an_image_of_changed_sources_says_so(tmp_path):
+    """Only of what may go into it."""
+    calls, tools, root = tmp_path / "calls", tmp_path / "tools", tmp_path / "root"
+    for script in ("build", "engine"):
+        (root / "docker").mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / "docker" / script, root / "docker")
+    tools.mkdir()
+    (tools / "podman").write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo podman version 5 || echo "$*" >>{calls}\n')
+    (tools / "podman").chmod(0o755)
+
+    def revision() -> str:
+        calls.unlink(missing_ok=True)
+        done = run(root / "docker/build", "train", ENGINE="podman", PATH=f"{tools}:{os.environ['PATH']}")
+        assert done.returncode == 0, done.stdout + done.stderr
+        return re.findall(r"REVISION=(\S+)", calls.read_text())[0]
+
+    def git(*words: str) -> None:
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=root, check=True)
+
+    git("init", "--quiet")
+    assert revision() == "unknown"
+    git("add", ".")
+    git("commit", "--quiet", "--message=a")
+    (root / "notes").write_text("not of the images")
+    assert re.fullmatch(r"[0-9a-f]{40}", revision())
+    (root / "train").mkdir()
+    (root / "train/new.py").touch()
+    assert re.fullmatch(r"[0-9a-f]{40}-dirty", revision())
 
 
 def test_a_base_image_that_is_not_there_is_one_line(engine):

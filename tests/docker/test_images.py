@@ -110,7 +110,8 @@ def test_training_left_a_bundle_in_the_volume(volume, engine):
     path, manifest = bundle(volume)
     revision = 'index .Config.Labels "org.opencontainers.image.revision"'
     label = engine("image", "inspect", "--format", f"{{{{{revision}}}}}", name("train")).stdout.strip()
-    assert manifest["provenance"]["git_commit"] == label
+    provenance = manifest["provenance"]
+    assert provenance["git_commit"] + "-dirty" * provenance["git_dirty"] == label
     assert (volume / "store/digits/latest").readlink() == Path("1")
     assert manifest["metrics"]["test"]["accuracy"] > 0.95
     assert (path / "model.onnx").stat().st_size > 0
@@ -129,6 +130,16 @@ print(modules + [c for c in ("gcc", "cc", "g++", "ld", "make", "pip", "pip3") if
     assert everywhere.strip() == ""
 
 
+@pytest.mark.parametrize("kind", ["serve", "train"])
+def test_each_package_of_the_system_comes_with_its_licence(engine, kind):
+    look = """for package in $(dpkg-query -W -f '${Package} '); do
+  [ -e "/usr/share/doc/$package/copyright" ] || echo "$package"
+done
+ls -d /usr/share/doc/dpkg"""
+    found = engine("run", "--rm", *RESTRICTED, "--entrypoint=sh", name(kind), "-c", look).stdout
+    assert found.split() == ["/usr/share/doc/dpkg"]
+
+
 @pytest.mark.skipif(RUNTIME != "cpu", reason="CUDA and OpenVINO weigh what they weigh")
 def test_serving_is_small(engine):
     size = int(engine("image", "inspect", "--format", "{{.Size}}", name("serve")).stdout)
@@ -143,7 +154,7 @@ def test_images_say_what_they_are(engine, kind):
     assert config["StopSignal"] in ("SIGTERM", "15")
     labels = config["Labels"]
     assert labels["org.opencontainers.image.licenses"] == "Apache-2.0"
-    assert re.fullmatch(r"[0-9a-f]{40}", labels["org.opencontainers.image.revision"])
+    assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", labels["org.opencontainers.image.revision"])
     environment = " ".join(config["Env"]).lower()
     assert not re.search(r"password|secret|token|index|://", environment)
 

@@ -187,6 +187,14 @@ def test_each_alert_has_its_paragraph_in_the_runbook():
             assert len(section[1]) > 200, rule["alert"]
 
 
+def test_the_readme_lets_prometheus_see_every_object_that_we_make_for_it():
+    """The chart's Prometheus otherwise takes those of its own release alone."""
+    kinds = {m["kind"] for case in CASES for m in of(case, "PodMonitor", "ServiceMonitor", "PrometheusRule")}
+    shown = set(re.findall(r"prometheusSpec\.(\w+)SelectorNilUsesHelmValues=false", RUNBOOK))
+    named = {"PodMonitor": "podMonitor", "ServiceMonitor": "serviceMonitor", "PrometheusRule": "rule"}
+    assert shown == {named[kind] for kind in kinds}
+
+
 @pytest.fixture
 def promtool() -> str:
     found = shutil.which("promtool")

@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 from models.__main__ import main
-from models.bundle import Bundle, BundleError
+from models.bundle import Bundle, BundleError, Latency
 from models.store import Store
 
 
@@ -92,6 +92,15 @@ def test_list_and_show(three, capsys):
     assert "colours/2  tiny, 3 classes" in capsys.readouterr().out
     assert run(three, "show", "colours", "--json") == 0
     assert Bundle(three / "colours" / "3").manifest.model_dump_json(indent=1) == capsys.readouterr().out.strip()
+
+
+def test_show_tells_the_speed_of_a_core(tmp_path, capsys):
+    bundle = Bundle(tiny.write(tmp_path), verify=False)
+    fp32 = bundle.manifest.variants["fp32"]
+    fp32.latency = Latency(device="a CPU, 4 cores", threads=4, batch_ms={8: 10.0}, images_per_second=800.0)
+    bundle.manifest.write(bundle.path)
+    assert run(tmp_path, "show", "colours") == 0
+    assert "800 images/s (200 a core of 4)" in capsys.readouterr().out
 
 
 def test_list_goes_on_past_a_broken_bundle(three, capsys):
