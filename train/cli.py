@@ -30,7 +30,7 @@ from train.failures import Diverged, OutOfMemory, is_out_of_memory
 from train.find import find_batch_size, find_lr
 from train.history import History
 from train.monitor import Monitor
-from train.precision import affordable
+from train.precision import SaysSo, affordable
 from train.preemption import NOTICE
 from train.resume import Resume
 from train.system import Classifier
@@ -103,9 +103,12 @@ class CLI(LightningCLI):
         if config.trainer.enable_progress_bar is False:  # which Lightning takes for a word about ours, and refuses it
             config.trainer.enable_progress_bar, config.progress.quiet = None, True
         distributed.follow_launcher(config.trainer)
-        config.trainer.precision = affordable(config.trainer.precision, config.trainer.accelerator)
+        self.asked = config.trainer.precision
+        config.trainer.precision = affordable(self.asked, config.trainer.accelerator)
 
     def after_instantiate_classes(self) -> None:
+        if self.config[self.subcommand].trainer.precision != self.asked:
+            ours(self.trainer).callbacks.append(SaysSo())
         distributed.own_signals(self.trainer)
 
     def _run_subcommand(self, subcommand: str) -> None:
