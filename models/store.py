@@ -9,7 +9,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,7 +109,8 @@ class Store:
         except FileExistsError:
             return None
         if (self.root / name / str(version)).exists():  # published between our look and our mkdir
-            directory.rmdir()
+            with suppress(FileNotFoundError):  # its writer, whose directory had this name, may just be tidying up
+                directory.rmdir()
             return None
         return directory
 
