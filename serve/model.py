@@ -44,7 +44,8 @@ class Model:
             images = np.zeros((size, spec.height, spec.width, spec.channels), np.uint8)
             for alone in (False, True):
                 run(self.bundle, self.engine, images, self.wanted, alone)
-        self.light = _seconds(self.engine, self.bundle, batch) < LIGHT * batch
+        self.run_seconds = _seconds(self.engine, self.bundle, batch)
+        self.light = self.run_seconds < LIGHT * batch
 
     def describe(self) -> dict:
         """What /model tells."""

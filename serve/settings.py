@@ -44,7 +44,9 @@ class Settings(BaseSettings):
     read_timeout_seconds: float = Field(10, gt=0, description="time for a request to arrive whole")
     keep_alive_seconds: int = Field(75, ge=1, description="time an idle connection stays open")
     drain_seconds: float = Field(20, ge=2, description="time between SIGTERM and the end, at most")
-    worker_timeout_seconds: float = Field(20, gt=0, description="a worker stuck for so long is replaced")
+    worker_timeout_seconds: float = Field(7, gt=0, description="a worker stuck for so long, and for five times what a "
+                                          "batch takes it, is replaced; less than deadline_ms, so that its requests "
+                                          "get 503, not 504")
 
     # Trust
     reload_seconds: float = Field(5, ge=0, description="between two looks at where latest points; 0: never")

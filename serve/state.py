@@ -10,8 +10,8 @@ FILE = "state"
 SLOTS = 64  # of each kind
 PREDICTORS = 1024
 START_SECONDS = 120  # for a worker to load its model
-_DRAINING, _STOPPING, _REFUSING, _PENDING, _REQUESTS, _BYTES, _BEAT = 0, 1, 2, 64, 128, 192, 256
-_BUSY = 320
+_DRAINING, _STOPPING, _REFUSING, _PENDING, _REQUESTS, _BYTES, _BEAT, _RUN = 0, 1, 2, 64, 128, 192, 256, 320
+_BUSY = 384
 _SIZE = 8 * (_BUSY + SLOTS * PREDICTORS)
 
 
@@ -83,9 +83,17 @@ class State:
     def end(self, worker: int, predictor: int) -> None:
         self.page[_BUSY + worker * PREDICTORS + predictor] = 0
 
+    def set_run_seconds(self, worker: int, seconds: float) -> None:
+        """How long its graph takes for a whole batch on one core, when nothing is wrong."""
+        self.page[_RUN + worker] = seconds
+
+    def run_seconds(self, worker: int) -> float:
+        return self.page[_RUN + worker]
+
     def reset(self, worker: int) -> None:
         """A new worker takes this place, and has some time until its first beat."""
         self.page[_BEAT + worker] = time.monotonic() + START_SECONDS
+        self.set_run_seconds(worker, 0)
         for i in range(PREDICTORS):
             self.end(worker, i)
 

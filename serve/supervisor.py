@@ -39,6 +39,7 @@ FAREWELL = 1.0  # seconds in which clients that keep a connection get one more a
 LINGER = 0.3  # seconds in which clients are still told that we are leaving
 LEAVE = 0.9  # seconds for the HTTP processes to end, in which clients take their last answers
 END = 1.8  # seconds of the drain that are kept for ending the processes
+SLOW = 5  # times as long as a batch took at the start: no hang yet, whatever else the cores do
 OWN_FILES = 128  # that a process has open besides the connections of clients
 MAX_PAUSE = 10.0  # seconds between two tries to start a process that keeps crashing
 
@@ -159,7 +160,7 @@ class Supervisor(litserve.LitServer):
             return "crash"
         if kind == "worker":
             silent = self.state.silent_seconds(number, self.threads)
-            if silent > self.settings.worker_timeout_seconds:
+            if silent > max(self.settings.worker_timeout_seconds, SLOW * self.state.run_seconds(number)):
                 process.kill()
                 process.join()
                 return "hang"

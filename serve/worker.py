@@ -89,6 +89,7 @@ class PredictLoop(LitLoop):
                                lit_api.settings.max_batch_size, lit_api.settings.batch_wait_ms / 1000, self.hello)
         self.served = Slab(f"{lit_api.run}/worker-{worker_id}-model.metrics")
         tell_served(self.served, lit_api.model)
+        self.state.set_run_seconds(worker_id, lit_api.model.run_seconds)
         self.drift: Drift | None = None
         self.observers = self.watchers(lit_api.settings, f"{lit_api.run}/worker-{worker_id}")
         for i in range(lit_api.threads):
@@ -122,6 +123,7 @@ class PredictLoop(LitLoop):
 
     def swap(self, model: Model) -> None:
         """Serve another model from the next batch on, and tell all HTTP processes."""
+        self.state.set_run_seconds(self.number, max(self.api.model.run_seconds, model.run_seconds))  # both run now
         self.api.model, self.backlog.predictors = model, self.predictors(model)
         for peer in list(self.backlog.peers):
             peer.send(self.hello())
@@ -179,24 +181,25 @@ class PredictLoop(LitLoop):
             return
         mapped = [w.job.flags & CAM for w in taken]
         if not any(mapped):
-            return self.run_graph(model, taken, pixels, decode_us, started, alone, metrics)
+            return self.run_graph(model, taken, pixels, decode_us, started, alone, index, metrics)
         for wanted in (0, CAM):  # who asks for no heat map pays for none
             chosen = [i for i, flag in enumerate(mapped) if flag == wanted]
             if chosen:
                 self.run_graph(model, [taken[i] for i in chosen], [pixels[i] for i in chosen],
-                               [decode_us[i] for i in chosen], started, alone, metrics)
+                               [decode_us[i] for i in chosen], started, alone, index, metrics)
 
     def run_graph(self, model: Model, taken: list[Waiting], pixels: list[np.ndarray], decode_us: list[int],
-                  started: float, alone: bool, metrics: WorkerMetrics) -> None:
+                  started: float, alone: bool, index: int, metrics: WorkerMetrics) -> None:
         """Run the graph on decoded images that want the same outputs, answer, count. If it raises: on each alone."""
         wanted = (*model.wanted, "cam") if taken[0].job.flags & CAM else model.wanted
         images, before = np.stack(pixels), time.perf_counter()
+        self.state.begin(self.number, index)
         try:
             outputs = model.engine.run(images, wanted, alone)
         except Exception:
             if len(taken) > 1:  # what is wrong with one image must not reach the others
                 for one, image, us in zip(taken, pixels, decode_us, strict=True):
-                    self.run_graph(model, [one], [image], [us], started, alone, metrics)
+                    self.run_graph(model, [one], [image], [us], started, alone, index, metrics)
             else:
                 logs.logger.exception("the model failed on an image")
                 reply([(taken[0], self.failed(taken[0], 500, b"the model failed on this image"))])

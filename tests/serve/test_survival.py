@@ -8,6 +8,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import tiny
 from load import Load
@@ -65,6 +67,30 @@ def test_a_worker_that_hangs_is_replaced_and_its_requests_get_503(start):
     assert load.lost == []
     assert set(load.statuses) == {200, 503}
     assert server.metric("imago_restarts_total", process="worker", reason="hang") == 1
+
+
+def test_a_predictor_that_hangs_in_the_graph_is_replaced_before_the_deadline(start, tmp_path):
+    """With the settings as they come; the worker's heart beats on."""
+    tiny.hang(tiny.write(tmp_path), where_bright=True)
+    server = start(store=tmp_path)
+    bright = cv2.imencode(".png", np.full((32, 32, 3), 255, np.uint8))[1].tobytes()
+    with ThreadPoolExecutor(1) as other:
+        asked = other.submit(server.predict, bright)
+        wait(lambda: not server.is_ready())
+        assert server.metric("imago_ready") == 0
+        assert asked.result().status_code == 503
+    server.wait_ready()
+    assert server.metric("imago_restarts_total", process="worker", reason="hang") == 1
+    assert server.predict(IMAGE).json()["predictions"][0]["label"] == "green"
+
+
+def test_a_graph_that_takes_long_for_every_batch_is_no_hang(start, tmp_path):
+    tiny.slow(tiny.write(tmp_path, size=4, samples=2), turns=300_000)
+    server = start("--threads", "1", "--max-batch-size", "1", "--worker-timeout-seconds", "0.1", store=tmp_path)
+    for _ in range(8):  # the supervisor looks once a second
+        assert server.predict(IMAGE).status_code == 200
+    assert server.metric("imago_inference_seconds_sum") > 8 * 0.2
+    assert server.metric("imago_restarts_total", process="worker", reason="hang") == 0
 
 
 def test_images_that_are_lost_with_their_worker_can_be_sent_again(start):
