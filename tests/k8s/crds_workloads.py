@@ -86,7 +86,9 @@ class Metric(Strict):
     interval: str
     initialDelay: str
     failureLimit: int | str
+    inconclusiveLimit: int | str | None = None
     successCondition: str
+    failureCondition: str | None = None
     provider: Provider
 
 

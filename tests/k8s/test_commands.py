@@ -71,6 +71,20 @@ def test_make_passes_them_on(nowhere):
     assert done.stderr.splitlines()[0] == "make: no overlay 'moon'; there are: cpu gpu local"
 
 
+@pytest.mark.parametrize("verb", ["deploy", "undeploy", "logs", "scale"])
+def test_make_passes_on_what_it_is_given_and_nothing_else(verb):
+    def passed(**given: str) -> dict[str, str]:
+        words = ["make", "-n", verb, *(f"{name}={value}" for name, value in given.items())]
+        done = subprocess.run(words, cwd=K8S.parent, capture_output=True, text=True, check=True)
+        *settings, script, told = shlex.split(done.stdout.replace("\\\n", ""))
+        assert (script, told) == ("k8s/cluster", verb)
+        return dict(setting.split("=", 1) for setting in settings)
+
+    given = {"OVERLAY": "mine", "N": "3", "PURGE": "1", "FOLLOW": "1", "REGISTRY": "example.com/team", "TAG": "7"}
+    assert passed(**given) == given
+    assert passed() == dict.fromkeys(given, "") | {"OVERLAY": "local"}, "the images that the manifests name"
+
+
 def reports(*images: tuple[str, str]) -> str:
     """A pod's line of what its containers wait for, as k8s/cluster asks for it: the init container, the other."""
     return shlex.join(["printf", r"imago-serving-x\t%s\t%s\t\n", *(f"{image} {reason}" for image, reason in images)])

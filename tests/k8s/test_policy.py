@@ -15,8 +15,8 @@ CHECKOV = Path(os.environ.get("CHECKOV", K8S.parent / ".venv/checkov/bin/checkov
 
 def all_pods(case):
     found = pod_specs(case)
-    if not any(m["kind"] == "TrainJob" for m in render(case)):
-        assert {"Deployment", "Job"} <= {name.split("/")[0] for name, _ in found} | {"Job"}
+    training = "TrainingRuntime" if "kubeflow" in case else "CronJob" if "cron" in case else "Job"
+    assert {name.split("/")[0] for name, _ in found} == {"Deployment", training}
     return found
 
 
@@ -92,15 +92,14 @@ def test_training_survives_what_it_should_and_fails_at_once_where_it_should(case
     for runtime in of(case, "TrainingRuntime"):
         jobs += [job["template"]["spec"] for job in runtime["spec"]["template"]["spec"]["replicatedJobs"]]
     for job in jobs:
-        rules = {(r["action"], *r.get("onExitCodes", {}).get("values", ["disruption"])) for r in
-                 job["podFailurePolicy"]["rules"]}
-        assert rules == {("FailJob", 2), ("Ignore", 143), ("Ignore", "disruption")}
+        (train,) = containers(job["template"])
+        assert job["podFailurePolicy"]["rules"] == [
+            {"action": action, "onExitCodes": {"containerName": train["name"], "operator": "In", "values": [code]}}
+            for action, code in (("FailJob", 2), ("Ignore", 143))
+        ] + [{"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}]
         assert job["template"]["spec"]["restartPolicy"] == "Never"
         assert job["ttlSecondsAfterFinished"] > 0
         assert job["podReplacementPolicy"] == "Failed"
-        (train,) = containers(job["template"])
-        codes = [r["onExitCodes"] for r in job["podFailurePolicy"]["rules"] if "onExitCodes" in r]
-        assert {code["containerName"] for code in codes} == {train["name"]}
 
 
 @pytest.mark.parametrize("case", CASES)
