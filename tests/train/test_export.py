@@ -41,8 +41,8 @@ def fitted(commands: Commands) -> Callable[..., Bundle]:
 def bundle(fitted: Callable[..., Bundle], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """Of a network with global average pooling, trained for a few epochs: good, and not perfect."""
     return fitted(tmp_path_factory.mktemp("fit"), "--model.network", "shufflenet_v2_x0_5", "--trainer.max_epochs", "3",
-                  "--export.quantize.images", "64", "--export.quantize.max_loss", "5", "--model.tta", "shift", "--data.size", "16",
-                  "--model.optimizer.lr", "0.005")
+                  "--export.quantize.images", "64", "--export.quantize.max_loss", "5", "--model.tta", "shift",
+                  "--data.size", "16", "--model.optimizer.lr", "0.005")
 
 
 def torch_network(bundle: Bundle) -> networks.Network:
