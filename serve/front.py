@@ -195,7 +195,9 @@ class Front:
 
     def count(self, status: int, seconds: float) -> None:
         slot = self.codes.get(status)
-        self.slab.values[slot if slot is not None else self.slab.slot("requests", str(status))] += 1
+        if slot is None:
+            slot = self.slab.slot("requests", str(status))
+        self.slab.values[slot] += 1
         self.slab.observe("request_duration_seconds", seconds)
 
     def log(self, request: Request, status: int, seconds: float) -> None:

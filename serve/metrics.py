@@ -103,10 +103,12 @@ class Slab:
         return self.slots[key]
 
     def add(self, name: str, *labels: str, by: float = 1) -> None:
-        self.values[self.slot(name, *labels)] += by
+        at = self.slot(name, *labels)  # first: it may make `values` anew
+        self.values[at] += by
 
     def set(self, name: str, *labels: str, to: float) -> None:
-        self.values[self.slot(name, *labels)] = to
+        at = self.slot(name, *labels)
+        self.values[at] = to
 
     def setter(self, name: str) -> Callable[[float], None]:
         """A function that sets this gauge."""

@@ -122,6 +122,7 @@ def test_many_thousands_of_classes(start, tmp_path, window):
     send(service, files)
     wait(lambda: observed(service) != {})
     assert observed(service)["class"] > 1
+    assert "Traceback" not in service.log.read_text()
 
 
 def test_classes_too_many_for_the_window_share_bins(start, tmp_path):
