@@ -1,6 +1,7 @@
 """A real server process under test, as a client, an operator and Prometheus see it."""
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -156,10 +157,16 @@ class Server:
         return httpx.get(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=30).text
 
     def metric(self, name: str, **labels: str) -> float:
-        """The value of one series, e.g. metric("imago_requests_total", code="200"); 0 where there is none."""
+        """The value of one series, e.g. metric("imago_requests_total", code="200"); 0 where there is none.
+
+        Not where all series of the metric have other labels: that is a mistake of who asks.
+        """
+        series = {label: value for label, _, value in (line.rpartition(" ") for line in self.metrics().splitlines())
+                  if label.partition("{")[0] == name}
+        known = {frozenset(re.findall(r'(\w+)="', label)) for label in series}
+        assert not known or frozenset(labels) in known, f"{name} has the labels {known}"
         text = ",".join(f'{key}="{value}"' for key, value in sorted(labels.items()))
-        start = f"{name}{{{text}}} " if text else f"{name} "
-        return next((float(line[len(start):]) for line in self.metrics().splitlines() if line.startswith(start)), 0.0)
+        return float(series.get(f"{name}{{{text}}}" if text else name, 0))
 
     def stop(self, seconds: float = 40) -> int:
         """SIGTERM; the exit status."""

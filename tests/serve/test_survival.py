@@ -237,13 +237,17 @@ def alive(pid: int) -> bool:
     return state is not None and state[1] != "Z"
 
 
-def test_no_files_are_left(start):
-    before = set(os.listdir("/dev/shm"))
-    server = start()
-    assert any(name.startswith("imago-") for name in set(os.listdir("/dev/shm")) - before)
+def test_no_files_are_left(start, tmp_path):
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    server = start(env={"TMPDIR": str(temporary)})
+    maps = "".join(Path(f"/proc/{pid}/maps").read_text() for pid in server.children())
+    shared = {Path(place) for place in re.findall(r"/\S+/imago-[^/\s]+(?=/)", maps)}
+    assert shared
+    assert all(place.is_dir() for place in shared)
     assert server.stop() == 0
-    assert not {name for name in set(os.listdir("/dev/shm")) - before if name.startswith("imago-")
-                and str(server.process.pid) in name}
+    assert not any(place.exists() for place in shared)
+    assert not list(temporary.iterdir())
 
 
 def test_the_worker_answers_without_torch(start):
