@@ -111,6 +111,8 @@ class EarlyStopping(LightningEarlyStopping):
             mode: min or max; auto follows the metric.
             min_delta: how much better counts.
         """
+        if patience < 0:
+            raise ValueError(f"early_stopping.patience: {patience} is less than 0")
         super().__init__(monitor, min_delta, patience or 10**9, mode=mode, verbose=patience > 0,
                          strict=False)  # a run that ends within its first epoch has no validation
 

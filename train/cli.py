@@ -141,7 +141,7 @@ class CLI(LightningCLI):
     def begin_run(self, config: Namespace) -> None:
         """Take up the run of this command where it stands, or start a new one; log it."""
         self.run = runs.begin(self.trainer, Path(config.trainer.default_root_dir or RUNS), self.name,
-                              self.plain_config(), config.fresh)
+                              self.plain_config(asked=True), config.fresh)
         config.monitor.start(self.trainer)
         self.trainer.loggers = [*self.trainer.loggers, *loggers.make(config.logger, self.run)]
         if self.run.checkpoint:
@@ -178,9 +178,13 @@ class CLI(LightningCLI):
         if self.trainer.is_global_zero:
             csv.writer(sys.stdout).writerows([("image", "label", "confidence"), *(row[1:] for row in answers)])
 
-    def plain_config(self) -> dict[str, Any]:
-        """All knobs as plain values, as the manifest keeps them."""
-        return yaml.safe_load(self.parser.dump(self.config, skip_none=False, format="yaml"))[self.subcommand]
+    def plain_config(self, asked: bool = False) -> dict[str, Any]:
+        """All knobs as plain values, as the manifest keeps them; or with the precision `asked` for, which a run keeps:
+        the node that goes on with it may compute in another."""
+        plain = yaml.safe_load(self.parser.dump(self.config, skip_none=False, format="yaml"))[self.subcommand]
+        if asked:
+            plain["trainer"]["precision"] = self.asked
+        return plain
 
 
 class Finder(CLI):
@@ -189,6 +193,11 @@ class Finder(CLI):
     def __init__(self, finder: Callable[[dict[str, Any], Classifier, ImageData], None], *settings: Any, **more: Any):
         self.finder = finder
         super().__init__(*settings, **more)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:  # type: ignore[override]
+        super().parse_arguments(parser, args)
+        if self.config.fit.ckpt_path:
+            raise UsageError("ckpt_path: what looks for something trains from --model.weights, or from random ones")
 
     def before_fit(self) -> None:
         pass

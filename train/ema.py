@@ -12,7 +12,8 @@ class WeightAverage(Callback):
 
     The first steps weigh more (decay at step t is at most (1 + t) / (10 + t)), so a short run is not held back by its
     random start. Buffers, the norms' statistics, are averaged alike. Lightning's own callback swaps before its
-    first update (Lightning-AI/pytorch-lightning#21724); here nothing is swapped until there is an average.
+    first update (Lightning-AI/pytorch-lightning#21724); here nothing is swapped until there is an average. It is held
+    in float32 at least: in bfloat16 a step of less than 1/256 would be rounded away.
     """
 
     def __init__(self, decay: float = 0.0, every_steps: int = 1):
@@ -26,6 +27,7 @@ class WeightAverage(Callback):
         self.decay, self.every_steps = decay, every_steps
         self.average: dict[str, Tensor] = {}
         self._current: dict[str, Tensor] = {}
+        self._kept: dict[str, Tensor] = {}  # what was trained, while the average is in its place
         self.updates, self._last_step = 0, 0
         self._swapped = False
 
@@ -43,17 +45,20 @@ class WeightAverage(Callback):
     @torch.no_grad()
     def _update(self, current: dict[str, Tensor]) -> None:
         if not self.average:
-            self.average = {name: value.clone() for name, value in current.items()}
+            self.average = {name: _precise(value) for name, value in current.items()}
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(list(self.average.values()), list(current.values()), 1 - decay)
+        averages = list(self.average.values())
+        values = [value.to(average.dtype) for value, average in zip(current.values(), averages, strict=True)]
+        torch._foreach_lerp_(averages, values, 1 - decay)
 
     @torch.no_grad()
     def _swap(self, pl_module: L.LightningModule) -> None:
-        for name, value in _tensors(pl_module).items() if self.average else ():
-            kept = value.clone()
-            value.copy_(self.average[name])
-            self.average[name].copy_(kept)
+        current = _tensors(pl_module)
+        found = self._kept if self._swapped else self.average
+        self._kept = {} if self._swapped else {name: current[name].clone() for name in found}
+        for name, value in found.items():
+            current[name].copy_(value)
         self._swapped = not self._swapped
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -68,7 +73,7 @@ class WeightAverage(Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._swap(pl_module)
-        self.average = {}
+        self.average, self._kept, self._swapped = {}, {}, False
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """The average becomes the checkpoint's weights, as it is what was validated; the others lie beside it."""
@@ -83,9 +88,14 @@ class WeightAverage(Callback):
             found = checkpoint["ema"]
             self.updates, self._last_step = found["updates"], found["last_step"]
             current = _tensors(pl_module)
-            self.average = {name: checkpoint["state_dict"][name].to(current[name], copy=True)
+            self.average = {name: _precise(checkpoint["state_dict"][name]).to(current[name].device)
                             for name in found["current"]}
             pl_module.load_state_dict(found["current"], strict=False)
+
+
+def _precise(value: Tensor) -> Tensor:
+    """A copy in float32 at least."""
+    return value.to(torch.promote_types(value.dtype, torch.float32), copy=True)
 
 
 def _tensors(pl_module: L.LightningModule) -> dict[str, Tensor]:

@@ -149,12 +149,12 @@ def seal(staged: Staged, manifest: Manifest, seconds: dict[str, float], export: 
 
 def best_network(trainer: L.Trainer, system: Classifier) -> Network:
     """A float32 copy on the CPU with the weights of the best checkpoint, or those at hand where there is none."""
-    network = copy.deepcopy(system.network).cpu()
+    network = copy.deepcopy(system.network).cpu().float()  # first: the best weights may be a precise average
     keeper = trainer.checkpoint_callback
     if isinstance(keeper, ModelCheckpoint) and keeper.monitor and (best := keeper.best_model_path):
         state = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
         network.load_state_dict({k.removeprefix("network."): v for k, v in state.items() if k.startswith("network.")})
-    return network.float().to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]  # see system
+    return network.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]  # see system
 
 
 def write_samples(directory: Path, served: Served, data: ImageData, count: int) -> tuple[list[Sample], dict]:

@@ -50,6 +50,13 @@ class Optimizer:
         for name in ("lr", "bias_lr", "head_lr", "others_lr"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"model.optimizer.{name}: {getattr(self, name)} is not above 0")
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"model.optimizer.{name}: {getattr(self, name)} is no learning rate")
+        for name in ("momentum", "others_momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"model.optimizer.{name}: {getattr(self, name)} is not in 0..1")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"model.optimizer.weight_decay: {self.weight_decay} is not 0 or more")
 
 
 @dataclass
@@ -75,6 +82,15 @@ class Schedule:
     def __post_init__(self):
         if not 0 <= self.warmup < 1:
             raise ValueError(f"model.schedule.warmup: {self.warmup} is not in 0..1; it is a share of all steps")
+        for name in ("start", "final"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"model.schedule.{name}: {getattr(self, name)} is not in 0..1; it is a share of the "
+                                 "peak")
+        if not all(0 < m < 1 for m in self.milestones):
+            raise ValueError(f"model.schedule.milestones: {list(self.milestones)} are not in 0..1; they are shares of "
+                             "all steps")
+        if not 0 < self.gamma < math.inf:
+            raise ValueError(f"model.schedule.gamma: {self.gamma} is not above 0")
 
     def share(self, step: int, steps: int) -> float:
         """The factor for the peak learning rate at `step` of `steps`."""

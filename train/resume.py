@@ -56,15 +56,19 @@ class Resume(Checkpoint):  # this base makes it the last of the callbacks, when 
         if stage == "fit" and trainer.world_size > 1 and self._group is None:
             self._group = torch.distributed.new_group(backend="gloo")
         if stage == "fit" and self.begun:  # here, as Lightning loads the weights before it asks callbacks
-            self._check_data(self.begun, ours(trainer).datamodule)
+            self._take_up(self.begun, ours(trainer).datamodule)
 
-    def _check_data(self, begun: Path, data: ImageData) -> None:
-        """Raise DataError where the data is not what it was: neither order nor weights would fit."""
+    def _take_up(self, begun: Path, data: ImageData) -> None:
+        """Normalise as before: less free memory may have the data streamed now, and a sample of it measured.
+
+        Raises DataError where the data is not what it was: neither order nor weights would fit.
+        """
         state = torch.load(begun, map_location="cpu", mmap=True, weights_only=True)["resume"]
         if state.get("digest", data.digest) != data.digest:
             raise DataError(f"{self.directory}: begun on other images, labels or classes than {data.source} holds now; "
                             "put those back to go on, or begin anew: with --fresh, or by removing that directory where "
                             "the same command is retried by itself")
+        data.mean, data.std = state.get("moments", (data.mean, data.std))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         NOTICE.training = self.directory is not None
@@ -90,7 +94,7 @@ class Resume(Checkpoint):  # this base makes it the last of the callbacks, when 
                                 batch_idx: int, dataloader_idx: int = 0) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._look(trainer)
-            if self._wanted == STOP:
+            if self._wanted == STOP and not trainer.fit_loop.epoch_loop._should_accumulate():  # gradients are not saved
                 raise _preempted()  # on_exception saves, when the callbacks before have put their things in order
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -166,7 +170,8 @@ class Resume(Checkpoint):  # this base makes it the last of the callbacks, when 
             processes *= trainer.world_size
             torch.distributed.all_gather_object(processes, processes[0], group=self._group)
         checkpoint["resume"] = {"stage": self._stage, "data": us.train_dataloader.state_dict(),
-                                "digest": us.datamodule.digest, "processes": processes}
+                                "digest": us.datamodule.digest, "moments": (us.datamodule.mean, us.datamodule.std),
+                                "processes": processes}
         loops = checkpoint["loops"]["fit_loop"]
         if self._stage == "validation":
             loops["epoch_loop.val_loop.batch_progress"] |= {
@@ -180,6 +185,8 @@ class Resume(Checkpoint):  # this base makes it the last of the callbacks, when 
         if trainer.state.fn != "fit":
             return
         self._start = checkpoint["global_step"]
+        if self.directory is not None:
+            _move(checkpoint["callbacks"], self.directory)
         if "resume" not in checkpoint:
             return
         self._loaded = checkpoint["resume"]
@@ -195,6 +202,17 @@ class Resume(Checkpoint):  # this base makes it the last of the callbacks, when 
             print(f"train: {trainer.ckpt_path}: nothing was trained, as its {trainer.current_epoch} epochs are all "
                   "that was asked for; its weights stay as they are (more --trainer.max_epochs to go on)",
                   file=sys.stderr)
+
+
+def _move(callbacks: dict[str, Any], directory: Path) -> None:
+    """Let ModelCheckpoint look for the best weights where the run lies now, not where it lay when it was saved."""
+    for state in callbacks.values():
+        if isinstance(state, dict) and (was := state.get("dirpath")) and state.get("best_model_path"):
+            for name in ("best_model_path", "kth_best_model_path", "last_model_path"):
+                state[name] = state[name].replace(was, str(directory), 1)
+            state["best_k_models"] = {path.replace(was, str(directory), 1): score
+                                      for path, score in state["best_k_models"].items()}
+            state["dirpath"] = str(directory)
 
 
 def _preempted() -> Preempted:

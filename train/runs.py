@@ -23,10 +23,9 @@ SETTINGS, FINISHED = "settings.json", "finished"
 # Settings that decide what is learnt. A run whose other settings change, such as its logger, is still the same run.
 DECISIVE = ("seed_everything", "data", "model", "ema", "early_stopping", "checkpoint", "trainer", "ckpt_path",
             "processes")
-# eval_batch_size may have to shrink after the last step, where the bundle's figures did not fit into memory. What is
-# streamed instead of kept, by memory_share, is normalised by a sample of the images.
+# eval_batch_size may have to shrink after the last step, where the bundle's figures did not fit into memory.
 INDIFFERENT = {"trainer": ("logger", "default_root_dir", "profiler", "enable_progress_bar"),
-               "data": ("eval_batch_size", "workers", "cache")}
+               "data": ("eval_batch_size", "workers", "cache", "memory", "memory_share")}
 
 
 @dataclass(frozen=True)

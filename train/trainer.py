@@ -19,6 +19,7 @@ class Ours(Protocol):
     fast_dev_run: bool | int
     lightning_module: "Classifier"
     log_every_n_steps: int
+    overfit_batches: int | float
     profiler: Profiler
     train_dataloader: "Batches"
 

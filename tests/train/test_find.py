@@ -30,3 +30,10 @@ def test_the_batch_size_found_was_tried(commands, tmp_path):
     best = int(re.match(r"--data.batch_size (\d+)  \(", found[-1])[1])
     assert speeds[best] >= 0.95 * max(speeds.values())
     assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_is_not_searched_from(commands, tmp_path):
+    refused = commands.start("find-lr", "digits", "--ckpt_path", tmp_path / "none.ckpt")
+    assert refused.status() == 2
+    assert refused.text.strip() == ("train: ckpt_path: what looks for something trains from --model.weights, or from "
+                                    "random ones")

@@ -129,6 +129,26 @@ def test_the_average_of_the_weights_is_what_is_kept(tmp_path):
     assert torch.equal(kept["mean"], current["mean"])
 
 
+def test_the_average_is_more_precise_than_the_weights(tmp_path):
+    """In bfloat16 the small steps of an average would be rounded away."""
+    found = fit(tmp_path, "--trainer.precision", "bf16-true", "--ema.decay", "0.999", "--checkpoint.monitor", "null",
+                epochs=2)
+    checkpoint = torch.load(found.trainer.checkpoint_callback.best_model_path, weights_only=True)
+    kept, current = (of["network.head.weight"] for of in (checkpoint["state_dict"], checkpoint["ema"]["current"]))
+    assert (kept.dtype, current.dtype) == (torch.float32, torch.bfloat16)
+    assert not torch.equal(kept, kept.bfloat16().float())
+
+
+def test_few_batches_to_overfit_are_the_same_in_every_epoch(tmp_path):
+    found = fit(tmp_path, "--trainer.overfit_batches", "2")
+    order = found.datamodule.train_dataloader().order
+    assert found.trainer.num_training_batches == 2
+    assert all((one == other).all() for one, other in zip(order.epoch(0), order.epoch(1), strict=True))
+    found.trainer.overfit_batches = 0
+    order = found.datamodule.train_dataloader().order
+    assert not all((one == other).all() for one, other in zip(order.epoch(0), order.epoch(1), strict=True))
+
+
 def test_the_schedule_rises_and_falls(tmp_path):
     found = fit(tmp_path, "--model.schedule.name", "linear", "--model.schedule.warmup", "0.5", epochs=1)
     optimizer = found.trainer.optimizers[0]

@@ -21,6 +21,7 @@ from train.data.source import PARTS, Arrays, DataError, Source, cache_home, say
 from train.data.sources import open_source
 from train.data.spec import input_spec, kept_spec, thumbnail_spec
 from train.data.split import split
+from train.trainer import ours
 
 SAMPLED = 2048  # images that mean and standard deviation are taken from when the data is streamed
 
@@ -153,7 +154,9 @@ class ImageData(L.LightningDataModule):
             weights = self.class_weights.numpy()[self.found.labels[rows]].astype(np.float64)
             weights /= weights.sum()
         size = self.batch_size if training else self.eval_batch_size or 2 * self.batch_size
-        order = Order(rows, size, training, self.seed, rank, world, weights)
+        # With Lightning's overfit_batches each epoch has the same images; its own switch knows no loaders but torch's.
+        still = bool(here and ours(here).overfit_batches)
+        order = Order(rows, size, training, self.seed, rank, world, weights, still)
         augment = Augmenter(self.augment, self.input, self.mean, len(self.classes), len(self.found.items),
                             self.seed) if training else None
         spec, device = kept_spec(self.input) if training else self.input, self._device()

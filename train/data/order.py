@@ -27,6 +27,7 @@ class Order:
     rank: int = 0
     world: int = 1
     weights: np.ndarray | None = None  # float64 [N], sum 1: draw with replacement by these instead of a permutation
+    still: bool = False  # every epoch is like the first
 
     @property
     def steps(self) -> int:
@@ -37,7 +38,7 @@ class Order:
         """The rows of each step's images of this process, int64, in the order of the steps."""
         rows = self.rows
         if self.shuffle:
-            draw = rng("order", self.seed, epoch)
+            draw = rng("order", self.seed, 0 if self.still else epoch)
             rows = draw.permutation(rows) if self.weights is None else draw.choice(rows, len(rows), p=self.weights)
         mine = rows[self.rank::self.world]
         return np.split(mine, range(self.batch_size, self.steps * self.batch_size, self.batch_size))
