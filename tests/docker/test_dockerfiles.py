@@ -1,9 +1,12 @@
 """The Dockerfiles as text, and what the scripts beside them say when something is missing."""
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -43,6 +46,34 @@ def test_serving_is_installed_by_hash():
     text = (ROOT / "docker/serve.Dockerfile").read_text()
     assert "--require-hashes" in text
     assert "--no-deps" in text
+
+
+@pytest.mark.parametrize(("status", "well"), [(200, True), (503, False), (None, False)],
+                         ids=["ready", "not ready", "nobody there"])
+def test_the_health_check_asks_whether_the_service_is_ready(status, well):
+    text = (ROOT / "docker/serve.Dockerfile").read_text()
+    (command,) = re.findall(r"^HEALTHCHECK .*\\\n +CMD (\[.*\])$", text, re.MULTILINE)
+    asked = []
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Answer) as server:
+        port = server.server_port
+        if status:
+            threading.Thread(target=server.handle_request).start()
+        else:
+            server.server_close()
+        done = subprocess.run([sys.executable, *json.loads(command)[1:]], capture_output=True, timeout=20,
+                              env=os.environ | {"IMAGO_PORT": str(port)})
+    assert (done.returncode == 0) is well, done.stderr
+    assert asked == (["/health/ready"] if status else [])
 
 
 def test_what_is_copied_may_enter_a_build_and_nothing_else():
