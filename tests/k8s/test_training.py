@@ -3,7 +3,7 @@ import shlex
 
 import pytest
 import yaml
-from rendered import Manifest, with_components
+from rendered import K8S, Manifest, own_overlay, with_components
 from standin import needs_kubectl, one_line, refuses
 
 OLD = "registry.example.com/imago-train:old"
@@ -48,7 +48,7 @@ def said(done) -> str:
 def test_a_new_tag_rolls_serving_and_leaves_training(state, what, deploy):
     done, asked, applied = deploy(there(state))
     assert what in said(done)
-    assert said(done).endswith("to train anew: make deploy OVERLAY=local TRAIN=1")
+    assert said(done).endswith("to train anew: make deploy OVERLAY=local TAG=new TRAIN=1"), "the same tag"
     assert "delete" not in asked
     assert image(applied, "Job") == OLD, "another image is what the cluster refuses"
     assert image(applied, "Deployment") == "localhost/imago-serve:new"
@@ -84,9 +84,20 @@ def test_training_is_replaced_and_the_reason_said(state, answers, env, why, depl
 def test_a_training_that_runs_is_not_ended_unasked(deploy):
     done, asked, applied = deploy(there(RUNNING) | {"--dry-run": refuses(IMMUTABLE)["--dry-run"]})
     assert "nothing was changed: training runs, and by other settings than 'local' says" in one_line(done)
-    assert "make deploy OVERLAY=local TRAIN=1" in done.stderr
+    assert "make deploy OVERLAY=local TAG=new TRAIN=1" in done.stderr
     assert "delete" not in asked
     assert applied == []
+
+
+@needs_kubectl
+def test_a_job_of_ones_own_keeps_its_image(deploy):
+    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "fetch"}, "spec": {"template": {"spec": {
+        "restartPolicy": "Never", "containers": [{"name": "fetch", "image": "example.com/fetch:1"}]}}}}
+    with own_overlay("{kind: Kustomization, namespace: imago, resources: [../local, fetch.yaml]}") as name:
+        (K8S / "overlays" / name / "fetch.yaml").write_text(yaml.safe_dump(job))
+        _, _, applied = deploy(there(DONE), OVERLAY=name)
+    jobs = {m["metadata"]["name"]: image([m], "Job") for m in applied if m["kind"] == "Job"}
+    assert jobs == {"fetch": "example.com/fetch:1", "imago-train": OLD}
 
 
 @needs_kubectl
