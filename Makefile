@@ -97,12 +97,12 @@ checkov: $(VENV)/checkov/bin/checkov ## install the checker of policies, which d
 $(VENV)/checkov/bin/checkov:
 	@$(PYTHON) -m venv $(VENV)/checkov && $(VENV)/checkov/bin/pip install --quiet --disable-pip-version-check 'checkov==3.3.30'
 
-deploy: ## apply an overlay and wait until it serves: make deploy OVERLAY=local
+deploy: ## apply an overlay and wait until it serves: make deploy OVERLAY=local [TRAIN=1: train anew]
 undeploy: ## take it away, all but the volumes: make undeploy OVERLAY=local [PURGE=1: the volumes too]
 logs: ## what the pods say: make logs [FOLLOW=1]
 scale: ## make scale N=3
 deploy undeploy logs scale:
-	@OVERLAY='$(OVERLAY)' N='$(N)' PURGE='$(PURGE)' FOLLOW='$(FOLLOW)' \
+	@OVERLAY='$(OVERLAY)' N='$(N)' TRAIN='$(TRAIN)' PURGE='$(PURGE)' FOLLOW='$(FOLLOW)' \
 	  REGISTRY='$(filter-out localhost,$(REGISTRY))' TAG='$(if $(filter file,$(origin TAG)),,$(TAG))' k8s/cluster $@
 
 # The stamp is a copy of the lock: a changed lock sets up again, a touched one does not.

@@ -1,7 +1,7 @@
 # The service: no torch, no compiler, no pip; a numeric user, a read-only root. Build arguments:
 #   BASE      any Debian with Python 3.11
 #   RUNTIME   cpu; cuda and openvino take their packages from serve-<RUNTIME>.lock
-#   VERSION, REVISION   of Imago, for the labels
+#   VERSION, REVISION, SOURCE   of Imago, for the labels
 ARG BASE=docker.io/library/python:3.11-slim-bookworm
 
 # The packages: by hash, wheels only, in a virtual environment that has no pip.
@@ -55,9 +55,12 @@ HEALTHCHECK --interval=10s --timeout=3s --start-period=60s --retries=3 \
   CMD ["python", "-c", "import os, urllib.request as u; u.urlopen(f'http://127.0.0.1:{os.getenv(\"IMAGO_PORT\", \"8000\")}/health/ready', timeout=2)"]
 ENTRYPOINT ["python", "-m", "serve"]
 
-ARG VERSION=0 REVISION=unknown
+ARG BASE
+ARG VERSION=0 REVISION=unknown SOURCE=unknown
 LABEL org.opencontainers.image.title="Imago serve" \
       org.opencontainers.image.description="Images in, predictions out: a batched HTTP service for Imago bundles" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version="${VERSION}" \
-      org.opencontainers.image.revision="${REVISION}"
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.source="${SOURCE}" \
+      org.opencontainers.image.base.name="${BASE}"

@@ -2,7 +2,7 @@
 # Build arguments:
 #   BASE       any Debian with Python 3.11
 #   COMPILER   1 adds gcc, which `--model.compile` needs at run time (Triton and inductor write C)
-#   VERSION, REVISION   of Imago; the revision also goes into the bundle's provenance
+#   VERSION, REVISION, SOURCE   of Imago, for the labels; the revision also goes into the bundle's provenance
 ARG BASE=docker.io/library/python:3.11-slim-bookworm
 
 FROM ${BASE} AS packages
@@ -28,7 +28,8 @@ RUN [ "$COMPILER" = 0 ] || { apt-get update && apt-get install -y --no-install-r
     && rm -rf /var/lib/apt/lists/*; }
 COPY --from=packages /opt/imago /opt/imago
 COPY --from=sources /app /app
-ARG VERSION=0 REVISION=unknown
+ARG BASE
+ARG VERSION=0 REVISION=unknown SOURCE=unknown
 ENV PATH=/opt/imago/bin:/usr/local/bin:/usr/bin:/bin \
     PYTHONPATH=/app PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 LANG=C.UTF-8 HOME=/tmp \
     NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility \
@@ -44,4 +45,6 @@ LABEL org.opencontainers.image.title="Imago train" \
       org.opencontainers.image.description="Labelled images in, a bundle for Imago's service out" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version="${VERSION}" \
-      org.opencontainers.image.revision="${REVISION}"
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.source="${SOURCE}" \
+      org.opencontainers.image.base.name="${BASE}"

@@ -35,6 +35,7 @@ class Monitor(Callback, Collector):
         self._images, self._sums = 0, torch.zeros(4, dtype=torch.float64)
         self._speed, self._since = 0.0, (time.monotonic(), 0)
         self._metrics: dict[str, float] = {}
+        self._fitting = False
 
     def start(self, trainer: L.Trainer) -> None:
         """Serve from now on. Raises ValueError where the port is taken."""
@@ -53,6 +54,10 @@ class Monitor(Callback, Collector):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._since = time.monotonic(), self._images
+        self._fitting = True
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._fitting = False
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any,
                            batch_idx: int) -> None:
@@ -76,6 +81,8 @@ class Monitor(Callback, Collector):
         assert trainer is not None  # `start` has registered this
         loss, right, images, _ = self._sums.tolist()
         epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else float("inf")
+        yield _gauge("fitting", "1 from the first epoch to the last; 0 in the audit before and in making the bundle "
+                     "after.", self._fitting)
         yield _gauge("epoch", "Epoch under way, from 1.", min(trainer.current_epoch + 1, epochs))
         yield _gauge("epochs", "Epochs asked for; infinite where steps or time end the run.", epochs)
         yield _gauge("step", "Optimizer steps done.", trainer.global_step)

@@ -3,10 +3,10 @@
     make images && python tests/benchmarks/pod_memory.py [--tag 0.1.0] [--prefix localhost/imago-]
 
 Runs the images by docker/engine with the limits of k8s/base: a training of the embedded default, twice; then the
-service with one client, with 64 clients that send images of 2.3 megapixels, as many as its bounds let in, and with a
-shadow beside it. Each figure is the peak of what its control group holds for itself, looked at twenty times a second:
-anonymous and shared memory and the kernel's own, without the cache of files, which the kernel takes back when it needs
-it. One JSON line each, in MiB.
+service with one client, with 16, 64 and 200 clients that send images of 2.3 megapixels, as many as its bounds let in,
+and with a shadow beside it. Each figure is the peak of what its control group holds for itself, looked at twenty times
+a second: anonymous and shared memory and the kernel's own, without the cache of files, which the kernel takes back when
+it needs it. One JSON line each, in MiB.
 """
 import argparse
 import json
@@ -35,7 +35,7 @@ from models.image import InputSpec, decode  # noqa: E402
 
 RESTRICTED = ["--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--user=65532:65532",
               "--tmpfs=/tmp:rw,size=512m,mode=1777"]
-CLIENTS, REQUESTS = 64, 256
+CLIENTS, REQUESTS = (16, 64, 200), 256
 MIB = 1 << 20
 
 
@@ -145,8 +145,9 @@ def main(serve: str, train: str) -> None:
         show("training, digits", training(train, root), "Job")
         training(train, root)  # a second version, for the shadow
         show("serving, digits", serving(serve, root, small, 1), "Deployment")
-        show(f"serving, {CLIENTS} clients with PNGs of 2.3 megapixels, {len(large) / MIB:.1f} MiB each",
-             serving(serve, root, large, CLIENTS), "Deployment")
+        for clients in CLIENTS:
+            show(f"serving, {clients} clients with PNGs of 2.3 megapixels, {len(large) / MIB:.1f} MiB each",
+                 serving(serve, root, large, clients), "Deployment")
         show("serving, with a shadow", serving(serve, root, small, 1, "IMAGO_SHADOW_VERSION=1"), "Deployment")
 
 

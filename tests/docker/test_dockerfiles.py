@@ -1,9 +1,12 @@
 """The Dockerfiles as text, and what the scripts beside them say when something is missing."""
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -25,15 +28,52 @@ def test_runs_as_a_number_and_from_a_named_base(file):
     if "ENTRYPOINT" in text:
         assert re.findall(r"^USER (.*)", text, re.MULTILINE) == ["65532:65532"]
         assert "STOPSIGNAL SIGTERM" in text
-        for label in ("title", "description", "licenses", "version", "revision"):
-            assert f"org.opencontainers.image.{label}=" in text
     assert not re.search(r":latest|^ADD |password|token", text, re.MULTILINE | re.IGNORECASE)
+
+
+@pytest.mark.parametrize("kind", ["serve", "train"])
+def test_an_image_is_labelled_with_what_it_is_and_was_built_from(kind):
+    last = (ROOT / f"docker/{kind}.Dockerfile").read_text().split("\nFROM ")[-1]
+    labels = dict(re.findall(r'org\.opencontainers\.image\.([\w.]+)="(.*?)"', last))
+    assert labels.pop("description")
+    assert labels == {"title": f"Imago {kind}", "licenses": "Apache-2.0", "version": "${VERSION}",
+                      "revision": "${REVISION}", "source": "${SOURCE}", "base.name": "${BASE}"}
+    declared = re.findall(r"\w+", " ".join(re.findall(r"^ARG (.*)", last.partition("LABEL ")[0], re.MULTILINE)))
+    assert {"VERSION", "REVISION", "SOURCE", "BASE"} <= set(declared), "an argument is known in its stage alone"
 
 
 def test_serving_is_installed_by_hash():
     text = (ROOT / "docker/serve.Dockerfile").read_text()
     assert "--require-hashes" in text
     assert "--no-deps" in text
+
+
+@pytest.mark.parametrize(("status", "well"), [(200, True), (503, False), (None, False)],
+                         ids=["ready", "not ready", "nobody there"])
+def test_the_health_check_asks_whether_the_service_is_ready(status, well):
+    text = (ROOT / "docker/serve.Dockerfile").read_text()
+    (command,) = re.findall(r"^HEALTHCHECK .*\\\n +CMD (\[.*\])$", text, re.MULTILINE)
+    asked = []
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Answer) as server:
+        port = server.server_port
+        if status:
+            threading.Thread(target=server.handle_request).start()
+        else:
+            server.server_close()
+        done = subprocess.run([sys.executable, *json.loads(command)[1:]], capture_output=True, timeout=20,
+                              env=os.environ | {"IMAGO_PORT": str(port)})
+    assert (done.returncode == 0) is well, done.stderr
+    assert asked == (["/health/ready"] if status else [])
 
 
 def test_what_is_copied_may_enter_a_build_and_nothing_else():
@@ -142,24 +182,27 @@ def test_an_image_of_changed_sources_says_so(tmp_path):
     (tools / "podman").write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo podman version 5 || echo "$*" >>{calls}\n')
     (tools / "podman").chmod(0o755)
 
-    def revision() -> str:
+    def passed(argument: str) -> str:
         calls.unlink(missing_ok=True)
         done = run(root / "docker/build", "train", ENGINE="podman", PATH=f"{tools}:{os.environ['PATH']}")
         assert done.returncode == 0, done.stdout + done.stderr
-        return re.findall(r"REVISION=(\S+)", calls.read_text())[0]
+        return re.findall(rf"{argument}=(\S+)", calls.read_text())[0]
 
     def git(*words: str) -> None:
         subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=root, check=True)
 
     git("init", "--quiet")
-    assert revision() == "unknown"
+    assert passed("REVISION") == passed("SOURCE") == "unknown"
     git("add", ".")
     git("commit", "--quiet", "--message=a")
     (root / "notes").write_text("not of the images")
-    assert re.fullmatch(r"[0-9a-f]{40}", revision())
+    assert re.fullmatch(r"[0-9a-f]{40}", passed("REVISION"))
+    for remote in ("https://me:secret@example.com/me/imago.git", "https://example.com/me/imago.git"):
+        git("config", "remote.origin.url", remote)
+        assert passed("SOURCE") == "https://example.com/me/imago.git"
     (root / "train").mkdir()
     (root / "train/new.py").touch()
-    assert re.fullmatch(r"[0-9a-f]{40}-dirty", revision())
+    assert re.fullmatch(r"[0-9a-f]{40}-dirty", passed("REVISION"))
 
 
 def test_a_base_image_that_is_not_there_is_one_line(engine):

@@ -218,6 +218,15 @@ def test_network_policies_let_pods_reach_the_bucket_their_model_comes_from():
     assert not labelled(without, policy["podSelector"]["matchLabels"])
 
 
+def test_network_policies_let_pods_ask_whichever_resolver_a_node_has():
+    """A cache of the node or the cloud's resolver is no pod of kube-system: only its address names it."""
+    (policy,) = (p["spec"] for p in of("overlays/cpu", "NetworkPolicy") if p["metadata"]["name"] == "imago-default")
+    (dns,) = policy["egress"]
+    assert {(p["port"], p["protocol"]) for p in dns["ports"]} == {(53, "UDP"), (53, "TCP")}
+    assert {to["ipBlock"]["cidr"] for to in dns["to"] if "ipBlock" in to} == {"169.254.20.10/32", "169.254.169.254/32"}
+    assert {"k8s-app": "kube-dns"} in [to["podSelector"]["matchLabels"] for to in dns["to"] if "podSelector" in to]
+
+
 def test_serving_on_gpus_takes_the_image_that_can():
     for case in ("overlays/gpu", "components/gpu-serving on local"):
         template = dict(pod_specs(case))["Deployment/imago-serving"]

@@ -80,7 +80,8 @@ def test_make_passes_on_what_it_is_given_and_nothing_else(verb):
         assert (script, told) == ("k8s/cluster", verb)
         return dict(setting.split("=", 1) for setting in settings)
 
-    given = {"OVERLAY": "mine", "N": "3", "PURGE": "1", "FOLLOW": "1", "REGISTRY": "example.com/team", "TAG": "7"}
+    given = {"OVERLAY": "mine", "N": "3", "TRAIN": "1", "PURGE": "1", "FOLLOW": "1",
+             "REGISTRY": "example.com/team", "TAG": "7"}
     assert passed(**given) == given
     assert passed() == dict.fromkeys(given, "") | {"OVERLAY": "local"}, "the images that the manifests name"
 

@@ -185,3 +185,32 @@ def test_nothing_is_touched_where_a_volume_cannot_become_what_the_overlay_says(c
     assert 'PersistentVolumeClaim "imago-store" is invalid' in done.stderr
     assert "delete" not in asked
     assert "\napply -f -" not in asked
+
+
+SETTINGS = ("imago-serving-aaaaaaaaaa", "imago-serving-bbbbbbbbbb", "imago-training-cccccccccc", "imago-dashboard")
+MADE = shlex.join(["printf", r"configmap/%s\n", *SETTINGS])
+
+
+@needs_kubectl
+def test_settings_that_nothing_refers_to_are_deleted(cluster):
+    """A ReplicaSet to go back to, a Job or a pod would not start without its own."""
+    done, asked = cluster("deploy", {"get configmaps -l": MADE, "get replicasets": f"echo 'name: {SETTINGS[0]}'"})
+    assert done.returncode == 0, done.stderr
+    (deleted,) = (line for line in asked.splitlines() if " delete " in line)
+    assert deleted == f"-n imago delete configmaps {SETTINGS[1]} {SETTINGS[2]} --ignore-not-found"
+    assert asked.index("\napply -f -") < asked.index(" delete "), "whatever is applied may still name them before"
+    assert "replicasets,deployments,jobs,cronjobs,pods -o yaml" in asked
+
+
+@needs_kubectl
+def test_settings_that_are_applied_stay(cluster):
+    applied = [m["metadata"]["name"] for m in render("overlays/local") if m["kind"] == "ConfigMap"]
+    _, asked = cluster("deploy", {"get configmaps -l": shlex.join(["printf", r"configmap/%s\n", *applied])})
+    assert len(applied) == 2
+    assert " delete " not in asked
+
+
+@needs_kubectl
+def test_no_settings_are_deleted_where_nobody_knows_what_refers_to_them(cluster):
+    _, asked = cluster("deploy", {"get configmaps -l": MADE, "get replicasets": "exit 1"})
+    assert " delete " not in asked

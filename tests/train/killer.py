@@ -15,9 +15,9 @@ from lightning.pytorch.callbacks import Callback
 class Killer(Callback):
     """Sends what the environment's KILL says, e.g. TERM:step:7 for SIGTERM to this process within the seventh step.
 
-    Moments: step, validation (in this epoch), epoch (its start), end (of the training), export (so many tenths of a
-    second after the training). LAUNCHER:… is SIGTERM to the process that started this one; GROUP:… to all processes of
-    this one's group; SLEEP:… hangs for a minute.
+    Moments: step, validation (in this epoch), epoch (its start), end (of the training), after (it, for every callback),
+    export (so many tenths of a second after the training). LAUNCHER:… is SIGTERM to the process that started this one;
+    GROUP:… to all processes of this one's group; SLEEP:… hangs for a minute.
     """
 
     def __init__(self) -> None:
@@ -59,6 +59,8 @@ class Killer(Callback):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if self.moment == "export" and stage == "fit":
             threading.Timer(int(self.number) / 10, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        if stage == "fit":
+            self._strike("after", 0, trainer)
 
 
 class Recorder(Callback):

@@ -12,13 +12,13 @@ def scrape(port: int) -> dict[str, float]:
     return {sample.name: sample.value for family in text_string_to_metric_families(text) for sample in family.samples}
 
 
-def asleep(commands, place, step: int, *flags):
-    """A run that sleeps in this step, and the port of its metrics."""
+def asleep(commands, place, step: int, *flags, moment: str = "step"):
+    """A run that sleeps in this step, or at another moment, and the port of its metrics."""
     port, = free_ports(1)
     command = commands.start(
         "run", "digits", "--monitor.port", port, "--monitor.host", "127.0.0.1", "--logger", "none", "--audit.enabled",
         "false", "--progress.quiet", "true", *flags, "--trainer.callbacks+=killer.Killer",
-        env={"KILL": f"SLEEP:step:{step}"}, cwd=place)
+        env={"KILL": f"SLEEP:{moment}:{step}"}, cwd=place)
     command.wait_for("asleep")
     return command, port
 
@@ -37,10 +37,19 @@ def test_metrics_follow_the_training(commands, tmp_path):
     assert 0 < seen["imago_train_val_loss"] < 3
     assert 0 < seen["imago_train_val_accuracy"] <= 1
     assert 0 < seen["imago_train_learning_rate"] < 1
+    assert seen["imago_train_fitting"] == 1
     assert seen["process_resident_memory_bytes"] > 1e8
     other = commands.start("run", "digits", "--monitor.port", port, "--monitor.host", "127.0.0.1", cwd=tmp_path)
     assert other.status() == 2
     assert other.text == f"train: monitor.port: can't listen on 127.0.0.1:{port}: Address already in use\n"
+    command.signal(9)
+
+
+def test_a_run_that_only_has_its_bundle_to_write_says_so(commands, tmp_path):
+    command, port = asleep(commands, tmp_path, 0, "--trainer.max_epochs", 1, moment="after")
+    seen = scrape(port)
+    assert seen["imago_train_images_total"] > 1000
+    assert seen["imago_train_fitting"] == 0
     command.signal(9)
 
 

@@ -1,0 +1,56 @@
+"""The table of licences in docker/README.md names what is installed for serving, and by the licence it has."""
+import re
+from importlib.metadata import PackageNotFoundError, metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+DOCKER = Path(__file__).parents[2] / "docker"
+SECTION = (DOCKER / "README.md").read_text().partition("Licences of what is installed for serving:")[2]
+IMAGE = {"implementation_name": "cpython", "platform_python_implementation": "CPython", "sys_platform": "linux",
+         "platform_system": "Linux", "os_name": "posix", "python_version": "3.11", "python_full_version": "3.11.2"}
+
+
+def installed(lock: str) -> set[str]:
+    """The packages of a lock file that get into an image."""
+    found = set()
+    for line in re.findall(r"^[a-z].*?(?= \\$|$)", (DOCKER / lock).read_text(), re.MULTILINE):
+        requirement = Requirement(line)
+        if requirement.marker is None or requirement.marker.evaluate(IMAGE):
+            found.add(canonicalize_name(requirement.name))
+    return found
+
+
+def table() -> dict[str, str]:
+    """Licence of each package, as the table has it."""
+    found: dict[str, str] = {}
+    for licence, packages in re.findall(r"^\| ([A-Z][\w.-]+) \| (.+) \|$", SECTION, re.MULTILINE):
+        for package in re.sub(r" \([^)]*\)", "", packages).split(", "):
+            name = canonicalize_name(package)
+            if package != "Imago itself":
+                assert name not in found, f"{package} twice"
+                found[name] = licence
+    return found
+
+
+def test_the_table_has_every_package_that_is_installed_and_no_other():
+    assert table().keys() == installed("serve.lock")
+
+
+def test_what_another_runtime_adds_is_named_below_the_table():
+    for lock in sorted(DOCKER.glob("serve-*.lock")):
+        for package in installed(lock.name) - installed("serve.lock"):
+            named = "NVIDIA" if package.startswith("nvidia-") else package
+            assert re.search(rf"\b{named}\b", SECTION), f"{lock.name}: {package}"
+
+
+@pytest.mark.parametrize(("package", "licence"), sorted(table().items()))
+def test_a_package_has_the_licence_that_the_table_gives(package, licence):
+    try:
+        about = metadata(package)
+    except PackageNotFoundError:
+        pytest.skip("not installed here")
+    said = [about.get("License-Expression"), about.get("License"), *(about.get_all("Classifier") or [])]
+    assert any(licence.partition("-")[0] in one for one in said if one and not one.startswith("Programming"))
