@@ -1,6 +1,7 @@
 """A real server process under test, as a client, an operator and Prometheus see it."""
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -12,6 +13,8 @@ from typing import Any
 
 import httpx
 import pytest
+
+from serve.metrics import METRICS
 
 ROOT = Path(__file__).parent.parent
 
@@ -156,10 +159,17 @@ class Server:
         return httpx.get(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=30).text
 
     def metric(self, name: str, **labels: str) -> float:
-        """The value of one series, e.g. metric("imago_requests_total", code="200"); 0 where there is none."""
+        """The value of one series, e.g. metric("imago_requests_total", code="200"); 0 where there is none yet.
+
+        Raises AssertionError for one that can never be: no such metric, or other names of labels.
+        """
+        page, short = self.metrics(), re.sub("_(total|bucket|sum|count)$", "", name.removeprefix("imago_"))
+        assert re.search(rf"^# TYPE ({name}|imago_{short}) ", page, re.MULTILINE), f"there is no metric {name}"
+        names = {*(METRICS[short].labels if short in METRICS else ()), *(["le"] if name.endswith("_bucket") else [])}
+        assert set(labels) == names, f"{name} has the labels {sorted(names)}"
         text = ",".join(f'{key}="{value}"' for key, value in sorted(labels.items()))
         start = f"{name}{{{text}}} " if text else f"{name} "
-        return next((float(line[len(start):]) for line in self.metrics().splitlines() if line.startswith(start)), 0.0)
+        return next((float(line[len(start):]) for line in page.splitlines() if line.startswith(start)), 0.0)
 
     def stop(self, seconds: float = 40) -> int:
         """SIGTERM; the exit status."""

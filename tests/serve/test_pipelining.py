@@ -93,7 +93,7 @@ def test_a_head_that_is_refused_leaves_the_requests_before_it_and_the_service_al
         assert statuses(connection) == [200, 431]
     assert server.is_ready()
     assert server.predict(IMAGE).status_code == 200
-    assert server.metric("imago_restarts_total", kind="worker", reason="crash") == 0
+    assert server.metric("imago_restarts_total", process="worker", reason="crash") == 0
     wait(lambda: server.metric("imago_pending_images") == 0)
 
 

@@ -237,13 +237,16 @@ def alive(pid: int) -> bool:
     return state is not None and state[1] != "Z"
 
 
-def test_no_files_are_left(start):
-    before = set(os.listdir("/dev/shm"))
-    server = start()
-    assert any(name.startswith("imago-") for name in set(os.listdir("/dev/shm")) - before)
+def test_no_files_are_left(start, tmp_path):
+    """Neither in memory nor where TMPDIR points."""
+    (tmp_path / "own").mkdir()
+    server = start("--workers", "2", "--shadow-version", "1", env={"TMPDIR": str(tmp_path / "own")})
+    run = run_directory(server)
+    wait(lambda: (run / "shadow.sock").exists())
+    assert server.predict(IMAGE).status_code == 200
     assert server.stop() == 0
-    assert not {name for name in set(os.listdir("/dev/shm")) - before if name.startswith("imago-")
-                and str(server.process.pid) in name}
+    assert not run.exists()
+    assert not list((tmp_path / "own").iterdir())
 
 
 def test_the_worker_answers_without_torch(start):
