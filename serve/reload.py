@@ -2,8 +2,10 @@
 
 A new version is first checked by a process of its own with low priority: it reads every digest, loads the graph and
 answers the bundle's samples. What crashes or hangs there harms nobody. Only then the worker loads it beside the old,
-warms it and takes it. Rollback is the same move, since all that counts is where `latest` points.
+warms it and takes it. Rollback is the same move, since all that counts is where `latest` points. A store that can't be
+read for a moment says nothing about a version, so that is looked at again.
 """
+import errno
 import fcntl
 import json
 import os
@@ -13,7 +15,7 @@ import threading
 import time
 from contextlib import contextmanager
 
-from models.bundle import Bundle, BundleError
+from models.bundle import SUMS, Bundle, BundleError, sha256
 from models.store import LATEST, Store
 from serve import logs
 from serve.metrics import Slab
@@ -23,6 +25,8 @@ from serve.settings import PREFIX, Settings
 SERVING, LOCK = "serving", "reload.lock"
 CHECK_SECONDS = 300  # a check that takes longer has failed, and one that is older is made again
 NICE = 10
+AWAY = 75  # exit status of a check that could not read the store (EX_TEMPFAIL of sysexits.h)
+LASTING = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
 # `python -m serve`, killed with the thread that started it (PR_SET_PDEATHSIG): a check that hangs must not outlive us,
 # nor one whose worker died before it came to say so.
 MORTAL = """import ctypes, os, runpy
@@ -66,10 +70,15 @@ class Reload:
         fields = {"from": old, "to": version}
         try:
             with turn(self.api.run):  # workers reload one after the other
-                variant = check(self.settings, self.api.run, version, self.api.threads)
-                bundle = Bundle(self.store.path(self.settings.model, version), verify=False)
+                variant, digest = check(self.settings, self.api.run, version, self.api.threads)
+                bundle = Bundle(self.store.path(self.settings.model, version))
+                if bundle.digest != digest:
+                    raise BundleError(f"version {version}: changed since it was checked")
                 fresh = Model(bundle, self.settings.model_copy(update={"variant": variant}), self.api.threads)
         except Exception as error:  # whatever is wrong with it, the old one serves on
+            if is_transient(error):
+                logs.logger.warning("new version not read, so it is tried again: %s", error, extra={"fields": fields})
+                return
             self.refused = version
             self.slab.add("reloads", "refused")
             logs.logger.error("new version refused: %s", error, extra={"fields": fields})
@@ -89,8 +98,16 @@ def turn(run: str):
         yield
 
 
-def check(settings: Settings, run: str, version: int, threads: int) -> str:
-    """Check a version in a process of its own, once for all workers; returns the variant to serve.
+def is_transient(error: BaseException | None) -> bool:
+    """Whether the system failed, not the bundle: an OSError that may be gone at the next look is the cause of it."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__
+    return error is not None and error.errno is not None and error.errno not in LASTING
+
+
+def check(settings: Settings, run: str, version: int, threads: int) -> tuple[str, str]:
+    """Check a version in a process of its own, once for all workers; returns the variant to serve, and the digest of
+    the bundle that was checked.
 
     It gets what matters as flags and no IMAGO_ variable: one that a flag of ours overrides might not fit the rest.
     Raises BundleError with what it said.
@@ -98,7 +115,9 @@ def check(settings: Settings, run: str, version: int, threads: int) -> str:
     done = os.path.join(run, f"checked-{version}")
     if os.path.exists(done) and time.time() - os.path.getmtime(done) < CHECK_SECONDS:
         with open(done) as file:
-            return file.read()
+            variant, digest = json.load(file)
+        if digest == sha256(Store(settings.store).path(settings.model, version) / SUMS):
+            return variant, digest
     command = [sys.executable, "-c", MORTAL % os.getpid(), "check", "--store", str(settings.store),
                "--model", settings.model, "--version", str(version),
                "--variant", settings.variant, "--engine", settings.engine, "--threads", str(threads),
@@ -114,11 +133,12 @@ def check(settings: Settings, run: str, version: int, threads: int) -> str:
             raise BundleError(f"version {version}: the check took longer than {CHECK_SECONDS} s") from error
     if child.returncode:
         last = (said.strip().splitlines() or [f"the check ended with status {child.returncode}"])[-1]
-        raise BundleError(f"version {version}: {last.removeprefix('error: ')}")
-    variant: str = json.loads(found)["variant"]
+        cause = OSError(errno.EIO, last) if child.returncode == AWAY else None
+        raise BundleError(f"version {version}: {last.removeprefix('error: ')}") from cause
+    answer = json.loads(found)
     with open(done, "w") as file:
-        file.write(variant)
-    return variant
+        json.dump([answer["variant"], answer["digest"]], file)
+    return answer["variant"], answer["digest"]
 
 
 def note(run: str, version: int) -> None:

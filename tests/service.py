@@ -14,6 +14,8 @@ from typing import Any
 import httpx
 import pytest
 
+from serve.metrics import METRICS
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -157,16 +159,17 @@ class Server:
         return httpx.get(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=30).text
 
     def metric(self, name: str, **labels: str) -> float:
-        """The value of one series, e.g. metric("imago_requests_total", code="200"); 0 where there is none.
+        """The value of one series, e.g. metric("imago_requests_total", code="200"); 0 where there is none yet.
 
-        Not where all series of the metric have other labels: that is a mistake of who asks.
+        Raises AssertionError for one that can never be: no such metric, or other names of labels.
         """
-        series = {label: value for label, _, value in (line.rpartition(" ") for line in self.metrics().splitlines())
-                  if label.partition("{")[0] == name}
-        known = {frozenset(re.findall(r'(\w+)="', label)) for label in series}
-        assert not known or frozenset(labels) in known, f"{name} has the labels {known}"
+        page, short = self.metrics(), re.sub("_(total|bucket|sum|count)$", "", name.removeprefix("imago_"))
+        assert re.search(rf"^# TYPE ({name}|imago_{short}) ", page, re.MULTILINE), f"there is no metric {name}"
+        names = {*(METRICS[short].labels if short in METRICS else ()), *(["le"] if name.endswith("_bucket") else [])}
+        assert set(labels) == names, f"{name} has the labels {sorted(names)}"
         text = ",".join(f'{key}="{value}"' for key, value in sorted(labels.items()))
-        return float(series.get(f"{name}{{{text}}}" if text else name, 0))
+        start = f"{name}{{{text}}} " if text else f"{name} "
+        return next((float(line[len(start):]) for line in page.splitlines() if line.startswith(start)), 0.0)
 
     def stop(self, seconds: float = 40) -> int:
         """SIGTERM; the exit status."""

@@ -10,11 +10,12 @@ from models.cores import cores
 from models.store import LATEST, Store
 from serve import options
 from serve.model import Model
+from serve.reload import AWAY, is_transient
 from serve.settings import Settings
 
 
 def main(arguments: list[str]) -> int:
-    """0: ready, 1: not ready, 2: bad usage."""
+    """0: ready, 1: not ready, 2: bad usage, 75: the store can't be read now."""
     parser = argparse.ArgumentParser("python -m serve check", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
     options.add(parser)
@@ -24,10 +25,10 @@ def main(arguments: list[str]) -> int:
     settings = options.read(given)
     try:
         model = check(settings, say)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         say("ready", "no")
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return AWAY if is_transient(error) else 1
     if as_json:
         print(json.dumps({"model": model.name, "version": model.version, "variant": model.variant,
                           "engine": model.engine.name, "digest": model.bundle.digest}))

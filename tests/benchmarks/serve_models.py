@@ -14,8 +14,19 @@ import numpy as np
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from models.bundle import DataInfo, Manifest, Provenance, Sample, Variant, sha256, write_sums  # noqa: E402
+from models.bundle import (  # noqa: E402
+    Calibration,
+    DataInfo,
+    Histogram,
+    Manifest,
+    Provenance,
+    Sample,
+    Variant,
+    sha256,
+    write_sums,
+)
 from models.image import InputSpec, decode  # noqa: E402
+from models.signals import class_edges, edges, histogram, image_signals  # noqa: E402
 from models.store import Store  # noqa: E402
 
 CASES = {"tiny": ("lenet", 32), "small": ("resnet18", 32), "large": ("resnet18", 224)}  # network, pixels
@@ -65,8 +76,8 @@ def make(store: Path, case: str) -> None:
             (root / "samples" / f"{i:02d}.jpg").write_bytes(data)
         with torch.inference_mode():
             outputs = served.eval()(torch.from_numpy(images))
-        np.savez(root / "samples" / "expected.npz", pixels=images,
-                 **{key: value.numpy() for key, value in zip(served.names(), outputs, strict=True)})
+        known = {key: value.numpy() for key, value in zip(served.names(), outputs, strict=True)}
+        np.savez(root / "samples" / "expected.npz", pixels=images, **known)
         Manifest(
             name=case, version=staged.version, created=datetime.now(UTC), network=name, input=spec,
             classes=[f"class {i}" for i in range(CLASSES)], outputs=served.names(),
@@ -74,10 +85,23 @@ def make(store: Path, case: str) -> None:
                                     bytes=(root / file).stat().st_size, tolerance=1e-3 if kind == "fp32" else 1.0)
                       for kind, file in found.items()},
             samples=[Sample(file=f"{i:02d}.jpg", label=0) for i in range(16)],
+            calibration=Calibration(abstain_threshold=0.5, conformal_quantile=0.9, energy_threshold=0.0),
+            baseline=baseline(images, known["probabilities"], known["energy"]),
             provenance=Provenance(data=DataInfo(source="noise", digest="0" * 64, counts={}), device="cpu",
                                   seed=0)).write(root)
         write_sums(root)
         staged.publish()
+
+
+def baseline(images: np.ndarray, probabilities: np.ndarray, energy: np.ndarray) -> dict[str, Histogram]:
+    """As training leaves it, without which a service measures no drift."""
+    looks = np.array([image_signals(image) for image in images])
+    signals = {"confidence": probabilities.max(1), "energy": energy, "brightness": looks[:, 0],
+               "contrast": looks[:, 1], "sharpness": looks[:, 2], "width": np.full(len(images), 2 * images.shape[2]),
+               "height": np.full(len(images), images.shape[1] * 3 // 2), "class": probabilities.argmax(1)}
+    cut = {name: class_edges(CLASSES) if name == "class" else edges(values) for name, values in signals.items()}
+    return {name: Histogram(edges=cut[name].tolist(), counts=histogram(values, cut[name]).tolist())
+            for name, values in signals.items()}
 
 
 if __name__ == "__main__":

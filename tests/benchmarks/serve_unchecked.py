@@ -3,7 +3,8 @@
     python serve_unchecked.py FLAGS…    takes the flags of `python -m serve`
 
 What it leaves out stands below; the worker process imports this file as well. The limits of serve/connection.py (heads,
-connections, slow clients) stay on: the protocol itself hangs on them.
+connections, slow clients) and the one timer of all deadlines stay on: the protocol itself hangs on them. A name that
+the service has no more raises AttributeError, so that nothing is measured against a service that still does it.
 """
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from serve.__main__ import main
 from serve.feedback import Feedback
 from serve.front import Front
 from serve.metrics import WorkerMetrics
+from serve.pool import Ask
 from serve.predict import Place, Predictor
 from serve.responses import Request
 from serve.state import State
@@ -23,12 +25,26 @@ def nothing(*_: object) -> None:
     """Instead of a check or a count."""
 
 
-Front.authorize = Front.finish = Front.count = nothing
-Front.request = lambda self, scope, receive: Request(scope, receive, dict(scope["headers"]), "0")
-Predictor.enter = lambda self, headers: Place()
-Predictor.hold = Predictor.leave = Predictor.check_room = nothing
-Feedback.remember = WorkerMetrics.batch = WorkerMetrics.outcome = State.end = nothing
-State.begin = lambda self, worker, predictor: 0.0  # the time, which no deadline is before
+def replace(owner: type, **others: object) -> None:
+    for name, other in others.items():
+        getattr(owner, name)
+        setattr(owner, name, other)
+
+
+def finish(ask: Ask) -> None:
+    """Without a count of its images, and with no care for what fails."""
+    ask.again = None
+    ask.pool.asks.pop(ask, None)
+    ask.done(ask)
+
+
+replace(Front, authorize=nothing, finish=nothing, count=nothing,
+        request=lambda self, scope, receive: Request(scope, receive, dict(scope["headers"]), "0"))
+replace(Predictor, enter=lambda self, headers: Place(), hold=nothing, leave=nothing, check_room=nothing)
+replace(Feedback, remember=nothing)
+replace(WorkerMetrics, batch=nothing)
+replace(Ask, finish=finish)
+replace(State, end=nothing, begin=lambda self, worker, predictor: 0.0)  # the time, which no deadline is before
 
 if __name__ == "__main__":
     sys.exit(main(["--drift-window", "0", "--reload-seconds", "0", *sys.argv[1:]]))

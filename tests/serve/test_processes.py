@@ -1,4 +1,6 @@
 """Several HTTP processes and several workers behave as one service."""
+import re
+import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -6,7 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 import tiny
-from service import Server
+from service import ROOT, Server
 
 GOOD, BAD = tiny.image("blue"), b"hello"
 
@@ -81,3 +83,15 @@ def test_request_ids_differ_between_processes(fleet):
     with ThreadPoolExecutor(8) as threads:
         ids = list(threads.map(ask, range(64)))
     assert len(set(ids)) == 64
+
+
+def test_what_checks_cost_is_measured_against_a_service_that_has_none(start):
+    """The benchmark's service answers, counts nothing, and gives all requests one id."""
+    service = start("--max-pending", "1",
+                    command=[sys.executable, str(ROOT / "tests" / "benchmarks" / "serve_unchecked.py")])
+    for _ in range(20):
+        answer = service.http.post("/predict", files=[("f", ("a", GOOD)), ("f", ("b", GOOD))])
+        assert [p["label"] for p in answer.json()["predictions"]] == ["blue", "blue"]
+        assert answer.headers["x-request-id"] == "0"
+    counted = [line for line in service.metrics().splitlines() if line[0] != "#" and not line.endswith(" 0.0")]
+    assert {re.match(r"\w+", line)[0] for line in counted} == {"imago_ready", "imago_model_info"}

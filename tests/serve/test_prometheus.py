@@ -71,6 +71,15 @@ def test_several_processes_count_what_was_sent(service):
     assert service.metric("imago_ready") == 1
 
 
+@pytest.mark.parametrize(("name", "labels", "words"), [
+    ("imago_restarts_total", {"kind": "worker", "reason": "crash"}, "process"), ("imago_ready", {"a": "b"}, "labels"),
+    ("imago_restarts_total", {}, "process"), ("imago_restart_total", {"process": "worker"}, "no metric")])
+def test_a_series_that_can_never_be_is_not_taken_for_zero(server, name, labels, words):
+    """A test that asked for it would pass whatever the service does."""
+    with pytest.raises(AssertionError, match=words):
+        server.metric(name, **labels)
+
+
 def test_a_worker_that_comes_back_with_another_version_tells_of_that_alone(start, tmp_path):
     tiny.write(tmp_path)
     service = start("--reload-seconds", "0", store=tmp_path)
