@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d, conv2d, interpolate, normalize, pad
+from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, conv2d, interpolate, normalize, pad
 
 COARSE = {1: 14, 3: 8}  # channels -> side of the descriptor's picture, in pixels: 192 numbers either way
 LEAST = 24  # pixels a side; smaller pictures are too few pixels to tell apart
@@ -154,25 +154,30 @@ def _gray(images: np.ndarray, device: torch.device) -> Tensor:
 def _band(gray: Tensor, side: int) -> Tensor:
     """[P, 1, side, side] without its slow and its fastest changes (difference of Gaussians)."""
     scaled = interpolate(gray, (side, side), mode="bilinear", antialias=True)
-    return gaussian_blur(scaled, 1.0) - gaussian_blur(scaled, 3.0)
+    fine, slow = (gaussian(side, sigma, gray.device) for sigma in (1.0, 3.0))
+    return fine @ scaled @ fine.T - slow @ scaled @ slow.T
 
 
-def gaussian_blur(images: Tensor, sigma: float) -> Tensor:
-    """[P, 1, H, W], with the border mirrored."""
+def gaussian(side: int, sigma: float, device: torch.device) -> Tensor:
+    """[side, side]: the matrix that blurs columns of so many pixels, with the border mirrored.
+
+    Small pictures are blurred several times faster by matrices than by convolutions of one channel.
+    """
     reach = round(3 * sigma)
-    kernel = torch.exp(-torch.arange(-reach, reach + 1, device=images.device) ** 2 / (2 * sigma**2))
-    kernel = (kernel / kernel.sum()).view(1, 1, 1, -1)
-    images = conv2d(pad(images, (reach, reach, 0, 0), "reflect"), kernel)
-    return conv2d(pad(images, (0, 0, reach, reach), "reflect"), kernel.mT)
+    kernel = torch.exp(-torch.arange(-reach, reach + 1, device=device) ** 2 / (2 * sigma**2))
+    mirrored = pad(torch.eye(side, device=device)[None, None], (0, 0, reach, reach), "reflect")
+    return conv2d(mirrored, (kernel / kernel.sum()).view(1, 1, -1, 1))[0, 0]
 
 
 def _correlation(part: Tensor, whole: Tensor) -> Tensor:
     """[P]: the largest normalised correlation of the middle of `part` with `whole`, over shifts; 0 for flat images."""
     side = min(part.shape[2], SIDE) - 2 * SHIFT
     middle = _centre(part, side).flatten(1)
-    places = _centre(whole, side + 2 * SHIFT)[:, 0].unfold(1, side, 1).unfold(2, side, 1).flatten(3).flatten(1, 2)
+    whole = _centre(whole, side + 2 * SHIFT)
+    places = whole[:, 0].unfold(1, side, 1).unfold(2, side, 1).flatten(3).flatten(1, 2)
     middle = middle - middle.mean(1, keepdim=True)
-    norms = places.var(2, correction=0).sqrt() * side  # [P, shifts]
+    mean, square = (avg_pool2d(avg_pool2d(of, (side, 1), 1), (1, side), 1).flatten(1) for of in (whole, whole**2))
+    norms = (square - mean**2).clamp_min(0).sqrt() * side  # [P, shifts]
     length = middle.norm(dim=1)
     product = (places @ middle[:, :, None])[:, :, 0]
     product = product.where((norms >= FLAT * side) & (length >= FLAT * side)[:, None], torch.zeros_like(product))
