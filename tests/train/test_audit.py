@@ -10,7 +10,7 @@ from pictures import CLASSES, folder, picture, png
 from sklearn.datasets import load_digits
 
 from train import audit
-from train.audit import duplicates, labels
+from train.audit import duplicates
 from train.data import Augmentation, ImageData
 
 ROOT = Path(__file__).parents[2]
@@ -131,28 +131,6 @@ def test_wrong_labels_come_first(tmp_path):
     right = [int(image["suggested"]) == digits.target[int(Path(image["file"]).stem)]
              for image in findings["labels"]["suspects"][:20]]
     assert np.mean(right) > 0.8
-
-
-def test_labels_are_looked_at_as_far_as_memory_goes(tmp_path, monkeypatch):
-    monkeypatch.setattr(labels, "MEMORY", 5_000_000)
-    _, findings = look("digits", tmp_path / "out")
-    assert findings["labels"]["of"] == 1797
-    assert 200 < findings["labels"]["images"] < 400
-    assert findings["labels"]["accuracy"] > 0.8
-    assert findings["labels"]["count"]  # without one nothing is shown
-    assert f"It looked at {findings['labels']['images']} of 1,797 images" in (tmp_path / "out/index.html").read_text()
-
-
-def test_a_class_that_cannot_be_read_at_all_is_listed(commands, tmp_path):
-    photos = folder(tmp_path / "photos")
-    for file in (photos / "red").iterdir():
-        file.write_bytes(b"no image")
-    done = commands.start("audit", photos, "--out", tmp_path / "out")
-    assert done.status() == 2
-    assert done.text.splitlines()[-1].endswith(f"; {tmp_path}/out/audit.json lists the files that can't be read")
-    listed = json.loads((tmp_path / "out/audit.json").read_text())["unreadable"]
-    assert {Path(row["file"]).parent.name for row in listed} == {"red"}
-    assert len(listed) == 12
 
 
 def test_clean_data_raises_no_alarm():

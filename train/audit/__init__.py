@@ -14,7 +14,7 @@ from train.audit import duplicates, labels, page
 from train.data import ImageData
 from train.data.source import PARTS, say
 
-LAYOUT = 3  # of the findings; kept ones of another layout are found anew
+LAYOUT = 2  # of the findings; kept ones of another layout are found anew
 RARE = 0.1  # a class with less than this share of the largest class's images is rare
 FEW = 10  # training images that are too few to learn a class from
 ODD_AREA = 8.0  # times more or less than the median area is an odd size
@@ -70,21 +70,15 @@ def examine(data: ImageData) -> Findings:
 
     return {
         "source": data.source, "digest": data.digest, "classes": data.classes, "counts": data.counts,
-        **unreadable(data),
+        "unreadable": [{"file": name, "problem": problem} for name, problem in data.unreadable],
         "exact_duplicates": pairs(exact),
         "near_duplicates": pairs(near) | {"looked_for": duplicates.told_apart(data.known.pixels)},
         "leakage": {name: _leaked(name, part, exact, near) for name in ("test", "val")},
         "class_counts": _class_counts(data), "odd": _odd(facts, usable, image),
-        "labels": {"accuracy": round(doubtful.accuracy, 4), "images": doubtful.images, "of": int(usable.sum()),
-                   "count": len(doubtful.index), "suspects": [
+        "labels": {"accuracy": round(doubtful.accuracy, 4), "count": len(doubtful.index), "suspects": [
             {**image(i), "suggested": data.classes[k], "confidence": round(float(p), 3)} for i, k, p in
             zip(doubtful.index[:SHOWN], doubtful.label[:SHOWN], doubtful.confidence[:SHOWN], strict=True)]},
     }
-
-
-def unreadable(data: ImageData) -> Findings:
-    """The files that can't be read, and why: all that is known of data that can't be split."""
-    return {"unreadable": [{"file": name, "problem": problem} for name, problem in data.unreadable]}
 
 
 def _mirrors(data: ImageData) -> bool:

@@ -2,12 +2,11 @@
 
     python -m train audit DATA [--recipe R] [--out DIR] [fit flags]
 """
-import json
 from pathlib import Path
 from typing import Any
 
 from train import audit
-from train.data import DataError, ImageData
+from train.data import ImageData
 
 REPORTS = "artifacts/audit"
 
@@ -15,15 +14,8 @@ REPORTS = "artifacts/audit"
 def look(settings: dict[str, Any], system: Any, data: ImageData, out: str | None = None) -> None:
     """Write the report to `out` and say where it is. Raises DataError with one line for data that can't be used."""
     data.max_unreadable = 1.0  # they are what is looked for
-    place = Path(out or f"{REPORTS}/{data.found.name}").expanduser()
-    try:
-        data.setup()
-    except DataError as error:  # as where all images of a class are unreadable
-        if not getattr(data, "unreadable", None):
-            raise
-        place.mkdir(parents=True, exist_ok=True)
-        (place / "audit.json").write_text(json.dumps(audit.unreadable(data), indent=1) + "\n")
-        raise DataError(f"{error}; {place / 'audit.json'} lists the files that can't be read") from error
+    data.setup()
+    place = Path(out or f"{REPORTS}/{data.found.name}")
     if not audit.summary(audit.run(data, place)):
         print("audit: nothing found")
     print(f"audit: {place / 'index.html'} and {place / 'audit.json'}")

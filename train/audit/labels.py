@@ -16,7 +16,6 @@ from torch.nn.functional import adaptive_avg_pool2d, conv2d, interpolate
 SIDE, PATCH, STRIDE, FILTERS, GRID = 32, 6, 3, 128, 2
 FOLDS = 5
 RIDGE = 0.003  # times the images
-MEMORY = 2 << 30  # bytes for the model; where not all images fit, it looks at some
 MARGIN = 0.5  # the model's class is at least so much more probable than the label
 
 
@@ -28,14 +27,10 @@ class Suspects:
     label: np.ndarray  # int64 [S], what the model takes them for
     confidence: np.ndarray  # float32 [S], probability of that
     accuracy: float  # out of sample
-    images: int  # that were looked at
 
 
 def suspects(pixels: np.ndarray, labels: np.ndarray, index: np.ndarray, classes: int, device: torch.device) -> Suspects:
-    """Look at the images at `index` of uint8 [N, H, W, C] and their `labels` int64 [N], as many as `MEMORY` allows."""
-    most = MEMORY // (4 * (4 * 2 * FILTERS * GRID**2 + 5 * classes))  # features and scores, with their copies
-    if len(index) > most:
-        index = np.sort(np.random.default_rng(2).choice(index, most, replace=False))
+    """Look at the images at `index` of uint8 [N, H, W, C] and their `labels` int64 [N]."""
     truth = torch.from_numpy(labels[index]).to(device)
     chance = _probabilities(_features(pixels, index, device), truth, classes)
     own = chance.gather(1, truth[:, None])[:, 0]
@@ -49,7 +44,7 @@ def suspects(pixels: np.ndarray, labels: np.ndarray, index: np.ndarray, classes:
     found = found[margin[found].argsort(descending=True)]
     accuracy = float((chance.argmax(1) == truth).float().mean())
     return Suspects(index[found.cpu().numpy()], other.indices[found].cpu().numpy(),
-                    other.values[found].cpu().numpy(), accuracy, len(index))
+                    other.values[found].cpu().numpy(), accuracy)
 
 
 def _features(pixels: np.ndarray, index: np.ndarray, device: torch.device) -> Tensor:

@@ -138,8 +138,6 @@ def _labels(found: dict[str, Any], thumbnail: Callable) -> str:
         for image in found["suspects"][:SHOWN])
     text = (f"A first, simple model that did not see these images ({found['accuracy']:.0%} accurate) is sure of "
             "another class. Most doubtful first; the better the model, the more this list is worth.")
-    if found["images"] < found["of"]:
-        text += f" It looked at {found['images']:,} of {found['of']:,} images, drawn by chance: memory holds no more."
     return _section("labels", "Doubtful labels", text, f'<div class="grid">{figures}</div>')
 
 
