@@ -44,8 +44,8 @@ def _doubt(root: Path, classes: list[Path]) -> None:
             p.suffix.lower() in SUFFIXES for place in classes for p in place.iterdir() if p.is_file()):
         called = sorted({as_text(d.name) for d in classes})
         say(f"{root}: the classes are {', '.join(called[:5])}, and each holds the same folders "
-            f"({', '.join(map(as_text, names[:5]))}); where those are the classes, call the folders above them train, "
-            "val and test")
+            f"({', '.join(map(as_text, names[:5]))}); where those are the classes, call the folders above them train, val "
+            "and test")
 
 
 def _folders(path: Path) -> list[Path]:
