@@ -1,7 +1,6 @@
 """Decoded pixels are kept: once for each content, never half, and no longer than they are right."""
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -60,20 +59,6 @@ def test_two_jobs_that_start_at_once_share_one_decoding(tmp_path, cache):
     assert [job.returncode for job in jobs] == [0, 0]
     assert len(digests) == 1
     assert len([path for path in Path(cache, "pixels").iterdir() if path.is_dir()]) == 1
-
-
-def test_what_a_killed_job_left_half_decoded_goes_at_the_next_start(tmp_path, cache):
-    source = folder(tmp_path / "photos", count=400, size=64)
-    script = ("import sys; from train.data import ImageData\n"
-              "ImageData(sys.argv[1], cache=sys.argv[2], workers=1).setup()")
-    job = subprocess.Popen([sys.executable, "-c", script, str(source), cache], cwd=ROOT)
-    while not (left := list(Path(cache).glob("pixels/.staging-*"))) and job.poll() is None:
-        time.sleep(0.001)
-    job.kill()
-    job.wait()
-    assert left[0].is_dir()
-    subprocess.run([sys.executable, "-c", script, str(source), cache], cwd=ROOT, check=True)
-    assert not list(Path(cache).glob("pixels/.staging-*"))
 
 
 def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path, capsys):

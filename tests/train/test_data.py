@@ -58,24 +58,6 @@ def test_parts_that_the_data_brings_are_kept(tmp_path, cache):
     assert data.classes == CLASSES
 
 
-@pytest.mark.parametrize(("train", "val", "test"), [("Training", "dev", "Testing"), ("train", "Evaluation", "TEST")])
-def test_parts_go_by_many_names(tmp_path, cache, train, val, test):
-    for part, count in ((train, 8), (val, 3), (test, 2)):
-        folder(tmp_path / "photos" / part, count=count, first=100 * count)
-    data = ready(tmp_path / "photos", cache)
-    assert data.classes == CLASSES
-    assert data.counts == {"train": 24, "val": 9, "test": 6}
-
-
-def test_class_folders_that_look_like_parts_are_told_of(tmp_path, cache, capsys):
-    for name in ("summer", "winter"):
-        folder(tmp_path / "photos" / name, first=len(name) + ord(name[0]))
-    assert ready(tmp_path / "photos", cache).classes == ["summer", "winter"]
-    assert "each holds the same folders (blue, green, red)" in capsys.readouterr().err
-    ready(folder(tmp_path / "plain"), cache)
-    assert "same folders" not in capsys.readouterr().err
-
-
 def test_a_class_may_have_the_name_of_a_part(tmp_path, cache):
     source = folder(tmp_path / "vehicles")
     for name, vehicle in (("blue", "train"), ("green", "test"), ("red", "car")):

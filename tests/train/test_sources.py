@@ -1,9 +1,6 @@
 """Sources of images other than folders, each on a small data set that is written here."""
 import io
-import os
 import struct
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +8,6 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from launch import ROOT
 from pictures import CLASSES, folder, picture, png, recognise
 from PIL import Image
 from service import object_store
@@ -164,21 +160,6 @@ def test_labels_of_litdata_are_kept_in_the_cache_that_was_named(optimized, tmp_p
         data.setup()
         assert data.classes == CLASSES
     assert len(list((tmp_path / "named").glob("labels/*"))) == 2
-
-
-def test_each_of_several_processes_sees_the_whole_of_litdata(optimized, tmp_path):
-    """And keeps labels that one process alone can go on with."""
-    script = tmp_path / "script.py"
-    script.write_text("import sys, torch\nfrom train.data import ImageData\n"
-                      "torch.distributed.init_process_group('gloo')\n"
-                      "data = ImageData(sys.argv[1], cache=sys.argv[2], workers=0, size=32)\ndata.setup()\n"
-                      "print(sum(data.counts.values()), data.digest)\n")
-    flags = "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"
-    done = subprocess.run([sys.executable, *flags, str(script), f"litdata:{optimized}", str(tmp_path / "kept")],
-                          cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
-    data = ImageData(f"litdata:{optimized}", cache=str(tmp_path / "kept"), workers=0, size=32)
-    data.setup()
-    assert done.stdout.splitlines() == [f"60 {data.digest}"] * 2, done.stderr
 
 
 @pytest.mark.parametrize("kind", ["channels last", "channels first", "PIL"])

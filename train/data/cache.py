@@ -81,9 +81,7 @@ def _more_readable(items: Items, facts: np.ndarray) -> bool:
 
 def _fill(key: Path, suffix: str, items: Items, spec: InputSpec, workers: int, title: str) -> Known | None:
     """Decode into a hidden directory, publish it under the digest of what was read, and load it."""
-    for left in key.parent.glob(f".staging-{key.stem}-*"):  # of jobs that were killed; the lock is ours
-        shutil.rmtree(left, ignore_errors=True)
-    staged = Path(tempfile.mkdtemp(prefix=f".staging-{key.stem}-", dir=key.parent))
+    staged = Path(tempfile.mkdtemp(prefix=".staging-", dir=key.parent))
     try:
         shape = (len(items), spec.height, spec.width, spec.channels)
         pixels = np.lib.format.open_memmap(staged / "pixels.npy", "w+", np.uint8, shape)

@@ -1,6 +1,5 @@
 """The one LightningDataModule, for every source."""
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -67,23 +66,16 @@ class ImageData(L.LightningDataModule):
         for name, value in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
             if not 0 < value < 1:
                 raise DataError(f"{name}: {value} is not between 0 and 1")
-        for name, count in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size), ("size", size),
-                            ("short_side", short_side)):
+        for name, count in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
             if count is not None and count < 1:
                 raise DataError(f"{name}: {count} is less than 1")
-        for name, share in (("memory_share", memory_share), ("max_unreadable", max_unreadable)):
-            if not 0 <= share <= 1:
-                raise DataError(f"{name}: {share} is not in 0..1; it is a share")
-        if workers is not None and workers < 0:
-            raise DataError(f"workers: {workers} is less than 0")
         self.source, self.root, self.size, self.channels = source, root, size, channels
         self.resize, self.short_side = resize, short_side
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.val_fraction, self.test_fraction, self.seed = val_fraction, test_fraction, seed
         self.sampling, self.augment = sampling, augment or Augmentation()
         self.memory, self.memory_share = memory, memory_share
-        here = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # processes on this node, which share its cores
-        self.workers = max(1, cores() // here) if workers is None else workers
+        self.workers = cores() if workers is None else workers
         self.cache = cache_home() if cache is None else Path(cache).expanduser() if cache else None
         self.max_unreadable = max_unreadable
         self._tensors: dict[tuple, torch.Tensor] = {}

@@ -129,9 +129,7 @@ def as_text(name: str) -> str:
 def part_name(name: str) -> str | None:
     """train, val or test, from what people call these; None for anything else."""
     name = name.strip().lower()
-    others = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "eval": "val",
-              "evaluation": "val", "testing": "test"}
-    return others.get(name, name if name in PARTS else None)
+    return {"valid": "val", "validation": "val"}.get(name, name if name in PARTS else None)
 
 
 def needs(package: str, extra: str) -> ModuleType:

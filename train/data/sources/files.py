@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 
-from train.data.source import DataError, Files, Source, as_text, numbered, part_name, say
+from train.data.source import DataError, Files, Source, as_text, numbered, part_name
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 def folder(root: Path) -> Source:
-    """A folder of class folders, or of train/, val/ (valid/, dev/) and test/ with class folders each.
+    """A folder of class folders, or of train/, val/ (valid/) and test/ with class folders each.
 
     Hidden files and folders are passed over; a class folder is searched to any depth. A class may have the name of a
     part: train/ is one where it holds images, beside classes of other names.
@@ -27,7 +27,6 @@ def folder(root: Path) -> Source:
              for path in _files(d, root)]
     if not found:
         raise DataError(_empty(root))
-    _doubt(root, [root / name / d.name for name in parts for d in _folders(root / name)])
     trained = sorted({name for part, name, _ in found if part == "train"})
     if extra := sorted({name for _, name, _ in found} - set(trained)):
         raise DataError(f"{root}: class {extra[0]!r} is not in the training part; add images or remove its folder")
@@ -35,17 +34,6 @@ def folder(root: Path) -> Source:
     return Source(root.name, trained, Files(root, [path for _, _, path in found]),
                   np.array([number[name] for _, name, _ in found], np.int64),
                   np.array([part for part, _, _ in found]), root)
-
-
-def _doubt(root: Path, classes: list[Path]) -> None:
-    """Say so where class folders look like parts: no images of their own, and all with the same folders in them."""
-    inner = {tuple(d.name for d in _folders(place)) for place in classes}
-    if len(classes) > 1 and len(inner) == 1 and len(names := inner.pop()) > 1 and not any(
-            p.suffix.lower() in SUFFIXES for place in classes for p in place.iterdir() if p.is_file()):
-        called = sorted({as_text(d.name) for d in classes})
-        say(f"{root}: the classes are {', '.join(called[:5])}, and each holds the same folders "
-            f"({', '.join(map(as_text, names[:5]))}); where those are the classes, call the folders above them train, val "
-            "and test")
 
 
 def _folders(path: Path) -> list[Path]:

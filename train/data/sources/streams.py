@@ -63,12 +63,9 @@ class Chunks:
         if self._opened is None or self._opened[0] != os.getpid():
             from litdata import StreamingDataset
             from litdata.streaming.serializers import BytesSerializer
-            from litdata.utilities.env import _DistributedEnv
 
             # JPEG files are handed over as they are: what decodes them is models.image
             dataset = StreamingDataset(self.place, serializers={"jpeg": BytesSerializer()})
-            # Which process sees what is ours to say: its own share would be all that each knew of.
-            dataset.distributed_env = _DistributedEnv(1, 0, 1)
             dataset[:0]  # a slice, even an empty one, makes it fetch whole chunks from then on and keep them on disk
             self._opened = os.getpid(), dataset
         return self._opened[1]
@@ -99,8 +96,7 @@ class Chunks:
         memory = cache and cache / "labels" / f"{self.fingerprint()[:32]}.json"
         if memory:
             with contextlib.suppress(OSError, ValueError):
-                if len(known := json.loads(memory.read_text())) == self.size:
-                    return known
+                return json.loads(memory.read_text())
         values = (self._element(i)[1] for i in range(self.size))
         labels = [None if value is None else str(value.item() if hasattr(value, "item") else value) for value in values]
         if memory:
