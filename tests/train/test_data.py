@@ -58,6 +58,25 @@ def test_parts_that_the_data_brings_are_kept(tmp_path, cache):
     assert data.classes == CLASSES
 
 
+@pytest.mark.parametrize(("names", "counts"), [
+    (("Training", "dev", "Testing"), {"train": 24, "val": 9, "test": 6}),
+    (("train", "Validation", "Evaluation"), {"train": 24, "val": 9, "test": 6}),
+    (("TRAIN", "eval", "TEST"), {"train": 24, "val": 9, "test": 6}),
+])
+def test_parts_are_known_by_what_people_call_them(tmp_path, cache, names, counts):
+    for part, count in zip(names, (8, 3, 2), strict=True):
+        folder(tmp_path / "photos" / part, count)
+    data = ready(tmp_path / "photos", cache)
+    assert (data.counts, data.classes) == (counts, CLASSES)
+
+
+def test_parts_of_unknown_names_are_not_taken_for_classes(tmp_path, cache):
+    for part in ("first", "second"):
+        folder(tmp_path / "photos" / part, 2)
+    with pytest.raises(DataError, match=r"first, second hold .*\(blue, green, red\).*rename them to train"):
+        ready(tmp_path / "photos", cache)
+
+
 def test_a_class_may_have_the_name_of_a_part(tmp_path, cache):
     source = folder(tmp_path / "vehicles")
     for name, vehicle in (("blue", "train"), ("green", "test"), ("red", "car")):
