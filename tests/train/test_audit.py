@@ -231,6 +231,18 @@ def test_the_command_refuses_in_one_line(commands, tmp_path):
     assert "no such folder" in done.text
 
 
+def test_the_report_lists_what_cannot_be_read_where_that_is_a_whole_class(commands, tmp_path):
+    source = folder(tmp_path / "photos", 8)
+    for file in (source / "red").iterdir():
+        file.write_bytes(b"no image")
+    done = commands.start("audit", source, "--out", tmp_path / "report")
+    assert done.status() == 2
+    assert "class 'red' has 0 images" in done.text.splitlines()[-1]
+    files = [file["file"] for file in json.loads((tmp_path / "report/audit.json").read_text())["unreadable"]]
+    assert files == [f"red/{i:03d}.png" for i in range(8)]
+    assert all(file in (tmp_path / "report/index.html").read_text() for file in files)
+
+
 def test_training_looks_first_and_gives_figures_without_the_leaked_images(commands, faulty, tmp_path):
     done = commands.run("run", faulty, "--recipe", "digits", "--data.size", "32", "--trainer.max_epochs", "1",
                         "--store", tmp_path / "store", "--trainer.default_root_dir", tmp_path / "runs")
