@@ -13,6 +13,7 @@ import numpy as np
 from train.audit import duplicates, labels, page
 from train.data import ImageData
 from train.data.source import PARTS, say
+from train.failures import AuditOutOfMemory, is_out_of_memory
 
 LAYOUT = 2  # of the findings; kept ones of another layout are found anew
 RARE = 0.1  # a class with less than this share of the largest class's images is rare
@@ -30,7 +31,12 @@ def run(data: ImageData, out: str | Path | None = None) -> Findings:
 
     What was found is kept with the decoded pixels, so that the next run on the same data and split costs nothing.
     """
-    findings = _kept(data) or _keep(data, examine(data))
+    try:
+        findings = _kept(data) or _keep(data, examine(data))
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise AuditOutOfMemory(data._device()) from error
+        raise
     data.findings = findings
     data.leaked_test = np.searchsorted(data.index["test"], findings["leakage"]["test"]["positions"])
     if out is not None:
