@@ -285,3 +285,10 @@ def test_one_line_says_what_is_wrong_with_a_folder(tmp_path, cache):
 def test_a_data_set_that_is_not_at_root_says_what_root_must_be(tmp_path, cache):
     with pytest.raises(DataError, match=r"no cifar10 there.*cifar-10-batches-py"):
         ready("cifar10", cache, root=str(tmp_path))
+
+
+def test_processes_of_a_node_share_its_cores(monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    alone = ImageData("digits").workers
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert ImageData("digits").workers == max(1, alone // 2)

@@ -1,5 +1,6 @@
 """The one LightningDataModule, for every source."""
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -57,7 +58,8 @@ class ImageData(L.LightningDataModule):
             augment: what is done to training images; never to others.
             memory: auto, memory (decoded once, kept in memory) or stream (decoded anew for each epoch by workers).
             memory_share: the share of free memory that the pixels may take before they are streamed.
-            workers: processes that decode; by default one for each core that this job may use.
+            workers: processes that decode; by default one for each core that this job may use, shared among its
+                processes on the node.
             cache: where pixels and labels are kept for the next run; by default ~/.cache/imago, empty for nowhere.
             max_unreadable: the share of images that may be unreadable and are left out; more stop the run.
         """
@@ -74,7 +76,8 @@ class ImageData(L.LightningDataModule):
         self.val_fraction, self.test_fraction, self.seed = val_fraction, test_fraction, seed
         self.sampling, self.augment = sampling, augment or Augmentation()
         self.memory, self.memory_share = memory, memory_share
-        self.workers = cores() if workers is None else workers
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes that share this node's cores, by torchrun
+        self.workers = max(1, cores() // local) if workers is None else workers
         self.cache = cache_home() if cache is None else Path(cache).expanduser() if cache else None
         self.max_unreadable = max_unreadable
         self._tensors: dict[tuple, torch.Tensor] = {}
