@@ -287,6 +287,14 @@ def test_a_data_set_that_is_not_at_root_says_what_root_must_be(tmp_path, cache):
         ready("cifar10", cache, root=str(tmp_path))
 
 
+@pytest.mark.parametrize(("name", "value"), [
+    ("max_unreadable", 1.5), ("max_unreadable", -0.1), ("memory_share", 7.0), ("memory_share", -1.0), ("size", 0),
+    ("short_side", 0), ("workers", -1), ("batch_size", 0)])
+def test_a_setting_that_makes_no_sense_is_named(name, value):
+    with pytest.raises(DataError, match=f"^{name}: {value} is "):
+        ImageData("digits", **{name: value})
+
+
 def test_processes_of_a_node_share_its_cores(monkeypatch):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     alone = ImageData("digits").workers

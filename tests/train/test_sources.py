@@ -95,6 +95,7 @@ def test_csv_that_is_wrong_is_refused_in_one_line(tmp_path):
 
     refused([("a.png", "x")], "no column 'label'.*it has path, class", "path,class")
     refused([("a.png", "")], "line 2 lacks a path or a label")
+    refused([("a\0.png", "x")], r"table\.csv: line 2: a NUL byte in the path")
     refused([("a.png", " ")], "line 2 lacks a path or a label")
     refused([("a.png", "x", "somewhere")], "line 2: split 'somewhere' is none of", "path,label,split")
     refused([], "no rows")

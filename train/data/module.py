@@ -67,9 +67,13 @@ class ImageData(L.LightningDataModule):
         for name, value in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
             if not 0 < value < 1:
                 raise DataError(f"{name}: {value} is not between 0 and 1")
-        for name, count in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
-            if count is not None and count < 1:
-                raise DataError(f"{name}: {count} is less than 1")
+        for name, count, least in (("batch_size", batch_size, 1), ("eval_batch_size", eval_batch_size, 1),
+                                   ("size", size, 1), ("short_side", short_side, 1), ("workers", workers, 0)):
+            if count is not None and count < least:
+                raise DataError(f"{name}: {count} is less than {least}")
+        for name, share in (("max_unreadable", max_unreadable), ("memory_share", memory_share)):
+            if not 0 <= share <= 1:
+                raise DataError(f"{name}: {share} is not in 0..1")
         self.source, self.root, self.size, self.channels = source, root, size, channels
         self.resize, self.short_side = resize, short_side
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size

@@ -91,6 +91,8 @@ def table(path: Path) -> Source:
         row["label"] = (row["label"] or "").strip()  # "red " is no other class than "red"
         if not row["path"] or not row["label"]:
             raise DataError(f"{path}: line {number} lacks a path or a label")
+        if "\0" in row["path"]:
+            raise DataError(f"{path}: line {number}: a NUL byte in the path; write the file as UTF-8 text")
         if row.get("split") and not part_name(row["split"]):
             raise DataError(f"{path}: line {number}: split {row['split']!r} is none of train, val, test")
     if not rows:
