@@ -121,7 +121,7 @@ class CLI(LightningCLI):
             if "Error(s) in loading state_dict" in str(error):
                 raise UsageError(f"--ckpt_path {self.config_init[subcommand].ckpt_path}: of another network or another "
                                  "number of classes; give the settings that it was trained with") from error
-            if not is_out_of_memory(error):
+            if not is_out_of_memory(error) or isinstance(error, OutOfMemory):  # which says already what it came from
                 raise
             # Lightning has reset its stage by now, but not the mode of the network
             evaluating = subcommand != "fit" or self.trainer.state.finished or not self.model.training

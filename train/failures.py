@@ -25,6 +25,14 @@ class OutOfMemory(RuntimeError):
         super().__init__(f"out of memory on {device} with batches of {batch_size} in {where}; {advice}")
 
 
+class AuditOutOfMemory(OutOfMemory):
+    """The data is too much for the audit, whatever the batches."""
+
+    def __init__(self, device: torch.device):
+        RuntimeError.__init__(self, f"out of memory on {device} in the data audit; try a smaller --data.size, or train "
+                                    "without it: --audit.enabled false")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Also torch's on the CPU, which is a plain RuntimeError."""
     words = ("DefaultCPUAllocator: can't allocate memory", "not enough memory", "out of memory",

@@ -6,11 +6,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from pictures import CLASSES, folder, picture, png
 from sklearn.datasets import load_digits
 
 from train import audit
-from train.audit import duplicates
+from train.audit import duplicates, labels
+from train.cli import main
 from train.data import Augmentation, ImageData
 
 ROOT = Path(__file__).parents[2]
@@ -187,7 +189,7 @@ def test_many_images_meet_in_cells(monkeypatch):
     pixels = np.stack([picture(i % 3, i) for i in range(400)])
     pixels = np.concatenate([pixels, np.clip(pixels[:30].astype(int) + rng.integers(-6, 7, pixels[:30].shape), 0, 255)
                              .astype(np.uint8)])
-    usable, cpu = np.ones(len(pixels), bool), __import__("torch").device("cpu")
+    usable, cpu = np.ones(len(pixels), bool), torch.device("cpu")
     whole = duplicates.near(pixels, usable, cpu)
     monkeypatch.setattr(duplicates, "WHOLE", 100)
     monkeypatch.setattr(duplicates, "CELL", 50)
@@ -229,6 +231,45 @@ def test_the_command_refuses_in_one_line(commands, tmp_path):
     assert done.status() == 2
     assert len(done.text.strip().splitlines()) == 1
     assert "no such folder" in done.text
+
+
+def test_the_report_lists_what_cannot_be_read_where_that_is_a_whole_class(commands, tmp_path):
+    source = folder(tmp_path / "photos", 8)
+    for file in (source / "red").iterdir():
+        file.write_bytes(b"no image")
+    done = commands.start("audit", source, "--out", tmp_path / "report")
+    assert done.status() == 2
+    assert "class 'red' has 0 images" in done.text.splitlines()[-1]
+    files = [file["file"] for file in json.loads((tmp_path / "report/audit.json").read_text())["unreadable"]]
+    assert files == [f"red/{i:03d}.png" for i in range(8)]
+    assert all(file in (tmp_path / "report/index.html").read_text() for file in files)
+
+
+@pytest.mark.parametrize("command", ["audit", "run"])
+def test_memory_that_ends_in_the_audit_is_no_fault_of_the_batches(tmp_path, monkeypatch, capsys, command):
+    def greedy(*_) -> None:
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+    monkeypatch.setattr(audit.labels, "suspects", greedy)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    status = main([command, "digits", "--trainer.default_root_dir", str(tmp_path / "runs"), "--logger", "none",
+                   "--progress.quiet", "true", "--store", str(tmp_path / "store"), "--trainer.accelerator", "cpu"])
+    assert status == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("train: out of memory on cpu in the data audit; try a smaller --data.size")
+
+
+def test_images_are_scored_alike_in_chunks_of_any_size(monkeypatch):
+    digits = load_digits()
+    pixels, index = (digits.images * 15).astype(np.uint8)[..., None], np.arange(len(digits.target))
+    label = digits.target.astype(np.int64)
+    label[::90] = (label[::90] + 3) % 10
+    whole = labels.suspects(pixels, label, index, 10, torch.device("cpu"))
+    monkeypatch.setattr(labels, "CHUNK", 100)
+    parts = labels.suspects(pixels, label, index, 10, torch.device("cpu"))
+    assert len(whole.index) > 10
+    assert parts.index.tolist() == whole.index.tolist()
+    assert parts.label.tolist() == whole.label.tolist()
 
 
 def test_training_looks_first_and_gives_figures_without_the_leaked_images(commands, faulty, tmp_path):

@@ -1,4 +1,5 @@
 """Decoded pixels are kept: once for each content, never half, and no longer than they are right."""
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,18 @@ def test_two_jobs_that_start_at_once_share_one_decoding(tmp_path, cache):
     assert [job.returncode for job in jobs] == [0, 0]
     assert len(digests) == 1
     assert len([path for path in Path(cache, "pixels").iterdir() if path.is_dir()]) == 1
+
+
+def test_what_a_killed_job_left_is_removed(tmp_path, cache):
+    source = folder(tmp_path / "photos", count=60)
+    script = ("import os, signal, sys\nfrom train.data import ImageData\nfrom train.data.source import Files\n"
+              "Files.__getitem__ = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+              "ImageData(sys.argv[1], cache=sys.argv[2], workers=0, size=32, channels=3).setup()")
+    killed = subprocess.run([sys.executable, "-c", script, str(source), cache], cwd=ROOT)
+    assert killed.returncode == -signal.SIGKILL
+    assert list(Path(cache, "pixels").glob(".staging-*"))
+    ImageData(str(source), cache=cache, workers=0, size=32, channels=3).setup()
+    assert not list(Path(cache, "pixels").glob(".staging-*"))
 
 
 def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path, capsys):

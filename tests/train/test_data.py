@@ -58,6 +58,25 @@ def test_parts_that_the_data_brings_are_kept(tmp_path, cache):
     assert data.classes == CLASSES
 
 
+@pytest.mark.parametrize(("names", "counts"), [
+    (("Training", "dev", "Testing"), {"train": 24, "val": 9, "test": 6}),
+    (("train", "Validation", "Evaluation"), {"train": 24, "val": 9, "test": 6}),
+    (("TRAIN", "eval", "TEST"), {"train": 24, "val": 9, "test": 6}),
+])
+def test_parts_are_known_by_what_people_call_them(tmp_path, cache, names, counts):
+    for part, count in zip(names, (8, 3, 2), strict=True):
+        folder(tmp_path / "photos" / part, count)
+    data = ready(tmp_path / "photos", cache)
+    assert (data.counts, data.classes) == (counts, CLASSES)
+
+
+def test_parts_of_unknown_names_are_not_taken_for_classes(tmp_path, cache):
+    for part in ("first", "second"):
+        folder(tmp_path / "photos" / part, 2)
+    with pytest.raises(DataError, match=r"first, second hold .*\(blue, green, red\).*rename them to train"):
+        ready(tmp_path / "photos", cache)
+
+
 def test_a_class_may_have_the_name_of_a_part(tmp_path, cache):
     source = folder(tmp_path / "vehicles")
     for name, vehicle in (("blue", "train"), ("green", "test"), ("red", "car")):
@@ -266,3 +285,18 @@ def test_one_line_says_what_is_wrong_with_a_folder(tmp_path, cache):
 def test_a_data_set_that_is_not_at_root_says_what_root_must_be(tmp_path, cache):
     with pytest.raises(DataError, match=r"no cifar10 there.*cifar-10-batches-py"):
         ready("cifar10", cache, root=str(tmp_path))
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("max_unreadable", 1.5), ("max_unreadable", -0.1), ("memory_share", 7.0), ("memory_share", -1.0), ("size", 0),
+    ("short_side", 0), ("workers", -1), ("batch_size", 0)])
+def test_a_setting_that_makes_no_sense_is_named(name, value):
+    with pytest.raises(DataError, match=f"^{name}: {value} is "):
+        ImageData("digits", **{name: value})
+
+
+def test_processes_of_a_node_share_its_cores(monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    alone = ImageData("digits").workers
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert ImageData("digits").workers == max(1, alone // 2)

@@ -1,6 +1,10 @@
 """Sources of images other than folders, each on a small data set that is written here."""
 import io
+import json
+import os
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +12,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from launch import ROOT
 from pictures import CLASSES, folder, picture, png, recognise
 from PIL import Image
 from service import object_store
@@ -90,6 +95,7 @@ def test_csv_that_is_wrong_is_refused_in_one_line(tmp_path):
 
     refused([("a.png", "x")], "no column 'label'.*it has path, class", "path,class")
     refused([("a.png", "")], "line 2 lacks a path or a label")
+    refused([("a\0.png", "x")], r"table\.csv: line 2: a NUL byte in the path")
     refused([("a.png", " ")], "line 2 lacks a path or a label")
     refused([("a.png", "x", "somewhere")], "line 2: split 'somewhere' is none of", "path,label,split")
     refused([], "no rows")
@@ -160,6 +166,32 @@ def test_labels_of_litdata_are_kept_in_the_cache_that_was_named(optimized, tmp_p
         data.setup()
         assert data.classes == CLASSES
     assert len(list((tmp_path / "named").glob("labels/*"))) == 2
+
+
+def test_labels_kept_for_another_number_of_images_are_read_anew(optimized, tmp_path):
+    source, cache = f"litdata:{optimized}/train", tmp_path / "cache"
+    ImageData(source, cache=str(cache), workers=0).setup()
+    (kept,) = cache.glob("labels/*")
+    whole = kept.read_text()
+    kept.write_text(json.dumps(json.loads(whole)[:7]))
+    data = ImageData(source, cache=str(cache), workers=0)
+    data.setup()
+    assert sum(data.counts.values()) == COUNT
+    assert kept.read_text() == whole
+
+
+@pytest.mark.slow
+def test_litdata_is_whole_in_each_of_two_processes(optimized, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "train.launch", "--standalone", "--nproc-per-node", "2", "-m", "train", "run",
+         f"litdata:{optimized}", "--trainer.max_steps", "1", "--trainer.accelerator", "cpu", "--model.network",
+         "convnet", "--data.size", "32", "--data.batch_size", "4", "--logger", "none", "--progress.quiet", "true",
+         "--audit.enabled", "false", "--trainer.default_root_dir", str(tmp_path / "runs"), "--store",
+         str(tmp_path / "store")], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        timeout=280)
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads(next((tmp_path / "store").rglob("manifest.json")).read_text())
+    assert sum(manifest["provenance"]["data"]["counts"].values()) == 2 * COUNT
 
 
 @pytest.mark.parametrize("kind", ["channels last", "channels first", "PIL"])

@@ -13,6 +13,7 @@ import numpy as np
 from train.audit import duplicates, labels, page
 from train.data import ImageData
 from train.data.source import PARTS, say
+from train.failures import AuditOutOfMemory, is_out_of_memory
 
 LAYOUT = 2  # of the findings; kept ones of another layout are found anew
 RARE = 0.1  # a class with less than this share of the largest class's images is rare
@@ -30,17 +31,36 @@ def run(data: ImageData, out: str | Path | None = None) -> Findings:
 
     What was found is kept with the decoded pixels, so that the next run on the same data and split costs nothing.
     """
-    findings = _kept(data) or _keep(data, examine(data))
+    try:
+        findings = _kept(data) or _keep(data, examine(data))
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise AuditOutOfMemory(data._device()) from error
+        raise
     data.findings = findings
     data.leaked_test = np.searchsorted(data.index["test"], findings["leakage"]["test"]["positions"])
     if out is not None:
-        directory = Path(out).expanduser()
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "audit.json").write_text(json.dumps(findings, indent=1) + "\n")
-        (directory / "index.html").write_text(page.render(findings, data))
+        _write(out, findings, page.render(findings, data))
     for line in summary(findings):
         say(f"audit: {line}")
     return findings
+
+
+def refused(data: ImageData, problem: str, out: str | Path) -> None:
+    """Write what is known of data that `setup` refused after it looked at all images: why, and what can't be read."""
+    findings = {"source": data.source, "problem": problem, "classes": data.classes, "unreadable": _unreadable(data)}
+    _write(out, findings, page.refusal(findings))
+
+
+def _write(out: str | Path, findings: Findings, text: str) -> None:
+    directory = Path(out).expanduser()
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "audit.json").write_text(json.dumps(findings, indent=1) + "\n")
+    (directory / "index.html").write_text(text)
+
+
+def _unreadable(data: ImageData) -> list[dict[str, str]]:
+    return [{"file": name, "problem": problem} for name, problem in data.unreadable]
 
 
 def examine(data: ImageData) -> Findings:
@@ -70,7 +90,7 @@ def examine(data: ImageData) -> Findings:
 
     return {
         "source": data.source, "digest": data.digest, "classes": data.classes, "counts": data.counts,
-        "unreadable": [{"file": name, "problem": problem} for name, problem in data.unreadable],
+        "unreadable": _unreadable(data),
         "exact_duplicates": pairs(exact),
         "near_duplicates": pairs(near) | {"looked_for": duplicates.told_apart(data.known.pixels)},
         "leakage": {name: _leaked(name, part, exact, near) for name in ("test", "val")},

@@ -6,15 +6,17 @@ closed form, so that k folds cost hardly more than one. The rule: confident lear
 learning: estimating uncertainty in dataset labels", 2021): an image belongs to the class whose probability is at least
 what images of that class have on average.
 """
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d, conv2d, interpolate
+from torch.nn.functional import adaptive_avg_pool2d, conv2d, cross_entropy, interpolate, one_hot
 
 SIDE, PATCH, STRIDE, FILTERS, GRID = 32, 6, 3, 128, 2
 FOLDS = 5
+CHUNK = 4096  # images that scores are held of at once
 RIDGE = 0.003  # times the images
 MARGIN = 0.5  # the model's class is at least so much more probable than the label
 
@@ -32,31 +34,43 @@ class Suspects:
 def suspects(pixels: np.ndarray, labels: np.ndarray, index: np.ndarray, classes: int, device: torch.device) -> Suspects:
     """Look at the images at `index` of uint8 [N, H, W, C] and their `labels` int64 [N]."""
     truth = torch.from_numpy(labels[index]).to(device)
-    chance = _probabilities(_features(pixels, index, device), truth, classes)
-    own = chance.gather(1, truth[:, None])[:, 0]
+    parts = torch.arange(len(index), device=device).split(CHUNK)
+    scores = _scores(_features(pixels, index, device), truth, classes, parts)
+    sharpness = _sharpness(scores, truth, parts)
+
+    def chance(rows: Tensor) -> Tensor:
+        """float32 [B, K], anew each time: those of all images at once would take most of the memory."""
+        return (sharpness * scores(rows)).softmax(1)
+
+    own, guess = (torch.cat(found) for found in zip(*(
+        (c.gather(1, truth[rows, None])[:, 0], c.argmax(1)) for rows in parts for c in [chance(rows)]), strict=True))
     count = torch.bincount(truth, minlength=classes).clamp_min(1)
     usual = torch.zeros(classes, device=device).index_add_(0, truth, own) / count
-    sure = chance.where(chance >= usual, torch.zeros_like(chance))
-    sure.scatter_(1, truth[:, None], 0)
-    other = sure.max(1)
-    margin = other.values - own
+    confidence, label = (torch.cat(found) for found in zip(*(
+        _other(chance(rows), truth[rows], usual) for rows in parts), strict=True))
+    margin = confidence - own
     found = (margin >= MARGIN).nonzero()[:, 0]
     found = found[margin[found].argsort(descending=True)]
-    accuracy = float((chance.argmax(1) == truth).float().mean())
-    return Suspects(index[found.cpu().numpy()], other.indices[found].cpu().numpy(),
-                    other.values[found].cpu().numpy(), accuracy)
+    return Suspects(index[found.cpu().numpy()], label[found].cpu().numpy(), confidence[found].cpu().numpy(),
+                    float((guess == truth).float().mean()))
+
+
+def _other(chance: Tensor, truth: Tensor, usual: Tensor) -> tuple[Tensor, Tensor]:
+    """Probability and class, the labels' own left out, of the most probable class that an image may belong to."""
+    sure = chance.where(chance >= usual, torch.zeros_like(chance)).scatter_(1, truth[:, None], 0)
+    best = sure.max(1)
+    return best.values, best.indices
 
 
 def _features(pixels: np.ndarray, index: np.ndarray, device: torch.device) -> Tensor:
-    """float32 [M, D], each column with mean 0 and deviation 1."""
+    """float16 [M, D]: 2 kB an image, and all that is kept of one."""
     filters, bias = _filters(pixels, index, device)
     parts = []
     for rows in np.array_split(index, -(-len(index) // 512)):
         response = conv2d(_images(pixels[rows], device), filters, bias, STRIDE)
         both = torch.cat([response.sub(0.5).relu_(), response.neg().sub_(0.5).relu_()], 1)
-        parts.append(adaptive_avg_pool2d(both, GRID).flatten(1))
-    features = torch.cat(parts)
-    return (features - features.mean(0)) / (features.std(0) + 1e-6)
+        parts.append(adaptive_avg_pool2d(both, GRID).flatten(1).half())
+    return torch.cat(parts)
 
 
 def _images(pixels: np.ndarray, device: torch.device) -> Tensor:
@@ -82,15 +96,36 @@ def _filters(pixels: np.ndarray, index: np.ndarray, device: torch.device) -> tup
     return kernels.view(len(chosen), some.shape[1], PATCH, PATCH), -(kernels @ mean)
 
 
-def _probabilities(features: Tensor, truth: Tensor, classes: int) -> Tensor:
-    """Out-of-sample class probabilities [M, K]: each fold is scored by a ridge regression on the others."""
-    fold = torch.from_numpy(np.random.default_rng(1).permutation(len(features)) % FOLDS).to(features.device)
-    target = torch.nn.functional.one_hot(truth, classes).float() - 1 / classes
-    folds = [(features[fold == k], target[fold == k]) for k in range(FOLDS)]
-    grams, products = [x.T @ x for x, _ in folds], [x.T @ y for x, y in folds]
-    ridge = RIDGE * len(features) * torch.eye(features.shape[1], device=features.device)
-    scores = torch.empty_like(target)
-    for k, (x, _) in enumerate(folds):
-        scores[fold == k] = x @ torch.linalg.solve(sum(grams) - grams[k] + ridge, sum(products) - products[k])
-    sharpness = min(np.geomspace(1, 100, 30), key=lambda s: float(torch.nn.functional.cross_entropy(s * scores, truth)))
-    return (sharpness * scores).softmax(1)
+def _scores(features: Tensor, truth: Tensor, classes: int, parts: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+    """From rows [B] to out-of-sample scores [B, K]: each fold is scored by a ridge regression on the others."""
+    count, width, device = *features.shape, features.device
+    fold = torch.from_numpy(np.random.default_rng(1).permutation(count) % FOLDS).to(device)
+    mean = sum(features[rows].float().sum(0) for rows in parts) / count
+    square = sum((features[rows].float() - mean).square().sum(0) for rows in parts)
+    std = (square / (count - 1)).sqrt() + 1e-6
+    grams, products = (torch.zeros(FOLDS, width, n, device=device) for n in (width, classes))
+    for rows in parts:
+        for k in range(FOLDS):
+            mine = rows[fold[rows] == k]
+            x = (features[mine].float() - mean) / std
+            grams[k] += x.T @ x
+            products[k] += x.T @ (one_hot(truth[mine], classes).float() - 1 / classes)
+    ridge = RIDGE * count * torch.eye(width, device=device)
+    weights = [torch.linalg.solve(grams.sum(0) - grams[k] + ridge, products.sum(0) - products[k]) for k in range(FOLDS)]
+
+    def scores(rows: Tensor) -> Tensor:
+        x, found = (features[rows].float() - mean) / std, torch.empty(len(rows), classes, device=device)
+        for k, weight in enumerate(weights):
+            found[fold[rows] == k] = x[fold[rows] == k] @ weight
+        return found
+    return scores
+
+
+def _sharpness(scores: Callable[[Tensor], Tensor], truth: Tensor, parts: Sequence[Tensor]) -> float:
+    """What the scores are multiplied by before the softmax: the most likely of some."""
+    some = np.geomspace(1, 100, 30)
+    loss = np.zeros(len(some))
+    for rows in parts:
+        found = scores(rows)
+        loss += [float(cross_entropy(s * found, truth[rows], reduction="sum")) for s in some]
+    return float(some[loss.argmin()])

@@ -63,10 +63,7 @@ def render(findings: dict[str, Any], data: ImageData) -> str:
              ("odd", findings["odd"]["count"], "odd sizes and modes", "warn")]
     counts = ", ".join(f"{count:,} {part}" for part, count in findings["counts"].items())
     thumbnail = _thumbnails(data)
-    return f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>Data audit: {_text(findings["source"])}</title><style>{STYLE}</style>
-<main><h1>Data audit</h1>
+    return f"""{_head(findings["source"])}
 <p><b>{_text(findings["source"])}</b>: {counts} images of {len(findings["classes"])} classes.
 Digest <code>{findings["digest"][:16]}</code>. All that is listed here in part is in full count in audit.json.</p>
 <div class="tiles">{"".join(_tile(*tile) for tile in tiles)}</div>
@@ -77,6 +74,22 @@ Digest <code>{findings["digest"][:16]}</code>. All that is listed here in part i
 {_labels(label, thumbnail)}{_classes(findings["class_counts"])}{_odd(findings["odd"], thumbnail)}
 </main></html>
 """
+
+
+def refusal(findings: dict[str, Any]) -> str:
+    """The page for data that was refused."""
+    return f"""{_head(findings["source"])}
+<p>All files that can't be read are in audit.json; the first are listed here.</p>
+<section class="alarm">{_text(findings["problem"])}</section>{_unreadable(findings["unreadable"])}
+</main></html>
+"""
+
+
+def _head(source: str) -> str:
+    return f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>Data audit: {_text(source)}</title><style>{STYLE}</style>
+<main><h1>Data audit</h1>"""
 
 
 def _thumbnails(data: ImageData) -> Callable[[dict[str, Any]], str]:

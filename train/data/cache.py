@@ -81,7 +81,10 @@ def _more_readable(items: Items, facts: np.ndarray) -> bool:
 
 def _fill(key: Path, suffix: str, items: Items, spec: InputSpec, workers: int, title: str) -> Known | None:
     """Decode into a hidden directory, publish it under the digest of what was read, and load it."""
-    staged = Path(tempfile.mkdtemp(prefix=".staging-", dir=key.parent))
+    mine = f".staging-{key.name}-"  # the lock is the key's, so any that are there were left by a job that was killed
+    for left in key.parent.glob(f"{mine}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    staged = Path(tempfile.mkdtemp(prefix=mine, dir=key.parent))
     try:
         shape = (len(items), spec.height, spec.width, spec.channels)
         pixels = np.lib.format.open_memmap(staged / "pixels.npy", "w+", np.uint8, shape)

@@ -1,5 +1,6 @@
 """The one LightningDataModule, for every source."""
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -58,7 +59,8 @@ class ImageData(L.LightningDataModule):
             augment: what is done to training images; never to others.
             memory: auto, memory (decoded once, kept in memory) or stream (decoded anew for each epoch by workers).
             memory_share: the share of free memory that the pixels may take before they are streamed.
-            workers: processes that decode; by default one for each core that this job may use.
+            workers: processes that decode; by default one for each core that this job may use, shared among its
+                processes on the node.
             cache: where pixels and labels are kept for the next run; by default ~/.cache/imago, empty for nowhere.
             max_unreadable: the share of images that may be unreadable and are left out; more stop the run.
         """
@@ -66,16 +68,21 @@ class ImageData(L.LightningDataModule):
         for name, value in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
             if not 0 < value < 1:
                 raise DataError(f"{name}: {value} is not between 0 and 1")
-        for name, count in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
-            if count is not None and count < 1:
-                raise DataError(f"{name}: {count} is less than 1")
+        for name, count, least in (("batch_size", batch_size, 1), ("eval_batch_size", eval_batch_size, 1),
+                                   ("size", size, 1), ("short_side", short_side, 1), ("workers", workers, 0)):
+            if count is not None and count < least:
+                raise DataError(f"{name}: {count} is less than {least}")
+        for name, share in (("max_unreadable", max_unreadable), ("memory_share", memory_share)):
+            if not 0 <= share <= 1:
+                raise DataError(f"{name}: {share} is not in 0..1")
         self.source, self.root, self.size, self.channels = source, root, size, channels
         self.resize, self.short_side = resize, short_side
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.val_fraction, self.test_fraction, self.seed = val_fraction, test_fraction, seed
         self.sampling, self.augment = sampling, augment or Augmentation()
         self.memory, self.memory_share = memory, memory_share
-        self.workers = cores() if workers is None else workers
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes that share this node's cores, by torchrun
+        self.workers = max(1, cores() // local) if workers is None else workers
         self.cache = cache_home() if cache is None else Path(cache).expanduser() if cache else None
         self.max_unreadable = max_unreadable
         self._tensors: dict[tuple, torch.Tensor] = {}

@@ -14,6 +14,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
 PARTS = ("train", "val", "test")
+ALIASES = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "eval": "val",
+           "testing": "test", "evaluation": "test"}
 CHANNELS = (1, 3, 4)  # of gray, RGB and RGBA
 NONE = -1  # the label of an image that has none; no part may hold one
 
@@ -129,7 +131,7 @@ def as_text(name: str) -> str:
 def part_name(name: str) -> str | None:
     """train, val or test, from what people call these; None for anything else."""
     name = name.strip().lower()
-    return {"valid": "val", "validation": "val"}.get(name, name if name in PARTS else None)
+    return ALIASES.get(name, name if name in PARTS else None)
 
 
 def needs(package: str, extra: str) -> ModuleType:

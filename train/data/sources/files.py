@@ -11,7 +11,8 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 def folder(root: Path) -> Source:
-    """A folder of class folders, or of train/, val/ (valid/) and test/ with class folders each.
+    """A folder of class folders, or of train/, val/ (valid/) and test/ (or what else `part_name` knows) with class
+    folders each.
 
     Hidden files and folders are passed over; a class folder is searched to any depth. A class may have the name of a
     part: train/ is one where it holds images, beside classes of other names.
@@ -23,6 +24,7 @@ def folder(root: Path) -> Source:
     training = [d for d in folders if parts.get(d.name) == "train"]
     if not training or (len(parts) < len(folders) and not any(map(_folders, training))):
         parts = {"": "train"}
+        _refuse_unknown_parts(root, folders)
     found = [(part, as_text(d.name), path) for name, part in parts.items() for d in _folders(root / name)
              for path in _files(d, root)]
     if not found:
@@ -34,6 +36,20 @@ def folder(root: Path) -> Source:
     return Source(root.name, trained, Files(root, [path for _, _, path in found]),
                   np.array([number[name] for _, name, _ in found], np.int64),
                   np.array([part for part, _, _ in found]), root)
+
+
+def _refuse_unknown_parts(root: Path, folders: list[Path]) -> None:
+    """Folders that hold the same folders and no image of their own are parts whose names say nothing, not classes."""
+    inner = [[d.name for d in _folders(folder)] for folder in folders]
+    if (len(folders) > 1 and len(inner[0]) > 1 and all(names == inner[0] for names in inner)
+            and not any(map(_holds_images, folders))):
+        raise DataError(f"{root}: {', '.join(as_text(d.name) for d in folders[:5])} hold the same folders "
+                        f"({', '.join(map(as_text, inner[0][:5]))}) and no images of their own; rename them to train, "
+                        "val and test if they are parts, or name the classes in a CSV file")
+
+
+def _holds_images(path: Path) -> bool:
+    return any(p.suffix.lower() in SUFFIXES for p in path.iterdir() if not p.name.startswith("."))
 
 
 def _folders(path: Path) -> list[Path]:
@@ -51,8 +67,7 @@ def _files(directory: Path, root: Path) -> list[str]:
 
 
 def _empty(root: Path) -> str:
-    loose = any(p.is_file() and p.suffix.lower() in SUFFIXES for p in root.iterdir())
-    if loose:
+    if _holds_images(root):
         return f"{root}: images, but no class folders; put the images of each class in a folder named for it"
     return f"{root}: no images; it must hold one folder a class, or train/ and test/ with class folders"
 
@@ -76,6 +91,8 @@ def table(path: Path) -> Source:
         row["label"] = (row["label"] or "").strip()  # "red " is no other class than "red"
         if not row["path"] or not row["label"]:
             raise DataError(f"{path}: line {number} lacks a path or a label")
+        if "\0" in row["path"]:
+            raise DataError(f"{path}: line {number}: a NUL byte in the path; write the file as UTF-8 text")
         if row.get("split") and not part_name(row["split"]):
             raise DataError(f"{path}: line {number}: split {row['split']!r} is none of train, val, test")
     if not rows:

@@ -57,7 +57,7 @@ class Chunks:
 
     def __init__(self, package: ModuleType, place: str):
         self.place, self._opened = place, None
-        self.size = len(self._dataset())
+        self.size = sum(chunk["chunk_size"] for chunk in json.loads(self._index())["chunks"])  # len() is one process's
 
     def _dataset(self):
         if self._opened is None or self._opened[0] != os.getpid():
@@ -96,7 +96,9 @@ class Chunks:
         memory = cache and cache / "labels" / f"{self.fingerprint()[:32]}.json"
         if memory:
             with contextlib.suppress(OSError, ValueError):
-                return json.loads(memory.read_text())
+                kept = json.loads(memory.read_text())
+                if isinstance(kept, list) and len(kept) == self.size:
+                    return kept
         values = (self._element(i)[1] for i in range(self.size))
         labels = [None if value is None else str(value.item() if hasattr(value, "item") else value) for value in values]
         if memory:
@@ -110,10 +112,13 @@ class Chunks:
     def name(self, i: int) -> str:
         return f"{i:06d}"
 
+    def _index(self) -> bytes:
+        """What index.json says: each chunk with its bytes and its number of elements."""
+        return (Path(self._dataset().input_dir.path) / "index.json").read_bytes()
+
     def fingerprint(self) -> str:
-        """From the place and from its index, which lists each chunk with its bytes."""
-        index = Path(self._dataset().input_dir.path) / "index.json"
-        return hashlib.sha256(self.place.encode() + index.read_bytes()).hexdigest()
+        """From the place and from its index."""
+        return hashlib.sha256(self.place.encode() + self._index()).hexdigest()
 
 
 class Joined:
