@@ -52,6 +52,8 @@ class Supervisor(litserve.LitServer):
         self.settings, self.threads = settings, threads
         self.state, self.slab = State(run), Slab(f"{run}/supervisor.metrics")
         self.slab.set("ready", to=1)  # the least over all processes counts, and others know better
+        for number in range(settings.api_processes):
+            self.not_ready(number)
         self.apis: dict[int, BaseProcess] = {}
         self.shadows: list[BaseProcess] = []  # one, or none
         self.unusable = False  # a worker could not load the model, and has said why
@@ -169,12 +171,17 @@ class Supervisor(litserve.LitServer):
     def replace(self, kind: str, number: int) -> None:
         if kind == "http":
             self.state.set_pending(number, 0, 0, 0)
+            self.not_ready(number)
             self.launch_api(number)
         elif kind == "shadow":
             self.launch_shadow()
         else:
             self.state.reset(number)
             self.inference_workers[number] = self.launch_single_inference_worker(self.lit_api, number)
+
+    def not_ready(self, number: int) -> None:
+        """In the name of an HTTP process that has not begun to count."""
+        Slab(f"{self.lit_api.run}/api-{number}.metrics").set("ready", to=0)
 
     # Ending.
 

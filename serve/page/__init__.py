@@ -29,7 +29,7 @@ class Page:
     """Handlers of one HTTP process."""
 
     def __init__(self, settings: Settings, pool: Pool):
-        self.store, self.pool = Store(settings.store), pool
+        self.store, self.pool, self.seconds = Store(settings.store), pool, settings.deadline_ms / 1000
 
     async def index(self, request: Request) -> Response:
         return await self.file("index.html")
@@ -62,12 +62,18 @@ class Page:
         return Response(200, await self.read("report.html"), TYPES[".html"], REPORT_GUARD)
 
     async def read(self, name: str) -> bytes:
-        """A file of the bundle that is served. Raises Problem 404 where it is gone or was never there."""
+        """A file of the bundle that is served.
+
+        Raises Problem 404 where it is gone or was never there, 503 where the store does not answer in time.
+        """
         model = self.pool.model
         if not model:
             raise Problem(503, "no model is ready yet; try again in a second")
         try:
-            return await asyncio.to_thread(self.content, model, name)  # the store may hang, and the loop may not
+            asked = asyncio.to_thread(self.content, model, name)  # the store may hang, and the loop may not
+            return await asyncio.wait_for(asked, self.seconds)
+        except TimeoutError as error:
+            raise Problem(503, "the store does not answer; try again in a second") from error
         except (OSError, BundleError) as error:
             raise Problem(404, "the bundle has no such file") from error
 

@@ -12,7 +12,9 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import cv2
 import httpx
+import numpy as np
 import pytest
 import tiny
 from service import free_ports, wait
@@ -69,6 +71,20 @@ def test_several_processes_count_what_was_sent(service):
     assert service.metric("imago_out_of_distribution_total") == 0
     assert service.metric("imago_pending_images") == 0
     assert service.metric("imago_ready") == 1
+
+
+def test_what_is_out_of_distribution_is_counted_as_it_was_told(start, tmp_path):
+    tiny.write(tmp_path, calibration=Calibration(energy_threshold=-3.0))
+    service = start("--workers", "2", store=tmp_path)
+    gray = cv2.imencode(".png", np.full((32, 32, 3), 9, np.uint8))[1].tobytes()
+    told = []
+    for i in range(12):
+        many = [("f", (str(j), gray if j < i % 4 else tiny.image("red", seed=j))) for j in range(3)]
+        answers = service.http.post("/predict", files=[*many, ("f", ("x", b"no image"))]).json()["predictions"][:3]
+        told += [answer["out_of_distribution"] for answer in answers]
+        assert told[-3:] == [j < i % 4 for j in range(3)]
+    wait(lambda: service.metric("imago_confidence_count") == 36)  # counted after an answer has left
+    assert service.metric("imago_out_of_distribution_total") == sum(told) == 18
 
 
 @pytest.mark.parametrize(("name", "labels", "words"), [

@@ -95,6 +95,26 @@ def test_pid_1_ends_by_sigterm_from_the_first_moment(bundle_store, tmp_path):
         outer.wait()
 
 
+# The one capability lets it read an interpreter and a temporary directory that are closed to others, and write nothing.
+ANYBODY = ["setpriv", "--reuid", "12345", "--regid", "0", "--clear-groups", "--bounding-set=-all,+dac_read_search",
+           "--inh-caps=-all,+dac_read_search", "--ambient-caps=-all,+dac_read_search"]
+
+
+@pytest.mark.skipif(os.getuid() != 0 or shutil.which("setpriv") is None
+                    or subprocess.run([*ANYBODY, "true"], capture_output=True).returncode != 0,
+                    reason="this user can't become another")
+def test_it_runs_as_a_user_that_no_file_names(start):
+    """As OpenShift runs it: any number, group 0, no home."""
+    service = start("--shadow-version", "1", env={"HOME": "/nonexistent"},
+                    command=[*ANYBODY, sys.executable, "-m", "serve"])
+    for pid in [service.process.pid, *service.children()]:
+        assert Path(f"/proc/{pid}/status").read_text().split("Uid:")[1].split()[:4] == ["12345"] * 4
+    assert service.predict(tiny.image("red")).json()["predictions"][0]["label"] == "red"
+    assert service.http.get("/samples/0").status_code == 200
+    assert service.stop() == 0
+    assert "Traceback" not in service.log.read_text()
+
+
 @needs_namespaces
 @needs_ipv6
 def test_both_ports_are_there_for_both_kinds_of_address(bundle_store, tmp_path):

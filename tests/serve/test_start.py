@@ -1,11 +1,16 @@
 """Starting and ending: settings, bad settings, ports, stores."""
+import os
+import re
+import shutil
 import socket
 import sys
+from pathlib import Path
 
 import pytest
 import tiny
 from service import loopback, refused, run, wait
 
+from models.cores import cores as planned
 from serve.settings import Settings
 
 
@@ -94,6 +99,16 @@ def test_threads_are_those_of_each_worker(bundle_store):
     assert "cores of each worker; 0: the CPU quota divided by the workers" in " ".join(run("--help").stdout.split())
     said = run("check", "--store", str(bundle_store), "--threads", "3", "--workers", "2").stdout
     assert "3 for each of 2 workers" in said
+
+
+@pytest.mark.skipif(shutil.which("taskset") is None, reason="this machine has no taskset")
+def test_threads_follow_the_cores_that_it_may_use(start, tmp_path):
+    """A predictor counts in a file of its own."""
+    for cores in (usable := sorted(os.sched_getaffinity(0)))[:1], usable:
+        service = start(command=["taskset", "-c", ",".join(map(str, cores)), sys.executable, "-m", "serve"])
+        maps = Path(f"/proc/{service.workers()[0]}/maps").read_text()
+        most = min(len(cores), planned())
+        assert len(set(re.findall(r"/worker-0-(\d+)\.metrics", maps))) == most
 
 
 def test_a_port_in_use(bundle_store):
