@@ -1,88 +1,17 @@
 """A run that is killed and started again ends as one that never was. All by killing real processes."""
 import contextlib
-import json
 import shutil
 import signal
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from launch import Command, Commands
+from killed import EPOCHS, STEPS, assert_same, finish, learnt, result, run_of, start
+from launch import Commands
 from pictures import folder
-from safetensors.torch import load_file
 
 from train import checkpoints
-
-EPOCHS, STEPS = 3, 11  # with batches of 120
-# Dropout, EMA and random crops: all that draws random numbers or keeps a state of its own.
-RECIPE = f"""
-seed_everything: 3
-data: {{source: digits, size: 16, batch_size: 120, eval_batch_size: 60, augment: {{crop_padding: 1, rotation: 10}}}}
-model:
-  network: lenet
-  optimizer: {{name: muon, lr: 0.02, others: adamw, others_lr: 0.01}}
-  schedule: {{name: cosine, warmup: 0.2}}
-  label_smoothing: 0.1
-ema: {{decay: 0.9}}
-early_stopping: {{patience: 20}}
-trainer: {{max_epochs: {EPOCHS}, log_every_n_steps: 4, callbacks: [killer.Killer]}}
-logger: csv
-progress: {{quiet: true}}
-export: {{enabled: false}}
-audit: {{enabled: false}}
-resume: {{every_minutes: 0}}
-"""
-
-
-def start(commands: Commands, place: Path, *more: object, kill: str = "", **how: Any) -> Command:
-    place.mkdir(exist_ok=True)
-    recipe = commands.place / "recipe.yaml"
-    recipe.write_text(RECIPE)
-    return commands.start("fit", "--config", recipe, "--trainer.default_root_dir", place, *more, env={"KILL": kill},
-                          **how)
-
-
-def finish(commands: Commands, place: Path, *more: object, **how: Any) -> Command:
-    command = start(commands, place, *more, **how)
-    assert command.status() == 0, command.text
-    return command
-
-
-def run_of(place: Path) -> Path:
-    """The one run in `place`."""
-    (run,) = (place / "digits").iterdir()
-    return run
-
-
-def result(place: Path) -> dict[str, Any]:
-    return torch.load(run_of(place) / "last.ckpt", weights_only=True)
-
-
-def assert_same(one: Any, other: Any, path: str = "") -> None:
-    """Equal to the last bit, at any depth."""
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), path
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), path
-        for key, value in one.items():
-            assert_same(value, other[key], f"{path}/{key}")
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other), path
-        for i, (left, right) in enumerate(zip(one, other, strict=True)):
-            assert_same(left, right, f"{path}/{i}")
-    else:
-        assert one == other, path
-
-
-def learnt(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """What must not depend on kills: weights, optimizer, schedule, random numbers, metrics; not times and paths."""
-    callbacks = {name: state for name, state in checkpoint["callbacks"].items() if "ModelCheckpoint" not in name}
-    for row in callbacks["History"]["rows"]:
-        del row["seconds"]
-    kept = ("state_dict", "optimizer_states", "lr_schedulers", "resume", "global_step", "epoch")
-    return {name: checkpoint[name] for name in kept} | {"callbacks": callbacks}
 
 
 @pytest.fixture(scope="module")
@@ -201,38 +130,6 @@ def test_settings_that_decide_nothing_may_change_and_others_are_named(commands, 
     assert "going on from step 9:" in finish(commands, place).text
     assert_same(learnt(result(place)), learnt(result(undisturbed)))
     assert "unfinished" not in finish(commands, place, "--trainer.max_epochs", 1).text
-
-
-def test_a_run_goes_on_where_it_was_moved_to(commands, tmp_path):
-    """And finds its best weights there."""
-    place, moved = tmp_path / "runs", tmp_path / "moved"
-    settings = ("--trainer.max_epochs", 1, "--export.enabled", "true", "--export.quantize.enabled", "false",
-                "--export.report", "false", "--store", tmp_path / "store")
-    assert start(commands, place, *settings, kill="TERM:end:0").status() == 143
-    place.rename(moved)
-    assert "going on from step" in finish(commands, moved, *settings).text
-    best = torch.load(run_of(moved) / "best.ckpt", weights_only=True)["state_dict"]
-    kept = load_file(tmp_path / "store/digits/1/weights.safetensors")
-    assert_same(kept, {name.removeprefix("network."): best[f"network.{name}"] for name in kept})
-
-
-def test_a_run_goes_on_on_a_node_with_less_memory(commands, tmp_path):
-    """Normalised as before, though only a sample of what is streamed is measured."""
-    photos = folder(tmp_path / "photos", 1000, 8)
-    settings = ("--data.source", photos, "--name", "digits", "--trainer.max_epochs", 2,
-                "--trainer.limit_train_batches", 4)
-    finish(commands, tmp_path / "whole", *settings)
-    assert start(commands, tmp_path / "killed", *settings, kill="TERM:step:3").status() == 143
-    going_on = finish(commands, tmp_path / "killed", *settings, "--data.memory_share", 1e-9, "--data.workers", 1)
-    assert "streamed by workers" in going_on.text
-    assert "going on from step 3:" in going_on.text
-    assert_same(learnt(result(tmp_path / "killed")), learnt(result(tmp_path / "whole")))
-
-
-def test_a_run_keeps_the_precision_that_was_asked_for(commands, tmp_path):
-    """A node without bfloat16 computes in float32, and the next one may have it: the run is the same."""
-    assert start(commands, tmp_path, "--trainer.precision", "bf16-mixed", kill="TERM:step:1").status() == 143
-    assert json.loads((run_of(tmp_path) / "settings.json").read_text())["trainer"]["precision"] == "bf16-mixed"
 
 
 def test_a_run_does_not_go_on_with_other_data(commands, tmp_path):

@@ -100,8 +100,9 @@ def _scores(features: Tensor, truth: Tensor, classes: int, parts: Sequence[Tenso
     """From rows [B] to out-of-sample scores [B, K]: each fold is scored by a ridge regression on the others."""
     count, width, device = *features.shape, features.device
     fold = torch.from_numpy(np.random.default_rng(1).permutation(count) % FOLDS).to(device)
-    mean = sum(features[rows].float().sum(0) for rows in parts) / count
-    square = sum((features[rows].float() - mean).square().sum(0) for rows in parts)
+    zero = torch.zeros(width, device=device)
+    mean = sum((features[rows].float().sum(0) for rows in parts), zero) / count
+    square = sum(((features[rows].float() - mean).square().sum(0) for rows in parts), zero)
     std = (square / (count - 1)).sqrt() + 1e-6
     grams, products = (torch.zeros(FOLDS, width, n, device=device) for n in (width, classes))
     for rows in parts:
