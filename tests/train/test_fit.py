@@ -195,6 +195,7 @@ def test_weights_from_disk_go_on_where_they_were(tmp_path):
 def test_compiling_leaves_the_names_of_the_weights_alone(tmp_path):
     found = fit(tmp_path, "--model.compile", "default", "--trainer.limit_train_batches", "2")
     assert "network.head.weight" in found.model.state_dict()
+    assert found.model.network._compiled_call_impl is not None
 
 
 @pytest.mark.slow

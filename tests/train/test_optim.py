@@ -1,9 +1,11 @@
 """The optimizers' mathematics, and which parameters they treat how."""
+import math
+
 import pytest
 import torch
 
 from models import networks
-from train.optim import Muon, Optimizer, orthogonal, parameter_groups
+from train.optim import Muon, Optimizer, Schedule, orthogonal, parameter_groups
 
 
 @pytest.mark.parametrize("shape", [(64, 576), (16, 9), (128, 128)])
@@ -43,6 +45,41 @@ def test_muon_s_sgd_for_the_others_is_torch_s(momentum):
             p.grad = torch.arange(5.0) - step
             optimizer.step()
     assert torch.allclose(mine, theirs)
+
+
+def test_muon_s_adamw_for_the_others_is_torch_s():
+    mine, theirs = (torch.nn.Parameter(torch.linspace(-1, 1, 5)) for _ in range(2))
+    muon = Muon([{"params": [mine], "weight_decay": 0.01}], lr=0.1, others="adamw")
+    adamw = torch.optim.AdamW([theirs], 0.1, weight_decay=0.01)
+    for step in range(4):
+        for p, optimizer in ((mine, muon), (theirs, adamw)):
+            p.grad = torch.arange(5.0) - step
+            optimizer.step()
+    assert torch.allclose(mine, theirs, atol=1e-6)
+
+
+def test_groups_learn_and_decay_at_rates_of_their_own():
+    """Decay is what a step takes off in all: the rate of a group that learns faster is less by as much."""
+    network = networks.build("convnet", 10, 1, 8)
+    config = Optimizer("sgd", lr=0.5, weight_decay=0.02, bias_lr=4, head_lr=0.25)
+    kernels, vectors, head = parameter_groups(network, config)
+    assert [group["lr"] for group in (kernels, vectors, head)] == [0.5, 2, 0.125]
+    assert [group["weight_decay"] for group in (kernels, vectors, head)] == [0.02, 0, 0.08]
+    config = Optimizer("muon", lr=0.5, others_lr=0.1, weight_decay=0.02, bias_lr=4, decay_biases=True)
+    kernels, vectors, head = parameter_groups(network, config)
+    assert [group["lr"] for group in (kernels, vectors, head)] == [0.5, 0.4, 0.1]
+    assert [group["weight_decay"] for group in (kernels, vectors, head)] == [0, 0.005, 0.02]
+
+
+@pytest.mark.parametrize(("schedule", "shares"), [
+    (Schedule("constant"), [1, 1, 1, 1, 1]),
+    (Schedule("linear", final=0.2), [1, 0.8, 0.6, 0.4, 0.2]),
+    (Schedule("cosine", final=0.2), [0.2 + 0.4 * (1 + math.cos(math.pi * t / 4)) for t in range(5)]),
+    (Schedule("step", milestones=(0.5, 0.75), gamma=0.1), [1, 1, 0.1, 0.01, 0.01]),
+    (Schedule("linear", warmup=0.5, start=0.1), [0.1 + 0.9 / 3, 0.1 + 0.9 * 2 / 3, 1, 0.5, 0]),
+], ids=lambda given: given.name if isinstance(given, Schedule) else "")
+def test_schedules_follow_their_formulas(schedule, shares):
+    assert [schedule.share(step, 4) for step in range(5)] == pytest.approx(shares)
 
 
 NO_KERNELS = {  # in networks whose parameters of several axes are not all kernels
