@@ -174,6 +174,17 @@ def test_every_random_number_is_restored(commands, tmp_path):
     assert_same(learnt(result(tmp_path / "killed")), learnt(result(tmp_path / "undisturbed")))
 
 
+@pytest.mark.slow
+def test_gradients_that_wait_for_more_are_not_left_out(commands, tmp_path):
+    """Of three batches in an epoch of six, the third is half a step when the validation comes."""
+    halves = ("--trainer.limit_train_batches", 6, "--trainer.max_epochs", 1, "--trainer.accumulate_grad_batches", 2,
+              "--trainer.val_check_interval", 3)
+    finish(commands, tmp_path / "undisturbed", *halves)
+    assert start(commands, tmp_path / "killed", *halves, kill="TERM:validation:1").status() == 143
+    assert "going on from step 2:" in finish(commands, tmp_path / "killed", *halves).text
+    assert_same(learnt(result(tmp_path / "killed")), learnt(result(tmp_path / "undisturbed")))
+
+
 def test_a_stream_goes_on_where_it_was(commands, tmp_path):
     """With dropout, so that a random number too many shows. The second notice also goes to the decoding workers."""
     stream = ("--data.memory", "stream", "--data.workers", 2, "--model.network", "mobilenet_v3_small",
