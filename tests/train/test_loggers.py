@@ -113,7 +113,7 @@ def test_mlflow_local_store(commands, tmp_path):
         "0000013.png", "0000026.png"]
 
 
-def test_several_at_once_and_one_that_is_not_installed(commands, tmp_path):
+def test_several_at_once(commands, tmp_path):
     settings = ("run", "digits", "--trainer.max_epochs", 1, "--export.enabled", "false", "--audit.enabled", "false",
                 "--trainer.default_root_dir")
     commands.run(*settings, tmp_path, "--logger", "csv,tensorboard")

@@ -5,7 +5,10 @@ import pytest
 import torch
 
 from models import networks
+from train.ema import WeightAverage
 from train.optim import Muon, Optimizer, Schedule, orthogonal, parameter_groups
+
+import lightning as L  # isort: skip  (it needs what train declares beside a CPU torch)
 
 
 @pytest.mark.parametrize("shape", [(64, 576), (16, 9), (128, 128)])
@@ -80,6 +83,40 @@ def test_groups_learn_and_decay_at_rates_of_their_own():
 ], ids=lambda given: given.name if isinstance(given, Schedule) else "")
 def test_schedules_follow_their_formulas(schedule, shares):
     assert [schedule.share(step, 4) for step in range(5)] == pytest.approx(shares)
+
+
+class Line(L.LightningModule):
+    """One weight, and gradients that are known."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(1.0))
+        self.seen: list[float] = []
+
+    def training_step(self, batch: torch.Tensor, _: int) -> torch.Tensor:
+        return self.weight * batch.sum()
+
+    def on_train_batch_end(self, *_: object) -> None:
+        self.seen.append(self.weight.item())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.filterwarnings("ignore:::lightning")
+def test_the_average_of_the_weights_follows_its_formula(tmp_path, every):
+    module = Line()
+    trainer = L.Trainer(max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+                        enable_model_summary=False, accelerator="cpu", default_root_dir=tmp_path,
+                        callbacks=[WeightAverage(0.5, every)])
+    trainer.fit(module, torch.utils.data.DataLoader(torch.tensor([1.0, -2, 3, 5, -1, 2, 4, 1])))
+    updates = module.seen[every - 1::every]
+    average = updates[0]
+    for count, weight in enumerate(updates, 1):
+        decay = min(0.5, (1 + count) / (10 + count))
+        average = decay * average + (1 - decay) * weight
+    assert module.weight.item() == pytest.approx(average, abs=1e-6)
 
 
 NO_KERNELS = {  # in networks whose parameters of several axes are not all kernels
