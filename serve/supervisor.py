@@ -63,7 +63,7 @@ class Supervisor(litserve.LitServer):
     # What LitServer.run calls.
 
     def _init_manager(self, num_api_servers: int) -> Quiet:
-        self.workers_setup_status, self._shutdown_event = dict[str, str](), threading.Event()
+        self.workers_setup_status, self._shutdown_event = dict[str, str](), Shutdown()
         self.litapi_request_queues = {self.lit_api.api_path: None}
         self._transport = Quiet()
         return self._transport
@@ -202,6 +202,17 @@ class Supervisor(litserve.LitServer):
                 self.state.requests(self.settings.api_processes) and time.monotonic() < end):
             time.sleep(TICK)
         raise KeyboardInterrupt  # LitServe's way to end
+
+
+class Shutdown(threading.Event):
+    """What the first thread waits for. It wakes often, as only it handles signals: one that comes while another thread
+    replaces a process may be given to that thread by the kernel, and would wake nobody."""
+
+    def wait(self, timeout: float | None = None) -> bool:
+        while not super().wait(TICK if timeout is None else timeout):
+            if timeout is not None:
+                return False
+        return True
 
 
 class Watch:

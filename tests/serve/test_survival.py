@@ -189,6 +189,15 @@ def test_sigterm_before_it_is_ready(start):
     assert time.monotonic() - began < 5
 
 
+def test_a_signal_that_another_thread_takes_is_heard(start):
+    """The kernel may hand one to any thread, and Python handles it in the first."""
+    server = start()
+    first = server.process.pid
+    other = next(tid for tid in map(int, os.listdir(f"/proc/{first}/task")) if tid != first)
+    os.kill(other, signal.SIGTERM)
+    assert server.process.wait(21) == 0
+
+
 def test_signals_to_the_whole_group_end_it_cleanly(bundle_store, start):
     """As Ctrl+C in a terminal and systemd do."""
     for number in (signal.SIGINT, signal.SIGTERM):
