@@ -33,6 +33,7 @@ from serve.state import State
 from serve.worker import UNUSABLE, Worker
 
 TICK = 0.05  # seconds between two looks at a drain
+WAKE = 0.2  # seconds until a signal is heard that another thread was given
 WATCH = 1.0  # seconds between two looks at the processes; one that ends is seen at once
 BEGINNING = 0.1  # the same until all have started
 FAREWELL = 1.0  # seconds in which clients that keep a connection get one more answer on it, and are told to close it
@@ -209,7 +210,7 @@ class Shutdown(threading.Event):
     replaces a process may be given to that thread by the kernel, and would wake nobody."""
 
     def wait(self, timeout: float | None = None) -> bool:
-        while not super().wait(TICK if timeout is None else timeout):
+        while not super().wait(WAKE if timeout is None else timeout):
             if timeout is not None:
                 return False
         return True

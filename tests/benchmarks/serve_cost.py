@@ -131,6 +131,7 @@ if __name__ == "__main__":
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         where = given.store or Path(place)
+        where.mkdir(parents=True, exist_ok=True)
         lua_, image_ = script(where)
         print(json.dumps(api_cost(where, lua_, given.seconds)), flush=True)
         print(json.dumps(resnet(where, lua_, image_, given.seconds)), flush=True)
