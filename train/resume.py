@@ -18,7 +18,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
 from train import checkpoints
 from train.data import DataError, ImageData
@@ -185,8 +185,8 @@ class Resume(Checkpoint):  # this base makes it the last of the callbacks, when 
         if trainer.state.fn != "fit":
             return
         self._start = checkpoint["global_step"]
-        if self.directory is not None:
-            _move(checkpoint["callbacks"], self.directory)
+        if self.begun:
+            _move(checkpoint["callbacks"], trainer)
         if "resume" not in checkpoint:
             return
         self._loaded = checkpoint["resume"]
@@ -204,15 +204,16 @@ class Resume(Checkpoint):  # this base makes it the last of the callbacks, when 
                   file=sys.stderr)
 
 
-def _move(callbacks: dict[str, Any], directory: Path) -> None:
+def _move(states: dict[str, Any], trainer: L.Trainer) -> None:
     """Let ModelCheckpoint look for the best weights where the run lies now, not where it lay when it was saved."""
-    for state in callbacks.values():
-        if isinstance(state, dict) and (was := state.get("dirpath")) and state.get("best_model_path"):
+    for keeper in trainer.checkpoint_callbacks:
+        if isinstance(keeper, ModelCheckpoint) and (state := states.get(keeper.state_key)):
+            was, now = state["dirpath"], str(keeper.dirpath)
             for name in ("best_model_path", "kth_best_model_path", "last_model_path"):
-                state[name] = state[name].replace(was, str(directory), 1)
-            state["best_k_models"] = {path.replace(was, str(directory), 1): score
+                state[name] = state[name].replace(was, now, 1)
+            state["best_k_models"] = {path.replace(was, now, 1): score
                                       for path, score in state["best_k_models"].items()}
-            state["dirpath"] = str(directory)
+            state["dirpath"] = now
 
 
 def _preempted() -> Preempted:
