@@ -67,6 +67,9 @@ def test_pid_1_on_a_read_only_root_without_capabilities(tmp_path):
     with sandboxed(tmp_path / "store", tmp_path / "log", "127.0.0.1") as inner:
         assert Path(f"/proc/{inner}/status").read_text().split("NSpid:")[1].split("\n")[0].split()[-1] == "1"
         assert ask(inner, "/predict", tiny.image("red")) == 200
+        rows = [line.split() for kind in ("tcp", "tcp6")
+                for line in Path(f"/proc/{inner}/net/{kind}").read_text().splitlines()[1:]]
+        assert {int(row[1].rpartition(":")[2], 16) for row in rows if row[3] == "0A"} == {8000, 9090}, "listening"
     text = (tmp_path / "log").read_text()
     assert "Traceback" not in text
     assert "telemetry" not in text
