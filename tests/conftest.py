@@ -1,8 +1,6 @@
 """Shared by all tests: a small bundle in a store of its own, and real server processes."""
-import contextlib
 import os
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -63,5 +61,4 @@ def start(bundle_store: Path, tmp_path: Path) -> Iterator[Callable[..., Server]]
 
     yield run
     for one in running:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            one.stop()
+        one.stop()
