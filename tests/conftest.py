@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import tiny
-from launch import Commands
+from launch import ROOT, Commands
 from service import Server
+
+from models.bundle import Bundle
 
 CHROMIUM_FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
                   "--disable-background-networking", "--disable-component-update", "--disable-sync"]
@@ -35,6 +37,17 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
     started = Commands(tmp_path_factory.mktemp("commands"))
     yield started
     started.close()
+
+
+@pytest.fixture(scope="module")
+def fitted(commands: Commands) -> Callable[..., Bundle]:
+    """`fitted(place, *flags)`: the bundle of `python -m train fit` on scikit-learn's digits."""
+    def fit(place: Path, *flags: str) -> Bundle:
+        commands.run("fit", "--data.source", "digits", "--store", place / "store", "--trainer.default_root_dir",
+                     place / "runs", "--progress.quiet", "true", *flags, cwd=ROOT)
+        return Bundle(place / "store" / "digits" / "latest")
+
+    return fit
 
 
 @pytest.fixture(scope="module")
