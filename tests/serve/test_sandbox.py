@@ -15,7 +15,7 @@ from service import ROOT
 
 SETUP = ("mount --make-rprivate / && mount -o remount,ro,bind / && (mount -o remount,ro,bind /tmp 2>/dev/null || true) "
          "&& ip link set lo up && exec setpriv --no-new-privs --bounding-set=-all \"$@\"")
-UNSHARE = ["unshare", "--mount", "--net", "--pid", "--fork", "--mount-proc"]
+UNSHARE = ["unshare", "--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
 needs_namespaces = pytest.mark.skipif(
     not all(map(shutil.which, ("unshare", "nsenter", "setpriv", "ip")))
     or subprocess.run([*UNSHARE, "sh", "-c", SETUP, "sh", "true"], capture_output=True).returncode != 0,

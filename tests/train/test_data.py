@@ -293,10 +293,3 @@ def test_a_data_set_that_is_not_at_root_says_what_root_must_be(tmp_path, cache):
 def test_a_setting_that_makes_no_sense_is_named(name, value):
     with pytest.raises(DataError, match=f"^{name}: {value} is "):
         ImageData("digits", **{name: value})
-
-
-def test_processes_of_a_node_share_its_cores(monkeypatch):
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    alone = ImageData("digits").workers
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert ImageData("digits").workers == max(1, alone // 2)

@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 from pictures import folder
 
+from train.data import ImageData
+
+import lightning as L  # isort: skip  (it needs what train declares beside a CPU torch)
+
 ROOT = Path(__file__).parents[2]
 INSIDE = ["unshare", "-rm", "sh", "-c"]  # mounts that nobody else sees
 LITTLE_SHM = [*INSIDE, 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"', "sh"]
@@ -48,3 +52,10 @@ def test_a_job_uses_no_more_cores_than_its_quota(tmp_path):
     manifest = json.loads((tmp_path / "store/digits/1/manifest.json").read_text())
     assert manifest["variants"]["fp32"]["latency"]["threads"] == 1
     assert manifest["provenance"]["device"].endswith(", 1 cores")
+
+
+def test_processes_of_a_node_share_its_cores():
+    alone, data, asked = ImageData("digits").workers, ImageData("digits"), ImageData("digits", workers=3)
+    data.trainer = asked.trainer = L.Trainer(accelerator="cpu", devices=2, logger=False)
+    assert data.workers == max(1, alone // 2)
+    assert asked.workers == 3

@@ -1,6 +1,5 @@
 """The one LightningDataModule, for every source."""
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -81,11 +80,17 @@ class ImageData(L.LightningDataModule):
         self.val_fraction, self.test_fraction, self.seed = val_fraction, test_fraction, seed
         self.sampling, self.augment = sampling, augment or Augmentation()
         self.memory, self.memory_share = memory, memory_share
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes that share this node's cores, by torchrun
-        self.workers = max(1, cores() // local) if workers is None else workers
+        self._workers = workers
         self.cache = cache_home() if cache is None else Path(cache).expanduser() if cache else None
         self.max_unreadable = max_unreadable
         self._tensors: dict[tuple, torch.Tensor] = {}
+
+    @property
+    def workers(self) -> int:
+        """Processes that decode for this one: as asked for, or this process's share of the cores."""
+        if self._workers is not None:
+            return self._workers
+        return max(1, cores() // (self.trainer.num_devices if self.trainer else 1))
 
     def prepare_data(self) -> None:
         """Download what has to be, in one process a node."""
