@@ -17,7 +17,6 @@ sys.path.insert(0, str(ROOT))
 from models.bundle import (  # noqa: E402
     Calibration,
     DataInfo,
-    Histogram,
     Manifest,
     Provenance,
     Sample,
@@ -26,7 +25,6 @@ from models.bundle import (  # noqa: E402
     write_sums,
 )
 from models.image import InputSpec, decode  # noqa: E402
-from models.signals import class_edges, edges, histogram, image_signals  # noqa: E402
 from models.store import Store  # noqa: E402
 
 CASES = {"tiny": ("lenet", 32), "small": ("resnet18", 32), "large": ("resnet18", 224)}  # network, pixels
@@ -54,6 +52,7 @@ def make(store: Path, case: str) -> None:
     import torch
 
     from models import networks
+    from train.baseline import baseline
     from train.graph import Served, export_onnx
     from train.quantize import QuantizeConfig, quantize
 
@@ -76,8 +75,9 @@ def make(store: Path, case: str) -> None:
             (root / "samples" / f"{i:02d}.jpg").write_bytes(data)
         with torch.inference_mode():
             outputs = served.eval()(torch.from_numpy(images))
-        known = {key: value.numpy() for key, value in zip(served.names(), outputs, strict=True)}
-        np.savez(root / "samples" / "expected.npz", pixels=images, **known)
+            logits = served.logits(torch.from_numpy(images)).numpy()
+        np.savez(root / "samples" / "expected.npz", pixels=images,
+                 **{key: value.numpy() for key, value in zip(served.names(), outputs, strict=True)})
         Manifest(
             name=case, version=staged.version, created=datetime.now(UTC), network=name, input=spec,
             classes=[f"class {i}" for i in range(CLASSES)], outputs=served.names(),
@@ -86,22 +86,11 @@ def make(store: Path, case: str) -> None:
                       for kind, file in found.items()},
             samples=[Sample(file=f"{i:02d}.jpg", label=0) for i in range(16)],
             calibration=Calibration(abstain_threshold=0.5, conformal_quantile=0.9, energy_threshold=0.0),
-            baseline=baseline(images, known["probabilities"], known["energy"]),
+            baseline=baseline(logits, 1.0, images, np.array([[2 * size, size * 3 // 2]] * len(images))),
             provenance=Provenance(data=DataInfo(source="noise", digest="0" * 64, counts={}), device="cpu",
                                   seed=0)).write(root)
         write_sums(root)
         staged.publish()
-
-
-def baseline(images: np.ndarray, probabilities: np.ndarray, energy: np.ndarray) -> dict[str, Histogram]:
-    """As training leaves it, without which a service measures no drift."""
-    looks = np.array([image_signals(image) for image in images])
-    signals = {"confidence": probabilities.max(1), "energy": energy, "brightness": looks[:, 0],
-               "contrast": looks[:, 1], "sharpness": looks[:, 2], "width": np.full(len(images), 2 * images.shape[2]),
-               "height": np.full(len(images), images.shape[1] * 3 // 2), "class": probabilities.argmax(1)}
-    cut = {name: class_edges(CLASSES) if name == "class" else edges(values) for name, values in signals.items()}
-    return {name: Histogram(edges=cut[name].tolist(), counts=histogram(values, cut[name]).tolist())
-            for name, values in signals.items()}
 
 
 if __name__ == "__main__":

@@ -17,27 +17,14 @@ import urllib.request
 from contextlib import ExitStack
 from pathlib import Path
 
-import numpy as np
 from serve_models import picture, publish
 from serve_speed import SCRIPT, free_port, load, serving
 
-from models.bundle import SIGNALS, Histogram, read_manifest, write_sums
-from models.signals import class_edges
+from models.bundle import read_manifest, write_sums
 from models.store import Store
 
 OFF = ["--drift-window", "0", "--reload-seconds", "0"]
 MODES = {"off": OFF, "drift": ["--reload-seconds", "0"], "on": [], "shadow": ["--shadow-version", "1"]}
-
-
-def add_baseline(bundle: Path) -> None:
-    """Histograms of some shape: what they cost does not depend on what they hold."""
-    manifest = read_manifest(bundle)
-    edges = np.linspace(-100, 300, 11)
-    manifest.baseline = {name: Histogram(edges=edges.tolist(), counts=[100] * 10) for name in SIGNALS}
-    classes = class_edges(len(manifest.classes))
-    manifest.baseline["class"] = Histogram(edges=classes.tolist(), counts=[10] * len(manifest.classes))
-    manifest.write(bundle)
-    write_sums(bundle)
 
 
 def start(stack: ExitStack, store: Path, model: str, variant: str, flags: list[str]) -> tuple[int, int]:
@@ -59,7 +46,7 @@ def case(name: str, made: Path | None, rounds: int, seconds: int, modes: list[st
     model, _, variant = name.partition("-")
     with tempfile.TemporaryDirectory() as place, ExitStack() as stack:
         store, script = Path(place), Path(place) / "raw.lua"
-        add_baseline(own(store, made, model))
+        own(store, made, model)
         (store / "image.jpg").write_bytes(picture(32, 32))
         script.write_text(SCRIPT % ("image/jpeg", store / "image.jpg"))
         servers = {mode: start(stack, store, model, variant or "fp32", MODES[mode]) for mode in ["off", *modes]}
