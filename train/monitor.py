@@ -66,7 +66,7 @@ class Monitor(Callback, Collector):
         self._images += len(batch[0]) * trainer.world_size // trainer.num_nodes
         every = ours(trainer).log_every_n_steps  # 0 for never, save at the end of an epoch
         if trainer.is_last_batch or (every and (batch_idx + 1) % every == 0):
-            self._sums.copy_(ours(trainer).lightning_module.sums["train"], non_blocking=True)
+            self._sums.copy_(ours(trainer).lightning_module.sums["train"].totals(), non_blocking=True)
             then, images = self._since
             self._since = now, _ = time.monotonic(), self._images
             self._speed = (self._images - images) / (now - then)

@@ -23,7 +23,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from train import checkpoints
 from train.data import DataError, ImageData
 from train.preemption import NOTICE, Preempted
-from train.system import Classifier
+from train.system import Classifier, Sums
 from train.trainer import ours
 
 SAVE, STOP = 1, 2  # what is wanted at the next stage; more goes before less
@@ -221,14 +221,15 @@ def _preempted() -> Preempted:
 
 
 def _state(system: Classifier) -> dict[str, Any]:
-    state = {"random": torch.get_rng_state(), "sums": {k: v.cpu() for k, v in system.sums.items() if k == "train"}}
+    sums = {part: sums.totals().cpu() for part, sums in system.sums.items() if part == "train"}
+    state = {"random": torch.get_rng_state(), "sums": sums}
     if system.device.type == "cuda":
         state["cuda_random"] = torch.cuda.get_rng_state(system.device)
     return state
 
 
 def _restore(state: dict[str, Any], system: Classifier) -> None:
-    system.sums.update({part: sums.to(system.device) for part, sums in state["sums"].items()})
+    system.sums.update({part: Sums(totals.to(system.device)) for part, totals in state["sums"].items()})
     torch.set_rng_state(state["random"])
     if "cuda_random" in state and system.device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda_random"], system.device)

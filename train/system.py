@@ -1,4 +1,5 @@
 """The system: a network, its loss, metrics, optimizer and schedule. Lightning runs the loop."""
+import math
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -62,7 +63,7 @@ class Classifier(L.LightningModule):
         self.label_smoothing, self.weigh_classes = label_smoothing, weigh_classes
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
         self.compile_mode, self.tta = compile, tta
-        self.sums: dict[str, Tensor] = {}  # by part: loss, right answers, images, and steps while the loss was finite
+        self.sums: dict[str, Sums] = {}  # by part
 
     def setup(self, stage: str) -> None:
         if hasattr(self, "network"):
@@ -137,25 +138,24 @@ class Classifier(L.LightningModule):
 
     def _count(self, part: str, loss: Tensor, logits: Tensor, labels: Tensor, step: int) -> None:
         """Add to the part's sums on the device. Nothing waits for the device here, save where a step is logged."""
-        right = logits.detach().argmax(1) == (labels.argmax(1) if labels.ndim == 2 else labels)
+        right = (logits.detach().argmax(1) == (labels.argmax(1) if labels.ndim == 2 else labels)).sum()
         if part not in self.sums:
-            self.sums[part] = torch.zeros(4, dtype=torch.float64, device=logits.device)
-        sums = self.sums[part]
-        sums[0].add_(loss, alpha=len(logits))
-        sums[1].add_(right.sum())
-        sums[2].add_(len(logits))
-        sums[3].add_(sums[0] - sums[0] == 0)
+            self.sums[part] = Sums(torch.zeros(4, dtype=torch.float64, device=logits.device))
+        self.sums[part].add(loss, right, len(logits))
         if self.trainer._logger_connector.should_update_logs and not self.trainer.sanity_checking:
-            self.log_dict({f"{part}/loss_step": loss, f"{part}/accuracy_step": right.float().mean()},
+            self.log_dict({f"{part}/loss_step": loss, f"{part}/accuracy_step": right / len(logits)},
                           on_step=True, on_epoch=False)
             self.check_finite(part)
 
     def check_finite(self, part: str) -> None:
         """Raise Diverged, naming the step, when a loss of this epoch was no number. This waits for the device."""
-        if part in self.sums and not self.sums[part][0].isfinite():
+        if part not in self.sums:
+            return
+        loss, _, _, finite = self.sums[part].totals().tolist()
+        if not math.isfinite(loss):
             where = f"the {part} loss of epoch {self.trainer.current_epoch + 1}"
             if part == "train":
-                where += f" from step {int(self.sums[part][3]) + 1} on"
+                where += f" from step {int(finite) + 1} on"
             raise Diverged(where, self.optimizer.lr)
 
     def _report(self, part: str) -> None:
@@ -163,7 +163,7 @@ class Classifier(L.LightningModule):
         self.check_finite(part)
         sums = self.sums.pop(part, None)
         if sums is not None:
-            loss, right, count, _ = self.trainer.strategy.reduce(sums, reduce_op="sum").cpu().tolist()
+            loss, right, count, _ = self.trainer.strategy.reduce(sums.totals(), reduce_op="sum").cpu().tolist()
             if count:
                 self.log_dict({f"{part}/loss": loss / count, f"{part}/accuracy": right / count})
 
@@ -176,7 +176,7 @@ class Classifier(L.LightningModule):
     def on_test_epoch_end(self) -> None:
         self._report("test")
         if len(ours(self.trainer).datamodule.leaked_test):  # all processes sum up, also one whose images are all leaked
-            self.sums.setdefault("test_unleaked", torch.zeros(4, dtype=torch.float64, device=self.device))
+            self.sums.setdefault("test_unleaked", Sums(torch.zeros(4, dtype=torch.float64, device=self.device)))
         self._report("test_unleaked")
         self._report("test_tta")
 
@@ -207,6 +207,39 @@ class Classifier(L.LightningModule):
         """What was asked for, as plain values, for the record."""
         return {"network": self.name, "options": self.options, "optimizer": asdict(self.optimizer),
                 "schedule": asdict(self.schedule), "label_smoothing": self.label_smoothing, "weights": self.weights}
+
+
+class Sums:
+    """What an epoch comes to so far, summed up on the device.
+
+    A step only keeps what it has; some dozens are added up at once, in their order. Adding each by itself would launch
+    fifteen small operations a step, which a small network feels.
+    """
+
+    AT_ONCE = 64
+
+    def __init__(self, totals: Tensor):
+        """`totals`, float64 [4]: what there is already, see `totals()`."""
+        self._totals, self._size = totals, 0
+        self._steps: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, loss: Tensor, right: Tensor, size: int) -> None:
+        """A step's mean loss [] and number of right answers [] among `size` images."""
+        if size != self._size or len(self._steps) == self.AT_ONCE:
+            self.totals()
+        self._size = size
+        self._steps.append((loss, right))
+
+    def totals(self) -> Tensor:
+        """float64 [4]: loss, right answers, images, and steps while the loss was finite."""
+        if self._steps:
+            losses, right = (torch.stack(values).double() for values in zip(*self._steps, strict=True))
+            running = torch.cat([self._totals[:1], losses * self._size]).cumsum(0)  # one by one: whenever it is asked
+            finite = running[1:].isfinite().double().sum()
+            added = torch.stack([right.sum(), torch.full_like(finite, self._size * len(self._steps)), finite])
+            self._totals = torch.cat([running[-1:], self._totals[1:] + added])
+            self._steps.clear()
+        return self._totals
 
 
 def first_images(batches: Iterable[Batch], count: int) -> Tensor:

@@ -7,8 +7,10 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_hook
 
 from train import cli
+from train.precision import has_bfloat16
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*"),
@@ -117,6 +119,24 @@ def test_a_seed_gives_the_same_weights_and_another_one_others(tmp_path):
 def test_knobs_train(tmp_path, flags):
     found = fit(tmp_path, *flags, "--model.label_smoothing", "0", epochs=4)
     assert found.trainer.callback_metrics["val/accuracy"] > 0.7
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [
+    ("32-true", torch.float32), ("16-mixed", torch.float16), ("bf16-true", torch.bfloat16),
+    ("bf16-mixed", torch.bfloat16 if has_bfloat16() else torch.float32)])
+def test_convolutions_compute_in_the_precision_asked_for(tmp_path, precision, dtype):
+    seen = set()
+
+    def note(module: torch.nn.Module, _: tuple[torch.Tensor], answer: torch.Tensor) -> None:
+        if isinstance(module, torch.nn.Conv2d):
+            seen.add((module.training, answer.dtype))
+
+    hook = register_module_forward_hook(note)
+    try:
+        fit(tmp_path, "--trainer.precision", precision, "--audit.enabled", "false")  # whose own model is in float32
+    finally:
+        hook.remove()
+    assert seen == {(True, dtype), (False, dtype)}
 
 
 def test_the_average_of_the_weights_is_what_is_kept(tmp_path):

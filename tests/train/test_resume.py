@@ -174,6 +174,18 @@ def test_every_random_number_is_restored(commands, tmp_path):
     assert_same(learnt(result(tmp_path / "killed")), learnt(result(tmp_path / "undisturbed")))
 
 
+def test_whatever_is_drawn_is_drawn_again(commands, tmp_path):
+    """By a sample that balances the classes, and by each augmentation that has a chance in it."""
+    chances = {"brightness": 0.3, "contrast": 0.3, "random_resized_crop": 0.5, "erasing": 0.5, "mixup": 0.4,
+              "cutmix": 0.5, "flip": "random"}
+    drawn = ("--data.sampling", "balanced", *(word for name, value in chances.items()
+                                              for word in (f"--data.augment.{name}", value)))
+    finish(commands, tmp_path / "undisturbed", *drawn)
+    assert start(commands, tmp_path / "killed", *drawn, kill=f"TERM:step:{STEPS + 6}").status() == 143
+    assert f"going on from step {STEPS + 6}:" in finish(commands, tmp_path / "killed", *drawn).text
+    assert_same(learnt(result(tmp_path / "killed")), learnt(result(tmp_path / "undisturbed")))
+
+
 @pytest.mark.slow
 def test_gradients_that_wait_for_more_are_not_left_out(commands, tmp_path):
     """Of three batches in an epoch of six, the third is half a step when the validation comes."""
