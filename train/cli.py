@@ -108,7 +108,7 @@ class CLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         if self.config[self.subcommand].trainer.precision != self.asked:
-            ours(self.trainer).callbacks.append(SaysSo())
+            ours(self.trainer).callbacks.append(SaysSo(self.asked))
         distributed.own_signals(self.trainer)
 
     def _run_subcommand(self, subcommand: str) -> None:

@@ -1,6 +1,6 @@
 """What a bundle costs and gives: seconds to export, bytes, latency and throughput of each variant.
 
-    PYTHONPATH=. python tests/benchmarks/bundle_export.py [--networks resnet18 …] [--out bundle_export.json]
+    python tests/benchmarks/bundle_export.py [--networks resnet18 …] [--out bundle_export.json]
 
 Each network has random weights and is exported, quantized and timed as after a fit, on the CPU, at the size it is used
 at. fp32 and int8 are timed in turn in the same process; their ratio is what counts, milliseconds are this machine's.
@@ -11,6 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import bare  # noqa: F401  (first: it puts the repository on the path)
 import numpy as np
 import torch
 

@@ -2,6 +2,7 @@
 
 Prints a table in megabytes (10^6 bytes) of the parts of each image, largest first.
 """
+import argparse
 import subprocess
 import sys
 from collections import Counter
@@ -51,4 +52,6 @@ def main(images: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or ["localhost/imago-serve:0.1.0", "localhost/imago-train:0.1.0"])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("images", nargs="*", default=["localhost/imago-serve:0.1.0", "localhost/imago-train:0.1.0"])
+    main(parser.parse_args().images)

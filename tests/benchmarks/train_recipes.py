@@ -1,8 +1,9 @@
-"""Runs a recipe over several seeds and writes what came out into train_recipes.json beside this script.
+"""Runs a recipe over several seeds.
 
     python tests/benchmarks/train_recipes.py digits
-    python tests/benchmarks/train_recipes.py cifar10-94 [--data DIR] [--root DIR] [--seeds 5] [--twin] [fit flags …]
+    python tests/benchmarks/train_recipes.py cifar10-94 [--data DIR] [--root DIR] [--seeds 5] [--twin] [--keep] [flag …]
 
+Prints one JSON line a seed; --keep writes what came out into train_recipes.json beside this script as well.
 --twin also trains a bare PyTorch loop by the same recipe afterwards, to compare the wall time with; it refuses recipes
 with options that the loop has not. Seconds are those of training, validation included; all up to the end of the first
 step (data, set-up, compiling) is counted apart, for the twin as well. Processor seconds tell more than wall time where
@@ -132,6 +133,7 @@ def main() -> None:
     parser.add_argument("--root", help="where a data set of torchvision lies")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--twin", action="store_true")
+    parser.add_argument("--keep", action="store_true", help="write the results beside this script, too")
     parser.add_argument("--note", default="", help="kept beside the figures, e.g. what else the machine did")
     asked, flags = parser.parse_known_args()
     sys.modules["train_recipes"] = sys.modules["__main__"]  # the command line imports the callback by this name
@@ -139,15 +141,17 @@ def main() -> None:
     for seed in range(asked.seeds):
         runs.append(one(asked.recipe, seed, asked, flags))
         print(json.dumps(runs[-1]), flush=True)
-        result = keep(asked.recipe, flags, asked.note, runs)
+        result = summary(asked.recipe, flags, asked.note, runs)
+        if asked.keep:  # after each seed: the next one may take hours
+            bare.keep(__file__, result, ("recipe", "flags", "device"))
     print(f"{asked.recipe}: {result['mean_accuracy']:.4f} ± {result['sd'] or 0:.4f} over {len(runs)} seeds")
 
 
-def keep(recipe: str, flags: list[str], note: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Write the runs so far in place of earlier ones of the same recipe, flags and device."""
+def summary(recipe: str, flags: list[str], note: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The runs so far, and on what."""
     accuracies = [run["accuracy"] for run in runs]
     cuda = torch.cuda.is_available()
-    result = {
+    return {
         "recipe": recipe, "flags": flags,
         "device": torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads",
         "versions": {"python": platform.python_version()} | {p: version(p) for p in ("torch", "lightning")},
@@ -155,8 +159,6 @@ def keep(recipe: str, flags: list[str], note: str, runs: list[dict[str, Any]]) -
         "peak_memory_mb": round((torch.cuda.max_memory_allocated() if cuda else
                                  resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e6),
         "note": note, "runs": runs}
-    bare.keep(__file__, result, ("recipe", "flags", "device"))
-    return result
 
 
 if __name__ == "__main__":

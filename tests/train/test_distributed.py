@@ -16,8 +16,10 @@ from service import free_ports
 from models import networks
 
 # No augmentation, so that images can be told apart, and no norm over the batch, which each process takes for itself.
+# Plain SGD, which feels the size of the gradients and not their direction alone.
 SETTINGS = ("run", "digits", "--trainer.max_epochs", "2", "--trainer.log_every_n_steps", "1", "--logger", "csv",
-            "--audit.enabled", "false", "--model.network", "convnet", "--trainer.callbacks+=killer.Killer",
+            "--audit.enabled", "false", "--model.network", "convnet", "--model.optimizer.name", "sgd",
+            "--model.optimizer.lr", "0.05", "--trainer.callbacks+=killer.Killer",
             "--trainer.callbacks+=killer.Recorder")
 
 
@@ -74,7 +76,8 @@ def one(commands, tmp_path_factory) -> Path:
 
 def assert_alike(two: Path, one: Path) -> None:
     for ours, theirs in zip(history(two), history(one), strict=True):
-        assert ours == pytest.approx(theirs, abs=0.02)
+        for name, value in theirs.items():  # one of the 143 validation images may go the other way
+            assert ours[name] == pytest.approx(value, abs=0.008 if "accuracy" in name else 1e-3), name
     assert seen(two) == seen(one)
     assert sum(seen(two)["0"].values()) == 1295
     assert [p.name for p in (two / "store/digits").iterdir() if p.name[0].isdigit()] == ["1"]
