@@ -33,6 +33,7 @@ class WeightAverage(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._current = _tensors(pl_module)
+        self.average = {name: value.to(self._current[name].device) for name, value in self.average.items()}
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any,
                            batch_idx: int) -> None:
@@ -87,9 +88,7 @@ class WeightAverage(Callback):
         if self.decay and "ema" in checkpoint and trainer.state.fn == "fit":
             found = checkpoint["ema"]
             self.updates, self._last_step = found["updates"], found["last_step"]
-            current = _tensors(pl_module)
-            self.average = {name: _precise(checkpoint["state_dict"][name]).to(current[name].device)
-                            for name in found["current"]}
+            self.average = {name: _precise(checkpoint["state_dict"][name]) for name in found["current"]}
             pl_module.load_state_dict(found["current"], strict=False)
 
 

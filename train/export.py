@@ -96,7 +96,9 @@ def export_bundle(trainer: L.Trainer, system: Classifier, data: ImageData, expor
     history = next((c.rows for c in ours(trainer).callbacks if isinstance(c, History)), [])
     seconds = {"fit": round(sum(row["seconds"] for row in history), 3)}  # also what was done before a resume
     device = trainer.strategy.root_device
-    served = Served(best_network(trainer, system), data.mean, data.std)
+    # As it was trained and validated: weights from elsewhere may bring moments of their own.
+    network, mean, std = best_network(trainer, system), system.mean.flatten().tolist(), system.std.flatten().tolist()
+    served = Served(network, mean, std)
     with timed(seconds, "test"):
         val, test = (evaluate.score(served, data, part, device) for part in ("val", "test"))
         augmented = evaluate.score(served, data, "test", device, system.tta) if system.tta != "none" else None
@@ -105,7 +107,7 @@ def export_bundle(trainer: L.Trainer, system: Classifier, data: ImageData, expor
     served = served.cpu().requires_grad_(False)
     served.temperature = calibration.temperature
     with Store(store).stage(name) as staged:
-        about = {"network": system.name, "options": system.options, "mean": data.mean, "std": data.std}
+        about = {"network": system.name, "options": system.options, "mean": mean, "std": std}
         save_file({k: v.contiguous() for k, v in served.network.state_dict().items()},
                   staged.path / "weights.safetensors", {key: json.dumps(value) for key, value in about.items()})
         samples, expected = write_samples(staged.path, served, data, export.samples)

@@ -28,7 +28,7 @@ class Optimizer:
             in sgd or adamw.
         decay_biases: whether biases and norms decay as well.
         bias_lr: learning rate of biases and norms, as a multiple of lr (of others_lr for muon).
-        head_lr: learning rate of the last layer, likewise.
+        head_lr: learning rate of the last layer's weights, likewise.
         others: for muon: what trains the parameters that are not kernels.
         others_lr: for muon: their learning rate.
         others_momentum: for muon with sgd for the others.

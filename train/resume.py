@@ -75,9 +75,17 @@ class Resume(Checkpoint):  # this base makes it the last of the callbacks, when 
         self._next = time.monotonic() + self.every_seconds
         self._saved_step = trainer.global_step
         if self._loaded is not None:
-            us = ours(trainer)
+            us, states = ours(trainer), self._loaded["processes"]
+            alike = len(states) == trainer.world_size
+            if self._loaded["stage"] not in ("epoch", "end"):
+                steps = self._loaded.get("steps", len(us.train_dataloader))
+                if not alike or steps != len(us.train_dataloader):
+                    raise DataError(f"{trainer.ckpt_path}: saved within an epoch of {steps} steps by {len(states)} "
+                                    "processes, so it is gone on from with as many of both; for other batches or other "
+                                    "processes give a checkpoint of an epoch's end, or its file as --model.weights")
             us.train_dataloader.load_state_dict(self._loaded["data"])  # Lightning may have made it too early
-            _restore(self._loaded["processes"][trainer.global_rank], us.lightning_module)
+            if alike:
+                _restore(states[trainer.global_rank], us.lightning_module)
             self._loaded = None
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any,
@@ -171,7 +179,7 @@ class Resume(Checkpoint):  # this base makes it the last of the callbacks, when 
             torch.distributed.all_gather_object(processes, processes[0], group=self._group)
         checkpoint["resume"] = {"stage": self._stage, "data": us.train_dataloader.state_dict(),
                                 "digest": us.datamodule.digest, "moments": (us.datamodule.mean, us.datamodule.std),
-                                "processes": processes}
+                                "steps": len(us.train_dataloader), "processes": processes}
         loops = checkpoint["loops"]["fit_loop"]
         if self._stage == "validation":
             loops["epoch_loop.val_loop.batch_progress"] |= {

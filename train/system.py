@@ -1,7 +1,6 @@
 """The system: a network, its loss, metrics, optimizer and schedule. Lightning runs the loop."""
 import math
 import sys
-from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from models import networks
-from models.networks.weights import load_weights, weights_file
+from models.networks.weights import load_weights, moments, weights_file
 from train import lineage, optim
 from train.evaluate import views
 from train.failures import Diverged
@@ -80,15 +79,20 @@ class Classifier(L.LightningModule):
         if self.weights:
             self._load(self.weights, training=stage == "fit")
         elif stage == "fit" and self.network.prepare:
-            self.network.prepare(self.normalize(first_images(data.train_dataloader(), PREPARE_IMAGES)))
+            self.network.prepare(self.normalize(data.examples(PREPARE_IMAGES)))
         self.network.to(memory_format=self.layout)  # type: ignore[call-overload]  # torch's overloads leave it out
         if self.compile_mode != "off":
             self.network.compile(mode=self.compile_mode)  # the network, not this module: self.log breaks inside
 
     def _load(self, weights: str, training: bool) -> None:
         """From a file. Raises ValueError where tensors that it lacks, or has in other shapes, would be scored."""
-        lacking = [name for name in load_weights(self.network, weights_file(weights, self.name))
+        file = weights_file(weights, self.name)
+        lacking = [name for name in load_weights(self.network, file)
                    if not name.endswith("num_batches_tracked")]  # which no answer depends on
+        known = moments(file)
+        if known and len(known[0]) == self.mean.numel():  # the weights go with what they were trained on
+            for buffer, values in zip((self.mean, self.std), known, strict=True):
+                buffer.copy_(torch.tensor(values).view_as(buffer))
         if not lacking:
             return
         names = ", ".join(lacking[:4]) + (f" and {len(lacking) - 4} more" if len(lacking) > 4 else "")
@@ -240,14 +244,3 @@ class Sums:
             self._totals = torch.cat([running[-1:], self._totals[1:] + added])
             self._steps.clear()
         return self._totals
-
-
-def first_images(batches: Iterable[Batch], count: int) -> Tensor:
-    """The first `count` images, [count,C,H,W] on the CPU."""
-    taken: list[Tensor] = []
-    for images, _ in batches:
-        taken.append(images[:count].cpu())
-        count -= len(taken[-1])
-        if count <= 0:
-            break
-    return torch.cat(taken)

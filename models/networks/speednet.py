@@ -26,9 +26,9 @@ class SpeedNet(Network):
         super().__init__()
         if not (isinstance(widths, Sequence) and widths and all(isinstance(w, int) and w > 0 for w in widths)):
             raise ValueError(f"network speednet: widths: {widths!r} is no list of filters, such as [64, 256, 256]")
-        for name, count in (("depth", depth), ("kernel", kernel)):
-            if not (isinstance(count, int) and count > 0):
-                raise ValueError(f"network speednet: {name}: {count!r} is no whole number above 0")
+        for name, count, least in (("depth", depth, 2), ("kernel", kernel, 1)):
+            if not (isinstance(count, int) and count >= least):
+                raise ValueError(f"network speednet: {name}: {count!r} is no whole number of {least} or more")
         for name, factor in (("scale", scale), ("norm_momentum", norm_momentum)):
             if not isinstance(factor, int | float):
                 raise ValueError(f"network speednet: {name}: {factor!r} is no number")

@@ -1,9 +1,10 @@
 """Weights from disk into a network: of an earlier bundle, of torchvision, or another state dict that fits."""
+import json
 from pathlib import Path
 
 import torch
 import torchvision
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -27,7 +28,8 @@ def weights_file(weights: str, network: str) -> Path:
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
-            torch.hub.download_url_to_file(url, str(file), progress=False)
+            prefix = file.stem.rpartition("-")[2]  # torchvision's files are named by their digest
+            torch.hub.download_url_to_file(url, str(file), prefix, progress=False)
         except OSError as error:
             raise ValueError(f"weights imagenet: can't download {url} ({error}); fetch it where there is a network and "
                              "give the file in place of «imagenet»") from error
@@ -56,6 +58,19 @@ def load_weights(network: Network, path: str | Path) -> list[str]:
                          "give the same network (and options) that wrote it")
     network.load_state_dict(fitted, strict=False)
     return kept
+
+
+def moments(path: Path) -> tuple[list[float], list[float]] | None:
+    """Mean and standard deviation of each channel, in 0..255, that a bundle's weights or a checkpoint of ours were
+    trained with; None for other files. The file must be one that `read_weights` takes."""
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            found = file.metadata() or {}
+        return (json.loads(found["mean"]), json.loads(found["std"])) if {"mean", "std"} <= found.keys() else None
+    state = read_weights(path)
+    if not {"mean", "std"} <= state.keys():
+        return None
+    return state["mean"].flatten().tolist(), state["std"].flatten().tolist()
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

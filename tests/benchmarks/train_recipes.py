@@ -27,7 +27,7 @@ from lightning.pytorch.callbacks import Callback
 
 from models import networks
 from train import cli, optim
-from train.system import PREPARE_IMAGES, first_images
+from train.system import PREPARE_IMAGES
 
 clocks: list["Clock"] = []
 
@@ -91,7 +91,7 @@ def twin(found: cli.CLI) -> dict[str, Any]:
     loader = data.train_dataloader()
     network = networks.build(system.name, len(data.classes), data.input.channels, data.input.height, **system.options)
     if network.prepare:
-        network.prepare(system.cpu().normalize(first_images(loader, PREPARE_IMAGES)))
+        network.prepare(system.cpu().normalize(data.examples(PREPARE_IMAGES)))
     device = trainer.strategy.root_device
     system.to(device)
     network.to(device, memory_format=system.layout)

@@ -1,4 +1,5 @@
 """The data audit on data with planted faults: through the command line, through training, and its page."""
+import itertools
 import json
 import re
 from pathlib import Path
@@ -168,6 +169,34 @@ def test_names_that_were_changed_are_shown_anew(tmp_path):
     (source / "red" / "011.png").rename(source / "red" / "twin.png")
     _, findings = look(source, cache=cache)
     assert findings["exact_duplicates"]["pairs"][0]["second"]["file"] == "red/twin.png"
+
+
+@pytest.mark.parametrize(("compared", "complete"), [(duplicates.FEW, True), (100, False)])
+def test_a_leak_of_many_copies_is_seen_whole_or_said_not_to_be(tmp_path, monkeypatch, compared, complete):
+    """Images that were multiplied, darker and noisier, before they were split."""
+    monkeypatch.setattr(duplicates, "FEW", compared)
+    rng, originals, copies = np.random.default_rng(0), 60, 4
+    for part, numbers in (("train", range(1)), ("test", range(1, copies + 1))):
+        for label, name in enumerate(CLASSES):
+            place = tmp_path / "photos" / part / name
+            place.mkdir(parents=True)
+            for i, k in itertools.product(range(originals // 3), numbers):
+                pixels = picture(label, i) * (1 - 0.4 * rng.random()) + 10 * rng.standard_normal((32, 32, 3))
+                cv2.imwrite(str(place / f"{i}-{k}.png"), np.clip(pixels, 0, 255))
+    _, findings = look(tmp_path / "photos", size=32)
+    assert (findings["leakage"]["test"]["count"] > 0.99 * originals * copies) == complete
+    assert findings["near_duplicates"]["complete"] == complete
+    assert any("more images look alike than were compared" in line for line in audit.summary(findings)) != complete
+
+
+def test_a_copy_is_no_witness_for_a_wrong_label():
+    images, truth = load_digits(return_X_y=True)
+    pixels = np.repeat(images.reshape(-1, 8, 8, 1).astype(np.uint8) * 15, 4, 0)
+    wrong = truth.copy()
+    wrong[:20] = (wrong[:20] + 5) % 10
+    index = np.arange(len(pixels))
+    found = labels.suspects(pixels, np.repeat(wrong, 4), index, 10, torch.device("cpu"), index // 4)
+    assert len(set((found.index // 4).tolist()) & set(range(20))) >= 15
 
 
 def test_a_mirrored_copy_is_one_where_flips_are_trained_on(tmp_path):

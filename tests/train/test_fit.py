@@ -253,6 +253,8 @@ REFUSED = {
     "an unknown recipe": (["--recipe", "cifar11"], "there are"),
     "an average that is none": (["--ema.decay", "1"], "decay"),
     "an unknown optimizer": (["--model.optimizer.name", "lion"], "optimizer"),
+    "an augmentation out of range": (["--data.augment.hue", "0.7"], "augment.hue: 0.7 is not between 0 and 0.5"),
+    "an augmentation that is none": (["--data.augment.flip", "mirror"], "augment.flip"),
 }
 
 
@@ -291,7 +293,7 @@ def test_help_names_every_knob(commands):
     assert said == commands.run("fit", "--help").text
     for knob in ("--model.network", "--data.source", "--trainer.precision", "--trainer.devices", "--trainer.strategy",
                  "--trainer.num_nodes", "--trainer.accumulate_grad_batches", "--store", "--name", "--ema.decay",
-                 "--early_stopping.patience", "--ckpt_path"):
+                 "--early_stopping.patience", "--ckpt_path", "--data.augment.mixup"):
         assert knob in said, knob
 
 

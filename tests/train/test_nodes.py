@@ -20,16 +20,6 @@ def test_a_run_goes_on_where_it_was_moved_to(commands, tmp_path):
     assert_same(kept, {name.removeprefix("network."): best[f"network.{name}"] for name in kept})
 
 
-def test_what_goes_on_from_another_run_keeps_the_best_of_either(commands, tmp_path):
-    """Only what is the same run has moved: the best weights of another lie where they lay."""
-    settings = ("--ema.decay", 0, "--model.optimizer.name", "sgd", "--model.optimizer.momentum", 0,
-                "--export.quantize.enabled", "false", "--export.report", "false", "--store", tmp_path / "store")
-    finish(commands, tmp_path / "runs", *settings, "--trainer.max_epochs", 1)
-    finish(commands, tmp_path / "longer", *settings, "--export.enabled", "true", "--trainer.max_epochs", 2,
-           "--trainer.gradient_clip_val", 1e-12, "--ckpt_path", run_of(tmp_path / "runs") / "last.ckpt")
-    assert load_file(tmp_path / "store/digits/1/weights.safetensors")
-
-
 def test_a_run_goes_on_on_a_node_with_less_memory(commands, tmp_path):
     """Normalised as before, though only a sample of what is streamed is measured."""
     photos = folder(tmp_path / "photos", 1000, 8)

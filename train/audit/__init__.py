@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from train.audit import duplicates, labels, page
 from train.data import ImageData
 from train.data.source import PARTS, say
 from train.failures import AuditOutOfMemory, is_out_of_memory
 
-LAYOUT = 2  # of the findings; kept ones of another layout are found anew
+LAYOUT = 3  # of the findings; kept ones of another layout are found anew
 RARE = 0.1  # a class with less than this share of the largest class's images is rare
 FEW = 10  # training images that are too few to learn a class from
 ODD_AREA = 8.0  # times more or less than the median area is an odd size
@@ -74,7 +76,8 @@ def examine(data: ImageData) -> Findings:
     first_of_kind = usable.copy()
     first_of_kind[exact.second] = False  # copies of copies would only repeat what is found
     near = duplicates.near(data.known.pixels, first_of_kind, device, _mirrors(data))
-    doubtful = labels.suspects(data.known.pixels, truth, np.flatnonzero(usable), len(data.classes), device)
+    doubtful = labels.suspects(data.known.pixels, truth, np.flatnonzero(usable), len(data.classes), device,
+                               _groups(len(part), exact, near))
 
     def image(i: int) -> dict[str, Any]:
         return {"position": int(i), "file": data.found.items.name(int(i)), "part": str(part[i]),
@@ -92,13 +95,21 @@ def examine(data: ImageData) -> Findings:
         "source": data.source, "digest": data.digest, "classes": data.classes, "counts": data.counts,
         "unreadable": _unreadable(data),
         "exact_duplicates": pairs(exact),
-        "near_duplicates": pairs(near) | {"looked_for": duplicates.told_apart(data.known.pixels)},
+        "near_duplicates": pairs(near) | {"looked_for": duplicates.told_apart(data.known.pixels),
+                                           "complete": near.complete},
         "leakage": {name: _leaked(name, part, exact, near) for name in ("test", "val")},
         "class_counts": _class_counts(data), "odd": _odd(facts, usable, image),
         "labels": {"accuracy": round(doubtful.accuracy, 4), "count": len(doubtful.index), "suspects": [
             {**image(i), "suggested": data.classes[k], "confidence": round(float(p), 3)} for i, k, p in
             zip(doubtful.index[:SHOWN], doubtful.label[:SHOWN], doubtful.confidence[:SHOWN], strict=True)]},
     }
+
+
+def _groups(count: int, *found: duplicates.Pairs) -> np.ndarray:
+    """int64 [count]: images that are copies of one another, or of one another's copies, have the same number."""
+    first, second = (np.concatenate([getattr(pairs, side) for pairs in found]) for side in ("first", "second"))
+    graph = coo_array((np.ones(len(first), bool), (first, second)), (count, count))
+    return connected_components(graph, directed=False)[1]
 
 
 def _mirrors(data: ImageData) -> bool:
@@ -178,6 +189,9 @@ def summary(findings: Findings) -> list[str]:
             lines.append(f"{found['count']} {name} duplicates, {found['across_parts']} across parts{other}")
     if not findings["near_duplicates"]["looked_for"]:
         lines.append(f"near duplicates are not looked for: that takes images of {duplicates.LEAST} pixels or more")
+    if not findings["near_duplicates"]["complete"]:
+        lines.append("more images look alike than were compared; only the closest were, so there may be more near "
+                     "duplicates than these")
     notes = [row for row in findings["class_counts"] if row["note"]]
     if notes:
         lines.append("few images: " + ", ".join(f"{row['label']} ({row['train']})" for row in notes[:10]))

@@ -16,7 +16,8 @@ COARSE = {1: 14, 3: 8}  # channels -> side of the descriptor's picture, in pixel
 LEAST = 24  # pixels a side; smaller pictures are too few pixels to tell apart
 COMPONENTS = 64
 ALIKE = 0.6  # cosine of two descriptors that makes a pair worth a closer look
-LOOKS = 0.25  # pairs an image, on average, that get it; where more are alike, the closest
+LOOKS, FEW = 0.25, 15_000  # pairs an image, on average, that get it, or so many in all; of more, the closest
+CERTAIN = 0.9  # so alike are hardly any two that are not; where not all of those are looked at, that is to be said
 SAME = 0.9  # correlation in detail that makes them near duplicates
 CELL = 4096  # images that are compared with one another at once
 WHOLE = 65536  # more images than this only meet those in nearby cells
@@ -32,6 +33,7 @@ class Pairs:
     first: np.ndarray  # int64 [P]
     second: np.ndarray  # int64 [P]
     likeness: np.ndarray  # float32 [P], 1 for exact duplicates
+    complete: bool = True  # whether all that looked like duplicates were compared in detail
 
 
 def exact(digests: np.ndarray, usable: np.ndarray) -> Pairs:
@@ -55,7 +57,7 @@ def near(pixels: np.ndarray, usable: np.ndarray, device: torch.device, mirrored:
     """
     index = np.flatnonzero(usable)
     if not told_apart(pixels) or len(index) < 2:
-        return Pairs(*(np.zeros(0, kind) for kind in (np.int64, np.int64, np.float32)))
+        return Pairs(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))
     plain, flipped = _descriptors(pixels, index, device)
     least, pairs, likeness = _least(plain), [], []
     for others in (plain, flipped) if mirrored else (plain,):
@@ -67,7 +69,7 @@ def near(pixels: np.ndarray, usable: np.ndarray, device: torch.device, mirrored:
     order = np.argsort(-np.concatenate(likeness), kind="stable")
     both, likeness_of = np.concatenate(pairs)[order], np.concatenate(likeness)[order]
     once = np.sort(np.unique(both, axis=0, return_index=True)[1])  # an image that is its own mirror image came twice
-    return Pairs(index[both[once, 0]], index[both[once, 1]], likeness_of[once])
+    return Pairs(index[both[once, 0]], index[both[once, 1]], likeness_of[once], least <= CERTAIN)
 
 
 def _descriptors(pixels: np.ndarray, index: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -87,12 +89,13 @@ def _descriptors(pixels: np.ndarray, index: np.ndarray, device: torch.device) ->
 
 
 def _least(descriptors: Tensor) -> float:
-    """The cosine that makes a pair worth a closer look: ALIKE, or more where that gives more than LOOKS an image."""
+    """The cosine that makes a pair worth a closer look: ALIKE, or more where that gives more than LOOKS and FEW."""
     count = len(descriptors)
+    looks = max(LOOKS, FEW / count)
     chosen = np.random.default_rng(0).choice(count, min(count, 512), replace=False)
     some = descriptors[torch.from_numpy(chosen).to(descriptors.device)]
     cosines = (some @ descriptors.T).flatten()
-    allowed = len(some) + round(2 * LOOKS * len(some))  # each of them is most like itself
+    allowed = len(some) + round(2 * looks * len(some))  # each of them is most like itself
     return max(ALIKE, float(cosines.topk(min(allowed, len(cosines))).values[-1]))
 
 

@@ -31,11 +31,17 @@ class Suspects:
     accuracy: float  # out of sample
 
 
-def suspects(pixels: np.ndarray, labels: np.ndarray, index: np.ndarray, classes: int, device: torch.device) -> Suspects:
-    """Look at the images at `index` of uint8 [N, H, W, C] and their `labels` int64 [N]."""
+def suspects(pixels: np.ndarray, labels: np.ndarray, index: np.ndarray, classes: int, device: torch.device,
+             groups: np.ndarray | None = None) -> Suspects:
+    """Look at the images at `index` of uint8 [N, H, W, C] and their `labels` int64 [N].
+
+    `groups` int64 [N]: copies have the same number. None is judged by a model that was trained on another one.
+    """
     truth = torch.from_numpy(labels[index]).to(device)
     parts = torch.arange(len(index), device=device).split(CHUNK)
-    scores = _scores(_features(pixels, index, device), truth, classes, parts)
+    groups = index if groups is None else groups[index]
+    folds = torch.from_numpy(_folds(groups)).to(device)
+    scores = _scores(_features(pixels, index, device), truth, folds, classes, parts)
     sharpness = _sharpness(scores, truth, parts)
 
     def chance(rows: Tensor) -> Tensor:
@@ -96,10 +102,16 @@ def _filters(pixels: np.ndarray, index: np.ndarray, device: torch.device) -> tup
     return kernels.view(len(chosen), some.shape[1], PATCH, PATCH), -(kernels @ mean)
 
 
-def _scores(features: Tensor, truth: Tensor, classes: int, parts: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
-    """From rows [B] to out-of-sample scores [B, K]: each fold is scored by a ridge regression on the others."""
+def _folds(groups: np.ndarray) -> np.ndarray:
+    """int64 [M] in 0..FOLDS-1, the same within each of the `groups` [M]."""
+    different, which = np.unique(groups, return_inverse=True)
+    return (np.random.default_rng(1).permutation(len(different)) % FOLDS)[which]
+
+
+def _scores(features: Tensor, truth: Tensor, fold: Tensor, classes: int,
+            parts: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+    """From rows [B] to out-of-sample scores [B, K]: each `fold` [M] is scored by a ridge regression on the others."""
     count, width, device = *features.shape, features.device
-    fold = torch.from_numpy(np.random.default_rng(1).permutation(count) % FOLDS).to(device)
     zero = torch.zeros(width, device=device)
     mean = sum((features[rows].float().sum(0) for rows in parts), zero) / count
     square = sum(((features[rows].float() - mean).square().sum(0) for rows in parts), zero)

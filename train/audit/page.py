@@ -57,7 +57,8 @@ def render(findings: dict[str, Any], data: ImageData) -> str:
              ("leakage-val", held["count"], f"leaked validation images ({held['share']:.1%})", "bad"),
              ("unreadable", len(findings["unreadable"]), "unreadable files", "bad"),
              ("exact", findings["exact_duplicates"]["count"], "exact duplicates", "warn"),
-             ("near", near["count"], "near duplicates" + ("" if near["looked_for"] else " (not looked for)"), "warn"),
+             ("near", near["count"], "near duplicates" + (" (not looked for)" if not near["looked_for"] else
+                                                          "" if near["complete"] else " or more"), "warn"),
              ("labels", label["count"], "doubtful labels", "warn"),
              ("classes", sum(bool(row["note"]) for row in findings["class_counts"]), "rare classes", "warn"),
              ("odd", findings["odd"]["count"], "odd sizes and modes", "warn")]

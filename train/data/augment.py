@@ -58,7 +58,7 @@ class Augmentation:
                           ("saturation", 1), ("rotation", 180), ("crop_padding", 4096), ("cutout", 4096),
                           ("mixup", 100), ("cutmix", 100)):
             if not 0 <= getattr(self, name) <= top:
-                raise ValueError(f"augment.{name}: {getattr(self, name)} is not between 0 and {top}")
+                raise ValueError(f"data.augment.{name}: {getattr(self, name)} is not between 0 and {top}")
 
 
 class Augmenter:
@@ -67,7 +67,7 @@ class Augmenter:
     def __init__(self, chosen: Augmentation, spec: InputSpec, mean: list[float], classes: int, images: int, seed: int):
         """`mean`: the colour of holes, in 0..255; `images`: how many the data set has."""
         if chosen.border == "reflect" and chosen.crop_padding >= min(spec.height, spec.width):
-            raise ValueError(f"augment.crop_padding: {chosen.crop_padding} is not less than the image's side")
+            raise ValueError(f"data.augment.crop_padding: {chosen.crop_padding} is not less than the image's side")
         self.chosen, self.spec, self.classes = chosen, spec, classes
         # A coin for each image that is thrown once: which side alternating flips show in even epochs
         self.sides = torch.from_numpy(rng("flip", seed).random(images) < 0.5)

@@ -23,6 +23,7 @@ from train.data.spec import input_spec, kept_spec, thumbnail_spec
 from train.data.split import split
 from train.trainer import ours
 
+UNCHANGED = Augmentation()
 SAMPLED = 2048  # images that mean and standard deviation are taken from when the data is streamed
 
 
@@ -37,7 +38,7 @@ class ImageData(L.LightningDataModule):
                  channels: Literal[1, 3] | None = None, resize: Literal["crop", "stretch", "pad"] = "crop",
                  short_side: int | None = None, batch_size: int = 64, eval_batch_size: int | None = None,
                  val_fraction: float = 0.1, test_fraction: float = 0.2, seed: int = 0,
-                 sampling: Literal["uniform", "balanced"] = "uniform", augment: Augmentation | None = None,
+                 sampling: Literal["uniform", "balanced"] = "uniform", augment: Augmentation = UNCHANGED,
                  memory: Memory = "auto", memory_share: float = 0.5, workers: int | None = None,
                  cache: str | None = None, max_unreadable: float = 0.05):
         """
@@ -78,7 +79,7 @@ class ImageData(L.LightningDataModule):
         self.resize, self.short_side = resize, short_side
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.val_fraction, self.test_fraction, self.seed = val_fraction, test_fraction, seed
-        self.sampling, self.augment = sampling, augment or Augmentation()
+        self.sampling, self.augment = sampling, augment
         self.memory, self.memory_share = memory, memory_share
         self._workers = workers
         self.cache = cache_home() if cache is None else Path(cache).expanduser() if cache else None
@@ -144,12 +145,24 @@ class ImageData(L.LightningDataModule):
 
     def _training_chunks(self) -> Iterator[np.ndarray]:
         """uint8 [M, H, W, C] each: all training images, or some of those that are streamed."""
-        index = self.index["train"]
         if self.place == "stream":
-            some = index[np.linspace(0, len(index) - 1, min(SAMPLED, len(index)), dtype=np.int64)]
-            yield from (pixels_of(self.found.items, i, self.input)[None] for i in some.tolist())
+            yield from (image[None] for image in self._examples(SAMPLED))
         else:
+            index = self.index["train"]
             yield from (self.known.pixels[some] for some in np.array_split(index, -(-len(index) // 1024)))
+
+    def _examples(self, count: int) -> Iterator[np.ndarray]:
+        """uint8 [H, W, C] each: so many training images at most, from all over the part."""
+        index = self.index["train"]
+        some = index[np.linspace(0, len(index) - 1, min(count, len(index)), dtype=np.int64)].tolist()
+        if self.place == "stream":
+            yield from (pixels_of(self.found.items, i, self.input) for i in some)
+        else:
+            yield from self.known.pixels[some]
+
+    def examples(self, count: int) -> torch.Tensor:
+        """Training images as they are, not augmented: uint8 [M, C, H, W] on the CPU, `count` of them or all."""
+        return torch.from_numpy(np.stack(list(self._examples(count)))).permute(0, 3, 1, 2)
 
     def _device(self) -> torch.device:
         return torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
