@@ -1,13 +1,13 @@
 """`python -m train run|fit|validate|test|predict|audit|find-lr|find-batch-size …`"""
 import os
-import sys
 
 import torch
 
 from models.cores import cores
 from train.cli import main
+from train.distributed import leave
 
 if __name__ == "__main__":
     if "OMP_NUM_THREADS" not in os.environ:  # torch by itself knows of no CPU quota
         torch.set_num_threads(min(torch.get_num_threads(), cores()))
-    sys.exit(main())
+    leave(main)

@@ -20,6 +20,9 @@ def check(subcommand: str, config: Namespace) -> None:
     if model.weigh_classes and config.data.sampling == "balanced":
         raise ValueError("model.weigh_classes and data.sampling: balanced each make up for rare classes, and both do "
                          "it twice; choose one")
+    if trainer.accumulate_grad_batches > 1 and model.compile in ("reduce-overhead", "max-autotune"):
+        raise ValueError(f"model.compile: {model.compile} replays a recorded step, in which gradients can't add up "
+                         "over trainer.accumulate_grad_batches; choose default")
     if not config.ckpt_path and not model.weights:
         if subcommand != "fit":
             raise ValueError(f"{subcommand}: the weights would be random ones; give --ckpt_path, such as "

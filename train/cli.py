@@ -107,8 +107,9 @@ class CLI(LightningCLI):
         config.trainer.precision = affordable(self.asked, config.trainer.accelerator)
 
     def after_instantiate_classes(self) -> None:
-        if self.config[self.subcommand].trainer.precision != self.asked:
-            ours(self.trainer).callbacks.append(SaysSo(self.asked))
+        given = self.config[self.subcommand].trainer.precision
+        if given != self.asked:
+            ours(self.trainer).callbacks.append(SaysSo(self.asked, given))
         distributed.own_signals(self.trainer)
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -153,18 +154,18 @@ class CLI(LightningCLI):
         if self.trainer.strategy.root_device.type == "cpu":
             lean.keep_memory()
         self.trainer.fit(**arguments)
-        distributed.part()
 
     def after_fit(self) -> None:
         """Test the best weights, write the bundle, say where it is."""
+        if not ours(self.trainer).fast_dev_run:
+            distributed.wait_for(self.trainer, self._publish)  # a node that is lost now would leave nothing behind
+
+    def _publish(self) -> None:
         export = self.config_init.fit.export
-        if ours(self.trainer).fast_dev_run:
-            return
         if export.enabled:
             export_bundle(self.trainer, self.model, self.datamodule, export, self.config_init.fit.store, self.name,
                           recipe=self.plain_config())
-        if self.trainer.is_global_zero:
-            self.run.finish()
+        self.run.finish()
 
     def predict(self, **arguments: Any) -> None:
         """Print what the checkpoint makes of the test part, as CSV: image, predicted class, its probability."""

@@ -3,18 +3,26 @@
     python -m train.launch --nproc-per-node 2 -m train run DATA
     python -m train.launch --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:PORT -m train run DATA
 """
+import atexit
 import json
 import os
+import signal
+import sys
+import time
+import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from itertools import chain
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 import torch
 from jsonargparse import Namespace
+from lightning.fabric.utilities.distributed import _destroy_dist_connection
 
-from train.preemption import NOTICE
+from train.preemption import NOTICE, Preempted
 
+PATIENCE = timedelta(days=7)  # an audit or a bundle takes what it takes
 CHOSEN = "IMAGO_TRAIN_CHOSEN"  # carries the choice to processes that Lightning starts itself
 
 
@@ -53,11 +61,63 @@ def gather(trainer: L.Trainer, rows: list[Any]) -> list[Any]:
     return list(chain.from_iterable(found))
 
 
-def part() -> None:
-    """The processes need each other no more: one writes the bundle, the others may end."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
+def wait_for(trainer: L.Trainer, work: Callable[[], Any]) -> Any:
+    """What the first process makes of something that may take long (plain values), in all processes.
+
+    The others wait without the device, which would lose patience after half an hour, and hear signals meanwhile. They
+    end as not finished where the first one goes.
+    """
+    if not _together():
+        return work()
+    group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+    content = json.dumps(work()).encode() if trainer.is_global_zero else b""
+    size = torch.tensor(len(content))
+    try:
+        _broadcast(size, group)
+        letters = torch.frombuffer(bytearray(content or int(size)), dtype=torch.uint8)
+        _broadcast(letters, group)
+    except RuntimeError as error:
+        print(f"train: the first process has gone: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+        raise Preempted(NOTICE.signum or signal.SIGTERM) from error
+    torch.distributed.destroy_process_group(group)
+    return json.loads(letters.numpy().tobytes())
+
+
+def _broadcast(tensor: torch.Tensor, group: torch.distributed.ProcessGroup | None) -> None:
+    work = torch.distributed.broadcast(tensor, 0, group, async_op=True)
+    while not work.is_completed():
+        time.sleep(0.05)
+    work.wait()
+
+
+def leave(command: Callable[[], int]) -> NoReturn:
+    """End this process with the status of a command.
+
+    One that fails while others are in the midst of something doesn't wait for them: Lightning would have it take down
+    NCCL at its exit, which the others' next collective never lets it do, so that nobody ends for half an hour.
+    """
+    try:
+        status = command()
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        if not _together():
+            raise
+        traceback.print_exc()
+        status = 1
+    if status and _together():
+        atexit.unregister(_destroy_dist_connection)
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    if _together():  # all are done
         torch.distributed.destroy_process_group()
+    sys.exit(status)
+
+
+def _together() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def own_signals(trainer: L.Trainer) -> None:

@@ -36,6 +36,8 @@ class AuditOutOfMemory(OutOfMemory):
 def is_out_of_memory(error: BaseException) -> bool:
     """Also torch's on the CPU, which is a plain RuntimeError."""
     words = ("DefaultCPUAllocator: can't allocate memory", "not enough memory", "out of memory",
-             "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")  # what is left is too little for the library
+             # What is left is too little for the library, which does not always say so.
+             "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "unable to find an engine to execute this",
+             "Unable to find a valid cuDNN algorithm")
     return (isinstance(error, MemoryError | torch.OutOfMemoryError)
             or (isinstance(error, RuntimeError) and any(word in str(error) for word in words)))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from models.networks.base import Network
+from train.precision import gpu_has_bfloat16
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
 
@@ -231,7 +232,7 @@ def orthogonal(matrix: Tensor, steps: int = 3) -> Tensor:
     bfloat16, which is used where the hardware is fast at it.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrix.bfloat16() if matrix.is_cuda else matrix
+    x = matrix.bfloat16() if matrix.is_cuda and gpu_has_bfloat16() else matrix
     wide = x.shape[0] <= x.shape[1]
     x = x if wide else x.T
     x = x / (x.norm() + 1e-7)

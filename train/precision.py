@@ -1,5 +1,6 @@
 """bfloat16 only where it is fast."""
 import sys
+from functools import cache
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -9,24 +10,34 @@ MIXED = ("bf16-mixed", "bf16", "16-mixed", "16")  # as Lightning names them; on 
 
 
 def affordable(precision: str | int | None, accelerator: str) -> str | int | None:
-    """The precision asked for, save that a CPU which would have to emulate bfloat16 computes in float32.
+    """The precision asked for, or another where the hardware would have to emulate bfloat16: a GPU before Ampere
+    computes in float16, a CPU in float32.
 
-    Emulated, it is slower than float32 by far. Recipes ask for bf16-mixed, so that they are fast where they can be.
+    Emulated, it is slower by far, and cuDNN lacks some convolutions. Recipes ask for bf16-mixed, so that they are fast
+    where they can be.
     """
-    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available())
-    return "32-true" if str(precision) in MIXED and on_cpu and not has_bfloat16() else precision
+    if accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available()):
+        return "32-true" if str(precision) in MIXED and not has_bfloat16() else precision
+    emulated = torch.cuda.is_available() and not gpu_has_bfloat16()
+    return "16-mixed" if str(precision) in MIXED[:2] and emulated else precision
+
+
+@cache
+def gpu_has_bfloat16() -> bool:
+    """Whether the GPU multiplies bfloat16 itself."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 class SaysSo(Callback):
     """One line about a precision that is not the one asked for, once there is something to compute."""
 
-    def __init__(self, asked: str | int | None):
-        self.asked = asked
+    def __init__(self, asked: str | int | None, given: str | int | None):
+        self.asked, self.given = asked, given
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if trainer.is_global_zero:
-            print(f"train: this CPU has no bfloat16 instructions: computing in float32 instead of {self.asked}",
-                  file=sys.stderr)
+            what = "CPU has no bfloat16 instructions" if self.given == "32-true" else "GPU has no bfloat16 units"
+            print(f"train: this {what}: computing in {self.given} instead of {self.asked}", file=sys.stderr)
 
 
 def has_bfloat16() -> bool:

@@ -138,7 +138,8 @@ class Classifier(L.LightningModule):
 
     def augmented(self, images: Tensor) -> Tensor:
         """Mean logits over the views of test-time augmentation."""
-        return torch.stack([self(view) for view in views(images, self.tta)]).mean(0)
+        # Copies, as with compile: reduce-overhead each answer lies where the next one will be written.
+        return torch.stack([self(view).clone() for view in views(images, self.tta)]).mean(0)
 
     def _count(self, part: str, loss: Tensor, logits: Tensor, labels: Tensor, step: int) -> None:
         """Add to the part's sums on the device. Nothing waits for the device here, save where a step is logged."""
@@ -153,21 +154,26 @@ class Classifier(L.LightningModule):
 
     def check_finite(self, part: str) -> None:
         """Raise Diverged, naming the step, when a loss of this epoch was no number. This waits for the device."""
-        if part not in self.sums:
-            return
-        loss, _, _, finite = self.sums[part].totals().tolist()
+        if part in self.sums:
+            own = self.sums[part].totals()
+            self._check(part, float(own[0]), own)
+
+    def _check(self, part: str, loss: float, own: Tensor) -> None:
+        """`own`: the totals of this process."""
         if not math.isfinite(loss):
             where = f"the {part} loss of epoch {self.trainer.current_epoch + 1}"
             if part == "train":
-                where += f" from step {int(finite) + 1} on"
+                where += f" from step {int(own[3]) + 1} on"
             raise Diverged(where, self.optimizer.lr)
 
     def _report(self, part: str) -> None:
         """Log loss and accuracy of the epoch, over all processes."""
-        self.check_finite(part)
         sums = self.sums.pop(part, None)
         if sums is not None:
-            loss, right, count, _ = self.trainer.strategy.reduce(sums.totals(), reduce_op="sum").cpu().tolist()
+            own = sums.totals()
+            total = self.trainer.strategy.reduce(own.clone(), reduce_op="sum")
+            loss, right, count, _ = total.cpu().tolist()
+            self._check(part, loss, own)  # then all processes stop, or none
             if count:
                 self.log_dict({f"{part}/loss": loss / count, f"{part}/accuracy": right / count})
 

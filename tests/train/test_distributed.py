@@ -118,6 +118,25 @@ def test_two_launchers_meet(one, tmp_path):
 
 
 @pytest.mark.slow
+def test_two_processes_go_on_from_what_one_has_learnt(one, tmp_path):
+    done = torchrun(tmp_path, "--data.batch_size", "32", "--trainer.max_epochs", "3", "--ckpt_path",
+                    str(one / "runs/digits/1/last.ckpt"))
+    log = (tmp_path / "log").read_text()
+    assert done.returncode == 0, log
+    assert set(seen(tmp_path)) == {"2"}
+    assert history(tmp_path)[0]["val/accuracy"] > 0.8
+
+
+@pytest.mark.slow
+def test_where_one_process_fails_all_end(tmp_path):
+    """The first one alone looks at the bundle's place."""
+    (tmp_path / "store").write_text("")
+    done = torchrun(tmp_path, "--data.batch_size", "32", "--trainer.max_epochs", "1")
+    assert done.returncode != 0
+    assert "can't be made" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.slow
 def test_predictions_of_all_processes_are_one_table(commands, tmp_path):
     torch.save(networks.build("convnet", 10, 1, 8).state_dict(), tmp_path / "weights.pt")
     first = ("predict", "--data.source", "digits", "--model.network", "convnet", "--model.weights", "weights.pt",

@@ -251,6 +251,8 @@ REFUSED = {
     "a warm-up that is no share": (["--model.schedule.warmup", "5"], "share of all steps"),
     "no weights on disk": (["--model.weights", "nowhere.pt"], "nowhere.pt: no such file"),
     "an unknown recipe": (["--recipe", "cifar11"], "there are"),
+    "gradients that add up over a recorded step": (
+        ["--model.compile", "reduce-overhead", "--trainer.accumulate_grad_batches", "2"], "choose default"),
     "an average that is none": (["--ema.decay", "1"], "decay"),
     "an unknown optimizer": (["--model.optimizer.name", "lion"], "optimizer"),
     "an augmentation out of range": (["--data.augment.hue", "0.7"], "augment.hue: 0.7 is not between 0 and 0.5"),

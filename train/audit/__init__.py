@@ -39,13 +39,18 @@ def run(data: ImageData, out: str | Path | None = None) -> Findings:
         if is_out_of_memory(error):
             raise AuditOutOfMemory(data._device()) from error
         raise
-    data.findings = findings
-    data.leaked_test = np.searchsorted(data.index["test"], findings["leakage"]["test"]["positions"])
+    take(data, findings)
     if out is not None:
         _write(out, findings, page.render(findings, data))
     for line in summary(findings):
         say(f"audit: {line}")
     return findings
+
+
+def take(data: ImageData, findings: Findings) -> None:
+    """Let the data module know what was found in it."""
+    data.findings = findings
+    data.leaked_test = np.searchsorted(data.index["test"], findings["leakage"]["test"]["positions"])
 
 
 def refused(data: ImageData, problem: str, out: str | Path) -> None:

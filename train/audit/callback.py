@@ -4,7 +4,7 @@ from pathlib import Path
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from train import audit
+from train import audit, distributed
 from train.trainer import ours
 
 
@@ -30,8 +30,4 @@ class Audit(L.Callback):
         us = ours(trainer)
         if not self.enabled or us.fast_dev_run:
             return
-        if trainer.is_global_zero:
-            audit.run(us.datamodule, out)
-        trainer.strategy.barrier()
-        if not trainer.is_global_zero:
-            audit.run(us.datamodule)  # reads what the first process kept
+        audit.take(us.datamodule, distributed.wait_for(trainer, lambda: audit.run(us.datamodule, out)))

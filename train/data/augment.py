@@ -93,6 +93,7 @@ class Augmenter:
             images = geometry.flip(images, self.sides[rows] ^ (epoch % 2 == 1))
         if chosen.brightness or chosen.contrast or chosen.saturation or chosen.hue:
             images = colour.jitter(images, chosen.brightness, chosen.contrast, chosen.saturation, chosen.hue, draw)
+        self.fill = self.fill.to(images.device)
         if chosen.cutout:
             images = mixing.cutout(images, chosen.cutout, self.fill, draw)
         if chosen.erasing:

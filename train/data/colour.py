@@ -23,15 +23,20 @@ def jitter(images: Tensor, brightness: float, contrast: float, saturation: float
         gray = np.broadcast_to(LUMA, (3, 3))
         s = factors["saturation"][:, None, None]
         change = (s * np.eye(3) + (1 - s) * gray) @ _turn(draw.uniform(-hue, hue, b))
-    matrix = torch.from_numpy((change * factors["brightness"][:, None, None]).astype(np.float32)).to(images.device)
-    pixels = images.permute(0, 2, 3, 1).reshape(b, h * w, c).float() @ matrix.mT
+    pixels = images.permute(0, 2, 3, 1).reshape(b, h * w, c).float()
+    pixels = pixels @ _beside(pixels, change * factors["brightness"][:, None, None]).mT
     if contrast:
-        factor = torch.from_numpy(factors["contrast"].astype(np.float32)).to(images.device).view(-1, 1, 1)
+        factor = _beside(pixels, factors["contrast"]).view(-1, 1, 1)
         level = pixels.mean(1, keepdim=True)
         if c == 3:
-            level = level @ torch.tensor(LUMA, dtype=torch.float32, device=images.device)[:, None]
+            level = level @ _beside(pixels, LUMA)[:, None]
         pixels = torch.lerp(level, pixels, factor)
     return pixels.round_().clamp_(0, 255).to(torch.uint8).view(b, h, w, c).permute(0, 3, 1, 2)
+
+
+def _beside(pixels: Tensor, numbers: np.ndarray) -> Tensor:
+    """float32 on the device of the pixels, without waiting for it."""
+    return torch.from_numpy(numbers.astype(np.float32)).to(pixels.device, non_blocking=True)
 
 
 def _turn(share: np.ndarray) -> np.ndarray:

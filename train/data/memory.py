@@ -8,11 +8,12 @@ Memory = Literal["auto", "memory", "stream"]
 Place = Literal["device", "host", "stream"]
 
 
-def choose(memory: Memory, size: int, share: float, device: torch.device) -> tuple[Place, str]:
+def choose(memory: Memory, size: int, share: float, device: torch.device, holders: int = 1) -> tuple[Place, str]:
     """Where `size` bytes of pixels go, and why, in words.
 
     They go to the device if they fit into `share` of its free memory, else to the host's if they fit into that share of
-    it, else they are streamed. "memory" and "stream" decide without asking; only the device may still be too small.
+    it, for each of so many `holders`, else they are streamed. "memory" and "stream" decide without asking; only the
+    device may still be too small.
     """
     if memory == "stream":
         return "stream", "as asked"
@@ -22,9 +23,10 @@ def choose(memory: Memory, size: int, share: float, device: torch.device) -> tup
     free = available()
     if memory == "memory":
         return "host", f"{_gb(size)}, as asked"
-    if size <= share * free:
-        return "host", f"{_gb(size)} within {share:.0%} of {_gb(free)} of free memory"
-    return "stream", f"{_gb(size)} is more than {share:.0%} of {_gb(free)} of free memory"
+    each = f"{holders} times {_gb(size)}" if holders > 1 else _gb(size)
+    if holders * size <= share * free:
+        return "host", f"{each} within {share:.0%} of {_gb(free)} of free memory"
+    return "stream", f"{each} is more than {share:.0%} of {_gb(free)} of free memory"
 
 
 def _free(device: torch.device) -> int:

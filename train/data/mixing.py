@@ -8,10 +8,13 @@ from torch import Tensor
 
 
 def cutout(images: Tensor, side: int, fill: Tensor, draw: np.random.Generator) -> Tensor:
-    """A square of `side` pixels around a random point takes the colour `fill` uint8 [1, C, 1, 1]; it may stick out."""
+    """A square of `side` pixels around a random point takes the colour `fill`; it may stick out.
+
+    `fill` uint8 [1, C, 1, 1] is on the images' device, as in `erase`.
+    """
     b, _, h, w = images.shape
     top, left = draw.integers(0, h, b) - side // 2, draw.integers(0, w, b) - side // 2
-    return torch.where(_boxes(images, top, left, np.full(b, side), np.full(b, side)), fill.to(images.device), images)
+    return torch.where(_boxes(images, top, left, np.full(b, side), np.full(b, side)), fill, images)
 
 
 def erase(images: Tensor, chance: float, fill: Tensor, draw: np.random.Generator) -> Tensor:
@@ -21,7 +24,7 @@ def erase(images: Tensor, chance: float, fill: Tensor, draw: np.random.Generator
     height = np.minimum(h, np.rint(np.sqrt(area * ratio))) * (draw.random(b) < chance)
     width = np.minimum(w, np.rint(np.sqrt(area / ratio)))
     top, left = np.floor(draw.random(b) * (h - height + 1)), np.floor(draw.random(b) * (w - width + 1))
-    return torch.where(_boxes(images, top, left, height, width), fill.to(images.device), images)
+    return torch.where(_boxes(images, top, left, height, width), fill, images)
 
 
 def _boxes(images: Tensor, top: np.ndarray, left: np.ndarray, height: np.ndarray, width: np.ndarray) -> Tensor:
@@ -35,7 +38,8 @@ def _boxes(images: Tensor, top: np.ndarray, left: np.ndarray, height: np.ndarray
 
 def mixup(images: Tensor, alpha: float, draw: np.random.Generator) -> tuple[Tensor, Tensor]:
     """Each image blended with the one before it; also the share of its own, float32 [B]."""
-    share = torch.from_numpy(draw.beta(alpha, alpha, len(images)).astype(np.float32)).to(images.device)
+    share = torch.from_numpy(draw.beta(alpha, alpha, len(images)).astype(np.float32))
+    share = share.to(images.device, non_blocking=True)
     other = images.roll(1, 0).float()
     mixed = torch.lerp(other, images.float(), share.view(-1, 1, 1, 1))
     return mixed.round_().to(torch.uint8), share

@@ -107,7 +107,9 @@ class ImageData(L.LightningDataModule):
         kept = kept_spec(self.input)
         size = sum(len(self.found.items) * s.height * s.width * s.channels for s in {kept.model_dump_json(): kept,
                    self.input.model_dump_json(): self.input}.values())
-        self.place, why = choose(self.memory, size, self.memory_share, self._device())
+        # Pixels in the cache are one file for all processes of the node; without one each holds its own.
+        holders = self.trainer.num_devices if self.trainer and self.cache is None else 1
+        self.place, why = choose(self.memory, size, self.memory_share, self._device(), holders)
         say(f"{len(self.found.items):,} images of {self.input.height}x{self.input.width}x{self.input.channels}, "
             + ("streamed by workers" if self.place == "stream" else f"pixels kept on the {self.place}") + f": {why}")
         self.known = self._known(thumbnail_spec(self.input) if self.place == "stream" else self.input)
