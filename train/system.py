@@ -244,9 +244,13 @@ class Sums:
         """float64 [4]: loss, right answers, images, and steps while the loss was finite."""
         if self._steps:
             losses, right = (torch.stack(values).double() for values in zip(*self._steps, strict=True))
-            running = torch.cat([self._totals[:1], losses * self._size]).cumsum(0)  # one by one: whenever it is asked
-            finite = running[1:].isfinite().double().sum()
-            added = torch.stack([right.sum(), torch.full_like(finite, self._size * len(self._steps)), finite])
-            self._totals = torch.cat([running[-1:], self._totals[1:] + added])
+            terms, count = torch.cat([self._totals[:1], losses * self._size]), len(self._steps)
+            # One by one on the CPU, which makes it the same whenever it is asked for. A GPU has no such sum that is
+            # deterministic.
+            loss = terms.cumsum(0)[-1:] if terms.device.type == "cpu" else terms.sum(0, keepdim=True)
+            bad = terms.isfinite().logical_not().int()
+            finite = torch.where(bad.any(), bad.argmax().sub(1).clamp_min(0), count).double()
+            added = torch.stack([right.sum(), torch.full_like(finite, self._size * count), finite])
+            self._totals = torch.cat([loss, self._totals[1:] + added])
             self._steps.clear()
         return self._totals

@@ -27,5 +27,12 @@ def test_the_place_follows_what_is_free_or_what_is_asked(monkeypatch, asked, meg
     assert words in why
 
 
+def test_each_process_of_a_node_has_its_share(monkeypatch):
+    monkeypatch.setattr(memory, "available", lambda: 10**9)
+    assert memory.choose("auto", 10**8, 0.5, CPU, holders=5)[0] == "host"
+    assert memory.choose("auto", 10**8, 0.5, CPU, holders=6) == (
+        "stream", "6 times 0.1 GB is more than 50% of 1.0 GB of free memory")
+
+
 def test_some_memory_is_free():
     assert 10**6 < memory.available() < 10**15

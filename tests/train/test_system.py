@@ -6,7 +6,8 @@ import pytest
 import torch
 from pictures import folder
 
-from train.data import ImageData
+from train import precision
+from train.data import Augmentation, ImageData
 from train.evaluate import views
 from train.optim import Optimizer
 from train.system import Classifier
@@ -100,3 +101,32 @@ def test_test_time_augmentation_looks_so_many_times(tta, count):
     assert all(torch.equal(view.flip(3), other) for view, other in zip(half, found[len(half):], strict=False))
     for view, (y, x) in zip(half[1:], [(-1, -1), (-1, 1), (1, -1), (1, 1)], strict=False):
         assert torch.equal(view[:, :, 1:5, 1:5], images[:, :, 1 + y:5 + y, 1 + x:5 + x])
+
+
+@pytest.mark.parametrize("augment", [Augmentation(), Augmentation(random_resized_crop=0.35, mixup=0.4, cutout=12)])
+def test_the_whitening_is_of_images_as_they_are(tmp_path, augment):
+    """Whatever training shows of them: patches come out uncorrelated, with variance one."""
+    data = ImageData(str(folder(tmp_path / "photos", 100)), batch_size=50, cache="", workers=0, augment=augment)
+    system = Classifier(network="speednet", options={"widths": [8, 8]}, optimizer=Optimizer("sgd", lr=1e-12))
+    L.Trainer(accelerator="cpu", max_steps=1, limit_val_batches=0, logger=False, enable_checkpointing=False,
+              enable_progress_bar=False, enable_model_summary=False).fit(system, datamodule=data)
+    with torch.no_grad():
+        images = system.normalize(data.examples(10**6))
+        answers = system.network.whiten(images)[:, :12].permute(1, 0, 2, 3).reshape(12, -1)
+    assert len(images) == data.counts["train"]
+    covariance = torch.cov(answers)
+    large = covariance.diag() > 0.5  # what hardly varies is not blown up to one
+    assert large.sum() > 6
+    torch.testing.assert_close(covariance[large][:, large], torch.eye(int(large.sum())), atol=0.3, rtol=0)
+
+
+@pytest.mark.parametrize(("asked", "accelerator", "given"), [
+    ("bf16-mixed", "auto", "16-mixed"), ("bf16-mixed", "gpu", "16-mixed"), ("16-mixed", "gpu", "16-mixed"),
+    ("bf16-true", "gpu", "bf16-true"), (None, "auto", None)])
+def test_a_gpu_that_would_emulate_bfloat16_computes_in_float16(monkeypatch, asked, accelerator, given):
+    for place, name in ((torch.accelerator, "is_available"), (torch.cuda, "is_available")):
+        monkeypatch.setattr(place, name, lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    precision.gpu_has_bfloat16.cache_clear()
+    assert precision.affordable(asked, accelerator) == given
+    precision.gpu_has_bfloat16.cache_clear()
