@@ -39,6 +39,7 @@ from train.trainer import ours
 RECIPES = Path(__file__).parent / "recipes"
 RUNS = "artifacts/runs"
 FINDERS: dict[str, Any] = {"audit": look, "find-lr": find_lr, "find-batch-size": find_batch_size}
+COMMANDS = ("run", *FINDERS, "fit", "validate", "test", "predict")
 FAILURE = 1  # exit status for what went wrong in a run that was set up right
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 USAGE = 2  # exit status for what the user can put right
@@ -217,13 +218,14 @@ def model_name(source: str) -> str:
     return name[:63] or "model"
 
 
-def front_door(argv: list[str]) -> list[str]:
+def front_door(command: str, *argv: str) -> list[str]:
     """`run DATA [--recipe R] [--root DIR] [fit flags]` as the arguments of `fit`. Raises UsageError."""
-    if argv[:1] in (["-h"], ["--help"]):
+    if argv[:1] in (("-h",), ("--help",)):
         return ["fit", "--help"]
     if not argv or argv[0].startswith("-"):
-        raise UsageError("run: name the data first, e.g. python -m train run digits, or a folder of class folders")
-    data, rest = argv[0], argv[1:]
+        raise UsageError(f"{command}: name the data first, e.g. python -m train {command} digits, or a folder of class "
+                         "folders")
+    data, rest = argv[0], list(argv[1:])
     recipe, rest = _take(rest, "--recipe")
     root, rest = _take(rest, "--root")
     if recipe is None:
@@ -252,16 +254,20 @@ def _take(argv: list[str], flag: str) -> tuple[str | None, list[str]]:
 
 def run(argv: list[str]) -> CLI:
     """One command. Raises ValueError with one line for what the user can put right."""
-    if argv[:1] == ["run"]:
-        argv = front_door(argv[1:])
+    command = argv[0] if argv else ""
+    if command not in COMMANDS and not command.startswith("-"):
+        problem = f"{command!r} is no command" if command else "no command is given"
+        raise UsageError(f"{problem}; there are {', '.join(COMMANDS)}")
+    if command == "run":
+        argv = front_door(*argv)
     kind: Any = CLI
-    if argv and argv[0] in FINDERS:
-        finder = FINDERS[argv[0]]
+    if command in FINDERS:
+        finder = FINDERS[command]
         if finder is look:
             out, argv = _take(argv, "--out")
             finder = partial(look, out=out)
         kind = partial(Finder, finder)
-        argv = ["fit", *argv[1:]] if argv[1:2] and argv[1].startswith("-") else front_door(argv[1:])
+        argv = ["fit", *argv[1:]] if argv[1:2] and argv[1].startswith("-") else front_door(*argv)
     return kind(
         Classifier, ImageData, args=argv, parser_class=Parser,
         auto_configure_optimizers=False, save_config_callback=None,

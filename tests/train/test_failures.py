@@ -61,6 +61,18 @@ def test_one_line(commands, tmp_path, settings, status, words):
     assert all(line.startswith("data: ") for line in told)
 
 
+@pytest.mark.parametrize(("argv", "words"), [
+    ((), "train: no command is given; there are run, audit, find-lr,"),
+    (("trian", "digits"), "train: 'trian' is no command; there are run, audit, find-lr,"),
+    (("find-lr",), "train: find-lr: name the data first, e.g. python -m train find-lr digits, or"),
+])
+def test_a_command_that_is_none(commands, tmp_path, argv, words):
+    command = commands.start(*argv, cwd=tmp_path)
+    assert command.status() == 2
+    (told,) = command.text.splitlines()
+    assert words in told
+
+
 def test_the_traceback_is_shown_where_it_is_asked_for(commands, tmp_path):
     settings = "run", "digits", *QUIET, "--model.label_smoothing", 1.5
     plain, full = (commands.start(*settings, env={"IMAGO_TRACEBACK": value}, cwd=tmp_path) for value in (None, "1"))
