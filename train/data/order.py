@@ -16,11 +16,10 @@ class Order:
 
     All processes draw the same permutation of the part; the process of rank r takes every world-th image from r on, so
     step s of all processes together is batch s of one process with a world times larger batch, save for some images of
-    the last two. Every image is seen
-    once an epoch and every process makes the same number of steps: processes differ by one image at most, and an image
-    that would need a step of its own joins the batch before instead, as batch norm has no use for one alone. Where the
-    last batch would be less than half a one, it shares with the one before: its statistics count as much as theirs, and
-    what is validated next rests on them.
+    the last two. Every image is seen once an epoch and every process makes the same number of steps: processes differ
+    by one image at most, and an image that would need a step of its own joins the batch before instead, as batch norm
+    has no use for one alone. Where the last batch would be less than half a one, it shares with the one before: its
+    statistics count as much as theirs, and what is validated next rests on them.
     """
 
     rows: np.ndarray  # int64 [N], the part's images
