@@ -222,7 +222,7 @@ class Classifier(L.LightningModule):
 class Sums:
     """What an epoch comes to so far, summed up on the device.
 
-    A step only keeps what it has; some dozens are added up at once, in their order. Adding each by itself would launch
+    A step only keeps what it has; some dozens are added up at once, in their order. Adding each by itself takes
     fifteen small operations a step, which a small network feels.
     """
 
