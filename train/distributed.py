@@ -99,7 +99,7 @@ def leave(command: Callable[[], int]) -> NoReturn:
     try:
         status = command()
     except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else 1
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
         if not _together():
             raise

@@ -12,7 +12,7 @@ from pictures import CLASSES, folder, picture, png
 from sklearn.datasets import load_digits
 
 from train import audit
-from train.audit import duplicates, labels
+from train.audit import duplicates
 from train.cli import main
 from train.data import Augmentation, ImageData
 
@@ -189,16 +189,6 @@ def test_a_leak_of_many_copies_is_seen_whole_or_said_not_to_be(tmp_path, monkeyp
     assert any("more images look alike than were compared" in line for line in audit.summary(findings)) != complete
 
 
-def test_a_copy_is_no_witness_for_a_wrong_label():
-    images, truth = load_digits(return_X_y=True)
-    pixels = np.repeat(images.reshape(-1, 8, 8, 1).astype(np.uint8) * 15, 4, 0)
-    wrong = truth.copy()
-    wrong[:20] = (wrong[:20] + 5) % 10
-    index = np.arange(len(pixels))
-    found = labels.suspects(pixels, np.repeat(wrong, 4), index, 10, torch.device("cpu"), index // 4)
-    assert len(set((found.index // 4).tolist()) & set(range(20))) >= 15
-
-
 def test_a_mirrored_copy_is_one_where_flips_are_trained_on(tmp_path):
     folder(tmp_path / "photos/train", 20)
     folder(tmp_path / "photos/test", 8, first=100)
@@ -286,19 +276,6 @@ def test_memory_that_ends_in_the_audit_is_no_fault_of_the_batches(tmp_path, monk
     assert status == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("train: out of memory on cpu in the data audit; try a smaller --data.size")
-
-
-def test_images_are_scored_alike_in_chunks_of_any_size(monkeypatch):
-    digits = load_digits()
-    pixels, index = (digits.images * 15).astype(np.uint8)[..., None], np.arange(len(digits.target))
-    label = digits.target.astype(np.int64)
-    label[::90] = (label[::90] + 3) % 10
-    whole = labels.suspects(pixels, label, index, 10, torch.device("cpu"))
-    monkeypatch.setattr(labels, "CHUNK", 100)
-    parts = labels.suspects(pixels, label, index, 10, torch.device("cpu"))
-    assert len(whole.index) > 10
-    assert parts.index.tolist() == whole.index.tolist()
-    assert parts.label.tolist() == whole.label.tolist()
 
 
 def test_training_looks_first_and_gives_figures_without_the_leaked_images(commands, faulty, tmp_path):

@@ -269,27 +269,6 @@ def test_refused_in_one_line(tmp_path, case):
     assert len(str(error.value)) < 400
 
 
-def test_an_unknown_key_in_a_recipe_is_refused_with_status_2(commands, tmp_path):
-    recipe = tmp_path / "mine.yaml"
-    recipe.write_text("data:\n  source: digits\nmodel:\n  netwrok: lenet\n")
-    refused = commands.start("fit", "--config", recipe, "--store", tmp_path / "store")
-    assert refused.status() == 2
-    assert len(refused.text.strip().splitlines()) == 1
-    assert "netwrok" in refused.text
-    assert not (tmp_path / "store").exists()
-
-
-@pytest.mark.parametrize(("flags", "word"), [
-    (["--name", "My-Photos"], "can't name a model"), (["--store", "{}/file/store"], "can't be made")])
-def test_where_no_bundle_could_be_written_nothing_is_trained(commands, tmp_path, flags, word):
-    (tmp_path / "file").touch()
-    refused = commands.start("run", "digits", "--trainer.default_root_dir", tmp_path / "runs",
-                             "--store", tmp_path / "store", *[flag.format(tmp_path) for flag in flags])
-    assert refused.status() == 2
-    assert word in refused.text.splitlines()[-1]
-    assert not (tmp_path / "runs").exists()
-
-
 def test_help_names_every_knob(commands):
     said = commands.run("run", "--help").text
     assert said == commands.run("fit", "--help").text
