@@ -184,7 +184,7 @@ def test_a_leak_of_many_copies_is_seen_whole_or_said_not_to_be(tmp_path, monkeyp
                 pixels = picture(label, i) * (1 - 0.4 * rng.random()) + 10 * rng.standard_normal((32, 32, 3))
                 cv2.imwrite(str(place / f"{i}-{k}.png"), np.clip(pixels, 0, 255))
     _, findings = look(tmp_path / "photos", size=32)
-    assert (findings["leakage"]["test"]["count"] > 0.99 * originals * copies) == complete
+    assert (findings["leakage"]["test"]["count"] > 0.95 * originals * copies) == complete
     assert findings["near_duplicates"]["complete"] == complete
     assert any("more images look alike than were compared" in line for line in audit.summary(findings)) != complete
 
