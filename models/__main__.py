@@ -1,13 +1,14 @@
 """`python -m models`: look at bundles, check them, and move them between stores. Never imports torch."""
+
 import argparse
 import sys
 from datetime import datetime
 from pathlib import Path
 
 from models.bundle import Bundle, BundleError, Latency
-from models.remote import pull, push
+from models.bundle.verify import Check, check_bundle
 from models.store import LATEST, Store
-from models.verify import Check, check_bundle
+from models.store.remote import pull, push
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,32 +25,62 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m models", description=__doc__.split("`: ")[1])
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    def command(run, help: str, *, name: str = "", version: str | None = None) -> argparse.ArgumentParser:
-        sub = commands.add_parser(run.__name__.rstrip("_"), help=help, description=help[0].upper() + help[1:] + ".")
+    def command(
+        run, help: str, *, name: str = "", version: str | None = None
+    ) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            run.__name__.rstrip("_"), help=help, description=help[0].upper() + help[1:] + "."
+        )
         sub.set_defaults(run=run)
         if name:
             sub.add_argument("name", help=name)
         if version is not None:
-            sub.add_argument("version", nargs="?", default=version or None, help="a number or latest (%(default)s)")
-        sub.add_argument("--store", type=Path, default=Path("artifacts/store"), help="directory (%(default)s)")
+            sub.add_argument(
+                "version",
+                nargs="?",
+                default=version or None,
+                help="a number or latest (%(default)s)",
+            )
+        sub.add_argument(
+            "--store", type=Path, default=Path("artifacts/store"), help="directory (%(default)s)"
+        )
         return sub
 
     command(list_, "names, versions and what they score")
     sub = command(show, "one bundle's manifest in brief", name="name in the store", version=LATEST)
     sub.add_argument("--json", action="store_true", help="the manifest itself")
-    sub = command(verify, "check digests, graphs and answers of a bundle on this machine; exit status 0 or 1",
-                  name="a bundle's directory, or a name in the store", version=LATEST)
-    sub.add_argument("--public-key", type=Path, help="PEM file; the bundle must be signed with its other half")
+    sub = command(
+        verify,
+        "check digests, graphs and answers of a bundle on this machine; exit status 0 or 1",
+        name="a bundle's directory, or a name in the store",
+        version=LATEST,
+    )
+    sub.add_argument(
+        "--public-key", type=Path, help="PEM file; the bundle must be signed with its other half"
+    )
     sub = command(sign, "sign a bundle with a key file", name="name in the store", version=LATEST)
-    sub.add_argument("--key", type=Path, required=True, help="PEM file of an elliptic curve private key")
+    sub.add_argument(
+        "--key", type=Path, required=True, help="PEM file of an elliptic curve private key"
+    )
     sub = command(promote, "point latest at a version", name="name in the store")
     sub.add_argument("version", help="a number")
     command(rollback, "point latest at the version before it", name="name in the store")
-    sub = command(prune, "delete old versions, never latest nor the one before it", name="name in the store")
-    sub.add_argument("--keep", type=_positive, default=3, help="newest versions to keep (%(default)s)")
+    sub = command(
+        prune, "delete old versions, never latest nor the one before it", name="name in the store"
+    )
+    sub.add_argument(
+        "--keep", type=_positive, default=3, help="newest versions to keep (%(default)s)"
+    )
     for run, direction in ((push_, "to"), (pull_, "from")):
-        sub = command(run, f"copy a bundle {direction} another store, digests checked", name="name", version=LATEST)
-        sub.add_argument("url", help="any URL that fsspec knows: s3://bucket/store, gs://…, file:///…")
+        sub = command(
+            run,
+            f"copy a bundle {direction} another store, digests checked",
+            name="name",
+            version=LATEST,
+        )
+        sub.add_argument(
+            "url", help="any URL that fsspec knows: s3://bucket/store, gs://…, file:///…"
+        )
         sub.add_argument("--no-promote", action="store_true", help="leave latest where it is")
     return top
 
@@ -66,11 +97,22 @@ def list_(options) -> int:
                 rows.append((name, str(version), "-", "-", "-", "-", f"unreadable: {error}"))
                 continue
             m = bundle.manifest
-            rows.append((name, str(version), _day(m.created), m.network, _accuracy(bundle), " ".join(m.variants),
-                         latest))
+            rows.append(
+                (
+                    name,
+                    str(version),
+                    _day(m.created),
+                    m.network,
+                    _accuracy(bundle),
+                    " ".join(m.variants),
+                    latest,
+                )
+            )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        print(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        )
     return 0
 
 
@@ -81,8 +123,10 @@ def show(options) -> int:
         print(m.model_dump_json(indent=1))
         return 0
     c, p = m.calibration, m.provenance
-    print(f"{m.name}/{m.version}  {m.network}, {len(m.classes)} classes, "
-          f"{m.input.height}x{m.input.width}x{m.input.channels}, made {_day(m.created)}")
+    print(
+        f"{m.name}/{m.version}  {m.network}, {len(m.classes)} classes, "
+        f"{m.input.height}x{m.input.width}x{m.input.channels}, made {_day(m.created)}"
+    )
     print(f"  test       accuracy {_accuracy(bundle)}")
     for name, v in m.variants.items():
         speed = _speed(v.latency) if v.latency else "not timed"
@@ -90,7 +134,9 @@ def show(options) -> int:
         print(f"  {name:9s}  {v.bytes / 1e6:.2f} MB, accuracy {accuracy}, {speed}, opset {v.opset}")
     print(f"  answers    temperature {c.temperature:.3f}, abstains below {c.abstain_threshold:.3f}")
     dirty = " (dirty)" if p.git_dirty else ""
-    print(f"  from       {p.data.source}, commit {(p.git_commit or 'unknown')[:12]}{dirty}, seed {p.seed}, {p.device}")
+    print(
+        f"  from       {p.data.source}, commit {(p.git_commit or 'unknown')[:12]}{dirty}, seed {p.seed}, {p.device}"
+    )
     for note in m.notes:
         print(f"  note       {note}")
     return 0
@@ -107,19 +153,28 @@ def verify(options) -> int:
 
 def _lines(check: Check) -> list[str]:
     m = check.bundle.manifest
-    lines = [f"{m.name}/{m.version}  digests fit, signed: {check.signed}; "
-             f"{len(m.samples)} samples decode within {check.samples.pixel_diff:.2g} of 255"]
+    lines = [
+        f"{m.name}/{m.version}  digests fit, signed: {check.signed}; "
+        f"{len(m.samples)} samples decode within {check.samples.pixel_diff:.2g} of 255"
+    ]
     for c in check.variants:
         one, eight = c.batch_ms[1], c.batch_ms[8]
-        lines.append(f"  {c.variant:5s} max |dp| {c.verdict.max_abs_diff:.1e} ({c.tolerance:.1e} allowed), "
-                     f"{100 * c.verdict.agreement:.0f} % same labels; "
-                     f"batch 1 {one:.2f} ms, batch 8 {eight:.2f} ms ({8000 / eight:.0f} images/s)")
+        lines.append(
+            f"  {c.variant:5s} max |dp| {c.verdict.max_abs_diff:.1e} ({c.tolerance:.1e} allowed), "
+            f"{100 * c.verdict.agreement:.0f} % same labels; "
+            f"batch 1 {one:.2f} ms, batch 8 {eight:.2f} ms ({8000 / eight:.0f} images/s)"
+        )
     verdict = "; ".join(check.problems)
-    return [*lines, f"FAILED: {verdict}" if verdict else f"ok: {m.name}/{m.version} does here what it did when made"]
+    return [
+        *lines,
+        f"FAILED: {verdict}"
+        if verdict
+        else f"ok: {m.name}/{m.version} does here what it did when made",
+    ]
 
 
 def sign(options) -> int:
-    from models.signing import sign as sign_bundle
+    from models.bundle.signing import sign as sign_bundle
 
     bundle = Store(options.store).open(options.name, options.version)
     sign_bundle(bundle.path, options.key)
@@ -149,13 +204,17 @@ def prune(options) -> int:
 
 
 def push_(options) -> int:
-    where, copied = push(Store(options.store), options.name, options.version, options.url, not options.no_promote)
+    where, copied = push(
+        Store(options.store), options.name, options.version, options.url, not options.no_promote
+    )
     print(f"{'pushed to' if copied else 'already at'} {where}")
     return 0
 
 
 def pull_(options) -> int:
-    bundle, copied = pull(Store(options.store), options.name, options.version, options.url, not options.no_promote)
+    bundle, copied = pull(
+        Store(options.store), options.name, options.version, options.url, not options.no_promote
+    )
     print(f"{'pulled to' if copied else 'already at'} {bundle.path}")
     return 0
 

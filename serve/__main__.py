@@ -3,6 +3,7 @@
 Without a command it serves. Commands: predict (classify files without a server), check (what would be served, and is it
 ready), bench (a small load test of a running service). Each has its own --help.
 """
+
 import argparse
 import importlib
 import io
@@ -11,27 +12,40 @@ import signal
 import sys
 
 COMMANDS = ("predict", "check", "bench")
-INTERRUPTED, UNREAD, ENDED = 130, 141, 143  # exit statuses, as a shell has them for SIGINT, SIGPIPE and SIGTERM
+INTERRUPTED, UNREAD, ENDED = (
+    130,
+    141,
+    143,
+)  # exit statuses, as a shell has them for SIGINT, SIGPIPE and SIGTERM
 
 
 def main(arguments: list[str]) -> int:
     if os.getpid() == 1:  # from which the kernel keeps each signal that it has no handler for
         signal.signal(signal.SIGTERM, lambda *_: os._exit(ENDED))
     from models.bundle import BundleError  # only now: all there is to import takes a second
-    from serve import machine, options, tracing
+    from serve import options
+    from serve.http import tracing
+    from serve.processes import run_directory
+
     try:
         if arguments and arguments[0] in COMMANDS:
             return run(*arguments)
-        parser = argparse.ArgumentParser("python -m serve", description=__doc__,
-                                         formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser = argparse.ArgumentParser(
+            "python -m serve",
+            description=__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         options.add(parser)
         chosen = options.resolve(options.read(vars(parser.parse_args(arguments))))
         chosen.key()
-        if not machine.free(chosen.host):
-            raise ValueError(f"--host (IMAGO_HOST): this machine has no address of the kind {chosen.host}")
+        if not run_directory.free(chosen.host):
+            raise ValueError(
+                f"--host (IMAGO_HOST): this machine has no address of the kind {chosen.host}"
+            )
         if chosen.tracing:
             tracing.check()
-        from serve.supervisor import serve  # LitServe takes half of it
+        from serve.processes.supervisor import serve  # LitServe takes half of it
+
         return serve(chosen)
     except (ValueError, BundleError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,4 +1,5 @@
 """Structured logs on stderr, one line a record, as JSON or text. Image bytes never get here."""
+
 import json
 import logging
 import sys
@@ -15,7 +16,9 @@ class JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         entry = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
-            "level": record.levelname.lower(), "logger": record.name, "message": record.getMessage(),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
             **getattr(record, "fields", {}),
         }
         if record.exc_info:
@@ -25,7 +28,9 @@ class JsonFormatter(logging.Formatter):
 
 class TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        fields = " ".join(f"{key}={_plain(str(value))}" for key, value in getattr(record, "fields", {}).items())
+        fields = " ".join(
+            f"{key}={_plain(str(value))}" for key, value in getattr(record, "fields", {}).items()
+        )
         return f"{super().format(record)} {fields}".rstrip()
 
 

@@ -3,16 +3,18 @@
 A worker holds exactly one and reads it once a batch (`Worker.model`), so assigning another one swaps models between two
 batches.
 """
+
 import json
 import time
 
 import numpy as np
 
 from models.bundle import Bundle, BundleError
-from models.signing import verify_signature
-from models.verify import Samples, compare, read_samples
-from serve import engine, logs
-from serve.answer import Answers
+from models.bundle.signing import verify_signature
+from models.bundle.verify import Samples, compare, read_samples
+from serve import logs
+from serve.engines import engine
+from serve.prediction import Answers
 from serve.settings import Settings
 
 LIGHT = 80e-6  # seconds an image: threads that share an interpreter then lose more by waiting for it than they gain
@@ -26,7 +28,11 @@ class Model:
         if settings.public_key:
             verify_signature(bundle.path, settings.public_key)
         self.bundle, self.manifest = bundle, bundle.manifest
-        self.name, self.version, self.digest = self.manifest.name, self.manifest.version, bundle.digest
+        self.name, self.version, self.digest = (
+            self.manifest.name,
+            self.manifest.version,
+            bundle.digest,
+        )
         samples = read_samples(bundle)
         if samples.problem:
             raise BundleError(f"{bundle.path}: {samples.problem}")
@@ -34,7 +40,9 @@ class Model:
         self.answers = Answers(self.manifest)
         self.wanted = ("probabilities", "energy")
         self.explains = [name for name in ("cam",) if name in self.engine.outputs]
-        self.hello = json.dumps(self.describe(), separators=(",", ":")).encode()  # what HTTP processes are told
+        self.hello = json.dumps(
+            self.describe(), separators=(",", ":")
+        ).encode()  # what HTTP processes are told
         self.warm(settings.max_batch_size)
 
     def warm(self, batch: int) -> None:
@@ -51,21 +59,37 @@ class Model:
         """What /model tells."""
         manifest = self.manifest
         return {
-            "name": self.name, "version": str(self.version), "variant": self.variant, "engine": self.engine.name,
-            "digest": self.digest, "network": manifest.network, "created": manifest.created.isoformat(),
-            "classes": manifest.classes, "input": manifest.input.model_dump(), "outputs": list(self.engine.outputs),
+            "name": self.name,
+            "version": str(self.version),
+            "variant": self.variant,
+            "engine": self.engine.name,
+            "digest": self.digest,
+            "network": manifest.network,
+            "created": manifest.created.isoformat(),
+            "classes": manifest.classes,
+            "input": manifest.input.model_dump(),
+            "outputs": list(self.engine.outputs),
             "calibration": manifest.calibration.model_dump(),
-            "metrics": {part: m.model_dump(include={"images", "accuracy", "top5", "nll", "ece"})
-                        for part, m in manifest.metrics.items()},
+            "metrics": {
+                part: m.model_dump(include={"images", "accuracy", "top5", "nll", "ece"})
+                for part, m in manifest.metrics.items()
+            },
             "notes": manifest.notes,
             "explains": self.explains,
-            "samples": [{"file": s.file, "label": manifest.classes[s.label]} for s in manifest.samples],
+            "samples": [
+                {"file": s.file, "label": manifest.classes[s.label]} for s in manifest.samples
+            ],
             "report": (self.bundle.path / "report.html").is_file(),
         }
 
 
-def run(bundle: Bundle, candidate: engine.Engine, images: np.ndarray, wanted: tuple[str, ...],
-        alone: bool) -> list[np.ndarray]:
+def run(
+    bundle: Bundle,
+    candidate: engine.Engine,
+    images: np.ndarray,
+    wanted: tuple[str, ...],
+    alone: bool,
+) -> list[np.ndarray]:
     """As Engine.run. Raises BundleError where the graph fails, whatever the engine raises."""
     try:
         return candidate.run(images, wanted, alone)
@@ -79,9 +103,15 @@ def run(bundle: Bundle, candidate: engine.Engine, images: np.ndarray, wanted: tu
 def check(bundle: Bundle, samples: Samples, variant: str, candidate: engine.Engine) -> None:
     """Run the bundle's samples through this engine, here. Raises BundleError where they come out otherwise."""
     wanted = candidate.outputs
-    tolerance = BF16_TOLERANCE if candidate.name.endswith("bf16") else bundle.manifest.variants[variant].tolerance
+    tolerance = (
+        BF16_TOLERANCE
+        if candidate.name.endswith("bf16")
+        else bundle.manifest.variants[variant].tolerance
+    )
     for alone in (False, True):
-        outputs = dict(zip(wanted, run(bundle, candidate, samples.images, wanted, alone), strict=True))
+        outputs = dict(
+            zip(wanted, run(bundle, candidate, samples.images, wanted, alone), strict=True)
+        )
         verdict = compare(outputs, samples.expected, tolerance)
         if not verdict:
             raise BundleError(f"{bundle.path}: self check of {variant} failed: {verdict.reason}")
@@ -89,7 +119,9 @@ def check(bundle: Bundle, samples: Samples, variant: str, candidate: engine.Engi
             raise BundleError(f"{bundle.path}: bfloat16 changes the label of a sample")
 
 
-def _choose(bundle: Bundle, samples: Samples, settings: Settings, threads: int) -> tuple[str, engine.Engine]:
+def _choose(
+    bundle: Bundle, samples: Samples, settings: Settings, threads: int
+) -> tuple[str, engine.Engine]:
     """The variant that was asked for, or else the one that this machine runs fastest, with its engine.
 
     One that answers the samples wrongly here, or not at all, is none to choose from; where all do, that is raised.
@@ -112,7 +144,9 @@ def _choose(bundle: Bundle, samples: Samples, settings: Settings, threads: int) 
     return fastest, candidates[fastest]
 
 
-def _engine(bundle: Bundle, samples: Samples, settings: Settings, variant: str, threads: int) -> engine.Engine:
+def _engine(
+    bundle: Bundle, samples: Samples, settings: Settings, variant: str, threads: int
+) -> engine.Engine:
     """The fastest way to run a variant that answers the samples rightly here. Raises BundleError where none does."""
     path = bundle.variant_path(variant)
     *faster, last = engine.makers(settings.engine, bundle.manifest.variants[variant].precision)
@@ -124,7 +158,9 @@ def _engine(bundle: Bundle, samples: Samples, settings: Settings, variant: str, 
     return _checked(last(path, threads), bundle, samples, variant)
 
 
-def _checked(candidate: engine.Engine, bundle: Bundle, samples: Samples, variant: str) -> engine.Engine:
+def _checked(
+    candidate: engine.Engine, bundle: Bundle, samples: Samples, variant: str
+) -> engine.Engine:
     check(bundle, samples, variant, candidate)
     return candidate
 

@@ -1,4 +1,5 @@
 """Settings on a command line: a flag each, an IMAGO_ variable each, and errors of one line."""
+
 import argparse
 from collections.abc import Iterable
 from typing import Any
@@ -9,7 +10,14 @@ from models.bundle import BundleError
 from models.store import Store
 from serve.settings import PREFIX, Settings
 
-MODEL = ("store", "model", "version", "variant", "engine", "threads")  # what says which model runs, and how
+MODEL = (
+    "store",
+    "model",
+    "version",
+    "variant",
+    "engine",
+    "threads",
+)  # what says which model runs, and how
 KEY = ("api_key", "api_key_file")
 
 
@@ -18,8 +26,12 @@ def add(parser: argparse.ArgumentParser, names: Iterable[str] = Settings.model_f
     for name in names:
         field = Settings.model_fields[name]
         default = "" if field.default in (None, "") else f", default {field.default}"
-        parser.add_argument(f"--{name.replace('_', '-')}", metavar=name.rpartition("_")[2].upper(),
-                            default=argparse.SUPPRESS, help=f"{field.description} [{PREFIX}{name.upper()}{default}]")
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            metavar=name.rpartition("_")[2].upper(),
+            default=argparse.SUPPRESS,
+            help=f"{field.description} [{PREFIX}{name.upper()}{default}]",
+        )
 
 
 def read(flags: dict[str, Any]) -> Settings:
@@ -39,8 +51,11 @@ def resolve(given: Settings) -> Settings:
     if not given.model:
         names = store.names()
         if len(names) != 1:
-            raise BundleError(f"{given.store}: no model in this store; train one first: make train" if not names else
-                              f"{given.store} has several models, choose with --model: {', '.join(names)}")
+            raise BundleError(
+                f"{given.store}: no model in this store; train one first: make train"
+                if not names
+                else f"{given.store} has several models, choose with --model: {', '.join(names)}"
+            )
         given.model = names[0]
     store.path(given.model, given.version)
     return given

@@ -1,4 +1,5 @@
 """Shared by all tests: a small bundle in a store of its own, and real server processes."""
+
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -11,9 +12,18 @@ from service import Server
 
 from models.bundle import Bundle
 
-CHROMIUM_FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-                  "--disable-background-networking", "--disable-component-update", "--disable-sync"]
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and threads that wait for each other do not
+CHROMIUM_FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # tests run side by side, and threads that wait for each other do not
 
 
 @pytest.fixture(scope="session")
@@ -42,9 +52,21 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
 @pytest.fixture(scope="module")
 def fitted(commands: Commands) -> Callable[..., Bundle]:
     """`fitted(place, *flags)`: the bundle of `python -m train fit` on scikit-learn's digits."""
+
     def fit(place: Path, *flags: str) -> Bundle:
-        commands.run("fit", "--data.source", "digits", "--store", place / "store", "--trainer.default_root_dir",
-                     place / "runs", "--progress.quiet", "true", *flags, cwd=ROOT)
+        commands.run(
+            "fit",
+            "--data.source",
+            "digits",
+            "--store",
+            place / "store",
+            "--trainer.default_root_dir",
+            place / "runs",
+            "--progress.quiet",
+            "true",
+            *flags,
+            cwd=ROOT,
+        )
         return Bundle(place / "store" / "digits" / "latest")
 
     return fit
@@ -54,7 +76,12 @@ def fitted(commands: Commands) -> Callable[..., Bundle]:
 def browser() -> Iterator:
     """The machine's Chromium, driven by Playwright, whose event loop other modules must not meet."""
     from playwright.sync_api import sync_playwright
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+    chromium = (
+        shutil.which("chromium")
+        or shutil.which("chromium-browser")
+        or shutil.which("google-chrome")
+    )
     if chromium is None:
         pytest.skip("there is no Chromium on this machine")
     with sync_playwright() as playwright:

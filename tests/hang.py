@@ -1,4 +1,5 @@
 """A place on disk that hangs or fails, as a network file system does whose server is away."""
+
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,8 +30,12 @@ class Hang:
         directory.mkdir()
         (directory / "sitecustomize.py").write_text(HOOK)
         self.flag = directory / "hangs"
-        self.env = {"PYTHONPATH": str(directory), "HANGS": str(place), "HANGS_WHILE": str(self.flag),
-                    **({"FAILS_WITH": str(error)} if error else {})}
+        self.env = {
+            "PYTHONPATH": str(directory),
+            "HANGS": str(place),
+            "HANGS_WHILE": str(self.flag),
+            **({"FAILS_WITH": str(error)} if error else {}),
+        }
 
     def reached(self) -> bool:
         """Whether anyone has come to hang there."""

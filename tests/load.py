@@ -1,4 +1,5 @@
 """Steady load on a server from threads, and an account of how each request ended."""
+
 import http.client
 import threading
 import time

@@ -1,4 +1,5 @@
 """Connections on which bytes go as they are."""
+
 import contextlib
 import socket
 from collections.abc import Iterator
@@ -43,5 +44,14 @@ def hang_up() -> Iterator[None]:
 
 
 def head(length: int, *lines: str) -> bytes:
-    return "\r\n".join(["POST /predict HTTP/1.1", "Host: x", "Content-Type: image/png", f"Content-Length: {length}",
-                        *lines, "", ""]).encode()
+    return "\r\n".join(
+        [
+            "POST /predict HTTP/1.1",
+            "Host: x",
+            "Content-Type: image/png",
+            f"Content-Length: {length}",
+            *lines,
+            "",
+            "",
+        ]
+    ).encode()

@@ -1,4 +1,5 @@
 """What tests of hot reload share."""
+
 import contextlib
 import os
 import signal
@@ -22,7 +23,9 @@ def load(service, clients: int = 4) -> Iterator[list[tuple[int, str]]]:
     def ask() -> None:
         with httpx.Client(base_url=service.url, timeout=30) as http:
             while not stop.is_set():
-                answer = http.post("/predict", content=tiny.image("red"), headers={"Content-Type": "image/png"})
+                answer = http.post(
+                    "/predict", content=tiny.image("red"), headers={"Content-Type": "image/png"}
+                )
                 answers.append((answer.status_code, answer.headers.get("x-model-version", "")))
 
     threads = [threading.Thread(target=ask) for _ in range(clients)]

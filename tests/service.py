@@ -1,4 +1,5 @@
 """A real server process under test, as a client, an operator and Prometheus see it."""
+
 import contextlib
 import os
 import re
@@ -14,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from serve.metrics import METRICS
+from serve.metrics.shared_counters import METRICS
 
 ROOT = Path(__file__).parent.parent
 
@@ -24,7 +25,9 @@ def free_ports(count: int) -> list[int]:
     first = 18000 + 100 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     found: list[int] = []
     with contextlib.ExitStack() as held:
-        for port in sorted(range(first, first + 100), key=lambda p: hash((p, os.getpid(), time.monotonic_ns()))):
+        for port in sorted(
+            range(first, first + 100), key=lambda p: hash((p, os.getpid(), time.monotonic_ns()))
+        ):
             probe = held.enter_context(socket.socket())
             try:
                 probe.bind(("127.0.0.1", port))
@@ -44,8 +47,13 @@ def loopback() -> list[str]:
 
 def run(*flags: str, **env: str) -> subprocess.CompletedProcess:
     """`python -m serve` with no environment but `env`, until it ends."""
-    return subprocess.run([sys.executable, "-m", "serve", *flags], capture_output=True, text=True, timeout=60,
-                          env={"PATH": "/usr/bin", **env})
+    return subprocess.run(
+        [sys.executable, "-m", "serve", *flags],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={"PATH": "/usr/bin", **env},
+    )
 
 
 def refused(result: subprocess.CompletedProcess, *words: str) -> None:
@@ -61,8 +69,13 @@ def stop(pids: list[int]) -> None:
     """By SIGSTOP, and wait until each of their threads rests."""
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
-    wait(lambda: all(stat.read_text().rpartition(")")[2].split()[0] == "T" for pid in pids
-                     for stat in Path(f"/proc/{pid}/task").glob("*/stat")))
+    wait(
+        lambda: all(
+            stat.read_text().rpartition(")")[2].split()[0] == "T"
+            for pid in pids
+            for stat in Path(f"/proc/{pid}/task").glob("*/stat")
+        )
+    )
 
 
 @contextlib.contextmanager
@@ -93,8 +106,12 @@ def object_store(bucket: str) -> Iterator[Any]:
     running.start()
     host, port = running.get_host_and_port()
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("AWS_ACCESS_KEY_ID", "test"), ("AWS_SECRET_ACCESS_KEY", "test"),
-                            ("AWS_DEFAULT_REGION", "us-east-1"), ("AWS_ENDPOINT_URL", f"http://{host}:{port}")):
+        for name, value in (
+            ("AWS_ACCESS_KEY_ID", "test"),
+            ("AWS_SECRET_ACCESS_KEY", "test"),
+            ("AWS_DEFAULT_REGION", "us-east-1"),
+            ("AWS_ENDPOINT_URL", f"http://{host}:{port}"),
+        ):
             patch.setenv(name, value)
         client = boto3.client("s3")
         client.create_bucket(Bucket=bucket)
@@ -105,16 +122,35 @@ def object_store(bucket: str) -> Iterator[Any]:
 class Server:
     """A `python -m serve` process on free ports. `log` holds what it wrote."""
 
-    def __init__(self, store: Path, log: Path, *flags: str, env: dict[str, str] | None = None,
-                 command: list[str] | None = None):
+    def __init__(
+        self,
+        store: Path,
+        log: Path,
+        *flags: str,
+        env: dict[str, str] | None = None,
+        command: list[str] | None = None,
+    ):
         self.port, self.metrics_port = free_ports(2)
         self.url, self.log = f"http://127.0.0.1:{self.port}", log
         self.http = httpx.Client(base_url=self.url, timeout=30)
-        own = ["--store", str(store), "--host", "127.0.0.1", "--port", str(self.port),
-               "--metrics-port", str(self.metrics_port)]
+        own = [
+            "--store",
+            str(store),
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            "--metrics-port",
+            str(self.metrics_port),
+        ]
         with log.open("ab") as output:
-            self.process = subprocess.Popen([*(command or [sys.executable, "-m", "serve"]), *own, *flags], cwd=ROOT,
-                                            stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **(env or {})})
+            self.process = subprocess.Popen(
+                [*(command or [sys.executable, "-m", "serve"]), *own, *flags],
+                cwd=ROOT,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **(env or {})},
+            )
 
     def __enter__(self) -> "Server":
         return self
@@ -144,11 +180,17 @@ class Server:
 
     def predict(self, data: bytes, query: str = "", **headers: str) -> httpx.Response:
         """POST the bytes of one image."""
-        return self.http.post("/predict" + query, content=data, headers={"Content-Type": "image/*", **headers})
+        return self.http.post(
+            "/predict" + query, content=data, headers={"Content-Type": "image/*", **headers}
+        )
 
     def workers(self) -> list[int]:
         """Process ids of the workers."""
-        return [pid for pid in self.children() if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        return [
+            pid
+            for pid in self.children()
+            if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
 
     def children(self) -> list[int]:
         """Process ids of all processes that the first one has started."""
@@ -163,13 +205,23 @@ class Server:
 
         Raises AssertionError for one that can never be: no such metric, or other names of labels.
         """
-        page, short = self.metrics(), re.sub("_(total|bucket|sum|count)$", "", name.removeprefix("imago_"))
-        assert re.search(rf"^# TYPE ({name}|imago_{short}) ", page, re.MULTILINE), f"there is no metric {name}"
-        names = {*(METRICS[short].labels if short in METRICS else ()), *(["le"] if name.endswith("_bucket") else [])}
+        page, short = (
+            self.metrics(),
+            re.sub("_(total|bucket|sum|count)$", "", name.removeprefix("imago_")),
+        )
+        assert re.search(rf"^# TYPE ({name}|imago_{short}) ", page, re.MULTILINE), (
+            f"there is no metric {name}"
+        )
+        names = {
+            *(METRICS[short].labels if short in METRICS else ()),
+            *(["le"] if name.endswith("_bucket") else []),
+        }
         assert set(labels) == names, f"{name} has the labels {sorted(names)}"
         text = ",".join(f'{key}="{value}"' for key, value in sorted(labels.items()))
         start = f"{name}{{{text}}} " if text else f"{name} "
-        return next((float(line[len(start):]) for line in page.splitlines() if line.startswith(start)), 0.0)
+        return next(
+            (float(line[len(start) :]) for line in page.splitlines() if line.startswith(start)), 0.0
+        )
 
     def stop(self, seconds: float = 40) -> int:
         """SIGTERM; the exit status."""

@@ -1,4 +1,5 @@
 """The house stays in order: its rooms, the direction of its imports, its locks, and what `make` says."""
+
 import re
 import subprocess
 import sys
@@ -14,7 +15,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def tracked() -> list[str]:
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     return listed.stdout.splitlines()
 
 
@@ -44,7 +47,9 @@ def test_locks_satisfy_the_declared_ranges_and_name_no_index():
     extras = PROJECT["optional-dependencies"]
     wanted = {
         "serve.lock": extras["serve"],
-        "serve-cuda.lock": [re.sub("^onnxruntime(?=[>=])", "onnxruntime-gpu", r) for r in extras["serve"]],
+        "serve-cuda.lock": [
+            re.sub("^onnxruntime(?=[>=])", "onnxruntime-gpu", r) for r in extras["serve"]
+        ],
         "serve-openvino.lock": extras["serve"] + extras["openvino"],
         "train.lock": extras["train"] + extras["serve"],
         "dev.lock": extras["train"] + extras["serve"] + extras["dev"],
@@ -52,24 +57,37 @@ def test_locks_satisfy_the_declared_ranges_and_name_no_index():
     for lock, requirements in wanted.items():
         locked = pins(lock)
         for requirement in map(Requirement, PROJECT["dependencies"] + requirements):
-            assert requirement.specifier.contains(locked[requirement.name]), f"{requirement} in {lock}"
-        assert "://" not in re.sub(r"#.*", "", (ROOT / "docker" / lock).read_text()), f"an address in {lock}"
+            assert requirement.specifier.contains(locked[requirement.name]), (
+                f"{requirement} in {lock}"
+            )
+        assert "://" not in re.sub(r"#.*", "", (ROOT / "docker" / lock).read_text()), (
+            f"an address in {lock}"
+        )
 
 
 @pytest.mark.parametrize("lock", sorted(p.name for p in (ROOT / "docker").glob("serve*.lock")))
 def test_serving_locks_are_hashed_and_free_of_torch(lock):
     locked = pins(lock)
     assert not {"torch", "torchvision", "lightning"} & set(locked)
-    entries = re.split(r"^(?=[\w.-]+==)", (ROOT / "docker" / lock).read_text(), flags=re.MULTILINE)[1:]
+    entries = re.split(r"^(?=[\w.-]+==)", (ROOT / "docker" / lock).read_text(), flags=re.MULTILINE)[
+        1:
+    ]
     assert len(entries) >= len(locked)  # a package may stand there once for each Python
     assert all("--hash=sha256:" in entry for entry in entries)
-    assert ("onnxruntime" in locked) is ("onnxruntime-gpu" not in locked), "each would overwrite the other's files"
+    assert ("onnxruntime" in locked) is ("onnxruntime-gpu" not in locked), (
+        "each would overwrite the other's files"
+    )
 
 
 def test_the_images_that_are_tested_are_those_that_were_built():
     for runtime, suffix in (("cpu", ""), ("openvino", "-openvino")):
-        told = subprocess.run(["make", "-n", "test-images", f"RUNTIME={runtime}", "REGISTRY=here", "TAG=7"], cwd=ROOT,
-                              capture_output=True, text=True, check=True).stdout
+        told = subprocess.run(
+            ["make", "-n", "test-images", f"RUNTIME={runtime}", "REGISTRY=here", "TAG=7"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
         assert f"IMAGO_TEST_IMAGES='here/imago-serve:7{suffix} here/imago-train:7'" in told
 
 

@@ -1,4 +1,5 @@
 """The whole road through its own doors: train the embedded default, serve the bundle, ask about real scans."""
+
 import json
 import os
 import re
@@ -28,8 +29,17 @@ def png(index: int) -> bytes:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A store with the bundle of a run of `digits`, and what the run printed."""
     store = tmp_path_factory.mktemp("road") / "store"
-    command = [sys.executable, "-m", "train", "run", "digits", "--store", str(store),
-               "--trainer.default_root_dir", str(store.parent / "runs")]
+    command = [
+        sys.executable,
+        "-m",
+        "train",
+        "run",
+        "digits",
+        "--store",
+        str(store),
+        "--trainer.default_root_dir",
+        str(store.parent / "runs"),
+    ]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return store, result.stdout
@@ -68,9 +78,11 @@ def test_the_service_knows_the_digits(served):
     parts = [("file", (f"{i}.png", png(i), "image/png")) for i in indices]
     right = 0
     for at in range(0, len(parts), 20):
-        answer = served.http.post("/predict", files=parts[at:at + 20]).json()
-        truth = [str(DIGITS.target[i]) for i in indices[at:at + 20]]
-        right += sum(p["label"] == label for p, label in zip(answer["predictions"], truth, strict=True))
+        answer = served.http.post("/predict", files=parts[at : at + 20]).json()
+        truth = [str(DIGITS.target[i]) for i in indices[at : at + 20]]
+        right += sum(
+            p["label"] == label for p, label in zip(answer["predictions"], truth, strict=True)
+        )
     assert right / len(parts) >= 0.98
 
 
@@ -84,9 +96,13 @@ def test_raw_bytes_as_in_the_readme(served):
 def test_axe_finds_no_barrier_in_the_reports(trained, browser, scheme):
     """Of the model and of the data."""
     from axe_playwright_python.sync_playwright import Axe
+
     store = trained[0]
     page = browser.new_page(color_scheme=scheme)
-    for path in (store / "digits" / "1" / "report.html", store.parent / "runs/digits/1/audit/index.html"):
+    for path in (
+        store / "digits" / "1" / "report.html",
+        store.parent / "runs/digits/1/audit/index.html",
+    ):
         page.goto(path.as_uri())
         report = Axe().run(page)
         assert not report.violations_count, report.generate_report()
@@ -102,11 +118,24 @@ def test_a_fresh_clone_serves_with_one_command(tmp_path):
     log = tmp_path / "log"
     with log.open("w") as output:
         process = subprocess.Popen(
-            ["make", "serve", f"PORT={port}", f"ARGS=--host 127.0.0.1 --metrics-port {metrics_port}"],
-            cwd=clone, stdout=output, stderr=subprocess.STDOUT, process_group=0)
+            [
+                "make",
+                "serve",
+                f"PORT={port}",
+                f"ARGS=--host 127.0.0.1 --metrics-port {metrics_port}",
+            ],
+            cwd=clone,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            process_group=0,
+        )
     try:
         wait_for(f"http://127.0.0.1:{port}/health/ready", process, log)
-        answer = httpx.post(f"http://127.0.0.1:{port}/predict", content=png(3), headers={"Content-Type": "image/png"})
+        answer = httpx.post(
+            f"http://127.0.0.1:{port}/predict",
+            content=png(3),
+            headers={"Content-Type": "image/png"},
+        )
         assert answer.json()["predictions"][0]["label"] == "3"
     finally:
         os.killpg(process.pid, signal.SIGTERM)

@@ -2,6 +2,7 @@
 
 The graph has the signature of a real one. Its expected outputs are computed here with numpy, not by a runtime.
 """
+
 import json
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,9 +12,18 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from models.bundle import Calibration, DataInfo, Histogram, InputSpec, Manifest, Provenance, Sample, Variant, write_sums
-from models.digests import sha256
-from models.image import decode
+from models.bundle import (
+    Calibration,
+    DataInfo,
+    Histogram,
+    Manifest,
+    Provenance,
+    Sample,
+    Variant,
+    write_sums,
+)
+from models.bundle.checksums import sha256
+from models.image import InputSpec, decode
 from models.store import Store
 
 CLASSES = ["red", "green", "blue"]
@@ -29,7 +39,11 @@ def image(label: str, size: int = 32, kind: str = ".png", seed: int = 0) -> byte
 
 def graph(spec: InputSpec, classes: int, scale: float = 1.0) -> onnx.ModelProto:
     """Mean colour times a matrix, softmax. `scale` multiplies the logits: another value gives other answers."""
-    weights = np.resize(np.eye(spec.channels, dtype=np.float32), (classes, spec.channels)) * WEIGHT * scale
+    weights = (
+        np.resize(np.eye(spec.channels, dtype=np.float32), (classes, spec.channels))
+        * WEIGHT
+        * scale
+    )
     shape = ["N", spec.height, spec.width, spec.channels]
     nodes = [
         helper.make_node("Cast", ["image"], ["floats"], to=TensorProto.FLOAT),
@@ -42,14 +56,29 @@ def graph(spec: InputSpec, classes: int, scale: float = 1.0) -> onnx.ModelProto:
         helper.make_node("Neg", ["free"], ["energy"]),
         helper.make_node("Conv", ["features", "kernels"], ["cam"]),
     ]
-    constants = {"scale": np.float32(255), "space": np.array([2, 3]), "last": np.array([1]), "weights": weights,
-                 "kernels": weights[:, :, None, None]}
-    outputs = {"probabilities": ["N", classes], "energy": ["N"], "embedding": ["N", spec.channels],
-               "cam": ["N", classes, spec.height, spec.width]}
+    constants = {
+        "scale": np.float32(255),
+        "space": np.array([2, 3]),
+        "last": np.array([1]),
+        "weights": weights,
+        "kernels": weights[:, :, None, None],
+    }
+    outputs = {
+        "probabilities": ["N", classes],
+        "energy": ["N"],
+        "embedding": ["N", spec.channels],
+        "cam": ["N", classes, spec.height, spec.width],
+    }
     made = helper.make_graph(
-        nodes, "tiny", [helper.make_tensor_value_info("image", TensorProto.UINT8, shape)],
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, dims) for name, dims in outputs.items()],
-        [numpy_helper.from_array(value, name) for name, value in constants.items()])
+        nodes,
+        "tiny",
+        [helper.make_tensor_value_info("image", TensorProto.UINT8, shape)],
+        [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, dims)
+            for name, dims in outputs.items()
+        ],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
     return helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
 
 
@@ -60,15 +89,26 @@ def expected(images: np.ndarray, classes: int, scale: float = 1.0) -> dict[str, 
     embedding = unit.mean((1, 2))
     logits = embedding @ weights.T
     free = np.log(np.exp(logits).sum(1))
-    return {"probabilities": np.exp(logits - free[:, None]).astype(np.float32), "energy": (-free).astype(np.float32),
-            "embedding": embedding.astype(np.float32),
-            "cam": np.einsum("nhwc,kc->nkhw", unit, weights).astype(np.float32)}
+    return {
+        "probabilities": np.exp(logits - free[:, None]).astype(np.float32),
+        "energy": (-free).astype(np.float32),
+        "embedding": embedding.astype(np.float32),
+        "cam": np.einsum("nhwc,kc->nkhw", unit, weights).astype(np.float32),
+    }
 
 
-def write(store: Path, name: str = "colours", classes: list[str] | None = None, scale: float = 1.0, size: int = 32,
-          promote: bool = True, calibration: Calibration | None = None,
-          baseline: dict[str, Histogram] | None = None, samples: int = 16,
-          files: list[bytes] | None = None) -> Path:
+def write(
+    store: Path,
+    name: str = "colours",
+    classes: list[str] | None = None,
+    scale: float = 1.0,
+    size: int = 32,
+    promote: bool = True,
+    calibration: Calibration | None = None,
+    baseline: dict[str, Histogram] | None = None,
+    samples: int = 16,
+    files: list[bytes] | None = None,
+) -> Path:
     """Publish a version of a tiny model; returns its directory."""
     classes = classes or CLASSES
     spec = InputSpec(height=size, width=size, channels=3, resize="crop")
@@ -81,17 +121,38 @@ def write(store: Path, name: str = "colours", classes: list[str] | None = None, 
         for i, data in enumerate(files):
             (directory / "samples" / f"{i:02d}.png").write_bytes(data)
         pixels = np.stack([decode(data, spec) for data in files])
-        np.savez(directory / "samples" / "expected.npz", pixels=pixels, **expected(pixels, len(classes), scale))
+        np.savez(
+            directory / "samples" / "expected.npz",
+            pixels=pixels,
+            **expected(pixels, len(classes), scale),
+        )
         file = directory / "model.onnx"
         Manifest(
-            name=name, version=version, created=datetime.now(UTC), network="tiny", classes=classes, input=spec,
+            name=name,
+            version=version,
+            created=datetime.now(UTC),
+            network="tiny",
+            classes=classes,
+            input=spec,
             outputs=["probabilities", "energy", "embedding", "cam"],
-            variants={"fp32": Variant(file="model.onnx", precision="fp32", sha256=sha256(file), opset=18,
-                                      bytes=file.stat().st_size)},
+            variants={
+                "fp32": Variant(
+                    file="model.onnx",
+                    precision="fp32",
+                    sha256=sha256(file),
+                    opset=18,
+                    bytes=file.stat().st_size,
+                )
+            },
             samples=[Sample(file=f"{i:02d}.png", label=i % 3) for i in range(samples)],
-            calibration=calibration or Calibration(), baseline=baseline or {},
-            provenance=Provenance(data=DataInfo(source="made", digest="0" * 64, counts={"train": 0}), device="cpu",
-                                  seed=0)).write(directory)
+            calibration=calibration or Calibration(),
+            baseline=baseline or {},
+            provenance=Provenance(
+                data=DataInfo(source="made", digest="0" * 64, counts={"train": 0}),
+                device="cpu",
+                seed=0,
+            ),
+        ).write(directory)
         write_sums(directory)
         staged.publish(promote)
     return store / name / str(version)
@@ -116,42 +177,61 @@ def reseal(bundle: Path) -> None:
 def add_int8(bundle: Path, scale: float = 1.0) -> None:
     """A second variant, by its name in 8 bits; with another scale its answers are not those of the samples."""
     manifest = json.loads((bundle / "manifest.json").read_text())
-    onnx.save(graph(InputSpec(**manifest["input"]), len(manifest["classes"]), scale), bundle / "model.int8.onnx")
+    onnx.save(
+        graph(InputSpec(**manifest["input"]), len(manifest["classes"]), scale),
+        bundle / "model.int8.onnx",
+    )
     first = manifest["variants"]["fp32"]
-    edit(bundle, variants={"fp32": first, "int8": first | {"file": "model.int8.onnx", "precision": "int8"}})
+    edit(
+        bundle,
+        variants={"fp32": first, "int8": first | {"file": "model.int8.onnx", "precision": "int8"}},
+    )
     reseal(bundle)
 
 
-def spoil(bundle: Path, *nodes: onnx.NodeProto, file: str = "model.onnx", **constants: np.ndarray) -> None:
+def spoil(
+    bundle: Path, *nodes: onnx.NodeProto, file: str = "model.onnx", **constants: np.ndarray
+) -> None:
     """Put nodes into the graph, which make "unit", the input in 0..1, from "given"; the digests fit again."""
     model = onnx.load(bundle / file)
     at = next(i for i, node in enumerate(model.graph.node) if node.output[0] == "unit")
     model.graph.node[at].output[0] = "given"
     for i, node in enumerate(nodes):
         model.graph.node.insert(at + 1 + i, node)
-    model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
+    model.graph.initializer.extend(
+        numpy_helper.from_array(value, name) for name, value in constants.items()
+    )
     onnx.save(model, bundle / file)
     reseal(bundle)
 
 
 def break_where_bright(bundle: Path, least: float = 1.0, file: str = "model.onnx") -> None:
     """Make the graph look up a place that isn't there where a pixel is as bright as `least`, 0..1."""
-    spoil(bundle,
-          helper.make_node("ReduceMax", ["given"], ["brightest"], keepdims=0),
-          helper.make_node("Div", ["brightest", "least"], ["share"]),
-          helper.make_node("Cast", ["share"], ["place"], to=TensorProto.INT64),
-          helper.make_node("Gather", ["table", "place"], ["one"]),
-          helper.make_node("Mul", ["given", "one"], ["unit"]),
-          file=file, least=np.float32(least), table=np.ones(1, np.float32))
+    spoil(
+        bundle,
+        helper.make_node("ReduceMax", ["given"], ["brightest"], keepdims=0),
+        helper.make_node("Div", ["brightest", "least"], ["share"]),
+        helper.make_node("Cast", ["share"], ["place"], to=TensorProto.INT64),
+        helper.make_node("Gather", ["table", "place"], ["one"]),
+        helper.make_node("Mul", ["given", "one"], ["unit"]),
+        file=file,
+        least=np.float32(least),
+        table=np.ones(1, np.float32),
+    )
 
 
 def hang(bundle: Path, where_bright: bool = False) -> None:
     """Make the graph go round for ever; or only where a pixel is as bright as can be, as none of the samples is."""
     if where_bright:
-        spoil(bundle, helper.make_node("ReduceMax", ["given"], ["brightest"], keepdims=0),
-              helper.make_node("Cast", ["brightest"], ["bright"], to=TensorProto.INT64),
-              helper.make_node("Mul", ["bright", "often"], ["turns"]), *_loop("turns"),
-              often=np.array(2**62), true=np.array(True))
+        spoil(
+            bundle,
+            helper.make_node("ReduceMax", ["given"], ["brightest"], keepdims=0),
+            helper.make_node("Cast", ["brightest"], ["bright"], to=TensorProto.INT64),
+            helper.make_node("Mul", ["bright", "often"], ["turns"]),
+            *_loop("turns"),
+            often=np.array(2**62),
+            true=np.array(True),
+        )
     else:
         spoil(bundle, *_loop("often"), often=np.array(2**62), true=np.array(True))
 
@@ -164,10 +244,19 @@ def slow(bundle: Path, file: str = "model.onnx", turns: int = 3000) -> None:
 def _loop(turns: str) -> list[onnx.NodeProto]:
     """Makes "unit" from "given", which it does not change."""
     turn = helper.make_graph(
-        [helper.make_node("Identity", ["on"], ["goes_on"]), helper.make_node("Abs", ["before"], ["after"])], "turn",
-        [helper.make_tensor_value_info("number", TensorProto.INT64, []),
-         helper.make_tensor_value_info("on", TensorProto.BOOL, []),
-         helper.make_tensor_value_info("before", TensorProto.FLOAT, None)],
-        [helper.make_tensor_value_info("goes_on", TensorProto.BOOL, []),
-         helper.make_tensor_value_info("after", TensorProto.FLOAT, None)])
+        [
+            helper.make_node("Identity", ["on"], ["goes_on"]),
+            helper.make_node("Abs", ["before"], ["after"]),
+        ],
+        "turn",
+        [
+            helper.make_tensor_value_info("number", TensorProto.INT64, []),
+            helper.make_tensor_value_info("on", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("before", TensorProto.FLOAT, None),
+        ],
+        [
+            helper.make_tensor_value_info("goes_on", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("after", TensorProto.FLOAT, None),
+        ],
+    )
     return [helper.make_node("Loop", [turns, "true", "given"], ["unit"], body=turn)]

@@ -1,11 +1,12 @@
 """`python -m train run|fit|validate|test|predict|audit|find-lr|find-batch-size …`"""
+
 import os
 
 import torch
 
-from models.cores import cores
-from train.cli import main
-from train.distributed import leave
+from models.cpu_quota import cores
+from train.cli.main import main
+from train.runs.distributed import leave
 
 if __name__ == "__main__":
     if "OMP_NUM_THREADS" not in os.environ:  # torch by itself knows of no CPU quota

@@ -6,6 +6,7 @@
 
 A new network is a subclass of `Network` whose constructor takes (classes, channels, size, **options), named in `OWN`.
 """
+
 from models.networks.ops import declare_missing
 
 _ops = declare_missing()
@@ -18,7 +19,12 @@ from models.networks.base import Network  # noqa: E402
 from models.networks.small import ConvNet, ConvNet4, LeNet  # noqa: E402
 from models.networks.speednet import SpeedNet  # noqa: E402
 
-OWN: dict[str, type[Network]] = {"lenet": LeNet, "convnet": ConvNet, "convnet4": ConvNet4, "speednet": SpeedNet}
+OWN: dict[str, type[Network]] = {
+    "lenet": LeNet,
+    "convnet": ConvNet,
+    "convnet4": ConvNet4,
+    "speednet": SpeedNet,
+}
 
 
 def names() -> list[str]:
@@ -37,7 +43,9 @@ def build(name: str, classes: int, channels: int, size: int, **options: Any) -> 
         known = list(inspect.signature(OWN[name]).parameters)[3:]
         for option in options:
             if option not in known:
-                raise ValueError(f"network {name}: unknown option {option!r}; it has {', '.join(known) or 'none'}")
+                raise ValueError(
+                    f"network {name}: unknown option {option!r}; it has {', '.join(known) or 'none'}"
+                )
         return OWN[name](classes, channels, size, **options)
     check(name)
     from models.networks import zoo
@@ -49,5 +57,8 @@ def check(name: str) -> None:
     """Raise ValueError for a name that `build` does not know, with the nearest that it does."""
     if name not in OWN and name not in (known := names()):
         near = get_close_matches(name, known, 3)
-        raise ValueError(f"unknown network {name!r}; " + (f"did you mean {' or '.join(near)}? " if near else "")
-                         + f"There are {', '.join(OWN)} and torchvision's classification models, such as resnet18")
+        raise ValueError(
+            f"unknown network {name!r}; "
+            + (f"did you mean {' or '.join(near)}? " if near else "")
+            + f"There are {', '.join(OWN)} and torchvision's classification models, such as resnet18"
+        )

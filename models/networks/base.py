@@ -1,4 +1,5 @@
 """What every network here has in common: trunk, pooling, head, and the outputs of one pass for the bundle."""
+
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
@@ -17,7 +18,9 @@ class Network(nn.Module, ABC):
     head: nn.Linear
     scale = 1.0  # of the logits
     dropout = 0.0  # on the embedding, in training
-    prepare: Callable[[Tensor], None] | None = None  # for what is fixed from normalised training images [n,C,H,W]
+    prepare: Callable[[Tensor], None] | None = (
+        None  # for what is fixed from normalised training images [n,C,H,W]
+    )
 
     @abstractmethod
     def trunk(self, x: Tensor) -> Tensor:

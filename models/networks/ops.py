@@ -4,13 +4,16 @@ torchvision's wheels on PyPI are linked to CUDA; beside a CPU build of torch its
 fails with «operator torchvision::nms does not exist», as it registers shapes for ops that are not there. Declaring the
 two schemas first is enough. Classification uses neither op.
 """
+
 import importlib.util
 from pathlib import Path
 
 import torch
 
-SCHEMAS = ("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-           "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+SCHEMAS = (
+    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+)
 
 
 def declare_missing() -> torch.library.Library | None:

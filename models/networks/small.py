@@ -1,4 +1,5 @@
 """Small networks that train from scratch in minutes on a CPU."""
+
 from torch import Tensor, nn
 
 from models.networks.base import Network
@@ -13,11 +14,22 @@ class LeNet(Network):
         super().__init__()
         side = ((size - 4) // 2 - 4) // 2
         if side < 1:
-            raise ValueError(f"network lenet: images of {size} pixels are too small; give 16 or more, or use convnet")
+            raise ValueError(
+                f"network lenet: images of {size} pixels are too small; give 16 or more, or use convnet"
+            )
         self.layers = nn.Sequential(
-            nn.Conv2d(channels, 6, 5), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Flatten(), nn.Linear(16 * side * side, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU())
+            nn.Conv2d(channels, 6, 5),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(6, 16, 5),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(16 * side * side, 120),
+            nn.ReLU(),
+            nn.Linear(120, 84),
+            nn.ReLU(),
+        )
         self.head = nn.Linear(84, classes)
 
     def trunk(self, x: Tensor) -> Tensor:
@@ -32,10 +44,18 @@ class ConvNet(Network):
     def __init__(self, classes: int, channels: int, size: int):
         super().__init__()
         if size < 4:
-            raise ValueError(f"network convnet: images of {size} pixels are too small; give 4 or more")
+            raise ValueError(
+                f"network convnet: images of {size} pixels are too small; give 4 or more"
+            )
         self.layers = nn.Sequential(
-            nn.Conv2d(channels, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten())
+            nn.Conv2d(channels, 16, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(16, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+        )
         self.head = nn.Linear(32 * (size // 4) ** 2, classes)
 
     def trunk(self, x: Tensor) -> Tensor:
@@ -51,13 +71,26 @@ class ConvNet4(Network):
         super().__init__()
         side = ((size - 4) // 2 - 4) // 2
         if side < 1:
-            raise ValueError(f"network convnet4: images of {size} pixels are too small; give 14 or more")
+            raise ValueError(
+                f"network convnet4: images of {size} pixels are too small; give 14 or more"
+            )
         layers: list[nn.Module] = []
         for inside, outside in ((channels, 32), (32, 64)):
-            layers += [nn.Conv2d(inside, outside, 3), nn.ReLU(), nn.Conv2d(outside, outside, 3), nn.ReLU(),
-                       nn.MaxPool2d(2)]
-        self.layers = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * side * side, 512), nn.ReLU(),
-                                    nn.Linear(512, 128), nn.ReLU())
+            layers += [
+                nn.Conv2d(inside, outside, 3),
+                nn.ReLU(),
+                nn.Conv2d(outside, outside, 3),
+                nn.ReLU(),
+                nn.MaxPool2d(2),
+            ]
+        self.layers = nn.Sequential(
+            *layers,
+            nn.Flatten(),
+            nn.Linear(64 * side * side, 512),
+            nn.ReLU(),
+            nn.Linear(512, 128),
+            nn.ReLU(),
+        )
         self.head = nn.Linear(128, classes)
 
     def trunk(self, x: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
 """speednet: the kind of network that holds the CIFAR-10 speed records, for images of 9 to 96 pixels."""
+
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -20,30 +21,56 @@ class SpeedNet(Network):
       single GPU", arXiv 2404.00498; 128-384-512 with three convolutions and a shortcut a block: its 96 % sibling.
     """
 
-    def __init__(self, classes: int, channels: int, size: int, widths: Sequence[int] = (64, 256, 256), depth: int = 2,
-                 scale: float = 1 / 9, norm_momentum: float = 0.4, kernel: int = 2):
+    def __init__(
+        self,
+        classes: int,
+        channels: int,
+        size: int,
+        widths: Sequence[int] = (64, 256, 256),
+        depth: int = 2,
+        scale: float = 1 / 9,
+        norm_momentum: float = 0.4,
+        kernel: int = 2,
+    ):
         """`depth` convolutions a block (the third and later ones lie in a shortcut); `scale` multiplies the logits."""
         super().__init__()
-        if not (isinstance(widths, Sequence) and widths and all(isinstance(w, int) and w > 0 for w in widths)):
-            raise ValueError(f"network speednet: widths: {widths!r} is no list of filters, such as [64, 256, 256]")
+        if not (
+            isinstance(widths, Sequence)
+            and widths
+            and all(isinstance(w, int) and w > 0 for w in widths)
+        ):
+            raise ValueError(
+                f"network speednet: widths: {widths!r} is no list of filters, such as [64, 256, 256]"
+            )
         for name, count, least in (("depth", depth, 2), ("kernel", kernel, 1)):
             if not (isinstance(count, int) and count >= least):
-                raise ValueError(f"network speednet: {name}: {count!r} is no whole number of {least} or more")
+                raise ValueError(
+                    f"network speednet: {name}: {count!r} is no whole number of {least} or more"
+                )
         for name, factor in (("scale", scale), ("norm_momentum", norm_momentum)):
             if not isinstance(factor, int | float):
                 raise ValueError(f"network speednet: {name}: {factor!r} is no number")
         if size - kernel + 1 < 1 << len(widths):
-            raise ValueError(f"network speednet: {size} pixels are too few for {len(widths)} blocks, each of which "
-                             f"halves them; give {(1 << len(widths)) + kernel - 1} or more, or fewer widths")
+            raise ValueError(
+                f"network speednet: {size} pixels are too few for {len(widths)} blocks, each of which "
+                f"halves them; give {(1 << len(widths)) + kernel - 1} or more, or fewer widths"
+            )
         self.scale = scale
-        filters = 2 * channels * kernel ** 2
+        filters = 2 * channels * kernel**2
         self.whiten = nn.Conv2d(channels, filters, kernel)
         self.whiten.weight.requires_grad_(False)
         nn.init.zeros_(self.whiten.get_parameter("bias"))
-        self.blocks = nn.Sequential(nn.GELU(), *(Block(inside, outside, depth, norm_momentum)
-                                                 for inside, outside in pairwise([filters, *widths])))
+        self.blocks = nn.Sequential(
+            nn.GELU(),
+            *(
+                Block(inside, outside, depth, norm_momentum)
+                for inside, outside in pairwise([filters, *widths])
+            ),
+        )
         self.head = nn.Linear(widths[-1], classes, bias=False)
-        nn.init.zeros_(self.head.weight)  # all classes alike at first, whatever the scale of the features
+        nn.init.zeros_(
+            self.head.weight
+        )  # all classes alike at first, whatever the scale of the features
 
     def trunk(self, x: Tensor) -> Tensor:
         return self.blocks(self.whiten(x))
@@ -59,10 +86,12 @@ class SpeedNet(Network):
         variance one. A few thousand images are enough."""
         channels, kernel = images.shape[1], self.whiten.kernel_size[0]
         patches = images.unfold(2, kernel, 1).unfold(3, kernel, 1)  # [n,C,H',W',k,k]
-        patches = patches.permute(0, 2, 3, 1, 4, 5).reshape(-1, channels * kernel ** 2).double()
+        patches = patches.permute(0, 2, 3, 1, 4, 5).reshape(-1, channels * kernel**2).double()
         patches = patches - patches.mean(0)
         values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
-        kernels = (vectors / (values.clamp_min(0) + 5e-4).sqrt()).T.flip(0)  # largest variance first
+        kernels = (vectors / (values.clamp_min(0) + 5e-4).sqrt()).T.flip(
+            0
+        )  # largest variance first
         kernels = kernels.reshape(-1, channels, kernel, kernel)
         self.whiten.weight.copy_(torch.cat([kernels, -kernels]))
 
@@ -72,10 +101,18 @@ class Block(nn.Module):
 
     def __init__(self, inside: int, outside: int, depth: int, momentum: float):
         super().__init__()
-        self.first, self.pool, self.norm = convolution(inside, outside), nn.MaxPool2d(2), norm(outside, momentum)
-        self.second = nn.Sequential(convolution(outside, outside), norm(outside, momentum), nn.GELU())
-        self.rest = nn.ModuleList(nn.Sequential(convolution(outside, outside), norm(outside, momentum))
-                                  for _ in range(depth - 2))
+        self.first, self.pool, self.norm = (
+            convolution(inside, outside),
+            nn.MaxPool2d(2),
+            norm(outside, momentum),
+        )
+        self.second = nn.Sequential(
+            convolution(outside, outside), norm(outside, momentum), nn.GELU()
+        )
+        self.rest = nn.ModuleList(
+            nn.Sequential(convolution(outside, outside), norm(outside, momentum))
+            for _ in range(depth - 2)
+        )
         self.act = nn.GELU()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
 """Weights from disk into a network: of an earlier bundle, of torchvision, or another state dict that fits."""
+
 import json
 from pathlib import Path
 
@@ -22,7 +23,9 @@ def weights_file(weights: str, network: str) -> Path:
     if weights != IMAGENET:
         return Path(weights)
     if network not in zoo.names():
-        raise ValueError(f"weights imagenet: torchvision has none for {network!r}; choose a network of torchvision")
+        raise ValueError(
+            f"weights imagenet: torchvision has none for {network!r}; choose a network of torchvision"
+        )
     url = torchvision.models.get_model_weights(network).DEFAULT.url
     file = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     if not file.exists():
@@ -31,8 +34,10 @@ def weights_file(weights: str, network: str) -> Path:
             prefix = file.stem.rpartition("-")[2]  # torchvision's files are named by their digest
             torch.hub.download_url_to_file(url, str(file), prefix, progress=False)
         except OSError as error:
-            raise ValueError(f"weights imagenet: can't download {url} ({error}); fetch it where there is a network and "
-                             "give the file in place of «imagenet»") from error
+            raise ValueError(
+                f"weights imagenet: can't download {url} ({error}); fetch it where there is a network and "
+                "give the file in place of «imagenet»"
+            ) from error
     return file
 
 
@@ -47,15 +52,23 @@ def load_weights(network: Network, path: str | Path) -> list[str]:
     kept, fitted = [], {}
     for name, old in state.items():
         new = found.get(name, found.get(name.removeprefix("model.")))
-        if new is not None and new.ndim == 4 and old.ndim == 4 and new.shape[1] == 3 and old.shape[1] == 1:
+        if (
+            new is not None
+            and new.ndim == 4
+            and old.ndim == 4
+            and new.shape[1] == 3
+            and old.shape[1] == 1
+        ):
             new = zoo.sum_rgb(new)
         if new is None or new.shape != old.shape:
             kept.append(name)
         else:
             fitted[name] = new
     if 2 * sum(v.numel() for v in fitted.values()) < sum(v.numel() for v in state.values()):
-        raise ValueError(f"{path}: weights of another network: of {len(state)} tensors only {len(fitted)} fit; "
-                         "give the same network (and options) that wrote it")
+        raise ValueError(
+            f"{path}: weights of another network: of {len(state)} tensors only {len(fitted)} fit; "
+            "give the same network (and options) that wrote it"
+        )
     network.load_state_dict(fitted, strict=False)
     return kept
 
@@ -66,7 +79,11 @@ def moments(path: Path) -> tuple[list[float], list[float]] | None:
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:
             found = file.metadata() or {}
-        return (json.loads(found["mean"]), json.loads(found["std"])) if {"mean", "std"} <= found.keys() else None
+        return (
+            (json.loads(found["mean"]), json.loads(found["std"]))
+            if {"mean", "std"} <= found.keys()
+            else None
+        )
     state = read_weights(path)
     if not {"mean", "std"} <= state.keys():
         return None
@@ -81,15 +98,22 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise ValueError(f"{path}: no such file; give weights on disk (a .safetensors file or a torch state dict)"
-                         ) from error
+        raise ValueError(
+            f"{path}: no such file; give weights on disk (a .safetensors file or a torch state dict)"
+        ) from error
     except Exception as error:  # torch raises whatever the zip or pickle reader raised
-        kind = "a safetensors file" if isinstance(error, SafetensorError) else "a file of weights only"
+        kind = (
+            "a safetensors file" if isinstance(error, SafetensorError) else "a file of weights only"
+        )
         raise ValueError(f"{path}: not {kind} ({str(error).splitlines()[0][:120]})") from error
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):  # a Lightning checkpoint
+    if isinstance(state, dict) and isinstance(
+        state.get("state_dict"), dict
+    ):  # a Lightning checkpoint
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"{path}: holds no state dict; save one with torch.save(network.state_dict(), PATH)")
+        raise ValueError(
+            f"{path}: holds no state dict; save one with torch.save(network.state_dict(), PATH)"
+        )
     for prefix in ("module.", "_orig_mod.", "network."):
         state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state

@@ -1,4 +1,5 @@
 """torchvision's classification models by name, with a head for K classes, also for one channel and small images."""
+
 import warnings
 from functools import cache
 from typing import Any, Literal
@@ -9,7 +10,9 @@ from torch import Tensor, nn
 
 from models.networks.base import Network
 
-SMALL = 64  # pixels up to which a stem that shrinks the image at once would lose what there is to see
+SMALL = (
+    64  # pixels up to which a stem that shrinks the image at once would lose what there is to see
+)
 
 # How maps reach global average pooling, by class; where a class is missing the last linear layer is simply cut off.
 TRUNKS = {
@@ -23,12 +26,22 @@ TRUNKS = {
     "ShuffleNetV2": "conv1 maxpool stage2 stage3 stage4 conv5",
     "SwinTransformer": "features norm permute",
     "GoogLeNet": "conv1 maxpool1 conv2 conv3 maxpool2 inception3a inception3b maxpool3 inception4a inception4b "
-                 "inception4c inception4d inception4e maxpool4 inception5a inception5b",
+    "inception4c inception4d inception4e maxpool4 inception5a inception5b",
 }
 # Pools right behind the first convolution, which go for small images.
-POOLS = {"ResNet": "maxpool", "DenseNet": "features.pool0", "GoogLeNet": "maxpool1", "ShuffleNetV2": "maxpool",
-         "SqueezeNet": "features.2", "AlexNet": "features.2"}
-PATCHES = ("VisionTransformer", "SwinTransformer", "ConvNeXt")  # their first convolution cuts patches and stays
+POOLS = {
+    "ResNet": "maxpool",
+    "DenseNet": "features.pool0",
+    "GoogLeNet": "maxpool1",
+    "ShuffleNetV2": "maxpool",
+    "SqueezeNet": "features.2",
+    "AlexNet": "features.2",
+}
+PATCHES = (
+    "VisionTransformer",
+    "SwinTransformer",
+    "ConvNeXt",
+)  # their first convolution cuts patches and stays
 
 
 @cache
@@ -43,8 +56,15 @@ class Zoo(Network):
     both, "auto" chooses by the size. Other options go to torchvision's builder.
     """
 
-    def __init__(self, name: str, classes: int, channels: int, size: int,
-                 stem: Literal["auto", "small", "original"] = "auto", **options: Any):
+    def __init__(
+        self,
+        name: str,
+        classes: int,
+        channels: int,
+        size: int,
+        stem: Literal["auto", "small", "original"] = "auto",
+        **options: Any,
+    ):
         super().__init__()
         if stem not in ("auto", "small", "original"):
             raise ValueError(f"network {name}: stem must be auto, small or original, not {stem!r}")
@@ -55,7 +75,9 @@ class Zoo(Network):
         if channels != 3:
             _first_conv(model, lambda conv: _convolution(conv, channels, sum_rgb(conv.weight.data)))
         self.spatial = self.kind in TRUNKS
-        if self.kind == "SqueezeNet":  # its classifier is dropout, 1x1 convolution, ReLU, pooling: pool before instead
+        if (
+            self.kind == "SqueezeNet"
+        ):  # its classifier is dropout, 1x1 convolution, ReLU, pooling: pool before instead
             self.head = nn.Linear(512, classes)
             self.dropout, model.classifier = 0.5, nn.Identity()
         else:
@@ -77,17 +99,24 @@ class Zoo(Network):
         training = self.training
         try:
             shapes = {key: value.to("meta") for key, value in self.state_dict().items()}
-            torch.func.functional_call(self.eval(), shapes, torch.empty(2, channels, size, size, device="meta"))
+            torch.func.functional_call(
+                self.eval(), shapes, torch.empty(2, channels, size, size, device="meta")
+            )
         except (RuntimeError, AssertionError, ValueError) as error:
-            raise ValueError(f"network {name}: images of {size} pixels don't work with it ({_line(error)}); "
-                             "give another size, often 224, or another network") from error
+            raise ValueError(
+                f"network {name}: images of {size} pixels don't work with it ({_line(error)}); "
+                "give another size, often 224, or another network"
+            ) from error
         self.train(training)
 
 
 def _build(name: str, classes: int, size: int, options: dict[str, Any]) -> nn.Module:
     builder = torchvision.models.get_model_builder(name)
     defaults: dict[str, Any] = {"num_classes": classes}
-    if name in ("googlenet", "inception_v3"):  # auxiliary heads would give three answers in training
+    if name in (
+        "googlenet",
+        "inception_v3",
+    ):  # auxiliary heads would give three answers in training
         defaults |= {"aux_logits": False, "init_weights": True}
     if name.startswith("vit"):
         defaults["image_size"] = size
@@ -98,10 +127,14 @@ def _build(name: str, classes: int, size: int, options: dict[str, Any]) -> nn.Mo
             warnings.simplefilter("ignore")
             return builder(**defaults | options)
     except TypeError as error:
-        raise ValueError(f"network {name}: {_line(error).replace('__init__()', 'torchvision')}; "
-                         f"its options are those of torchvision.models.{builder.__name__}, and stem") from error
+        raise ValueError(
+            f"network {name}: {_line(error).replace('__init__()', 'torchvision')}; "
+            f"its options are those of torchvision.models.{builder.__name__}, and stem"
+        ) from error
     except (ValueError, AssertionError, RuntimeError) as error:
-        raise ValueError(f"network {name}: {_line(error)} (images of {size} pixels, options {options})") from error
+        raise ValueError(
+            f"network {name}: {_line(error)} (images of {size} pixels, options {options})"
+        ) from error
 
 
 def _line(error: Exception) -> str:
@@ -128,8 +161,11 @@ def _first_conv(model: nn.Module, change: Any) -> None:
 
 def _shrink_stem(model: nn.Module, pool: str | None) -> None:
     """A first convolution of 3x3 with stride 1, no max-pool behind it."""
+
     def small(conv: nn.Conv2d) -> nn.Conv2d:
-        new = nn.Conv2d(conv.in_channels, conv.out_channels, 3, padding=1, bias=conv.bias is not None)
+        new = nn.Conv2d(
+            conv.in_channels, conv.out_channels, 3, padding=1, bias=conv.bias is not None
+        )
         nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
         if new.bias is not None:
             nn.init.zeros_(new.bias)
@@ -141,8 +177,14 @@ def _shrink_stem(model: nn.Module, pool: str | None) -> None:
 
 
 def _convolution(conv: nn.Conv2d, channels: int, weight: Tensor) -> nn.Conv2d:
-    new = nn.Conv2d(channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,  # type: ignore[arg-type]
-                    bias=conv.bias is not None)  # torch says that a Conv2d's sizes may be of any length
+    new = nn.Conv2d(
+        channels,
+        conv.out_channels,
+        conv.kernel_size,  # type: ignore[arg-type]
+        conv.stride,  # type: ignore[arg-type]
+        conv.padding,  # type: ignore[arg-type]
+        bias=conv.bias is not None,
+    )  # torch types the sizes of a Conv2d as tuples of any length
     new.load_state_dict(conv.state_dict() | {"weight": weight})
     return new
 

@@ -1,4 +1,5 @@
 """Say what would be served with these settings, and why it is or isn't ready. Exit status 0 means ready."""
+
 import argparse
 import json
 import sys
@@ -6,12 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 from models.bundle import Bundle
-from models.cores import cores
+from models.cpu_quota import cores
 from models.store import LATEST, Store
 from serve import options
 from serve.model import Model
-from serve.reload import AWAY, is_transient
 from serve.settings import Settings
+from serve.worker.reload import AWAY, is_transient
 
 
 def main(arguments: list[str]) -> int:
@@ -30,15 +31,34 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return AWAY if is_transient(error) else 1
     if as_json:
-        print(json.dumps({"model": model.name, "version": model.version, "variant": model.variant,
-                          "engine": model.engine.name, "digest": model.bundle.digest}))
+        print(
+            json.dumps(
+                {
+                    "model": model.name,
+                    "version": model.version,
+                    "variant": model.variant,
+                    "engine": model.engine.name,
+                    "digest": model.bundle.digest,
+                }
+            )
+        )
     calibration = model.manifest.calibration
-    say("input", f"{model.manifest.input.width}x{model.manifest.input.height}, {model.manifest.input.resize}")
-    say("classes", f"{len(model.manifest.classes)}: {', '.join(model.manifest.classes[:10])}"
-                   f"{', …' if len(model.manifest.classes) > 10 else ''}")
+    say(
+        "input",
+        f"{model.manifest.input.width}x{model.manifest.input.height}, {model.manifest.input.resize}",
+    )
+    say(
+        "classes",
+        f"{len(model.manifest.classes)}: {', '.join(model.manifest.classes[:10])}"
+        f"{', …' if len(model.manifest.classes) > 10 else ''}",
+    )
     say("abstains below", f"confidence {calibration.abstain_threshold:.3g}")
-    say("prediction sets", "none" if calibration.conformal_level is None
-        else f"hold the true class in {calibration.conformal_level:.0%} of cases")
+    say(
+        "prediction sets",
+        "none"
+        if calibration.conformal_level is None
+        else f"hold the true class in {calibration.conformal_level:.0%} of cases",
+    )
     say("ready", "yes")
     return 0
 
@@ -46,18 +66,27 @@ def main(arguments: list[str]) -> int:
 def check(settings: Settings, say: Callable[[str, Any], None]) -> Model:
     """Everything that a starting worker does. Raises ValueError (BundleError is one) with the cause."""
     threads = settings.threads or max(1, cores() // settings.workers)
-    say("cores", f"{threads} for each of {settings.workers} worker{'s' if settings.workers > 1 else ''}")
+    say(
+        "cores",
+        f"{threads} for each of {settings.workers} worker{'s' if settings.workers > 1 else ''}",
+    )
     settings.key()
     options.resolve(settings)
     store = Store(settings.store)
     path = store.path(settings.model, settings.version)
     follows = ", follows latest" if settings.version == LATEST and settings.reload_seconds else ""
-    say("model", f"{settings.model}, version {path.resolve().name} of "
-                 f"{', '.join(map(str, store.versions(settings.model)))}{follows}")
+    say(
+        "model",
+        f"{settings.model}, version {path.resolve().name} of "
+        f"{', '.join(map(str, store.versions(settings.model)))}{follows}",
+    )
     bundle = Bundle(path)
     say("digests", "every file is as it was written")
     model = Model(bundle, settings, threads)
-    say("variant", f"{model.variant} of {', '.join(bundle.manifest.variants)}, on {model.engine.name}")
+    say(
+        "variant",
+        f"{model.variant} of {', '.join(bundle.manifest.variants)}, on {model.engine.name}",
+    )
     say("samples", f"{len(bundle.manifest.samples)} answered as expected")
     return model
 

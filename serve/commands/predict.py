@@ -1,4 +1,5 @@
 """Classify image files without a server, with the same decoding, graph and thresholds as the service."""
+
 import argparse
 import csv
 import json
@@ -14,23 +15,45 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
-from models.cores import cores
+from models.cpu_quota import cores
 from models.image import ImageError, decode
 from models.store import Store
 from serve import options
 from serve.model import Model
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}  # looked for in directories
+SUFFIXES = {
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
+}  # looked for in directories
 BATCH = 16
-COLUMNS = ("file", "label", "index", "confidence", "prediction_set", "abstain", "out_of_distribution", "energy",
-           "error")
+COLUMNS = (
+    "file",
+    "label",
+    "index",
+    "confidence",
+    "prediction_set",
+    "abstain",
+    "out_of_distribution",
+    "energy",
+    "error",
+)
 
 
 def main(arguments: list[str]) -> int:
     """0: all were classified, 1: some could not be, 2: bad usage."""
     parser = argparse.ArgumentParser("python -m serve predict", description=__doc__)
-    parser.add_argument("paths", nargs="+", type=Path, metavar="IMAGE|DIR", help="files, or directories to search")
-    parser.add_argument("--format", choices=("table", "json", "csv"), default="table", help="default: table")
+    parser.add_argument(
+        "paths", nargs="+", type=Path, metavar="IMAGE|DIR", help="files, or directories to search"
+    )
+    parser.add_argument(
+        "--format", choices=("table", "json", "csv"), default="table", help="default: table"
+    )
     parser.add_argument("--top-k", type=int, default=5, help="classes listed in JSON (default: 5)")
     options.add(parser, (*options.MODEL, "max_pixels"))
     given = vars(parser.parse_args(arguments))
@@ -41,11 +64,19 @@ def main(arguments: list[str]) -> int:
     files = find(paths)
     threads = settings.threads or cores()
     model = Model(Store(settings.store).open(settings.model, settings.version), settings, threads)
-    batches = [files[at:at + BATCH] for at in range(0, len(files), BATCH)]
-    pool = ThreadPoolExecutor(threads)  # not in `with`, where Ctrl-C would wait for a pipe that never ends
+    batches = [files[at : at + BATCH] for at in range(0, len(files), BATCH)]
+    pool = ThreadPoolExecutor(
+        threads
+    )  # not in `with`, where Ctrl-C would wait for a pipe that never ends
     answered = pool.map(lambda batch: classify(model, batch, top_k, settings.max_pixels), batches)
-    shown = track(answered, "Classifying", len(batches), console=Console(stderr=True),
-                  disable=not sys.stderr.isatty(), transient=True)
+    shown = track(
+        answered,
+        "Classifying",
+        len(batches),
+        console=Console(stderr=True),
+        disable=not sys.stderr.isatty(),
+        transient=True,
+    )
     rows = [row for batch in shown for row in batch]
     {"table": as_table, "json": as_json, "csv": as_csv}[form](model, rows)
     return 1 if any("error" in row for row in rows) else 0
@@ -89,19 +120,27 @@ def classify(model: Model, files: list[Path], top_k: int, max_pixels: int) -> li
             row["error"] = str(error)
     if good:
         probabilities, energy = model.engine.run(np.stack(pixels), model.wanted, alone=False)
-        for row, text in zip(good, model.answers.compose(probabilities, energy, [top_k] * len(good)), strict=True):
+        for row, text in zip(
+            good, model.answers.compose(probabilities, energy, [top_k] * len(good)), strict=True
+        ):
             row.update(json.loads(text + "}"))
     return rows
 
 
 def as_table(model: Model, rows: list[dict]) -> None:
-    table = Table("file", "label", "confidence", "notes", title=f"{model.name}, version {model.version}")
+    table = Table(
+        "file", "label", "confidence", "notes", title=f"{model.name}, version {model.version}"
+    )
     for row in rows:
         if "error" in row:
             table.add_row(escape(row["file"]), "", "", f"[red]{escape(row['error'])}[/red]")
         else:
-            table.add_row(escape(row["file"]), escape(row["label"]), f"{row['confidence']:.1%}",
-                          escape(", ".join(notes(row))))
+            table.add_row(
+                escape(row["file"]),
+                escape(row["label"]),
+                f"{row['confidence']:.1%}",
+                escape(", ".join(notes(row))),
+            )
     console = Console()
     if not console.is_terminal:
         console.width = 200  # a pipe has no width; cutting columns would lose names
@@ -118,12 +157,18 @@ def notes(row: dict) -> Iterator[str]:
 
 
 def as_json(model: Model, rows: list[dict]) -> None:
-    json.dump({"model": {"name": model.name, "version": str(model.version)}, "predictions": rows}, sys.stdout, indent=1)
+    json.dump(
+        {"model": {"name": model.name, "version": str(model.version)}, "predictions": rows},
+        sys.stdout,
+        indent=1,
+    )
     print()
 
 
 def as_csv(model: Model, rows: list[dict]) -> None:
-    writer = csv.DictWriter(sys.stdout, COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
+    writer = csv.DictWriter(
+        sys.stdout, COLUMNS, restval="", extrasaction="ignore", lineterminator="\n"
+    )
     writer.writeheader()
     for row in rows:
         writer.writerow({**row, "prediction_set": "|".join(row.get("prediction_set", []))})

@@ -6,6 +6,7 @@ Beside the time on the wall stand the seconds of CPU, which other work on the ma
 
 --keep writes them into audit_speed.json beside this script as well.
 """
+
 import argparse
 import platform
 import resource
@@ -30,7 +31,9 @@ def main() -> None:
     parser.add_argument("data")
     parser.add_argument("--root")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--keep", action="store_true", help="write the results beside this script, too")
+    parser.add_argument(
+        "--keep", action="store_true", help="write the results beside this script, too"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     began = start = clock()
@@ -53,21 +56,38 @@ def main() -> None:
     duplicates.near(data.known.pixels, usable, torch.device("cpu"))
     lap("of these, near duplicates")
     index = np.flatnonzero(usable)
-    labels.suspects(data.known.pixels, data.found.labels, index, len(data.classes), torch.device("cpu"))
+    labels.suspects(
+        data.known.pixels, data.found.labels, index, len(data.classes), torch.device("cpu")
+    )
     lap("of these, doubtful labels")
     count = len(usable)
-    print(f"{count} images, {options.threads} threads: {total[0]:.1f} s, {count / total[0]:.0f} images/s")
+    print(
+        f"{count} images, {options.threads} threads: {total[0]:.1f} s, {count / total[0]:.0f} images/s"
+    )
     for name, (wall, cpu) in {"in all": total, **spent}.items():
         print(f"  {name:28}{wall:7.1f} s  {cpu:7.1f} s of CPU  {cpu / total[1]:5.2f} of all")
-    print(f"leaked test images: {findings['leakage']['test']['count']}; near duplicates: "
-          f"{findings['near_duplicates']['count']}; first model: {findings['labels']['accuracy']:.3f} accurate, "
-          f"{findings['labels']['count']} doubtful labels")
+    print(
+        f"leaked test images: {findings['leakage']['test']['count']}; near duplicates: "
+        f"{findings['near_duplicates']['count']}; first model: {findings['labels']['accuracy']:.3f} accurate, "
+        f"{findings['labels']['count']} doubtful labels"
+    )
     if options.keep:
-        seconds = {name: {"wall": round(wall, 1), "cpu": round(cpu, 1)}
-                   for name, (wall, cpu) in {"in all": total, **spent}.items()}
-        bare.keep(__file__, {
-            "data": data.found.name, "images": count, "threads": options.threads, "seconds": seconds,
-            "torch": torch.__version__, "python": platform.python_version()}, ("data", "threads"))
+        seconds = {
+            name: {"wall": round(wall, 1), "cpu": round(cpu, 1)}
+            for name, (wall, cpu) in {"in all": total, **spent}.items()
+        }
+        bare.keep(
+            __file__,
+            {
+                "data": data.found.name,
+                "images": count,
+                "threads": options.threads,
+                "seconds": seconds,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+            ("data", "threads"),
+        )
 
 
 if __name__ == "__main__":

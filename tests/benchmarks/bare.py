@@ -2,6 +2,7 @@
 
 Importing this first also puts the repository on the path, so that a script beside it runs from anywhere.
 """
+
 import json
 import sys
 import time
@@ -16,7 +17,7 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.nn.functional import cross_entropy  # noqa: E402
 
-from train.system import Classifier  # noqa: E402
+from train.learning.system import Classifier  # noqa: E402
 
 
 class Pace:
@@ -32,13 +33,21 @@ class Pace:
         return time.perf_counter(), time.process_time()
 
     def stop(self) -> "Pace":
-        self.seconds, self.cpu_seconds = (end - begin for begin, end in zip(self.began, self._now(), strict=True))
+        self.seconds, self.cpu_seconds = (
+            end - begin for begin, end in zip(self.began, self._now(), strict=True)
+        )
         self.wall, self.cpu = self.images / self.seconds, self.images / self.cpu_seconds
         return self
 
 
-def epoch(network: nn.Module, optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler,
-          loader: Iterable[tuple[Tensor, Tensor]], system: Classifier, bf16: bool) -> Pace:
+def epoch(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    system: Classifier,
+    bf16: bool,
+) -> Pace:
     """One epoch; mean, deviation, layout and smoothing are those of `system`."""
     device, mean, std = system.device, system.mean, system.std
     network.train()
@@ -59,12 +68,16 @@ def keep(script: str, result: dict[str, Any], same: tuple[str, ...]) -> None:
     """Write a result into the JSON file beside the script, in place of an earlier one with the `same` values."""
     file = Path(script).with_suffix(".json")
     everything = json.loads(file.read_text()) if file.exists() else []
-    everything = [old for old in everything if any(old[key] != result[key] for key in same)] + [result]
+    everything = [old for old in everything if any(old[key] != result[key] for key in same)] + [
+        result
+    ]
     file.write_text(json.dumps(everything, indent=1) + "\n")
 
 
 @torch.no_grad()
-def accuracy(network: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], system: Classifier, bf16: bool) -> float:
+def accuracy(
+    network: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], system: Classifier, bf16: bool
+) -> float:
     network.eval()
     right, count = torch.zeros((), device=system.device), 0
     for pixels, labels in loader:

@@ -5,6 +5,7 @@
 Each network has random weights and is exported, quantized and timed as after a fit, on the CPU, at the size it is used
 at. fp32 and int8 are timed in turn in the same process; their ratio is what counts, milliseconds are this machine's.
 """
+
 import argparse
 import json
 import tempfile
@@ -16,24 +17,37 @@ import numpy as np
 import torch
 
 from models import networks
+from models.bundle.verify import runner
 from models.image import InputSpec
-from models.verify import runner
-from train import certify
-from train.graph import Served, export_onnx
-from train.provenance import cpu_name
-from train.quantize import QuantizeConfig, quantize
+from train.export import parity as parity_check
+from train.export.onnx_graph import Served, export_onnx
+from train.export.provenance import cpu_name
+from train.export.quantize import QuantizeConfig, quantize
 
-SIZES = {"lenet": (28, 1), "convnet": (8, 1), "speednet": (32, 3), "resnet18": (32, 3), "resnet50": (224, 3),
-         "mobilenet_v3_small": (224, 3), "mobilenet_v3_large": (224, 3), "efficientnet_b0": (224, 3),
-         "convnext_tiny": (224, 3), "vit_b_16": (224, 3)}
+SIZES = {
+    "lenet": (28, 1),
+    "convnet": (8, 1),
+    "speednet": (32, 3),
+    "resnet18": (32, 3),
+    "resnet50": (224, 3),
+    "mobilenet_v3_small": (224, 3),
+    "mobilenet_v3_large": (224, 3),
+    "efficientnet_b0": (224, 3),
+    "convnext_tiny": (224, 3),
+    "vit_b_16": (224, 3),
+}
 IMAGES = 16
 
 
 def measure(name: str, directory: Path) -> dict:
     size, channels = SIZES[name]
     torch.manual_seed(0)
-    network = networks.build(name, classes=10, channels=channels, size=size).eval().requires_grad_(False)
-    torch.nn.init.normal_(network.head.weight, std=0.1)  # some start at zero, and then every answer is the same
+    network = (
+        networks.build(name, classes=10, channels=channels, size=size).eval().requires_grad_(False)
+    )
+    torch.nn.init.normal_(
+        network.head.weight, std=0.1
+    )  # some start at zero, and then every answer is the same
     served = Served(network, [127.0] * channels, [60.0] * channels)
     images = np.random.default_rng(0).integers(0, 256, (IMAGES, size, size, channels), np.uint8)
     files = {"fp32": directory / f"{name}.onnx", "int8": directory / f"{name}.int8.onnx"}
@@ -43,27 +57,43 @@ def measure(name: str, directory: Path) -> dict:
     quantize(files["fp32"], files["int8"], images, lambda file: 1.0, 1.0, QuantizeConfig())
     quantized = time.perf_counter()
     runs = {variant: runner(file) for variant, file in files.items()}
-    parity = certify.parity(runs["fp32"], served, images)
-    timed = certify.latencies(runs, images, seconds=0.15, patience=15)
+    parity = parity_check.parity(runs["fp32"], served, images)
+    timed = parity_check.latencies(runs, images, seconds=0.15, patience=15)
     speed = {variant: found.images_per_second for variant, found in timed.items()}
-    return {"network": name, "input": [size, size, channels], "export_seconds": round(exported - began, 2),
-            "quantize_seconds": round(quantized - exported, 2), "max_abs_diff": parity.max_abs_diff,
-            "bytes": {v: file.stat().st_size for v, file in files.items()},
-            "batch_ms": {v: {n: round(ms, 3) for n, ms in found.batch_ms.items()} for v, found in timed.items()},
-            "images_per_second": {v: round(s, 1) for v, s in speed.items()},
-            "int8_over_fp32": round(speed["int8"] / speed["fp32"], 2)}
+    return {
+        "network": name,
+        "input": [size, size, channels],
+        "export_seconds": round(exported - began, 2),
+        "quantize_seconds": round(quantized - exported, 2),
+        "max_abs_diff": parity.max_abs_diff,
+        "bytes": {v: file.stat().st_size for v, file in files.items()},
+        "batch_ms": {
+            v: {n: round(ms, 3) for n, ms in found.batch_ms.items()} for v, found in timed.items()
+        },
+        "images_per_second": {v: round(s, 1) for v, s in speed.items()},
+        "int8_over_fp32": round(speed["int8"] / speed["fp32"], 2),
+    }
 
 
 def table(rows: list[dict]) -> str:
-    lines = ["| network | input | export s | int8 s | MB fp32 / int8 | ms, 1 image | images/s | int8 : fp32 |",
-             "| --- | --- | --- | --- | --- | --- | --- | --- |"]
+    lines = [
+        "| network | input | export s | int8 s | MB fp32 / int8 | ms, 1 image | images/s | int8 : fp32 |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
     for r in rows:
-        megabytes, one, speed = ({v: of(r, v) for v in ("fp32", "int8")} for of in (
-            lambda r, v: f"{r['bytes'][v] / 1e6:.2f}", lambda r, v: f"{r['batch_ms'][v][1]:.2f}",
-            lambda r, v: f"{r['images_per_second'][v]:,.0f}"))
+        megabytes, one, speed = (
+            {v: of(r, v) for v in ("fp32", "int8")}
+            for of in (
+                lambda r, v: f"{r['bytes'][v] / 1e6:.2f}",
+                lambda r, v: f"{r['batch_ms'][v][1]:.2f}",
+                lambda r, v: f"{r['images_per_second'][v]:,.0f}",
+            )
+        )
         pairs = [f"{pair['fp32']} / {pair['int8']}" for pair in (megabytes, one, speed)]
-        lines.append(f"| {r['network']} | {'x'.join(map(str, r['input']))} | {r['export_seconds']:.1f} | "
-                     f"{r['quantize_seconds']:.1f} | {' | '.join(pairs)} | {r['int8_over_fp32']:.2f} |")
+        lines.append(
+            f"| {r['network']} | {'x'.join(map(str, r['input']))} | {r['export_seconds']:.1f} | "
+            f"{r['quantize_seconds']:.1f} | {' | '.join(pairs)} | {r['int8_over_fp32']:.2f} |"
+        )
     return "\n".join(lines)
 
 
@@ -83,7 +113,9 @@ def main() -> None:
         kept = [row for row in known if row["network"] not in options.networks]
         order = list(SIZES)
         rows = sorted(kept + rows, key=lambda row: order.index(row["network"]))
-        options.out.write_text(json.dumps({"device": cpu_name(), "networks": rows}, indent=1) + "\n")
+        options.out.write_text(
+            json.dumps({"device": cpu_name(), "networks": rows}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ torchvision's transforms on one image after the other.
 
     python tests/benchmarks/data_augment.py [--device cuda] [--threads 2]
 """
+
 import argparse
 import statistics
 import time
@@ -26,11 +27,20 @@ CASES = {  # what is measured, and the per-image transforms of torchvision that 
     "alternating flip": ({"flip": "alternating"}, [v2.RandomHorizontalFlip()]),
     "padded crop": ({"crop_padding": 4}, [v2.RandomCrop(32, 4, padding_mode="reflect")]),
     "rotation": ({"rotation": 15}, [v2.RandomRotation(15, v2.InterpolationMode.BILINEAR)]),
-    "random-resized crop": ({"random_resized_crop": 0.35}, [v2.RandomResizedCrop(32, (0.35, 1.0), antialias=False)]),
+    "random-resized crop": (
+        {"random_resized_crop": 0.35},
+        [v2.RandomResizedCrop(32, (0.35, 1.0), antialias=False)],
+    ),
     "random erasing": ({"erasing": 0.5}, [v2.RandomErasing(0.5)]),
     "colour jitter": (JITTER, [v2.ColorJitter(**JITTER)]),
-    "flip, crop, erasing": ({"flip": "random", "crop_padding": 4, "erasing": 0.5}, [
-        v2.RandomHorizontalFlip(), v2.RandomCrop(32, 4, padding_mode="reflect"), v2.RandomErasing(0.5)]),
+    "flip, crop, erasing": (
+        {"flip": "random", "crop_padding": 4, "erasing": 0.5},
+        [
+            v2.RandomHorizontalFlip(),
+            v2.RandomCrop(32, 4, padding_mode="reflect"),
+            v2.RandomErasing(0.5),
+        ],
+    ),
     "cutout": ({"cutout": 8}, None),
     "mixup": ({"mixup": 0.2}, None),
     "cutmix": ({"cutmix": 1.0}, None),

@@ -2,6 +2,7 @@
 
 Prints a table in megabytes (10^6 bytes) of the parts of each image, largest first.
 """
+
 import argparse
 import subprocess
 import sys
@@ -10,16 +11,27 @@ from pathlib import Path
 
 ENGINE = Path(__file__).parents[2] / "docker/engine"
 PACKAGES = "/opt/imago/lib/python3.11/site-packages/"
-OWNERS = {"opencv_python_headless.libs": "opencv", "cv2": "opencv", "numpy.libs": "numpy", "scipy.libs": "scipy",
-          "sklearn": "scikit-learn", "pydantic_core": "pydantic", "nvidia": "CUDA libraries", "triton": "triton"}
+OWNERS = {
+    "opencv_python_headless.libs": "opencv",
+    "cv2": "opencv",
+    "numpy.libs": "numpy",
+    "scipy.libs": "scipy",
+    "sklearn": "scikit-learn",
+    "pydantic_core": "pydantic",
+    "nvidia": "CUDA libraries",
+    "triton": "triton",
+}
 LEAST = 4  # megabytes; what is smaller is counted together
 
 
 def files(image: str) -> list[tuple[int, str]]:
     """(bytes, path) of every file, hard links once."""
     find = ["find", "/", "-xdev", "-type", "f", "-printf", r"%i %s %p\n"]
-    out = subprocess.run([ENGINE, "run", "--rm", "--user=0", f"--entrypoint={find[0]}", image, *find[1:]],
-                         capture_output=True, text=True)
+    out = subprocess.run(
+        [ENGINE, "run", "--rm", "--user=0", f"--entrypoint={find[0]}", image, *find[1:]],
+        capture_output=True,
+        text=True,
+    )
     found = {}
     for line in out.stdout.splitlines():
         inode, size, path = line.split(" ", 2)
@@ -53,5 +65,7 @@ def main(images: list[str]) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("images", nargs="*", default=["localhost/imago-serve:0.1.0", "localhost/imago-train:0.1.0"])
+    parser.add_argument(
+        "images", nargs="*", default=["localhost/imago-serve:0.1.0", "localhost/imago-train:0.1.0"]
+    )
     main(parser.parse_args().images)

@@ -8,6 +8,7 @@ and with a shadow beside it. Each figure is the peak of what its control group h
 a second: anonymous and shared memory and the kernel's own, without the cache of files, which the kernel takes back when
 it needs it. One JSON line each, in MiB.
 """
+
 import argparse
 import json
 import os
@@ -33,8 +34,13 @@ from serve_speed import free_port  # noqa: E402
 
 from models.image import InputSpec, decode  # noqa: E402
 
-RESTRICTED = ["--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--user=65532:65532",
-              "--tmpfs=/tmp:rw,size=512m,mode=1777"]
+RESTRICTED = [
+    "--read-only",
+    "--cap-drop=ALL",
+    "--security-opt=no-new-privileges",
+    "--user=65532:65532",
+    "--tmpfs=/tmp:rw,size=512m,mode=1777",
+]
 CLIENTS, REQUESTS = (16, 64, 200), 256
 MIB = 1 << 20
 
@@ -47,7 +53,9 @@ def engine(*words: str | Path) -> str:
 
 def limits(kind: str) -> dict[str, dict[str, str]]:
     """The resources of the only workload of this kind in k8s/base."""
-    rendered = subprocess.run(["kubectl", "kustomize", ROOT / "k8s/base"], capture_output=True, check=True).stdout
+    rendered = subprocess.run(
+        ["kubectl", "kustomize", ROOT / "k8s/base"], capture_output=True, check=True
+    ).stdout
     found = next(d for d in yaml.safe_load_all(rendered) if d["kind"] == kind)
     return found["spec"]["template"]["spec"]["containers"][0]["resources"]
 
@@ -72,7 +80,9 @@ class Peak:
 
 def files(pid: str) -> tuple[Path, Path | None]:
     """memory.stat of a process's control group, and what the kernel's own is in where that does not tell."""
-    groups = dict(line.split(":", 2)[1:] for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines())
+    groups = dict(
+        line.split(":", 2)[1:] for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines()
+    )
     if "memory" in groups:  # version 1
         group = Path("/sys/fs/cgroup/memory" + groups["memory"])
         return group / "memory.stat", group / "memory.kmem.usage_in_bytes"
@@ -90,9 +100,18 @@ def held(stat: Path, kernel: Path | None) -> int:
 def running(image: str, resources: dict, volumes: list[str], *words: str) -> Iterator[str]:
     """A container under the limits of its pod."""
     memory = resources["limits"]["memory"].removesuffix("i").lower()
-    container = engine("run", "--detach", *RESTRICTED, f"--memory={memory}", f"--cpus={resources['limits']['cpu']}",
-                       "--network=host", *(f"--volume={v}" for v in volumes), *words[:-1], image,
-                       *words[-1].split()).splitlines()[-1]
+    container = engine(
+        "run",
+        "--detach",
+        *RESTRICTED,
+        f"--memory={memory}",
+        f"--cpus={resources['limits']['cpu']}",
+        "--network=host",
+        *(f"--volume={v}" for v in volumes),
+        *words[:-1],
+        image,
+        *words[-1].split(),
+    ).splitlines()[-1]
     try:
         yield container
     finally:
@@ -111,9 +130,20 @@ def training(image: str, root: Path) -> int:
 def serving(image: str, root: Path, body: bytes, clients: int, *settings: str) -> int:
     """The peak from the start to the end of a load: `REQUESTS` answers, one by one or to so many clients at once."""
     port = free_port()
-    settings = (*settings, f"IMAGO_PORT={port}", "IMAGO_METRICS_PORT=0", "IMAGO_HOST=127.0.0.1", "IMAGO_MODEL=digits")
-    with running(image, limits("Deployment"), [f"{root}/store:/store:ro"], *(f"--env={s}" for s in settings),
-                 "") as container:
+    settings = (
+        *settings,
+        f"IMAGO_PORT={port}",
+        "IMAGO_METRICS_PORT=0",
+        "IMAGO_HOST=127.0.0.1",
+        "IMAGO_MODEL=digits",
+    )
+    with running(
+        image,
+        limits("Deployment"),
+        [f"{root}/store:/store:ro"],
+        *(f"--env={s}" for s in settings),
+        "",
+    ) as container:
         peak = Peak(container)
         await_ready(port, container)
         with Load(port, body, clients) as load:
@@ -128,7 +158,9 @@ def await_ready(port: int, container: str) -> None:
     end = time.monotonic() + 60
     while True:
         try:
-            return urllib.request.urlopen(f"http://127.0.0.1:{port}/health/ready", timeout=5).close()
+            return urllib.request.urlopen(
+                f"http://127.0.0.1:{port}/health/ready", timeout=5
+            ).close()
         except OSError:
             assert time.monotonic() < end, engine("logs", container)
             time.sleep(0.1)
@@ -146,15 +178,31 @@ def main(serve: str, train: str) -> None:
         training(train, root)  # a second version, for the shadow
         show("serving, digits", serving(serve, root, small, 1), "Deployment")
         for clients in CLIENTS:
-            show(f"serving, {clients} clients with PNGs of 2.3 megapixels, {len(large) / MIB:.1f} MiB each",
-                 serving(serve, root, large, clients), "Deployment")
-        show("serving, with a shadow", serving(serve, root, small, 1, "IMAGO_SHADOW_VERSION=1"), "Deployment")
+            show(
+                f"serving, {clients} clients with PNGs of 2.3 megapixels, {len(large) / MIB:.1f} MiB each",
+                serving(serve, root, large, clients),
+                "Deployment",
+            )
+        show(
+            "serving, with a shadow",
+            serving(serve, root, small, 1, "IMAGO_SHADOW_VERSION=1"),
+            "Deployment",
+        )
 
 
 def show(pod: str, peak: int, kind: str) -> None:
     asked = limits(kind)
-    print(json.dumps({"pod": pod, "peak_mib": round(peak / MIB), "requests": asked["requests"]["memory"],
-                      "limits": asked["limits"]["memory"]}), flush=True)
+    print(
+        json.dumps(
+            {
+                "pod": pod,
+                "peak_mib": round(peak / MIB),
+                "requests": asked["requests"]["memory"],
+                "limits": asked["limits"]["memory"],
+            }
+        ),
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

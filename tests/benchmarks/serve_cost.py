@@ -12,6 +12,7 @@
 - memory_mb: proportional set size of all processes, after load, with ResNet-18.
 Prints JSON lines.
 """
+
 import argparse
 import json
 import os
@@ -70,8 +71,11 @@ def api_cost(store: Path, lua: Path, seconds: int) -> dict:
         time.sleep(2)
         idle = cpu_seconds(pid)
         time.sleep(5)
-        return {"api_us": round(1e6 * used / (found["rate"] * seconds), 1), "requests_s": found["rate"],
-                "idle_cores": round((cpu_seconds(pid) - idle) / 5, 4)}
+        return {
+            "api_us": round(1e6 * used / (found["rate"] * seconds), 1),
+            "requests_s": found["rate"],
+            "idle_cores": round((cpu_seconds(pid) - idle) / 5, 4),
+        }
 
 
 def resnet(store: Path, lua: Path, image: bytes, seconds: int) -> dict:
@@ -86,8 +90,11 @@ def resnet(store: Path, lua: Path, image: bytes, seconds: int) -> dict:
             alone = one_at_a_time(bare, image, 1.0)
             ratios.append(load(port, pid, lua, 2, clients=1)["rate"] / alone)
         memory = memory_mb(pid)
-    return {"one_client": round(statistics.median(ratios), 3), "memory_mb": round(memory, 1),
-            "cpu_us_a_request": round(1e6 * busy["cpu"], 1)}
+    return {
+        "one_client": round(statistics.median(ratios), 3),
+        "memory_mb": round(memory, 1),
+        "cpu_us_a_request": round(1e6 * busy["cpu"], 1),
+    }
 
 
 def one_at_a_time(bare: Bare, image: bytes, seconds: float) -> float:
@@ -102,17 +109,48 @@ def checks_share(store: Path, lua: Path, rounds: int, seconds: int) -> dict:
     """CPU of the service a request without all that can be left out, in turns with the whole service."""
     with ExitStack() as stack:
         pids = {}
-        for kind, command in {"whole": ["-m", "serve"], "unchecked": [str(HERE / "serve_unchecked.py")]}.items():
+        for kind, command in {
+            "whole": ["-m", "serve"],
+            "unchecked": [str(HERE / "serve_unchecked.py")],
+        }.items():
             port = free_port()
-            pids[kind] = port, stack.enter_context(serving(
-                [*command, "--store", str(store), "--model", "small", "--variant", "int8", "--host", "127.0.0.1",
-                 "--port", str(port), "--metrics-port", str(free_port()), "--log-level", "error"],
-                port, "/health/ready"))
+            pids[kind] = (
+                port,
+                stack.enter_context(
+                    serving(
+                        [
+                            *command,
+                            "--store",
+                            str(store),
+                            "--model",
+                            "small",
+                            "--variant",
+                            "int8",
+                            "--host",
+                            "127.0.0.1",
+                            "--port",
+                            str(port),
+                            "--metrics-port",
+                            str(free_port()),
+                            "--log-level",
+                            "error",
+                        ],
+                        port,
+                        "/health/ready",
+                    )
+                ),
+            )
             load(*pids[kind], lua, 1)
         orders = list(pids), list(pids)[::-1]  # who comes first in a round is a few per cent slower
-        found = [{kind: load(*pids[kind], lua, seconds) for kind in orders[i % 2]} for i in range(rounds)]
-    return {f"checks_{key}": round(statistics.median(r["whole"][key] / r["unchecked"][key] for r in found), 4)
-            for key in ("cpu", "rate", "p99")}
+        found = [
+            {kind: load(*pids[kind], lua, seconds) for kind in orders[i % 2]} for i in range(rounds)
+        ]
+    return {
+        f"checks_{key}": round(
+            statistics.median(r["whole"][key] / r["unchecked"][key] for r in found), 4
+        )
+        for key in ("cpu", "rate", "p99")
+    }
 
 
 def ready_seconds(store: Path) -> float:

@@ -3,6 +3,7 @@
 The weights are random: speed does not depend on them. Images are smooth noise, on which JPEG does what it does on
 photos.
 """
+
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -27,7 +28,11 @@ from models.bundle import (  # noqa: E402
 from models.image import InputSpec, decode  # noqa: E402
 from models.store import Store  # noqa: E402
 
-CASES = {"tiny": ("lenet", 32), "small": ("resnet18", 32), "large": ("resnet18", 224)}  # network, pixels
+CASES = {
+    "tiny": ("lenet", 32),
+    "small": ("resnet18", 32),
+    "large": ("resnet18", 224),
+}  # network, pixels
 CLASSES = 10
 
 
@@ -52,9 +57,9 @@ def make(store: Path, case: str) -> None:
     import torch
 
     from models import networks
-    from train.baseline import baseline
-    from train.graph import Served, export_onnx
-    from train.quantize import QuantizeConfig, quantize
+    from train.export.drift_baseline import baseline
+    from train.export.onnx_graph import Served, export_onnx
+    from train.export.quantize import QuantizeConfig, quantize
 
     torch.manual_seed(0)
     name, size = CASES[case]
@@ -68,7 +73,9 @@ def make(store: Path, case: str) -> None:
         found = {"fp32": "model.onnx"}
         if name == "resnet18":
             config = QuantizeConfig()
-            quantize(root / "model.onnx", root / "model.int8.onnx", images, lambda _: 1.0, 1.0, config)
+            quantize(
+                root / "model.onnx", root / "model.int8.onnx", images, lambda _: 1.0, 1.0, config
+            )
             found["int8"] = "model.int8.onnx"
         (root / "samples").mkdir()
         for i, data in enumerate(files):
@@ -76,19 +83,41 @@ def make(store: Path, case: str) -> None:
         with torch.inference_mode():
             outputs = served.eval()(torch.from_numpy(images))
             logits = served.logits(torch.from_numpy(images)).numpy()
-        np.savez(root / "samples" / "expected.npz", pixels=images,
-                 **{key: value.numpy() for key, value in zip(served.names(), outputs, strict=True)})
+        np.savez(
+            root / "samples" / "expected.npz",
+            pixels=images,
+            **{key: value.numpy() for key, value in zip(served.names(), outputs, strict=True)},
+        )
         Manifest(
-            name=case, version=staged.version, created=datetime.now(UTC), network=name, input=spec,
-            classes=[f"class {i}" for i in range(CLASSES)], outputs=served.names(),
-            variants={kind: Variant(file=file, precision=kind, sha256=sha256(root / file), opset=20,
-                                    bytes=(root / file).stat().st_size, tolerance=1e-3 if kind == "fp32" else 1.0)
-                      for kind, file in found.items()},
+            name=case,
+            version=staged.version,
+            created=datetime.now(UTC),
+            network=name,
+            input=spec,
+            classes=[f"class {i}" for i in range(CLASSES)],
+            outputs=served.names(),
+            variants={
+                kind: Variant(
+                    file=file,
+                    precision=kind,
+                    sha256=sha256(root / file),
+                    opset=20,
+                    bytes=(root / file).stat().st_size,
+                    tolerance=1e-3 if kind == "fp32" else 1.0,
+                )
+                for kind, file in found.items()
+            },
             samples=[Sample(file=f"{i:02d}.jpg", label=0) for i in range(16)],
-            calibration=Calibration(abstain_threshold=0.5, conformal_quantile=0.9, energy_threshold=0.0),
-            baseline=baseline(logits, 1.0, images, np.array([[2 * size, size * 3 // 2]] * len(images))),
-            provenance=Provenance(data=DataInfo(source="noise", digest="0" * 64, counts={}), device="cpu",
-                                  seed=0)).write(root)
+            calibration=Calibration(
+                abstain_threshold=0.5, conformal_quantile=0.9, energy_threshold=0.0
+            ),
+            baseline=baseline(
+                logits, 1.0, images, np.array([[2 * size, size * 3 // 2]] * len(images))
+            ),
+            provenance=Provenance(
+                data=DataInfo(source="noise", digest="0" * 64, counts={}), device="cpu", seed=0
+            ),
+        ).write(root)
         write_sums(root)
         staged.publish()
 

@@ -12,6 +12,7 @@ Capacity is taken before and after each flood, and a flood is compared with the 
 the rounds. `refusal_cpu_us` is the CPU of the HTTP process a request of the flood; `refusal_ms` the latency of refusals
 (p50, p99) while the worker is stopped and all places are taken. One JSON line.
 """
+
 import argparse
 import json
 import os
@@ -56,40 +57,95 @@ def steady(client: list, metrics: int, pid: int, seconds: int) -> dict[str, floa
         process.kill()
         process.wait()
     good, refused, client_cpu, api_cpu, wall = used
-    return {"good": good / wall, "asked": (good + refused) / wall, "client": client_cpu / wall / CORES,
-            "api": api_cpu / wall}
+    return {
+        "good": good / wall,
+        "asked": (good + refused) / wall,
+        "client": client_cpu / wall / CORES,
+        "api": api_cpu / wall,
+    }
 
 
 def read(metrics: int, client: int, api: int) -> list[float]:
-    good, refused = (metric(metrics, f'imago_requests_total{{code="{code}"}}') for code in (200, 429))
+    good, refused = (
+        metric(metrics, f'imago_requests_total{{code="{code}"}}') for code in (200, 429)
+    )
     return [good, refused, own_cpu(client), own_cpu(api), time.perf_counter()]
 
 
 def refusal_latency(port: int, pid: int, body: Path, lua: Path) -> dict[str, float]:
     """Stop the worker, take all places, then ask one at a time."""
-    worker = next(p for p in children(pid) if b"spawn_main" in Path(f"/proc/{p}/cmdline").read_bytes())
+    worker = next(
+        p for p in children(pid) if b"spawn_main" in Path(f"/proc/{p}/cmdline").read_bytes()
+    )
     os.kill(worker, signal.SIGSTOP)
     try:
-        held = subprocess.Popen(["hey", "-n", str(PENDING), "-c", str(PENDING), "-m", "POST", "-T", "image/jpeg", "-D",
-                                 str(body), f"http://127.0.0.1:{port}/predict"], stdout=subprocess.DEVNULL)
+        held = subprocess.Popen(
+            [
+                "hey",
+                "-n",
+                str(PENDING),
+                "-c",
+                str(PENDING),
+                "-m",
+                "POST",
+                "-T",
+                "image/jpeg",
+                "-D",
+                str(body),
+                f"http://127.0.0.1:{port}/predict",
+            ],
+            stdout=subprocess.DEVNULL,
+        )
         time.sleep(1)
-        out = subprocess.run(["wrk", "-t1", "-c1", "-d2s", "--latency", "-s", lua, f"http://127.0.0.1:{port}/predict"],
-                             capture_output=True, text=True, check=True).stdout
+        out = subprocess.run(
+            [
+                "wrk",
+                "-t1",
+                "-c1",
+                "-d2s",
+                "--latency",
+                "-s",
+                lua,
+                f"http://127.0.0.1:{port}/predict",
+            ],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
     finally:
         os.kill(worker, signal.SIGCONT)
     held.wait()
     assert "Non-2xx" in out, out
-    return {percent: float(number) * {"us": 1e-3, "ms": 1, "s": 1e3}[unit]
-            for percent, number, unit in re.findall(r"(50|99)% +([\d.]+)(us|ms|s)", out)}
+    return {
+        percent: float(number) * {"us": 1e-3, "ms": 1, "s": 1e3}[unit]
+        for percent, number, unit in re.findall(r"(50|99)% +([\d.]+)(us|ms|s)", out)
+    }
 
 
 def main(store: Path, case: str, variant: str, seconds: int, rounds: int) -> dict:
     publish(store, case)
     lua, _ = script(store)
     port, metrics, body = free_port(), free_port(), store / "one.body"
-    command = ["-m", "serve", "--store", str(store), "--model", case, "--variant", variant, "--port", str(port),
-               "--host", "127.0.0.1", "--metrics-port", str(metrics), "--log-level", "error",
-               "--max-pending", str(PENDING)]
+    command = [
+        "-m",
+        "serve",
+        "--store",
+        str(store),
+        "--model",
+        case,
+        "--variant",
+        variant,
+        "--port",
+        str(port),
+        "--host",
+        "127.0.0.1",
+        "--metrics-port",
+        str(metrics),
+        "--log-level",
+        "error",
+        "--max-pending",
+        str(PENDING),
+    ]
     url, whole = f"http://127.0.0.1:{port}/predict", seconds + 2 * EDGE
     closed = ["wrk", "-t1", "-c32", f"-d{whole}s", "-s", lua, url]
     found: list[dict[str, float]] = []
@@ -97,19 +153,52 @@ def main(store: Path, case: str, variant: str, seconds: int, rounds: int) -> dic
         load(port, pid, lua, 2)
         before = steady(closed, metrics, pid, seconds)
         for _ in range(rounds):
-            rate = 14 * before["good"] / (8 * PENDING)  # of each client; those that wait offer nothing meanwhile
-            flood = steady(["hey", "-z", f"{whole}s", "-c", str(8 * PENDING), "-q", f"{rate:.3f}", "-m", "POST", "-T",
-                            "image/jpeg", "-D", str(body), url], metrics, pid, seconds)
+            rate = (
+                14 * before["good"] / (8 * PENDING)
+            )  # of each client; those that wait offer nothing meanwhile
+            flood = steady(
+                [
+                    "hey",
+                    "-z",
+                    f"{whole}s",
+                    "-c",
+                    str(8 * PENDING),
+                    "-q",
+                    f"{rate:.3f}",
+                    "-m",
+                    "POST",
+                    "-T",
+                    "image/jpeg",
+                    "-D",
+                    str(body),
+                    url,
+                ],
+                metrics,
+                pid,
+                seconds,
+            )
             after = steady(closed, metrics, pid, seconds)
             raw = (before["good"] + after["good"]) / 2
             left = sum(calm["good"] / (1 - calm["client"]) for calm in (before, after)) / 2
-            found.append({"capacity": raw, "offered": flood["asked"] / raw,
-                          "goodput": flood["good"] / (1 - flood["client"]) / left, "goodput_raw": flood["good"] / raw,
-                          "client_share": flood["client"], "refusal_cpu_us": 1e6 * flood["api"] / flood["asked"]})
+            found.append(
+                {
+                    "capacity": raw,
+                    "offered": flood["asked"] / raw,
+                    "goodput": flood["good"] / (1 - flood["client"]) / left,
+                    "goodput_raw": flood["good"] / raw,
+                    "client_share": flood["client"],
+                    "refusal_cpu_us": 1e6 * flood["api"] / flood["asked"],
+                }
+            )
             before = after
         latency = refusal_latency(port, pid, body, lua)
-    return {"case": case, "variant": variant, "rounds": rounds,
-            **{key: round(statistics.median(r[key] for r in found), 3) for key in found[0]}, "refusal_ms": latency}
+    return {
+        "case": case,
+        "variant": variant,
+        "rounds": rounds,
+        **{key: round(statistics.median(r[key] for r in found), 3) for key in found[0]},
+        "refusal_ms": latency,
+    }
 
 
 if __name__ == "__main__":

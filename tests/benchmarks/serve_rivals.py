@@ -6,6 +6,7 @@ Both decode with the project's own code and run the same graph on all cores, one
 LitServe base64 in JSON: a raw image body is a 500 there, and its form parser costs more. The environment's BATCH (16)
 and BATCH_SECONDS (0.002) are LitServe's max_batch_size and batch_timeout.
 """
+
 import base64
 import os
 import sys
@@ -27,7 +28,9 @@ class Graph:
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self.session = onnxruntime.InferenceSession(
+            path, options, providers=["CPUExecutionProvider"]
+        )
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         return self.session.run(["probabilities"], {"image": images})[0]
@@ -65,10 +68,15 @@ class LitApi(ls.LitAPI):
 
 
 def litserve(path: str, port: int, spec: InputSpec) -> None:
-    api = LitApi(path, spec, max_batch_size=int(os.environ.get("BATCH", "16")),
-                 batch_timeout=float(os.environ.get("BATCH_SECONDS", "0.002")))
-    ls.LitServer(api, accelerator="cpu").run(host="127.0.0.1", port=port, generate_client_file=False,
-                                             log_level="error", access_log=False)
+    api = LitApi(
+        path,
+        spec,
+        max_batch_size=int(os.environ.get("BATCH", "16")),
+        batch_timeout=float(os.environ.get("BATCH_SECONDS", "0.002")),
+    )
+    ls.LitServer(api, accelerator="cpu").run(
+        host="127.0.0.1", port=port, generate_client_file=False, log_level="error", access_log=False
+    )
 
 
 def fastapi(path: str, port: int, spec: InputSpec) -> None:
@@ -94,4 +102,6 @@ def fastapi(path: str, port: int, spec: InputSpec) -> None:
 
 if __name__ == "__main__":
     kind, model, number, manifest = sys.argv[1:]
-    {"litserve": litserve, "fastapi": fastapi}[kind](model, int(number), read_manifest(Path(manifest).parent).input)
+    {"litserve": litserve, "fastapi": fastapi}[kind](
+        model, int(number), read_manifest(Path(manifest).parent).input
+    )

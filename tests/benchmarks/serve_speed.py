@@ -9,6 +9,7 @@ decodes what it runs. Rounds alternate bare, service and rivals, and medians of 
 line a case: `of_limit`, the same by CPU seconds an image (`of_limit_cpu`, which another load on the machine disturbs
 less), and throughput and p99 against LitServe as it comes and plain FastAPI with onnxruntime.
 """
+
 import argparse
 import base64
 import json
@@ -62,7 +63,11 @@ def cpu_seconds(root: int) -> float:
 
 
 def children(pid: int) -> list[int]:
-    found = [int(p) for file in Path(f"/proc/{pid}/task").glob("*/children") for p in file.read_text().split()]
+    found = [
+        int(p)
+        for file in Path(f"/proc/{pid}/task").glob("*/children")
+        for p in file.read_text().split()
+    ]
     return found + [grandchild for child in found for grandchild in children(child)]
 
 
@@ -74,8 +79,15 @@ class Bare:
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        self.spec, self.image, self.decodes, self.batch = read_manifest(path.parent).input, image, decodes, batch
+        self.session = onnxruntime.InferenceSession(
+            path, options, providers=["CPUExecutionProvider"]
+        )
+        self.spec, self.image, self.decodes, self.batch = (
+            read_manifest(path.parent).input,
+            image,
+            decodes,
+            batch,
+        )
         self.images = np.stack([decode(image, self.spec)] * batch)
 
     def rate(self, seconds: float) -> tuple[float, float]:
@@ -84,8 +96,11 @@ class Bare:
 
         def work(i: int) -> None:
             while time.perf_counter() < end:
-                images = np.stack([decode(self.image, self.spec) for _ in range(self.batch)]) if self.decodes \
+                images = (
+                    np.stack([decode(self.image, self.spec) for _ in range(self.batch)])
+                    if self.decodes
                     else self.images
+                )
                 self.session.run(["probabilities", "energy"], {"image": images})
                 done[i] += self.batch
 
@@ -101,7 +116,9 @@ class Bare:
 @contextmanager
 def serving(command: list[str], port: int, health: str):
     """A server process that answers `health`; yields its pid."""
-    process = subprocess.Popen([sys.executable, *command], cwd=HERE.parents[1], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, *command], cwd=HERE.parents[1], stdout=subprocess.DEVNULL
+    )
     try:
         end = time.monotonic() + 60
         while True:
@@ -141,25 +158,61 @@ def awake(pid: int):
 
 def service(store: Path, model: str, port: int, *flags: str):
     """Our own server, ready; yields its pid."""
-    return serving(["-m", "serve", "--store", str(store), "--model", model, "--port", str(port), "--host", "127.0.0.1",
-                    "--metrics-port", str(free_port()), "--log-level", "error", *flags], port, "/health/ready")
+    return serving(
+        [
+            "-m",
+            "serve",
+            "--store",
+            str(store),
+            "--model",
+            model,
+            "--port",
+            str(port),
+            "--host",
+            "127.0.0.1",
+            "--metrics-port",
+            str(free_port()),
+            "--log-level",
+            "error",
+            *flags,
+        ],
+        port,
+        "/health/ready",
+    )
 
 
 def load(port: int, pid: int, script: Path, seconds: float, clients: int = 32) -> dict:
     """Requests a second, p50 and p99 [ms], the client's share of the cores, and the server's CPU seconds a request."""
     before, used = cpu_seconds(pid), resource.getrusage(resource.RUSAGE_CHILDREN)
     began = time.perf_counter()
-    command = ["wrk", "-t1", f"-c{clients}", f"-d{seconds}s", "--latency", "--timeout", "10s", "-s", script,
-               f"http://127.0.0.1:{port}/predict"]
+    command = [
+        "wrk",
+        "-t1",
+        f"-c{clients}",
+        f"-d{seconds}s",
+        "--latency",
+        "--timeout",
+        "10s",
+        "-s",
+        script,
+        f"http://127.0.0.1:{port}/predict",
+    ]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     wall, now = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     client = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
     assert "Non-2xx" not in out, out
     count = int(re.search(r"(\d+) requests in", out)[1])
-    times = {percent: float(number) * {"us": 1e-3, "ms": 1, "s": 1e3}[unit]
-             for percent, number, unit in re.findall(r"(\d+)% +([\d.]+)(us|ms|s)", out)}
-    return {"rate": float(re.search(r"Requests/sec: +([\d.]+)", out)[1]), "p50": times["50"], "p99": times["99"],
-            "client": client / wall / CORES, "cpu": (cpu_seconds(pid) - before) / max(count, 1)}
+    times = {
+        percent: float(number) * {"us": 1e-3, "ms": 1, "s": 1e3}[unit]
+        for percent, number, unit in re.findall(r"(\d+)% +([\d.]+)(us|ms|s)", out)
+    }
+    return {
+        "rate": float(re.search(r"Requests/sec: +([\d.]+)", out)[1]),
+        "p50": times["50"],
+        "p99": times["99"],
+        "client": client / wall / CORES,
+        "cpu": (cpu_seconds(pid) - before) / max(count, 1),
+    }
 
 
 def case(store: Path, name: str, rounds: int, seconds: float, rivals: list[str]) -> dict:
@@ -183,10 +236,21 @@ def case(store: Path, name: str, rounds: int, seconds: float, rivals: list[str])
         for kind in ["service", *rivals]:
             port = free_port()
             if kind == "service":
-                flags = ("--variant", variant, "--worker-timeout-seconds", "600")  # to be halted is no hang
+                flags = (
+                    "--variant",
+                    variant,
+                    "--worker-timeout-seconds",
+                    "600",
+                )  # to be halted is no hang
                 pid = stack.enter_context(service(store, model, port, *flags))
             else:
-                command = [str(HERE / "serve_rivals.py"), kind, str(file), str(port), str(bundle / "manifest.json")]
+                command = [
+                    str(HERE / "serve_rivals.py"),
+                    kind,
+                    str(file),
+                    str(port),
+                    str(bundle / "manifest.json"),
+                ]
                 pid = stack.enter_context(serving(command, port, "/health"))
             script = scripts["application/json" if kind == "litserve" else "image/jpeg"]
             servers[kind] = (port, pid, script)
@@ -207,9 +271,15 @@ def report(name: str, batch: int, rounds: list[dict], rivals: list[str]) -> dict
         return round(statistics.median(value(r) for r in rounds), 3)
 
     line = {
-        "case": name, "cores": CORES, "bare_batch": batch, "bare": middle(lambda r: r["limit"]),
-        "service": middle(lambda r: r["service"]["rate"]), "client_share": middle(lambda r: r["service"]["client"]),
-        "of_limit": middle(lambda r: r["service"]["rate"] / (r["limit"] * (1 - r["service"]["client"]))),
+        "case": name,
+        "cores": CORES,
+        "bare_batch": batch,
+        "bare": middle(lambda r: r["limit"]),
+        "service": middle(lambda r: r["service"]["rate"]),
+        "client_share": middle(lambda r: r["service"]["client"]),
+        "of_limit": middle(
+            lambda r: r["service"]["rate"] / (r["limit"] * (1 - r["service"]["client"]))
+        ),
         "of_limit_raw": middle(lambda r: r["service"]["rate"] / r["limit"]),
         "of_limit_cpu": middle(lambda r: r["limit_cpu"] / r["service"]["cpu"]),
         "p99_ms": middle(lambda r: r["service"]["p99"]),
@@ -222,7 +292,9 @@ def report(name: str, batch: int, rounds: list[dict], rivals: list[str]) -> dict
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("cases", nargs="*", default=["small-int8", "small-fp32", "large-fp32", "tiny"])
+    parser.add_argument(
+        "cases", nargs="*", default=["small-int8", "small-fp32", "large-fp32", "tiny"]
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=int, default=3)
     parser.add_argument("--rivals", nargs="*", default=["litserve", "fastapi"])

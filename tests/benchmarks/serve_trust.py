@@ -6,6 +6,7 @@ Servers run side by side, only one is loaded at a time (wrk, 32 clients), in tur
 rounds' ratios to the service with everything off, for throughput, p99 and CPU seconds a request. `swap_p99` is p99 of
 rounds in which `latest` moves, against rounds of the same service in which it does not.
 """
+
 import argparse
 import json
 import shutil
@@ -24,13 +25,37 @@ from models.bundle import read_manifest, write_sums
 from models.store import Store
 
 OFF = ["--drift-window", "0", "--reload-seconds", "0"]
-MODES = {"off": OFF, "drift": ["--reload-seconds", "0"], "on": [], "shadow": ["--shadow-version", "1"]}
+MODES = {
+    "off": OFF,
+    "drift": ["--reload-seconds", "0"],
+    "on": [],
+    "shadow": ["--shadow-version", "1"],
+}
 
 
-def start(stack: ExitStack, store: Path, model: str, variant: str, flags: list[str]) -> tuple[int, int]:
+def start(
+    stack: ExitStack, store: Path, model: str, variant: str, flags: list[str]
+) -> tuple[int, int]:
     port = free_port()
-    command = ["-m", "serve", "--store", str(store), "--model", model, "--variant", variant, "--port", str(port),
-               "--host", "127.0.0.1", "--metrics-port", str(free_port()), "--log-level", "error", *flags]
+    command = [
+        "-m",
+        "serve",
+        "--store",
+        str(store),
+        "--model",
+        model,
+        "--variant",
+        variant,
+        "--port",
+        str(port),
+        "--host",
+        "127.0.0.1",
+        "--metrics-port",
+        str(free_port()),
+        "--log-level",
+        "error",
+        *flags,
+    ]
     return port, stack.enter_context(serving(command, port, "/health/ready"))
 
 
@@ -49,14 +74,24 @@ def case(name: str, made: Path | None, rounds: int, seconds: int, modes: list[st
         own(store, made, model)
         (store / "image.jpg").write_bytes(picture(32, 32))
         script.write_text(SCRIPT % ("image/jpeg", store / "image.jpg"))
-        servers = {mode: start(stack, store, model, variant or "fp32", MODES[mode]) for mode in ["off", *modes]}
+        servers = {
+            mode: start(stack, store, model, variant or "fp32", MODES[mode])
+            for mode in ["off", *modes]
+        }
         for server in servers.values():
             load(*server, script, 1)
-        found = [{mode: load(*server, script, seconds) for mode, server in servers.items()} for _ in range(rounds)]
+        found = [
+            {mode: load(*server, script, seconds) for mode, server in servers.items()}
+            for _ in range(rounds)
+        ]
         line = {"case": name, "off": round(statistics.median(r["off"]["rate"] for r in found), 1)}
         for mode in modes:
-            line |= {f"{key}_{mode}": round(statistics.median(r[mode][key] / r["off"][key] for r in found), 3)
-                     for key in ("rate", "p99", "cpu")}
+            line |= {
+                f"{key}_{mode}": round(
+                    statistics.median(r[mode][key] / r["off"][key] for r in found), 3
+                )
+                for key in ("rate", "p99", "cpu")
+            }
     return line | {"swap_p99": swap(name, made, max(3, rounds // 2), seconds)}
 
 
@@ -85,7 +120,9 @@ def swap(name: str, made: Path | None, rounds: int, seconds: int) -> float:
             timer.start()
             ratios.append(load(port, pid, script, seconds)["p99"] / quiet["p99"])
             end = time.monotonic() + 30
-            while json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/model"))["version"] != str(version):
+            while json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/model"))[
+                "version"
+            ] != str(version):
                 assert time.monotonic() < end, "not swapped"
                 time.sleep(0.1)
     return round(statistics.median(ratios), 3)
@@ -96,8 +133,12 @@ if __name__ == "__main__":
     parser.add_argument("cases", nargs="*", default=["small-int8", "tiny"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=int, default=3)
-    parser.add_argument("--modes", nargs="*", default=["drift", "on", "shadow"], choices=list(MODES)[1:])
+    parser.add_argument(
+        "--modes", nargs="*", default=["drift", "on", "shadow"], choices=list(MODES)[1:]
+    )
     parser.add_argument("--store", type=Path)
     given = parser.parse_args()
     for one in given.cases:
-        print(json.dumps(case(one, given.store, given.rounds, given.seconds, given.modes)), flush=True)
+        print(
+            json.dumps(case(one, given.store, given.rounds, given.seconds, given.modes)), flush=True
+        )

@@ -2,23 +2,24 @@
 
     python serve_unchecked.py FLAGS…    takes the flags of `python -m serve`
 
-What it leaves out stands below; the worker process imports this file as well. The limits of serve/connection.py (heads,
+What it leaves out stands below; the worker process imports this file as well. The limits of serve/http/protocol.py (heads,
 connections, slow clients) and the one timer of all deadlines stay on: the protocol itself hangs on them. A name that
 the service has no more raises AttributeError, so that nothing is measured against a service that still does it.
 """
+
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from serve.__main__ import main
-from serve.feedback import Feedback
-from serve.front import Front
-from serve.metrics import WorkerMetrics
-from serve.pool import Ask
-from serve.predict import Place, Predictor
-from serve.responses import Request
-from serve.state import State
+from serve.http.app import Front
+from serve.http.dispatcher import Ask
+from serve.http.feedback import Feedback
+from serve.http.predict_endpoint import Place, Predictor
+from serve.http.responses import Request
+from serve.metrics.shared_counters import WorkerMetrics
+from serve.shared_state import SharedState
 
 
 def nothing(*_: object) -> None:
@@ -38,13 +39,22 @@ def finish(ask: Ask) -> None:
     ask.done(ask)
 
 
-replace(Front, authorize=nothing, finish=nothing, count=nothing,
-        request=lambda self, scope, receive: Request(scope, receive, dict(scope["headers"]), "0"))
-replace(Predictor, enter=lambda self, headers: Place(), hold=nothing, leave=nothing, check_room=nothing)
+replace(
+    Front,
+    authorize=nothing,
+    finish=nothing,
+    count=nothing,
+    request=lambda self, scope, receive: Request(scope, receive, dict(scope["headers"]), "0"),
+)
+replace(
+    Predictor, enter=lambda self, headers: Place(), hold=nothing, leave=nothing, check_room=nothing
+)
 replace(Feedback, remember=nothing)
 replace(WorkerMetrics, batch=nothing)
 replace(Ask, finish=finish)
-replace(State, end=nothing, begin=lambda self, worker, predictor: 0.0)  # the time, which no deadline is before
+replace(
+    SharedState, end=nothing, begin=lambda self, worker, predictor: 0.0
+)  # the time, which no deadline is before
 
 if __name__ == "__main__":
     sys.exit(main(["--drift-window", "0", "--reload-seconds", "0", *sys.argv[1:]]))

@@ -9,6 +9,7 @@ with options that the loop has not. Seconds are those of training, validation in
 step (data, set-up, compiling) is counted apart, for the twin as well. Processor seconds tell more than wall time where
 a machine is shared. The peak of memory is that of all seeds up to then, and of their twins.
 """
+
 import argparse
 import json
 import platform
@@ -26,8 +27,9 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from models import networks
-from train import cli, optim
-from train.system import PREPARE_IMAGES
+from train.cli import main
+from train.learning import optimizers
+from train.learning.system import PREPARE_IMAGES
 
 clocks: list["Clock"] = []
 
@@ -51,45 +53,75 @@ class Mirrored(Callback):
     """Ends the program before the first step of a recipe that `twin` would not follow."""
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        averages, stops = (next(c for c in trainer.callbacks if isinstance(c, kind))
-                           for kind in (cli.WeightAverage, cli.EarlyStopping))
-        asked = {"ema.decay": averages.decay, "early_stopping.patience": stops.patience < 10**9,
-                 "trainer.gradient_clip_val": trainer.gradient_clip_val,
-                 "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches > 1,
-                 "model.weigh_classes": pl_module.weigh_classes, "model.weights": pl_module.weights}
+        averages, stops = (
+            next(c for c in trainer.callbacks if isinstance(c, kind))
+            for kind in (main.WeightAverage, main.EarlyStopping)
+        )
+        asked = {
+            "ema.decay": averages.decay,
+            "early_stopping.patience": stops.patience < 10**9,
+            "trainer.gradient_clip_val": trainer.gradient_clip_val,
+            "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches > 1,
+            "model.weigh_classes": pl_module.weigh_classes,
+            "model.weights": pl_module.weights,
+        }
         if names := ", ".join(name for name, value in asked.items() if value):
-            sys.exit(f"train_recipes: --twin: the bare loop has no {names}; turn it off by a flag, or leave out --twin")
+            sys.exit(
+                f"train_recipes: --twin: the bare loop has no {names}; turn it off by a flag, or leave out --twin"
+            )
 
 
 def one(recipe: str, seed: int, asked: argparse.Namespace, flags: list[str]) -> dict[str, Any]:
     """One run and its test; with --twin the bare loop after it."""
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as runs:
-        words = ["run", asked.data or recipe_source(recipe), "--recipe", recipe, "--seed_everything", str(seed),
-                 "--name", "recipe", "--export.enabled", "false", "--trainer.default_root_dir", runs,
-                 "--trainer.callbacks+=train_recipes.Clock", *flags]
+        words = [
+            "run",
+            asked.data or recipe_source(recipe),
+            "--recipe",
+            recipe,
+            "--seed_everything",
+            str(seed),
+            "--name",
+            "recipe",
+            "--export.enabled",
+            "false",
+            "--trainer.default_root_dir",
+            runs,
+            "--trainer.callbacks+=train_recipes.Clock",
+            *flags,
+        ]
         if asked.twin:
             words.append("--trainer.callbacks+=train_recipes.Mirrored")
-        found = cli.run(words + (["--root", asked.root] if asked.root else []))
+        found = main.run(words + (["--root", asked.root] if asked.root else []))
         pace = clocks[-1].pace
         total = time.perf_counter() - began
         kept = found.trainer.checkpoint_callback
         best = kept.best_model_path if kept.monitor else None
-        tested = found.trainer.test(found.model, datamodule=found.datamodule, ckpt_path=best, verbose=False)[0]
-    result = {"seed": seed, "accuracy": tested["test/accuracy"], "seconds": round(pace.seconds, 2),
-              "cpu_seconds": round(pace.cpu_seconds, 1), "setup_seconds": round(total - pace.seconds, 2)}
+        tested = found.trainer.test(
+            found.model, datamodule=found.datamodule, ckpt_path=best, verbose=False
+        )[0]
+    result = {
+        "seed": seed,
+        "accuracy": tested["test/accuracy"],
+        "seconds": round(pace.seconds, 2),
+        "cpu_seconds": round(pace.cpu_seconds, 1),
+        "setup_seconds": round(total - pace.seconds, 2),
+    }
     if "test_tta/accuracy" in tested:
         result["accuracy_tta"] = tested["test_tta/accuracy"]
     return result | (twin(found) if asked.twin else {})
 
 
-def twin(found: cli.CLI) -> dict[str, Any]:
+def twin(found: main.CLI) -> dict[str, Any]:
     """The same recipe in a bare loop: its accuracy, and its seconds after set-up and compiling, which stand apart."""
     began = time.perf_counter()
     data, system, trainer = found.datamodule, found.model, found.trainer
     bf16 = trainer.precision == "bf16-mixed"
     loader = data.train_dataloader()
-    network = networks.build(system.name, len(data.classes), data.input.channels, data.input.height, **system.options)
+    network = networks.build(
+        system.name, len(data.classes), data.input.channels, data.input.height, **system.options
+    )
     if network.prepare:
         network.prepare(system.cpu().normalize(data.examples(PREPARE_IMAGES)))
     device = trainer.strategy.root_device
@@ -97,7 +129,7 @@ def twin(found: cli.CLI) -> dict[str, Any]:
     network.to(device, memory_format=system.layout)
     if system.compile_mode != "off":
         network.compile(mode=system.compile_mode)
-    optimizer = optim.build(network, system.optimizer)
+    optimizer = optimizers.build(network, system.optimizer)
     schedule = system.schedule.scheduler(optimizer, len(loader) * trainer.max_epochs)
     warm_up(network, next(iter(loader)), system, bf16)
     setup = time.perf_counter() - began
@@ -106,12 +138,17 @@ def twin(found: cli.CLI) -> dict[str, Any]:
         loader.sampler.set_epoch(epoch)
         bare.epoch(network, optimizer, schedule, loader, system, bf16)
     whole.stop()
-    return {"twin_seconds": round(whole.seconds, 2), "twin_cpu_seconds": round(whole.cpu_seconds, 1),
-            "twin_setup_seconds": round(setup, 2),
-            "twin_accuracy": bare.accuracy(network, data.test_dataloader(), system, bf16)}
+    return {
+        "twin_seconds": round(whole.seconds, 2),
+        "twin_cpu_seconds": round(whole.cpu_seconds, 1),
+        "twin_setup_seconds": round(setup, 2),
+        "twin_accuracy": bare.accuracy(network, data.test_dataloader(), system, bf16),
+    }
 
 
-def warm_up(network: networks.Network, batch: tuple[torch.Tensor, torch.Tensor], system: Any, bf16: bool) -> None:
+def warm_up(
+    network: networks.Network, batch: tuple[torch.Tensor, torch.Tensor], system: Any, bf16: bool
+) -> None:
     """Forward and backward once, so that compiling and the choice of kernels are not counted; changes no weight."""
     state = {name: value.clone() for name, value in network.state_dict().items()}
     with torch.autocast(system.device.type, torch.bfloat16, enabled=bf16):
@@ -123,7 +160,7 @@ def warm_up(network: networks.Network, batch: tuple[torch.Tensor, torch.Tensor],
 def recipe_source(recipe: str) -> str:
     import yaml
 
-    return yaml.safe_load((cli.RECIPES / f"{recipe}.yaml").read_text())["data"]["source"]
+    return yaml.safe_load((main.RECIPES / f"{recipe}.yaml").read_text())["data"]["source"]
 
 
 def main() -> None:
@@ -133,10 +170,16 @@ def main() -> None:
     parser.add_argument("--root", help="where a data set of torchvision lies")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--twin", action="store_true")
-    parser.add_argument("--keep", action="store_true", help="write the results beside this script, too")
-    parser.add_argument("--note", default="", help="kept beside the figures, e.g. what else the machine did")
+    parser.add_argument(
+        "--keep", action="store_true", help="write the results beside this script, too"
+    )
+    parser.add_argument(
+        "--note", default="", help="kept beside the figures, e.g. what else the machine did"
+    )
     asked, flags = parser.parse_known_args()
-    sys.modules["train_recipes"] = sys.modules["__main__"]  # the command line imports the callback by this name
+    sys.modules["train_recipes"] = sys.modules[
+        "__main__"
+    ]  # the command line imports the callback by this name
     runs: list[dict[str, Any]] = []
     for seed in range(asked.seeds):
         runs.append(one(asked.recipe, seed, asked, flags))
@@ -144,7 +187,9 @@ def main() -> None:
         result = summary(asked.recipe, flags, asked.note, runs)
         if asked.keep:  # after each seed: the next one may take hours
             bare.keep(__file__, result, ("recipe", "flags", "device"))
-    print(f"{asked.recipe}: {result['mean_accuracy']:.4f} ± {result['sd'] or 0:.4f} over {len(runs)} seeds")
+    print(
+        f"{asked.recipe}: {result['mean_accuracy']:.4f} ± {result['sd'] or 0:.4f} over {len(runs)} seeds"
+    )
 
 
 def summary(recipe: str, flags: list[str], note: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -152,13 +197,26 @@ def summary(recipe: str, flags: list[str], note: str, runs: list[dict[str, Any]]
     accuracies = [run["accuracy"] for run in runs]
     cuda = torch.cuda.is_available()
     return {
-        "recipe": recipe, "flags": flags,
-        "device": torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads",
-        "versions": {"python": platform.python_version()} | {p: version(p) for p in ("torch", "lightning")},
-        "mean_accuracy": statistics.mean(accuracies), "sd": statistics.stdev(accuracies) if len(runs) > 1 else None,
-        "peak_memory_mb": round((torch.cuda.max_memory_allocated() if cuda else
-                                 resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e6),
-        "note": note, "runs": runs}
+        "recipe": recipe,
+        "flags": flags,
+        "device": torch.cuda.get_device_name()
+        if cuda
+        else f"cpu, {torch.get_num_threads()} threads",
+        "versions": {"python": platform.python_version()}
+        | {p: version(p) for p in ("torch", "lightning")},
+        "mean_accuracy": statistics.mean(accuracies),
+        "sd": statistics.stdev(accuracies) if len(runs) > 1 else None,
+        "peak_memory_mb": round(
+            (
+                torch.cuda.max_memory_allocated()
+                if cuda
+                else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            )
+            / 1e6
+        ),
+        "note": note,
+        "runs": runs,
+    }
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ the network for an epoch in the same process, so both see the same machine. The 
 that others use as well, the ratio by processor time (`cpu_ratio`) is the better witness. Prints one JSON line a case:
 device, images/s of both, ratios, and the peak memory of the command alone, in a process of its own. --keep writes them
 into train_speed.json beside this script as well. The data is made up, 32x32 in colour, unless DIR is given.
-With MALLOC_ARENA_MAX or its like in the environment the C library is left as it is: that shows what train.lean gains.
+With MALLOC_ARENA_MAX or its like in the environment the C library is left as it is: that shows what train.learning.lightning_speed gains.
 """
+
 import argparse
 import copy
 import json
@@ -29,15 +30,24 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from train import cli, optim
+from train.cli import main
+from train.learning import optimizers
 
 AUGMENT = ["--data.augment.flip", "alternating", "--data.augment.crop_padding", "2"]
 CASES = {  # the recipe's network and how it is fed
     "lenet": ["--recipe", "seeds/lenet-cifar10", "--data.batch_size", "32"],
     "lenet-256": ["--recipe", "seeds/lenet-cifar10", "--data.batch_size", "256"],
     "speednet": ["--recipe", "cifar10", "--data.batch_size", "500"],
-    "resnet18": ["--recipe", "folder", "--data.size", "32", "--data.augment.random_resized_crop", "0",
-                 "--ema.decay", "0"],
+    "resnet18": [
+        "--recipe",
+        "folder",
+        "--data.size",
+        "32",
+        "--data.augment.random_resized_crop",
+        "0",
+        "--ema.decay",
+        "0",
+    ],
 }
 pairs: list[tuple[bare.Pace, bare.Pace]] = []  # bare, fit
 
@@ -47,18 +57,32 @@ class Twin(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.network = copy.deepcopy(pl_module.network)
-        self.optimizer = optim.build(self.network, pl_module.optimizer)
-        self.schedule = pl_module.schedule.scheduler(self.optimizer, int(trainer.estimated_stepping_batches))
+        self.optimizer = optimizers.build(self.network, pl_module.optimizer)
+        self.schedule = pl_module.schedule.scheduler(
+            self.optimizer, int(trainer.estimated_stepping_batches)
+        )
         self.loader = trainer.datamodule.train_dataloader()
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.loader.sampler.set_epoch(trainer.current_epoch)
-        self.bare = bare.epoch(self.network, self.optimizer, self.schedule, self.loader, pl_module,
-                               trainer.precision == "bf16-mixed")
+        self.bare = bare.epoch(
+            self.network,
+            self.optimizer,
+            self.schedule,
+            self.loader,
+            pl_module,
+            trainer.precision == "bf16-mixed",
+        )
         self.pace = bare.Pace(pl_module.device)
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any,
-                           batch_idx: int) -> None:
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
         self.pace.images += len(batch[0])
         if trainer.is_last_batch:
             pairs.append((self.bare, self.pace.stop()))
@@ -75,16 +99,37 @@ def make(root: Path, count: int) -> None:
 
 def fit(case: str, data: str, epochs: int, *flags: str) -> None:
     with tempfile.TemporaryDirectory() as runs:
-        cli.run(["run", data, *CASES[case], *AUGMENT, "--name", "speed", "--export.enabled", "false",
-                 "--trainer.default_root_dir", runs, "--trainer.max_epochs", str(epochs), *flags])
+        main.run(
+            [
+                "run",
+                data,
+                *CASES[case],
+                *AUGMENT,
+                "--name",
+                "speed",
+                "--export.enabled",
+                "false",
+                "--trainer.default_root_dir",
+                runs,
+                "--trainer.max_epochs",
+                str(epochs),
+                *flags,
+            ]
+        )
 
 
 def peak(case: str, data: str, threads: int) -> int:
     """Megabytes at most, of the GPU or else of this process, which must be a fresh one: no twin, no other case."""
     torch.set_num_threads(threads)
     fit(case, data, 2, "--progress.quiet", "true")
-    return round((torch.cuda.max_memory_allocated() if torch.cuda.is_available() else
-                  resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e6)
+    return round(
+        (
+            torch.cuda.max_memory_allocated()
+            if torch.cuda.is_available()
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        )
+        / 1e6
+    )
 
 
 def measure(case: str, data: str, epochs: int) -> dict[str, Any]:
@@ -95,8 +140,13 @@ def measure(case: str, data: str, epochs: int) -> dict[str, Any]:
     kept = pairs[1:]  # the first epoch warms up
     cuda = torch.cuda.is_available()
     return {
-        "case": case, "device": torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads",
-        "torch": torch.__version__, "python": platform.python_version(), "epochs": len(kept),
+        "case": case,
+        "device": torch.cuda.get_device_name()
+        if cuda
+        else f"cpu, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "epochs": len(kept),
         "bare_images_per_s": round(statistics.median(loop.wall for loop, _ in kept), 1),
         "fit_images_per_s": round(statistics.median(ours.wall for _, ours in kept), 1),
         "ratio": round(statistics.median(ours.wall / loop.wall for loop, ours in kept), 3),
@@ -111,9 +161,13 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--images", type=int, default=4000)
     parser.add_argument("--data", help="a folder of class folders")
-    parser.add_argument("--keep", action="store_true", help="write the results beside this script, too")
+    parser.add_argument(
+        "--keep", action="store_true", help="write the results beside this script, too"
+    )
     asked = parser.parse_args()
-    sys.modules["train_speed"] = sys.modules["__main__"]  # the command line imports the callback by this name
+    sys.modules["train_speed"] = sys.modules[
+        "__main__"
+    ]  # the command line imports the callback by this name
     with tempfile.TemporaryDirectory() as made:
         if not asked.data:
             make(Path(made), asked.images)

@@ -1,4 +1,5 @@
 """The Dockerfiles as text, and what the scripts beside them say when something is missing."""
+
 import json
 import os
 import re
@@ -16,7 +17,9 @@ FILES = sorted((ROOT / "docker").glob("*.Dockerfile"))
 
 
 def test_hadolint_finds_nothing():
-    done = subprocess.run([Path(sys.executable).parent / "hadolint", *FILES], capture_output=True, text=True)
+    done = subprocess.run(
+        [Path(sys.executable).parent / "hadolint", *FILES], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -36,10 +39,20 @@ def test_an_image_is_labelled_with_what_it_is_and_was_built_from(kind):
     last = (ROOT / f"docker/{kind}.Dockerfile").read_text().split("\nFROM ")[-1]
     labels = dict(re.findall(r'org\.opencontainers\.image\.([\w.]+)="(.*?)"', last))
     assert labels.pop("description")
-    assert labels == {"title": f"Imago {kind}", "licenses": "Apache-2.0", "version": "${VERSION}",
-                      "revision": "${REVISION}", "source": "${SOURCE}", "base.name": "${BASE}"}
-    declared = re.findall(r"\w+", " ".join(re.findall(r"^ARG (.*)", last.partition("LABEL ")[0], re.MULTILINE)))
-    assert {"VERSION", "REVISION", "SOURCE", "BASE"} <= set(declared), "an argument is known in its stage alone"
+    assert labels == {
+        "title": f"Imago {kind}",
+        "licenses": "Apache-2.0",
+        "version": "${VERSION}",
+        "revision": "${REVISION}",
+        "source": "${SOURCE}",
+        "base.name": "${BASE}",
+    }
+    declared = re.findall(
+        r"\w+", " ".join(re.findall(r"^ARG (.*)", last.partition("LABEL ")[0], re.MULTILINE))
+    )
+    assert {"VERSION", "REVISION", "SOURCE", "BASE"} <= set(declared), (
+        "an argument is known in its stage alone"
+    )
 
 
 def test_serving_is_installed_by_hash():
@@ -48,8 +61,11 @@ def test_serving_is_installed_by_hash():
     assert "--no-deps" in text
 
 
-@pytest.mark.parametrize(("status", "well"), [(200, True), (503, False), (None, False)],
-                         ids=["ready", "not ready", "nobody there"])
+@pytest.mark.parametrize(
+    ("status", "well"),
+    [(200, True), (503, False), (None, False)],
+    ids=["ready", "not ready", "nobody there"],
+)
 def test_the_health_check_asks_whether_the_service_is_ready(status, well):
     text = (ROOT / "docker/serve.Dockerfile").read_text()
     (command,) = re.findall(r"^HEALTHCHECK .*\\\n +CMD (\[.*\])$", text, re.MULTILINE)
@@ -70,21 +86,34 @@ def test_the_health_check_asks_whether_the_service_is_ready(status, well):
             threading.Thread(target=server.handle_request).start()
         else:
             server.server_close()
-        done = subprocess.run([sys.executable, *json.loads(command)[1:]], capture_output=True, timeout=20,
-                              env=os.environ | {"IMAGO_PORT": str(port)})
+        done = subprocess.run(
+            [sys.executable, *json.loads(command)[1:]],
+            capture_output=True,
+            timeout=20,
+            env=os.environ | {"IMAGO_PORT": str(port)},
+        )
     assert (done.returncode == 0) is well, done.stderr
     assert asked == (["/health/ready"] if status else [])
 
 
 def test_what_is_copied_may_enter_a_build_and_nothing_else():
-    allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    allowed = {
+        line[1:]
+        for line in (ROOT / ".dockerignore").read_text().splitlines()
+        if line.startswith("!")
+    }
     for file in FILES:
         if file.name == "model.Dockerfile":  # built from a store, not from here
             continue
         for source in re.findall(r"^COPY (?!--from)(\S+) ", file.read_text(), re.MULTILINE):
             if source != ".":
-                assert any(source == a or source.split("/")[0] == a or Path(source).match(a) or (a.startswith("docker")
-                           and source.startswith("docker/")) for a in allowed), source
+                assert any(
+                    source == a
+                    or source.split("/")[0] == a
+                    or Path(source).match(a)
+                    or (a.startswith("docker") and source.startswith("docker/"))
+                    for a in allowed
+                ), source
     assert "*" in (ROOT / ".dockerignore").read_text().splitlines()
 
 
@@ -98,7 +127,9 @@ def test_no_mode_of_a_file_on_the_building_machine_gets_into_an_image(kind):
 
 
 def run(script: str | Path, *words: str, **env: str) -> subprocess.CompletedProcess:
-    return subprocess.run([ROOT / script, *words], capture_output=True, text=True, env={**os.environ, **env})
+    return subprocess.run(
+        [ROOT / script, *words], capture_output=True, text=True, env={**os.environ, **env}
+    )
 
 
 def one_line(done: subprocess.CompletedProcess) -> str:
@@ -112,12 +143,15 @@ def test_no_engine_is_one_line():
 
 
 def test_an_unknown_runtime_is_one_line():
-    assert "no RUNTIME 'abacus'; there are: cpu" in one_line(run("docker/build", "serve", RUNTIME="abacus"))
+    assert "no RUNTIME 'abacus'; there are: cpu" in one_line(
+        run("docker/build", "serve", RUNTIME="abacus")
+    )
 
 
 @pytest.fixture
 def build(tmp_path):
     """What this engine is told to build with, where `python3` does this."""
+
     def build(engine: str, python: str) -> list[str]:
         says = f'[ "$1" = --version ] && echo {engine} version 5 || echo "$*"'
         for name, does in {engine: says, "python3": python}.items():
@@ -127,6 +161,7 @@ def build(tmp_path):
         done = run("docker/engine", "build", ".", ENGINE=engine, BUILD_FLAGS="", PATH=path)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout.split()
+
     return build
 
 
@@ -158,7 +193,12 @@ def test_a_python_without_pip_has_no_settings_to_pass_on(engine, build):
 
 def test_a_docker_that_cannot_build_gives_way_to_podman(tmp_path):
     """docker from version 23 on has BuildKit only with its plugin."""
-    docker = {"info": "true", "buildx": "exit 1", "version": "echo 28.2.2", "--version": "echo Docker version 28.2.2"}
+    docker = {
+        "info": "true",
+        "buildx": "exit 1",
+        "version": "echo 28.2.2",
+        "--version": "echo Docker version 28.2.2",
+    }
     podman = {"info": "true", "--version": "echo podman version 5.4.0", "images": "echo by podman"}
     for name, does in {"docker": docker, "podman": podman}.items():
         cases = "\n".join(f"{verb}) {action};;" for verb, action in does.items())
@@ -168,7 +208,9 @@ def test_a_docker_that_cannot_build_gives_way_to_podman(tmp_path):
     done = run("docker/engine", "images", PATH=path, ENGINE="")
     assert done.stdout == "by podman\n", done.stderr
     assert "docker-buildx" in one_line(run("docker/engine", "images", PATH=path, ENGINE="docker"))
-    (tmp_path / "docker").write_text('#!/bin/sh\n[ "$1" != buildx ] && echo 20.10.24 $DOCKER_BUILDKIT\n')
+    (tmp_path / "docker").write_text(
+        '#!/bin/sh\n[ "$1" != buildx ] && echo 20.10.24 $DOCKER_BUILDKIT\n'
+    )
     assert run("docker/engine", "images", PATH=path, ENGINE="").stdout == "20.10.24 1\n"
 
 
@@ -179,17 +221,23 @@ def test_an_image_of_changed_sources_says_so(tmp_path):
         (root / "docker").mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / "docker" / script, root / "docker")
     tools.mkdir()
-    (tools / "podman").write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo podman version 5 || echo "$*" >>{calls}\n')
+    (tools / "podman").write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] && echo podman version 5 || echo "$*" >>{calls}\n'
+    )
     (tools / "podman").chmod(0o755)
 
     def passed(argument: str) -> str:
         calls.unlink(missing_ok=True)
-        done = run(root / "docker/build", "train", ENGINE="podman", PATH=f"{tools}:{os.environ['PATH']}")
+        done = run(
+            root / "docker/build", "train", ENGINE="podman", PATH=f"{tools}:{os.environ['PATH']}"
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return re.findall(rf"{argument}=(\S+)", calls.read_text())[0]
 
     def git(*words: str) -> None:
-        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=root, check=True)
+        subprocess.run(
+            ["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=root, check=True
+        )
 
     git("init", "--quiet")
     assert passed("REVISION") == passed("SOURCE") == "unknown"
@@ -197,7 +245,10 @@ def test_an_image_of_changed_sources_says_so(tmp_path):
     git("commit", "--quiet", "--message=a")
     (root / "notes").write_text("not of the images")
     assert re.fullmatch(r"[0-9a-f]{40}", passed("REVISION"))
-    for remote in ("https://me:secret@example.com/me/imago.git", "https://example.com/me/imago.git"):
+    for remote in (
+        "https://me:secret@example.com/me/imago.git",
+        "https://example.com/me/imago.git",
+    ):
         git("config", "remote.origin.url", remote)
         assert passed("SOURCE") == "https://example.com/me/imago.git"
     (root / "train").mkdir()

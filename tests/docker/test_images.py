@@ -2,6 +2,7 @@
 
 IMAGO_TEST_IMAGES names the serving and the training image; `make test-images` builds them and sets it.
 """
+
 import json
 import os
 import re
@@ -22,11 +23,20 @@ NAMES = dict(zip(("serve", "train"), os.environ.get("IMAGO_TEST_IMAGES", "").spl
 BASE = os.environ.get("BASE", "docker.io/library/python:3.11-slim-bookworm")
 RUNTIME = os.environ.get("RUNTIME", "cpu")  # of the serving image
 pytestmark = [
-    pytest.mark.slow, pytest.mark.timeout(1800),
-    pytest.mark.skipif(not NAMES, reason="IMAGO_TEST_IMAGES names no images; make test-images builds them"),
+    pytest.mark.slow,
+    pytest.mark.timeout(1800),
+    pytest.mark.skipif(
+        not NAMES, reason="IMAGO_TEST_IMAGES names no images; make test-images builds them"
+    ),
 ]
-RESTRICTED = ["--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--user=65532:65532",
-              "--tmpfs=/tmp:rw,size=512m,mode=1777", "--pids-limit=512"]
+RESTRICTED = [
+    "--read-only",
+    "--cap-drop=ALL",
+    "--security-opt=no-new-privileges",
+    "--user=65532:65532",
+    "--tmpfs=/tmp:rw,size=512m,mode=1777",
+    "--pids-limit=512",
+]
 MEGABYTE = 1_000_000
 
 
@@ -43,9 +53,23 @@ def volume(engine, tmp_path_factory) -> Path:
         (root / part).chmod(0o777)  # the user of the images is nobody's user here
     root.chmod(0o755)
     root.parent.chmod(0o755)
-    done = engine("run", "--rm", *RESTRICTED, "--memory=3g", "--cpus=2", "--volume", f"{root}/store:/store", "--volume",
-                  f"{root}/data:/data", name("train"), "run", "digits", "--store=/store",
-                  "--trainer.default_root_dir=/data/runs", timeout=1500)
+    done = engine(
+        "run",
+        "--rm",
+        *RESTRICTED,
+        "--memory=3g",
+        "--cpus=2",
+        "--volume",
+        f"{root}/store:/store",
+        "--volume",
+        f"{root}/data:/data",
+        name("train"),
+        "run",
+        "digits",
+        "--store=/store",
+        "--trainer.default_root_dir=/data/runs",
+        timeout=1500,
+    )
     print(done.stdout + done.stderr)
     return root
 
@@ -56,11 +80,32 @@ class Service:
     def __init__(self, engine, store: Path, *flags: str, port: int | None = None):
         """With `port`, it listens there itself: a published port outlives its container, and swallows connections."""
         self.engine = engine
-        network = (["--publish=127.0.0.1::8000", "--publish=127.0.0.1::9090"] if port is None else
-                   ["--network=host", f"--env=IMAGO_PORT={port}", "--env=IMAGO_METRICS_PORT=0",
-                    "--env=IMAGO_HOST=127.0.0.1"])
-        self.id = engine("run", "--detach", *RESTRICTED, "--memory=1g", "--cpus=1", "--volume", f"{store}:/store:ro",
-                         *network, *flags, name("serve")).stdout.strip().splitlines()[-1]
+        network = (
+            ["--publish=127.0.0.1::8000", "--publish=127.0.0.1::9090"]
+            if port is None
+            else [
+                "--network=host",
+                f"--env=IMAGO_PORT={port}",
+                "--env=IMAGO_METRICS_PORT=0",
+                "--env=IMAGO_HOST=127.0.0.1",
+            ]
+        )
+        self.id = (
+            engine(
+                "run",
+                "--detach",
+                *RESTRICTED,
+                "--memory=1g",
+                "--cpus=1",
+                "--volume",
+                f"{store}:/store:ro",
+                *network,
+                *flags,
+                name("serve"),
+            )
+            .stdout.strip()
+            .splitlines()[-1]
+        )
         self.port = port or self.published(8000)
         self.metrics_port = 0 if port else self.published(9090)
 
@@ -99,6 +144,7 @@ def serve(engine):
         finally:
             engine("stop", "-t", "1", service.id)
             engine("rm", "--force", service.id)
+
     return start
 
 
@@ -110,7 +156,9 @@ def bundle(volume: Path) -> tuple[Path, dict]:
 def test_training_left_a_bundle_in_the_volume(volume, engine):
     path, manifest = bundle(volume)
     revision = 'index .Config.Labels "org.opencontainers.image.revision"'
-    label = engine("image", "inspect", "--format", f"{{{{{revision}}}}}", name("train")).stdout.strip()
+    label = engine(
+        "image", "inspect", "--format", f"{{{{{revision}}}}}", name("train")
+    ).stdout.strip()
     provenance = manifest["provenance"]
     assert provenance["git_commit"] + "-dirty" * provenance["git_dirty"] == label
     assert (volume / "store/digits/latest").readlink() == Path("1")
@@ -125,9 +173,13 @@ print(modules + [c for c in ("gcc", "cc", "g++", "ld", "make", "pip", "pip3") if
     for options in ((), ("--entrypoint=/usr/bin/env",)):
         words = ["python3", "-c", look] if options else ["-c", look]
         entry = options or ("--entrypoint=python",)
-        assert engine("run", "--rm", *RESTRICTED, *entry, name("serve"), *words).stdout.strip() == "[]"
+        assert (
+            engine("run", "--rm", *RESTRICTED, *entry, name("serve"), *words).stdout.strip() == "[]"
+        )
     search = ["/", "-xdev", "(", "-name", "pip", "-o", "-name", "torch", ")"]
-    everywhere = engine("run", "--rm", "--user=0", "--entrypoint=find", name("serve"), *search).stdout
+    everywhere = engine(
+        "run", "--rm", "--user=0", "--entrypoint=find", name("serve"), *search
+    ).stdout
     assert everywhere.strip() == ""
 
 
@@ -156,7 +208,9 @@ def test_images_say_what_they_are(engine, kind):
     labels = config["Labels"]
     assert labels["org.opencontainers.image.title"] == f"Imago {kind}"
     assert labels["org.opencontainers.image.licenses"] == "Apache-2.0"
-    assert labels["org.opencontainers.image.version"] == name(kind).rpartition(":")[2].removesuffix(f"-{RUNTIME}")
+    assert labels["org.opencontainers.image.version"] == name(kind).rpartition(":")[2].removesuffix(
+        f"-{RUNTIME}"
+    )
     assert labels["org.opencontainers.image.base.name"] == BASE
     assert labels["org.opencontainers.image.source"]
     assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", labels["org.opencontainers.image.revision"])
@@ -179,12 +233,21 @@ def test_a_second_build_gives_the_same_layers(engine, kind):
     if "Podman" not in engine("version").stdout:
         pytest.skip("docker keeps the times of files")
     flags = os.environ.get("BUILD_FLAGS", "")
-    again = {"PREFIX": "localhost/imago-again-", "TAG": "test", "BUILD_FLAGS": f"{flags} --no-cache"}
-    subprocess.run([ROOT / "docker/build", kind], env=os.environ | again, check=True, capture_output=True)
+    again = {
+        "PREFIX": "localhost/imago-again-",
+        "TAG": "test",
+        "BUILD_FLAGS": f"{flags} --no-cache",
+    }
+    subprocess.run(
+        [ROOT / "docker/build", kind], env=os.environ | again, check=True, capture_output=True
+    )
     suffix = f"-{RUNTIME}" if kind == "serve" and RUNTIME != "cpu" else ""
     both = name(kind), f"localhost/imago-again-{kind}:test{suffix}"
     try:
-        first, second = (json.loads(engine("image", "inspect", image).stdout)[0]["RootFS"]["Layers"] for image in both)
+        first, second = (
+            json.loads(engine("image", "inspect", image).stdout)[0]["RootFS"]["Layers"]
+            for image in both
+        )
     finally:
         engine("rmi", both[1])
     assert first == second
@@ -192,11 +255,15 @@ def test_a_second_build_gives_the_same_layers(engine, kind):
 
 def test_serves_what_training_left(volume, serve):
     path, manifest = bundle(volume)
-    with serve(volume / "store", "--env=IMAGO_MODEL=digits", "--user=12345:54321") as service:  # whoever it may be
+    with serve(
+        volume / "store", "--env=IMAGO_MODEL=digits", "--user=12345:54321"
+    ) as service:  # whoever it may be
         service.wait_ready()
         right = 0
         for sample in manifest["samples"]:
-            status, answer = service.ask("/predict", (path / "samples" / sample["file"]).read_bytes())
+            status, answer = service.ask(
+                "/predict", (path / "samples" / sample["file"]).read_bytes()
+            )
             assert status == 200, answer
             right += json.loads(answer)["predictions"][0]["index"] == sample["label"]
         assert right >= 0.9 * len(manifest["samples"])
@@ -226,8 +293,22 @@ def test_the_health_check_of_the_image(volume, serve, engine):
 def test_the_health_check_fails_where_the_bundle_is_wrong(spoiled, engine):
     """The service ends over it; its container, kept for the question, is not well."""
     script = 'python -m serve; echo "ended with $?"; exec "$@"'
-    done = engine("run", "--rm", *RESTRICTED, "--memory=1g", "--cpus=1", "--volume", f"{spoiled}:/store:ro",
-                  "--entrypoint=sh", name("serve"), "-c", script, "sh", *health_check(engine), check=False)
+    done = engine(
+        "run",
+        "--rm",
+        *RESTRICTED,
+        "--memory=1g",
+        "--cpus=1",
+        "--volume",
+        f"{spoiled}:/store:ro",
+        "--entrypoint=sh",
+        name("serve"),
+        "-c",
+        script,
+        "sh",
+        *health_check(engine),
+        check=False,
+    )
     assert "ended with 2" in done.stdout, done.stdout + done.stderr
     assert done.returncode == 1, done.stderr
 

@@ -1,4 +1,5 @@
 """The table of licences in docker/README.md names what is installed for serving, and by the licence it has."""
+
 import re
 from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
@@ -8,9 +9,18 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 DOCKER = Path(__file__).parents[2] / "docker"
-SECTION = (DOCKER / "README.md").read_text().partition("Licences of what is installed for serving:")[2]
-IMAGE = {"implementation_name": "cpython", "platform_python_implementation": "CPython", "sys_platform": "linux",
-         "platform_system": "Linux", "os_name": "posix", "python_version": "3.11", "python_full_version": "3.11.2"}
+SECTION = (
+    (DOCKER / "README.md").read_text().partition("Licences of what is installed for serving:")[2]
+)
+IMAGE = {
+    "implementation_name": "cpython",
+    "platform_python_implementation": "CPython",
+    "sys_platform": "linux",
+    "platform_system": "Linux",
+    "os_name": "posix",
+    "python_version": "3.11",
+    "python_full_version": "3.11.2",
+}
 
 
 def installed(lock: str) -> set[str]:
@@ -52,5 +62,13 @@ def test_a_package_has_the_licence_that_the_table_gives(package, licence):
         about = metadata(package)
     except PackageNotFoundError:
         pytest.skip("not installed here")
-    said = [about.get("License-Expression"), about.get("License"), *(about.get_all("Classifier") or [])]
-    assert any(licence.partition("-")[0] in one for one in said if one and not one.startswith("Programming"))
+    said = [
+        about.get("License-Expression"),
+        about.get("License"),
+        *(about.get_all("Classifier") or []),
+    ]
+    assert any(
+        licence.partition("-")[0] in one
+        for one in said
+        if one and not one.startswith("Programming")
+    )

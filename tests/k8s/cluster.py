@@ -4,6 +4,7 @@ Opt-in, so that nobody's cluster is touched by chance: IMAGO_TEST_CONTEXT names 
 cluster that holds the images of `make images`. The namespace imago is made and, at the end, deleted; so is what the
 tests trained on the node.
 """
+
 import json
 import os
 import subprocess
@@ -20,15 +21,21 @@ from rendered import K8S, Manifest
 ROOT = K8S.parent
 CONTEXT = os.environ.get("IMAGO_TEST_CONTEXT")
 MARKS = [
-    pytest.mark.slow, pytest.mark.timeout(1500), pytest.mark.usefixtures("deployed"),
+    pytest.mark.slow,
+    pytest.mark.timeout(1500),
+    pytest.mark.usefixtures("deployed"),
     pytest.mark.skipif(not CONTEXT, reason="IMAGO_TEST_CONTEXT names no cluster to test on"),
 ]
 SELECTOR = "app.kubernetes.io/component=serving"
 
 
 def kubectl(*words: str, stdin: str | None = None) -> str:
-    done = subprocess.run(["kubectl", "--context", CONTEXT, "-n", "imago", *words], input=stdin, capture_output=True,
-                          text=True)
+    done = subprocess.run(
+        ["kubectl", "--context", CONTEXT, "-n", "imago", *words],
+        input=stdin,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, f"kubectl {' '.join(words)}: {done.stderr}"
     return done.stdout
 
@@ -47,18 +54,46 @@ def wait_for(what: str, true, seconds: float = 120) -> None:
 
 def pod(name: str, image: str, command: list[str], *claims: str) -> str:
     """The manifest of a pod that runs once under the restricted profile."""
-    return json.dumps({
-        "apiVersion": "v1", "kind": "Pod", "metadata": {"name": name},
-        "spec": {
-            "restartPolicy": "Never", "automountServiceAccountToken": False, "terminationGracePeriodSeconds": 60,
-            "securityContext": {"runAsNonRoot": True, "runAsUser": 65532, "seccompProfile": {"type": "RuntimeDefault"}},
-            "volumes": [{"name": c, "persistentVolumeClaim": {"claimName": c}} for c in claims],
-            "containers": [{
-                "name": "c", "image": image, "command": command,
-                "volumeMounts": [{"name": c, "mountPath": f"/{c.removeprefix('imago-')}",
-                                  "subPath": c.replace("-", "/")} for c in claims],
-                "resources": {"requests": {"cpu": "250m", "memory": "64Mi"}},  # a client must not wait for its server
-                "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}}]}})
+    return json.dumps(
+        {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {"name": name},
+            "spec": {
+                "restartPolicy": "Never",
+                "automountServiceAccountToken": False,
+                "terminationGracePeriodSeconds": 60,
+                "securityContext": {
+                    "runAsNonRoot": True,
+                    "runAsUser": 65532,
+                    "seccompProfile": {"type": "RuntimeDefault"},
+                },
+                "volumes": [{"name": c, "persistentVolumeClaim": {"claimName": c}} for c in claims],
+                "containers": [
+                    {
+                        "name": "c",
+                        "image": image,
+                        "command": command,
+                        "volumeMounts": [
+                            {
+                                "name": c,
+                                "mountPath": f"/{c.removeprefix('imago-')}",
+                                "subPath": c.replace("-", "/"),
+                            }
+                            for c in claims
+                        ],
+                        "resources": {
+                            "requests": {"cpu": "250m", "memory": "64Mi"}
+                        },  # a client must not wait for its server
+                        "securityContext": {
+                            "allowPrivilegeEscalation": False,
+                            "capabilities": {"drop": ["ALL"]},
+                        },
+                    }
+                ],
+            },
+        }
+    )
 
 
 def image(kind: str) -> str:
@@ -71,9 +106,24 @@ def load(clients: int = 4, pause: float = 0.02, side: int = 8) -> Iterator[dict]
     """Clients in a pod of their own, with images of so many pixels a side; the account is there after the block."""
     account: dict = {}
     script = (Path(__file__).parent / "loader.py").read_text()
-    kubectl("apply", "-f", "-", stdin=pod("load", image("serve"), [
-        "python", "-c", script, "imago-serving.imago" if dns() else service_address(), str(clients), str(pause),
-        str(side)]))
+    kubectl(
+        "apply",
+        "-f",
+        "-",
+        stdin=pod(
+            "load",
+            image("serve"),
+            [
+                "python",
+                "-c",
+                script,
+                "imago-serving.imago" if dns() else service_address(),
+                str(clients),
+                str(pause),
+                str(side),
+            ],
+        ),
+    )
     kubectl("wait", "--for=condition=Ready", "pod/load", "--timeout=60s")
     wait_for("the load to start", lambda: "started" in kubectl("logs", "load"))
     time.sleep(2)
@@ -107,10 +157,18 @@ def serving_pods() -> list[str]:
 def with_components(*components: str, patches: tuple[Manifest, ...] = ()) -> list[Manifest]:
     """The local overlay with these components, as an overlay would list them."""
     with tempfile.TemporaryDirectory(dir=K8S / "overlays", prefix=".test-") as directory:
-        (Path(directory) / "kustomization.yaml").write_text(yaml.safe_dump({
-            "apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization", "namespace": "imago",
-            "resources": ["../local"], "components": [f"../../components/{name}" for name in components],
-            "patches": list(patches)}))
+        (Path(directory) / "kustomization.yaml").write_text(
+            yaml.safe_dump(
+                {
+                    "apiVersion": "kustomize.config.k8s.io/v1beta1",
+                    "kind": "Kustomization",
+                    "namespace": "imago",
+                    "resources": ["../local"],
+                    "components": [f"../../components/{name}" for name in components],
+                    "patches": list(patches),
+                }
+            )
+        )
         return list(yaml.safe_load_all(kubectl("kustomize", directory)))
 
 
@@ -141,8 +199,16 @@ def evicted(pod: str) -> bool:
     path = f"/api/v1/namespaces/imago/pods/{name}/eviction"
     done = subprocess.run(
         ["kubectl", "--context", CONTEXT, "create", "--raw", path, "-f", "-"],
-        input=json.dumps({"apiVersion": "policy/v1", "kind": "Eviction",
-                          "metadata": {"name": name, "namespace": "imago"}}), capture_output=True, text=True)
+        input=json.dumps(
+            {
+                "apiVersion": "policy/v1",
+                "kind": "Eviction",
+                "metadata": {"name": name, "namespace": "imago"},
+            }
+        ),
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0 or "disruption budget" in done.stderr, done.stderr
     return done.returncode == 0
 

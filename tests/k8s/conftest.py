@@ -1,4 +1,5 @@
 """The cluster of the opt-in tests (see cluster.py), and the one that stands in for it in the others (standin.py)."""
+
 import os
 import subprocess
 from collections.abc import Iterator
@@ -19,7 +20,12 @@ def deployed() -> Iterator[None]:
     if not os.environ.get("IMAGO_TEST_KEEP"):
         # What lies on the node outlives its claim, and the next run would serve it.
         kubectl("delete", "job", "imago-train", "--ignore-not-found", "--cascade=foreground")
-        kubectl("apply", "-f", "-", stdin=pod("clean", image("serve"), CLEAN, "imago-store", "imago-data"))
+        kubectl(
+            "apply",
+            "-f",
+            "-",
+            stdin=pod("clean", image("serve"), CLEAN, "imago-store", "imago-data"),
+        )
         kubectl("wait", "--for=jsonpath={.status.phase}=Succeeded", "pod/clean", "--timeout=60s")
         make("undeploy", "OVERLAY=local", "PURGE=1")
 

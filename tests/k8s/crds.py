@@ -5,6 +5,7 @@ API 1.6, and in crds_workloads.py of Argo Rollouts 1.10 and Kubeflow Trainer 2.3
 and what is required. So they find a misspelt or misplaced field, not one that an operator has changed since, nor what
 its webhooks ask for; `kubectl apply --dry-run=server` on a cluster with the operators does.
 """
+
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,7 +16,9 @@ class Strict(BaseModel):
 
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=253)]
-Seconds = Annotated[str, Field(pattern=r"^(0|([0-9]+y)?([0-9]+w)?([0-9]+d)?([0-9]+h)?([0-9]+m)?([0-9]+s)?)$")]
+Seconds = Annotated[
+    str, Field(pattern=r"^(0|([0-9]+y)?([0-9]+w)?([0-9]+d)?([0-9]+h)?([0-9]+m)?([0-9]+s)?)$")
+]
 Port = Annotated[int, Field(ge=1, le=65535)]
 
 
@@ -36,6 +39,7 @@ class Selector(Strict):
 
 
 # Prometheus operator
+
 
 class Endpoint(Strict):
     port: str
@@ -87,6 +91,7 @@ class PrometheusRule(Resource):
 
 # KEDA
 
+
 class Trigger(Strict):
     type: str
     metricType: Literal["AverageValue", "Value", "Utilization"]
@@ -102,11 +107,15 @@ class Target(Strict):
 class Fallback(Strict):
     failureThreshold: int
     replicas: int
-    behavior: Literal["static", "currentReplicas", "currentReplicasIfHigher", "currentReplicasIfLower"] = "static"
+    behavior: Literal[
+        "static", "currentReplicas", "currentReplicasIfHigher", "currentReplicasIfLower"
+    ] = "static"
 
 
 class Advanced(Strict):
-    horizontalPodAutoscalerConfig: dict[str, Any]  # that of an autoscaling/v2 HPA: test_schema.py looks at it
+    horizontalPodAutoscalerConfig: dict[
+        str, Any
+    ]  # that of an autoscaling/v2 HPA: test_schema.py looks at it
 
 
 class ScaledObjectSpec(Strict):
@@ -126,6 +135,7 @@ class ScaledObject(Resource):
 
 
 # Gateway API
+
 
 class Parent(Strict):
     name: Name
@@ -170,4 +180,5 @@ class HTTPRoute(Resource):
 def kinds() -> dict[str, type[Resource]]:
     """The model of each custom kind."""
     import crds_workloads  # noqa: F401  defines the others
+
     return {model.__name__: model for model in Resource.__subclasses__()}

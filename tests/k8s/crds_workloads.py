@@ -1,10 +1,12 @@
 """The resources of Argo Rollouts and Kubeflow Trainer, as crds.py has the others."""
+
 from typing import Any, Literal
 
 from crds import Name, Resource, Strict
 from pydantic import Field
 
 # Argo Rollouts
+
 
 class WorkloadRef(Strict):
     apiVersion: str
@@ -108,6 +110,7 @@ class AnalysisTemplate(Resource):
 
 
 # Kubeflow Trainer
+
 
 class Torch(Strict):
     """How many processes a node has is said by the TrainJob alone, from 2.2 on."""

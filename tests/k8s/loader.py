@@ -2,6 +2,7 @@
 
 Half of the clients keep their connection, half open one for each request. Prints one line of JSON at the end.
 """
+
 import http.client
 import json
 import signal
@@ -14,12 +15,19 @@ from collections import Counter
 
 def png(side: int) -> bytes:
     """A square gray ramp."""
+
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     rows = b"".join(b"\0" + bytes((y * side + x) % 256 for x in range(side)) for y in range(side))
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0))
-            + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
 
 
 def client(host: str, keep: bool) -> None:
@@ -56,4 +64,7 @@ print("started", flush=True)
 over.wait()
 for thread in threads:
     thread.join()
-print(json.dumps({"statuses": statuses, "versions": versions, "lost": lost[:20], "count": len(lost)}), flush=True)
+print(
+    json.dumps({"statuses": statuses, "versions": versions, "lost": lost[:20], "count": len(lost)}),
+    flush=True,
+)

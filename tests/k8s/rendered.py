@@ -1,4 +1,5 @@
 """What `kubectl kustomize` makes of each overlay, and of each component on the base."""
+
 import shutil
 import subprocess
 import tempfile
@@ -22,7 +23,11 @@ TOGETHER = [  # each component with many others, in the order that k8s/README.md
     "on local",
     "components/hpa,network-policy,pod-monitor,training-multinode,model-from-bucket,canary-plain on local",
 ]
-CASES = [f"overlays/{name}" for name in OVERLAYS] + [f"components/{name}" for name in COMPONENTS] + TOGETHER
+CASES = (
+    [f"overlays/{name}" for name in OVERLAYS]
+    + [f"components/{name}" for name in COMPONENTS]
+    + TOGETHER
+)
 SECRETS = {"imago-tls", "imago-bucket"}  # made by hand, as k8s/README.md and the components say
 
 Manifest = dict
@@ -37,10 +42,17 @@ def render(case: str) -> tuple[Manifest, ...]:
     if not case.startswith("components/"):
         return kustomize(K8S / case)
     listed, _, overlay = case.removeprefix("components/").partition(" on ")
-    return render_overlay(yaml.safe_dump({
-        "apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization", "namespace": "imago",
-        "resources": [f"../{overlay}" if overlay else "../../base"],
-        "components": [f"../../components/{name}" for name in listed.split(",")]}))
+    return render_overlay(
+        yaml.safe_dump(
+            {
+                "apiVersion": "kustomize.config.k8s.io/v1beta1",
+                "kind": "Kustomization",
+                "namespace": "imago",
+                "resources": [f"../{overlay}" if overlay else "../../base"],
+                "components": [f"../../components/{name}" for name in listed.split(",")],
+            }
+        )
+    )
 
 
 def render_overlay(kustomization: str) -> tuple[Manifest, ...]:
@@ -59,12 +71,22 @@ def own_overlay(kustomization: str) -> Iterator[str]:
 
 def with_components(*components: str) -> AbstractContextManager[str]:
     """The name of an overlay for a while: the local one with these components."""
-    return own_overlay(yaml.safe_dump({"kind": "Kustomization", "namespace": "imago", "resources": ["../local"],
-                                       "components": [f"../../components/{name}" for name in components]}))
+    return own_overlay(
+        yaml.safe_dump(
+            {
+                "kind": "Kustomization",
+                "namespace": "imago",
+                "resources": ["../local"],
+                "components": [f"../../components/{name}" for name in components],
+            }
+        )
+    )
 
 
 def kustomize(directory: Path) -> tuple[Manifest, ...]:
-    kubectl = shutil.which("kubectl") or pytest.skip("kubectl is not installed, so nothing renders here")
+    kubectl = shutil.which("kubectl") or pytest.skip(
+        "kubectl is not installed, so nothing renders here"
+    )
     done = subprocess.run([kubectl, "kustomize", directory], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return tuple(yaml.safe_load_all(done.stdout))

@@ -1,4 +1,5 @@
 """k8s/cluster as `make` runs it, with a kubectl that stands in for a cluster's."""
+
 import os
 import shlex
 import shutil
@@ -14,7 +15,9 @@ Cluster = Callable[..., tuple[subprocess.CompletedProcess, str]]
 
 
 def run(verb: str, **env: str) -> subprocess.CompletedProcess:
-    return subprocess.run([K8S / "cluster", verb], capture_output=True, text=True, env={**os.environ, **env})
+    return subprocess.run(
+        [K8S / "cluster", verb], capture_output=True, text=True, env={**os.environ, **env}
+    )
 
 
 def one_line(done: subprocess.CompletedProcess) -> str:
@@ -29,7 +32,10 @@ def stand_in(place: Path) -> Cluster:
 
     Anything else it leaves without an answer: what is not named is not there.
     """
-    def run_there(verb: str, answers: dict[str, str], **env: str) -> tuple[subprocess.CompletedProcess, str]:
+
+    def run_there(
+        verb: str, answers: dict[str, str], **env: str
+    ) -> tuple[subprocess.CompletedProcess, str]:
         kubectl = place / "kubectl"
         cases = "".join(f"*'{words}'*) {does} ;;\n" for words, does in answers.items())
         kubectl.write_text(f"""#!/bin/sh
@@ -41,8 +47,12 @@ def stand_in(place: Path) -> Cluster:
         kubectl.chmod(0o755)
         done = run(verb, **env, PATH=f"{place}:{os.environ['PATH']}")
         return done, (place / "kubectl.calls").read_text()
+
     return run_there
 
 
 def refuses(*reasons: str) -> dict[str, str]:
-    return {"--dry-run": f"printf '%s\\n' {shlex.join(reasons)} >&2; exit 1", "apply -f -": "exit 1"}
+    return {
+        "--dry-run": f"printf '%s\\n' {shlex.join(reasons)} >&2; exit 1",
+        "apply -f -": "exit 1",
+    }

@@ -1,4 +1,5 @@
 """The manifests and the code say the same: settings, ports, paths, flags, recipes, selectors, references."""
+
 import re
 import tomllib
 
@@ -13,9 +14,16 @@ VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["versi
 
 def settings_of(case):
     """The ConfigMap's settings and each serving container's own variables."""
-    data = next(m["data"] for m in of(case, "ConfigMap") if m["metadata"]["name"].startswith("imago-serving"))
-    own = [{e["name"]: e["value"] for e in c.get("env", []) if e["name"].startswith(PREFIX)}
-           for d in of(case, "Deployment") for c in d["spec"]["template"]["spec"]["containers"]]
+    data = next(
+        m["data"]
+        for m in of(case, "ConfigMap")
+        if m["metadata"]["name"].startswith("imago-serving")
+    )
+    own = [
+        {e["name"]: e["value"] for e in c.get("env", []) if e["name"].startswith(PREFIX)}
+        for d in of(case, "Deployment")
+        for c in d["spec"]["template"]["spec"]["containers"]
+    ]
     return data, own
 
 
@@ -47,7 +55,9 @@ def test_ports_agree(case):
     for monitor in of(case, "PodMonitor", "ServiceMonitor"):
         (endpoint,) = monitor["spec"].get("podMetricsEndpoints") or monitor["spec"]["endpoints"]
         assert endpoint["port"] in wanted
-    exposed = re.search(r"^EXPOSE (.*)", (ROOT / "docker/serve.Dockerfile").read_text(), re.MULTILINE).group(1)
+    exposed = re.search(
+        r"^EXPOSE (.*)", (ROOT / "docker/serve.Dockerfile").read_text(), re.MULTILINE
+    ).group(1)
     assert exposed.split() == [str(port) for port in wanted.values()]
 
 
@@ -63,24 +73,36 @@ def test_selectors_find_pods(case):
         match manifest["kind"]:
             case "Deployment":
                 assert labelled(spec["template"], spec["selector"]["matchLabels"])
-                others = [d["spec"]["template"] for d in of(case, "Deployment") if d is not manifest]
+                others = [
+                    d["spec"]["template"] for d in of(case, "Deployment") if d is not manifest
+                ]
                 assert not any(labelled(other, spec["selector"]["matchLabels"]) for other in others)
                 for constraint in spec["template"]["spec"]["topologySpreadConstraints"]:
                     assert labelled(spec["template"], constraint["labelSelector"]["matchLabels"])
             case "Service":
-                own = {k: v for k, v in spec["selector"].items() if not k.startswith("batch.kubernetes.io/")}
+                own = {
+                    k: v
+                    for k, v in spec["selector"].items()
+                    if not k.startswith("batch.kubernetes.io/")
+                }
                 assert any(labelled(t, own) for t in templates)
             case "PodDisruptionBudget" | "PodMonitor":
                 assert any(labelled(t, spec["selector"]["matchLabels"]) for t in templates)
             case "ServiceMonitor":
                 services = [s["metadata"]["labels"] for s in of(case, "Service")]
-                assert any(spec["selector"]["matchLabels"].items() <= labels.items() for labels in services)
-            case "NetworkPolicy" if "bucket" not in manifest["metadata"]["name"] or "bucket" in case:
+                assert any(
+                    spec["selector"]["matchLabels"].items() <= labels.items() for labels in services
+                )
+            case "NetworkPolicy" if (
+                "bucket" not in manifest["metadata"]["name"] or "bucket" in case
+            ):
                 assert any(labelled(t, spec["podSelector"]["matchLabels"]) for t in templates)
             case "HorizontalPodAutoscaler" | "ScaledObject":
                 kind = "Rollout" if of(case, "Rollout") else "Deployment"
                 assert spec["scaleTargetRef"].get("kind", "Deployment") == kind
-                scaled = {d["metadata"]["name"]: d for d in of(case, kind)}[spec["scaleTargetRef"]["name"]]
+                scaled = {d["metadata"]["name"]: d for d in of(case, kind)}[
+                    spec["scaleTargetRef"]["name"]
+                ]
                 assert "replicas" not in scaled["spec"], "each apply would undo the autoscaler"
 
 
@@ -96,18 +118,30 @@ def test_references_resolve(case):
             if secret := volume.get("secret"):
                 assert secret["secretName"] in SECRETS
         for container in containers(template):
-            assert {m["name"] for m in container.get("volumeMounts", [])} <= {v["name"] for v in spec["volumes"]}
+            assert {m["name"] for m in container.get("volumeMounts", [])} <= {
+                v["name"] for v in spec["volumes"]
+            }
             for source in container.get("envFrom", []):
                 assert ("ConfigMap", source["configMapRef"]["name"]) in names
-            data = {key: value for c in of(case, "ConfigMap") for key, value in c.get("data", {}).items()}
+            data = {
+                key: value
+                for c in of(case, "ConfigMap")
+                for key, value in c.get("data", {}).items()
+            }
             for variable in re.findall(r"\$\((\w+)\)", " ".join(container.get("args", []))):
                 assert variable in data, f"{container['name']}: {variable}"
     for route in of(case, "HTTPRoute"):
-        assert all(("Service", b["name"]) in names for r in route["spec"]["rules"] for b in r["backendRefs"])
+        assert all(
+            ("Service", b["name"]) in names
+            for r in route["spec"]["rules"]
+            for b in r["backendRefs"]
+        )
     for rollout in of(case, "Rollout"):
         assert ("Deployment", rollout["spec"]["workloadRef"]["name"]) in names
-        assert all(("AnalysisTemplate", t["templateName"]) in names
-                   for t in rollout["spec"]["strategy"]["canary"]["analysis"]["templates"])
+        assert all(
+            ("AnalysisTemplate", t["templateName"]) in names
+            for t in rollout["spec"]["strategy"]["canary"]["analysis"]["templates"]
+        )
 
 
 def test_the_images_carry_the_version_of_the_project():
@@ -115,33 +149,39 @@ def test_the_images_carry_the_version_of_the_project():
         for _, template in pod_specs(case):
             for container in containers(template):
                 if container["image"].startswith("localhost/imago-"):
-                    assert container["image"].split(":")[1].removesuffix("-cuda") == VERSION, container["image"]
+                    assert container["image"].split(":")[1].removesuffix("-cuda") == VERSION, (
+                        container["image"]
+                    )
 
 
 def test_the_bounds_outside_are_those_inside():
     (ingress,) = of("components/ingress", "Ingress")
     notes = ingress["metadata"]["annotations"]
     largest = Settings.model_fields["max_body_bytes"].default
-    assert int(notes["nginx.ingress.kubernetes.io/proxy-body-size"].removesuffix("m")) << 20 == largest
+    assert (
+        int(notes["nginx.ingress.kubernetes.io/proxy-body-size"].removesuffix("m")) << 20 == largest
+    )
     deadline = Settings.model_fields["deadline_ms"].default / 1000
     assert int(notes["nginx.ingress.kubernetes.io/proxy-read-timeout"]) > deadline
     (route,) = of("components/gateway-route", "HTTPRoute")
     assert int(route["spec"]["rules"][0]["timeouts"]["request"].removesuffix("s")) > deadline
 
 
-LAUNCHER = ["python", "-m", "train.launch"]
+LAUNCHER = ["python", "-m", "train.runs.launch"]
 
 
 def train_arguments():
     """Every different command line of training in the manifests, as `python -m train` gets it."""
     found = set()
     for case in CASES:
-        lines = [c for _, t in pod_specs(case) for c in containers(t) if "imago-train:" in c["image"]]
+        lines = [
+            c for _, t in pod_specs(case) for c in containers(t) if "imago-train:" in c["image"]
+        ]
         lines += [m["spec"]["trainer"] for m in of(case, "TrainJob")]
         for line in lines:
             words = line["args"]
             if line.get("command") == LAUNCHER:
-                words = words[words.index("train") + 1:]
+                words = words[words.index("train") + 1 :]
             assert "$(DATA)" in words
             found.add(tuple("digits" if word == "$(DATA)" else word for word in words))
     return sorted(found)
@@ -161,10 +201,18 @@ def test_torchrun_is_told_as_many_nodes_as_the_job_has():
     assert f"--nnodes={spec['completions']}" in container["args"]
     assert f"--trainer.num_nodes={spec['completions']}" in container["args"]
     endpoint = next(a for a in container["args"] if a.startswith("--rdzv-endpoint="))
-    service = next(s for s in of("components/training-multinode", "Service") if s["metadata"]["name"] == "imago-train")
-    assert endpoint.endswith(f"={service['metadata']['name']}:{service['spec']['ports'][0]['port']}")
+    service = next(
+        s
+        for s in of("components/training-multinode", "Service")
+        if s["metadata"]["name"] == "imago-train"
+    )
+    assert endpoint.endswith(
+        f"={service['metadata']['name']}:{service['spec']['ports'][0]['port']}"
+    )
     assert service["spec"]["clusterIP"] == "None", "its address must be the first pod's own"
-    assert spec["template"]["spec"]["subdomain"] == service["metadata"]["name"], "torchrun tells others its full name"
+    assert spec["template"]["spec"]["subdomain"] == service["metadata"]["name"], (
+        "torchrun tells others its full name"
+    )
     assert service["spec"]["selector"]["batch.kubernetes.io/job-completion-index"] == "0"
 
 
@@ -181,8 +229,13 @@ def test_kubeflow_starts_as_many_processes_as_the_training_counts_with():
 def test_of_several_nodes_the_launcher_tells_how_it_ended(case):
     """By its status a Job decides; torchrun's own is 1, whatever happened."""
     from torch.distributed import run
+
     started = [m["spec"]["trainer"] for m in of(case, "TrainJob")] or [
-        c for _, template in pod_specs(case) for c in containers(template) if "imago-train:" in c["image"]]
+        c
+        for _, template in pod_specs(case)
+        for c in containers(template)
+        if "imago-train:" in c["image"]
+    ]
     for line in started:
         assert line["command"] == LAUNCHER
         flags = run.parse_args(line["args"])
@@ -192,8 +245,13 @@ def test_of_several_nodes_the_launcher_tells_how_it_ended(case):
 
 
 def test_a_cron_job_and_a_canary_are_copies_of_what_they_stand_for():
-    (cron,), (job,) = of("components/cron-training on local", "CronJob"), of("overlays/local", "Job")
-    assert cron["spec"]["jobTemplate"]["spec"]["template"]["spec"] == job["spec"]["template"]["spec"]
+    (cron,), (job,) = (
+        of("components/cron-training on local", "CronJob"),
+        of("overlays/local", "Job"),
+    )
+    assert (
+        cron["spec"]["jobTemplate"]["spec"]["template"]["spec"] == job["spec"]["template"]["spec"]
+    )
     named = {d["metadata"]["name"]: d for d in of("components/canary-plain", "Deployment")}
     canary, stable = named["imago-serving-canary"], named["imago-serving"]
     same = ("image", "ports", "readinessProbe", "resources", "securityContext")
@@ -202,7 +260,9 @@ def test_a_cron_job_and_a_canary_are_copies_of_what_they_stand_for():
 
 
 def test_what_a_canary_adds_leaves_the_rest_of_its_environment():
-    with_gpu = dict(pod_specs("components/gpu-serving,canary-plain on local"))["Deployment/imago-serving-canary"]
+    with_gpu = dict(pod_specs("components/gpu-serving,canary-plain on local"))[
+        "Deployment/imago-serving-canary"
+    ]
     (serve,) = with_gpu["spec"]["containers"]
     found = {e["name"]: e["value"] for e in serve["env"]}
     assert found == {"IMAGO_ENGINE": "cuda", "IMAGO_VERSION": "2", "IMAGO_SHADOW_VERSION": "1"}
@@ -210,7 +270,11 @@ def test_what_a_canary_adds_leaves_the_rest_of_its_environment():
 
 def test_network_policies_let_pods_reach_the_bucket_their_model_comes_from():
     case = "components/network-policy,model-from-bucket on local"
-    (policy,) = (p["spec"] for p in of(case, "NetworkPolicy") if p["metadata"]["name"] == "imago-serving-bucket")
+    (policy,) = (
+        p["spec"]
+        for p in of(case, "NetworkPolicy")
+        if p["metadata"]["name"] == "imago-serving-bucket"
+    )
     template = dict(pod_specs(case))["Deployment/imago-serving"]
     assert labelled(template, policy["podSelector"]["matchLabels"])
     assert {"port": 443, "protocol": "TCP"} in policy["egress"][0]["ports"]
@@ -220,11 +284,20 @@ def test_network_policies_let_pods_reach_the_bucket_their_model_comes_from():
 
 def test_network_policies_let_pods_ask_whichever_resolver_a_node_has():
     """A cache of the node or the cloud's resolver is no pod of kube-system: only its address names it."""
-    (policy,) = (p["spec"] for p in of("overlays/cpu", "NetworkPolicy") if p["metadata"]["name"] == "imago-default")
+    (policy,) = (
+        p["spec"]
+        for p in of("overlays/cpu", "NetworkPolicy")
+        if p["metadata"]["name"] == "imago-default"
+    )
     (dns,) = policy["egress"]
     assert {(p["port"], p["protocol"]) for p in dns["ports"]} == {(53, "UDP"), (53, "TCP")}
-    assert {to["ipBlock"]["cidr"] for to in dns["to"] if "ipBlock" in to} == {"169.254.20.10/32", "169.254.169.254/32"}
-    assert {"k8s-app": "kube-dns"} in [to["podSelector"]["matchLabels"] for to in dns["to"] if "podSelector" in to]
+    assert {to["ipBlock"]["cidr"] for to in dns["to"] if "ipBlock" in to} == {
+        "169.254.20.10/32",
+        "169.254.169.254/32",
+    }
+    assert {"k8s-app": "kube-dns"} in [
+        to["podSelector"]["matchLabels"] for to in dns["to"] if "podSelector" in to
+    ]
 
 
 def test_serving_on_gpus_takes_the_image_that_can():
@@ -250,12 +323,16 @@ def test_an_image_that_is_the_store_holds_the_version_that_its_pod_serves(case):
         (reference,) = (v["image"]["reference"] for v in spec["volumes"] if "image" in v)
         for container in spec["initContainers"] + spec["containers"]:
             found = data | {e["name"]: e["value"] for e in container.get("env", [])}
-            assert reference.endswith(f":{found['IMAGO_MODEL']}-{found['IMAGO_VERSION']}"), container["name"]
+            assert reference.endswith(f":{found['IMAGO_MODEL']}-{found['IMAGO_VERSION']}"), (
+                container["name"]
+            )
 
 
 def test_the_overlay_that_the_readme_shows_trains_and_serves_ones_own_data():
     text = (K8S / "README.md").read_text()
-    lines = text[text.index("    apiVersion: kustomize"):text.index("Then `make deploy OVERLAY=mine`")].splitlines()
+    lines = text[
+        text.index("    apiVersion: kustomize") : text.index("Then `make deploy OVERLAY=mine`")
+    ].splitlines()
     manifests = render_overlay("\n".join(line[4:] for line in lines))
     maps = [m for m in manifests if m["kind"] == "ConfigMap"]
     data = {k: v for m in maps for k, v in m["data"].items()}
@@ -265,10 +342,20 @@ def test_the_overlay_that_the_readme_shows_trains_and_serves_ones_own_data():
 
 def test_the_volumes_of_the_node_are_claimed_from_whatever_namespace():
     manifests = render_overlay("{kind: Kustomization, namespace: team, resources: [../local]}")
-    assert {m["metadata"]["namespace"] for m in manifests if "namespace" in m["metadata"]} == {"team"}
-    volumes = {m["metadata"]["name"]: m["spec"] for m in manifests if m["kind"] == "PersistentVolume"}
-    claims = {m["spec"]["volumeName"]: m["spec"] for m in manifests if m["kind"] == "PersistentVolumeClaim"}
+    assert {m["metadata"]["namespace"] for m in manifests if "namespace" in m["metadata"]} == {
+        "team"
+    }
+    volumes = {
+        m["metadata"]["name"]: m["spec"] for m in manifests if m["kind"] == "PersistentVolume"
+    }
+    claims = {
+        m["spec"]["volumeName"]: m["spec"]
+        for m in manifests
+        if m["kind"] == "PersistentVolumeClaim"
+    }
     assert volumes.keys() == claims.keys()
     for name, volume in volumes.items():
         assert "claimRef" not in volume, "it would name a namespace"
-        assert volume["storageClassName"] == claims[name]["storageClassName"] != "", "others' claims could take it"
+        assert volume["storageClassName"] == claims[name]["storageClassName"] != "", (
+            "others' claims could take it"
+        )

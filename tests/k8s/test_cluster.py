@@ -1,4 +1,5 @@
 """The local overlay on a real cluster (cluster.py says on which): what only running it can show."""
+
 import json
 import subprocess
 import time
@@ -26,7 +27,10 @@ pytestmark = MARKS
 
 def test_the_job_completes_and_the_deployment_is_ready():
     kubectl("wait", "--for=condition=Complete", "job/imago-train", "--timeout=300s")
-    assert kubectl("get", "deployment", "imago-serving", "-o", "jsonpath={.status.readyReplicas}") == "2"
+    assert (
+        kubectl("get", "deployment", "imago-serving", "-o", "jsonpath={.status.readyReplicas}")
+        == "2"
+    )
 
 
 def test_a_second_deploy_changes_nothing():
@@ -36,7 +40,9 @@ def test_a_second_deploy_changes_nothing():
 
 
 def test_an_image_that_is_not_there_is_one_line():
-    done = subprocess.run(["make", "deploy", "TAG=no-such"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        ["make", "deploy", "TAG=no-such"], cwd=ROOT, capture_output=True, text=True
+    )
     try:
         assert done.returncode == 2
         assert "imago-serve:no-such is not on the node" in done.stderr.splitlines()[-2]
@@ -82,7 +88,12 @@ graph.write_bytes(graph.read_bytes()[:-8] + b"spoilt!!")
 
 
 def test_a_bad_version_gets_no_traffic():
-    kubectl("apply", "-f", "-", stdin=pod("spoil", image("serve"), ["python", "-c", SPOIL], "imago-store"))
+    kubectl(
+        "apply",
+        "-f",
+        "-",
+        stdin=pod("spoil", image("serve"), ["python", "-c", SPOIL], "imago-store"),
+    )
     kubectl("wait", "--for=jsonpath={.status.phase}=Succeeded", "pod/spoil", "--timeout=60s")
     kubectl("delete", "pod", "spoil")
     with load() as account:
@@ -92,17 +103,29 @@ def test_a_bad_version_gets_no_traffic():
         def started() -> bool:
             nonlocal new
             found = json.loads(kubectl("get", "pods", "-l", SELECTOR, "-o", "json"))["items"]
-            new = next((p for p in found if {"name": "IMAGO_VERSION", "value": "99"} in
-                        p["spec"]["containers"][0].get("env", [])), None)
+            new = next(
+                (
+                    p
+                    for p in found
+                    if {"name": "IMAGO_VERSION", "value": "99"}
+                    in p["spec"]["containers"][0].get("env", [])
+                ),
+                None,
+            )
             status = (new or {"status": {}})["status"].get("containerStatuses", [{}])[0]
             return bool(status.get("started") or status.get("restartCount"))
 
         wait_for("the bad pod to start", started)
         time.sleep(15)
         name = new["metadata"]["name"]
-        status = json.loads(kubectl("get", "pod", name, "-o", "json"))["status"]["containerStatuses"][0]
+        status = json.loads(kubectl("get", "pod", name, "-o", "json"))["status"][
+            "containerStatuses"
+        ][0]
         assert not status["ready"]
-        assert kubectl("get", "deployment", "imago-serving", "-o", "jsonpath={.status.readyReplicas}") == "2"
+        assert (
+            kubectl("get", "deployment", "imago-serving", "-o", "jsonpath={.status.readyReplicas}")
+            == "2"
+        )
         kubectl("rollout", "undo", "deployment/imago-serving")
         rolled_out()
     nothing_lost(account)
@@ -110,13 +133,17 @@ def test_a_bad_version_gets_no_traffic():
 
 
 def train_pods() -> list[dict]:
-    return json.loads(kubectl("get", "pods", "-l", "batch.kubernetes.io/job-name=imago-train", "-o", "json"))["items"]
+    return json.loads(
+        kubectl("get", "pods", "-l", "batch.kubernetes.io/job-name=imago-train", "-o", "json")
+    )["items"]
 
 
 def again(*args: str) -> None:
     """The training Job anew, with these arguments instead of its own."""
     kubectl("delete", "job", "imago-train", "--ignore-not-found", "--wait=true")
-    rendered = subprocess.run([K8S / "cluster", "render"], capture_output=True, text=True, check=True).stdout
+    rendered = subprocess.run(
+        [K8S / "cluster", "render"], capture_output=True, text=True, check=True
+    ).stdout
     job = next(m for m in yaml.safe_load_all(rendered) if m["kind"] == "Job")
     job["spec"]["template"]["spec"]["containers"][0]["args"] += args
     kubectl("apply", "-f", "-", stdin=json.dumps(job))
@@ -127,13 +154,22 @@ def test_a_wrong_setting_fails_at_once():
     kubectl("wait", "--for=condition=Failed", "job/imago-train", "--timeout=120s")
     assert len(train_pods()) == 1
     assert "max_epochs" in kubectl("logs", "job/imago-train").splitlines()[-1]
-    assert "PodFailurePolicy" in kubectl("get", "job", "imago-train", "-o", "jsonpath={.status.conditions}")
+    assert "PodFailurePolicy" in kubectl(
+        "get", "job", "imago-train", "-o", "jsonpath={.status.conditions}"
+    )
 
 
 def test_an_evicted_pod_goes_on_where_it_was():
     again("--trainer.max_epochs=60", "--name=resumed")
-    wait_for("some epochs", lambda: train_pods() and train_pods()[0]["status"]["phase"] == "Running"
-             and "epoch 5/60" in kubectl("logs", "job/imago-train"), 240)
+    wait_for(
+        "some epochs",
+        lambda: (
+            train_pods()
+            and train_pods()[0]["status"]["phase"] == "Running"
+            and "epoch 5/60" in kubectl("logs", "job/imago-train")
+        ),
+        240,
+    )
     first = train_pods()[0]["metadata"]["name"]
     assert evicted(first)
     kubectl("wait", "--for=condition=Complete", "job/imago-train", "--timeout=600s")

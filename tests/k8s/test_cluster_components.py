@@ -1,4 +1,5 @@
 """Components on the local overlay of a real cluster (cluster.py says on which): what only running them can show."""
+
 import json
 import time
 
@@ -24,24 +25,44 @@ pytestmark = MARKS
 
 
 def replicas() -> int:
-    return int(kubectl("get", "deployment", "imago-serving", "-o", "jsonpath={.status.readyReplicas}") or 0)
+    return int(
+        kubectl("get", "deployment", "imago-serving", "-o", "jsonpath={.status.readyReplicas}") or 0
+    )
 
 
 # Waiting images alone, since CPU needs metrics-server, and a fall that a test can wait for.
-QUICK = {"target": {"kind": "HorizontalPodAutoscaler"}, "patch": json.dumps([
-    {"op": "remove", "path": "/spec/metrics/1"},
-    {"op": "replace", "path": "/spec/maxReplicas", "value": 3},
-    {"op": "replace", "path": "/spec/behavior/scaleDown", "value": {
-        "stabilizationWindowSeconds": 15, "policies": [{"type": "Pods", "value": 1, "periodSeconds": 15}]}}])}
+QUICK = {
+    "target": {"kind": "HorizontalPodAutoscaler"},
+    "patch": json.dumps(
+        [
+            {"op": "remove", "path": "/spec/metrics/1"},
+            {"op": "replace", "path": "/spec/maxReplicas", "value": 3},
+            {
+                "op": "replace",
+                "path": "/spec/behavior/scaleDown",
+                "value": {
+                    "stabilizationWindowSeconds": 15,
+                    "policies": [{"type": "Pods", "value": 1, "periodSeconds": 15}],
+                },
+            },
+        ]
+    ),
+}
 
 
 def test_waiting_images_bring_replicas_and_take_them_away():
     if "v1beta1.custom.metrics.k8s.io" not in kubectl("get", "apiservices", "-o", "name"):
         pytest.skip("the cluster has no custom metrics API (prometheus-adapter)")
-    scraped = ["pod-monitor"] if "podmonitors.monitoring.coreos.com" in kubectl("get", "crds", "-o", "name") else []
+    scraped = (
+        ["pod-monitor"]
+        if "podmonitors.monitoring.coreos.com" in kubectl("get", "crds", "-o", "name")
+        else []
+    )
     with applied("hpa", *scraped, patches=(QUICK,)):
         wait_for("one replica without load", lambda: len(serving_pods()) == 1, 300)
-        with load(clients=64, pause=0, side=1500) as busy:  # 64 wait: 16 for each of 4, which is 1 more than allowed
+        with load(
+            clients=64, pause=0, side=1500
+        ) as busy:  # 64 wait: 16 for each of 4, which is 1 more than allowed
             wait_for("3 replicas", lambda: replicas() == 3, 300)
         nothing_lost(busy)
         with load() as calm:
@@ -51,18 +72,25 @@ def test_waiting_images_bring_replicas_and_take_them_away():
 
 SECOND = """
 import pathlib, shutil
-from models import digests
+from models.bundle import checksums
 store = pathlib.Path("/store/digits")
 shutil.copytree(store / "1", store / "2", dirs_exist_ok=True)
 manifest = store / "2/manifest.json"
 manifest.write_text(manifest.read_text().replace('"version": 1,', '"version": 2,'))
-digests.write_sums(store / "2")
+checksums.write_sums(store / "2")
 """
-METRICS = "import urllib.request as r; print(r.urlopen('http://localhost:9090/metrics').read().decode())"
+METRICS = (
+    "import urllib.request as r; print(r.urlopen('http://localhost:9090/metrics').read().decode())"
+)
 
 
 def test_a_canary_gets_its_share_and_loses_nothing():
-    kubectl("apply", "-f", "-", stdin=pod("second", image("serve"), ["python", "-c", SECOND], "imago-store"))
+    kubectl(
+        "apply",
+        "-f",
+        "-",
+        stdin=pod("second", image("serve"), ["python", "-c", SECOND], "imago-store"),
+    )
     kubectl("wait", "--for=jsonpath={.status.phase}=Succeeded", "pod/second", "--timeout=60s")
     kubectl("delete", "pod", "second")
     with applied("canary-plain"):
@@ -70,7 +98,9 @@ def test_a_canary_gets_its_share_and_loses_nothing():
         rolled_out("imago-serving-canary")
         with load(clients=16) as account:
             time.sleep(10)
-            metrics = kubectl("exec", "deployment/imago-serving-canary", "--", "python", "-c", METRICS)
+            metrics = kubectl(
+                "exec", "deployment/imago-serving-canary", "--", "python", "-c", METRICS
+            )
     nothing_lost(account)
     assert 0.05 < account["versions"]["2"] / sum(account["versions"].values()) < 0.6
     assert "imago_shadow_images_total{" in metrics
@@ -78,7 +108,12 @@ def test_a_canary_gets_its_share_and_loses_nothing():
 
 def test_a_drain_takes_one_pod_at_a_time():
     with applied("pdb"), load() as account:
-        kubectl("wait", "--for=jsonpath={.status.disruptionsAllowed}=1", "pdb/imago-serving", "--timeout=60s")
+        kubectl(
+            "wait",
+            "--for=jsonpath={.status.disruptionsAllowed}=1",
+            "pdb/imago-serving",
+            "--timeout=60s",
+        )
         wait_for("two pods, and none of another test", lambda: len(serving_pods()) == 2)
         first, second = serving_pods()
         assert evicted(first)
@@ -108,8 +143,12 @@ def test_two_pods_train_one_model():
     try:
         apply(with_components("training-multinode"))
         kubectl("wait", "--for=condition=Complete", "job/imago-train", "--timeout=900s")
-        logs = [kubectl("logs", name) for name in kubectl(
-            "get", "pods", "-l", "batch.kubernetes.io/job-name=imago-train", "-o", "name").split()]
+        logs = [
+            kubectl("logs", name)
+            for name in kubectl(
+                "get", "pods", "-l", "batch.kubernetes.io/job-name=imago-train", "-o", "name"
+            ).split()
+        ]
         assert len(logs) == 2
         assert sum("test accuracy" in log for log in logs) == 1
     finally:

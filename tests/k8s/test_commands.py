@@ -1,4 +1,5 @@
 """What make says when it can't deploy: one line, what is wrong and what to do, exit status 2."""
+
 import re
 import shlex
 import subprocess
@@ -54,7 +55,10 @@ def test_the_script_keeps_to_what_a_mac_has():
 def test_a_registry_and_a_tag_of_ones_own():
     done = run("render", OVERLAY="gpu", REGISTRY="registry.example.com/team", TAG="7")
     images = {line.split("image: ")[1] for line in done.stdout.splitlines() if " image: " in line}
-    assert images == {"registry.example.com/team/imago-serve:7-cuda", "registry.example.com/team/imago-train:7"}
+    assert images == {
+        "registry.example.com/team/imago-serve:7-cuda",
+        "registry.example.com/team/imago-train:7",
+    }
 
 
 @needs_kubectl
@@ -66,7 +70,9 @@ def test_a_model_that_is_an_image_comes_from_that_registry_by_its_own_tag():
 
 @needs_kubectl
 def test_make_passes_them_on(nowhere):
-    done = subprocess.run(["make", "deploy", "OVERLAY=moon"], cwd=Path(K8S).parent, capture_output=True, text=True)
+    done = subprocess.run(
+        ["make", "deploy", "OVERLAY=moon"], cwd=Path(K8S).parent, capture_output=True, text=True
+    )
     assert done.returncode == 2
     assert done.stderr.splitlines()[0] == "make: no overlay 'moon'; there are: cpu gpu local"
 
@@ -80,39 +86,78 @@ def test_make_passes_on_what_it_is_given_and_nothing_else(verb):
         assert (script, told) == ("k8s/cluster", verb)
         return dict(setting.split("=", 1) for setting in settings)
 
-    given = {"OVERLAY": "mine", "N": "3", "TRAIN": "1", "PURGE": "1", "FOLLOW": "1",
-             "REGISTRY": "example.com/team", "TAG": "7"}
+    given = {
+        "OVERLAY": "mine",
+        "N": "3",
+        "TRAIN": "1",
+        "PURGE": "1",
+        "FOLLOW": "1",
+        "REGISTRY": "example.com/team",
+        "TAG": "7",
+    }
     assert passed(**given) == given
-    assert passed() == dict.fromkeys(given, "") | {"OVERLAY": "local"}, "the images that the manifests name"
+    assert passed() == dict.fromkeys(given, "") | {"OVERLAY": "local"}, (
+        "the images that the manifests name"
+    )
 
 
 def reports(*images: tuple[str, str]) -> str:
     """A pod's line of what its containers wait for, as k8s/cluster asks for it: the init container, the other."""
-    return shlex.join(["printf", r"imago-serving-x\t%s\t%s\t\n", *(f"{image} {reason}" for image, reason in images)])
+    return shlex.join(
+        [
+            "printf",
+            r"imago-serving-x\t%s\t%s\t\n",
+            *(f"{image} {reason}" for image, reason in images),
+        ]
+    )
 
 
 @needs_kubectl
-@pytest.mark.parametrize("reason", ["ErrImagePull", "ImagePullBackOff", "ErrImageNeverPull", "InvalidImageName"])
+@pytest.mark.parametrize(
+    "reason", ["ErrImagePull", "ImagePullBackOff", "ErrImageNeverPull", "InvalidImageName"]
+)
 def test_an_image_that_is_not_there_is_one_line(reason, cluster):
-    done, _ = cluster("deploy", {
-        "rollout status": "exit 1",
-        "get pods": reports(("here/imago-serve:1", "PodInitializing"), ("nowhere/imago-serve:1", reason))})
+    done, _ = cluster(
+        "deploy",
+        {
+            "rollout status": "exit 1",
+            "get pods": reports(
+                ("here/imago-serve:1", "PodInitializing"), ("nowhere/imago-serve:1", reason)
+            ),
+        },
+    )
     assert "the image nowhere/imago-serve:1 is not on the node" in one_line(done)
     assert "Serving." not in done.stdout
 
 
 @needs_kubectl
 def test_a_training_that_fails_while_its_service_waits_is_one_line(cluster, tmp_path):
-    done, _ = cluster("deploy", {
-        "rollout status": "exit 1", "apply -f -": f"touch {tmp_path}/applied",
-        "get job imago-train": f"[ ! -e {tmp_path}/applied ] || echo 'Container train exited with 2'"})
-    assert "training failed: Container train exited with 2; read its log with: make logs" in one_line(done)
+    done, _ = cluster(
+        "deploy",
+        {
+            "rollout status": "exit 1",
+            "apply -f -": f"touch {tmp_path}/applied",
+            "get job imago-train": f"[ ! -e {tmp_path}/applied ] || echo 'Container train exited with 2'",
+        },
+    )
+    assert (
+        "training failed: Container train exited with 2; read its log with: make logs"
+        in one_line(done)
+    )
 
 
 @needs_kubectl
 def test_pods_that_wait_for_something_else_may_go_on_waiting(cluster):
-    done, _ = cluster("deploy", {"rollout status": "exit 1", "get pods": reports(
-        ("here/imago-serve:1", ""), ("here/imago-serve:1", "PodInitializing"))}, WAIT="0")
+    done, _ = cluster(
+        "deploy",
+        {
+            "rollout status": "exit 1",
+            "get pods": reports(
+                ("here/imago-serve:1", ""), ("here/imago-serve:1", "PodInitializing")
+            ),
+        },
+        WAIT="0",
+    )
     assert "not ready after 0 s; look at: kubectl -n imago describe pods" in one_line(done)
 
 
@@ -120,7 +165,9 @@ def test_pods_that_wait_for_something_else_may_go_on_waiting(cluster):
 def test_a_service_whose_training_waits_for_its_hour_says_how_to_train_now(cluster):
     with with_components("cron-training") as name:
         done, _ = cluster("deploy", {"rollout status": "exit 1"}, WAIT="0", OVERLAY=name)
-    hint = "train one now: kubectl -n imago create job imago-train-first --from=cronjob/imago-train\n"
+    hint = (
+        "train one now: kubectl -n imago create job imago-train-first --from=cronjob/imago-train\n"
+    )
     assert done.stdout.endswith(hint), "without waiting for WAIT"
     assert one_line(done).startswith("make: not ready after 0 s")
     assert done.stderr.endswith(hint)
@@ -128,7 +175,9 @@ def test_a_service_whose_training_waits_for_its_hour_says_how_to_train_now(clust
 
 @needs_kubectl
 def test_an_autoscaler_keeps_its_replicas(cluster):
-    done, asked = cluster("scale", {"get scaledobject,hpa": "echo horizontalpodautoscaler/imago-serving"}, N="3")
+    done, asked = cluster(
+        "scale", {"get scaledobject,hpa": "echo horizontalpodautoscaler/imago-serving"}, N="3"
+    )
     said = one_line(done)
     assert "an autoscaler owns the replicas" in said
     assert said.endswith("kubectl -n imago edit horizontalpodautoscaler/imago-serving\n")
@@ -137,7 +186,9 @@ def test_an_autoscaler_keeps_its_replicas(cluster):
 
 @needs_kubectl
 def test_an_autoscaler_is_found_where_keda_is_unknown(cluster):
-    done, _ = cluster("scale", {"get scaledobject,hpa": "exit 1", "get hpa": "echo hpa/imago-serving"}, N="3")
+    done, _ = cluster(
+        "scale", {"get scaledobject,hpa": "exit 1", "get hpa": "echo hpa/imago-serving"}, N="3"
+    )
     assert "edit hpa/imago-serving" in one_line(done)
 
 
@@ -170,8 +221,11 @@ def test_what_was_stored_is_labelled_so_in_every_overlay():
 @needs_kubectl
 @pytest.mark.parametrize("follow", [True, False])
 def test_logs_are_those_of_all_our_pods(follow, cluster):
-    done, asked = cluster("logs", {"get pods": "echo pod/imago-serving-x", "logs -l": "echo a line"},
-                          **{"FOLLOW": "1"} if follow else {})
+    done, asked = cluster(
+        "logs",
+        {"get pods": "echo pod/imago-serving-x", "logs -l": "echo a line"},
+        **{"FOLLOW": "1"} if follow else {},
+    )
     assert (done.returncode, done.stdout) == (0, "a line\n")
     assert "logs -l app.kubernetes.io/part-of=imago --all-containers" in asked
     assert ("--follow" in asked) is follow

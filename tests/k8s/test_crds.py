@@ -5,6 +5,7 @@ KEDA (config/crd/bases), Argo Rollouts (manifests/crds), Kubeflow Trainer (manif
 (config/crd/standard) and the Prometheus operator (example/prometheus-operator-crd), each as its repository has them.
 Without it, test_schema.py compares with models of our own.
 """
+
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +18,14 @@ import yaml
 from rendered import CASES, render
 
 PLACE = os.environ.get("IMAGO_TEST_CRDS")
-pytestmark = pytest.mark.skipif(not PLACE, reason="IMAGO_TEST_CRDS names no directory of CustomResourceDefinitions")
-WORDS = ("default", "example", "format")  # of a schema, which ask for nothing, or for what JSON Schema has no name for
+pytestmark = pytest.mark.skipif(
+    not PLACE, reason="IMAGO_TEST_CRDS names no directory of CustomResourceDefinitions"
+)
+WORDS = (
+    "default",
+    "example",
+    "format",
+)  # of a schema, which ask for nothing, or for what JSON Schema has no name for
 OPEN = ("x-kubernetes-preserve-unknown-fields", "x-kubernetes-embedded-resource")
 
 
@@ -28,12 +35,21 @@ def strict(schema: Any, top: bool = True) -> Any:
         return [strict(part, top=False) for part in schema]
     if not isinstance(schema, dict):
         return schema
-    found = {key: {name: strict(part, top=False) for name, part in value.items()} if key == "properties"
-             else strict(value, top=False) for key, value in schema.items() if key not in WORDS}
+    found = {
+        key: {name: strict(part, top=False) for name, part in value.items()}
+        if key == "properties"
+        else strict(value, top=False)
+        for key, value in schema.items()
+        if key not in WORDS
+    }
     if found.pop("x-kubernetes-int-or-string", False):
         found.pop("type", None)
         found["anyOf"] = [{"type": "string"}, {"type": "integer"}]
-    if found.get("properties") and "additionalProperties" not in found and not any(found.get(word) for word in OPEN):
+    if (
+        found.get("properties")
+        and "additionalProperties" not in found
+        and not any(found.get(word) for word in OPEN)
+    ):
         found["additionalProperties"] = False
     if top:
         found["properties"] |= {"apiVersion": {}, "kind": {}, "metadata": {}}
@@ -46,8 +62,10 @@ def definitions() -> Iterator[tuple[tuple[str, str], Any]]:
         for definition in yaml.load_all(file.read_text(), yaml.CSafeLoader):
             spec = definition["spec"]
             for version in spec["versions"]:
-                yield ((f"{spec['group']}/{version['name']}", spec["names"]["kind"]),
-                       strict(version["schema"]["openAPIV3Schema"]))
+                yield (
+                    (f"{spec['group']}/{version['name']}", spec["names"]["kind"]),
+                    strict(version["schema"]["openAPIV3Schema"]),
+                )
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,5 @@
 """What `make deploy` does to what already runs: what it replaces, whose replicas it keeps, what it leaves."""
+
 import re
 import shlex
 
@@ -11,7 +12,9 @@ JOB = '"imago-train" is invalid: spec.template: Invalid value: core.PodTemplateS
 
 
 @needs_kubectl
-@pytest.mark.parametrize("job", ["The Job", "Error from server (Invalid): Job.batch"])  # kubectl has both
+@pytest.mark.parametrize(
+    "job", ["The Job", "Error from server (Invalid): Job.batch"]
+)  # kubectl has both
 def test_a_job_whose_settings_differ_is_replaced(job, cluster):
     done, asked = cluster("deploy", refuses(f"{job} {JOB}"))
     one_line(done)
@@ -22,8 +25,10 @@ def test_a_job_whose_settings_differ_is_replaced(job, cluster):
 @needs_kubectl
 def test_a_job_that_gave_up_is_replaced_though_nothing_differs(cluster, tmp_path):
     gave_up = f"[ -e {tmp_path}/deleted ] || echo 'the backoff limit is reached'"
-    done, asked = cluster("deploy", {"get job imago-train": gave_up,
-                                     "delete job imago-train": f"touch {tmp_path}/deleted"})
+    done, asked = cluster(
+        "deploy",
+        {"get job imago-train": gave_up, "delete job imago-train": f"touch {tmp_path}/deleted"},
+    )
     assert done.returncode == 0, done.stderr
     assert asked.index("delete job imago-train --cascade=foreground") < asked.index("\napply -f -")
     assert "Serving." in done.stdout
@@ -46,24 +51,37 @@ spec:
   revisionHistoryLimit: 5"""
 
 
-def deployed(cluster, tmp_path, live: int | None, overlay: str, rollout: int | None = None) -> tuple[list, str]:
+def deployed(
+    cluster, tmp_path, live: int | None, overlay: str, rollout: int | None = None
+) -> tuple[list, str]:
     """The replicas that each Deployment and Rollout is applied with where so many run, and what is left as applied
     before."""
-    done, _ = cluster("deploy", {
-        "get deployment imago-serving": f"echo {live}" if live is not None else ":",
-        "get rollout imago-serving": f"echo {rollout}" if rollout is not None else "exit 1",  # as without Argo
-        "view-last-applied": f"echo {shlex.quote(LAST_APPLIED)}",
-        "set-last-applied": f"cat >{tmp_path}/before",
-        "apply -f -": f"cat >{tmp_path}/applied"}, OVERLAY=overlay)
+    done, _ = cluster(
+        "deploy",
+        {
+            "get deployment imago-serving": f"echo {live}" if live is not None else ":",
+            "get rollout imago-serving": f"echo {rollout}"
+            if rollout is not None
+            else "exit 1",  # as without Argo
+            "view-last-applied": f"echo {shlex.quote(LAST_APPLIED)}",
+            "set-last-applied": f"cat >{tmp_path}/before",
+            "apply -f -": f"cat >{tmp_path}/applied",
+        },
+        OVERLAY=overlay,
+    )
     assert done.returncode == 0, done.stderr
     applied = yaml.safe_load_all((tmp_path / "applied").read_text())
     before = tmp_path / "before"
-    return ([m["spec"].get("replicas") for m in applied if m["kind"] in ("Deployment", "Rollout")],
-            before.read_text() if before.exists() else LAST_APPLIED)
+    return (
+        [m["spec"].get("replicas") for m in applied if m["kind"] in ("Deployment", "Rollout")],
+        before.read_text() if before.exists() else LAST_APPLIED,
+    )
 
 
 @needs_kubectl
-@pytest.mark.parametrize("overlay", ["local", "cpu"], ids=["scaled by hand", "under an autoscaler that is new"])
+@pytest.mark.parametrize(
+    "overlay", ["local", "cpu"], ids=["scaled by hand", "under an autoscaler that is new"]
+)
 def test_a_deploy_leaves_the_replicas_that_run(overlay, cluster, tmp_path):
     replicas, before = deployed(cluster, tmp_path, live=5, overlay=overlay)
     assert replicas == [None]
@@ -83,13 +101,19 @@ def test_a_deploy_leaves_the_replicas_of_a_canary_to_the_overlay(cluster, tmp_pa
 
 
 @needs_kubectl
-@pytest.mark.parametrize(("components", "live", "rollout", "applied"), [
-    (["canary-rollout"], 8, None, [None, 8]),
-    (["hpa", "canary-rollout"], 8, None, [None, 8]),
-    (["canary-rollout"], None, None, [None, None]),
-    ([], 0, 8, [8]),
-], ids=["taken over", "taken over, with its autoscaler", "new", "given back"])
-def test_a_rollout_takes_the_replicas_over_and_gives_them_back(components, live, rollout, applied, cluster, tmp_path):
+@pytest.mark.parametrize(
+    ("components", "live", "rollout", "applied"),
+    [
+        (["canary-rollout"], 8, None, [None, 8]),
+        (["hpa", "canary-rollout"], 8, None, [None, 8]),
+        (["canary-rollout"], None, None, [None, None]),
+        ([], 0, 8, [8]),
+    ],
+    ids=["taken over", "taken over, with its autoscaler", "new", "given back"],
+)
+def test_a_rollout_takes_the_replicas_over_and_gives_them_back(
+    components, live, rollout, applied, cluster, tmp_path
+):
     """Without replicas of its own it would have 1, and it scales the Deployment to nothing."""
     with with_components(*components) as name:
         assert deployed(cluster, tmp_path, live, name, rollout)[0] == applied
@@ -110,26 +134,41 @@ def test_a_deploy_starts_a_service_that_an_autoscaler_leaves_at_nothing(cluster,
 
 
 @needs_kubectl
-@pytest.mark.parametrize(("status", "replaced"), [(0, False), (1, True), (2, False)],
-                         ids=["nothing differs", "it differs", "nobody knows"])
+@pytest.mark.parametrize(
+    ("status", "replaced"),
+    [(0, False), (1, True), (2, False)],
+    ids=["nothing differs", "it differs", "nobody knows"],
+)
 def test_a_train_job_is_replaced_where_what_it_runs_by_differs(status, replaced, cluster, tmp_path):
     with with_components("training-kubeflow") as name:
-        done, asked = cluster("deploy", {"diff -l": f"cat >{tmp_path}/looked; exit {status}"}, OVERLAY=name)
+        done, asked = cluster(
+            "deploy", {"diff -l": f"cat >{tmp_path}/looked; exit {status}"}, OVERLAY=name
+        )
     assert done.returncode == 0, done.stderr
-    assert ("-n imago delete trainjob imago-train --cascade=foreground --ignore-not-found\n" in asked) is replaced
+    assert (
+        "-n imago delete trainjob imago-train --cascade=foreground --ignore-not-found\n" in asked
+    ) is replaced
     (line,) = (line for line in asked.splitlines() if line.startswith("diff"))
     label = line.split()[2]
-    looked = {m["kind"] for m in yaml.safe_load_all((tmp_path / "looked").read_text())
-              if label in m["metadata"].get("labels", {})}
+    looked = {
+        m["kind"]
+        for m in yaml.safe_load_all((tmp_path / "looked").read_text())
+        if label in m["metadata"].get("labels", {})
+    }
     assert looked == {"TrainJob", "TrainingRuntime"}
 
 
 @needs_kubectl
 def test_a_train_job_that_gave_up_is_replaced(cluster, tmp_path):
     with with_components("training-kubeflow") as name:
-        done, asked = cluster("deploy", {
-            "get trainjob imago-train": f"[ -e {tmp_path}/deleted ] || echo 'jobset failed'",
-            "delete trainjob imago-train": f"touch {tmp_path}/deleted"}, OVERLAY=name)
+        done, asked = cluster(
+            "deploy",
+            {
+                "get trainjob imago-train": f"[ -e {tmp_path}/deleted ] || echo 'jobset failed'",
+                "delete trainjob imago-train": f"touch {tmp_path}/deleted",
+            },
+            OVERLAY=name,
+        )
     assert done.returncode == 0, done.stderr
     assert asked.index("delete trainjob imago-train") < asked.index("\napply -f -")
 
@@ -137,21 +176,35 @@ def test_a_train_job_that_gave_up_is_replaced(cluster, tmp_path):
 @needs_kubectl
 def test_a_train_job_that_cannot_change_is_replaced(cluster):
     with with_components("training-kubeflow") as name:
-        _, asked = cluster("deploy", refuses('The TrainJob.trainer.kubeflow.org "imago-train" is invalid: spec'),
-                           OVERLAY=name)
+        _, asked = cluster(
+            "deploy",
+            refuses('The TrainJob.trainer.kubeflow.org "imago-train" is invalid: spec'),
+            OVERLAY=name,
+        )
     assert "delete trainjob imago-train" in asked
     assert "\napply -f -" in asked
 
 
-LIVE = ("Deployment/imago-serving", "Deployment/imago-serving-canary", "HorizontalPodAutoscaler/imago-serving",
-        "ConfigMap/imago-serving-0123456789", "ConfigMap/imago-training-0123456789", "ConfigMap/imago-dashboard")
+LIVE = (
+    "Deployment/imago-serving",
+    "Deployment/imago-serving-canary",
+    "HorizontalPodAutoscaler/imago-serving",
+    "ConfigMap/imago-serving-0123456789",
+    "ConfigMap/imago-training-0123456789",
+    "ConfigMap/imago-dashboard",
+)
 
 
 @needs_kubectl
 @pytest.mark.parametrize("verb", ["deploy", "undeploy"])
 def test_what_another_overlay_left_is_named_with_the_command_that_ends_it(verb, cluster):
-    done, asked = cluster(verb, {"api-resources": "printf '%s\\n' deployments.apps pods configmaps",
-                                 "get deployments.apps,configmaps -l": shlex.join(["printf", r"%s\n", *LIVE])})
+    done, asked = cluster(
+        verb,
+        {
+            "api-resources": "printf '%s\\n' deployments.apps pods configmaps",
+            "get deployments.apps,configmaps -l": shlex.join(["printf", r"%s\n", *LIVE]),
+        },
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(f"kubectl -n imago delete {LIVE[1]} {LIVE[2]} {LIVE[5]}\n") == 1
     assert "-n imago delete" not in asked, "it is for a person to say"
@@ -159,27 +212,45 @@ def test_what_another_overlay_left_is_named_with_the_command_that_ends_it(verb, 
 
 @needs_kubectl
 def test_where_nothing_is_left_nothing_is_said(cluster):
-    done, _ = cluster("deploy", {"api-resources": "echo deployments.apps",
-                                 "get deployments.apps -l": "echo Deployment/imago-serving"})
+    done, _ = cluster(
+        "deploy",
+        {
+            "api-resources": "echo deployments.apps",
+            "get deployments.apps -l": "echo Deployment/imago-serving",
+        },
+    )
     assert done.returncode == 0, done.stderr
     assert "live on" not in done.stdout
 
 
 @needs_kubectl
 def test_what_may_be_left_is_every_kind_that_the_manifests_make(cluster):
-    made = {(m["apiVersion"].rpartition("/")[0], m["kind"].lower()) for case in CASES for m in render(case)}
+    made = {
+        (m["apiVersion"].rpartition("/")[0], m["kind"].lower())
+        for case in CASES
+        for m in render(case)
+    }
     kept = {("", "namespace"), ("", "persistentvolume"), ("", "persistentvolumeclaim")}
-    names = {f"{re.sub('y$', 'ie', kind)}{'es' if kind.endswith('s') else 's'}{'.' if group else ''}{group}"
-             for group, kind in made - kept}
-    _, asked = cluster("deploy", {"api-resources": shlex.join(["printf", r"%s\n", *names, "secrets", "pods"])})
+    names = {
+        f"{re.sub('y$', 'ie', kind)}{'es' if kind.endswith('s') else 's'}{'.' if group else ''}{group}"
+        for group, kind in made - kept
+    }
+    _, asked = cluster(
+        "deploy", {"api-resources": shlex.join(["printf", r"%s\n", *names, "secrets", "pods"])}
+    )
     (listed,) = re.findall(r"get (\S+) -l app.kubernetes.io/name=imago -o go-template", asked)
     assert set(listed.split(",")) == names
 
 
 @needs_kubectl
 def test_nothing_is_touched_where_a_volume_cannot_become_what_the_overlay_says(cluster):
-    done, asked = cluster("deploy", refuses(
-        'The PersistentVolumeClaim "imago-store" is invalid: spec: Forbidden: immutable', f"The Job {JOB}"))
+    done, asked = cluster(
+        "deploy",
+        refuses(
+            'The PersistentVolumeClaim "imago-store" is invalid: spec: Forbidden: immutable',
+            f"The Job {JOB}",
+        ),
+    )
     assert done.returncode == 2
     assert "make: nothing was changed" in done.stderr.splitlines()[-1]
     assert 'PersistentVolumeClaim "imago-store" is invalid' in done.stderr
@@ -187,25 +258,36 @@ def test_nothing_is_touched_where_a_volume_cannot_become_what_the_overlay_says(c
     assert "\napply -f -" not in asked
 
 
-SETTINGS = ("imago-serving-aaaaaaaaaa", "imago-serving-bbbbbbbbbb", "imago-training-cccccccccc", "imago-dashboard")
+SETTINGS = (
+    "imago-serving-aaaaaaaaaa",
+    "imago-serving-bbbbbbbbbb",
+    "imago-training-cccccccccc",
+    "imago-dashboard",
+)
 MADE = shlex.join(["printf", r"configmap/%s\n", *SETTINGS])
 
 
 @needs_kubectl
 def test_settings_that_nothing_refers_to_are_deleted(cluster):
     """A ReplicaSet to go back to, a Job or a pod would not start without its own."""
-    done, asked = cluster("deploy", {"get configmaps -l": MADE, "get replicasets": f"echo 'name: {SETTINGS[0]}'"})
+    done, asked = cluster(
+        "deploy", {"get configmaps -l": MADE, "get replicasets": f"echo 'name: {SETTINGS[0]}'"}
+    )
     assert done.returncode == 0, done.stderr
     (deleted,) = (line for line in asked.splitlines() if " delete " in line)
     assert deleted == f"-n imago delete configmaps {SETTINGS[1]} {SETTINGS[2]} --ignore-not-found"
-    assert asked.index("\napply -f -") < asked.index(" delete "), "whatever is applied may still name them before"
+    assert asked.index("\napply -f -") < asked.index(" delete "), (
+        "whatever is applied may still name them before"
+    )
     assert "replicasets,deployments,jobs,cronjobs,pods -o yaml" in asked
 
 
 @needs_kubectl
 def test_settings_that_are_applied_stay(cluster):
     applied = [m["metadata"]["name"] for m in render("overlays/local") if m["kind"] == "ConfigMap"]
-    _, asked = cluster("deploy", {"get configmaps -l": shlex.join(["printf", r"configmap/%s\n", *applied])})
+    _, asked = cluster(
+        "deploy", {"get configmaps -l": shlex.join(["printf", r"configmap/%s\n", *applied])}
+    )
     assert len(applied) == 2
     assert " delete " not in asked
 

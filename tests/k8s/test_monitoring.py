@@ -1,4 +1,5 @@
 """Alerts, dashboard, autoscalers and analyses ask for metrics and labels that the service has, and alerts do fire."""
+
 import ast
 import json
 import re
@@ -12,13 +13,17 @@ import pytest
 import yaml
 from rendered import CASES, K8S, of, render_overlay
 
-from serve.front import CODES
-from serve.metrics import METRICS
+from serve.http.app import CODES
+from serve.metrics.shared_counters import METRICS
 
 HERE = Path(__file__).parent
 RUNBOOK = (K8S / "README.md").read_text()
-COMPUTED = {"imago_drift_psi": ("signal",), "imago_drift_images": (), "imago_feedback_accuracy": (),
-            "imago_feedback_ece": ()}  # by serve.derived, when somebody scrapes
+COMPUTED = {
+    "imago_drift_psi": ("signal",),
+    "imago_drift_images": (),
+    "imago_feedback_accuracy": (),
+    "imago_feedback_ece": (),
+}  # by serve.metrics.derived_metrics, when somebody scrapes
 TARGET = {"namespace", "pod", "job", "container"}  # added by Prometheus
 JOBS = {"job_name"}  # of kube-state-metrics' series on Jobs
 
@@ -29,8 +34,11 @@ def series() -> dict[str, tuple[str, ...]]:
     for name, definition in METRICS.items():
         full = f"imago_{name}"
         if definition.kind == "histogram":
-            found |= {f"{full}_bucket": (*definition.labels, "le"), f"{full}_sum": definition.labels,
-                      f"{full}_count": definition.labels}
+            found |= {
+                f"{full}_bucket": (*definition.labels, "le"),
+                f"{full}_sum": definition.labels,
+                f"{full}_count": definition.labels,
+            }
         else:
             found[full + ("_total" if definition.kind == "counter" else "")] = definition.labels
     return found
@@ -38,10 +46,15 @@ def series() -> dict[str, tuple[str, ...]]:
 
 def training() -> set[str]:
     """Names of the series of a training job."""
-    from train import monitor
+    from train.runs import monitor
+
     trained = monitor.Monitor(9090)
-    trained._trainer = monitor.L.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False)
-    return {family.name + ("_total" if family.type == "counter" else "") for family in trained.collect()}
+    trained._trainer = monitor.L.Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False
+    )
+    return {
+        family.name + ("_total" if family.type == "counter" else "") for family in trained.collect()
+    }
 
 
 def rules() -> list[dict]:
@@ -65,12 +78,22 @@ def queries() -> dict[str, str]:
             found[f"panel {panel['title']} {target['refId']}"] = query
     (template,) = of("components/canary-rollout", "AnalysisTemplate")
     for metric in template["spec"]["metrics"]:
-        found[f"analysis {metric['name']}"] = re.sub(r"\{\{.*?\}\}", "x", metric["provider"]["prometheus"]["query"])
+        found[f"analysis {metric['name']}"] = re.sub(
+            r"\{\{.*?\}\}", "x", metric["provider"]["prometheus"]["query"]
+        )
     (scaled,) = of("components/keda", "ScaledObject")
-    found["keda"] = next(t["metadata"]["query"] for t in scaled["spec"]["triggers"] if t["type"] == "prometheus")
-    (adapter,) = yaml.safe_load((K8S / "components/hpa/prometheus-adapter-values.yaml").read_text())["rules"]["custom"]
-    found["adapter"] = adapter["metricsQuery"].replace("<<.Series>>", "imago_pending_images").replace(
-        "<<.LabelMatchers>>", 'namespace="imago"').replace("<<.GroupBy>>", "pod")
+    found["keda"] = next(
+        t["metadata"]["query"] for t in scaled["spec"]["triggers"] if t["type"] == "prometheus"
+    )
+    (adapter,) = yaml.safe_load(
+        (K8S / "components/hpa/prometheus-adapter-values.yaml").read_text()
+    )["rules"]["custom"]
+    found["adapter"] = (
+        adapter["metricsQuery"]
+        .replace("<<.Series>>", "imago_pending_images")
+        .replace("<<.LabelMatchers>>", 'namespace="imago"')
+        .replace("<<.GroupBy>>", "pod")
+    )
     found["adapter series"] = adapter["seriesQuery"]
     return found
 
@@ -93,9 +116,14 @@ def counted() -> dict[str, set[str]]:
     for path in (K8S.parent / "serve").glob("*.py"):
         for call in ast.walk(ast.parse(path.read_text())):
             if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.args:
-                first, *others = ([n.value for n in ast.walk(argument)
-                                   if isinstance(n, ast.Constant) and isinstance(n.value, str)]
-                                  for argument in call.args)
+                first, *others = (
+                    [
+                        n.value
+                        for n in ast.walk(argument)
+                        if isinstance(n, ast.Constant) and isinstance(n.value, str)
+                    ]
+                    for argument in call.args
+                )
                 if call.func.attr in ("add", "slot") and len(first) == 1:
                     found[first[0]] |= {value for words in others for value in words}
             if isinstance(call, ast.FunctionDef) and call.name == "outcome":
@@ -112,7 +140,9 @@ def test_queries_ask_for_label_values_that_the_service_counts():
                 if label not in TARGET:
                     asked.add(label)
                     for one in value.split("|"):
-                        assert any(re.fullmatch(one, counts) for counts in known[name]), f"{where}: {label} {one}"
+                        assert any(re.fullmatch(one, counts) for counts in known[name]), (
+                            f"{where}: {label} {one}"
+                        )
     assert asked == {"code", "outcome"}
 
 
@@ -120,7 +150,11 @@ def test_queries_group_by_labels_that_their_series_have():
     known = series() | dict.fromkeys(training(), ())
     for where, query in queries().items():
         names = set(re.findall(r"\bimago_\w+", query))
-        labels = {label for name in names for label in known[name]} | TARGET | (JOBS if "kube_job_" in query else set())
+        labels = (
+            {label for name in names for label in known[name]}
+            | TARGET
+            | (JOBS if "kube_job_" in query else set())
+        )
         for grouping in re.findall(r"\bby \(([^)]*)\)", query):
             if names:
                 assert {g.strip() for g in grouping.split(",")} <= labels, f"{where}: {grouping}"
@@ -129,8 +163,11 @@ def test_queries_group_by_labels_that_their_series_have():
 def test_alerts_on_training_see_the_jobs_that_are_made_by_hand():
     made = re.findall(r"create job (\S+) --from", RUNBOOK + (K8S / "cluster").read_text())
     assert len(made) >= 2
-    patterns = {pattern for query in queries().values()
-                for pattern in re.findall(r'\b(?:job_name|pod)=~"(imago-train[^"]*)"', query)}
+    patterns = {
+        pattern
+        for query in queries().values()
+        for pattern in re.findall(r'\b(?:job_name|pod)=~"(imago-train[^"]*)"', query)
+    }
     assert patterns
     assert all(re.fullmatch(pattern, name) for pattern in patterns for name in made)
 
@@ -138,7 +175,9 @@ def test_alerts_on_training_see_the_jobs_that_are_made_by_hand():
 def test_the_autoscalers_ask_for_the_same_metric():
     (hpa,) = of("components/hpa", "HorizontalPodAutoscaler")
     (pods,) = (m["pods"] for m in hpa["spec"]["metrics"] if m["type"] == "Pods")
-    (rule,) = yaml.safe_load((K8S / "components/hpa/prometheus-adapter-values.yaml").read_text())["rules"]["custom"]
+    (rule,) = yaml.safe_load((K8S / "components/hpa/prometheus-adapter-values.yaml").read_text())[
+        "rules"
+    ]["custom"]
     assert pods["metric"]["name"] == rule["name"]["matches"] == rule["seriesQuery"].split("{")[0]
     assert METRICS[pods["metric"]["name"].removeprefix("imago_")].kind == "gauge"
     (scaled,) = of("components/keda", "ScaledObject")
@@ -151,30 +190,46 @@ def test_the_autoscalers_ask_for_the_same_metric():
 
 def test_where_nothing_is_measured_no_replica_is_taken_away():
     (scaled,) = of("components/keda", "ScaledObject")
-    assert scaled["spec"]["triggers"][0]["metadata"]["ignoreNullValues"] == "false", "no series would be no load"
+    assert scaled["spec"]["triggers"][0]["metadata"]["ignoreNullValues"] == "false", (
+        "no series would be no load"
+    )
     assert scaled["spec"]["fallback"]["behavior"] == "currentReplicasIfHigher"
 
 
 def test_with_the_patch_of_the_readme_no_query_asks_for_another_namespace():
     (patches,) = re.findall(r"^    (patches:\n.*?)\n\n", RUNBOOK, re.MULTILINE | re.DOTALL)
-    manifests = render_overlay("kind: Kustomization\nnamespace: team\nresources: [../local]\n"
-                               "components: [../../components/keda]\n" + textwrap.dedent("    " + patches))
+    manifests = render_overlay(
+        "kind: Kustomization\nnamespace: team\nresources: [../local]\n"
+        "components: [../../components/keda]\n" + textwrap.dedent("    " + patches)
+    )
     (scaled,) = (m for m in manifests if m["kind"] == "ScaledObject")
     query = scaled["spec"]["triggers"][0]["metadata"]["query"]
     (standard,) = of("components/keda", "ScaledObject")
-    assert query == standard["spec"]["triggers"][0]["metadata"]["query"].replace("imago\"", "team\"")
+    assert query == standard["spec"]["triggers"][0]["metadata"]["query"].replace('imago"', 'team"')
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_autoscalers_add_a_replica_at_seven_tenths_of_the_limit_of_a_pod(case):
     deployment = next(d for d in of(case, "Deployment") if d["metadata"]["name"] == "imago-serving")
-    limit = int(deployment["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"])
-    targets = [m["containerResource"]["target"] for hpa in of(case, "HorizontalPodAutoscaler")
-               for m in hpa["spec"]["metrics"] if m["type"] == "ContainerResource"]
-    targets += [{"type": t["metricType"], "averageValue": t["metadata"]["value"]}
-                for s in of(case, "ScaledObject") for t in s["spec"]["triggers"] if t["type"] == "cpu"]
+    limit = int(
+        deployment["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"]
+    )
+    targets = [
+        m["containerResource"]["target"]
+        for hpa in of(case, "HorizontalPodAutoscaler")
+        for m in hpa["spec"]["metrics"]
+        if m["type"] == "ContainerResource"
+    ]
+    targets += [
+        {"type": t["metricType"], "averageValue": t["metadata"]["value"]}
+        for s in of(case, "ScaledObject")
+        for t in s["spec"]["triggers"]
+        if t["type"] == "cpu"
+    ]
     wanted = of(case, "HorizontalPodAutoscaler", "ScaledObject") and case != "overlays/gpu"
-    assert targets == ([{"type": "AverageValue", "averageValue": f"{700 * limit}m"}] if wanted else [])
+    assert targets == (
+        [{"type": "AverageValue", "averageValue": f"{700 * limit}m"}] if wanted else []
+    )
 
 
 def test_each_alert_has_its_paragraph_in_the_runbook():
@@ -182,16 +237,26 @@ def test_each_alert_has_its_paragraph_in_the_runbook():
         for rule in group["rules"]:
             anchor = rule["annotations"]["runbook"].removeprefix("k8s/README.md#")
             assert anchor == rule["alert"].lower()
-            section = re.search(rf"^### {rule['alert']}\n\n(.+?)(?=^#|\Z)", RUNBOOK, re.MULTILINE | re.DOTALL)
+            section = re.search(
+                rf"^### {rule['alert']}\n\n(.+?)(?=^#|\Z)", RUNBOOK, re.MULTILINE | re.DOTALL
+            )
             assert section, rule["alert"]
             assert len(section[1]) > 200, rule["alert"]
 
 
 def test_the_readme_lets_prometheus_see_every_object_that_we_make_for_it():
     """The chart's Prometheus otherwise takes those of its own release alone."""
-    kinds = {m["kind"] for case in CASES for m in of(case, "PodMonitor", "ServiceMonitor", "PrometheusRule")}
+    kinds = {
+        m["kind"]
+        for case in CASES
+        for m in of(case, "PodMonitor", "ServiceMonitor", "PrometheusRule")
+    }
     shown = set(re.findall(r"prometheusSpec\.(\w+)SelectorNilUsesHelmValues=false", RUNBOOK))
-    named = {"PodMonitor": "podMonitor", "ServiceMonitor": "serviceMonitor", "PrometheusRule": "rule"}
+    named = {
+        "PodMonitor": "podMonitor",
+        "ServiceMonitor": "serviceMonitor",
+        "PrometheusRule": "rule",
+    }
     assert shown == {named[kind] for kind in kinds}
 
 
@@ -211,14 +276,22 @@ def test_alerts_fire_when_they_should_and_only_then(promtool, tmp_path):
             fired |= {check["alertname"]} if check.get("exp_alerts") else set()
     assert fired == set(annotations), "each alert has a case in which it fires"
     bare = [{**r, "annotations": {}} for group in rules() for r in group["rules"]]
-    (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": [{"name": "all", "rules": bare}]}))
+    (tmp_path / "rules.yaml").write_text(
+        yaml.safe_dump({"groups": [{"name": "all", "rules": bare}]})
+    )
     (tmp_path / "cases.yaml").write_text(yaml.safe_dump({**cases, "rule_files": ["rules.yaml"]}))
-    done = subprocess.run([promtool, "test", "rules", "cases.yaml"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [promtool, "test", "rules", "cases.yaml"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_rules_and_queries_are_promql(promtool, tmp_path):
     recorded = [{"record": f"q:{i}", "expr": query} for i, query in enumerate(queries().values())]
-    (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": [*rules(), {"name": "queries", "rules": recorded}]}))
-    done = subprocess.run([promtool, "check", "rules", "rules.yaml"], cwd=tmp_path, capture_output=True, text=True)
+    (tmp_path / "rules.yaml").write_text(
+        yaml.safe_dump({"groups": [*rules(), {"name": "queries", "rules": recorded}]})
+    )
+    done = subprocess.run(
+        [promtool, "check", "rules", "rules.yaml"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,5 @@
 """Pods as a platform engineer would sign them: the restricted profile, probes, resources, fixed tags, safe updates."""
+
 import os
 import re
 import subprocess
@@ -8,8 +9,17 @@ import pytest
 import yaml
 from rendered import CASES, K8S, containers, of, pod_specs, render
 
-VOLUMES = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "image", "persistentVolumeClaim", "projected",
-           "secret"}  # what the restricted profile allows
+VOLUMES = {
+    "configMap",
+    "csi",
+    "downwardAPI",
+    "emptyDir",
+    "ephemeral",
+    "image",
+    "persistentVolumeClaim",
+    "projected",
+    "secret",
+}  # what the restricted profile allows
 CHECKOV = Path(os.environ.get("CHECKOV", K8S.parent / ".venv/checkov/bin/checkov"))
 
 
@@ -76,10 +86,18 @@ def test_serving_updates_probes_and_drains(case):
         pod = spec["template"]["spec"]
         assert len(pod["topologySpreadConstraints"]) == 2
         (serve,) = pod["containers"]
-        assert serve["livenessProbe"]["httpGet"]["path"] == serve["startupProbe"]["httpGet"]["path"] == "/health/live"
+        assert (
+            serve["livenessProbe"]["httpGet"]["path"]
+            == serve["startupProbe"]["httpGet"]["path"]
+            == "/health/live"
+        )
         assert serve["readinessProbe"]["httpGet"]["path"] == "/health/ready"
         settings = of(case, "ConfigMap")
-        drain = next(float(c["data"]["IMAGO_DRAIN_SECONDS"]) for c in settings if "IMAGO_DRAIN_SECONDS" in c["data"])
+        drain = next(
+            float(c["data"]["IMAGO_DRAIN_SECONDS"])
+            for c in settings
+            if "IMAGO_DRAIN_SECONDS" in c["data"]
+        )
         wait = serve["lifecycle"]["preStop"]["sleep"]["seconds"]
         assert pod["terminationGracePeriodSeconds"] > wait + drain
         cpu = serve["resources"]["limits"]["cpu"]
@@ -88,15 +106,27 @@ def test_serving_updates_probes_and_drains(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_training_survives_what_it_should_and_fails_at_once_where_it_should(case):
-    jobs = [j["spec"] for j in of(case, "Job")] + [j["spec"]["jobTemplate"]["spec"] for j in of(case, "CronJob")]
+    jobs = [j["spec"] for j in of(case, "Job")] + [
+        j["spec"]["jobTemplate"]["spec"] for j in of(case, "CronJob")
+    ]
     for runtime in of(case, "TrainingRuntime"):
-        jobs += [job["template"]["spec"] for job in runtime["spec"]["template"]["spec"]["replicatedJobs"]]
+        jobs += [
+            job["template"]["spec"] for job in runtime["spec"]["template"]["spec"]["replicatedJobs"]
+        ]
     for job in jobs:
         (train,) = containers(job["template"])
         assert job["podFailurePolicy"]["rules"] == [
-            {"action": action, "onExitCodes": {"containerName": train["name"], "operator": "In", "values": [code]}}
+            {
+                "action": action,
+                "onExitCodes": {"containerName": train["name"], "operator": "In", "values": [code]},
+            }
             for action, code in (("FailJob", 2), ("Ignore", 143))
-        ] + [{"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}]
+        ] + [
+            {
+                "action": "Ignore",
+                "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
+            }
+        ]
         assert job["template"]["spec"]["restartPolicy"] == "Never"
         assert job["ttlSecondsAfterFinished"] > 0
         assert job["podReplacementPolicy"] == "Failed"
@@ -118,16 +148,23 @@ def test_labels_follow_the_recommended_scheme(case):
         labels = manifest["metadata"].get("labels", {})
         if manifest["kind"] not in ("Namespace", "ConfigMap"):
             assert labels["app.kubernetes.io/name"] == "imago", manifest["kind"]
-        assert labels.get("app.kubernetes.io/part-of") == "imago" or case.startswith("components/"), manifest["kind"]
+        assert labels.get("app.kubernetes.io/part-of") == "imago" or case.startswith(
+            "components/"
+        ), manifest["kind"]
 
 
 def test_checkov_finds_nothing(tmp_path):
     if not CHECKOV.exists():
         pytest.skip(f"{CHECKOV} is not there; `make checkov` installs it, CHECKOV= names another")
     for case in CASES:
-        (tmp_path / f"{re.sub('[^a-z]+', '-', case)[:80]}.yaml").write_text(yaml.safe_dump_all(render(case)))
-    done = subprocess.run([CHECKOV, "--config-file", K8S / ".checkov.yaml", "-d", tmp_path], capture_output=True,
-                          text=True)
+        (tmp_path / f"{re.sub('[^a-z]+', '-', case)[:80]}.yaml").write_text(
+            yaml.safe_dump_all(render(case))
+        )
+    done = subprocess.run(
+        [CHECKOV, "--config-file", K8S / ".checkov.yaml", "-d", tmp_path],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout
     checked = int(re.search(r"Passed checks: (\d+)", done.stdout)[1])
     assert checked > 100 * len(CASES)

@@ -1,5 +1,6 @@
 """Every manifest is what Kubernetes 1.30 to 1.36 takes, by its schemas, with no field it does not know; and those of
 operators are what our own models of their resources take (crds.py; test_crds.py has the real ones)."""
+
 import copy
 
 import crds
@@ -36,11 +37,23 @@ def built_in(manifest):
     match manifest["kind"]:
         case "TrainingRuntime":
             for job in spec["template"]["spec"]["replicatedJobs"]:
-                yield {"apiVersion": "batch/v1", "kind": "Job", **named, "spec": job["template"]["spec"]}
+                yield {
+                    "apiVersion": "batch/v1",
+                    "kind": "Job",
+                    **named,
+                    "spec": job["template"]["spec"],
+                }
         case "ScaledObject":
-            yield {"apiVersion": "autoscaling/v2", "kind": "HorizontalPodAutoscaler", **named, "spec": {
-                "scaleTargetRef": {"kind": "Deployment", **spec["scaleTargetRef"]}, "maxReplicas": 1,
-                **spec["advanced"]["horizontalPodAutoscalerConfig"]}}
+            yield {
+                "apiVersion": "autoscaling/v2",
+                "kind": "HorizontalPodAutoscaler",
+                **named,
+                "spec": {
+                    "scaleTargetRef": {"kind": "Deployment", **spec["scaleTargetRef"]},
+                    "maxReplicas": 1,
+                    **spec["advanced"]["horizontalPodAutoscalerConfig"],
+                },
+            }
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -51,8 +64,9 @@ def test_custom_kinds_match_their_models(case):
             for inner in built_in(manifest):
                 kubernetes_validate.validate(inner, VERSIONS[-1], strict=True)
         else:
-            assert "." not in manifest["apiVersion"] or manifest["apiVersion"].split("/")[0].endswith(".k8s.io"), \
-                f"{manifest['kind']}: no model of this custom kind"
+            assert "." not in manifest["apiVersion"] or manifest["apiVersion"].split("/")[
+                0
+            ].endswith(".k8s.io"), f"{manifest['kind']}: no model of this custom kind"
 
 
 def test_the_check_is_strict():
@@ -62,10 +76,16 @@ def test_the_check_is_strict():
         kubernetes_validate.validate(broken, VERSIONS[-1], strict=True)
 
 
-@pytest.mark.parametrize(("kind", "path"), [
-    ("ScaledObject", ("advanced", "horizontalPodAutoscalerConfig", "behavior", "scaleDown")),
-    ("TrainingRuntime", ("template", "spec", "replicatedJobs", 0, "template", "spec", "template", "spec")),
-])
+@pytest.mark.parametrize(
+    ("kind", "path"),
+    [
+        ("ScaledObject", ("advanced", "horizontalPodAutoscalerConfig", "behavior", "scaleDown")),
+        (
+            "TrainingRuntime",
+            ("template", "spec", "replicatedJobs", 0, "template", "spec", "template", "spec"),
+        ),
+    ],
+)
 def test_the_check_looks_into_custom_kinds(kind, path):
     case = "components/keda,gpu-serving,gpu-training,training-kubeflow on local"
     broken = copy.deepcopy(next(m for m in render(case) if m["kind"] == kind))

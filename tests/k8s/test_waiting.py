@@ -1,4 +1,5 @@
 """What a serving pod does before there is a model: wait, and go at once when it is told to."""
+
 import os
 import signal
 import subprocess
@@ -13,8 +14,12 @@ def waiting(tmp_path):
     template = dict(pod_specs("overlays/local"))["Deployment/imago-serving"]
     container = next(c for c in containers(template) if c["name"] == "model")
     settings = {"IMAGO_STORE": str(tmp_path), "IMAGO_MODEL": "digits", "IMAGO_VERSION": "latest"}
-    with subprocess.Popen([*container["command"], *container["args"]], env=os.environ | settings,
-                          stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [*container["command"], *container["args"]],
+        env=os.environ | settings,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
         assert process.stdout.readline() == f"waiting for {tmp_path}/digits/latest\n"
         yield process
         process.kill()

@@ -1,8 +1,9 @@
 """What one manifest says of another, or of the code: ports, backends, grace, what a GPU takes."""
+
 import pytest
 from rendered import CASES, containers, of, pod_specs
 
-from train.preemption import SECONDS
+from train.runs.preemption import SECONDS
 
 
 def trainers(case):
@@ -26,7 +27,10 @@ def test_training_exports_its_metrics_where_they_are_scraped(case):
 @pytest.mark.parametrize("case", CASES)
 def test_routes_lead_to_a_port_that_the_service_has(case):
     """And never to its metrics."""
-    services = {s["metadata"]["name"]: {p["name"]: p["port"] for p in s["spec"]["ports"]} for s in of(case, "Service")}
+    services = {
+        s["metadata"]["name"]: {p["name"]: p["port"] for p in s["spec"]["ports"]}
+        for s in of(case, "Service")
+    }
     for ingress in of(case, "Ingress"):
         for rule in ingress["spec"]["rules"]:
             for path in rule["http"]["paths"]:
@@ -41,15 +45,20 @@ def test_routes_lead_to_a_port_that_the_service_has(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_training_has_the_time_to_save_what_it_learnt(case):
-    grace = [t["spec"]["terminationGracePeriodSeconds"] for _, t in pod_specs(case)
-             if any("imago-train:" in c["image"] for c in containers(t))]
+    grace = [
+        t["spec"]["terminationGracePeriodSeconds"]
+        for _, t in pod_specs(case)
+        if any("imago-train:" in c["image"] for c in containers(t))
+    ]
     assert grace
     assert min(grace) > SECONDS
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if "gpu" in c])
 def test_pods_on_gpus_ask_for_one_and_for_a_node_that_has_it(case):
-    parts = {part: case == "overlays/gpu" or f"gpu-{part}" in case for part in ("serving", "training")}
+    parts = {
+        part: case == "overlays/gpu" or f"gpu-{part}" in case for part in ("serving", "training")
+    }
     for name, template in pod_specs(case):
         kind = "serving" if name.startswith("Deployment/") else "training"
         *_, container = containers(template)
@@ -57,12 +66,16 @@ def test_pods_on_gpus_ask_for_one_and_for_a_node_that_has_it(case):
         if parts[kind]:
             assert limits["nvidia.com/gpu"] == "1", name
             assert spec["nodeSelector"] == {"nvidia.com/gpu.present": "true"}, name
-            assert {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"} in spec["tolerations"], name
+            assert {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"} in spec[
+                "tolerations"
+            ], name
         else:
             assert "nvidia.com/gpu" not in limits, name
             assert not {"nodeSelector", "tolerations"} & set(spec), name
 
 
 def test_gpus_are_asked_for_by_every_kind_that_makes_pods():
-    found = {name.partition("/")[0] for case in CASES if "gpu" in case for name, _ in pod_specs(case)}
+    found = {
+        name.partition("/")[0] for case in CASES if "gpu" in case for name, _ in pod_specs(case)
+    }
     assert found == {"Deployment", "Job", "CronJob", "TrainingRuntime"}

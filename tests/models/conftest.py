@@ -1,4 +1,5 @@
 """A bundle to be spoiled, and the door that everybody can use: `python -m models verify PATH`."""
+
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ def bundle(bundle_store: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def verify(capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str]]:
     """`verify(path, *flags)`: exit status, and the one line that says why (or the last line where all is well)."""
+
     def run(path: Path, *flags: str) -> tuple[int, str]:
         status = main(["verify", str(path), *flags])
         said = capsys.readouterr()

@@ -1,4 +1,5 @@
 """Bundles that are not what was written, at the door that everybody can use: `python -m models verify PATH`."""
+
 import json
 import os
 import shutil
@@ -9,9 +10,10 @@ import pytest
 import tiny
 
 from models.__main__ import main
-from models.bundle import Bundle, BundleError, InputSpec
-from models.digests import write_sums
-from models.graph import read_graph
+from models.bundle import Bundle, BundleError
+from models.bundle.checksums import write_sums
+from models.bundle.onnx_screening import read_graph
+from models.image import InputSpec
 
 SPEC = InputSpec(height=32, width=32, channels=3)
 
@@ -55,7 +57,10 @@ def test_a_sample_that_is_no_image_is_named(bundle, verify):
 def test_a_bundle_without_samples_proves_nothing(bundle, verify):
     tiny.edit(bundle, samples=[])
     write_sums(bundle)
-    assert verify(bundle) == (1, f"error: {bundle}/manifest.json: names no samples to check the bundle by")
+    assert verify(bundle) == (
+        1,
+        f"error: {bundle}/manifest.json: names no samples to check the bundle by",
+    )
 
 
 FILES = ["manifest.json", "model.onnx", "samples/00.png", "samples/expected.npz"]
@@ -85,7 +90,7 @@ def test_a_missing_file_is_named(bundle, verify, name):
 @pytest.mark.parametrize("kept", [0, 0.5])
 def test_a_torn_file_is_named(bundle, verify, name, kept):
     data = (bundle / name).read_bytes()
-    (bundle / name).write_bytes(data[:int(kept * len(data))])
+    (bundle / name).write_bytes(data[: int(kept * len(data))])
     status, line = verify(bundle)
     assert status == 1
     assert name in line
@@ -105,17 +110,29 @@ def test_a_bundle_that_was_renamed_in_its_store_is_refused(bundle, tmp_path, ver
     assert f"{moved}/manifest.json: says colours/1, so the bundle was renamed" in line
 
 
-@pytest.mark.parametrize(("changes", "says"), [
-    ({"format": 2}, "format 2 is newer than the 1 this Imago reads; update Imago"),
-    ({"classes": ["one"]}, "classes: List should have at least 2 items"),
-    ({"version": 0}, "version: Input should be greater than or equal to 1"),
-    ({"name": "../etc"}, "name: String should match pattern"),
-    ({"variants": {}}, "variants: Dictionary should have at least 1 item"),
-    ({"surprise": 1}, "surprise: Extra inputs are not permitted"),
-    ({"outputs": ["probabilities"]}, "model.onnx: its outputs are probabilities, energy, embedding, cam, not"),
-    ({"classes": ["a", "b", "c", "d"]}, "model.onnx: its output probabilities has 3 classes, not 4"),
-    ({"input": {"height": 8, "width": 8, "channels": 1}}, "model.onnx: its input is image uint8 [N, 32, 32, 3], not"),
-])
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"format": 2}, "format 2 is newer than the 1 this Imago reads; update Imago"),
+        ({"classes": ["one"]}, "classes: List should have at least 2 items"),
+        ({"version": 0}, "version: Input should be greater than or equal to 1"),
+        ({"name": "../etc"}, "name: String should match pattern"),
+        ({"variants": {}}, "variants: Dictionary should have at least 1 item"),
+        ({"surprise": 1}, "surprise: Extra inputs are not permitted"),
+        (
+            {"outputs": ["probabilities"]},
+            "model.onnx: its outputs are probabilities, energy, embedding, cam, not",
+        ),
+        (
+            {"classes": ["a", "b", "c", "d"]},
+            "model.onnx: its output probabilities has 3 classes, not 4",
+        ),
+        (
+            {"input": {"height": 8, "width": 8, "channels": 1}},
+            "model.onnx: its input is image uint8 [N, 32, 32, 3], not",
+        ),
+    ],
+)
 def test_a_wrong_manifest_is_refused(bundle, verify, changes, says):
     tiny.edit(bundle, **changes)
     write_sums(bundle)

@@ -1,4 +1,5 @@
 """Graphs that are not what a bundle promises, refused before any runtime opens them."""
+
 import contextlib
 
 import numpy as np
@@ -9,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from models.bundle import BundleError, InputSpec
-from models.graph import read_graph
+from models.bundle import BundleError
+from models.bundle.onnx_screening import read_graph
+from models.image import InputSpec
 
 SPEC = InputSpec(height=32, width=32, channels=3)
 
@@ -28,8 +30,12 @@ def with_external_data_in_a_branch(model: onnx.ModelProto) -> onnx.ModelProto:
     tensor.data_location = TensorProto.EXTERNAL
     tensor.external_data.add(key="location", value="elsewhere.bin")
     constant = helper.make_node("Constant", [], ["c"], value=tensor)
-    branch = helper.make_graph([constant], "branch", [], [helper.make_tensor_value_info("c", 1, [3])])
-    model.graph.node.append(helper.make_node("If", ["scale"], ["unused"], then_branch=branch, else_branch=branch))
+    branch = helper.make_graph(
+        [constant], "branch", [], [helper.make_tensor_value_info("c", 1, [3])]
+    )
+    model.graph.node.append(
+        helper.make_node("If", ["scale"], ["unused"], then_branch=branch, else_branch=branch)
+    )
     return model
 
 
@@ -68,18 +74,26 @@ def with_training(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-@pytest.mark.parametrize(("spoil", "says"), [
-    (with_external_data, "keeps weights in another file"),
-    (with_external_data_in_a_branch, "keeps weights in another file"),
-    (with_an_operator_of_its_own, "operator Cast of the unknown domain 'evil.custom'"),
-    (with_a_float_input, "its input is image float32 [N, 32, 32, 3], not image uint8 [N, 32, 32, 3]"),
-    (with_a_fixed_batch, "its input is image uint8 [1, 32, 32, 3], not"),
-    (with_a_second_input, "more float32 [1], not"),
-    (with_flat_probabilities, "its output is probabilities float32 [3], not float32 of rank 2"),
-    (with_another_opset, "opset 17, and manifest.json says 18"),
-    (with_training, "carries training steps"),
-])
-def test_another_graph_than_promised_is_refused_before_any_runtime_opens_it(bundle, verify, spoil, says):
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (with_external_data, "keeps weights in another file"),
+        (with_external_data_in_a_branch, "keeps weights in another file"),
+        (with_an_operator_of_its_own, "operator Cast of the unknown domain 'evil.custom'"),
+        (
+            with_a_float_input,
+            "its input is image float32 [N, 32, 32, 3], not image uint8 [N, 32, 32, 3]",
+        ),
+        (with_a_fixed_batch, "its input is image uint8 [1, 32, 32, 3], not"),
+        (with_a_second_input, "more float32 [1], not"),
+        (with_flat_probabilities, "its output is probabilities float32 [3], not float32 of rank 2"),
+        (with_another_opset, "opset 17, and manifest.json says 18"),
+        (with_training, "carries training steps"),
+    ],
+)
+def test_another_graph_than_promised_is_refused_before_any_runtime_opens_it(
+    bundle, verify, spoil, says
+):
     model = spoil(tiny.graph(SPEC, 3))
     (bundle / "model.onnx").write_bytes(model.SerializeToString())
     tiny.reseal(bundle)
@@ -99,7 +113,7 @@ def test_a_damaged_graph_is_read_or_refused_and_nothing_else(tmp_path_factory, d
     for _ in range(data.draw(st.integers(1, 4))):
         spoiled[data.draw(st.integers(0, len(spoiled) - 1))] = data.draw(st.integers(0, 255))
     file = tmp_path_factory.getbasetemp() / "damaged.onnx"
-    file.write_bytes(spoiled[:data.draw(st.integers(1, len(spoiled)))])
+    file.write_bytes(spoiled[: data.draw(st.integers(1, len(spoiled)))])
     with contextlib.suppress(BundleError):  # anything else fails the test
         read_graph(file)
 

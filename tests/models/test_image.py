@@ -1,4 +1,5 @@
 """Every format and mode against Pillow, which shares no code with our way; then shapes, policies, orientation."""
+
 import io
 
 import cv2
@@ -98,9 +99,16 @@ LOSSY = {
     "tiff jpeg": save(RGB, "TIFF", compression="jpeg", quality=95),
     "tiff cmyk": save(RGB.convert("CMYK"), "TIFF"),
 }
-TURNED = {f"{kind} turned {turn}": save(RGB, kind, exif=exif(turn), **options)
-          for kind, options in (("JPEG", {"quality": 95}), ("PNG", {}), ("WEBP", {"lossless": True}), ("TIFF", {}))
-          for turn in range(1, 9)}
+TURNED = {
+    f"{kind} turned {turn}": save(RGB, kind, exif=exif(turn), **options)
+    for kind, options in (
+        ("JPEG", {"quality": 95}),
+        ("PNG", {}),
+        ("WEBP", {"lossless": True}),
+        ("TIFF", {}),
+    )
+    for turn in range(1, 9)
+}
 
 
 @pytest.mark.parametrize("channels", [3, 1])
@@ -147,8 +155,17 @@ def test_bmp_rows_from_the_top_and_os2_header():
     data[22:26] = (-H).to_bytes(4, "little", signed=True)
     assert np.array_equal(pixels(bytes(data), 3), np.asarray(RGB)[::-1])
     rows = np.asarray(RGB)[::-1, :, ::-1].tobytes()  # 80 * 3 bytes a row need no padding
-    os2 = (b"BM" + (26 + len(rows)).to_bytes(4, "little") + bytes(4) + (26).to_bytes(4, "little")
-           + (12).to_bytes(4, "little") + W.to_bytes(2, "little") + H.to_bytes(2, "little") + b"\1\0\x18\0" + rows)
+    os2 = (
+        b"BM"
+        + (26 + len(rows)).to_bytes(4, "little")
+        + bytes(4)
+        + (26).to_bytes(4, "little")
+        + (12).to_bytes(4, "little")
+        + W.to_bytes(2, "little")
+        + H.to_bytes(2, "little")
+        + b"\1\0\x18\0"
+        + rows
+    )
     assert np.array_equal(pixels(os2, 3), np.asarray(RGB))
 
 
@@ -156,9 +173,20 @@ def test_bmp_run_lengths():
     """RLE8: a count and a palette index, rows end with 0 0, the picture with 0 1."""
     palette = b"".join(bytes((i, 255 - i, i // 2, 0)) for i in range(256))
     body = b"".join(bytes((W, 3 * y, 0, 0)) for y in range(H)) + b"\0\1"
-    head = (b"BM" + (1078 + len(body)).to_bytes(4, "little") + bytes(4) + (1078).to_bytes(4, "little")
-            + (40).to_bytes(4, "little") + W.to_bytes(4, "little") + H.to_bytes(4, "little") + b"\1\0\x08\0"
-            + (1).to_bytes(4, "little") + len(body).to_bytes(4, "little") + bytes(8) + (256).to_bytes(4, "little") * 2)
+    head = (
+        b"BM"
+        + (1078 + len(body)).to_bytes(4, "little")
+        + bytes(4)
+        + (1078).to_bytes(4, "little")
+        + (40).to_bytes(4, "little")
+        + W.to_bytes(4, "little")
+        + H.to_bytes(4, "little")
+        + b"\1\0\x08\0"
+        + (1).to_bytes(4, "little")
+        + len(body).to_bytes(4, "little")
+        + bytes(8)
+        + (256).to_bytes(4, "little") * 2
+    )
     data = head + palette + body
     assert np.array_equal(pixels(data, 3), oracle(data, 3))
 

@@ -1,4 +1,5 @@
 """Bytes that mean harm or are broken: each gets an ImageError with a 4xx status, quickly and in bounded memory."""
+
 import gzip
 import io
 import struct
@@ -14,7 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from models.image import ImageError, ImageTooLarge, InputSpec, UndecodableImage, UnsupportedFormat, decode, pixels
+from models.image import (
+    ImageError,
+    ImageTooLarge,
+    InputSpec,
+    UndecodableImage,
+    UnsupportedFormat,
+    decode,
+    pixels,
+)
 
 SPEC = InputSpec(height=32, width=32)
 
@@ -27,14 +36,29 @@ def save(kind: str, size=(60, 40), mode="RGB", **options) -> bytes:
 
 
 FILES = {
-    "jpeg": save("JPEG"), "jpeg progressive": save("JPEG", progressive=True), "png": save("PNG"),
-    "png gray": save("PNG", mode="L"), "webp": save("WEBP"), "webp lossless": save("WEBP", lossless=True),
-    "gif": save("GIF", mode="P"), "bmp": save("BMP"), "tiff": save("TIFF"),
-    "tiff lzw": save("TIFF", compression="tiff_lzw"), "tiff jpeg": save("TIFF", compression="jpeg"),
+    "jpeg": save("JPEG"),
+    "jpeg progressive": save("JPEG", progressive=True),
+    "png": save("PNG"),
+    "png gray": save("PNG", mode="L"),
+    "webp": save("WEBP"),
+    "webp lossless": save("WEBP", lossless=True),
+    "gif": save("GIF", mode="P"),
+    "bmp": save("BMP"),
+    "tiff": save("TIFF"),
+    "tiff lzw": save("TIFF", compression="tiff_lzw"),
+    "tiff jpeg": save("TIFF", compression="jpeg"),
 }
 
 
-MAGIC = [b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"RIFF\x90\0\0\0WEBP", b"II*\0", b"MM\0*", b"BM"]
+MAGIC = [
+    b"\xff\xd8\xff",
+    b"\x89PNG\r\n\x1a\n",
+    b"GIF89a",
+    b"RIFF\x90\0\0\0WEBP",
+    b"II*\0",
+    b"MM\0*",
+    b"BM",
+]
 ALLOWED = ((32, 32, 3), 413, 415, 422)
 
 
@@ -53,11 +77,39 @@ def zipped() -> bytes:
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("data", [
-    b"hello", b"\0" * 100, b"<svg xmlns='http://www.w3.org/2000/svg'><circle r='9'/></svg>", b"<html></html>",
-    b"%PDF-1.7\n", zipped(), gzip.compress(bytes(1 << 20)), b"\0\0\0\x1cftypavif" + bytes(90), b"II+\0" + bytes(90),
-    b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(90), b"v/1\x01" + bytes(90), b"P6 2 2 255\n" + bytes(12), b"#?RADIANCE\n",
-], ids=["text", "zeros", "svg", "html", "pdf", "zip", "gzip", "avif", "bigtiff", "jpeg2000", "exr", "ppm", "hdr"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"hello",
+        b"\0" * 100,
+        b"<svg xmlns='http://www.w3.org/2000/svg'><circle r='9'/></svg>",
+        b"<html></html>",
+        b"%PDF-1.7\n",
+        zipped(),
+        gzip.compress(bytes(1 << 20)),
+        b"\0\0\0\x1cftypavif" + bytes(90),
+        b"II+\0" + bytes(90),
+        b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(90),
+        b"v/1\x01" + bytes(90),
+        b"P6 2 2 255\n" + bytes(12),
+        b"#?RADIANCE\n",
+    ],
+    ids=[
+        "text",
+        "zeros",
+        "svg",
+        "html",
+        "pdf",
+        "zip",
+        "gzip",
+        "avif",
+        "bigtiff",
+        "jpeg2000",
+        "exr",
+        "ppm",
+        "hdr",
+    ],
+)
 def test_other_formats_reach_no_decoder(data):
     with pytest.raises(UnsupportedFormat) as caught:
         decode(data, SPEC)
@@ -81,7 +133,9 @@ def test_cut_short_anywhere_is_an_error_and_never_a_gray_picture(name):
 
 @pytest.mark.parametrize("name", FILES)
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(flips=st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=12))
+@given(
+    flips=st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=12)
+)
 def test_damage_gives_pixels_or_an_image_error(name, flips):
     data = bytearray(FILES[name])
     for at, value in flips:
@@ -103,8 +157,12 @@ def zeros_png(width: int, height: int, depth: int = 8, samples: int = 1) -> byte
     """A valid PNG of zeros; 20,000 x 20,000 gray pixels are 400 MB in 400 KB."""
     squeeze, colour = zlib.compressobj(1), {1: 0, 3: 2, 4: 6}[samples]
     rows = [squeeze.compress(bytes(width * samples * depth // 8 + 1)) for _ in range(height)]
-    return (b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
-            + png_chunk(b"IDAT", b"".join((*rows, squeeze.flush()))) + png_chunk(b"IEND", b""))
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
+        + png_chunk(b"IDAT", b"".join((*rows, squeeze.flush())))
+        + png_chunk(b"IEND", b"")
+    )
 
 
 def tiff(*tags: tuple[int, int, int]) -> bytes:
@@ -116,7 +174,14 @@ def tiff(*tags: tuple[int, int, int]) -> bytes:
 
 
 def gray_tiff(width: int, height: int, **more: int) -> bytes:
-    names = {"rows": 278, "tile_width": 322, "tile_height": 323, "samples": 277, "compression": 259, "bits": 258}
+    names = {
+        "rows": 278,
+        "tile_width": 322,
+        "tile_height": 323,
+        "samples": 277,
+        "compression": 259,
+        "bits": 258,
+    }
     tags = {256: width, 257: height, 258: 8, 259: 1, 262: 1, 273: 200, 277: 1, 278: height, 279: 64}
     tags |= {names[name]: value for name, value in more.items()}
     return tiff(*((tag, 4, value) for tag, value in sorted(tags.items())))
@@ -127,7 +192,7 @@ def with_size(kind: str, width: int, height: int) -> bytes:
     data = bytearray(FILES[kind])
     if kind == "jpeg":
         at = data.index(b"\xff\xc0")
-        data[at + 5:at + 9] = struct.pack(">HH", height, width)
+        data[at + 5 : at + 9] = struct.pack(">HH", height, width)
     elif kind == "png":
         data[16:24] = struct.pack(">II", width, height)
         data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
@@ -140,8 +205,9 @@ def with_size(kind: str, width: int, height: int) -> bytes:
     return bytes(data)
 
 
-BOMBS = {kind: with_size(kind, 16_000, 16_000) for kind in ("jpeg", "png", "gif", "bmp", "webp")} | {
-    "tiff": gray_tiff(60_000, 60_000), "bmp from the top": with_size("bmp", 60_000, -60_000)}
+BOMBS = {
+    kind: with_size(kind, 16_000, 16_000) for kind in ("jpeg", "png", "gif", "bmp", "webp")
+} | {"tiff": gray_tiff(60_000, 60_000), "bmp from the top": with_size("bmp", 60_000, -60_000)}
 
 
 @pytest.mark.parametrize("name", BOMBS)
@@ -153,17 +219,20 @@ def test_too_many_pixels_are_refused_from_the_header(name):
 
 HOSTILE = {
     "tiff with huge tiles": gray_tiff(64, 64, tile_width=1 << 20, tile_height=1 << 20),
-    "tiff with one huge strip": gray_tiff(7000, 7000, rows=2 ** 32 - 1),
+    "tiff with one huge strip": gray_tiff(7000, 7000, rows=2**32 - 1),
     "tiff with 60000 samples": gray_tiff(8, 8, samples=60_000),
     "tiff with 32-bit samples": gray_tiff(8, 8, bits=32),
     "tiff with another codec inside": gray_tiff(8, 8, compression=34712),
     "tiff with two widths": tiff((256, 4, 8), (256, 4, 60_000), (257, 4, 8), (262, 4, 1)),
     "tiff with a directory nowhere": b"II*\0\xff\xff\xff\xff" + bytes(50),
-    "jpeg with a size hidden by stuffing":
-        b"\xff\xd8\xff\x00\x00\x10" + bytes(14) + FILES["jpeg"][2:],
+    "jpeg with a size hidden by stuffing": b"\xff\xd8\xff\x00\x00\x10"
+    + bytes(14)
+    + FILES["jpeg"][2:],
     "jpeg with a segment of no length": b"\xff\xd8\xff\xe0\x00\x00" + FILES["jpeg"][2:],
     "jpeg of markers only": b"\xff\xd8" + b"\xff" * 100_000,
-    "png that starts with another chunk": b"\x89PNG\r\n\x1a\n" + png_chunk(b"tEXt", b"a\0b") + FILES["png"][8:],
+    "png that starts with another chunk": b"\x89PNG\r\n\x1a\n"
+    + png_chunk(b"tEXt", b"a\0b")
+    + FILES["png"][8:],
     "gif frame beyond its canvas": with_size("gif", 8, 8),
 }
 
@@ -191,7 +260,10 @@ def test_a_thousand_scans_are_refused_of_every_kind(frame):
 def test_a_second_frame_can_not_hide_the_first():
     data = jpegs.green([[0, 1, 2]])
     at = data.index(b"\xff\xc0")
-    for more in (data[at:at + 19], data[at:at + 5] + struct.pack(">HH", 7000, 7000) + data[at + 9:at + 19]):
+    for more in (
+        data[at : at + 19],
+        data[at : at + 5] + struct.pack(">HH", 7000, 7000) + data[at + 9 : at + 19],
+    ):
         with pytest.raises(UndecodableImage):
             decode(data[:at] + more + data[at:], SPEC)
 
@@ -238,9 +310,13 @@ def test_memory_stays_bounded(name):
     assert mib < 200, (ended, mib)
 
 
-DEEP = {"colour and alpha of 8 bits": (8, 4, "decoded"), "colour of 8 bits": (8, 3, "decoded"),
-        "gray of 16 bits": (16, 1, "decoded"), "colour of 16 bits": (16, 3, "413"),
-        "colour and alpha of 16 bits": (16, 4, "413")}
+DEEP = {
+    "colour and alpha of 8 bits": (8, 4, "decoded"),
+    "colour of 8 bits": (8, 3, "decoded"),
+    "gray of 16 bits": (16, 1, "decoded"),
+    "colour of 16 bits": (16, 3, "413"),
+    "colour and alpha of 16 bits": (16, 4, "413"),
+}
 
 
 @pytest.mark.parametrize("name", DEEP)
@@ -252,8 +328,11 @@ def test_the_most_pixels_of_any_depth_leave_room_in_a_small_container(name):
     assert mib < 450
 
 
-@pytest.mark.parametrize("data", [zeros_png(6000, 6000, samples=4), jpegs.green([[0], [1], [2]], 6000)],
-                         ids=["png", "jpeg of three scans"])
+@pytest.mark.parametrize(
+    "data",
+    [zeros_png(6000, 6000, samples=4), jpegs.green([[0], [1], [2]], 6000)],
+    ids=["png", "jpeg of three scans"],
+)
 def test_large_pictures_are_decoded_one_at_a_time(data):
     """One of these takes up to 275 MiB."""
     ended, mib = peak(data, threads=3)

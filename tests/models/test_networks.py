@@ -1,4 +1,5 @@
 """The networks, through the registry: shapes, one pass for all outputs, weights from disk, what can't work."""
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -9,10 +10,24 @@ from models.networks.weights import load_weights, weights_file
 OWN = list(networks.OWN)
 # One model of each family of torchvision, the smallest, and the sizes that it takes.
 FAMILIES = {
-    "alexnet": (32, 224), "convnext_tiny": (32,), "densenet121": (28, 32), "efficientnet_b0": (28, 32),
-    "googlenet": (32,), "inception_v3": (128,), "maxvit_t": (224,), "mnasnet0_5": (28, 64), "mobilenet_v2": (32,),
-    "mobilenet_v3_small": (28, 32), "regnet_x_400mf": (32,), "resnet18": (8, 28, 32, 224), "shufflenet_v2_x0_5": (32,),
-    "squeezenet1_1": (28, 32), "swin_t": (32,), "swin_v2_t": (32,), "vgg11": (32,), "vit_b_16": (32,),
+    "alexnet": (32, 224),
+    "convnext_tiny": (32,),
+    "densenet121": (28, 32),
+    "efficientnet_b0": (28, 32),
+    "googlenet": (32,),
+    "inception_v3": (128,),
+    "maxvit_t": (224,),
+    "mnasnet0_5": (28, 64),
+    "mobilenet_v2": (32,),
+    "mobilenet_v3_small": (28, 32),
+    "regnet_x_400mf": (32,),
+    "resnet18": (8, 28, 32, 224),
+    "shufflenet_v2_x0_5": (32,),
+    "squeezenet1_1": (28, 32),
+    "swin_t": (32,),
+    "swin_v2_t": (32,),
+    "vgg11": (32,),
+    "vit_b_16": (32,),
 }
 CASES = [(name, size) for name, sizes in FAMILIES.items() for size in sizes]
 
@@ -83,9 +98,16 @@ def test_a_gray_image_gets_the_answer_that_it_gets_in_rgb(tmp_path):
         torch.testing.assert_close(gray(x), colour(x.expand(-1, 3, -1, -1)), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("size", "stem", "kernel", "stride", "pooled"),
-                         [(32, "auto", 3, 1, False), (64, "auto", 3, 1, False), (96, "auto", 7, 2, True),
-                          (32, "original", 7, 2, True), (224, "small", 3, 1, False)])
+@pytest.mark.parametrize(
+    ("size", "stem", "kernel", "stride", "pooled"),
+    [
+        (32, "auto", 3, 1, False),
+        (64, "auto", 3, 1, False),
+        (96, "auto", 7, 2, True),
+        (32, "original", 7, 2, True),
+        (224, "small", 3, 1, False),
+    ],
+)
 def test_stem_follows_the_size(size, stem, kernel, stride, pooled):
     model = networks.build("resnet18", 4, 3, size, stem=stem).model
     assert model.conv1.kernel_size == (kernel, kernel)
@@ -115,7 +137,9 @@ def test_weights_of_a_bundle_keep_the_head_when_the_classes_are_as_many(tmp_path
 
 def test_whitened_patches_are_uncorrelated():
     network = networks.build("speednet", 5, 3, 32)
-    images = torch.nn.functional.avg_pool2d(torch.randn(500, 3, 34, 34), 3, 1)  # neighbours go together, as in photos
+    images = torch.nn.functional.avg_pool2d(
+        torch.randn(500, 3, 34, 34), 3, 1
+    )  # neighbours go together, as in photos
     network.prepare(images)
     assert not network.whiten.weight.requires_grad
     with torch.no_grad():
@@ -123,19 +147,22 @@ def test_whitened_patches_are_uncorrelated():
     torch.testing.assert_close(torch.cov(answers), torch.eye(12), atol=0.05, rtol=0)
 
 
-@pytest.mark.parametrize(("name", "size", "options", "word"), [
-    ("resnet81", 32, {}, "did you mean resnet"),
-    ("inception_v3", 32, {}, "give another size"),
-    ("vit_b_16", 28, {}, "28 pixels"),
-    ("lenet", 8, {}, "too small"),
-    ("speednet", 4, {}, "too few"),
-    ("speednet", 8, {}, "give 9 or more"),
-    ("speednet", 32, {"depth": 1}, "depth: 1 is no whole number of 2 or more"),
-    ("lenet", 32, {"widths": [1]}, "unknown option 'widths'"),
-    ("speednet", 32, {"width": [1]}, "it has widths, depth"),
-    ("resnet18", 32, {"stemm": "small"}, "stemm"),
-    ("resnet18", 32, {"stem": "tiny"}, "stem must be"),
-])
+@pytest.mark.parametrize(
+    ("name", "size", "options", "word"),
+    [
+        ("resnet81", 32, {}, "did you mean resnet"),
+        ("inception_v3", 32, {}, "give another size"),
+        ("vit_b_16", 28, {}, "28 pixels"),
+        ("lenet", 8, {}, "too small"),
+        ("speednet", 4, {}, "too few"),
+        ("speednet", 8, {}, "give 9 or more"),
+        ("speednet", 32, {"depth": 1}, "depth: 1 is no whole number of 2 or more"),
+        ("lenet", 32, {"widths": [1]}, "unknown option 'widths'"),
+        ("speednet", 32, {"width": [1]}, "it has widths, depth"),
+        ("resnet18", 32, {"stemm": "small"}, "stemm"),
+        ("resnet18", 32, {"stem": "tiny"}, "stem must be"),
+    ],
+)
 def test_what_cannot_be_built_says_why(name, size, options, word):
     with pytest.raises(ValueError, match=word) as error:
         networks.build(name, 5, 3, size, **options)
@@ -152,14 +179,23 @@ def test_weights_of_imagenet_come_from_the_cache_or_say_how_to_get_them(tmp_path
     place = tmp_path / "hub" / "checkpoints" / "squeezenet1_1-b8a52dc0.pth"
     torch.save(torchvision.models.squeezenet1_1().state_dict(), place)
     network = networks.build("squeezenet1_1", 5, 3, 224)
-    assert load_weights(network, weights_file("imagenet", "squeezenet1_1")) == ["head.weight", "head.bias"]
+    assert load_weights(network, weights_file("imagenet", "squeezenet1_1")) == [
+        "head.weight",
+        "head.bias",
+    ]
     with pytest.raises(ValueError, match="torchvision has none"):
         weights_file("imagenet", "lenet")
 
 
-@pytest.mark.parametrize(("content", "word"), [(None, "no such file"), (b"rubbish", "not a file of weights"),
-                                               ({"layers.0.weight": torch.zeros(2)}, "another network"),
-                                               ([1, 2], "no state dict")])
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        (None, "no such file"),
+        (b"rubbish", "not a file of weights"),
+        ({"layers.0.weight": torch.zeros(2)}, "another network"),
+        ([1, 2], "no state dict"),
+    ],
+)
 def test_weights_that_do_not_fit_say_why(tmp_path, content, word):
     file = tmp_path / "weights.pt"
     if isinstance(content, bytes):

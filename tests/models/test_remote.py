@@ -1,4 +1,5 @@
 """Pushing and pulling: through the commands, over fsspec's own file systems, with a copy that breaks off halfway."""
+
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -134,7 +135,10 @@ FRAIL = "breaking://bucket/store"
 def test_a_push_that_breaks_off_is_not_visible_and_can_be_repeated(here, tmp_path, capsys, files):
     Breaking.left = files
     assert run(here, "push", "colours", FRAIL) == 2
-    assert capsys.readouterr().err == f"error: {FRAIL}: ConnectionResetError: connection reset by peer\n"
+    assert (
+        capsys.readouterr().err
+        == f"error: {FRAIL}: ConnectionResetError: connection reset by peer\n"
+    )
     Breaking.left = 1 << 30
     for version in ("latest", "2"):
         assert run(tmp_path / "there", "pull", "colours", version, FRAIL) == 2

@@ -1,11 +1,12 @@
 """Drift signals: what they measure, and that the index moves when the data does and not before."""
+
 import cv2
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.signals import class_edges, edges, histogram, image_signals, psi
+from models.drift import class_edges, edges, histogram, image_signals, psi
 
 RANDOM = np.random.default_rng(0)
 

@@ -1,4 +1,5 @@
 """Signed bundles, with keys made here and openssl's PEM files."""
+
 import subprocess
 from pathlib import Path
 
@@ -10,17 +11,25 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from models.__main__ import main
-from models.digests import BundleError, write_sums
-from models.signing import verify_signature
+from models.bundle.checksums import BundleError, write_sums
+from models.bundle.signing import verify_signature
 
 
 def key_pair(directory: Path, name: str) -> tuple[Path, Path]:
     key = ec.generate_private_key(ec.SECP256R1())
     private, public = directory / f"{name}.pem", directory / f"{name}.pub"
-    private.write_bytes(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8,
-                                          serialization.NoEncryption()))
-    public.write_bytes(key.public_key().public_bytes(serialization.Encoding.PEM,
-                                                     serialization.PublicFormat.SubjectPublicKeyInfo))
+    private.write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+    public.write_bytes(
+        key.public_key().public_bytes(
+            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+        )
+    )
     return private, public
 
 
@@ -55,20 +64,28 @@ def refused(bundle: Path, public: Path, capsys: pytest.CaptureFixture) -> str:
 
 def test_a_bundle_without_signature_is_refused(tmp_path, capsys):
     _, public = key_pair(tmp_path, "key")
-    assert "bundle.sig: no such file, so the bundle is not signed" in refused(tiny.write(tmp_path), public, capsys)
+    assert "bundle.sig: no such file, so the bundle is not signed" in refused(
+        tiny.write(tmp_path), public, capsys
+    )
 
 
 def test_another_key_is_refused(signed, tmp_path, capsys):
     bundle, _ = signed
-    assert "bundle.sig: does not fit this key and these files" in refused(bundle, key_pair(tmp_path, "b")[1], capsys)
+    assert "bundle.sig: does not fit this key and these files" in refused(
+        bundle, key_pair(tmp_path, "b")[1], capsys
+    )
 
 
-@pytest.mark.parametrize("spoil", [
-    lambda bundle: (bundle / "model.onnx").write_bytes(b"other"),
-    lambda bundle: (bundle / "extra").write_bytes(b"more"),
-    lambda bundle: (bundle / ".gitignore").write_bytes(b"more"),
-    lambda bundle: (bundle / "samples" / "00.png").unlink(),
-], ids=["changed", "added", "hidden", "removed"])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda bundle: (bundle / "model.onnx").write_bytes(b"other"),
+        lambda bundle: (bundle / "extra").write_bytes(b"more"),
+        lambda bundle: (bundle / ".gitignore").write_bytes(b"more"),
+        lambda bundle: (bundle / "samples" / "00.png").unlink(),
+    ],
+    ids=["changed", "added", "hidden", "removed"],
+)
 def test_files_that_changed_after_signing_are_refused_though_the_digests_fit(signed, spoil, capsys):
     bundle, public = signed
     spoil(bundle)
@@ -88,15 +105,31 @@ def test_a_key_that_is_none_is_refused(signed, tmp_path, capsys):
     (tmp_path / "bad.pem").write_text("nonsense")
     assert "bad.pem: not a usable public key" in refused(bundle, tmp_path / "bad.pem", capsys)
     assert "none.pem: not a usable public key" in refused(bundle, tmp_path / "none.pem", capsys)
-    assert main(["sign", "colours", "--store", str(bundle.parents[1]), "--key", str(tmp_path / "bad.pem")]) == 2
+    assert (
+        main(
+            [
+                "sign",
+                "colours",
+                "--store",
+                str(bundle.parents[1]),
+                "--key",
+                str(tmp_path / "bad.pem"),
+            ]
+        )
+        == 2
+    )
     assert "bad.pem: not a usable private key" in capsys.readouterr().err
     verify_signature(bundle, public)  # and the signature that was there still is
 
 
 def test_openssl_keys_work(tmp_path):
     key, public = tmp_path / "key.pem", tmp_path / "key.pub"
-    subprocess.run(["openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", key], check=True)
-    subprocess.run(["openssl", "ec", "-in", key, "-pubout", "-out", public], check=True, capture_output=True)
+    subprocess.run(
+        ["openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", key], check=True
+    )
+    subprocess.run(
+        ["openssl", "ec", "-in", key, "-pubout", "-out", public], check=True, capture_output=True
+    )
     bundle = tiny.write(tmp_path / "store")
     with pytest.raises(BundleError):
         verify_signature(bundle, public)

@@ -1,4 +1,5 @@
 """The store through its doors: the commands, and what many writers at once leave on disk."""
+
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -26,6 +27,7 @@ def test_many_writers_at_once_get_versions_of_their_own(tmp_path):
 def test_a_writer_that_fails_leaves_nothing_visible(tmp_path):
     tiny.write(tmp_path)
     store = Store(tmp_path)
+
     def power_cut():
         with store.stage("colours") as staged:
             (staged.path / "model.onnx").write_bytes(b"half")
@@ -59,7 +61,7 @@ def test_a_late_writer_does_not_move_latest_back(tmp_path):
 
 
 def copy_as(source: Path, target: Path, version: int) -> None:
-    from models.digests import write_sums
+    from models.bundle.checksums import write_sums
 
     for file in source.rglob("*"):
         if file.is_file():
@@ -86,18 +88,27 @@ def run(store: Path, *words: str) -> int:
 def test_list_and_show(three, capsys):
     assert run(three, "list") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:2] for line in lines[1:]] == [["colours", "1"], ["colours", "2"], ["colours", "3"]]
+    assert [line.split()[:2] for line in lines[1:]] == [
+        ["colours", "1"],
+        ["colours", "2"],
+        ["colours", "3"],
+    ]
     assert [line.endswith("latest") for line in lines[1:]] == [False, False, True]
     assert run(three, "show", "colours", "2") == 0
     assert "colours/2  tiny, 3 classes" in capsys.readouterr().out
     assert run(three, "show", "colours", "--json") == 0
-    assert Bundle(three / "colours" / "3").manifest.model_dump_json(indent=1) == capsys.readouterr().out.strip()
+    assert (
+        Bundle(three / "colours" / "3").manifest.model_dump_json(indent=1)
+        == capsys.readouterr().out.strip()
+    )
 
 
 def test_show_tells_the_speed_of_a_core(tmp_path, capsys):
     bundle = Bundle(tiny.write(tmp_path), verify=False)
     fp32 = bundle.manifest.variants["fp32"]
-    fp32.latency = Latency(device="a CPU, 4 cores", threads=4, batch_ms={8: 10.0}, images_per_second=800.0)
+    fp32.latency = Latency(
+        device="a CPU, 4 cores", threads=4, batch_ms={8: 10.0}, images_per_second=800.0
+    )
     bundle.manifest.write(bundle.path)
     assert run(tmp_path, "show", "colours") == 0
     assert "800 images/s (200 a core of 4)" in capsys.readouterr().out
@@ -137,16 +148,19 @@ def test_prune_keeps_latest_and_the_one_before_it(three):
     assert tiny.write(three).name == "7"
 
 
-@pytest.mark.parametrize(("words", "says"), [
-    (["show", "colors"], "no model 'colors' in this store; it has colours"),
-    (["show", "colours", "9"], "colours has no version 9; it has 1, 2, 3"),
-    (["promote", "colours", "latest"], "give a number"),
-    (["promote", "colours", "../../x"], "give a number"),
-    (["show", "colours", "../../x"], "has no version"),
-    (["rollback", "../colours"], "no model '../colours'"),
-    (["push", "colours", "nowhere://bucket/x"], "nowhere://bucket/x"),
-    (["pull", "colours", "file:///no/such/store"], "no such version"),
-])
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["show", "colors"], "no model 'colors' in this store; it has colours"),
+        (["show", "colours", "9"], "colours has no version 9; it has 1, 2, 3"),
+        (["promote", "colours", "latest"], "give a number"),
+        (["promote", "colours", "../../x"], "give a number"),
+        (["show", "colours", "../../x"], "has no version"),
+        (["rollback", "../colours"], "no model '../colours'"),
+        (["push", "colours", "nowhere://bucket/x"], "nowhere://bucket/x"),
+        (["pull", "colours", "file:///no/such/store"], "no such version"),
+    ],
+)
 def test_what_cannot_be_done_is_said_in_one_line(three, capsys, words, says):
     assert run(three, *words) == 2
     error = capsys.readouterr().err
@@ -156,8 +170,15 @@ def test_what_cannot_be_done_is_said_in_one_line(three, capsys, words, says):
 
 
 def test_the_commands_need_no_torch(three):
-    code = ("import sys; sys.modules['torch'] = None; from models.__main__ import main; "
-            "sys.exit(main(['verify', 'colours', '--store', sys.argv[1]]) or 'torch' in str(sys.modules['torch']))")
-    done = subprocess.run([sys.executable, "-c", code, str(three)], capture_output=True, text=True, check=False,
-                          cwd=Path(__file__).parents[2])
+    code = (
+        "import sys; sys.modules['torch'] = None; from models.__main__ import main; "
+        "sys.exit(main(['verify', 'colours', '--store', sys.argv[1]]) or 'torch' in str(sys.modules['torch']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(three)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[2],
+    )
     assert done.returncode == 0, done.stderr

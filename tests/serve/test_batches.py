@@ -1,4 +1,5 @@
 """How batches form: from what waits, shared by the cores, and by a timer only where that is asked for."""
+
 from concurrent.futures import ThreadPoolExecutor
 
 import cv2
@@ -35,7 +36,9 @@ def test_what_waits_becomes_a_batch(start):
 def test_the_images_of_a_request_are_shared_by_the_cores(start, tmp_path):
     tiny.write(tmp_path, size=256)  # enough to do for two
     server = start("--threads", "2", "--max-batch-size", "16", store=tmp_path)
-    for sent in range(1, 21):  # a core that is awake first may rightly take what the other has not begun
+    for sent in range(
+        1, 21
+    ):  # a core that is awake first may rightly take what the other has not begun
         server.http.post("/predict", files=[("f", (f"{i}", IMAGE)) for i in range(16)])
         wait(lambda total=16 * sent: batches(server)[1] == total)
         if batches(server)[0] > sent:
@@ -46,7 +49,10 @@ def test_the_images_of_a_request_are_shared_by_the_cores(start, tmp_path):
 def test_a_lone_request_waits_for_company_only_where_that_is_asked_for(start):
     server = start("--threads", "1", "--batch-wait-ms", "1000")
     with ThreadPoolExecutor(4) as threads:
-        times = [f.result().headers["server-timing"] for f in [threads.submit(server.predict, IMAGE) for _ in range(4)]]
+        times = [
+            f.result().headers["server-timing"]
+            for f in [threads.submit(server.predict, IMAGE) for _ in range(4)]
+        ]
     wait(lambda: batches(server)[1] == 4)
     assert batches(server)[0] <= 2
     assert max(float(text.split("dur=")[1].split(",")[0]) for text in times) > 500
@@ -77,14 +83,24 @@ def test_an_image_on_which_the_model_fails_hurts_no_other_of_its_batch(start, tm
         answers = [future.result() for future in sent]
     assert [answer.status_code for answer in answers] == [500 if i == 3 else 200 for i in range(8)]
     assert answers[3].json()["detail"] == "the model failed on this image"
-    assert {answer.json()["predictions"][0]["label"] for i, answer in enumerate(answers) if i != 3} == {"red"}
+    assert {
+        answer.json()["predictions"][0]["label"] for i, answer in enumerate(answers) if i != 3
+    } == {"red"}
     assert server.metric("imago_images_total", outcome="failed") == 1
     assert server.metric("imago_restarts_total", process="worker", reason="crash") == 0
 
 
 def test_a_long_batch_is_no_hang(start, slow):
-    server = start("--threads", "1", "--max-batch-size", "16", "--worker-timeout-seconds", "2",
-                   "--deadline-ms", "60000")
+    server = start(
+        "--threads",
+        "1",
+        "--max-batch-size",
+        "16",
+        "--worker-timeout-seconds",
+        "2",
+        "--deadline-ms",
+        "60000",
+    )
     with ThreadPoolExecutor(16) as threads:
         with stopped(server):
             sent = [threads.submit(server.predict, slow) for _ in range(16)]
@@ -97,11 +113,22 @@ def test_to_wait_for_the_turn_of_a_large_image_is_no_hang(start, tmp_path):
     """Only one is decoded at a time, whatever the threads; here the last waits far longer than a worker may hang."""
     tiny.write(tmp_path, size=256)  # enough to do for many
     large = cv2.imencode(".png", np.zeros((4500, 4500, 4), np.uint8))[1].tobytes()
-    server = start("--threads", "32", "--max-batch-size", "1", "--worker-timeout-seconds", "4",
-                   "--deadline-ms", "120000", store=tmp_path)
+    server = start(
+        "--threads",
+        "32",
+        "--max-batch-size",
+        "1",
+        "--worker-timeout-seconds",
+        "4",
+        "--deadline-ms",
+        "120000",
+        store=tmp_path,
+    )
     server.http.timeout = 120
     with ThreadPoolExecutor(32) as threads:
-        statuses = {future.result().status_code for future in [threads.submit(server.predict, large)
-                                                               for _ in range(32)]}
+        statuses = {
+            future.result().status_code
+            for future in [threads.submit(server.predict, large) for _ in range(32)]
+        }
     assert statuses == {200}
     assert server.metric("imago_restarts_total", process="worker", reason="hang") == 0

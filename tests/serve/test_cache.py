@@ -1,4 +1,5 @@
 """The response cache: off by default, right when it is on, empty when the model changes."""
+
 import time
 
 import tiny
@@ -19,8 +20,10 @@ def test_the_same_image_is_answered_from_the_cache(start):
     first, second = (service.predict(tiny.image("red")).json() for _ in range(2))
     assert first["predictions"] == second["predictions"]
     assert first["id"] != second["id"]
-    assert service.predict(tiny.image("red"), "?top_k=1").json()["predictions"][0]["top"] == \
-        first["predictions"][0]["top"][:1]
+    assert (
+        service.predict(tiny.image("red"), "?top_k=1").json()["predictions"][0]["top"]
+        == first["predictions"][0]["top"][:1]
+    )
     for label in ("green", "blue", "red"):  # two others, so the first is gone
         assert service.predict(tiny.image(label)).json()["predictions"][0]["label"] == label
     assert service.metric("imago_cache_total", outcome="hit") == 1

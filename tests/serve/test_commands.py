@@ -1,4 +1,5 @@
 """`python -m serve predict | check | bench`, as a user calls them."""
+
 import contextlib
 import csv
 import io
@@ -20,8 +21,14 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "serve", *map(str, arguments)], capture_output=True, text=True,
-                          timeout=120, cwd=ROOT, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", "serve", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=ROOT,
+        check=False,
+    )
 
 
 def refused(result: subprocess.CompletedProcess, *words: str, status: int = 2) -> None:
@@ -49,14 +56,22 @@ def test_predict_a_directory_as_json_is_what_the_server_says(bundle_store, folde
     assert result.returncode == 0, result.stderr
     answer = json.loads(result.stdout)
     assert answer["model"] == {"name": "colours", "version": "1"}
-    assert [Path(p["file"]).name for p in answer["predictions"]] == ["a.png", "b [bold].jpg", "c.webp"]
+    assert [Path(p["file"]).name for p in answer["predictions"]] == [
+        "a.png",
+        "b [bold].jpg",
+        "c.webp",
+    ]
     for prediction in answer["predictions"]:
         (said,) = server.predict(Path(prediction.pop("file")).read_bytes()).json()["predictions"]
         assert prediction == said
 
 
 def test_predict_as_csv_and_as_table(bundle_store, folder):
-    rows = list(csv.DictReader(io.StringIO(run("predict", folder, "--store", bundle_store, "--format", "csv").stdout)))
+    rows = list(
+        csv.DictReader(
+            io.StringIO(run("predict", folder, "--store", bundle_store, "--format", "csv").stdout)
+        )
+    )
     assert [row["label"] for row in rows] == ["red", "green", "blue"]
     assert all(0 < float(row["confidence"]) <= 1 for row in rows)
     table = run("predict", folder, "--store", bundle_store).stdout
@@ -67,7 +82,17 @@ def test_predict_as_csv_and_as_table(bundle_store, folder):
 def test_a_terminal_sees_a_progress_bar_and_a_pipe_does_not(bundle_store, folder):
     assert run("predict", folder, "--store", bundle_store).stderr == ""
     ours, theirs = os.openpty()
-    command = [sys.executable, "-m", "serve", "predict", str(folder), "--store", str(bundle_store), "--format", "csv"]
+    command = [
+        sys.executable,
+        "-m",
+        "serve",
+        "predict",
+        str(folder),
+        "--store",
+        str(bundle_store),
+        "--format",
+        "csv",
+    ]
     env = {**os.environ, "TERM": "xterm"}
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=theirs, env=env):
         os.close(theirs)
@@ -81,7 +106,15 @@ def test_a_terminal_sees_a_progress_bar_and_a_pipe_does_not(bundle_store, folder
 
 
 def test_one_bad_file_does_not_stop_the_others(bundle_store, folder):
-    result = run("predict", folder / "notes.txt", folder / "a.png", "--store", bundle_store, "--format", "json")
+    result = run(
+        "predict",
+        folder / "notes.txt",
+        folder / "a.png",
+        "--store",
+        bundle_store,
+        "--format",
+        "json",
+    )
     assert result.returncode == 1
     bad, good = json.loads(result.stdout)["predictions"]
     assert "not a JPEG" in bad["error"]
@@ -89,7 +122,9 @@ def test_one_bad_file_does_not_stop_the_others(bundle_store, folder):
 
 
 def test_predict_says_what_is_missing(bundle_store, tmp_path):
-    refused(run("predict", tmp_path / "gone.png", "--store", bundle_store), "gone.png", "No such file")
+    refused(
+        run("predict", tmp_path / "gone.png", "--store", bundle_store), "gone.png", "No such file"
+    )
     refused(run("predict", tmp_path, "--store", bundle_store), "no images")
     refused(run("predict", ROOT / "README.md", "--store", tmp_path / "empty"), "no model")
 
@@ -99,8 +134,14 @@ def test_check_tells_what_would_be_served(tmp_path):
     tiny.write(tmp_path)
     result = run("check", "--store", tmp_path, "--version", "1")
     assert result.returncode == 0, result.stderr
-    for line in (r"model +colours, version 1 of 1, 2$", r"variant +fp32 of fp32, on onnxruntime", r"classes +3: red",
-                 r"samples +16 answered as expected", r"prediction sets +hold the true class in 90%", r"ready +yes"):
+    for line in (
+        r"model +colours, version 1 of 1, 2$",
+        r"variant +fp32 of fp32, on onnxruntime",
+        r"classes +3: red",
+        r"samples +16 answered as expected",
+        r"prediction sets +hold the true class in 90%",
+        r"ready +yes",
+    ):
         assert re.search(line, result.stdout, re.MULTILINE), (line, result.stdout)
     assert "version 2 of 1, 2, follows latest" in run("check", "--store", tmp_path).stdout
     told = json.loads(run("check", "--store", tmp_path, "--json").stdout)
@@ -137,14 +178,18 @@ def test_bench_measures_a_service_with_its_own_samples(server):
         assert set(step["statuses"]) == {"200"}
         assert 0 < step["p50_ms"] <= step["p90_ms"] <= step["p99_ms"] <= step["max_ms"]
         assert step["per_second"] == pytest.approx(step["statuses"]["200"], rel=0.2)
-    table = run("bench", server.url.removeprefix("http://"), "--clients", "2", "--seconds", "0.2").stdout
+    table = run(
+        "bench", server.url.removeprefix("http://"), "--clients", "2", "--seconds", "0.2"
+    ).stdout
     assert "p99 ms" in table
 
 
 def test_bench_counts_what_was_refused(server, tmp_path):
     text = tmp_path / "text"
     text.write_text("no image")
-    result = run("bench", server.url, "--image", text, "--clients", "1", "--seconds", "0.2", "--json")
+    result = run(
+        "bench", server.url, "--image", text, "--clients", "1", "--seconds", "0.2", "--json"
+    )
     assert result.returncode == 1
     assert list(json.loads(result.stdout)[0]["statuses"]) == ["415"]
 

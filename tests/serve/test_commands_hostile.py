@@ -1,4 +1,5 @@
 """The commands where all is not as it should be: closed directories, pipes, names that are no text, and Ctrl-C."""
+
 import json
 import os
 import shutil
@@ -14,16 +15,30 @@ from hang import Hang
 from service import ROOT, refused, wait
 
 COMMAND = [sys.executable, "-m", "serve"]
-ORDINARY = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.getuid() == 0 else []  # obeys file modes
+ORDINARY = (
+    ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.getuid() == 0 else []
+)  # obeys file modes
 RED = tiny.image("red")
 
 
-def begin(*arguments: str | Path, as_user: bool = False, env: dict[str, str] | None = None, stdin=None,
-          stdout=PIPE) -> subprocess.Popen:
+def begin(
+    *arguments: str | Path,
+    as_user: bool = False,
+    env: dict[str, str] | None = None,
+    stdin=None,
+    stdout=PIPE,
+) -> subprocess.Popen:
     """`python -m serve …`, which Ctrl-C ends as in a terminal, also where a shell has turned that off for the tests."""
-    return subprocess.Popen([*(ORDINARY if as_user else []), *COMMAND, *map(str, arguments)], cwd=ROOT, stdin=stdin,
-                            stdout=stdout, stderr=PIPE, text=True, env={**os.environ, **(env or {})},
-                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    return subprocess.Popen(
+        [*(ORDINARY if as_user else []), *COMMAND, *map(str, arguments)],
+        cwd=ROOT,
+        stdin=stdin,
+        stdout=stdout,
+        stderr=PIPE,
+        text=True,
+        env={**os.environ, **(env or {})},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def run(*arguments: str | Path, input: str | None = None, **options) -> subprocess.CompletedProcess:
@@ -83,7 +98,9 @@ def test_a_file_below_a_closed_directory(bundle_store, images, closed):
     refused(result, "b.png: Permission denied")
 
 
-@pytest.mark.parametrize("command", [("predict", "a.png"), ("check",), ()], ids=["predict", "check", "serve"])
+@pytest.mark.parametrize(
+    "command", [("predict", "a.png"), ("check",), ()], ids=["predict", "check", "serve"]
+)
 def test_a_closed_store(tmp_path, closed, command):
     tiny.write(tmp_path / "store")
     closed(tmp_path / "store", 0)
@@ -97,12 +114,19 @@ def test_what_is_no_model_may_be_closed(tmp_path, closed):
     tiny.write(tmp_path / "store")
     (tmp_path / "store" / "lost+found").mkdir()
     closed(tmp_path / "store" / "lost+found", 0)
-    assert json.loads(run("check", "--store", tmp_path / "store", "--json", as_user=True).stdout)["model"] == "colours"
+    assert (
+        json.loads(run("check", "--store", tmp_path / "store", "--json", as_user=True).stdout)[
+            "model"
+        ]
+        == "colours"
+    )
 
 
 def test_an_image_from_a_pipe(bundle_store, images):
     with subprocess.Popen(["cat", images / "a.png"], stdout=PIPE) as cat:
-        result = run("predict", "/dev/stdin", "--store", bundle_store, "--format", "json", stdin=cat.stdout)
+        result = run(
+            "predict", "/dev/stdin", "--store", bundle_store, "--format", "json", stdin=cat.stdout
+        )
     assert result.returncode == 0, result.stderr
     assert [p["label"] for p in json.loads(result.stdout)["predictions"]] == ["red"]
 
@@ -110,7 +134,15 @@ def test_an_image_from_a_pipe(bundle_store, images):
 @pytest.mark.parametrize("form", ["json", "csv", "table"])
 def test_a_name_that_is_no_text(bundle_store, images, form):
     Path(os.fsdecode(bytes(images / "b") + b"\xff.png")).write_bytes(RED)
-    result = run("predict", images, "--store", bundle_store, "--format", form, env={"PYTHONIOENCODING": "utf-8:strict"})
+    result = run(
+        "predict",
+        images,
+        "--store",
+        bundle_store,
+        "--format",
+        form,
+        env={"PYTHONIOENCODING": "utf-8:strict"},
+    )
     assert result.returncode == 0, result.stderr
     for name in ("a.png", r"b\udcff.png", "deep/b.png"):
         assert f"{images}/{name}" in result.stdout
@@ -155,8 +187,12 @@ def test_bench_takes_the_key_from_where_the_service_does(start, tmp_path):
     service = start("--api-key", "secret")
     (tmp_path / "key").write_text("secret\n")
     bench = ("bench", service.url, "--clients", "1", "--seconds", "0.2", "--json")
-    for flags, env in ((("--api-key", "secret"), {}), (("--api-key-file", tmp_path / "key"), {}),
-                       ((), {"IMAGO_API_KEY": "secret"}), ((), {"IMAGO_API_KEY_FILE": str(tmp_path / "key")})):
+    for flags, env in (
+        (("--api-key", "secret"), {}),
+        (("--api-key-file", tmp_path / "key"), {}),
+        ((), {"IMAGO_API_KEY": "secret"}),
+        ((), {"IMAGO_API_KEY_FILE": str(tmp_path / "key")}),
+    ):
         result = run(*bench, *flags, env=env)
         assert result.returncode == 0, result.stderr
     assert run(*bench).returncode == 1

@@ -1,4 +1,5 @@
 """Connections: which heads are taken, how many there may be, how long they stay, what they carry."""
+
 import re
 import sys
 import time
@@ -11,15 +12,18 @@ from service import wait
 IMAGE = tiny.image("red")
 
 
-@pytest.mark.parametrize(("data", "status"), [
-    (b"HELLO\r\n\r\n", 400),
-    (b"GET / HTTP/1.1\r\nContent-Length: x\r\n\r\n", 400),
-    (b"GET /\xff HTTP/1.1\r\n\r\n", 400),
-    (b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 101 + b"\r\n", 431),
-    (b"GET / HTTP/1.1\r\na: " + b"b" * 100_000, 431),
-    (b"GET /" + b"b" * 100_000, 431),
-    (b"POST /predict HTTP/1.1\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
-])
+@pytest.mark.parametrize(
+    ("data", "status"),
+    [
+        (b"HELLO\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nContent-Length: x\r\n\r\n", 400),
+        (b"GET /\xff HTTP/1.1\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 101 + b"\r\n", 431),
+        (b"GET / HTTP/1.1\r\na: " + b"b" * 100_000, 431),
+        (b"GET /" + b"b" * 100_000, 431),
+        (b"POST /predict HTTP/1.1\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
+    ],
+)
 def test_heads_that_are_not_taken(server, data, status):
     connection = Raw(server, data)
     found, text = connection.answer()
@@ -50,11 +54,21 @@ def test_idle_connections_are_closed_after_a_while(start):
 def test_connections_are_bounded(start):
     server = start("--max-connections", "3")
     server.http.close()
-    wait(lambda: Raw(server, b"GET /health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").answer()[0] == 200)
+    wait(
+        lambda: (
+            Raw(
+                server, b"GET /health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+            ).answer()[0]
+            == 200
+        )
+    )
     held = [Raw(server, b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n") for _ in range(3)]
     assert [c.socket.recv(12) for c in held] == [b"HTTP/1.1 200"] * 3
     assert Raw(server, head(len(IMAGE)) + IMAGE).answer()[0] == 503
-    for path in (b"live", b"ready"):  # a crowd is no reason to restart it, or to send what it has to others
+    for path in (
+        b"live",
+        b"ready",
+    ):  # a crowd is no reason to restart it, or to send what it has to others
         probe = Raw(server, b"GET /health/%b HTTP/1.1\r\nHost: x\r\n\r\n" % path)
         assert probe.answer()[0] == 200
         assert probe.is_closed()
@@ -63,7 +77,14 @@ def test_connections_are_bounded(start):
     for connection in spare:
         connection.socket.close()
     held[0].socket.close()
-    wait(lambda: Raw(server, b"GET /health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").answer()[0] == 200)
+    wait(
+        lambda: (
+            Raw(
+                server, b"GET /health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+            ).answer()[0]
+            == 200
+        )
+    )
 
 
 def crowd(server, count: int) -> list[Raw]:
@@ -72,12 +93,18 @@ def crowd(server, count: int) -> list[Raw]:
     return [Raw(server, b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n") for _ in range(count)]
 
 
-@pytest.mark.parametrize(("limit", "flags", "room"), [
-    ("-Sn 64", ("--max-connections", "300"), 300),
-    ("-n 256", (), 112),
-])
+@pytest.mark.parametrize(
+    ("limit", "flags", "room"),
+    [
+        ("-Sn 64", ("--max-connections", "300"), 300),
+        ("-n 256", (), 112),
+    ],
+)
 def test_open_files_allow_the_connections_that_are_promised(start, limit, flags, room):
-    server = start(*flags, command=["sh", "-c", f'ulimit {limit}; exec "$@"', "sh", sys.executable, "-m", "serve"])
+    server = start(
+        *flags,
+        command=["sh", "-c", f'ulimit {limit}; exec "$@"', "sh", sys.executable, "-m", "serve"],
+    )
     held = crowd(server, room + 16)
     assert {connection.socket.recv(12) for connection in held} == {b"HTTP/1.1 200"}
     beyond = [Raw(server) for _ in range(64)]
@@ -86,8 +113,10 @@ def test_open_files_allow_the_connections_that_are_promised(start, limit, flags,
 
 
 def test_pipelined_requests_are_answered_in_order(server):
-    requests = b"".join(head(len(body), f"X-Request-ID: n{i}") + body
-                        for i, body in enumerate([IMAGE, b"", tiny.image("blue"), b"hello"]))
+    requests = b"".join(
+        head(len(body), f"X-Request-ID: n{i}") + body
+        for i, body in enumerate([IMAGE, b"", tiny.image("blue"), b"hello"])
+    )
     _, text = Raw(server, requests + b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n").answer()
     assert re.findall(r"HTTP/1.1 (\d+)", text) == ["200", "400", "200", "415", "200"]
     ids = [line.split()[1] for line in text.splitlines() if line.startswith("x-request-id")]
@@ -101,8 +130,14 @@ def test_expect_100_continue(server):
     assert connection.answer()[0] == 200
 
 
-@pytest.mark.parametrize(("path", "length", "status"), [
-    (b"/predict", 1 << 30, 413), (b"/v2/models/colours/infer", 1 << 30, 413), (b"/nothing", 9, 404)])
+@pytest.mark.parametrize(
+    ("path", "length", "status"),
+    [
+        (b"/predict", 1 << 30, 413),
+        (b"/v2/models/colours/infer", 1 << 30, 413),
+        (b"/nothing", 9, 404),
+    ],
+)
 def test_refused_before_100_continue(server, path, length, status):
     """The client may send its body or not. What it sends next must not be taken for one, so the connection ends."""
     connection = Raw(server, head(length, "Expect: 100-continue").replace(b"/predict", path))
@@ -112,7 +147,10 @@ def test_refused_before_100_continue(server, path, length, status):
 
 
 def test_http_1_0_and_connection_close(server):
-    for request in (head(len(IMAGE)).replace(b"HTTP/1.1", b"HTTP/1.0"), head(len(IMAGE), "Connection: close")):
+    for request in (
+        head(len(IMAGE)).replace(b"HTTP/1.1", b"HTTP/1.0"),
+        head(len(IMAGE), "Connection: close"),
+    ):
         connection = Raw(server, request + IMAGE)
         status, text = connection.answer()
         assert (status, "connection: close" in text) == (200, True)

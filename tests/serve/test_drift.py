@@ -1,4 +1,5 @@
 """imago_drift_psi against numpy: live traffic that looks like the baseline, and traffic that does not."""
+
 import time
 
 import numpy as np
@@ -7,8 +8,8 @@ import tiny
 from service import wait
 
 from models.bundle import SIGNALS, Histogram
+from models.drift import class_edges, edges, histogram, image_signals, psi
 from models.image import InputSpec, decode
-from models.signals import class_edges, edges, histogram, image_signals, psi
 
 SPEC = InputSpec(height=32, width=32)
 IMAGES = 120
@@ -19,23 +20,37 @@ def signals(files: list[bytes], sizes: list[int]) -> dict[str, np.ndarray]:
     pixels = np.stack([decode(data, SPEC) for data in files])
     out = tiny.expected(pixels, 3)
     looks = np.array([image_signals(image) for image in pixels])
-    return {"class": out["probabilities"].argmax(1), "confidence": out["probabilities"].max(1), "energy": out["energy"],
-            "brightness": looks[:, 0], "contrast": looks[:, 1], "sharpness": looks[:, 2],
-            "width": np.array(sizes), "height": np.array(sizes)}
+    return {
+        "class": out["probabilities"].argmax(1),
+        "confidence": out["probabilities"].max(1),
+        "energy": out["energy"],
+        "brightness": looks[:, 0],
+        "contrast": looks[:, 1],
+        "sharpness": looks[:, 2],
+        "width": np.array(sizes),
+        "height": np.array(sizes),
+    }
 
 
 def made(seed: int, sizes: tuple[int, ...], labels: list[str]) -> tuple[list[bytes], list[int]]:
     chosen = [sizes[i % len(sizes)] for i in range(IMAGES)]
-    return [tiny.image(labels[i % len(labels)], size, seed=seed + i) for i, size in enumerate(chosen)], chosen
+    return [
+        tiny.image(labels[i % len(labels)], size, seed=seed + i) for i, size in enumerate(chosen)
+    ], chosen
 
 
 @pytest.fixture(scope="module")
 def baseline() -> dict[str, Histogram]:
     found = signals(*made(0, (32, 48), tiny.CLASSES))
-    cut = {name: class_edges(3) if name == "class" else edges(values, bins=5) for name, values in found.items()}
+    cut = {
+        name: class_edges(3) if name == "class" else edges(values, bins=5)
+        for name, values in found.items()
+    }
     assert tuple(found) == SIGNALS
-    return {name: Histogram(edges=cut[name].tolist(), counts=histogram(values, cut[name]).tolist())
-            for name, values in found.items()}
+    return {
+        name: Histogram(edges=cut[name].tolist(), counts=histogram(values, cut[name]).tolist())
+        for name, values in found.items()
+    }
 
 
 def observed(service) -> dict[str, float]:
@@ -59,7 +74,9 @@ def test_psi_of_each_signal(start, tmp_path, baseline):
     send(service, same[:15])
     assert observed(service) == {}, "so few images say nothing"
     send(service, same[15:])
-    wait(lambda: service.metric("imago_drift_images") == IMAGES)  # an answer leaves before it is counted
+    wait(
+        lambda: service.metric("imago_drift_images") == IMAGES
+    )  # an answer leaves before it is counted
     found, want = observed(service), signals(same, sizes)
     for name, histogram_ in baseline.items():
         live = histogram(want[name], np.array(histogram_.edges))
@@ -77,7 +94,7 @@ def test_several_workers_add_up(start, tmp_path, baseline):
     service = start("--workers", "2", "--drift-window", str(IMAGES), store=tmp_path)
     files, _ = made(1000, (32, 48), tiny.CLASSES)
     for at in range(0, IMAGES, 10):  # many in one request are spread over the workers
-        many = [("f", (str(i), data)) for i, data in enumerate(files[at:at + 10])]
+        many = [("f", (str(i), data)) for i, data in enumerate(files[at : at + 10])]
         assert service.http.post("/predict", files=many).status_code == 200
         time.sleep(0.45)
     assert service.metric("imago_drift_images") > IMAGES / 2
@@ -101,14 +118,23 @@ def test_a_model_of_fewer_classes_shows_no_drift_that_there_is_not(start, tmp_pa
     assert observed(service)["class"] < 0.1
 
 
-@pytest.mark.parametrize("window", ["2000", "1000000"])  # where neighbours share bins, and where none have to
+@pytest.mark.parametrize(
+    "window", ["2000", "1000000"]
+)  # where neighbours share bins, and where none have to
 def test_many_thousands_of_classes(start, tmp_path, window):
     def write(classes: int, at: int) -> None:
         """Those that are predicted come first; the others come with the baseline from `at` on."""
         counts = np.zeros(classes, int)
-        counts[at:at + 3] = 40
-        tiny.write(tmp_path, classes=[f"class {i}" for i in range(classes)], size=4, samples=3,
-                   baseline={"class": Histogram(edges=class_edges(classes).tolist(), counts=counts.tolist())})
+        counts[at : at + 3] = 40
+        tiny.write(
+            tmp_path,
+            classes=[f"class {i}" for i in range(classes)],
+            size=4,
+            samples=3,
+            baseline={
+                "class": Histogram(edges=class_edges(classes).tolist(), counts=counts.tolist())
+            },
+        )
 
     write(20_000, 0)
     service = start("--reload-seconds", "0.2", "--drift-window", window, store=tmp_path)
@@ -127,8 +153,11 @@ def test_many_thousands_of_classes(start, tmp_path, window):
 
 def test_classes_too_many_for_the_window_share_bins(start, tmp_path):
     even = [20] * 500
-    tiny.write(tmp_path, classes=[f"class {i}" for i in range(500)],
-               baseline={"class": Histogram(edges=class_edges(500).tolist(), counts=even)})
+    tiny.write(
+        tmp_path,
+        classes=[f"class {i}" for i in range(500)],
+        baseline={"class": Histogram(edges=class_edges(500).tolist(), counts=even)},
+    )
     service = start("--drift-window", "60", store=tmp_path)
     send(service, made(1000, (32,), ["red"])[0][:62])
     wait(lambda: observed(service) != {})

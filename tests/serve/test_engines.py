@@ -1,4 +1,5 @@
 """Engines and variants, by setting and by what the machine can do."""
+
 import importlib.util
 
 import cv2
@@ -10,18 +11,22 @@ from service import loopback, refused, run
 
 from models.image import InputSpec, decode
 from models.store import Store
-from serve import engine
+from serve.engines import engine
 from serve.model import Model
 from serve.settings import Settings
 
 IMAGES = [tiny.image(label, seed=7) for label in tiny.CLASSES]
-needs_openvino = pytest.mark.skipif(not importlib.util.find_spec("openvino"), reason="the extra openvino is missing")
+needs_openvino = pytest.mark.skipif(
+    not importlib.util.find_spec("openvino"), reason="the extra openvino is missing"
+)
 
 
 def check_answers(server, tolerance: float) -> str:
     """Right answers, one at a time and many at once; returns the engine's name."""
     for data in IMAGES:
-        want = tiny.expected(decode(data, InputSpec(height=32, width=32))[None], 3)["probabilities"][0]
+        want = tiny.expected(decode(data, InputSpec(height=32, width=32))[None], 3)[
+            "probabilities"
+        ][0]
         (prediction,) = server.predict(data).json()["predictions"]
         assert prediction["index"] == want.argmax()
         assert prediction["confidence"] == pytest.approx(want.max(), abs=tolerance)
@@ -32,7 +37,9 @@ def check_answers(server, tolerance: float) -> str:
 
 @pytest.mark.parametrize("threads", ["1", "2", "3"])
 def test_onnxruntime(start, threads):
-    assert check_answers(start("--engine", "onnxruntime", "--threads", threads), 1e-4) == "onnxruntime"
+    assert (
+        check_answers(start("--engine", "onnxruntime", "--threads", threads), 1e-4) == "onnxruntime"
+    )
 
 
 @needs_openvino
@@ -44,7 +51,9 @@ def test_openvino(start):
 def test_bfloat16_is_refused_where_it_changes_the_samples(start, tmp_path):
     """Large logits that are nearly equal: 8 bits of precision can't tell them apart."""
     gray = [np.random.default_rng(i).integers(90, 160, (32, 32, 3), np.uint8) for i in range(16)]
-    tiny.write(tmp_path, scale=30, files=[cv2.imencode(".png", pixels)[1].tobytes() for pixels in gray])
+    tiny.write(
+        tmp_path, scale=30, files=[cv2.imencode(".png", pixels)[1].tobytes() for pixels in gray]
+    )
     server = start("--engine", "openvino", store=tmp_path)
     assert server.http.get("/model").json()["engine"] == "openvino"
 
@@ -105,9 +114,14 @@ def test_auto_serves_the_variant_that_is_right_where_the_faster_one_is_not(start
     server = start(store=tmp_path)
     assert server.http.get("/model").json()["variant"] == "fp32"
     assert server.predict(IMAGES[0]).json()["predictions"][0]["label"] == "red"
-    (line,) = [line for line in server.log.read_text().splitlines() if "a variant is not taken" in line]
-    assert {"answers otherwise": "self check of int8 failed", "can't be run": "can't run it",
-            "can't be loaded": "can't load it"}[how] in line
+    (line,) = [
+        line for line in server.log.read_text().splitlines() if "a variant is not taken" in line
+    ]
+    assert {
+        "answers otherwise": "self check of int8 failed",
+        "can't be run": "can't run it",
+        "can't be loaded": "can't load it",
+    }[how] in line
 
 
 def test_auto_is_refused_where_no_variant_is_right(tmp_path):
@@ -115,4 +129,6 @@ def test_auto_is_refused_where_no_variant_is_right(tmp_path):
     tiny.add_int8(bundle, scale=2)
     tiny.break_where_bright(bundle, 0.1)
     refused(run("--store", str(tmp_path), *loopback()), "can't run it")
-    refused(run("--store", str(tmp_path), "--variant", "int8", *loopback()), "self check of int8 failed")
+    refused(
+        run("--store", str(tmp_path), "--variant", "int8", *loopback()), "self check of int8 failed"
+    )

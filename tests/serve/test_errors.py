@@ -1,4 +1,5 @@
 """What an error tells: enough for a client, and nothing of the machine; and what is told while a worker is replaced."""
+
 import base64
 import os
 import signal
@@ -16,8 +17,19 @@ BRIGHT = cv2.imencode(".png", np.full((32, 32, 3), 255, np.uint8))[1].tobytes()
 
 
 def infer(service: Server, image: bytes) -> httpx.Response:
-    return service.http.post(INFER, json={"inputs": [{"name": "image", "datatype": "BYTES", "shape": [1],
-                                                      "data": [base64.b64encode(image).decode()]}]})
+    return service.http.post(
+        INFER,
+        json={
+            "inputs": [
+                {
+                    "name": "image",
+                    "datatype": "BYTES",
+                    "shape": [1],
+                    "data": [base64.b64encode(image).decode()],
+                }
+            ]
+        },
+    )
 
 
 def check_silent(answers: list[httpx.Response], tmp_path) -> None:
@@ -31,13 +43,44 @@ def test_no_error_tells_of_files_on_the_server(start, tmp_path):
     tiny.break_where_bright(tiny.write(tmp_path))
     service = start("--deadline-ms", "1000", store=tmp_path)
     ask, get, post = service.predict, service.http.get, service.http.post
-    found = [get("/nothing"), get("/predict"), ask(b"no image"), ask(IMAGE[:60]), ask(b""), ask(BRIGHT),
-             get("/report"), get("/samples/99"), get("/samples/..%2f..%2fmanifest.json"), infer(service, b"no image"),
-             infer(service, BRIGHT), post(INFER, json={}), get(INFER), get("/v2/nothing"), get("/v2/models/other")]
+    found = [
+        get("/nothing"),
+        get("/predict"),
+        ask(b"no image"),
+        ask(IMAGE[:60]),
+        ask(b""),
+        ask(BRIGHT),
+        get("/report"),
+        get("/samples/99"),
+        get("/samples/..%2f..%2fmanifest.json"),
+        infer(service, b"no image"),
+        infer(service, BRIGHT),
+        post(INFER, json={}),
+        get(INFER),
+        get("/v2/nothing"),
+        get("/v2/models/other"),
+    ]
     with stopped(service):
         found += [ask(IMAGE), infer(service, IMAGE)]
-    assert [answer.status_code for answer in found] == [404, 405, 415, 422, 400, 500, 404, 404, 404, 415, 500, 400, 405,
-                                                        404, 404, 504, 504]
+    assert [answer.status_code for answer in found] == [
+        404,
+        405,
+        415,
+        422,
+        400,
+        500,
+        404,
+        404,
+        404,
+        415,
+        500,
+        400,
+        405,
+        404,
+        404,
+        504,
+        504,
+    ]
     check_silent(found, tmp_path)
     assert service.metric("imago_requests_total", code="504") == 2
     assert service.metric("imago_images_total", outcome="expired") == 2

@@ -1,4 +1,5 @@
 """/feedback: true labels become live accuracy and calibration error, right with several processes and bounded."""
+
 import httpx
 import numpy as np
 import pytest
@@ -6,7 +7,7 @@ import tiny
 from service import wait
 
 from models.image import InputSpec, decode
-from serve.feedback import PLACES, Memory
+from serve.http.feedback import PLACES, Memory
 
 
 def give(service, request_id: str, label: str, **more):
@@ -46,13 +47,18 @@ def test_accuracy_is_of_the_version_that_serves(start, tmp_path):
     service = start("--api-processes", "2", "--reload-seconds", "0.2", store=tmp_path)
 
     def accuracy() -> list[float]:
-        return [float(line.split()[1]) for line in service.metrics().splitlines()
-                if line.startswith("imago_feedback_accuracy ")]
+        return [
+            float(line.split()[1])
+            for line in service.metrics().splitlines()
+            if line.startswith("imago_feedback_accuracy ")
+        ]
 
     def label(truth: str) -> None:
         service.http.close()  # so that another process may get the next request
         service.http = httpx.Client(base_url=service.url, timeout=30)
-        assert give(service, service.predict(tiny.image("red")).json()["id"], truth).status_code == 200
+        assert (
+            give(service, service.predict(tiny.image("red")).json()["id"], truth).status_code == 200
+        )
 
     for _ in range(10):
         label("blue")
@@ -66,7 +72,9 @@ def test_accuracy_is_of_the_version_that_serves(start, tmp_path):
 
 def test_an_answer_takes_one_label(service):
     request_id = service.predict(tiny.image("red"), **{"X-Request-ID": "only-once"}).json()["id"]
-    assert give(service, request_id, "purple").status_code == 400  # no such class: the label is still to come
+    assert (
+        give(service, request_id, "purple").status_code == 400
+    )  # no such class: the label is still to come
     assert give(service, request_id, "red").status_code == 200
     assert give(service, request_id, "red").status_code == 404
     assert give(service, "never-seen", "red").status_code == 404
@@ -84,8 +92,15 @@ def test_each_image_of_a_request_has_its_own(server):
 
 
 def test_answers_in_the_open_inference_protocol_take_labels(server):
-    pixels = np.stack([decode(tiny.image(label), InputSpec(height=32, width=32)) for label in ("blue", "red")])
-    tensor = {"name": "image", "datatype": "UINT8", "shape": list(pixels.shape), "data": pixels.ravel().tolist()}
+    pixels = np.stack(
+        [decode(tiny.image(label), InputSpec(height=32, width=32)) for label in ("blue", "red")]
+    )
+    tensor = {
+        "name": "image",
+        "datatype": "UINT8",
+        "shape": list(pixels.shape),
+        "data": pixels.ravel().tolist(),
+    }
     answer = server.http.post("/v2/models/colours/infer", json={"inputs": [tensor]})
     request_id = answer.headers["x-request-id"]
     assert give(server, request_id, "blue", image=0).json()["correct"] is True
@@ -103,12 +118,26 @@ def test_labels_with_quotes(start, tmp_path):
         assert give(service, body["id"], label).json()["correct"] is True
 
 
-@pytest.mark.parametrize("body", [
-    b"", b"{", b"[]", b"{}", b'{"id": 1, "label": "red"}', b'{"id": "x"}', b'{"id": "x", "label": 1}',
-    b'{"id": "x", "label": "red", "image": -1}', b'{"id": "x", "label": "red", "image": true}',
-    b'{"id": "\\ud800", "label": "red"}', b"[" * 8000])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"{}",
+        b'{"id": 1, "label": "red"}',
+        b'{"id": "x"}',
+        b'{"id": "x", "label": 1}',
+        b'{"id": "x", "label": "red", "image": -1}',
+        b'{"id": "x", "label": "red", "image": true}',
+        b'{"id": "\\ud800", "label": "red"}',
+        b"[" * 8000,
+    ],
+)
 def test_malformed_feedback_is_a_400(server, body):
-    answer = server.http.post("/feedback", content=body, headers={"Content-Type": "application/json"})
+    answer = server.http.post(
+        "/feedback", content=body, headers={"Content-Type": "application/json"}
+    )
     assert answer.status_code == 400
     assert answer.json()["detail"]
 
@@ -123,7 +152,9 @@ def test_feedback_is_small_and_needs_the_key(start):
 def test_memory_is_bounded_and_shared(tmp_path):
     ours, theirs = Memory(str(tmp_path)), Memory(str(tmp_path))
     for i in range(3 * PLACES):
-        ours.put(f"request-{i}", 0, 1, b'{"label":"x","index":%d,"confidence":0.5,"top":[' % (i % 7))
+        ours.put(
+            f"request-{i}", 0, 1, b'{"label":"x","index":%d,"confidence":0.5,"top":[' % (i % 7)
+        )
     assert (tmp_path / "answers").stat().st_size < 4 << 20
     last = 3 * PLACES - 1
     assert theirs.take(f"request-{last}", 0) == (1, last % 7, 0.5)

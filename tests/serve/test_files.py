@@ -1,4 +1,5 @@
 """What a browser is given: the page, the documentation, and the bundle's own samples and report."""
+
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -27,7 +28,9 @@ def test_a_store_that_hangs_holds_up_only_who_asks_for_its_files(start, tmp_path
 
 def test_a_store_that_hangs_on_is_told_of_at_the_deadline(start, tmp_path):
     hang = Hang(tmp_path / "hang", tiny.write(tmp_path / "store"))
-    service = start("--reload-seconds", "0", "--deadline-ms", "300", store=tmp_path / "store", env=hang.env)
+    service = start(
+        "--reload-seconds", "0", "--deadline-ms", "300", store=tmp_path / "store", env=hang.env
+    )
     with hang.hangs():
         for place in ("/samples/0", "/report"):
             answer = service.http.get(place, timeout=10)
@@ -50,8 +53,17 @@ def reported(tmp_path_factory):
 def test_a_browser_is_told_to_run_and_fetch_nothing_else(reported, place):
     answer = reported.http.get(place)
     assert answer.status_code == 200
-    policy = dict(part.strip().partition(" ")[::2] for part in answer.headers["content-security-policy"].split(";"))
-    assert policy["default-src"] == policy["base-uri"] == policy["form-action"] == policy["frame-ancestors"] == "'none'"
+    policy = dict(
+        part.strip().partition(" ")[::2]
+        for part in answer.headers["content-security-policy"].split(";")
+    )
+    assert (
+        policy["default-src"]
+        == policy["base-uri"]
+        == policy["form-action"]
+        == policy["frame-ancestors"]
+        == "'none'"
+    )
     assert policy.get("script-src", "'none'") in ("'none'", "'self'")
     assert ("sandbox" in policy) is (place == "/report")
     assert answer.headers["x-content-type-options"] == "nosniff"

@@ -1,4 +1,5 @@
 """A corpus of images through the door of the service: right answer or right 4xx, and never a harm to others."""
+
 import io
 import struct
 import zipfile
@@ -47,23 +48,33 @@ def deep(label: str, suffix: str) -> bytes:
 
 
 GOOD = {
-    "jpeg": save(rgb("green"), "JPEG"), "jpeg progressive": save(rgb("green"), "JPEG", progressive=True),
-    "jpeg cmyk": save(rgb("green").convert("CMYK"), "JPEG"), "jpeg turned": turned("green", "JPEG"),
+    "jpeg": save(rgb("green"), "JPEG"),
+    "jpeg progressive": save(rgb("green"), "JPEG", progressive=True),
+    "jpeg cmyk": save(rgb("green").convert("CMYK"), "JPEG"),
+    "jpeg turned": turned("green", "JPEG"),
     "jpeg of three scans": jpegs.green([[0], [1], [2]]),
-    "png": save(rgb("green"), "PNG"), "png palette": save(rgb("green").quantize(16), "PNG"),
-    "png alpha": save(see_through("green"), "PNG"), "png 16": deep("green", ".png"),
+    "png": save(rgb("green"), "PNG"),
+    "png palette": save(rgb("green").quantize(16), "PNG"),
+    "png alpha": save(see_through("green"), "PNG"),
+    "png 16": deep("green", ".png"),
     "png turned": turned("green", "PNG"),
-    "webp": save(rgb("green"), "WEBP"), "webp alpha": save(see_through("green"), "WEBP"),
+    "webp": save(rgb("green"), "WEBP"),
+    "webp alpha": save(see_through("green"), "WEBP"),
     "webp animated": save(rgb("green"), "WEBP", save_all=True, append_images=[rgb("red")] * 3),
     "gif animated": save(rgb("green"), "GIF", save_all=True, append_images=[rgb("red")] * 3),
-    "bmp": save(rgb("green"), "BMP"), "tiff": save(rgb("green"), "TIFF"),
-    "tiff lzw": save(rgb("green"), "TIFF", compression="tiff_lzw"), "tiff 16": deep("green", ".tiff"),
+    "bmp": save(rgb("green"), "BMP"),
+    "tiff": save(rgb("green"), "TIFF"),
+    "tiff lzw": save(rgb("green"), "TIFF", compression="tiff_lzw"),
+    "tiff 16": deep("green", ".tiff"),
     "tiff cmyk": save(rgb("green").convert("CMYK"), "TIFF"),
     "tiff pages": save(rgb("green"), "TIFF", save_all=True, append_images=[rgb("red")]),
 }
-GRAY = {"png gray": save(rgb("blue").convert("L"), "PNG"), "jpeg gray": save(rgb("blue").convert("L"), "JPEG"),
-        "png 1 bit": save(rgb("blue").convert("1"), "PNG"),
-        "png gray 16": save(Image.fromarray(np.full((SIDE, SIDE), 30000, np.uint16)), "PNG")}
+GRAY = {
+    "png gray": save(rgb("blue").convert("L"), "PNG"),
+    "jpeg gray": save(rgb("blue").convert("L"), "JPEG"),
+    "png 1 bit": save(rgb("blue").convert("1"), "PNG"),
+    "png gray 16": save(Image.fromarray(np.full((SIDE, SIDE), 30000, np.uint16)), "PNG"),
+}
 
 
 def zipped() -> bytes:
@@ -82,15 +93,26 @@ def png_of(width: int, height: int) -> bytes:
 
 
 BAD = {
-    "empty": (b"", 400), "text": (b"hello", 415), "zip bomb": (zipped(), 415), "pdf": (b"%PDF-1.7 ...", 415),
-    "svg": (b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>', 415),
+    "empty": (b"", 400),
+    "text": (b"hello", 415),
+    "zip bomb": (zipped(), 415),
+    "pdf": (b"%PDF-1.7 ...", 415),
+    "svg": (
+        b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>',
+        415,
+    ),
     "avif": (b"\0\0\0\x1cftypavif" + bytes(64), 415),
-    "jpeg cut short": (GOOD["jpeg"][:len(GOOD["jpeg"]) // 2], 422), "jpeg start only": (b"\xff\xd8\xff\xe0", 422),
+    "jpeg cut short": (GOOD["jpeg"][: len(GOOD["jpeg"]) // 2], 422),
+    "jpeg start only": (b"\xff\xd8\xff\xe0", 422),
     "jpeg of a thousand scans": (jpegs.green([[i % 3] for i in range(1000)], 7000), 422),
-    "png cut short": (GOOD["png"][:-200], 422), "webp cut short": (GOOD["webp"][:-20], 422),
-    "gif cut short": (GOOD["gif animated"][:60], 422), "bmp cut short": (GOOD["bmp"][:-500], 422),
-    "tiff cut short": (GOOD["tiff"][:-2000], 422), "png bomb": (png_of(100_000, 100_000), 413),
-    "png that lies": (png_of(2000, 2000), 422), "png of no size": (png_of(0, 7), 422),
+    "png cut short": (GOOD["png"][:-200], 422),
+    "webp cut short": (GOOD["webp"][:-20], 422),
+    "gif cut short": (GOOD["gif animated"][:60], 422),
+    "bmp cut short": (GOOD["bmp"][:-500], 422),
+    "tiff cut short": (GOOD["tiff"][:-2000], 422),
+    "png bomb": (png_of(100_000, 100_000), 413),
+    "png that lies": (png_of(2000, 2000), 422),
+    "png of no size": (png_of(0, 7), 422),
 }
 
 
@@ -106,7 +128,9 @@ def test_every_kind_is_answered_right(server, name):
 @pytest.mark.parametrize("name", GRAY)
 def test_gray_has_no_colour(server, name):
     (prediction,) = server.predict(GRAY[name]).json()["predictions"]
-    assert [choice["confidence"] for choice in prediction["top"]] == pytest.approx([1 / 3] * 3, abs=0.01)
+    assert [choice["confidence"] for choice in prediction["top"]] == pytest.approx(
+        [1 / 3] * 3, abs=0.01
+    )
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -116,7 +140,9 @@ def test_every_bad_one_gets_its_4xx(server, name):
     assert answer.status_code == status
     detail = answer.json()["detail"]
     assert detail
-    assert "/" not in detail.replace("image/", "").replace("form-data", "").replace("multipart/", ""), "no paths"
+    assert "/" not in detail.replace("image/", "").replace("form-data", "").replace(
+        "multipart/", ""
+    ), "no paths"
 
 
 def test_bad_images_harm_nobody(server):

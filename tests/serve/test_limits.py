@@ -2,6 +2,7 @@
 
 A worker that is stopped by SIGSTOP stands for one that is busy: what it was sent stays pending.
 """
+
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -30,7 +31,9 @@ def test_pending_images_are_bounded_and_those_accepted_are_answered(start):
             assert int(refused.headers["retry-after"]) >= 1
             status, _ = Raw(server, head(1_000_000)).answer()  # its body was never sent
             assert status == 429
-            assert [server.http.get(f"/health/{word}").status_code for word in ("live", "ready")] == [200, 200]
+            assert [
+                server.http.get(f"/health/{word}").status_code for word in ("live", "ready")
+            ] == [200, 200]
         assert [f.result().status_code for f in accepted] == [200] * 4
     assert server.metric("imago_rejected_total", reason="pending") == 3
     assert server.metric("imago_pending_images") == 0
@@ -68,7 +71,9 @@ def test_what_a_hung_worker_does_not_take_is_bounded(start):
     body = tiny.image("red", 200)
     with stopped(server):
         answers = []
-        while len(answers) < 200 and 429 not in answers:  # each gives up, and its bytes stay where they are
+        while (
+            len(answers) < 200 and 429 not in answers
+        ):  # each gives up, and its bytes stay where they are
             answers.append(server.predict(body).status_code)
         assert answers[0] == 504
         assert answers[-1] == 429
@@ -79,7 +84,9 @@ def test_a_body_too_large(start):
     server = start("--max-body-bytes", "1000")
     assert Raw(server, head(1001)).answer()[0] == 413
     pieces = [b"x" * 400] * 4
-    chunked = server.http.post("/predict", content=iter(pieces), headers={"Content-Type": "image/png"})
+    chunked = server.http.post(
+        "/predict", content=iter(pieces), headers={"Content-Type": "image/png"}
+    )
     assert chunked.status_code == 413
     tensor = server.http.post("/v2/models/colours/infer", content=iter(pieces))
     assert tensor.status_code == 413
@@ -124,8 +131,14 @@ def test_every_image_that_expires_is_counted_once(start):
 @pytest.mark.parametrize("path", ["/predict", "/v2/models/colours/infer"])
 def test_a_client_that_goes_away_frees_its_place(start, path):
     server = start("--max-pending", "1")
-    body = IMAGE if path == "/predict" else (
-        b'{"inputs":[{"name":"image","datatype":"UINT8","shape":[1,32,32,3],"data":[%b]}]}' % b",".join([b"1"] * 3072))
+    body = (
+        IMAGE
+        if path == "/predict"
+        else (
+            b'{"inputs":[{"name":"image","datatype":"UINT8","shape":[1,32,32,3],"data":[%b]}]}'
+            % b",".join([b"1"] * 3072)
+        )
+    )
     request = head(len(body)).replace(b"/predict", path.encode()) + body
     with stopped(server):
         gone = Raw(server, request)
@@ -154,9 +167,17 @@ def test_compressed_bodies_are_not_taken(server):
 @pytest.mark.parametrize("source", ["variable", "file"])
 def test_api_key(start, tmp_path, source):
     (tmp_path / "key").write_text("s3cret\n")
-    server = (start(env={"IMAGO_API_KEY": "s3cret"}) if source == "variable" else
-              start("--api-key-file", str(tmp_path / "key")))
-    for headers in ({}, {"X-API-Key": "s3cre"}, {"X-API-Key": "s3cretx"}, {"Authorization": "Bearer x"}):
+    server = (
+        start(env={"IMAGO_API_KEY": "s3cret"})
+        if source == "variable"
+        else start("--api-key-file", str(tmp_path / "key"))
+    )
+    for headers in (
+        {},
+        {"X-API-Key": "s3cre"},
+        {"X-API-Key": "s3cretx"},
+        {"Authorization": "Bearer x"},
+    ):
         refused = server.predict(IMAGE, **headers)
         assert refused.status_code == 401
         assert "www-authenticate" in refused.headers
@@ -172,17 +193,32 @@ def test_api_key(start, tmp_path, source):
 def test_nothing_but_the_constant_time_comparison_decides_on_a_key(start, tmp_path):
     """Where that takes every key for the right one, every key is."""
     (tmp_path / "own").mkdir()
-    (tmp_path / "own" / "sitecustomize.py").write_text("import hmac\nhmac.compare_digest = lambda given, key: True\n")
+    (tmp_path / "own" / "sitecustomize.py").write_text(
+        "import hmac\nhmac.compare_digest = lambda given, key: True\n"
+    )
     server = start(env={"IMAGO_API_KEY": "s3cret", "PYTHONPATH": str(tmp_path / "own")})
     for key in ("s3cret", "s3cre", "x", "a key that is longer"):
         assert server.predict(IMAGE, **{"X-API-Key": key}).status_code == 200
 
 
 def test_responses_have_security_headers_and_no_banner(server):
-    for answer in (server.predict(IMAGE), server.predict(b""), server.http.get("/nothing"), server.http.get("/docs"),
-                   httpx.get(f"http://127.0.0.1:{server.metrics_port}/metrics")):
-        assert not {"server", "x-powered-by"} & set(answer.headers) or answer.headers["server"].strip() == "imago"
-    for answer in (server.predict(IMAGE), server.predict(b""), server.http.get("/nothing"), server.http.get("/docs")):
+    for answer in (
+        server.predict(IMAGE),
+        server.predict(b""),
+        server.http.get("/nothing"),
+        server.http.get("/docs"),
+        httpx.get(f"http://127.0.0.1:{server.metrics_port}/metrics"),
+    ):
+        assert (
+            not {"server", "x-powered-by"} & set(answer.headers)
+            or answer.headers["server"].strip() == "imago"
+        )
+    for answer in (
+        server.predict(IMAGE),
+        server.predict(b""),
+        server.http.get("/nothing"),
+        server.http.get("/docs"),
+    ):
         assert answer.headers["x-content-type-options"] == "nosniff"
         assert answer.headers["cache-control"] == "no-store"
 
@@ -191,7 +227,10 @@ def test_metrics_are_answered_under_overload(start):
     server = start("--max-pending", "4")
     with Load(server.port, IMAGE, clients=32) as load:
         wait(lambda: load.statuses[429] > 100)
-        pages = [httpx.get(f"http://127.0.0.1:{server.metrics_port}/metrics", timeout=5).text for _ in range(20)]
+        pages = [
+            httpx.get(f"http://127.0.0.1:{server.metrics_port}/metrics", timeout=5).text
+            for _ in range(20)
+        ]
         assert server.http.get("/health/live").status_code == 200
     assert all('imago_rejected_total{reason="pending"}' in page for page in pages)
     assert load.statuses[200]

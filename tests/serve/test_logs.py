@@ -1,4 +1,5 @@
 """What a running service writes on stderr."""
+
 import base64
 import json
 
@@ -9,15 +10,23 @@ def test_json_lines_tell_of_requests_and_never_hold_images(start):
     service = start("--access-log", "true")
     image = tiny.image("red")
     encoded = base64.b64encode(image).decode()
-    ids = [service.predict(image).json()["id"], service.http.post("/predict", json={"image": encoded}).json()["id"],
-           service.predict(b"no image").json()["request_id"]]
+    ids = [
+        service.predict(image).json()["id"],
+        service.http.post("/predict", json={"image": encoded}).json()["id"],
+        service.predict(b"no image").json()["request_id"],
+    ]
     service.http.get("/a%0ab")
     assert service.stop() == 0
     text = service.log.read_text()
     lines = [json.loads(line) for line in text.splitlines()]
-    requests = [line for line in lines if line["message"] == "request" and line["path"] == "/predict"]
+    requests = [
+        line for line in lines if line["message"] == "request" and line["path"] == "/predict"
+    ]
     assert [(line["request_id"], line["method"], line["status"]) for line in requests] == [
-        (ids[0], "POST", 200), (ids[1], "POST", 200), (ids[2], "POST", 415)]
+        (ids[0], "POST", 200),
+        (ids[1], "POST", 200),
+        (ids[2], "POST", 415),
+    ]
     assert all(line["ms"] > 0 for line in requests)
     assert "/a\nb" in [line.get("path") for line in lines]
     assert encoded[:40] not in text

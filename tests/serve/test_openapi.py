@@ -1,4 +1,5 @@
 """Schemathesis: requests made from the OpenAPI, sound and broken, against a real server and what it promises."""
+
 import base64
 
 import pytest
@@ -14,14 +15,29 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from serve.docs import OPENAPI
+from serve.http.openapi import OPENAPI
 
-CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_headers_conformance,
-          response_schema_conformance]
-QUICK = settings(max_examples=25, deadline=None, derandomize=True, database=None,
-                 suppress_health_check=list(HealthCheck))
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+]
+QUICK = settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
 SCHEMA = schemathesis.openapi.from_dict(OPENAPI)
-TAKERS = ("POST /predict", "POST /feedback", "POST /v2/models/{name}/infer", "GET /samples/{index}")  # can be broken
+TAKERS = (
+    "POST /predict",
+    "POST /feedback",
+    "POST /v2/models/{name}/infer",
+    "GET /samples/{index}",
+)  # can be broken
 OPERATIONS = {found.ok().label: found.ok() for found in SCHEMA.get_all_operations()}
 
 
@@ -30,9 +46,13 @@ def test_the_server_tells_the_same(server):
     assert len(OPERATIONS) >= 14
 
 
-@pytest.mark.parametrize(("label", "mode"), [
-    *((label, GenerationMode.POSITIVE) for label in OPERATIONS),
-    *((label, GenerationMode.NEGATIVE) for label in TAKERS)])
+@pytest.mark.parametrize(
+    ("label", "mode"),
+    [
+        *((label, GenerationMode.POSITIVE) for label in OPERATIONS),
+        *((label, GenerationMode.NEGATIVE) for label in TAKERS),
+    ],
+)
 def test_every_answer_is_as_the_openapi_says(server, label, mode):
     @QUICK
     @given(case=OPERATIONS[label].as_strategy(generation_mode=mode))
@@ -46,9 +66,13 @@ def test_every_answer_is_as_the_openapi_says(server, label, mode):
 @pytest.mark.parametrize("kind", ["image/png", "multipart/form-data", "application/json"])
 def test_true_images_are_answered_as_it_says(server, query, kind):
     """Generated bodies are hardly ever images, so here are some."""
-    body = {"image/png": {"content": tiny.image("red"), "headers": {"Content-Type": kind}},
-            "multipart/form-data": {"files": [("file", ("a", tiny.image("red"))), ("file", ("b", b"no image"))]},
-            "application/json": {"json": {"image": base64.b64encode(tiny.image("red")).decode()}}}[kind]
+    body = {
+        "image/png": {"content": tiny.image("red"), "headers": {"Content-Type": kind}},
+        "multipart/form-data": {
+            "files": [("file", ("a", tiny.image("red"))), ("file", ("b", b"no image"))]
+        },
+        "application/json": {"json": {"image": base64.b64encode(tiny.image("red")).decode()}},
+    }[kind]
     request = server.http.build_request("POST", f"/predict{query}", **body)
     request.read()
     response = server.http.send(request)

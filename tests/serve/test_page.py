@@ -1,4 +1,5 @@
 """The page in a real Chromium, driven by Playwright, against a real server."""
+
 import json
 import re
 import subprocess
@@ -30,10 +31,19 @@ DROP = """([name, bytes]) => {
 def store(tmp_path_factory) -> Path:
     """A model that is cautious: dark images abstain, dark gray ones are out of distribution; it has a report."""
     store = tmp_path_factory.mktemp("page")
-    path = tiny.write(store, calibration=Calibration(abstain_threshold=0.9, conformal_level=0.9,
-                                                     conformal_quantile=0.9, energy_threshold=-3.0))
-    (path / "report.html").write_text("<!doctype html><title>Report</title><style>p{color:red}</style><p>How good it is"
-                                      "<script>document.title = 'a script ran'</script>")
+    path = tiny.write(
+        store,
+        calibration=Calibration(
+            abstain_threshold=0.9,
+            conformal_level=0.9,
+            conformal_quantile=0.9,
+            energy_threshold=-3.0,
+        ),
+    )
+    (path / "report.html").write_text(
+        "<!doctype html><title>Report</title><style>p{color:red}</style><p>How good it is"
+        "<script>document.title = 'a script ran'</script>"
+    )
     write_sums(path)
     return store
 
@@ -51,8 +61,12 @@ def page(browser, service) -> Iterator:
     opened, wrong = context.new_page(), []
     opened.on("console", lambda message: message.type == "error" and wrong.append(message.text))
     opened.on("pageerror", lambda error: wrong.append(str(error)))
-    opened.on("request", lambda request: request.url.startswith((service.url, "blob:", "data:"))
-              or wrong.append(request.url))
+    opened.on(
+        "request",
+        lambda request: (
+            request.url.startswith((service.url, "blob:", "data:")) or wrong.append(request.url)
+        ),
+    )
     opened.goto("/")
     opened.locator("#strip button").first.wait_for()
     opened.service, opened.wrong = service, wrong
@@ -92,10 +106,13 @@ def test_picked_images_are_classified(page, tmp_path):
         (tmp_path / f"{label}.png").write_bytes(tiny.image(label, size=64))
     page.set_input_files("#files", [tmp_path / f"{label}.png" for label in tiny.CLASSES])
     page.locator("article").nth(2).wait_for()
-    shown = {card.locator(".file").inner_text(): card.locator(".label").inner_text()
-             for card in page.locator("article").all()}
+    shown = {
+        card.locator(".file").inner_text(): card.locator(".label").inner_text()
+        for card in page.locator("article").all()
+    }
     assert {name.removesuffix(".png"): label.split()[0] for name, label in shown.items()} == {
-        label: label for label in tiny.CLASSES}
+        label: label for label in tiny.CLASSES
+    }
     page.get_by_role("status").get_by_text("3 images answered").wait_for()
 
 
@@ -105,7 +122,9 @@ def test_an_answer_shows_all_there_is_to_know(page, tmp_path):
     card = result(page, "it's.png")
     (said,) = page.service.predict((tmp_path / "it's.png").read_bytes()).json()["predictions"]
     bars = card.locator(".bars li").all()
-    assert [bar.locator(".name").inner_text() for bar in bars] == [choice["label"] for choice in said["top"]]
+    assert [bar.locator(".name").inner_text() for bar in bars] == [
+        choice["label"] for choice in said["top"]
+    ]
     assert bars[0].locator(".share").inner_text() == f"{100 * said['confidence']:.1f} %"
     widths = [bar.locator(".fill").bounding_box()["width"] for bar in bars]
     assert widths == sorted(widths, reverse=True)
@@ -122,17 +141,24 @@ def test_the_curl_command_gives_the_same_answer(page, tmp_path):
     page.set_input_files("#files", tmp_path / "it's one.png")
     card = result(page, "it's one.png")
     card.get_by_text("The same request with curl").click()
-    ran = subprocess.run(card.locator("pre").inner_text(), shell=True, cwd=tmp_path, capture_output=True, check=True)
+    ran = subprocess.run(
+        card.locator("pre").inner_text(), shell=True, cwd=tmp_path, capture_output=True, check=True
+    )
     (prediction,) = json.loads(ran.stdout)["predictions"]
     assert prediction["label"] == "blue"
     assert prediction["cam"]
 
 
 def test_doubts_are_shown_and_spoken(page, tmp_path):
-    (tmp_path / "gray.png").write_bytes(cv2.imencode(".png", np.full((32, 32, 3), 9, np.uint8))[1].tobytes())
+    (tmp_path / "gray.png").write_bytes(
+        cv2.imencode(".png", np.full((32, 32, 3), 9, np.uint8))[1].tobytes()
+    )
     page.set_input_files("#files", tmp_path / "gray.png")
     badges = result(page, "gray.png").locator(".badges li")
-    assert [text.split(":")[0] for text in badges.all_inner_texts()] == ["Abstains", "Out of distribution"]
+    assert [text.split(":")[0] for text in badges.all_inner_texts()] == [
+        "Abstains",
+        "Out of distribution",
+    ]
     page.get_by_role("status").get_by_text("abstains").wait_for()
 
 
@@ -152,12 +178,16 @@ def test_a_sample_by_keyboard_alone(page):
     page.keyboard.press("Enter")
     card = result(page, "true class green")
     assert card.locator(".label").inner_text().startswith("green")
-    assert page.evaluate("[...document.querySelectorAll('#strip img')].every(i => i.complete && i.naturalWidth > 0)")
+    assert page.evaluate(
+        "[...document.querySelectorAll('#strip img')].every(i => i.complete && i.naturalWidth > 0)"
+    )
 
 
 def test_the_heat_map_lies_on_what_the_network_saw(page, tmp_path):
     wide = np.zeros((100, 300, 3), np.uint8)
-    wide[:50, 100:200, 2] = 255  # red, in the upper half of the centre, which is what the network sees
+    wide[:50, 100:200, 2] = (
+        255  # red, in the upper half of the centre, which is what the network sees
+    )
     (tmp_path / "wide.png").write_bytes(cv2.imencode(".png", wide)[1].tobytes())
     page.set_input_files("#files", tmp_path / "wide.png")
     card = result(page, "wide.png")
@@ -166,8 +196,10 @@ def test_the_heat_map_lies_on_what_the_network_saw(page, tmp_path):
     photo, over = card.locator(".photo").bounding_box(), heat.bounding_box()
     assert over["width"] == pytest.approx(photo["width"] / 3, rel=0.02)
     assert over["x"] == pytest.approx(photo["x"] + photo["width"] / 3, abs=2)
-    alpha = heat.evaluate("c => { const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;"
-                          "return [d[3 + 4 * c.width * 2 + 8], d[3 + 4 * c.width * (c.height - 3) + 8]] }")
+    alpha = heat.evaluate(
+        "c => { const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;"
+        "return [d[3 + 4 * c.width * 2 + 8], d[3 + 4 * c.width * (c.height - 3) + 8]] }"
+    )
     assert alpha == [255, 0]
     card.get_by_label("Heat map").uncheck()
     assert not heat.is_visible()
@@ -182,9 +214,15 @@ def test_a_file_that_is_no_image_is_told_in_words(page, tmp_path):
 
 
 def test_among_many_each_that_fails_says_why_in_its_place(page, tmp_path):
-    for name, content in (("one.png", tiny.image("red")), ("notes.png", b"no image"), ("two.png", tiny.image("blue"))):
+    for name, content in (
+        ("one.png", tiny.image("red")),
+        ("notes.png", b"no image"),
+        ("two.png", tiny.image("blue")),
+    ):
         (tmp_path / name).write_bytes(content)
-    page.set_input_files("#files", [tmp_path / name for name in ("one.png", "notes.png", "two.png")])
+    page.set_input_files(
+        "#files", [tmp_path / name for name in ("one.png", "notes.png", "two.png")]
+    )
     page.get_by_role("status").get_by_text("2 of 3 images answered").wait_for()
     assert "bad" in page.locator("#status").get_attribute("class")
     shown = {card.locator(".file").inner_text(): card for card in page.locator("article").all()}
@@ -220,8 +258,10 @@ def test_an_image_the_browser_cannot_show_still_gets_its_answer(page, tmp_path):
 def test_everything_has_a_name_and_links_lead_somewhere(page):
     for role in ("button", "link", "textbox", "checkbox", "spinbutton"):
         for found in page.get_by_role(role).all():
-            assert found.evaluate("e => e.labels?.length > 0 || (e.textContent || e.ariaLabel || '').trim() !== ''"
-                                  " || e.querySelector('img[alt]:not([alt=\"\"])') !== null"), found
+            assert found.evaluate(
+                "e => e.labels?.length > 0 || (e.textContent || e.ariaLabel || '').trim() !== ''"
+                " || e.querySelector('img[alt]:not([alt=\"\"])') !== null"
+            ), found
     assert page.get_by_role("heading", level=1).count() == 1
     page.get_by_role("link", name="API").click()
     page.get_by_text("/predict").first.wait_for()
@@ -229,7 +269,9 @@ def test_everything_has_a_name_and_links_lead_somewhere(page):
     page.get_by_role("link", name="Model report").click()
     page.get_by_text("How good it is").wait_for()
     assert page.title() == "Report"
-    assert "script" in page.wrong.pop().lower()  # a report runs no script, and Chromium says that it would not
+    assert (
+        "script" in page.wrong.pop().lower()
+    )  # a report runs no script, and Chromium says that it would not
 
 
 @pytest.mark.parametrize("width", [320, 390, 768])
@@ -262,8 +304,11 @@ def test_the_key_is_asked_for_and_sent(browser, start, store, tmp_path):
 def test_axe_finds_no_barrier(page, tmp_path, scheme):
     """Names, roles, contrast, headings and more, by the rules of WCAG that a program can check."""
     from axe_playwright_python.sync_playwright import Axe
+
     page.emulate_media(color_scheme=scheme)
-    (tmp_path / "gray.png").write_bytes(cv2.imencode(".png", np.full((32, 32, 3), 9, np.uint8))[1].tobytes())
+    (tmp_path / "gray.png").write_bytes(
+        cv2.imencode(".png", np.full((32, 32, 3), 9, np.uint8))[1].tobytes()
+    )
     (tmp_path / "text.png").write_bytes(b"no image")
     page.set_input_files("#files", [tmp_path / "gray.png", tmp_path / "text.png"])
     page.locator("article").nth(1).wait_for()

@@ -1,4 +1,5 @@
 """Requests that a client sends ahead, in any pieces: each gets its own answer in order, and none hurts another."""
+
 import contextlib
 import re
 import socket
@@ -15,13 +16,24 @@ TOO_MANY_HEADERS = b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 101 + b"\r\n"
 
 
 def post(body: bytes, *lines: bytes) -> bytes:
-    return b"\r\n".join([b"POST /predict HTTP/1.1", b"Host: x", b"Content-Type: image/png",
-                         b"Content-Length: %d" % len(body), *lines, b"", body])
+    return b"\r\n".join(
+        [
+            b"POST /predict HTTP/1.1",
+            b"Host: x",
+            b"Content-Type: image/png",
+            b"Content-Length: %d" % len(body),
+            *lines,
+            b"",
+            body,
+        ]
+    )
 
 
 def chunked(body: bytes, trailers: bytes = b"") -> bytes:
-    return (b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nTransfer-Encoding: chunked\r\n\r\n"
-            b"%x;note=1\r\n%b\r\n0\r\n%b\r\n" % (len(body), body, trailers))
+    return (
+        b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nTransfer-Encoding: chunked\r\n\r\n"
+        b"%x;note=1\r\n%b\r\n0\r\n%b\r\n" % (len(body), body, trailers)
+    )
 
 
 def get(path: bytes) -> bytes:
@@ -56,21 +68,42 @@ def is_reset(connection: socket.socket) -> bool:
     return False
 
 
-REQUESTS = [(post(IMAGE), 200), (post(tiny.image("blue")), 200), (chunked(IMAGE), 200), (post(b"hello"), 415),
-            (post(b""), 400), (get(b"/health/live"), 200), (get(b"/nothing"), 404), (get(b"/model"), 200),
-            (chunked(IMAGE, b"checksum: 1\r\n"), 200), (post(IMAGE, b"Content-Encoding: gzip"), 415)]
-ENDS = [(b"", None), (b"GARBAGE\r\n\r\n", 400), (TOO_MANY_HEADERS, 431), (b"GET /" + b"b" * 40_000, 431),
-        (post(IMAGE, b"Connection: close") + get(b"/model"), 200)]  # what comes after a close is not looked at
+REQUESTS = [
+    (post(IMAGE), 200),
+    (post(tiny.image("blue")), 200),
+    (chunked(IMAGE), 200),
+    (post(b"hello"), 415),
+    (post(b""), 400),
+    (get(b"/health/live"), 200),
+    (get(b"/nothing"), 404),
+    (get(b"/model"), 200),
+    (chunked(IMAGE, b"checksum: 1\r\n"), 200),
+    (post(IMAGE, b"Content-Encoding: gzip"), 415),
+]
+ENDS = [
+    (b"", None),
+    (b"GARBAGE\r\n\r\n", 400),
+    (TOO_MANY_HEADERS, 431),
+    (b"GET /" + b"b" * 40_000, 431),
+    (post(IMAGE, b"Connection: close") + get(b"/model"), 200),
+]  # what comes after a close is not looked at
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(requests=st.lists(st.sampled_from(REQUESTS), min_size=1, max_size=6), end=st.sampled_from(ENDS),
-       cuts=st.lists(st.integers(1, 9000), max_size=4))
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    requests=st.lists(st.sampled_from(REQUESTS), min_size=1, max_size=6),
+    end=st.sampled_from(ENDS),
+    cuts=st.lists(st.integers(1, 9000), max_size=4),
+)
 def test_each_gets_its_answer_in_order(server, requests, end, cuts):
     data = b"".join(request for request, _ in requests) + end[0]
     wanted = [status for _, status in requests] + ([end[1]] if end[1] else [])
     with connect(server) as connection:
-        with contextlib.suppress(BrokenPipeError):  # it may be refused, and hung up on, before its end is sent
+        with contextlib.suppress(
+            BrokenPipeError
+        ):  # it may be refused, and hung up on, before its end is sent
             for cut in cuts:
                 connection.sendall(data[:cut])
                 data = data[cut:]
@@ -126,7 +159,9 @@ def test_trailers_and_chunk_extensions_are_bounded(server):
 
 def test_a_whole_head_is_bounded_too(server):
     with connect(server) as connection:
-        connection.sendall(b"GET /model HTTP/1.1\r\n" + b"a: %b\r\n" % (b"b" * 10_000) * 4 + b"\r\n")
+        connection.sendall(
+            b"GET /model HTTP/1.1\r\n" + b"a: %b\r\n" % (b"b" * 10_000) * 4 + b"\r\n"
+        )
         assert statuses(connection) == [431]
 
 
@@ -163,7 +198,9 @@ def test_a_request_sent_ahead_is_not_too_slow_while_it_waits_for_us(start):
 def test_an_upgrade_is_not_taken_and_the_request_is_answered(server, path):
     """As `curl --http2` asks for it."""
     upgrade = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk"
-    request = post(IMAGE, upgrade) if path == b"/predict" else get(path)[:-2] + upgrade + b"\r\n\r\n"
+    request = (
+        post(IMAGE, upgrade) if path == b"/predict" else get(path)[:-2] + upgrade + b"\r\n\r\n"
+    )
     with connect(server) as connection:
         connection.sendall(request + request[:50])
         time.sleep(0.05)
@@ -172,7 +209,9 @@ def test_an_upgrade_is_not_taken_and_the_request_is_answered(server, path):
 
 
 def test_thousands_of_upgrades_at_once(server):
-    upgrade = get(b"/health/live")[:-2] + b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n\r\n"
+    upgrade = (
+        get(b"/health/live")[:-2] + b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n\r\n"
+    )
     with connect(server) as connection:
         connection.sendall(upgrade * 3000)
         assert statuses(connection, 3000) == [200] * 3000

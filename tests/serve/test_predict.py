@@ -1,4 +1,5 @@
 """/predict through a real server process."""
+
 import base64
 
 import numpy as np
@@ -8,7 +9,16 @@ import tiny
 from models.image import InputSpec, decode
 
 SPEC = InputSpec(height=32, width=32)
-CONTENT = ("label", "index", "confidence", "top", "prediction_set", "abstain", "out_of_distribution", "energy")
+CONTENT = (
+    "label",
+    "index",
+    "confidence",
+    "top",
+    "prediction_set",
+    "abstain",
+    "out_of_distribution",
+    "energy",
+)
 
 
 @pytest.mark.parametrize("label", tiny.CLASSES)
@@ -27,11 +37,18 @@ def test_raw_bytes(server, label):
     assert body["id"] == answer.headers["x-request-id"]
     assert answer.headers["x-model-version"] == "1"
     assert [part.split(";")[0].strip() for part in answer.headers["server-timing"].split(",")] == [
-        "queue", "decode", "infer"]
+        "queue",
+        "decode",
+        "infer",
+    ]
 
 
 def test_multipart_keeps_the_order_and_the_others_when_one_fails(server):
-    files = [("a", ("a.png", tiny.image("blue"))), ("b", ("b.txt", b"hello")), ("c", ("c.jpg", tiny.image("red", 64)))]
+    files = [
+        ("a", ("a.png", tiny.image("blue"))),
+        ("b", ("b.txt", b"hello")),
+        ("c", ("c.jpg", tiny.image("red", 64))),
+    ]
     answer = server.http.post("/predict", files=files)
     assert answer.status_code == 200
     blue, error, red = answer.json()["predictions"]
@@ -46,12 +63,17 @@ def test_an_empty_file_and_one_that_is_no_base64_are_errors_in_their_places(star
     files = [("f", ("a", b"")), ("f", ("b", good)), ("f", ("c", b""))]
     texts = {"images": ["?", base64.b64encode(good).decode(), "", "é"]}
     for _ in range(2):  # the second time the cache knows them
-        for request, statuses in (({"files": files}, [422, "blue", 422]), ({"json": texts}, [400, "blue", 422, 400])):
+        for request, statuses in (
+            ({"files": files}, [422, "blue", 422]),
+            ({"json": texts}, [400, "blue", 422, 400]),
+        ):
             answer = service.http.post("/predict", **request)
             assert answer.status_code == 200
             assert answer.headers["x-model-version"] == "1"
-            assert [p["error"]["status"] if "error" in p else p["label"]
-                    for p in answer.json()["predictions"]] == statuses
+            assert [
+                p["error"]["status"] if "error" in p else p["label"]
+                for p in answer.json()["predictions"]
+            ] == statuses
     assert service.metric("imago_images_total", outcome="refused") == 10
 
 
@@ -59,7 +81,9 @@ def test_when_all_images_fail_the_status_says_so(server):
     answer = server.http.post("/predict", files=[("a", ("a", b"hello")), ("b", ("b", b"world"))])
     assert answer.status_code == 415
     assert [p["error"]["status"] for p in answer.json()["predictions"]] == [415, 415]
-    answer = server.http.post("/predict", json={"images": ["?", base64.b64encode(b"hello").decode()]})
+    answer = server.http.post(
+        "/predict", json={"images": ["?", base64.b64encode(b"hello").decode()]}
+    )
     assert answer.status_code == 415
     assert [p["error"]["status"] for p in answer.json()["predictions"]] == [400, 415]
 
@@ -88,25 +112,37 @@ def test_many_images_of_one_request(server):
     assert [p["label"] for p in answer.json()["predictions"]] == labels
 
 
-@pytest.mark.parametrize(("request_", "status"), [
-    ({"content": b""}, 400),
-    ({"content": b"hello"}, 415),
-    ({"content": b"\xff\xd8\xff\xe0 cut short"}, 422),
-    ({"content": b"a=1", "headers": {"Content-Type": "application/x-www-form-urlencoded"}}, 415),
-    ({"content": b"{", "headers": {"Content-Type": "application/json"}}, 400),
-    ({"content": b'{"image": "?"}', "headers": {"Content-Type": "application/json"}}, 400),
-    ({"content": b'{"images": [1]}', "headers": {"Content-Type": "application/json"}}, 400),
-    ({"content": b'{"images": []}', "headers": {"Content-Type": "application/json"}}, 400),
-    ({"content": b'{"images": ["?", ""]}', "headers": {"Content-Type": "application/json"}}, 400),
-    ({"content": b'{"images": ["", ""]}', "headers": {"Content-Type": "application/json"}}, 400),
-    ({"content": b"--x", "headers": {"Content-Type": "multipart/form-data"}}, 400),
-    ({"content": b"--x", "headers": {"Content-Type": "multipart/form-data; boundary=x"}}, 400),
-    ({"content": b"{", "params": {"top_k": "0"}}, 400),
-    ({"content": b"{", "params": {"top_k": "x"}}, 400),
-    ({"content": b"{", "params": {"top_k": "1" * 5000}}, 400),
-    ({"content": b"{", "params": {"top_k": "1001"}}, 400),
-    ({"content": b"{", "params": {"explain": "x"}}, 400),
-])
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        ({"content": b""}, 400),
+        ({"content": b"hello"}, 415),
+        ({"content": b"\xff\xd8\xff\xe0 cut short"}, 422),
+        (
+            {"content": b"a=1", "headers": {"Content-Type": "application/x-www-form-urlencoded"}},
+            415,
+        ),
+        ({"content": b"{", "headers": {"Content-Type": "application/json"}}, 400),
+        ({"content": b'{"image": "?"}', "headers": {"Content-Type": "application/json"}}, 400),
+        ({"content": b'{"images": [1]}', "headers": {"Content-Type": "application/json"}}, 400),
+        ({"content": b'{"images": []}', "headers": {"Content-Type": "application/json"}}, 400),
+        (
+            {"content": b'{"images": ["?", ""]}', "headers": {"Content-Type": "application/json"}},
+            400,
+        ),
+        (
+            {"content": b'{"images": ["", ""]}', "headers": {"Content-Type": "application/json"}},
+            400,
+        ),
+        ({"content": b"--x", "headers": {"Content-Type": "multipart/form-data"}}, 400),
+        ({"content": b"--x", "headers": {"Content-Type": "multipart/form-data; boundary=x"}}, 400),
+        ({"content": b"{", "params": {"top_k": "0"}}, 400),
+        ({"content": b"{", "params": {"top_k": "x"}}, 400),
+        ({"content": b"{", "params": {"top_k": "1" * 5000}}, 400),
+        ({"content": b"{", "params": {"top_k": "1001"}}, 400),
+        ({"content": b"{", "params": {"explain": "x"}}, 400),
+    ],
+)
 def test_bad_requests_are_4xx_problems(server, request_, status):
     answer = server.http.post("/predict", **{"headers": {"Content-Type": "image/png"}, **request_})
     assert answer.status_code == status
@@ -124,17 +160,32 @@ def test_request_id_is_taken_where_it_is_harmless(server):
     assert server.predict(data).json()["id"] != server.predict(data).json()["id"]
 
 
-@pytest.mark.parametrize(("path", "key", "value"), [
-    ("/health/live", "status", "live"), ("/health/ready", "status", "ready"), ("/model", "name", "colours")])
+@pytest.mark.parametrize(
+    ("path", "key", "value"),
+    [
+        ("/health/live", "status", "live"),
+        ("/health/ready", "status", "ready"),
+        ("/model", "name", "colours"),
+    ],
+)
 def test_other_doors(server, path, key, value):
     answer = server.http.get(path)
     assert answer.status_code == 200
     assert answer.json()[key] == value
 
 
-@pytest.mark.parametrize(("method", "path", "status"), [
-    ("GET", "/predict", 405), ("POST", "/model", 405), ("GET", "/nothing", 404),
-    ("GET", "/health", 404), ("GET", "/info", 404), ("POST", "/shutdown", 404), ("GET", "/metrics", 404)])
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/predict", 405),
+        ("POST", "/model", 405),
+        ("GET", "/nothing", 404),
+        ("GET", "/health", 404),
+        ("GET", "/info", 404),
+        ("POST", "/shutdown", 404),
+        ("GET", "/metrics", 404),
+    ],
+)
 def test_nothing_else_is_reachable(server, method, path, status):
     answer = server.http.request(method, path)
     assert answer.status_code == status

@@ -1,4 +1,5 @@
 """Several HTTP processes and several workers behave as one service."""
+
 import re
 import sys
 from collections import Counter
@@ -15,18 +16,32 @@ GOOD, BAD = tiny.image("blue"), b"hello"
 
 @pytest.fixture(scope="module")
 def fleet(bundle_store, tmp_path_factory):
-    with Server(bundle_store, tmp_path_factory.mktemp("fleet") / "log", "--api-processes", "2", "--workers", "2",
-                "--threads", "1", "--drift-window", "0") as running:
+    with Server(
+        bundle_store,
+        tmp_path_factory.mktemp("fleet") / "log",
+        "--api-processes",
+        "2",
+        "--workers",
+        "2",
+        "--threads",
+        "1",
+        "--drift-window",
+        "0",
+    ) as running:
         yield running.wait_ready()
 
 
 def test_metrics_are_the_sum_of_what_was_sent(fleet):
     def client(number: int) -> Counter:
         found: Counter = Counter()
-        with httpx.Client(base_url=fleet.url, timeout=30) as http:  # a connection each, so both processes get some
+        with httpx.Client(
+            base_url=fleet.url, timeout=30
+        ) as http:  # a connection each, so both processes get some
             for i in range(25):
                 kind, content = ("good", GOOD) if (i + number) % 5 else ("bad", BAD)
-                answer = http.post("/predict", content=content, headers={"Content-Type": "image/png"})
+                answer = http.post(
+                    "/predict", content=content, headers={"Content-Type": "image/png"}
+                )
                 found[kind, answer.status_code] += 1
             many = [("f", (f"{i}", GOOD)) for i in range(3)] + [("f", ("x", BAD))]
             found["many", http.post("/predict", files=many).status_code] += 1
@@ -59,7 +74,7 @@ def test_both_workers_and_both_http_processes_work(fleet):
     """Each has a counting file of its own; all of them grew."""
     runs = [path for path in Path("/dev/shm").glob("imago-*") if owns(fleet, path)]
     assert len(runs) == 1
-    from serve.metrics import entries
+    from serve.metrics.shared_counters import entries
 
     for pattern, name in (("api-?", "requests"), ("worker-?-0", "batch_size")):
         counts = []
@@ -78,7 +93,9 @@ def owns(server, path) -> bool:
 
 def test_request_ids_differ_between_processes(fleet):
     def ask(_: int) -> str:
-        return httpx.post(f"{fleet.url}/predict", content=GOOD, headers={"Content-Type": "image/png"}).json()["id"]
+        return httpx.post(
+            f"{fleet.url}/predict", content=GOOD, headers={"Content-Type": "image/png"}
+        ).json()["id"]
 
     with ThreadPoolExecutor(8) as threads:
         ids = list(threads.map(ask, range(64)))
@@ -87,11 +104,18 @@ def test_request_ids_differ_between_processes(fleet):
 
 def test_what_checks_cost_is_measured_against_a_service_that_has_none(start):
     """The benchmark's service answers, counts nothing, and gives all requests one id."""
-    service = start("--max-pending", "1",
-                    command=[sys.executable, str(ROOT / "tests" / "benchmarks" / "serve_unchecked.py")])
+    service = start(
+        "--max-pending",
+        "1",
+        command=[sys.executable, str(ROOT / "tests" / "benchmarks" / "serve_unchecked.py")],
+    )
     for _ in range(20):
         answer = service.http.post("/predict", files=[("f", ("a", GOOD)), ("f", ("b", GOOD))])
         assert [p["label"] for p in answer.json()["predictions"]] == ["blue", "blue"]
         assert answer.headers["x-request-id"] == "0"
-    counted = [line for line in service.metrics().splitlines() if line[0] != "#" and not line.endswith(" 0.0")]
+    counted = [
+        line
+        for line in service.metrics().splitlines()
+        if line[0] != "#" and not line.endswith(" 0.0")
+    ]
     assert {re.match(r"\w+", line)[0] for line in counted} == {"imago_ready", "imago_model_info"}

@@ -1,4 +1,5 @@
 """Metrics as a real Prometheus reads them, and against the sum of what was sent to several processes."""
+
 import contextlib
 import json
 import os
@@ -20,25 +21,34 @@ import tiny
 from service import free_ports, wait
 
 from models.bundle import Calibration
-from serve.exposition import MOST, SECONDS
+from serve.metrics.exposition import MOST, SECONDS
 
 PROMETHEUS, PROMTOOL = shutil.which("prometheus"), shutil.which("promtool")
 
 
 def send(service, clients: int = 8, rounds: int = 12) -> tuple[Counter, Counter]:
     """Requests of all kinds, over many connections. What came back: statuses, and labels of predictions."""
+
     def ask(number: int) -> tuple[Counter, Counter]:
         codes, labels = Counter(), Counter()
         with httpx.Client(base_url=service.url, timeout=30) as http:
             for i in range(rounds):
                 image = tiny.image(tiny.CLASSES[i % 3], seed=100 * number + i)
                 many = [("f", (str(j), tiny.image(tiny.CLASSES[j % 3], seed=j))) for j in range(4)]
-                for answer in (http.post("/predict", content=image, headers={"Content-Type": "image/png"}),
-                               http.post("/predict", files=[*many, ("f", ("x", b"no image"))]),
-                               http.post("/predict", content=b"no image", headers={"Content-Type": "image/png"}),
-                               http.post("/predict", content=b"{", headers={"Content-Type": "application/json"})):
+                for answer in (
+                    http.post("/predict", content=image, headers={"Content-Type": "image/png"}),
+                    http.post("/predict", files=[*many, ("f", ("x", b"no image"))]),
+                    http.post(
+                        "/predict", content=b"no image", headers={"Content-Type": "image/png"}
+                    ),
+                    http.post(
+                        "/predict", content=b"{", headers={"Content-Type": "application/json"}
+                    ),
+                ):
                     codes[str(answer.status_code)] += 1
-                    labels.update(p["label"] for p in answer.json().get("predictions", []) if "label" in p)
+                    labels.update(
+                        p["label"] for p in answer.json().get("predictions", []) if "label" in p
+                    )
         return codes, labels
 
     with ThreadPoolExecutor(clients) as pool:
@@ -66,7 +76,9 @@ def test_several_processes_count_what_was_sent(service):
     assert service.metric("imago_request_duration_seconds_count") == sum(codes.values())
     assert service.metric("imago_confidence_count") == images
     assert service.metric("imago_batch_size_sum") == images
-    assert service.metric("imago_inference_seconds_count") == service.metric("imago_batch_size_count")
+    assert service.metric("imago_inference_seconds_count") == service.metric(
+        "imago_batch_size_count"
+    )
     assert 0 < service.metric("imago_abstained_total") < images
     assert service.metric("imago_out_of_distribution_total") == 0
     assert service.metric("imago_pending_images") == 0
@@ -80,16 +92,24 @@ def test_what_is_out_of_distribution_is_counted_as_it_was_told(start, tmp_path):
     told = []
     for i in range(12):
         many = [("f", (str(j), gray if j < i % 4 else tiny.image("red", seed=j))) for j in range(3)]
-        answers = service.http.post("/predict", files=[*many, ("f", ("x", b"no image"))]).json()["predictions"][:3]
+        answers = service.http.post("/predict", files=[*many, ("f", ("x", b"no image"))]).json()[
+            "predictions"
+        ][:3]
         told += [answer["out_of_distribution"] for answer in answers]
         assert told[-3:] == [j < i % 4 for j in range(3)]
     wait(lambda: service.metric("imago_confidence_count") == 36)  # counted after an answer has left
     assert service.metric("imago_out_of_distribution_total") == sum(told) == 18
 
 
-@pytest.mark.parametrize(("name", "labels", "words"), [
-    ("imago_restarts_total", {"kind": "worker", "reason": "crash"}, "process"), ("imago_ready", {"a": "b"}, "labels"),
-    ("imago_restarts_total", {}, "process"), ("imago_restart_total", {"process": "worker"}, "no metric")])
+@pytest.mark.parametrize(
+    ("name", "labels", "words"),
+    [
+        ("imago_restarts_total", {"kind": "worker", "reason": "crash"}, "process"),
+        ("imago_ready", {"a": "b"}, "labels"),
+        ("imago_restarts_total", {}, "process"),
+        ("imago_restart_total", {"process": "worker"}, "no metric"),
+    ],
+)
 def test_a_series_that_can_never_be_is_not_taken_for_zero(server, name, labels, words):
     """A test that asked for it would pass whatever the service does."""
     with pytest.raises(AssertionError, match=words):
@@ -113,7 +133,9 @@ def test_promtool_is_content(service):
     send(service, clients=2, rounds=2)
     said = service.predict(tiny.image("red")).json()
     service.http.post("/feedback", json={"id": said["id"], "label": "red"})
-    ran = subprocess.run([PROMTOOL, "check", "metrics"], input=service.metrics(), text=True, capture_output=True)
+    ran = subprocess.run(
+        [PROMTOOL, "check", "metrics"], input=service.metrics(), text=True, capture_output=True
+    )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert (ran.stdout + ran.stderr).strip() == ""
 
@@ -122,13 +144,29 @@ def test_promtool_is_content(service):
 def test_a_real_prometheus_scrapes_it(service, tmp_path):
     codes, _ = send(service, clients=4, rounds=3)
     config, (port,) = tmp_path / "prometheus.json", free_ports(1)  # JSON is YAML
-    config.write_text(json.dumps({"global": {"scrape_interval": "1s"}, "scrape_configs": [
-        {"job_name": "imago", "static_configs": [{"targets": [f"127.0.0.1:{service.metrics_port}"]}]}]}))
-    command = [PROMETHEUS, f"--config.file={config}", f"--storage.tsdb.path={tmp_path / 'data'}",
-               f"--web.listen-address=127.0.0.1:{port}"]
+    config.write_text(
+        json.dumps(
+            {
+                "global": {"scrape_interval": "1s"},
+                "scrape_configs": [
+                    {
+                        "job_name": "imago",
+                        "static_configs": [{"targets": [f"127.0.0.1:{service.metrics_port}"]}],
+                    }
+                ],
+            }
+        )
+    )
+    command = [
+        PROMETHEUS,
+        f"--config.file={config}",
+        f"--storage.tsdb.path={tmp_path / 'data'}",
+        f"--web.listen-address=127.0.0.1:{port}",
+    ]
     with (tmp_path / "prometheus.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     try:
+
         def query(text: str) -> dict[str, float]:
             try:
                 found = httpx.get(f"http://127.0.0.1:{port}/api/v1/query", params={"query": text})
@@ -136,16 +174,23 @@ def test_a_real_prometheus_scrapes_it(service, tmp_path):
                 return {}
             if found.status_code == 503:  # it is starting
                 return {}
-            return {r["metric"].get("code", ""): float(r["value"][1]) for r in found.json()["data"]["result"]}
+            return {
+                r["metric"].get("code", ""): float(r["value"][1])
+                for r in found.json()["data"]["result"]
+            }
 
         end = time.monotonic() + 60
         while query('up{job="imago"}') != {"": 1}:
             assert time.monotonic() < end, (tmp_path / "prometheus.log").read_text()
             time.sleep(0.2)
         assert {c: n for c, n in query("imago_requests_total").items() if n} == codes
-        quantile = query("histogram_quantile(0.99, sum by (le) (imago_request_duration_seconds_bucket))")
+        quantile = query(
+            "histogram_quantile(0.99, sum by (le) (imago_request_duration_seconds_bucket))"
+        )
         assert 0 < quantile[""] < 10
-        targets = httpx.get(f"http://127.0.0.1:{port}/api/v1/targets").json()["data"]["activeTargets"]
+        targets = httpx.get(f"http://127.0.0.1:{port}/api/v1/targets").json()["data"][
+            "activeTargets"
+        ]
         assert [(t["health"], t["lastError"]) for t in targets] == [("up", "")]
     finally:
         process.terminate()
@@ -170,8 +215,10 @@ def test_slow_scrapers_are_few_and_are_not_waited_for(start):
     service = start()
     before = threads(service)
     with contextlib.ExitStack() as held:
-        scrapers = [held.enter_context(socket.create_connection(("127.0.0.1", service.metrics_port), 30))
-                    for _ in range(3 * MOST)]
+        scrapers = [
+            held.enter_context(socket.create_connection(("127.0.0.1", service.metrics_port), 30))
+            for _ in range(3 * MOST)
+        ]
         wait(lambda: threads(service) > before)
         for scraper in scrapers:
             scraper.settimeout(0.1)
@@ -208,7 +255,11 @@ def test_label_counts_are_bounded(start, tmp_path: Path):
         service.http.post(f"/v2/models/nobody-{i}/infer", json={})
         service.http.request(f"METHOD{i}", "/predict")
         service.predict(tiny.image("blue"), f"?top_k={i}", **{"X-Request-ID": f"id-{i}"})
-    series = Counter(line.split("{")[0].split(" ")[0] for line in service.metrics().splitlines() if line[0] != "#")
+    series = Counter(
+        line.split("{")[0].split(" ")[0]
+        for line in service.metrics().splitlines()
+        if line[0] != "#"
+    )
     assert series["imago_predictions_total"] <= 101
     assert series["imago_requests_total"] <= 12
     assert sum(series.values()) < 350

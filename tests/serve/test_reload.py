@@ -1,4 +1,5 @@
 """Hot reload of `latest`, for real: under load, with several workers and back again."""
+
 import base64
 import threading
 import time
@@ -32,7 +33,9 @@ def test_a_new_version_is_swapped_in_under_load_and_back(start, tmp_path):
 def test_the_answers_are_those_of_the_new_version(start, tmp_path):
     tiny.write(tmp_path)
     service = start(*SOON, store=tmp_path)
-    tiny.write(tmp_path, classes=["rot", "grün", "blau", "rosa"], size=48)  # other classes, another size
+    tiny.write(
+        tmp_path, classes=["rot", "grün", "blau", "rosa"], size=48
+    )  # other classes, another size
     wait(lambda: version(service) == "2")
     (prediction,) = service.predict(tiny.image("blue")).json()["predictions"]
     assert prediction["label"] == "blau"
@@ -44,8 +47,16 @@ def test_labels_and_numbers_are_those_of_the_version_that_answered(start, tmp_pa
     tiny.write(tmp_path)
     service = start(*SOON, "--workers", "2", store=tmp_path)
     classes = {"1": tiny.CLASSES, "2": ["rot", "grün", "blau", "rosa"]}
-    request = {"inputs": [{"name": "image", "datatype": "BYTES", "shape": [1],
-                           "data": [base64.b64encode(tiny.image("blue")).decode()]}]}
+    request = {
+        "inputs": [
+            {
+                "name": "image",
+                "datatype": "BYTES",
+                "shape": [1],
+                "data": [base64.b64encode(tiny.image("blue")).decode()],
+            }
+        ]
+    }
 
     def ask() -> str:
         answer = service.http.post("/v2/models/colours/infer", json=request).json()
@@ -88,8 +99,14 @@ def test_the_images_of_a_request_are_answered_by_one_version(start, tmp_path):
 
 def test_a_tensor_that_was_right_when_it_was_sent_is_no_fault_of_the_client(start, tmp_path):
     tiny.write(tmp_path)
-    service = start(*SOON, "--batch-wait-ms", "1000", "--threads", "1", store=tmp_path)  # so it waits in the queue
-    request = {"inputs": [{"name": "image", "datatype": "UINT8", "shape": [1, 32, 32, 3], "data": [7] * 3072}]}
+    service = start(
+        *SOON, "--batch-wait-ms", "1000", "--threads", "1", store=tmp_path
+    )  # so it waits in the queue
+    request = {
+        "inputs": [
+            {"name": "image", "datatype": "UINT8", "shape": [1, 32, 32, 3], "data": [7] * 3072}
+        ]
+    }
     tiny.write(tmp_path, size=48)
     found = [200]
     while found[-1] == 200:
@@ -108,13 +125,17 @@ def test_every_worker_swaps(start, tmp_path):
         seen = len(answers)
         wait(lambda: len(answers) > seen + 50)
     assert {status for status, _ in answers} == {200}
-    assert {number for _, number in answers[seen + 10:]} == {"2"}
+    assert {number for _, number in answers[seen + 10 :]} == {"2"}
 
 
 def told(service) -> list[str]:
     """The versions that imago_model_info is 1 for."""
-    lines = [line for line in service.metrics().splitlines() if line.startswith("imago_model_info{")]
-    return sorted(line.split('version="')[1].split('"')[0] for line in lines if line.endswith(" 1.0"))
+    lines = [
+        line for line in service.metrics().splitlines() if line.startswith("imago_model_info{")
+    ]
+    return sorted(
+        line.split('version="')[1].split('"')[0] for line in lines if line.endswith(" 1.0")
+    )
 
 
 @pytest.mark.parametrize("flags", [("--threads", "2"), ("--threads", "2", "--workers", "2")])
@@ -130,7 +151,11 @@ def test_an_idle_service_tells_of_the_new_version_alone(start, tmp_path, flags):
 
 def test_variables_that_flags_override_do_not_reach_the_check(start, tmp_path):
     tiny.write(tmp_path)
-    clash = {"IMAGO_PORT": "9090", "IMAGO_VERSION": "7", "imago_workers": "0"}  # 9090 is the default of another port
+    clash = {
+        "IMAGO_PORT": "9090",
+        "IMAGO_VERSION": "7",
+        "imago_workers": "0",
+    }  # 9090 is the default of another port
     service = start(*SOON, "--version", "latest", "--workers", "1", store=tmp_path, env=clash)
     tiny.write(tmp_path)
     wait(lambda: version(service) == "2")

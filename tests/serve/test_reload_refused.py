@@ -1,4 +1,5 @@
 """Versions that must not be served: the old one serves on, whatever dies or hangs meanwhile, and the next is taken."""
+
 import errno
 import json
 import os
@@ -53,8 +54,10 @@ def spoiled(store, how: str) -> None:
     os.replace(store / "colours" / "next", store / "colours" / "latest")
 
 
-@pytest.mark.parametrize("how", ["changed", "no graph", "other answers", "no such class", "no manifest",
-                                 "a graph that fails"])
+@pytest.mark.parametrize(
+    "how",
+    ["changed", "no graph", "other answers", "no such class", "no manifest", "a graph that fails"],
+)
 def test_a_bad_version_is_refused_and_the_old_serves_on(start, tmp_path, how):
     tiny.write(tmp_path)
     service = start(*SOON, store=tmp_path)
@@ -64,7 +67,9 @@ def test_a_bad_version_is_refused_and_the_old_serves_on(start, tmp_path, how):
         time.sleep(1)
     assert set(answers) == {(200, "1")}
     assert service.is_ready()
-    assert service.metric("imago_reloads_total", outcome="refused") == 1, "it is not tried again and again"
+    assert service.metric("imago_reloads_total", outcome="refused") == 1, (
+        "it is not tried again and again"
+    )
     lines = [json.loads(line) for line in service.log.read_text().splitlines() if "refused" in line]
     assert len(lines) == 1
     assert (lines[0]["level"], lines[0]["from"], lines[0]["to"]) == ("error", 1, 2)
@@ -78,7 +83,9 @@ def test_a_worker_that_dies_while_latest_is_bad_comes_back_with_the_old(start, t
     wait(lambda: service.metric("imago_reloads_total", outcome="refused") == 1)
     replace_worker(service)
     assert version(service) == "1"
-    wait(lambda: service.metric("imago_reloads_total", outcome="refused") == 2)  # it looked by itself
+    wait(
+        lambda: service.metric("imago_reloads_total", outcome="refused") == 2
+    )  # it looked by itself
     assert service.metric("imago_restarts_total", process="worker", reason="crash") == 1
 
 
@@ -90,7 +97,9 @@ def test_a_worker_that_dies_while_latest_hangs_comes_back_with_the_old(start, tm
     (first,) = checks(tmp_path)
     replace_worker(service)
     assert version(service) == "1"
-    wait(lambda: checks(tmp_path) and first not in checks(tmp_path))  # a check does not outlive its worker
+    wait(
+        lambda: checks(tmp_path) and first not in checks(tmp_path)
+    )  # a check does not outlive its worker
     assert service.stop() == 0
     wait(lambda: not checks(tmp_path))
 
@@ -156,7 +165,9 @@ def test_a_version_withdrawn_while_it_is_checked_is_not_served(start, tmp_path):
     wait(lambda: checks(tmp_path))
     (pid,) = checks(tmp_path)
     os.kill(pid, signal.SIGSTOP)
-    assert b"--threads\x001\0" in Path(f"/proc/{pid}/cmdline").read_bytes(), "it takes no more cores than we may"
+    assert b"--threads\x001\0" in Path(f"/proc/{pid}/cmdline").read_bytes(), (
+        "it takes no more cores than we may"
+    )
     Store(tmp_path).promote("colours", 1)
     os.kill(pid, signal.SIGCONT)
     wait(lambda: not checks(tmp_path))

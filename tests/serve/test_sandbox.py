@@ -1,4 +1,5 @@
 """As strict containers run it: PID 1, read-only root, no capabilities, no network but its own."""
+
 import contextlib
 import os
 import shutil
@@ -13,27 +14,38 @@ import pytest
 import tiny
 from service import ROOT
 
-SETUP = ("mount --make-rprivate / && mount -o remount,ro,bind / && (mount -o remount,ro,bind /tmp 2>/dev/null || true) "
-         "&& ip link set lo up && exec setpriv --no-new-privs --bounding-set=-all \"$@\"")
+SETUP = (
+    "mount --make-rprivate / && mount -o remount,ro,bind / && (mount -o remount,ro,bind /tmp 2>/dev/null || true) "
+    '&& ip link set lo up && exec setpriv --no-new-privs --bounding-set=-all "$@"'
+)
 UNSHARE = ["unshare", "--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
 needs_namespaces = pytest.mark.skipif(
     not all(map(shutil.which, ("unshare", "nsenter", "setpriv", "ip")))
-    or subprocess.run([*UNSHARE, "sh", "-c", SETUP, "sh", "true"], capture_output=True).returncode != 0,
-    reason="this user can't make namespaces")
+    or subprocess.run([*UNSHARE, "sh", "-c", SETUP, "sh", "true"], capture_output=True).returncode
+    != 0,
+    reason="this user can't make namespaces",
+)
 
 IPV6 = ["sh", "-c", "ip link set lo up && ip -6 address show dev lo | grep -q ::1"]
 needs_ipv6 = pytest.mark.skipif(
-    shutil.which("unshare") is None or subprocess.run([*UNSHARE, *IPV6], capture_output=True).returncode != 0,
-    reason="this machine has no IPv6")
+    shutil.which("unshare") is None
+    or subprocess.run([*UNSHARE, *IPV6], capture_output=True).returncode != 0,
+    reason="this machine has no IPv6",
+)
 
 
 def ask(pid: int, path: str, data: bytes | None = None, at: str = "127.0.0.1:8000") -> int:
     """The status of a request from inside the server's network namespace."""
-    code = ("import sys, httpx; data = sys.stdin.buffer.read() or None; "
-            "print(httpx.request('POST' if data else 'GET', 'http://' + sys.argv[1], content=data, "
-            "headers={'Content-Type': 'image/png'}).status_code)")
-    done = subprocess.run(["nsenter", "-t", str(pid), "-n", sys.executable, "-c", code, at + path], input=data or b"",
-                          capture_output=True)
+    code = (
+        "import sys, httpx; data = sys.stdin.buffer.read() or None; "
+        "print(httpx.request('POST' if data else 'GET', 'http://' + sys.argv[1], content=data, "
+        "headers={'Content-Type': 'image/png'}).status_code)"
+    )
+    done = subprocess.run(
+        ["nsenter", "-t", str(pid), "-n", sys.executable, "-c", code, at + path],
+        input=data or b"",
+        capture_output=True,
+    )
     return int(done.stdout or 0)
 
 
@@ -42,8 +54,13 @@ def sandboxed(store: Path, log: Path, host: str) -> Iterator[int]:
     """A ready service's process id, as it is outside; ended by SIGTERM."""
     command = [sys.executable, "-m", "serve", "--store", str(store), "--host", host]
     with log.open("wb") as file:
-        outer = subprocess.Popen([*UNSHARE, "sh", "-c", SETUP, "sh", *command], cwd=ROOT, stdout=file, stderr=file,
-                                 env={"PATH": os.environ["PATH"], "HOME": "/nonexistent"})
+        outer = subprocess.Popen(
+            [*UNSHARE, "sh", "-c", SETUP, "sh", *command],
+            cwd=ROOT,
+            stdout=file,
+            stderr=file,
+            env={"PATH": os.environ["PATH"], "HOME": "/nonexistent"},
+        )
     try:
         end = time.monotonic() + 60
         while True:
@@ -65,11 +82,20 @@ def sandboxed(store: Path, log: Path, host: str) -> Iterator[int]:
 def test_pid_1_on_a_read_only_root_without_capabilities(tmp_path):
     tiny.write(tmp_path / "store")
     with sandboxed(tmp_path / "store", tmp_path / "log", "127.0.0.1") as inner:
-        assert Path(f"/proc/{inner}/status").read_text().split("NSpid:")[1].split("\n")[0].split()[-1] == "1"
+        assert (
+            Path(f"/proc/{inner}/status").read_text().split("NSpid:")[1].split("\n")[0].split()[-1]
+            == "1"
+        )
         assert ask(inner, "/predict", tiny.image("red")) == 200
-        rows = [line.split() for kind in ("tcp", "tcp6")
-                for line in Path(f"/proc/{inner}/net/{kind}").read_text().splitlines()[1:]]
-        assert {int(row[1].rpartition(":")[2], 16) for row in rows if row[3] == "0A"} == {8000, 9090}, "listening"
+        rows = [
+            line.split()
+            for kind in ("tcp", "tcp6")
+            for line in Path(f"/proc/{inner}/net/{kind}").read_text().splitlines()[1:]
+        ]
+        assert {int(row[1].rpartition(":")[2], 16) for row in rows if row[3] == "0A"} == {
+            8000,
+            9090,
+        }, "listening"
     text = (tmp_path / "log").read_text()
     assert "Traceback" not in text
     assert "telemetry" not in text
@@ -80,16 +106,25 @@ def test_pid_1_ends_by_sigterm_from_the_first_moment(bundle_store, tmp_path):
     """The kernel drops what PID 1 has no handler for; most of its first second goes by in imports."""
     command = [sys.executable, "-m", "serve", "--store", str(bundle_store), "--host", "127.0.0.1"]
     with (tmp_path / "log").open("wb") as file:
-        outer = subprocess.Popen([*UNSHARE, "sh", "-c", SETUP, "sh", *command], cwd=ROOT, stdout=file, stderr=file)
+        outer = subprocess.Popen(
+            [*UNSHARE, "sh", "-c", SETUP, "sh", *command], cwd=ROOT, stdout=file, stderr=file
+        )
     try:
         end = time.monotonic() + 60
         handled = False
         while not handled:
             assert time.monotonic() < end
             children = Path(f"/proc/{outer.pid}/task/{outer.pid}/children").read_text().split()
-            if children and b"serve" in Path(f"/proc/{children[0]}/cmdline").read_bytes().split(b"\0")[:4]:
-                assert "numpy" not in Path(f"/proc/{children[0]}/maps").read_text(), "a signal would be lost till now"
-                caught = Path(f"/proc/{children[0]}/status").read_text().split("SigCgt:")[1].split()[0]
+            if (
+                children
+                and b"serve" in Path(f"/proc/{children[0]}/cmdline").read_bytes().split(b"\0")[:4]
+            ):
+                assert "numpy" not in Path(f"/proc/{children[0]}/maps").read_text(), (
+                    "a signal would be lost till now"
+                )
+                caught = (
+                    Path(f"/proc/{children[0]}/status").read_text().split("SigCgt:")[1].split()[0]
+                )
                 handled = bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
         os.kill(int(children[0]), signal.SIGTERM)
         assert outer.wait(10) == 128 + signal.SIGTERM
@@ -99,17 +134,33 @@ def test_pid_1_ends_by_sigterm_from_the_first_moment(bundle_store, tmp_path):
 
 
 # The one capability lets it read an interpreter and a temporary directory that are closed to others, and write nothing.
-ANYBODY = ["setpriv", "--reuid", "12345", "--regid", "0", "--clear-groups", "--bounding-set=-all,+dac_read_search",
-           "--inh-caps=-all,+dac_read_search", "--ambient-caps=-all,+dac_read_search"]
+ANYBODY = [
+    "setpriv",
+    "--reuid",
+    "12345",
+    "--regid",
+    "0",
+    "--clear-groups",
+    "--bounding-set=-all,+dac_read_search",
+    "--inh-caps=-all,+dac_read_search",
+    "--ambient-caps=-all,+dac_read_search",
+]
 
 
-@pytest.mark.skipif(os.getuid() != 0 or shutil.which("setpriv") is None
-                    or subprocess.run([*ANYBODY, "true"], capture_output=True).returncode != 0,
-                    reason="this user can't become another")
+@pytest.mark.skipif(
+    os.getuid() != 0
+    or shutil.which("setpriv") is None
+    or subprocess.run([*ANYBODY, "true"], capture_output=True).returncode != 0,
+    reason="this user can't become another",
+)
 def test_it_runs_as_a_user_that_no_file_names(start):
     """As OpenShift runs it: any number, group 0, no home."""
-    service = start("--shadow-version", "1", env={"HOME": "/nonexistent"},
-                    command=[*ANYBODY, sys.executable, "-m", "serve"])
+    service = start(
+        "--shadow-version",
+        "1",
+        env={"HOME": "/nonexistent"},
+        command=[*ANYBODY, sys.executable, "-m", "serve"],
+    )
     for pid in [service.process.pid, *service.children()]:
         assert Path(f"/proc/{pid}/status").read_text().split("Uid:")[1].split()[:4] == ["12345"] * 4
     assert service.predict(tiny.image("red")).json()["predictions"][0]["label"] == "red"

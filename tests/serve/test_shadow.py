@@ -1,4 +1,5 @@
 """Shadow: a second version gets a share of the traffic, in idle time, and can do no harm."""
+
 import os
 import signal
 
@@ -10,19 +11,25 @@ from service import wait
 
 
 def counted(service) -> dict[str, float]:
-    return {outcome: service.metric("imago_shadow_images_total", outcome=outcome)
-            for outcome in ("agree", "disagree", "failed", "dropped", "too_large")}
+    return {
+        outcome: service.metric("imago_shadow_images_total", outcome=outcome)
+        for outcome in ("agree", "disagree", "failed", "dropped", "too_large")
+    }
 
 
 def test_agreement_and_latency_of_a_second_version(start, tmp_path):
     tiny.write(tmp_path)
     tiny.write(tmp_path, classes=["red", "green", "purple"], promote=False)
-    service = start("--shadow-version", "2", "--shadow-share", "1", "--version", "1", store=tmp_path)
+    service = start(
+        "--shadow-version", "2", "--shadow-share", "1", "--version", "1", store=tmp_path
+    )
     wait(lambda: "shadow ready" in service.log.read_text())
     for i in range(30):
         answer = service.predict(tiny.image(tiny.CLASSES[i % 3], seed=i)).json()
         assert answer["model"]["version"] == "1"
-        wait(lambda i=i: sum(counted(service).values()) == i + 1)  # room for few, and it runs when others rest
+        wait(
+            lambda i=i: sum(counted(service).values()) == i + 1
+        )  # room for few, and it runs when others rest
     found = counted(service)
     assert found["failed"] == found["dropped"] == 0
     assert (found["agree"], found["disagree"]) == (20, 10)
@@ -61,14 +68,18 @@ def test_a_shadow_that_cannot_be_loaded_does_no_harm(start, tmp_path):
         assert service.predict(tiny.image("red", seed=i)).status_code == 200
     wait(lambda: "no shadow" in service.log.read_text())
     assert counted(service)["dropped"] == 20
-    assert service.metric("imago_restarts_total", process="shadow", reason="crash") == 0, "another could not either"
+    assert service.metric("imago_restarts_total", process="shadow", reason="crash") == 0, (
+        "another could not either"
+    )
     assert service.stop() == 0
 
 
 def test_a_shadow_that_fails_on_an_image_goes_on(start, tmp_path):
     tiny.write(tmp_path)
     tiny.break_where_bright(tiny.write(tmp_path, promote=False))
-    service = start("--shadow-version", "2", "--shadow-share", "1", "--version", "1", store=tmp_path)
+    service = start(
+        "--shadow-version", "2", "--shadow-share", "1", "--version", "1", store=tmp_path
+    )
     wait(lambda: "shadow ready" in service.log.read_text())
     bright = cv2.imencode(".png", np.full((32, 32, 3), 255, np.uint8))[1].tobytes()
     assert service.predict(bright).status_code == 200

@@ -1,4 +1,5 @@
 """Starting and ending: settings, bad settings, ports, stores."""
+
 import os
 import re
 import shutil
@@ -10,7 +11,7 @@ import pytest
 import tiny
 from service import loopback, refused, run, wait
 
-from models.cores import cores as planned
+from models.cpu_quota import cores as planned
 from serve.settings import Settings
 
 
@@ -43,7 +44,9 @@ def test_a_changed_bundle(tmp_path):
 def test_a_bundle_that_answers_otherwise_here(tmp_path):
     directory = tiny.write(tmp_path)
     other = tiny.write(tmp_path, scale=2)
-    (directory / "samples" / "expected.npz").write_bytes((other / "samples" / "expected.npz").read_bytes())
+    (directory / "samples" / "expected.npz").write_bytes(
+        (other / "samples" / "expected.npz").read_bytes()
+    )
     tiny.reseal(directory)
     refused(run("--store", str(tmp_path), "--version", "1", *loopback()), "self check", "differ")
 
@@ -60,35 +63,47 @@ def test_a_bundle_whose_graph_fails_here(tmp_path):
     refused(run("--store", str(tmp_path), *loopback()), "colours/1", "onnxruntime can't run it")
 
 
-@pytest.mark.parametrize(("flags", "words"), [
-    (("--port", "70000"), ("--port", "IMAGO_PORT")),
-    (("--port", "x"), ("--port",)),
-    (("--version", "first"), ("--version",)),
-    (("--api-key", "x", "--api-key-file", "/etc/hostname"), ("api_key",)),
-    (("--api-key-file", "/nowhere"), ("/nowhere",)),
-    (("--api-key-file", "/proc/self/mem"), ("/proc/self/mem", "can't be read")),  # of root, who may read all others
-    (("--api-key-file", sys.executable), (sys.executable, "can't be read")),
-])
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--port", "70000"), ("--port", "IMAGO_PORT")),
+        (("--port", "x"), ("--port",)),
+        (("--version", "first"), ("--version",)),
+        (("--api-key", "x", "--api-key-file", "/etc/hostname"), ("api_key",)),
+        (("--api-key-file", "/nowhere"), ("/nowhere",)),
+        (
+            ("--api-key-file", "/proc/self/mem"),
+            ("/proc/self/mem", "can't be read"),
+        ),  # of root, who may read all others
+        (("--api-key-file", sys.executable), (sys.executable, "can't be read")),
+    ],
+)
 def test_bad_settings(bundle_store, flags, words):
     refused(run("--store", str(bundle_store), *flags), *words)
 
 
-@pytest.mark.parametrize(("flags", "env", "words"), [
-    (("--api-key", ""), {}, ("--api-key", "IMAGO_API_KEY", "empty")),
-    (("--api-key", " \n"), {}, ("--api-key", "empty")),
-    (("--api-key-file", ""), {}, ("--api-key-file",)),
-    ((), {"IMAGO_API_KEY": ""}, ("IMAGO_API_KEY is empty",)),
-    ((), {"IMAGO_API_KEY": "\n"}, ("IMAGO_API_KEY", "empty")),
-    ((), {"IMAGO_API_KEY_FILE": ""}, ("IMAGO_API_KEY_FILE is empty",)),
-])
+@pytest.mark.parametrize(
+    ("flags", "env", "words"),
+    [
+        (("--api-key", ""), {}, ("--api-key", "IMAGO_API_KEY", "empty")),
+        (("--api-key", " \n"), {}, ("--api-key", "empty")),
+        (("--api-key-file", ""), {}, ("--api-key-file",)),
+        ((), {"IMAGO_API_KEY": ""}, ("IMAGO_API_KEY is empty",)),
+        ((), {"IMAGO_API_KEY": "\n"}, ("IMAGO_API_KEY", "empty")),
+        ((), {"IMAGO_API_KEY_FILE": ""}, ("IMAGO_API_KEY_FILE is empty",)),
+    ],
+)
 def test_an_empty_key_does_not_open_the_door(bundle_store, flags, env, words):
     refused(run("--store", str(bundle_store), *loopback(), *flags, **env), *words)
 
 
-@pytest.mark.parametrize(("flags", "env"), [
-    ((), {"IMAGO_API_KEY": "secret\n"}),
-    (("--api-key", " secret "), {"IMAGO_API_KEY": ""}),
-])
+@pytest.mark.parametrize(
+    ("flags", "env"),
+    [
+        ((), {"IMAGO_API_KEY": "secret\n"}),
+        (("--api-key", " secret "), {"IMAGO_API_KEY": ""}),
+    ],
+)
 def test_a_key_is_what_stands_between_the_blanks(start, flags, env):
     service = start(*flags, env=env)
     assert service.predict(tiny.image("red")).status_code == 401
@@ -96,7 +111,9 @@ def test_a_key_is_what_stands_between_the_blanks(start, flags, env):
 
 
 def test_threads_are_those_of_each_worker(bundle_store):
-    assert "cores of each worker; 0: the CPU quota divided by the workers" in " ".join(run("--help").stdout.split())
+    assert "cores of each worker; 0: the CPU quota divided by the workers" in " ".join(
+        run("--help").stdout.split()
+    )
     said = run("check", "--store", str(bundle_store), "--threads", "3", "--workers", "2").stdout
     assert "3 for each of 2 workers" in said
 
@@ -105,7 +122,9 @@ def test_threads_are_those_of_each_worker(bundle_store):
 def test_threads_follow_the_cores_that_it_may_use(start, tmp_path):
     """A predictor counts in a file of its own."""
     for cores in (usable := sorted(os.sched_getaffinity(0)))[:1], usable:
-        service = start(command=["taskset", "-c", ",".join(map(str, cores)), sys.executable, "-m", "serve"])
+        service = start(
+            command=["taskset", "-c", ",".join(map(str, cores)), sys.executable, "-m", "serve"]
+        )
         maps = Path(f"/proc/{service.workers()[0]}/maps").read_text()
         most = min(len(cores), planned())
         assert len(set(re.findall(r"/worker-0-(\d+)\.metrics", maps))) == most
@@ -116,18 +135,30 @@ def test_a_port_in_use(bundle_store):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        refused(run("--store", str(bundle_store), "--host", "127.0.0.1", "--port", str(port)), str(port), "in use")
+        refused(
+            run("--store", str(bundle_store), "--host", "127.0.0.1", "--port", str(port)),
+            str(port),
+            "in use",
+        )
 
 
 def test_a_machine_without_ipv6(bundle_store, tmp_path):
     (tmp_path / "sitecustomize.py").write_text("import socket; socket.AF_INET6 = 999")
-    refused(run("--store", str(bundle_store), "--host", "::", PYTHONPATH=str(tmp_path)), "--host", "::")
+    refused(
+        run("--store", str(bundle_store), "--host", "::", PYTHONPATH=str(tmp_path)), "--host", "::"
+    )
 
 
 def test_tracing_without_its_packages(bundle_store, tmp_path):
-    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['opentelemetry.exporter'] = None")
-    refused(run("--store", str(bundle_store), "--tracing", "true", *loopback(), PYTHONPATH=str(tmp_path)),
-            "imago[tracing]")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys; sys.modules['opentelemetry.exporter'] = None"
+    )
+    refused(
+        run(
+            "--store", str(bundle_store), "--tracing", "true", *loopback(), PYTHONPATH=str(tmp_path)
+        ),
+        "imago[tracing]",
+    )
 
 
 def test_it_says_what_it_serves_and_where(start):

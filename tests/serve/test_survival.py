@@ -1,4 +1,5 @@
 """Workers that are killed or hang, HTTP processes that die, and draining: for real, under load."""
+
 import os
 import re
 import signal
@@ -40,7 +41,9 @@ def check_kills(server, times: int) -> None:
     wait(lambda: server.metric("imago_pending_images") == 0)
     total = sum(server.metric("imago_requests_total", code=str(code)) for code in (200, 503))
     assert total == load.statuses.total()
-    images = server.metric("imago_images_total", outcome="answered")  # counted after a batch's answers have left
+    images = server.metric(
+        "imago_images_total", outcome="answered"
+    )  # counted after a batch's answers have left
     assert abs(images - load.statuses[200]) <= 8 * times
 
 
@@ -86,7 +89,9 @@ def test_a_predictor_that_hangs_in_the_graph_is_replaced_before_the_deadline(sta
 
 def test_a_graph_that_takes_long_for_every_batch_is_no_hang(start, tmp_path):
     tiny.slow(tiny.write(tmp_path, size=4, samples=2), turns=300_000)
-    server = start("--threads", "1", "--max-batch-size", "1", "--worker-timeout-seconds", "0.1", store=tmp_path)
+    server = start(
+        "--threads", "1", "--max-batch-size", "1", "--worker-timeout-seconds", "0.1", store=tmp_path
+    )
     for _ in range(8):  # the supervisor looks once a second
         assert server.predict(IMAGE).status_code == 200
     assert server.metric("imago_inference_seconds_sum") > 8 * 0.2
@@ -98,7 +103,9 @@ def test_images_that_are_lost_with_their_worker_can_be_sent_again(start):
     (pid,) = server.workers()
     stop([pid])
     with ThreadPoolExecutor(1) as other:
-        asked = other.submit(server.http.post, "/predict", files=[("f", (name, IMAGE)) for name in "ab"])
+        asked = other.submit(
+            server.http.post, "/predict", files=[("f", (name, IMAGE)) for name in "ab"]
+        )
         wait(lambda: server.metric("imago_pending_images") == 2)
         os.kill(pid, signal.SIGKILL)
         answer = asked.result()
@@ -124,7 +131,11 @@ def test_one_of_two_workers_dies(start):
 
 def test_an_http_process_that_dies_is_replaced(start):
     server = start("--api-processes", "2")
-    forked = [pid for pid in server.children() if b"-m\0serve" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    forked = [
+        pid
+        for pid in server.children()
+        if b"-m\0serve" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
     assert len(forked) == 2
     os.kill(forked[0], signal.SIGKILL)
     wait(lambda: server.metric("imago_restarts_total", process="http", reason="crash") == 1)
@@ -264,12 +275,16 @@ def test_the_worker_answers_without_torch(start):
     assert server.predict(IMAGE).status_code == 200
     for pid in [server.process.pid, *server.children()]:
         assert "torch" not in Path(f"/proc/{pid}/maps").read_text()
-    blocked = ("import sys, runpy\n"
-               "class Block:\n"
-               "    def find_spec(self, name, *rest):\n"
-               "        if name.split('.')[0] in ('torch', 'torchvision', 'lightning', 'train'):\n"
-               "            raise ImportError(name)\n"
-               "sys.meta_path.insert(0, Block())\n"
-               "runpy.run_module('serve', run_name='__main__')\n")
-    ran = subprocess.run([sys.executable, "-c", blocked, "--help"], capture_output=True, text=True, timeout=60)
+    blocked = (
+        "import sys, runpy\n"
+        "class Block:\n"
+        "    def find_spec(self, name, *rest):\n"
+        "        if name.split('.')[0] in ('torch', 'torchvision', 'lightning', 'train'):\n"
+        "            raise ImportError(name)\n"
+        "sys.meta_path.insert(0, Block())\n"
+        "runpy.run_module('serve', run_name='__main__')\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", blocked, "--help"], capture_output=True, text=True, timeout=60
+    )
     assert ran.returncode == 0

@@ -1,4 +1,5 @@
 """OpenTelemetry: spans of real requests, received over OTLP by a collector made here."""
+
 import gzip
 import threading
 import time
@@ -45,7 +46,9 @@ def test_spans_of_requests(start, collector):
     env = {"OTEL_EXPORTER_OTLP_ENDPOINT": url, "OTEL_BSP_SCHEDULE_DELAY": "100"}
     service = start("--tracing", "true", env=env)
     parent = "0af7651916cd43dd8448eb211c80319c"
-    answer = service.predict(tiny.image("red"), **{"traceparent": f"00-{parent}-b7ad6b7169203331-01"})
+    answer = service.predict(
+        tiny.image("red"), **{"traceparent": f"00-{parent}-b7ad6b7169203331-01"}
+    )
     service.predict(b"no image")
     end = time.monotonic() + 30
     while sum(s.name == "POST /predict" for s in spans) < 2:
@@ -68,7 +71,11 @@ def test_spans_of_requests(start, collector):
 
 def test_what_is_left_is_sent_at_the_end(start, collector):
     url, spans = collector
-    service = start("--tracing", "true", env={"OTEL_EXPORTER_OTLP_ENDPOINT": url, "OTEL_BSP_SCHEDULE_DELAY": "60000"})
+    service = start(
+        "--tracing",
+        "true",
+        env={"OTEL_EXPORTER_OTLP_ENDPOINT": url, "OTEL_BSP_SCHEDULE_DELAY": "60000"},
+    )
     service.predict(tiny.image("red"))
     assert not spans
     assert service.stop() == 0

@@ -1,4 +1,5 @@
 """What an answer says of its own worth: calibrated confidence, prediction set, doubts, and where the model looked."""
+
 import base64
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,7 @@ import pytest
 import tiny
 
 from models.bundle import Calibration, write_sums
-from models.digests import sha256
+from models.bundle.checksums import sha256
 from models.image import InputSpec, decode
 
 SPEC = InputSpec(height=32, width=32)
@@ -20,9 +21,15 @@ def flat(*rgb: int) -> bytes:
     return cv2.imencode(".png", np.full((32, 32, 3), rgb[::-1], np.uint8))[1].tobytes()
 
 
-CASES = {"sure": flat(255, 0, 0), "between two": flat(120, 120, 0), "nothing": flat(0, 0, 0),
-         "white": flat(255, 255, 255)}
-CALIBRATION = Calibration(abstain_threshold=0.6, conformal_level=0.9, conformal_quantile=0.8, energy_threshold=-2.0)
+CASES = {
+    "sure": flat(255, 0, 0),
+    "between two": flat(120, 120, 0),
+    "nothing": flat(0, 0, 0),
+    "white": flat(255, 255, 255),
+}
+CALIBRATION = Calibration(
+    abstain_threshold=0.6, conformal_level=0.9, conformal_quantile=0.8, energy_threshold=-2.0
+)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +47,9 @@ def test_doubts_follow_the_bundle_s_thresholds(start, tmp_path, wants):
         assert said["energy"] == pytest.approx(energy, abs=1e-3), name
         assert said["abstain"] is bool(probabilities.max() < 0.6), name
         assert said["out_of_distribution"] is bool(energy > -2.0), name
-        assert set(said["prediction_set"]) == {c for c, p in zip(tiny.CLASSES, probabilities, strict=True) if p >= 0.2}
+        assert set(said["prediction_set"]) == {
+            c for c, p in zip(tiny.CLASSES, probabilities, strict=True) if p >= 0.2
+        }
     doubts = {name: service.predict(data).json()["predictions"][0] for name, data in CASES.items()}
     assert [n for n, d in doubts.items() if d["abstain"]] == ["between two", "nothing", "white"]
     assert [n for n, d in doubts.items() if d["out_of_distribution"]] == ["nothing"]
@@ -69,7 +78,11 @@ def test_only_who_asks_gets_one_and_all_others_are_the_same(server):
     data = [tiny.image(tiny.CLASSES[i % 3], seed=i) for i in range(60)]
     plain = [server.predict(d).json()["predictions"][0] for d in data]
     with ThreadPoolExecutor(8) as pool:  # batches mix both kinds
-        mixed = list(pool.map(lambda i: server.predict(data[i], "?explain=cam" if i % 2 else "").json(), range(60)))
+        mixed = list(
+            pool.map(
+                lambda i: server.predict(data[i], "?explain=cam" if i % 2 else "").json(), range(60)
+            )
+        )
     for i, (one, other) in enumerate(zip(plain, mixed, strict=True)):
         (said,) = other["predictions"]
         assert ("cam" in said) is bool(i % 2)

@@ -1,4 +1,5 @@
 """The Open Inference Protocol: through tritonclient, and by hand where a client would not go wrong."""
+
 import base64
 import json
 import struct
@@ -13,8 +14,8 @@ from hypothesis import strategies as st
 from service import wait
 
 from models.image import InputSpec, decode
-from serve.responses import Problem
-from serve.v2 import outputs, read
+from serve.http.open_inference import outputs, read
+from serve.http.responses import Problem
 
 tritonclient = pytest.importorskip("tritonclient.http")
 SPEC = InputSpec(height=32, width=32)
@@ -42,7 +43,10 @@ def test_health_and_metadata(client):
     assert metadata["versions"] == ["1"]
     assert metadata["inputs"] == [{"name": "image", "datatype": "UINT8", "shape": [-1, 32, 32, 3]}]
     assert {o["name"]: o["datatype"] for o in metadata["outputs"]} == {
-        "probabilities": "FP32", "energy": "FP32", "label": "BYTES"}
+        "probabilities": "FP32",
+        "energy": "FP32",
+        "label": "BYTES",
+    }
 
 
 @pytest.mark.parametrize("binary_in", [True, False])
@@ -51,15 +55,22 @@ def test_uint8_tensors(client, binary_in, binary_out):
     tensor = tritonclient.InferInput("image", list(PIXELS.shape), "UINT8")
     tensor.set_data_from_numpy(PIXELS, binary_data=binary_in)
     names = ("probabilities", "energy", "label")
-    wanted = None if binary_out is None else [
-        tritonclient.InferRequestedOutput(name, binary_data=binary_out) for name in names]
+    wanted = (
+        None
+        if binary_out is None
+        else [tritonclient.InferRequestedOutput(name, binary_data=binary_out) for name in names]
+    )
     answer = client.infer("colours", [tensor], outputs=wanted, request_id="mine", model_version="1")
     assert np.allclose(answer.as_numpy("probabilities"), WANT["probabilities"], atol=1e-5)
     assert np.allclose(answer.as_numpy("energy"), WANT["energy"], atol=1e-4)
     labels = [v.decode() if isinstance(v, bytes) else v for v in answer.as_numpy("label")]
     assert labels == tiny.CLASSES
     response = answer.get_response()
-    assert (response["id"], response["model_name"], response["model_version"]) == ("mine", "colours", "1")
+    assert (response["id"], response["model_name"], response["model_version"]) == (
+        "mine",
+        "colours",
+        "1",
+    )
 
 
 @pytest.mark.parametrize("shape", [[3], [3, 1]])
@@ -67,15 +78,27 @@ def test_image_bytes(client, shape):
     files = [tiny.image(label, seed=i) for i, label in enumerate(tiny.CLASSES)]
     tensor = tritonclient.InferInput("image", shape, "BYTES")
     tensor.set_data_from_numpy(np.array(files, np.object_).reshape(shape))
-    answer = client.infer("colours", [tensor], outputs=[tritonclient.InferRequestedOutput("probabilities")])
+    answer = client.infer(
+        "colours", [tensor], outputs=[tritonclient.InferRequestedOutput("probabilities")]
+    )
     assert np.allclose(answer.as_numpy("probabilities"), WANT["probabilities"], atol=1e-5)
     assert answer.as_numpy("energy") is None
 
 
-@pytest.mark.parametrize(("method", "path", "status"), [
-    ("PUT", "/v2/health/live", 405), ("DELETE", "/v2/models/colours", 405), ("POST", "/v2/models/colours/ready", 405),
-    ("GET", INFER, 405), ("POST", "/v2/nothing", 404), ("GET", "/v2/models/colours/nothing", 404),
-    ("GET", "/v2/models", 404), ("HEAD", "/v2/health/ready", 200), ("GET", "/v2/models/colours%252f", 404)])
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("PUT", "/v2/health/live", 405),
+        ("DELETE", "/v2/models/colours", 405),
+        ("POST", "/v2/models/colours/ready", 405),
+        ("GET", INFER, 405),
+        ("POST", "/v2/nothing", 404),
+        ("GET", "/v2/models/colours/nothing", 404),
+        ("GET", "/v2/models", 404),
+        ("HEAD", "/v2/health/ready", 200),
+        ("GET", "/v2/models/colours%252f", 404),
+    ],
+)
 def test_other_methods_and_paths(server, method, path, status):
     answer = server.http.request(method, path)
     assert answer.status_code == status
@@ -100,34 +123,75 @@ def test_a_client_sees_errors_in_the_protocol_s_words(client):
 
 
 def entry(**changes) -> dict:
-    return {"inputs": [{"name": "image", "shape": [1, 32, 32, 3], "datatype": "UINT8", "data": [7] * 3072, **changes}]}
+    return {
+        "inputs": [
+            {
+                "name": "image",
+                "shape": [1, 32, 32, 3],
+                "datatype": "UINT8",
+                "data": [7] * 3072,
+                **changes,
+            }
+        ]
+    }
 
 
-@pytest.mark.parametrize(("body", "status"), [
-    (entry(), 200), (entry(data=PIXELS[:1].tolist()), 200), ({}, 400), ([], 400), ({"inputs": []}, 400),
-    ({"inputs": entry()["inputs"] * 2}, 400), (entry(name="x"), 400), (entry(datatype="FP32"), 400),
-    (entry(shape=[1, 3, 32, 32]), 400), (entry(shape=[2, 32, 32, 3]), 400), (entry(shape=[-1]), 400),
-    (entry(data=[256] * 3072), 400), (entry(data=[0.5] * 3072), 400), (entry(data=["a"] * 3072), 400),
-    (entry(data=[[1], [2, 3]]), 400), (entry(data=None), 400), (entry(parameters={"binary_data_size": 5}), 400),
-    (entry(data=[-1] * 3072), 400), (entry(data=[10**30] * 3072), 400), (entry(data=[True] * 3072), 400),
-    (entry(data=PIXELS[:2].tolist()), 400), (entry(data=[PIXELS[:1].tolist()]), 400),
-    (entry(data=[[7] * 3072]), 200), (entry(data=[1, [2]] * 1536), 400), (entry(data=[{}] * 3072), 400),
-    (entry(parameters=7), 400), (entry() | {"outputs": [{"name": "logits"}]}, 400), (entry() | {"outputs": 3}, 400),
-    (entry() | {"outputs": [{"name": "energy"}, {"name": "label"}]}, 200),
-    (entry() | {"outputs": [{"name": "energy"}] * 2}, 400),
-    (entry(datatype="BYTES", shape=[1], data=["?"]), 400), (entry(datatype="BYTES", shape=[2], data=["aGk="]), 400),
-    (entry(datatype="BYTES", shape=[1], data=["aGk="]), 415), (entry(shape=[65, 32, 32, 3], data=[0] * 65 * 3072), 413),
-    (entry(data=[200] * (1 << 19)), 413),
-])
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (entry(), 200),
+        (entry(data=PIXELS[:1].tolist()), 200),
+        ({}, 400),
+        ([], 400),
+        ({"inputs": []}, 400),
+        ({"inputs": entry()["inputs"] * 2}, 400),
+        (entry(name="x"), 400),
+        (entry(datatype="FP32"), 400),
+        (entry(shape=[1, 3, 32, 32]), 400),
+        (entry(shape=[2, 32, 32, 3]), 400),
+        (entry(shape=[-1]), 400),
+        (entry(data=[256] * 3072), 400),
+        (entry(data=[0.5] * 3072), 400),
+        (entry(data=["a"] * 3072), 400),
+        (entry(data=[[1], [2, 3]]), 400),
+        (entry(data=None), 400),
+        (entry(parameters={"binary_data_size": 5}), 400),
+        (entry(data=[-1] * 3072), 400),
+        (entry(data=[10**30] * 3072), 400),
+        (entry(data=[True] * 3072), 400),
+        (entry(data=PIXELS[:2].tolist()), 400),
+        (entry(data=[PIXELS[:1].tolist()]), 400),
+        (entry(data=[[7] * 3072]), 200),
+        (entry(data=[1, [2]] * 1536), 400),
+        (entry(data=[{}] * 3072), 400),
+        (entry(parameters=7), 400),
+        (entry() | {"outputs": [{"name": "logits"}]}, 400),
+        (entry() | {"outputs": 3}, 400),
+        (entry() | {"outputs": [{"name": "energy"}, {"name": "label"}]}, 200),
+        (entry() | {"outputs": [{"name": "energy"}] * 2}, 400),
+        (entry(datatype="BYTES", shape=[1], data=["?"]), 400),
+        (entry(datatype="BYTES", shape=[2], data=["aGk="]), 400),
+        (entry(datatype="BYTES", shape=[1], data=["aGk="]), 415),
+        (entry(shape=[65, 32, 32, 3], data=[0] * 65 * 3072), 413),
+        (entry(data=[200] * (1 << 19)), 413),
+    ],
+)
 def test_requests_by_hand(server, body, status):
     answer = server.http.post(INFER, json=body)
     assert answer.status_code == status
     assert status == 200 or answer.json()["error"]
 
 
-@pytest.mark.parametrize(("data", "status"), [
-    (["x" * 2_000] + [""] * 100_000, 400), ([[]] * 600_000, 400), ([{}] * 600_000, 400), ([0] * 900_000, 413),
-], ids=["a long text", "lists", "objects", "numbers"])
+@pytest.mark.parametrize(
+    ("data", "status"),
+    [
+        (["x" * 2_000] + [""] * 100_000, 400),
+        ([[]] * 600_000, 400),
+        ([{}] * 600_000, 400),
+        ([0] * 900_000, 413),
+    ],
+    ids=["a long text", "lists", "objects", "numbers"],
+)
 def test_json_takes_no_more_memory_than_its_bytes_are_worth(data, status):
     content = json.dumps(entry(data=data), separators=(",", ":")).encode()
     tracemalloc.start()
@@ -142,11 +206,16 @@ def test_json_takes_no_more_memory_than_its_bytes_are_worth(data, status):
 def test_what_is_said_to_be_json_is_in_range_before_it_is_read(server, length):
     """Were all of it but the last byte read, there would be more values than the images of a request need: 413."""
     content = b"[" + b"0," * (3 << 19) + b"0] "
-    said = server.http.post(INFER, content=content, headers={"Inference-Header-Content-Length": length})
+    said = server.http.post(
+        INFER, content=content, headers={"Inference-Header-Content-Length": length}
+    )
     assert said.status_code == (413 if int(length) > 2 << 20 else 400)
     tracemalloc.start()
     try:
-        assert parsed(content, {b"inference-header-content-length": length.encode()}) == said.status_code
+        assert (
+            parsed(content, {b"inference-header-content-length": length.encode()})
+            == said.status_code
+        )
         assert tracemalloc.get_traced_memory()[1] < 1 << 20, "a copy of it is made"
     finally:
         tracemalloc.stop()
@@ -168,7 +237,10 @@ def test_before_the_model_is_known_clients_are_told_to_come_back(start, tmp_path
     with hang.hangs():
         service = start(store=tmp_path / "store", env=hang.env, wait=False)
         wait(service.is_live)
-        for answer in (service.http.post(INFER, json=entry()), service.http.get("/v2/models/colours")):
+        for answer in (
+            service.http.post(INFER, json=entry()),
+            service.http.get("/v2/models/colours"),
+        ):
             assert answer.status_code == 503
             assert answer.headers["retry-after"] == "1"
             assert "no model is ready" in answer.json()["error"]
@@ -177,11 +249,31 @@ def test_before_the_model_is_known_clients_are_told_to_come_back(start, tmp_path
     assert service.http.post(INFER, json=entry()).status_code == 200
 
 
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-                    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(
-                        st.sampled_from(["inputs", "name", "shape", "datatype", "data", "parameters", "outputs",
-                                         "binary_data_size", "binary_data"]) | st.text(max_size=4), inner, max_size=5),
-                    max_leaves=12)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(
+                [
+                    "inputs",
+                    "name",
+                    "shape",
+                    "datatype",
+                    "data",
+                    "parameters",
+                    "outputs",
+                    "binary_data_size",
+                    "binary_data",
+                ]
+            )
+            | st.text(max_size=4),
+            inner,
+            max_size=5,
+        )
+    ),
+    max_leaves=12,
+)
 
 
 def parsed(content: bytes, headers: dict[bytes, bytes]) -> int:
@@ -200,19 +292,38 @@ def parsed(content: bytes, headers: dict[bytes, bytes]) -> int:
 @given(value=JSON, tail=st.binary(max_size=40), length=st.integers(-5, 300) | st.just("x"))
 def test_any_json_is_read_or_refused(value, tail, length):
     text = json.dumps(value).encode()
-    assert parsed(text + tail, {b"inference-header-content-length": str(length).encode()}) in (200, 400)
+    assert parsed(text + tail, {b"inference-header-content-length": str(length).encode()}) in (
+        200,
+        400,
+    )
     assert parsed(text, {}) in (200, 400)
-    image = {"inputs": [{"name": "image", "datatype": "BYTES", "shape": [1], "data": value}], "outputs": value}
+    image = {
+        "inputs": [{"name": "image", "datatype": "BYTES", "shape": [1], "data": value}],
+        "outputs": value,
+    }
     assert parsed(json.dumps(image).encode(), {}) in (200, 400)
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
-@given(files=st.lists(st.binary(min_size=1, max_size=50), min_size=1, max_size=5), cut=st.integers(0, 300))
+@given(
+    files=st.lists(st.binary(min_size=1, max_size=50), min_size=1, max_size=5),
+    cut=st.integers(0, 300),
+)
 def test_bytes_tensors_come_back_as_they_were_sent(files, cut):
     binary = b"".join(struct.pack("<I", len(f)) + f for f in files)
     for data, whole in ((binary, True), (binary[:cut], cut >= len(binary))):
-        text = json.dumps({"inputs": [{"name": "image", "datatype": "BYTES", "shape": [len(files)],
-                                       "parameters": {"binary_data_size": len(data)}}]}).encode()
+        text = json.dumps(
+            {
+                "inputs": [
+                    {
+                        "name": "image",
+                        "datatype": "BYTES",
+                        "shape": [len(files)],
+                        "parameters": {"binary_data_size": len(data)},
+                    }
+                ]
+            }
+        ).encode()
         headers = {b"inference-header-content-length": str(len(text)).encode()}
         if whole:
             assert read(text + data, headers, SPEC.model_dump(), 64)[1] == files

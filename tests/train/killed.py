@@ -1,4 +1,5 @@
 """Runs that the tests kill: how they are started, and what is left of them."""
+
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,16 @@ def start(commands: Commands, place: Path, *more: object, kill: str = "", **how:
     place.mkdir(exist_ok=True)
     recipe = commands.place / "recipe.yaml"
     recipe.write_text(RECIPE)
-    return commands.start("fit", "--config", recipe, "--trainer.default_root_dir", place, *more, env={"KILL": kill},
-                          **how)
+    return commands.start(
+        "fit",
+        "--config",
+        recipe,
+        "--trainer.default_root_dir",
+        place,
+        *more,
+        env={"KILL": kill},
+        **how,
+    )
 
 
 def finish(commands: Commands, place: Path, *more: object, **how: Any) -> Command:
@@ -68,7 +77,11 @@ def assert_same(one: Any, other: Any, path: str = "") -> None:
 
 def learnt(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """What must not depend on kills: weights, optimizer, schedule, random numbers, metrics; not times and paths."""
-    callbacks = {name: state for name, state in checkpoint["callbacks"].items() if "ModelCheckpoint" not in name}
+    callbacks = {
+        name: state
+        for name, state in checkpoint["callbacks"].items()
+        if "ModelCheckpoint" not in name
+    }
     for row in callbacks["History"]["rows"]:
         del row["seconds"]
     kept = ("state_dict", "optimizer_states", "lr_schedulers", "resume", "global_step", "epoch")

@@ -1,4 +1,5 @@
 """Callbacks for the tests' runs: one sends real signals at a chosen moment, one notes which images are trained on."""
+
 import hashlib
 import os
 import signal
@@ -27,7 +28,11 @@ class Killer(Callback):
             os.setpgid(0, 0)  # a group of its own, as a launcher gives it
 
     def _strike(self, moment: str, number: int, trainer: L.Trainer) -> None:
-        if self.struck or (moment, str(number)) != (self.moment, self.number) or not trainer.is_global_zero:
+        if (
+            self.struck
+            or (moment, str(number)) != (self.moment, self.number)
+            or not trainer.is_global_zero
+        ):
             return
         self.struck = True
         if self.kind == "SLEEP":
@@ -66,7 +71,9 @@ class Killer(Callback):
 class Recorder(Callback):
     """Appends a line an image to $RECORD/<rank>: epoch and digest of the image."""
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, _: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, _: int
+    ) -> None:
         with open(Path(os.environ["RECORD"]) / str(trainer.global_rank), "a") as file:
             for image in batch[0].numpy():
                 print(trainer.current_epoch, hashlib.sha256(image.tobytes()).hexdigest(), file=file)

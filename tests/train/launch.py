@@ -3,6 +3,7 @@
 Each command is a process of its own, with signals, limits and a status of its own, that begins in 20 ms and not in 8 s.
 Run as a script, this file is the process that forks: it reads a JSON request a line and answers with the process's id.
 """
+
 import atexit
 import contextlib
 import json
@@ -56,17 +57,37 @@ class Commands:
         self.place, self._count = place, 0
         path = os.pathsep.join([str(ROOT), str(ROOT / "tests/train")])
         self._forker = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "XDG_CACHE_HOME": str(place / "cache")})
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": path,
+                "XDG_CACHE_HOME": str(place / "cache"),
+            },
+        )
 
-    def start(self, *argv: object, env: dict[str, str | None] | None = None, limits: dict[str, int] | None = None,
-              cwd: Path | None = None) -> Command:
+    def start(
+        self,
+        *argv: object,
+        env: dict[str, str | None] | None = None,
+        limits: dict[str, int] | None = None,
+        cwd: Path | None = None,
+    ) -> Command:
         """`env`: variables to set, or with None to unset. `limits`: of the resource module, by name."""
         self._count += 1
         log, done = self.place / f"{self._count}.log", self.place / f"{self._count}.status"
         log.touch()
-        request: dict[str, Any] = {"argv": [str(word) for word in argv], "env": env or {}, "limits": limits or {},
-                                   "cwd": str(cwd or self.place), "log": str(log), "done": str(done)}
+        request: dict[str, Any] = {
+            "argv": [str(word) for word in argv],
+            "env": env or {},
+            "limits": limits or {},
+            "cwd": str(cwd or self.place),
+            "log": str(log),
+            "done": str(done),
+        }
         print(json.dumps(request), file=self._forker.stdin, flush=True)
         return Command(int(self._forker.stdout.readline()), log, done)
 
@@ -83,13 +104,12 @@ class Commands:
 
 
 def _serve() -> None:
-    import train.cli  # what takes long, once
-
+    import train.cli.main  # what takes long, once
 
     for line in sys.stdin:
         request = json.loads(line)
         if not os.fork():
-            _supervise(request, train.cli.main)
+            _supervise(request, train.cli.main.main)
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass

@@ -1,4 +1,5 @@
 """Small pictures that a test can write: each class has its own colour, each picture its own pattern."""
+
 from pathlib import Path
 
 import cv2
@@ -10,7 +11,9 @@ CLASSES = ["blue", "green", "red"]
 def picture(label: int, seed: int, size: int = 32) -> np.ndarray:
     """BGR uint8 [size, size, 3], smooth random patterns over the colour of the class."""
     rng = np.random.default_rng([label, seed])
-    pattern = cv2.GaussianBlur(rng.integers(0, 256, (size, size, 3), np.uint8), (0, 0), 1.5).astype(int)
+    pattern = cv2.GaussianBlur(rng.integers(0, 256, (size, size, 3), np.uint8), (0, 0), 1.5).astype(
+        int
+    )
     pixels = (pattern - 128) * 2 + 100
     pixels[:, :, label] += 70
     return np.clip(pixels, 0, 255).astype(np.uint8)

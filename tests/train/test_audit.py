@@ -1,4 +1,5 @@
 """The data audit on data with planted faults: through the command line, through training, and its page."""
+
 import itertools
 import json
 import re
@@ -13,7 +14,7 @@ from sklearn.datasets import load_digits
 
 from train import audit
 from train.audit import duplicates
-from train.cli import main
+from train.cli.main import main
 from train.data import Augmentation, ImageData
 
 ROOT = Path(__file__).parents[2]
@@ -57,7 +58,10 @@ def found(faulty, tmp_path_factory) -> tuple[ImageData, dict, Path]:
 
 def test_copies_are_found_within_and_across_parts(found):
     _, findings, _ = found
-    exact = [{pair["first"]["file"], pair["second"]["file"]} for pair in findings["exact_duplicates"]["pairs"]]
+    exact = [
+        {pair["first"]["file"], pair["second"]["file"]}
+        for pair in findings["exact_duplicates"]["pairs"]
+    ]
     assert {"train/red/003.png", "test/red/copy.png"} in exact
     assert {"train/green/007.png", "train/blue/relabelled.png"} in exact
     assert findings["exact_duplicates"]["count"] == 2
@@ -67,15 +71,24 @@ def test_copies_are_found_within_and_across_parts(found):
 
 def test_brighter_and_cropped_copies_are_found_and_nothing_else_is(found):
     _, findings, _ = found
-    near = [{pair["first"]["file"], pair["second"]["file"]} for pair in findings["near_duplicates"]["pairs"]]
-    assert sorted(map(sorted, near)) == [["test/blue/cropped.png", "train/blue/005.png"],
-                                         ["test/green/brighter.jpg", "train/green/004.png"]]
+    near = [
+        {pair["first"]["file"], pair["second"]["file"]}
+        for pair in findings["near_duplicates"]["pairs"]
+    ]
+    assert sorted(map(sorted, near)) == [
+        ["test/blue/cropped.png", "train/blue/005.png"],
+        ["test/green/brighter.jpg", "train/green/004.png"],
+    ]
 
 
 def test_leaked_test_images_are_known_by_their_place_in_the_part(found):
     data, findings, _ = found
     names = [data.found.items.name(i) for i in data.index["test"][data.leaked_test]]
-    assert sorted(names) == ["test/blue/cropped.png", "test/green/brighter.jpg", "test/red/copy.png"]
+    assert sorted(names) == [
+        "test/blue/cropped.png",
+        "test/green/brighter.jpg",
+        "test/red/copy.png",
+    ]
     assert findings["leakage"]["test"]["count"] == 3
     marked = [data.leaked(step).numpy() for step in range(len(data.test_dataloader()))]
     assert np.flatnonzero(np.concatenate(marked)).tolist() == data.leaked_test.tolist()
@@ -84,10 +97,14 @@ def test_leaked_test_images_are_known_by_their_place_in_the_part(found):
 def test_leaked_validation_images_are_told_of(tmp_path):
     for part, first in (("train", 0), ("val", 100), ("test", 200)):
         folder(tmp_path / "photos" / part, 8, first=first)
-    (tmp_path / "photos/val/red/copy.png").write_bytes((tmp_path / "photos/train/red/003.png").read_bytes())
+    (tmp_path / "photos/val/red/copy.png").write_bytes(
+        (tmp_path / "photos/train/red/003.png").read_bytes()
+    )
     _, findings = look(tmp_path / "photos", tmp_path / "out", size=32)
     (line,) = [line for line in audit.summary(findings) if "WARNING" in line]
-    assert line.startswith("WARNING: 1 validation images (4.0%) have an exact or near duplicate in the training part")
+    assert line.startswith(
+        "WARNING: 1 validation images (4.0%) have an exact or near duplicate in the training part"
+    )
     assert "1 validation images (4.00%)" in (tmp_path / "out" / "index.html").read_text()
 
 
@@ -108,12 +125,16 @@ def test_the_page_holds_all_it_shows(found):
     assert json.loads((out / "audit.json").read_text()) == findings
     assert not re.search(r"(src|href)=\"(?!data:|#)", text)
     assert "3 test images" in text
-    assert text.count("<img") >= 2 * (findings["exact_duplicates"]["count"] + findings["near_duplicates"]["count"])
+    assert text.count("<img") >= 2 * (
+        findings["exact_duplicates"]["count"] + findings["near_duplicates"]["count"]
+    )
 
 
 def test_names_of_files_are_no_markup(tmp_path):
     source = folder(tmp_path / "photos")
-    (source / "red" / "<script>alert(1)<&.png").write_bytes((source / "red" / "003.png").read_bytes())
+    (source / "red" / "<script>alert(1)<&.png").write_bytes(
+        (source / "red" / "003.png").read_bytes()
+    )
     look(source, tmp_path / "out")
     assert "<script>" not in (tmp_path / "out" / "index.html").read_text()
 
@@ -131,8 +152,10 @@ def test_wrong_labels_come_first(tmp_path):
     assert findings["labels"]["accuracy"] > 0.9
     first = [int(Path(image["file"]).stem) for image in findings["labels"]["suspects"][:20]]
     assert len(set(first) & set(wrong.tolist())) >= 16
-    right = [int(image["suggested"]) == digits.target[int(Path(image["file"]).stem)]
-             for image in findings["labels"]["suspects"][:20]]
+    right = [
+        int(image["suggested"]) == digits.target[int(Path(image["file"]).stem)]
+        for image in findings["labels"]["suspects"][:20]
+    ]
     assert np.mean(right) > 0.8
 
 
@@ -145,12 +168,20 @@ def test_clean_data_raises_no_alarm():
 @pytest.mark.parametrize(("size", "looked_for"), [(23, False), (24, True)])
 def test_images_too_small_for_near_duplicates_are_said_to_be(tmp_path, size, looked_for):
     source = folder(tmp_path / "photos", 20)
-    cv2.imwrite(str(source / "red/brighter.png"), cv2.convertScaleAbs(picture(2, 3), alpha=0.9, beta=20))
+    cv2.imwrite(
+        str(source / "red/brighter.png"), cv2.convertScaleAbs(picture(2, 3), alpha=0.9, beta=20)
+    )
     _, findings = look(source, tmp_path / "out", size=size)
     assert findings["near_duplicates"]["count"] == looked_for
     assert findings["near_duplicates"]["looked_for"] == looked_for
-    assert any("near duplicates are not looked for" in line for line in audit.summary(findings)) != looked_for
-    assert ("Not looked for: that takes images of 24 pixels" in (tmp_path / "out/index.html").read_text()) != looked_for
+    assert (
+        any("near duplicates are not looked for" in line for line in audit.summary(findings))
+        != looked_for
+    )
+    assert (
+        "Not looked for: that takes images of 24 pixels"
+        in (tmp_path / "out/index.html").read_text()
+    ) != looked_for
 
 
 def test_what_was_found_is_kept_for_the_same_data_and_split(faulty, tmp_path, monkeypatch):
@@ -172,7 +203,9 @@ def test_names_that_were_changed_are_shown_anew(tmp_path):
 
 
 @pytest.mark.parametrize(("compared", "complete"), [(duplicates.FEW, True), (100, False)])
-def test_a_leak_of_many_copies_is_seen_whole_or_said_not_to_be(tmp_path, monkeypatch, compared, complete):
+def test_a_leak_of_many_copies_is_seen_whole_or_said_not_to_be(
+    tmp_path, monkeypatch, compared, complete
+):
     """Images that were multiplied, darker and noisier, before they were split."""
     monkeypatch.setattr(duplicates, "FEW", compared)
     rng, originals, copies = np.random.default_rng(0), 60, 4
@@ -181,12 +214,17 @@ def test_a_leak_of_many_copies_is_seen_whole_or_said_not_to_be(tmp_path, monkeyp
             place = tmp_path / "photos" / part / name
             place.mkdir(parents=True)
             for i, k in itertools.product(range(originals // 3), numbers):
-                pixels = picture(label, i) * (1 - 0.4 * rng.random()) + 10 * rng.standard_normal((32, 32, 3))
+                pixels = picture(label, i) * (1 - 0.4 * rng.random()) + 10 * rng.standard_normal(
+                    (32, 32, 3)
+                )
                 cv2.imwrite(str(place / f"{i}-{k}.png"), np.clip(pixels, 0, 255))
     _, findings = look(tmp_path / "photos", size=32)
     assert (findings["leakage"]["test"]["count"] > 0.95 * originals * copies) == complete
     assert findings["near_duplicates"]["complete"] == complete
-    assert any("more images look alike than were compared" in line for line in audit.summary(findings)) != complete
+    assert (
+        any("more images look alike than were compared" in line for line in audit.summary(findings))
+        != complete
+    )
 
 
 def test_a_mirrored_copy_is_one_where_flips_are_trained_on(tmp_path):
@@ -197,23 +235,38 @@ def test_a_mirrored_copy_is_one_where_flips_are_trained_on(tmp_path):
     _, findings = look(tmp_path / "photos", size=32, cache=str(tmp_path / "cache"))
     assert findings["near_duplicates"]["count"] == 0
     flipped = Augmentation(flip="alternating")
-    data, findings = look(tmp_path / "photos", size=32, cache=str(tmp_path / "cache"), augment=flipped)
+    data, findings = look(
+        tmp_path / "photos", size=32, cache=str(tmp_path / "cache"), augment=flipped
+    )
     (pair,) = findings["near_duplicates"]["pairs"]
-    assert [pair[side]["file"] for side in ("first", "second")] == ["test/green/mirrored.jpg", "train/green/004.png"]
-    assert data.found.items.name(data.index["test"][data.leaked_test[0]]) == "test/green/mirrored.jpg"
+    assert [pair[side]["file"] for side in ("first", "second")] == [
+        "test/green/mirrored.jpg",
+        "train/green/004.png",
+    ]
+    assert (
+        data.found.items.name(data.index["test"][data.leaked_test[0]]) == "test/green/mirrored.jpg"
+    )
 
 
 def test_many_images_meet_in_cells(monkeypatch):
     rng = np.random.default_rng(0)
     pixels = np.stack([picture(i % 3, i) for i in range(400)])
-    pixels = np.concatenate([pixels, np.clip(pixels[:30].astype(int) + rng.integers(-6, 7, pixels[:30].shape), 0, 255)
-                             .astype(np.uint8)])
+    pixels = np.concatenate(
+        [
+            pixels,
+            np.clip(
+                pixels[:30].astype(int) + rng.integers(-6, 7, pixels[:30].shape), 0, 255
+            ).astype(np.uint8),
+        ]
+    )
     usable, cpu = np.ones(len(pixels), bool), torch.device("cpu")
     whole = duplicates.near(pixels, usable, cpu)
     monkeypatch.setattr(duplicates, "WHOLE", 100)
     monkeypatch.setattr(duplicates, "CELL", 50)
     cells = duplicates.near(pixels, usable, cpu)
-    assert set(zip(whole.first.tolist(), whole.second.tolist(), strict=True)) == {(i, 400 + i) for i in range(30)}
+    assert set(zip(whole.first.tolist(), whole.second.tolist(), strict=True)) == {
+        (i, 400 + i) for i in range(30)
+    }
     assert len(cells.first) >= 28
     both = np.concatenate([pixels[:200], pixels[:20, :, ::-1]])
     found = duplicates.near(both, np.ones(len(both), bool), cpu, mirrored=True)
@@ -226,21 +279,42 @@ def test_the_command_writes_the_report_and_warns(commands, faulty, tmp_path):
     done = commands.run("audit", faulty, "--out", tmp_path / "report", "--data.size", "32")
     assert "WARNING: 3 test images" in done.text
     assert (tmp_path / "report" / "index.html").is_file()
-    assert json.loads((tmp_path / "report" / "audit.json").read_text())["classes"] == sorted([*CLASSES, "rare"])
+    assert json.loads((tmp_path / "report" / "audit.json").read_text())["classes"] == sorted(
+        [*CLASSES, "rare"]
+    )
 
 
-@pytest.mark.parametrize("flags", [
-    (), ("--recipe", "digits"), ("--data.val_fraction", "0.3", "--seed_everything", "1")],
-    ids=["the folder's recipe", "another recipe", "flags"])
+@pytest.mark.parametrize(
+    "flags",
+    [(), ("--recipe", "digits"), ("--data.val_fraction", "0.3", "--seed_everything", "1")],
+    ids=["the folder's recipe", "another recipe", "flags"],
+)
 def test_the_command_looks_at_what_training_takes(commands, tmp_path, flags):
     source = folder(tmp_path / "photos", 20)
-    mirrored = cv2.flip(picture(1, 4), 1)  # a copy by the folder's recipe, which flips images, and by no other
+    mirrored = cv2.flip(
+        picture(1, 4), 1
+    )  # a copy by the folder's recipe, which flips images, and by no other
     cv2.imwrite(str(source / "green/mirrored.jpg"), mirrored, [cv2.IMWRITE_JPEG_QUALITY, 80])
     commands.run("audit", source, *flags, "--out", tmp_path / "report")
-    commands.run("run", source, *flags, "--model.network", "convnet", "--trainer.max_steps", 1, "--export.enabled",
-                 "false", "--trainer.default_root_dir", tmp_path / "runs", "--progress.quiet", "true")
-    looked, trained = (json.loads(file.read_text()) for file in (
-        tmp_path / "report/audit.json", tmp_path / "runs/photos/1/audit/audit.json"))
+    commands.run(
+        "run",
+        source,
+        *flags,
+        "--model.network",
+        "convnet",
+        "--trainer.max_steps",
+        1,
+        "--export.enabled",
+        "false",
+        "--trainer.default_root_dir",
+        tmp_path / "runs",
+        "--progress.quiet",
+        "true",
+    )
+    looked, trained = (
+        json.loads(file.read_text())
+        for file in (tmp_path / "report/audit.json", tmp_path / "runs/photos/1/audit/audit.json")
+    )
     assert looked == trained
     assert looked["near_duplicates"]["count"] == ("--recipe" not in flags)
 
@@ -259,28 +333,63 @@ def test_the_report_lists_what_cannot_be_read_where_that_is_a_whole_class(comman
     done = commands.start("audit", source, "--out", tmp_path / "report")
     assert done.status() == 2
     assert "class 'red' has 0 images" in done.text.splitlines()[-1]
-    files = [file["file"] for file in json.loads((tmp_path / "report/audit.json").read_text())["unreadable"]]
+    files = [
+        file["file"]
+        for file in json.loads((tmp_path / "report/audit.json").read_text())["unreadable"]
+    ]
     assert files == [f"red/{i:03d}.png" for i in range(8)]
     assert all(file in (tmp_path / "report/index.html").read_text() for file in files)
 
 
 @pytest.mark.parametrize("command", ["audit", "run"])
-def test_memory_that_ends_in_the_audit_is_no_fault_of_the_batches(tmp_path, monkeypatch, capsys, command):
+def test_memory_that_ends_in_the_audit_is_no_fault_of_the_batches(
+    tmp_path, monkeypatch, capsys, command
+):
     def greedy(*_) -> None:
         torch.empty(1 << 60, dtype=torch.uint8)
 
     monkeypatch.setattr(audit.labels, "suspects", greedy)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    status = main([command, "digits", "--trainer.default_root_dir", str(tmp_path / "runs"), "--logger", "none",
-                   "--progress.quiet", "true", "--store", str(tmp_path / "store"), "--trainer.accelerator", "cpu"])
+    status = main(
+        [
+            command,
+            "digits",
+            "--trainer.default_root_dir",
+            str(tmp_path / "runs"),
+            "--logger",
+            "none",
+            "--progress.quiet",
+            "true",
+            "--store",
+            str(tmp_path / "store"),
+            "--trainer.accelerator",
+            "cpu",
+        ]
+    )
     assert status == 1
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("train: out of memory on cpu in the data audit; try a smaller --data.size")
+    assert last.startswith(
+        "train: out of memory on cpu in the data audit; try a smaller --data.size"
+    )
 
 
-def test_training_looks_first_and_gives_figures_without_the_leaked_images(commands, faulty, tmp_path):
-    done = commands.run("run", faulty, "--recipe", "digits", "--data.size", "32", "--trainer.max_epochs", "1",
-                        "--store", tmp_path / "store", "--trainer.default_root_dir", tmp_path / "runs")
+def test_training_looks_first_and_gives_figures_without_the_leaked_images(
+    commands, faulty, tmp_path
+):
+    done = commands.run(
+        "run",
+        faulty,
+        "--recipe",
+        "digits",
+        "--data.size",
+        "32",
+        "--trainer.max_epochs",
+        "1",
+        "--store",
+        tmp_path / "store",
+        "--trainer.default_root_dir",
+        tmp_path / "runs",
+    )
     assert "WARNING: 3 test images" in done.text
     assert list((tmp_path / "runs").rglob("audit/index.html"))
     metrics = json.loads((tmp_path / "store/photos/1/manifest.json").read_text())["metrics"]

@@ -1,4 +1,5 @@
 """Labels that a first model doubts."""
+
 import numpy as np
 import torch
 from sklearn.datasets import load_digits
@@ -13,7 +14,9 @@ def test_a_copy_is_no_witness_for_a_wrong_label():
     wrong[:20] = (wrong[:20] + 5) % 10
     index = np.arange(len(pixels))
     found = labels.suspects(pixels, np.repeat(wrong, 4), index, 10, torch.device("cpu"), index // 4)
-    assert len(set((found.index // 4).tolist()) & set(range(20))) >= 12  # one, where copies vouch for one another
+    assert (
+        len(set((found.index // 4).tolist()) & set(range(20))) >= 12
+    )  # one, where copies vouch for one another
 
 
 def test_images_are_scored_alike_in_chunks_of_any_size(monkeypatch):

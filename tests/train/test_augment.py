@@ -1,4 +1,5 @@
 """Augmentation, through the batches that training gets."""
+
 from itertools import pairwise
 
 import numpy as np
@@ -9,10 +10,22 @@ from pictures import folder
 from models.image import InputSpec
 from train.data import Augmentation, ImageData
 from train.data.augment import Augmenter
-from train.data.spec import kept_spec
+from train.data.input_size import kept_spec
 
-EVERYTHING = {"flip": "random", "crop_padding": 3, "rotation": 10.0, "random_resized_crop": 0.5, "brightness": 0.2,
-              "contrast": 0.2, "saturation": 0.2, "hue": 0.1, "cutout": 6, "erasing": 0.5, "mixup": 0.2, "cutmix": 1.0}
+EVERYTHING = {
+    "flip": "random",
+    "crop_padding": 3,
+    "rotation": 10.0,
+    "random_resized_crop": 0.5,
+    "brightness": 0.2,
+    "contrast": 0.2,
+    "saturation": 0.2,
+    "hue": 0.1,
+    "cutout": 6,
+    "erasing": 0.5,
+    "mixup": 0.2,
+    "cutmix": 1.0,
+}
 
 
 @pytest.fixture(scope="module")
@@ -24,13 +37,15 @@ class Epochs:
     """Images and labels of whole epochs in the order of the files, uint8 [N, C, H, W]."""
 
     def __init__(self, source, **chosen):
-        self.data = ImageData(str(source), cache="", workers=0, batch_size=64, augment=Augmentation(**chosen))
+        self.data = ImageData(
+            str(source), cache="", workers=0, batch_size=64, augment=Augmentation(**chosen)
+        )
         self.data.setup()
 
     def __call__(self, epoch: int = 0) -> tuple[np.ndarray, np.ndarray]:
         loader = self.data.train_dataloader()
         loader.sampler.set_epoch(epoch)
-        (images, labels), = loader
+        ((images, labels),) = loader
         order = np.argsort(loader.order.epoch(epoch)[0])
         return images.numpy()[order], labels.numpy()[order]
 
@@ -80,7 +95,9 @@ def test_alternating_flips_show_both_sides_in_any_two_epochs(photos):
 
 def test_the_sides_of_alternating_flips_are_independent_of_place_and_seed():
     def sides(seed: int) -> np.ndarray:
-        augment = Augmenter(Augmentation(flip="alternating"), InputSpec(height=4, width=4), [0.0] * 3, 2, 4000, seed)
+        augment = Augmenter(
+            Augmentation(flip="alternating"), InputSpec(height=4, width=4), [0.0] * 3, 2, 4000, seed
+        )
         images = torch.arange(48, dtype=torch.uint8).view(1, 3, 4, 4).expand(4000, -1, -1, -1)
         rows = torch.arange(4000)
         found, _ = augment(images, torch.zeros_like(rows), rows, 0, np.random.default_rng(0))
@@ -99,17 +116,28 @@ def test_the_sides_of_alternating_flips_are_independent_of_place_and_seed():
 @pytest.mark.parametrize("border", ["reflect", "zero"])
 def test_padded_crops_are_windows_of_the_padded_image(photos, border):
     epochs = Epochs(photos, crop_padding=2, border=border)
-    padded = np.pad(epochs.plain(), ((0, 0), (0, 0), (2, 2), (2, 2)), "reflect" if border == "reflect" else "constant")
+    padded = np.pad(
+        epochs.plain(),
+        ((0, 0), (0, 0), (2, 2), (2, 2)),
+        "reflect" if border == "reflect" else "constant",
+    )
     places = set()
     for image, wide in zip(epochs()[0], padded, strict=True):
-        found = [(y, x) for y in range(5) for x in range(5) if np.array_equal(image, wide[:, y:y + 32, x:x + 32])]
+        found = [
+            (y, x)
+            for y in range(5)
+            for x in range(5)
+            if np.array_equal(image, wide[:, y : y + 32, x : x + 32])
+        ]
         assert len(found) == 1
         places.update(found)
     assert len(places) > 8
 
 
 def test_rotation_by_nothing_changes_nothing_and_turns_are_about_the_centre(photos):
-    assert np.abs(Epochs(photos, rotation=1e-4)()[0].astype(int) - Epochs(photos).plain()).max() <= 1
+    assert (
+        np.abs(Epochs(photos, rotation=1e-4)()[0].astype(int) - Epochs(photos).plain()).max() <= 1
+    )
     from train.data.geometry import warp
 
     square = torch.arange(64, dtype=torch.uint8).view(1, 1, 8, 8)
@@ -127,11 +155,15 @@ def test_a_turn_leaves_scale_and_crop_of_a_margin_be(tmp_path):
     turned.setup()
     kept = turned._pixels(kept_spec(turned.input)).transpose(0, 3, 1, 2).astype(int)
     loader = turned.train_dataloader()
-    (images, _), = loader
+    ((images, _),) = loader
     places = set()
     for row, image in zip(loader.order.epoch(0)[0], images.numpy().astype(int), strict=True):
-        (place,) = [(y, x) for y in range(9) for x in range(9)
-                    if np.abs(image - kept[row][:, y:y + 32, x:x + 32]).max() <= 1]
+        (place,) = [
+            (y, x)
+            for y in range(9)
+            for x in range(9)
+            if np.abs(image - kept[row][:, y : y + 32, x : x + 32]).max() <= 1
+        ]
         places.add(place)
     assert len(places) > 8
 
@@ -185,10 +217,12 @@ def test_settings_out_of_range_are_refused():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_gives_what_the_cpu_gives(photos):
-    from train.data.order import rng
+    from train.data.sampler import rng
 
     data = Epochs(photos).data
-    augment = Augmenter(Augmentation(**EVERYTHING), data.input, data.mean, 3, len(data.found.items), 0)
+    augment = Augmenter(
+        Augmentation(**EVERYTHING), data.input, data.mean, 3, len(data.found.items), 0
+    )
     images = torch.from_numpy(data.known.pixels).permute(0, 3, 1, 2)
     labels, rows = torch.from_numpy(data.found.labels), torch.arange(len(images))
     here, shares = augment(images, labels, rows, 0, rng("test", 0))
@@ -199,11 +233,22 @@ def test_a_gpu_gives_what_the_cpu_gives(photos):
 
 @pytest.mark.parametrize("least", [0.35, 0.9])
 def test_a_random_crop_is_as_large_and_as_shaped_as_stated(least):
-    ramp = torch.arange(0, 256, 4, dtype=torch.uint8)  # colours that tell the place: 64 pixels, 4 levels each
+    ramp = torch.arange(
+        0, 256, 4, dtype=torch.uint8
+    )  # colours that tell the place: 64 pixels, 4 levels each
     across, down = ramp.view(1, 64).expand(64, 64), ramp.view(64, 1).expand(64, 64)
     images = torch.stack([across, down]).expand(500, 2, 64, 64)
-    augment = Augmenter(Augmentation(random_resized_crop=least), InputSpec(height=64, width=64), [0.0] * 2, 2, 500, 0)
-    found, _ = augment(images, torch.zeros(500, dtype=torch.int64), torch.arange(500), 0, np.random.default_rng(0))
+    augment = Augmenter(
+        Augmentation(random_resized_crop=least),
+        InputSpec(height=64, width=64),
+        [0.0] * 2,
+        2,
+        500,
+        0,
+    )
+    found, _ = augment(
+        images, torch.zeros(500, dtype=torch.int64), torch.arange(500), 0, np.random.default_rng(0)
+    )
     places = found.double().flatten(2)
     width, height = ((places.amax(2) - places.amin(2)) / 252).T
     area, shape = width * height, width / height

@@ -1,4 +1,5 @@
 """Decoded pixels are kept: once for each content, never half, and no longer than they are right."""
+
 import signal
 import subprocess
 import sys
@@ -52,10 +53,19 @@ def test_a_damaged_cache_is_made_anew(tmp_path, cache):
 
 def test_two_jobs_that_start_at_once_share_one_decoding(tmp_path, cache):
     source = folder(tmp_path / "photos", count=60)
-    script = ("import sys; from train.data import ImageData\n"
-              "data = ImageData(sys.argv[1], cache=sys.argv[2], workers=1); data.setup(); print(data.digest)")
-    jobs = [subprocess.Popen([sys.executable, "-c", script, str(source), cache], cwd=ROOT, stdout=subprocess.PIPE,
-                             text=True) for _ in range(2)]
+    script = (
+        "import sys; from train.data import ImageData\n"
+        "data = ImageData(sys.argv[1], cache=sys.argv[2], workers=1); data.setup(); print(data.digest)"
+    )
+    jobs = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(source), cache],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
     digests = {job.communicate(timeout=120)[0].strip() for job in jobs}
     assert [job.returncode for job in jobs] == [0, 0]
     assert len(digests) == 1
@@ -64,9 +74,11 @@ def test_two_jobs_that_start_at_once_share_one_decoding(tmp_path, cache):
 
 def test_what_a_killed_job_left_is_removed(tmp_path, cache):
     source = folder(tmp_path / "photos", count=60)
-    script = ("import os, signal, sys\nfrom train.data import ImageData\nfrom train.data.source import Files\n"
-              "Files.__getitem__ = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
-              "ImageData(sys.argv[1], cache=sys.argv[2], workers=0, size=32, channels=3).setup()")
+    script = (
+        "import os, signal, sys\nfrom train.data import ImageData\nfrom train.data.source import Files\n"
+        "Files.__getitem__ = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "ImageData(sys.argv[1], cache=sys.argv[2], workers=0, size=32, channels=3).setup()"
+    )
     killed = subprocess.run([sys.executable, "-c", script, str(source), cache], cwd=ROOT)
     assert killed.returncode == -signal.SIGKILL
     assert list(Path(cache, "pixels").glob(".staging-*"))

@@ -1,9 +1,10 @@
 """Calibration on data whose truth is known because it was drawn from it."""
+
 import numpy as np
 import pytest
 import torch
 
-from train.calibrate import (
+from train.export.calibrate import (
     CalibrateConfig,
     abstain_threshold,
     calibrate,
@@ -20,7 +21,9 @@ from train.calibrate import (
 )
 
 
-def drawn(images: int, classes: int = 10, sharpness: float = 3.0, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def drawn(
+    images: int, classes: int = 10, sharpness: float = 3.0, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """Logits [N,K], and labels drawn from their softmax: calibrated by construction."""
     random = np.random.default_rng(seed)
     logits = random.normal(scale=sharpness, size=(images, classes)).astype(np.float32)
@@ -55,7 +58,8 @@ def test_nll_and_energy_are_those_of_torch():
     logits, labels = drawn(50)
     x = torch.from_numpy(logits).double()
     assert nll(logits, labels, 1.7) == pytest.approx(
-        torch.nn.functional.cross_entropy(x / 1.7, torch.from_numpy(labels)).item())
+        torch.nn.functional.cross_entropy(x / 1.7, torch.from_numpy(labels)).item()
+    )
     assert energy(logits) == pytest.approx(-x.logsumexp(1).numpy(), rel=1e-5)
 
 
@@ -81,7 +85,10 @@ def test_the_threshold_keeps_its_word_and_answers_as_many_as_it_can(wanted):
 def test_the_threshold_where_all_or_nothing_will_do():
     probabilities = np.array([[0.8, 0.2]] * 4)
     assert abstain_threshold(probabilities, np.zeros(4, int), 0.99) == (0.0, 1.0)
-    assert abstain_threshold(probabilities, np.array([0, 0, 0, 1]), 0.99) == (1.0, 0.0)  # all equally sure
+    assert abstain_threshold(probabilities, np.array([0, 0, 0, 1]), 0.99) == (
+        1.0,
+        0.0,
+    )  # all equally sure
 
 
 @pytest.mark.parametrize("level", [0.8, 0.95])
@@ -94,7 +101,9 @@ def test_prediction_sets_cover_new_images_as_promised(level):
         quantile = conformal_quantile(softmax(logits[here]), labels[here], level)
         covered.append(conformal_coverage(softmax(logits[there]), labels[there], quantile))
         assert abs(covered[-1] - level) <= 4 * coverage_error(level, 1000, 4000)
-    assert np.mean(covered) == pytest.approx(level, abs=2 * coverage_error(level, 1000, 4000) / 20**0.5)
+    assert np.mean(covered) == pytest.approx(
+        level, abs=2 * coverage_error(level, 1000, 4000) / 20**0.5
+    )
 
 
 def test_too_few_images_promise_nothing():

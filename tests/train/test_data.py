@@ -1,4 +1,5 @@
 """The data module: split, order, decoding once, memory or stream, what is unreadable."""
+
 from pathlib import Path
 
 import cv2
@@ -8,7 +9,7 @@ import torch
 from pictures import CLASSES, folder, picture, png, recognise
 
 from train.data import DataError, ImageData
-from train.data.order import Order
+from train.data.sampler import Order
 
 pytestmark = pytest.mark.filterwarnings("ignore:::lightning")
 
@@ -58,11 +59,14 @@ def test_parts_that_the_data_brings_are_kept(tmp_path, cache):
     assert data.classes == CLASSES
 
 
-@pytest.mark.parametrize(("names", "counts"), [
-    (("Training", "dev", "Testing"), {"train": 24, "val": 9, "test": 6}),
-    (("train", "Validation", "Evaluation"), {"train": 24, "val": 9, "test": 6}),
-    (("TRAIN", "eval", "TEST"), {"train": 24, "val": 9, "test": 6}),
-])
+@pytest.mark.parametrize(
+    ("names", "counts"),
+    [
+        (("Training", "dev", "Testing"), {"train": 24, "val": 9, "test": 6}),
+        (("train", "Validation", "Evaluation"), {"train": 24, "val": 9, "test": 6}),
+        (("TRAIN", "eval", "TEST"), {"train": 24, "val": 9, "test": 6}),
+    ],
+)
 def test_parts_are_known_by_what_people_call_them(tmp_path, cache, names, counts):
     for part, count in zip(names, (8, 3, 2), strict=True):
         folder(tmp_path / "photos" / part, count)
@@ -73,7 +77,9 @@ def test_parts_are_known_by_what_people_call_them(tmp_path, cache, names, counts
 def test_parts_of_unknown_names_are_not_taken_for_classes(tmp_path, cache):
     for part in ("first", "second"):
         folder(tmp_path / "photos" / part, 2)
-    with pytest.raises(DataError, match=r"first, second hold .*\(blue, green, red\).*rename them to train"):
+    with pytest.raises(
+        DataError, match=r"first, second hold .*\(blue, green, red\).*rename them to train"
+    ):
         ready(tmp_path / "photos", cache)
 
 
@@ -142,9 +148,14 @@ def test_any_step_of_any_epoch_can_be_read_again(tmp_path, cache, memory):
 def test_a_stream_gives_what_memory_gives(tmp_path, cache):
     source = folder(tmp_path / "photos", size=48)
     for part in ("train_dataloader", "test_dataloader"):
-        kept, streamed = ([*getattr(ready(source, cache, memory=memory, workers=workers, size=32), part)()]
-                          for memory, workers in (("memory", 0), ("stream", 2)))
-        assert all(torch.equal(a, b) and torch.equal(x, y) for (a, x), (b, y) in zip(kept, streamed, strict=True))
+        kept, streamed = (
+            [*getattr(ready(source, cache, memory=memory, workers=workers, size=32), part)()]
+            for memory, workers in (("memory", 0), ("stream", 2))
+        )
+        assert all(
+            torch.equal(a, b) and torch.equal(x, y)
+            for (a, x), (b, y) in zip(kept, streamed, strict=True)
+        )
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -152,7 +163,9 @@ def test_a_file_that_vanishes_from_a_stream_is_named_in_one_line(tmp_path, cache
     source = folder(tmp_path / "photos")
     data = ready(source, cache, memory="stream", workers=workers)
     (source / data.found.items.name(int(data.index["train"][3]))).unlink()
-    with pytest.raises(DataError, match=r"^\w+/\d+\.png: can't be read any more: No such file or directory$"):
+    with pytest.raises(
+        DataError, match=r"^\w+/\d+\.png: can't be read any more: No such file or directory$"
+    ):
         list(data.train_dataloader())
 
 
@@ -169,7 +182,10 @@ def test_short_side_leaves_a_margin_that_only_training_crops_from(tmp_path, cach
     second.sampler.set_epoch(1)
     assert next(iter(first))[0].shape[1:] == (3, 32, 32)
     assert not torch.equal(next(iter(first))[0].sum((0, 1)), next(iter(second))[0].sum((0, 1)))
-    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(data.val_dataloader(), data.val_dataloader(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for (a, _), (b, _) in zip(data.val_dataloader(), data.val_dataloader(), strict=True)
+    )
 
 
 def test_validation_and_test_are_never_augmented(tmp_path, cache):
@@ -179,19 +195,37 @@ def test_validation_and_test_are_never_augmented(tmp_path, cache):
     strong = Augmentation(flip="random", crop_padding=8, cutout=16, brightness=0.5, mixup=1.0)
     plain, augmented = ready(source, cache), ready(source, cache, augment=strong)
     for part in ("val_dataloader", "test_dataloader"):
-        for (images, labels), (same, truth) in zip(getattr(plain, part)(), getattr(augmented, part)(), strict=True):
+        for (images, labels), (same, truth) in zip(
+            getattr(plain, part)(), getattr(augmented, part)(), strict=True
+        ):
             assert torch.equal(images, same)
             assert torch.equal(labels, truth)
-    assert not torch.equal(next(iter(plain.train_dataloader()))[0], next(iter(augmented.train_dataloader()))[0])
+    assert not torch.equal(
+        next(iter(plain.train_dataloader()))[0], next(iter(augmented.train_dataloader()))[0]
+    )
 
 
-@pytest.mark.parametrize(("images", "world", "batch"), [(100, 1, 16), (100, 2, 16), (97, 4, 8), (33, 2, 16), (5, 4, 8),
-                                                      (102, 1, 101), (34, 2, 16), (35, 2, 16), (3, 1, 1)])
+@pytest.mark.parametrize(
+    ("images", "world", "batch"),
+    [
+        (100, 1, 16),
+        (100, 2, 16),
+        (97, 4, 8),
+        (33, 2, 16),
+        (5, 4, 8),
+        (102, 1, 101),
+        (34, 2, 16),
+        (35, 2, 16),
+        (3, 1, 1),
+    ],
+)
 def test_every_image_is_seen_once_an_epoch_by_processes_in_step(images, world, batch):
     orders = [Order(np.arange(images), batch, True, 7, rank, world) for rank in range(world)]
     epochs = [order.epoch(3) for order in orders]
     assert {len(epoch) for epoch in epochs} == {orders[0].steps}
-    assert sorted(np.concatenate([step for epoch in epochs for step in epoch]).tolist()) == list(range(images))
+    assert sorted(np.concatenate([step for epoch in epochs for step in epoch]).tolist()) == list(
+        range(images)
+    )
     sizes = [len(step) for epoch in epochs for step in epoch]
     assert batch == 1 or images == 5 or min(sizes) > 1  # for batch norm
     assert orders[0].steps == 1 or min(sizes) >= batch // 2
@@ -234,7 +268,9 @@ def test_more_unreadable_files_than_allowed_stop_the_run(tmp_path, cache):
     source = folder(tmp_path / "photos", count=10)
     for name in ("000.png", "001.png", "002.png"):
         (source / "red" / name).write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"3 of 30 images can't be read, more than max_unreadable 5%.*red/000\.png"):
+    with pytest.raises(
+        DataError, match=r"3 of 30 images can't be read, more than max_unreadable 5%.*red/000\.png"
+    ):
         ready(source, cache)
     assert sum(ready(source, cache, max_unreadable=0.2).counts.values()) == 27
 
@@ -246,9 +282,15 @@ def test_sizes_and_colours_follow_the_images(tmp_path, cache):
         for i in range(6):
             gray = cv2.cvtColor(picture(label, i), cv2.COLOR_BGR2GRAY)
             cv2.imwrite(str(source / name / f"{i}.png"), gray)
-    assert ready(source, cache).input.model_dump(include={"height", "channels"}) == {"height": 32, "channels": 1}
+    assert ready(source, cache).input.model_dump(include={"height", "channels"}) == {
+        "height": 32,
+        "channels": 1,
+    }
     cv2.imwrite(str(source / "red" / "large.png"), picture(2, 9, 300))
-    assert ready(source, cache).input.model_dump(include={"height", "channels"}) == {"height": 224, "channels": 3}
+    assert ready(source, cache).input.model_dump(include={"height", "channels"}) == {
+        "height": 224,
+        "channels": 3,
+    }
 
 
 def test_one_line_says_what_is_wrong_with_a_folder(tmp_path, cache):
@@ -290,9 +332,19 @@ def test_a_data_set_that_is_not_at_root_says_what_root_must_be(tmp_path, cache):
         ready("cifar10", cache, root=str(tmp_path))
 
 
-@pytest.mark.parametrize(("name", "value"), [
-    ("max_unreadable", 1.5), ("max_unreadable", -0.1), ("memory_share", 7.0), ("memory_share", -1.0), ("size", 0),
-    ("short_side", 0), ("workers", -1), ("batch_size", 0)])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_unreadable", 1.5),
+        ("max_unreadable", -0.1),
+        ("memory_share", 7.0),
+        ("memory_share", -1.0),
+        ("size", 0),
+        ("short_side", 0),
+        ("workers", -1),
+        ("batch_size", 0),
+    ],
+)
 def test_a_setting_that_makes_no_sense_is_named(name, value):
     with pytest.raises(DataError, match=f"^{name}: {value} is "):
         ImageData("digits", **{name: value})

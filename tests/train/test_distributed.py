@@ -1,4 +1,5 @@
 """Several processes give what one gives, on the CPU: through torchrun, and started by Lightning."""
+
 import collections
 import csv
 import os
@@ -17,29 +18,89 @@ from models import networks
 
 # No augmentation, so that images can be told apart, and no norm over the batch, which each process takes for itself.
 # Plain SGD, which feels the size of the gradients and not their direction alone.
-SETTINGS = ("run", "digits", "--trainer.max_epochs", "2", "--trainer.log_every_n_steps", "1", "--logger", "csv",
-            "--audit.enabled", "false", "--model.network", "convnet", "--model.optimizer.name", "sgd",
-            "--model.optimizer.lr", "0.05", "--trainer.callbacks+=killer.Killer",
-            "--trainer.callbacks+=killer.Recorder")
+SETTINGS = (
+    "run",
+    "digits",
+    "--trainer.max_epochs",
+    "2",
+    "--trainer.log_every_n_steps",
+    "1",
+    "--logger",
+    "csv",
+    "--audit.enabled",
+    "false",
+    "--model.network",
+    "convnet",
+    "--model.optimizer.name",
+    "sgd",
+    "--model.optimizer.lr",
+    "0.05",
+    "--trainer.callbacks+=killer.Killer",
+    "--trainer.callbacks+=killer.Recorder",
+)
 
 
-def torchrun(place: Path, *settings: str, flags: tuple[str, ...] = ("--nproc-per-node", "2"), kill: str = "",
-             wait: bool = True, first: tuple[str, ...] = SETTINGS) -> subprocess.Popen:
-    return launch(place, *settings, kill=kill, wait=wait, first=first, through=(
-        "-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_ports(1)[0]}",
-        *flags))
+def torchrun(
+    place: Path,
+    *settings: str,
+    flags: tuple[str, ...] = ("--nproc-per-node", "2"),
+    kill: str = "",
+    wait: bool = True,
+    first: tuple[str, ...] = SETTINGS,
+) -> subprocess.Popen:
+    return launch(
+        place,
+        *settings,
+        kill=kill,
+        wait=wait,
+        first=first,
+        through=(
+            "-m",
+            "torch.distributed.run",
+            "--rdzv-backend",
+            "c10d",
+            "--rdzv-endpoint",
+            f"127.0.0.1:{free_ports(1)[0]}",
+            *flags,
+        ),
+    )
 
 
-def launch(place: Path, *settings: str, through: tuple[str, ...] = (), kill: str = "",
-           wait: bool = True, first: tuple[str, ...] = SETTINGS) -> subprocess.Popen:
+def launch(
+    place: Path,
+    *settings: str,
+    through: tuple[str, ...] = (),
+    kill: str = "",
+    wait: bool = True,
+    first: tuple[str, ...] = SETTINGS,
+) -> subprocess.Popen:
     (place / "seen").mkdir(exist_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "KILL": kill, "RECORD": str(place / "seen"),
-                   "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests/train")])}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "KILL": kill,
+        "RECORD": str(place / "seen"),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests/train")]),
+    }
     with open(place / "log", "ab") as log:
         process = subprocess.Popen(
-            [sys.executable, *through, "-m", "train", *first, "--trainer.default_root_dir", str(place / "runs"),
-             "--store", str(place / "store"), *settings],
-            cwd=place, env=environment, stdout=log, stderr=subprocess.STDOUT)
+            [
+                sys.executable,
+                *through,
+                "-m",
+                "train",
+                *first,
+                "--trainer.default_root_dir",
+                str(place / "runs"),
+                "--store",
+                str(place / "store"),
+                *settings,
+            ],
+            cwd=place,
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
     if wait:
         process.wait(280)
     return process
@@ -50,8 +111,12 @@ def history(place: Path) -> list[dict[str, float]]:
     with open(place / "runs/digits/1/csv/metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     names = ("train/loss", "train/accuracy", "val/loss", "val/accuracy")
-    return [{name: float(value) for name, value in zip(names, values, strict=True)} for values in
-            zip(*([row[name] for row in rows if row[name]] for name in names), strict=True)]
+    return [
+        {name: float(value) for name, value in zip(names, values, strict=True)}
+        for values in zip(
+            *([row[name] for row in rows if row[name]] for name in names), strict=True
+        )
+    ]
 
 
 def seen(place: Path) -> dict[str, collections.Counter]:
@@ -69,15 +134,26 @@ def one(commands, tmp_path_factory) -> Path:
     """What one process comes to with the batches of both."""
     place = tmp_path_factory.mktemp("one")
     (place / "seen").mkdir()
-    commands.run(*SETTINGS, "--data.batch_size", 64, "--export.enabled", "false", "--trainer.default_root_dir",
-                 place / "runs", env={"RECORD": str(place / "seen")}, cwd=place)
+    commands.run(
+        *SETTINGS,
+        "--data.batch_size",
+        64,
+        "--export.enabled",
+        "false",
+        "--trainer.default_root_dir",
+        place / "runs",
+        env={"RECORD": str(place / "seen")},
+        cwd=place,
+    )
     return place
 
 
 def assert_alike(two: Path, one: Path) -> None:
     for ours, theirs in zip(history(two), history(one), strict=True):
         for name, value in theirs.items():  # one of the 143 validation images may go the other way
-            assert ours[name] == pytest.approx(value, abs=0.008 if "accuracy" in name else 1e-3), name
+            assert ours[name] == pytest.approx(value, abs=0.008 if "accuracy" in name else 1e-3), (
+                name
+            )
     assert seen(two) == seen(one)
     assert sum(seen(two)["0"].values()) == 1295
     assert [p.name for p in (two / "store/digits").iterdir() if p.name[0].isdigit()] == ["1"]
@@ -99,16 +175,28 @@ def test_two_processes_stopped_and_resumed_are_as_good_as_one(one, tmp_path):
 
 @pytest.mark.slow
 def test_lightning_starts_the_processes_itself(one, tmp_path):
-    done = launch(tmp_path, "--data.batch_size", "32", "--trainer.devices", "2", "--trainer.strategy", "ddp")
+    done = launch(
+        tmp_path, "--data.batch_size", "32", "--trainer.devices", "2", "--trainer.strategy", "ddp"
+    )
     assert done.returncode == 0, (tmp_path / "log").read_text()
     assert_alike(tmp_path, one)
 
 
 @pytest.mark.slow
 def test_two_launchers_meet(one, tmp_path):
-    flags = ("--nnodes", "2", "--nproc-per-node", "1", "--rdzv-id", "imago",
-             "--rdzv-endpoint", f"127.0.0.1:{free_ports(1)[0]}")
-    nodes = [torchrun(tmp_path, "--data.batch_size", "32", flags=flags, wait=False) for _ in range(2)]
+    flags = (
+        "--nnodes",
+        "2",
+        "--nproc-per-node",
+        "1",
+        "--rdzv-id",
+        "imago",
+        "--rdzv-endpoint",
+        f"127.0.0.1:{free_ports(1)[0]}",
+    )
+    nodes = [
+        torchrun(tmp_path, "--data.batch_size", "32", flags=flags, wait=False) for _ in range(2)
+    ]
     try:
         assert [node.wait(280) for node in nodes] == [0, 0], (tmp_path / "log").read_text()
     finally:
@@ -119,8 +207,15 @@ def test_two_launchers_meet(one, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_go_on_from_what_one_has_learnt(one, tmp_path):
-    done = torchrun(tmp_path, "--data.batch_size", "32", "--trainer.max_epochs", "3", "--ckpt_path",
-                    str(one / "runs/digits/1/last.ckpt"))
+    done = torchrun(
+        tmp_path,
+        "--data.batch_size",
+        "32",
+        "--trainer.max_epochs",
+        "3",
+        "--ckpt_path",
+        str(one / "runs/digits/1/last.ckpt"),
+    )
     log = (tmp_path / "log").read_text()
     assert done.returncode == 0, log
     assert set(seen(tmp_path)) == {"2"}
@@ -139,8 +234,17 @@ def test_where_one_process_fails_all_end(tmp_path):
 @pytest.mark.slow
 def test_predictions_of_all_processes_are_one_table(commands, tmp_path):
     torch.save(networks.build("convnet", 10, 1, 8).state_dict(), tmp_path / "weights.pt")
-    first = ("predict", "--data.source", "digits", "--model.network", "convnet", "--model.weights", "weights.pt",
-             "--progress.quiet", "true")
+    first = (
+        "predict",
+        "--data.source",
+        "digits",
+        "--model.network",
+        "convnet",
+        "--model.weights",
+        "weights.pt",
+        "--progress.quiet",
+        "true",
+    )
     one = commands.run(*first, cwd=tmp_path).text
     done = torchrun(tmp_path, first=first)
     two = (tmp_path / "log").read_text()
@@ -150,7 +254,9 @@ def test_predictions_of_all_processes_are_one_table(commands, tmp_path):
 
 
 def table(log: str) -> list[str]:
-    return [line for line in log.splitlines() if line == "image,label,confidence" or ".png," in line]
+    return [
+        line for line in log.splitlines() if line == "image,label,confidence" or ".png," in line
+    ]
 
 
 @pytest.mark.slow
@@ -161,8 +267,22 @@ def test_a_process_whose_test_images_are_all_leaked_keeps_step(tmp_path):
     for file in test[::2]:  # all that the first process gets
         file.write_bytes((tmp_path / "photos/train" / file.parent.name / file.name).read_bytes())
     torch.save(networks.build("convnet", 3, 3, 32).state_dict(), tmp_path / "weights.pt")
-    done = torchrun(tmp_path, "--model.weights", "weights.pt", "--data.batch_size", "2", first=(
-        "test", "--data.source", "photos", "--model.network", "convnet", "--audit.enabled", "true"))
+    done = torchrun(
+        tmp_path,
+        "--model.weights",
+        "weights.pt",
+        "--data.batch_size",
+        "2",
+        first=(
+            "test",
+            "--data.source",
+            "photos",
+            "--model.network",
+            "convnet",
+            "--audit.enabled",
+            "true",
+        ),
+    )
     log = (tmp_path / "log").read_text()
     assert done.returncode == 0, log
     assert "WARNING: 12 test images" in log

@@ -1,4 +1,5 @@
 """What is left on disk after a fit, looked at with other tools than those that wrote it."""
+
 import html.parser
 import json
 import re
@@ -26,9 +27,23 @@ from train.data import ImageData
 @pytest.fixture(scope="module")
 def bundle(fitted: Callable[..., Bundle], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """Of a network with global average pooling, trained for a few epochs: good, and not perfect."""
-    return fitted(tmp_path_factory.mktemp("fit"), "--model.network", "shufflenet_v2_x0_5", "--trainer.max_epochs", "3",
-                  "--export.quantize.images", "64", "--export.quantize.max_loss", "5", "--model.tta", "shift",
-                  "--data.size", "16", "--model.optimizer.lr", "0.005")
+    return fitted(
+        tmp_path_factory.mktemp("fit"),
+        "--model.network",
+        "shufflenet_v2_x0_5",
+        "--trainer.max_epochs",
+        "3",
+        "--export.quantize.images",
+        "64",
+        "--export.quantize.max_loss",
+        "5",
+        "--model.tta",
+        "shift",
+        "--data.size",
+        "16",
+        "--model.optimizer.lr",
+        "0.005",
+    )
 
 
 def torch_network(bundle: Bundle) -> networks.Network:
@@ -41,7 +56,10 @@ def torch_network(bundle: Bundle) -> networks.Network:
 def torch_answers(bundle: Bundle, images: np.ndarray) -> dict[str, np.ndarray]:
     """From weights.safetensors and what it says of the normalisation."""
     with safe_open(bundle.path / "weights.safetensors", "pt") as file:
-        mean, std = (torch.tensor(json.loads(file.metadata()[key])).view(1, -1, 1, 1) for key in ("mean", "std"))
+        mean, std = (
+            torch.tensor(json.loads(file.metadata()[key])).view(1, -1, 1, 1)
+            for key in ("mean", "std")
+        )
     with torch.inference_mode():
         x = (torch.from_numpy(images).permute(0, 3, 1, 2).float() - mean) / std
         found = {name: value.numpy() for name, value in torch_network(bundle).outputs(x).items()}
@@ -88,7 +106,9 @@ def test_one_file_of_the_pinned_opset(bundle):
         model = onnx.load(bundle.path / variant.file, load_external_data=False)
         onnx.checker.check_model(model)
         assert {o.domain: o.version for o in model.opset_import}[""] == variant.opset == 20
-        assert not [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+        assert not [
+            t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL
+        ]
 
 
 def test_the_certificate(bundle):
@@ -111,12 +131,19 @@ def test_int8_is_chosen_by_validation_images_and_measured_on_test_images(bundle)
         found = session.run(["probabilities"], {"image": data.known.pixels[data.index[part]]})[0]
         return float((found.argmax(1) == data.found.labels[data.index[part]]).mean())
 
-    lost = {part: 100 * (accuracy("fp32", part) - accuracy("int8", part)) for part in ("val", "test")}
+    lost = {
+        part: 100 * (accuracy("fp32", part) - accuracy("int8", part)) for part in ("val", "test")
+    }
     assert lost["val"] <= 5  # an image more or less is 0.7, and CPUs without VNNI saturate
     assert bundle.manifest.variants["int8"].accuracy == pytest.approx(accuracy("int8", "test"))
-    said = re.fullmatch(r"int8 loses (\S+) points of validation accuracy \(5.0 allowed\).*; "
-                        r"of test accuracy it loses (\S+)", bundle.manifest.notes[0])
-    assert [float(number) for number in said.groups()] == pytest.approx([lost["val"], lost["test"]], abs=0.006)
+    said = re.fullmatch(
+        r"int8 loses (\S+) points of validation accuracy \(5.0 allowed\).*; "
+        r"of test accuracy it loses (\S+)",
+        bundle.manifest.notes[0],
+    )
+    assert [float(number) for number in said.groups()] == pytest.approx(
+        [lost["val"], lost["test"]], abs=0.006
+    )
 
 
 def test_calibration_and_baseline_are_of_the_data(bundle):
@@ -144,7 +171,10 @@ def test_metrics_agree_with_each_other(bundle):
     matrix = np.array(bundle.manifest.metrics["test"].confusion)
     np.fill_diagonal(matrix, 0)
     (i, j), names = np.unravel_index(matrix.argmax(), matrix.shape), bundle.manifest.classes
-    assert f"{names[i]} → {names[j]} <b>{matrix[i, j]}</b>" in (bundle.path / "report.html").read_text()
+    assert (
+        f"{names[i]} → {names[j]} <b>{matrix[i, j]}</b>"
+        in (bundle.path / "report.html").read_text()
+    )
 
 
 def test_test_time_augmentation_is_reported_apart(bundle):
@@ -158,7 +188,9 @@ def test_test_time_augmentation_is_reported_apart(bundle):
 def test_provenance(bundle):
     p = bundle.manifest.provenance
     if (ROOT / ".git").exists():
-        subprocess.run(["git", "merge-base", "--is-ancestor", p.git_commit, "HEAD"], cwd=ROOT, check=True)
+        subprocess.run(
+            ["git", "merge-base", "--is-ancestor", p.git_commit, "HEAD"], cwd=ROOT, check=True
+        )
     assert p.packages["torch"] == torch.__version__
     assert p.recipe["model"]["network"] == "shufflenet_v2_x0_5"
     assert {"fit", "test", "calibrate", "export", "quantize", "certify", "report"} <= set(p.seconds)
@@ -172,14 +204,24 @@ def test_the_report_needs_no_network_and_tells_what_it_should(bundle):
         found: ClassVar[list[str]] = []
 
         def handle_starttag(self, tag, attributes):
-            self.found += [v for k, v in attributes if k in ("src", "href", "srcset", "data", "action")]
+            self.found += [
+                v for k, v in attributes if k in ("src", "href", "srcset", "data", "action")
+            ]
 
     Links().feed(text)
     assert Links.found
     assert all(link.startswith("data:image/") for link in Links.found)
     assert not re.search(r"url\(|@import|<script|http", text)
-    for heading in ("What it is for", "Data", "Training", "Where it is right", "Its most confident mistakes",
-                    "What its confidence means", "Variants", "Where it comes from"):
+    for heading in (
+        "What it is for",
+        "Data",
+        "Training",
+        "Where it is right",
+        "Its most confident mistakes",
+        "What its confidence means",
+        "Variants",
+        "Where it comes from",
+    ):
         assert heading in text
     m = bundle.manifest
     assert f"{100 * m.metrics['test'].accuracy:.2f} %" in text
@@ -192,21 +234,41 @@ def test_the_model_card_has_front_matter(bundle):
     card = yaml.safe_load(front)
     assert card["pipeline_tag"] == "image-classification"
     result = card["model-index"][0]["results"][0]["metrics"][0]
-    assert result == {"type": "accuracy", "value": round(bundle.manifest.metrics["test"].accuracy, 4)}
+    assert result == {
+        "type": "accuracy",
+        "value": round(bundle.manifest.metrics["test"].accuracy, 4),
+    }
     assert body.startswith("# digits, version 1")
 
 
 def test_it_verifies_without_torch(bundle):
-    code = ("import sys; sys.modules['torch'] = None; from models.__main__ import main; "
-            "sys.exit(main(['verify', sys.argv[1]]))")
-    done = subprocess.run([sys.executable, "-c", code, str(bundle.path)], cwd=ROOT, capture_output=True, text=True,
-                          check=False)
+    code = (
+        "import sys; sys.modules['torch'] = None; from models.__main__ import main; "
+        "sys.exit(main(['verify', sys.argv[1]]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(bundle.path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "ok: digits/1 does here what it did when made"
 
 
-NETWORKS = {"lenet": 28, "convnet": 28, "speednet": 32, "resnet18": 32, "resnet50": 32, "mobilenet_v3_small": 64,
-            "mobilenet_v3_large": 64, "efficientnet_b0": 64, "convnext_tiny": 64, "vit_b_16": 32}
+NETWORKS = {
+    "lenet": 28,
+    "convnet": 28,
+    "speednet": 32,
+    "resnet18": 32,
+    "resnet50": 32,
+    "mobilenet_v3_small": 64,
+    "mobilenet_v3_large": 64,
+    "efficientnet_b0": 64,
+    "convnext_tiny": 64,
+    "vit_b_16": 32,
+}
 MAPS = {"speednet", "resnet18", "resnet50", "efficientnet_b0"}
 
 
@@ -214,8 +276,21 @@ MAPS = {"speednet", "resnet18", "resnet50", "efficientnet_b0"}
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("network", NETWORKS)
 def test_every_network_that_claims_export_gives_a_bundle(fitted, tmp_path, network):
-    bundle = fitted(tmp_path, "--model.network", network, "--data.size", str(NETWORKS[network]), "--data.channels", "3",
-                    "--trainer.max_steps", "4", "--export.quantize.images", "32", "--export.quantize.gate_images", "64")
+    bundle = fitted(
+        tmp_path,
+        "--model.network",
+        network,
+        "--data.size",
+        str(NETWORKS[network]),
+        "--data.channels",
+        "3",
+        "--trainer.max_steps",
+        "4",
+        "--export.quantize.images",
+        "32",
+        "--export.quantize.gate_images",
+        "64",
+    )
     m = bundle.manifest
     assert ("cam" in m.outputs) == (network in MAPS)
     assert m.variants["fp32"].parity.max_abs_diff <= 1e-4
@@ -227,6 +302,11 @@ def test_every_network_that_claims_export_gives_a_bundle(fitted, tmp_path, netwo
         assert np.abs(found - torch_answers(bundle, batch)["probabilities"]).max() <= 1e-4
     if "int8" not in m.variants:
         assert any(note.startswith("int8 is not shipped") for note in m.notes)
-    done = subprocess.run([sys.executable, "-m", "models", "verify", str(bundle.path)], cwd=ROOT, capture_output=True,
-                          text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "models", "verify", str(bundle.path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,5 @@
 """What goes wrong in a run is one line that says what to try, and a status that is not 0."""
+
 import re
 import shutil
 import signal
@@ -18,41 +19,110 @@ from train.failures import is_out_of_memory
 QUIET = "--logger", "none", "--progress.quiet", "true", "--audit.enabled", "false"
 
 
-@pytest.mark.parametrize(("settings", "status", "words"), [
-    (("--model.optimizer.name", "sgd", "--model.optimizer.lr", "1e30"), 1,
-     "train: the train loss of epoch 1 from step 2 on is not finite: the training diverged; try a lower "
-     "--model.optimizer.lr (it is 1e+30)"),
-    (("--monitor.port", 70000), 2, "monitor.port: 70000 is not between 1 and 65535"),
-    (("--resume.keep", 0), 2, "resume: every_minutes and every_steps must be 0 or more, and keep 1 or more"),
-    (("--logger", "tensorbord"), 2, "train: --logger tensorbord: not one of tensorboard, csv, wandb, mlflow, none"),
-    (("--trainer.default_root_dir", "/proc/nowhere"), 2, "train: [Errno 2] No such file or directory: '/proc/nowhere"),
-    (("--trainer.precision", "16-mixed", "--trainer.accelerator", "gpu"), 2, "train: "),
-    (("--model.label_smoothing", 1.5), 2, "model.label_smoothing: 1.5 is not in 0..1"),
-    (("--model.optimizer.head_lr", 0), 2, "model.optimizer.head_lr: 0.0 is not above 0"),
-    (("--model.optimizer.bias_lr", 0), 2, "model.optimizer.bias_lr: 0.0 is not above 0"),
-    (("--model.optimizer.lr", ".inf"), 2, "model.optimizer.lr: inf is no learning rate"),
-    (("--model.optimizer.momentum", 2), 2, "model.optimizer.momentum: 2.0 is not in 0..1"),
-    (("--model.optimizer.weight_decay", -1), 2, "model.optimizer.weight_decay: -1.0 is not 0 or more"),
-    (("--model.schedule.start", -1), 2, "model.schedule.start: -1.0 is not in 0..1; it is a share of the peak"),
-    (("--model.schedule.milestones", "[50, 75]"), 2, "model.schedule.milestones: [50.0, 75.0] are not in 0..1"),
-    (("--model.schedule.gamma", -1), 2, "model.schedule.gamma: -1.0 is not above 0"),
-    (("--early_stopping.patience", -3), 2, "early_stopping.patience: -3 is less than 0"),
-    (("--trainer.max_epochs", -1, "--trainer.max_time", "00:00:00:05"), 2, "a run that only time ends"),
-    (("--model.network", "speednet", "--model.options", "{widths: 64}"), 2, "widths: 64 is no list"),
-    (("--model.network", "speednet", "--model.options", "{widths: []}"), 2, "widths: [] is no list"),
-    (("--model.network", "speednet", "--model.options", "{depth: two}"), 2, "depth: 'two' is no whole number"),
-    (("--ckpt_path", __file__), 2, "no checkpoint, or a damaged one"),
-    (("--data.sampling", "balanced", "--model.weigh_classes", "true"), 2, "both do it twice; choose one"),
-    (("--early_stopping.monitor", "val/los"), 2, "early_stopping.monitor: 'val/los' is none of val/loss, val/accuracy"),
-    (("--checkpoint.monitor", "val/acuracy"), 2,
-     "train: checkpoint.monitor: 'val/acuracy' is none of val/loss, val/accuracy, null"),
-    (("--checkpoint.monitor", "train/loss"), 2, "'train/loss' is none of val/loss, val/accuracy, null"),
-    (("--checkpoint.mode", "max"), 2, "checkpoint.mode: max would take the worst val/loss for the best"),
-    (("--early_stopping.mode", "max"), 2, "early_stopping.mode: max would take the worst val/loss for the best"),
-    (("--checkpoint.save_top_k", 2), 2, "checkpoint.save_top_k: 2 is neither 1"),
-    (("--checkpoint.save_top_k", -1), 2, "checkpoint.save_top_k: -1 is neither 1"),
-    (("--trainer.max_epochs", 0), 2, "trainer.max_epochs: 0 trains nothing"),
-])
+@pytest.mark.parametrize(
+    ("settings", "status", "words"),
+    [
+        (
+            ("--model.optimizer.name", "sgd", "--model.optimizer.lr", "1e30"),
+            1,
+            "train: the train loss of epoch 1 from step 2 on is not finite: the training diverged; try a lower "
+            "--model.optimizer.lr (it is 1e+30)",
+        ),
+        (("--monitor.port", 70000), 2, "monitor.port: 70000 is not between 1 and 65535"),
+        (
+            ("--resume.keep", 0),
+            2,
+            "resume: every_minutes and every_steps must be 0 or more, and keep 1 or more",
+        ),
+        (
+            ("--logger", "tensorbord"),
+            2,
+            "train: --logger tensorbord: not one of tensorboard, csv, wandb, mlflow, none",
+        ),
+        (
+            ("--trainer.default_root_dir", "/proc/nowhere"),
+            2,
+            "train: [Errno 2] No such file or directory: '/proc/nowhere",
+        ),
+        (("--trainer.precision", "16-mixed", "--trainer.accelerator", "gpu"), 2, "train: "),
+        (("--model.label_smoothing", 1.5), 2, "model.label_smoothing: 1.5 is not in 0..1"),
+        (("--model.optimizer.head_lr", 0), 2, "model.optimizer.head_lr: 0.0 is not above 0"),
+        (("--model.optimizer.bias_lr", 0), 2, "model.optimizer.bias_lr: 0.0 is not above 0"),
+        (("--model.optimizer.lr", ".inf"), 2, "model.optimizer.lr: inf is no learning rate"),
+        (("--model.optimizer.momentum", 2), 2, "model.optimizer.momentum: 2.0 is not in 0..1"),
+        (
+            ("--model.optimizer.weight_decay", -1),
+            2,
+            "model.optimizer.weight_decay: -1.0 is not 0 or more",
+        ),
+        (
+            ("--model.schedule.start", -1),
+            2,
+            "model.schedule.start: -1.0 is not in 0..1; it is a share of the peak",
+        ),
+        (
+            ("--model.schedule.milestones", "[50, 75]"),
+            2,
+            "model.schedule.milestones: [50.0, 75.0] are not in 0..1",
+        ),
+        (("--model.schedule.gamma", -1), 2, "model.schedule.gamma: -1.0 is not above 0"),
+        (("--early_stopping.patience", -3), 2, "early_stopping.patience: -3 is less than 0"),
+        (
+            ("--trainer.max_epochs", -1, "--trainer.max_time", "00:00:00:05"),
+            2,
+            "a run that only time ends",
+        ),
+        (
+            ("--model.network", "speednet", "--model.options", "{widths: 64}"),
+            2,
+            "widths: 64 is no list",
+        ),
+        (
+            ("--model.network", "speednet", "--model.options", "{widths: []}"),
+            2,
+            "widths: [] is no list",
+        ),
+        (
+            ("--model.network", "speednet", "--model.options", "{depth: two}"),
+            2,
+            "depth: 'two' is no whole number",
+        ),
+        (("--ckpt_path", __file__), 2, "no checkpoint, or a damaged one"),
+        (
+            ("--data.sampling", "balanced", "--model.weigh_classes", "true"),
+            2,
+            "both do it twice; choose one",
+        ),
+        (
+            ("--early_stopping.monitor", "val/los"),
+            2,
+            "early_stopping.monitor: 'val/los' is none of val/loss, val/accuracy",
+        ),
+        (
+            ("--checkpoint.monitor", "val/acuracy"),
+            2,
+            "train: checkpoint.monitor: 'val/acuracy' is none of val/loss, val/accuracy, null",
+        ),
+        (
+            ("--checkpoint.monitor", "train/loss"),
+            2,
+            "'train/loss' is none of val/loss, val/accuracy, null",
+        ),
+        (
+            ("--checkpoint.mode", "max"),
+            2,
+            "checkpoint.mode: max would take the worst val/loss for the best",
+        ),
+        (
+            ("--early_stopping.mode", "max"),
+            2,
+            "early_stopping.mode: max would take the worst val/loss for the best",
+        ),
+        (("--checkpoint.save_top_k", 2), 2, "checkpoint.save_top_k: 2 is neither 1"),
+        (("--checkpoint.save_top_k", -1), 2, "checkpoint.save_top_k: -1 is neither 1"),
+        (("--trainer.max_epochs", 0), 2, "trainer.max_epochs: 0 trains nothing"),
+    ],
+)
 def test_one_line(commands, tmp_path, settings, status, words):
     command = commands.start("run", "digits", *QUIET, *settings, cwd=tmp_path)
     assert command.status() == status
@@ -61,11 +131,17 @@ def test_one_line(commands, tmp_path, settings, status, words):
     assert all(line.startswith("data: ") for line in told)
 
 
-@pytest.mark.parametrize(("argv", "words"), [
-    ((), "train: no command is given; there are run, audit, find-lr,"),
-    (("trian", "digits"), "train: 'trian' is no command; there are run, audit, find-lr,"),
-    (("find-lr",), "train: find-lr: name the data first, e.g. python -m train find-lr digits, or"),
-])
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ((), "train: no command is given; there are run, audit, find-lr,"),
+        (("trian", "digits"), "train: 'trian' is no command; there are run, audit, find-lr,"),
+        (
+            ("find-lr",),
+            "train: find-lr: name the data first, e.g. python -m train find-lr digits, or",
+        ),
+    ],
+)
 def test_a_command_that_is_none(commands, tmp_path, argv, words):
     command = commands.start(*argv, cwd=tmp_path)
     assert command.status() == 2
@@ -75,7 +151,10 @@ def test_a_command_that_is_none(commands, tmp_path, argv, words):
 
 def test_the_traceback_is_shown_where_it_is_asked_for(commands, tmp_path):
     settings = "run", "digits", *QUIET, "--model.label_smoothing", 1.5
-    plain, full = (commands.start(*settings, env={"IMAGO_TRACEBACK": value}, cwd=tmp_path) for value in (None, "1"))
+    plain, full = (
+        commands.start(*settings, env={"IMAGO_TRACEBACK": value}, cwd=tmp_path)
+        for value in (None, "1")
+    )
     assert plain.status() == full.status() == 2
     assert "Traceback" not in plain.text
     assert full.text.startswith("Traceback")
@@ -85,20 +164,48 @@ def test_the_traceback_is_shown_where_it_is_asked_for(commands, tmp_path):
 @pytest.mark.parametrize("subcommand", ["validate", "test", "predict"])
 def test_weights_that_are_none_are_not_scored(commands, tmp_path, subcommand):
     (tmp_path / "rubbish.ckpt").write_bytes(b"PK no checkpoint")
-    for flags, words in (((), f"train: {subcommand}: the weights would be random ones; give --ckpt_path"),
-                         (("--ckpt_path", "rubbish.ckpt"), "train: --ckpt_path rubbish.ckpt: no checkpoint, or a"),
-                         (("--ckpt_path", "nowhere.ckpt"), "nowhere.ckpt")):
-        command = commands.start(subcommand, "--data.source", "digits", "--model.network", "convnet", *QUIET[2:],
-                                 *flags, cwd=tmp_path)
+    for flags, words in (
+        ((), f"train: {subcommand}: the weights would be random ones; give --ckpt_path"),
+        (("--ckpt_path", "rubbish.ckpt"), "train: --ckpt_path rubbish.ckpt: no checkpoint, or a"),
+        (("--ckpt_path", "nowhere.ckpt"), "nowhere.ckpt"),
+    ):
+        command = commands.start(
+            subcommand,
+            "--data.source",
+            "digits",
+            "--model.network",
+            "convnet",
+            *QUIET[2:],
+            *flags,
+            cwd=tmp_path,
+        )
         assert command.status() == 2
         assert words in command.text.splitlines()[-1]
         assert "Traceback" not in command.text
 
 
 def test_a_checkpoint_of_another_network_is_refused(commands, tmp_path):
-    commands.run("run", "digits", *QUIET, "--trainer.max_epochs", 1, "--export.enabled", "false", cwd=tmp_path)
-    command = commands.start("test", "--data.source", "digits", *QUIET[2:], "--data.size", 16,
-                             "--ckpt_path", next(tmp_path.rglob("best.ckpt")), cwd=tmp_path)
+    commands.run(
+        "run",
+        "digits",
+        *QUIET,
+        "--trainer.max_epochs",
+        1,
+        "--export.enabled",
+        "false",
+        cwd=tmp_path,
+    )
+    command = commands.start(
+        "test",
+        "--data.source",
+        "digits",
+        *QUIET[2:],
+        "--data.size",
+        16,
+        "--ckpt_path",
+        next(tmp_path.rglob("best.ckpt")),
+        cwd=tmp_path,
+    )
     assert command.status() == 2
     assert "best.ckpt: of another network" in command.text.splitlines()[-1]
 
@@ -108,17 +215,50 @@ def elsewhere(commands, tmp_path_factory) -> Path:
     """A place with photos and a best.ckpt of another split of them than the default one."""
     place = tmp_path_factory.mktemp("elsewhere")
     folder(place / "photos", 40)
-    commands.run("fit", "--data.source", "photos", *QUIET, "--model.network", "convnet", "--trainer.max_epochs", 1,
-                 "--data.val_fraction", 0.15, "--data.test_fraction", 0.15, "--export.enabled", "false", cwd=place)
+    commands.run(
+        "fit",
+        "--data.source",
+        "photos",
+        *QUIET,
+        "--model.network",
+        "convnet",
+        "--trainer.max_epochs",
+        1,
+        "--data.val_fraction",
+        0.15,
+        "--data.test_fraction",
+        0.15,
+        "--export.enabled",
+        "false",
+        cwd=place,
+    )
     return place
 
 
 def test_what_a_file_of_weights_lacks_is_told_and_not_scored(commands, elsewhere, tmp_path):
-    torch.save(networks.build("convnet", 10, 3, 8).state_dict(), tmp_path / "ten.pt")  # and the photos have three
-    settings = ("--data.source", "photos", "--data.size", 8, "--model.network", "convnet", "--model.weights",
-                tmp_path / "ten.pt", *QUIET[2:], "--trainer.default_root_dir", tmp_path)
-    trained = commands.run("fit", *settings, "--trainer.max_epochs", 1, "--export.enabled", "false", cwd=elsewhere)
-    assert f"train: {tmp_path / 'ten.pt'}: all but head.weight, head.bias is taken from there" in trained.text
+    torch.save(
+        networks.build("convnet", 10, 3, 8).state_dict(), tmp_path / "ten.pt"
+    )  # and the photos have three
+    settings = (
+        "--data.source",
+        "photos",
+        "--data.size",
+        8,
+        "--model.network",
+        "convnet",
+        "--model.weights",
+        tmp_path / "ten.pt",
+        *QUIET[2:],
+        "--trainer.default_root_dir",
+        tmp_path,
+    )
+    trained = commands.run(
+        "fit", *settings, "--trainer.max_epochs", 1, "--export.enabled", "false", cwd=elsewhere
+    )
+    assert (
+        f"train: {tmp_path / 'ten.pt'}: all but head.weight, head.bias is taken from there"
+        in trained.text
+    )
     for subcommand in ("test", "validate", "predict"):
         refused = commands.start(subcommand, *settings, cwd=elsewhere)
         assert refused.status() == 2
@@ -130,23 +270,50 @@ def test_what_a_file_of_weights_lacks_is_told_and_not_scored(commands, elsewhere
 SPLIT = "--data.val_fraction 0.15 --data.test_fraction 0.15 --seed_everything 0"
 
 
-@pytest.mark.parametrize(("subcommand", "part"), [
-    ("test", "24 test"), ("validate", "9 val"), ("predict", "24 test"), ("fit", "9 val")])
-def test_images_that_a_checkpoint_was_trained_on_are_not_scored(commands, elsewhere, tmp_path, subcommand, part):
-    settings = (subcommand, "--data.source", "photos", "--model.network", "convnet", "--progress.quiet", "true",
-                "--ckpt_path", next(elsewhere.rglob("best.ckpt")), "--trainer.default_root_dir", tmp_path)
+@pytest.mark.parametrize(
+    ("subcommand", "part"),
+    [("test", "24 test"), ("validate", "9 val"), ("predict", "24 test"), ("fit", "9 val")],
+)
+def test_images_that_a_checkpoint_was_trained_on_are_not_scored(
+    commands, elsewhere, tmp_path, subcommand, part
+):
+    settings = (
+        subcommand,
+        "--data.source",
+        "photos",
+        "--model.network",
+        "convnet",
+        "--progress.quiet",
+        "true",
+        "--ckpt_path",
+        next(elsewhere.rglob("best.ckpt")),
+        "--trainer.default_root_dir",
+        tmp_path,
+    )
     refused = commands.start(*settings, cwd=elsewhere)
     assert refused.status() == 2
     last = refused.text.splitlines()[-1]
-    assert re.search(rf"trained on [1-9]\d* of the {part} images, such as (red|green|blue)/0\d\d.png: ", last)
+    assert re.search(
+        rf"trained on [1-9]\d* of the {part} images, such as (red|green|blue)/0\d\d.png: ", last
+    )
     assert last.endswith(f"the split is another; give the recipe it was trained with, or {SPLIT}")
     if subcommand != "fit":
         assert "WARNING" not in commands.run(*settings, *SPLIT.split(), cwd=elsewhere).text
 
 
-def test_data_that_changed_since_is_told_from_data_that_a_checkpoint_never_saw(commands, elsewhere, tmp_path):
-    settings = ("test", "--model.network", "convnet", *QUIET[2:], "--ckpt_path", next(elsewhere.rglob("best.ckpt")),
-                *SPLIT.split(), "--data.source")
+def test_data_that_changed_since_is_told_from_data_that_a_checkpoint_never_saw(
+    commands, elsewhere, tmp_path
+):
+    settings = (
+        "test",
+        "--model.network",
+        "convnet",
+        *QUIET[2:],
+        "--ckpt_path",
+        next(elsewhere.rglob("best.ckpt")),
+        *SPLIT.split(),
+        "--data.source",
+    )
     new = commands.run(*settings, folder(tmp_path / "new", 20, first=100), cwd=elsewhere)
     assert "WARNING: other data than the checkpoint was trained with (photos, " in new.text
     assert "none of the test images is one of those it was trained on" in new.text
@@ -157,13 +324,35 @@ def test_data_that_changed_since_is_told_from_data_that_a_checkpoint_never_saw(c
     assert "its images, labels or classes are not those of photos" in refused.text.splitlines()[-1]
 
 
-@pytest.mark.parametrize(("evaluating", "flag"), [
-    (False, "--data.batch_size 647,"), pytest.param(True, "--data.eval_batch_size 72", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("evaluating", "flag"),
+    [
+        (False, "--data.batch_size 647,"),
+        pytest.param(True, "--data.eval_batch_size 72", marks=pytest.mark.slow),
+    ],
+)
 def test_out_of_memory_names_the_batch_size_to_try(commands, tmp_path, evaluating, flag):
-    sizes = ("--data.batch_size", 2, "--data.eval_batch_size", 144) if evaluating else ("--data.batch_size", 1294)
-    command = commands.start("run", "digits", *QUIET, *sizes, "--data.size", 256, "--data.cache", tmp_path / "cache",
-                             "--model.network", "vgg11", "--trainer.limit_train_batches", 1, cwd=tmp_path,
-                             limits={"RLIMIT_AS": 6 << 30})
+    sizes = (
+        ("--data.batch_size", 2, "--data.eval_batch_size", 144)
+        if evaluating
+        else ("--data.batch_size", 1294)
+    )
+    command = commands.start(
+        "run",
+        "digits",
+        *QUIET,
+        *sizes,
+        "--data.size",
+        256,
+        "--data.cache",
+        tmp_path / "cache",
+        "--model.network",
+        "vgg11",
+        "--trainer.limit_train_batches",
+        1,
+        cwd=tmp_path,
+        limits={"RLIMIT_AS": 6 << 30},
+    )
     assert command.status() == 1
     last = command.text.splitlines()[-1]
     assert last.startswith("train: out of memory on cpu with batches of ")
@@ -171,17 +360,23 @@ def test_out_of_memory_names_the_batch_size_to_try(commands, tmp_path, evaluatin
     assert "Traceback" not in command.text
 
 
-@pytest.mark.parametrize(("words", "memory"), [
-    ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
-    ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True),
-    ("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasGemmEx`", False)])
+@pytest.mark.parametrize(
+    ("words", "memory"),
+    [
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True),
+        ("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasGemmEx`", False),
+    ],
+)
 def test_libraries_of_cuda_have_words_of_their_own_for_it(words, memory):
     assert is_out_of_memory(RuntimeError(words)) == memory
 
 
 def test_a_notice_is_heard_before_the_imports_are_done():
     """The first process of a container would ignore it without a handler; any other would end with -15."""
-    process = subprocess.Popen([sys.executable, "-m", "train", "--help"], cwd=ROOT, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "train", "--help"], cwd=ROOT, stdout=subprocess.DEVNULL
+    )
     place, heard = Path(f"/proc/{process.pid}"), 0
     while not heard & 1 << signal.SIGTERM - 1:
         assert process.poll() is None
@@ -197,13 +392,35 @@ def test_out_of_memory_is_told_in_every_command_and_in_the_export(commands, tmp_
     torch.save(networks.build("convnet", 10, 1, 512).state_dict(), tmp_path / "weights.pt")
     data = ("digits",) if subcommand == "run" else ("--data.source", "digits")
     command = commands.start(
-        subcommand, *data, *QUIET[2:], "--model.network", "convnet", "--model.weights", "weights.pt", "--data.size",
-        512, "--data.batch_size", 2, "--data.eval_batch_size", 400, "--data.cache", "",
-        "--trainer.limit_val_batches", 0, "--trainer.limit_train_batches", 1, "--trainer.max_epochs", 1,
-        cwd=tmp_path, limits={"RLIMIT_AS": 6 << 30})
+        subcommand,
+        *data,
+        *QUIET[2:],
+        "--model.network",
+        "convnet",
+        "--model.weights",
+        "weights.pt",
+        "--data.size",
+        512,
+        "--data.batch_size",
+        2,
+        "--data.eval_batch_size",
+        400,
+        "--data.cache",
+        "",
+        "--trainer.limit_val_batches",
+        0,
+        "--trainer.limit_train_batches",
+        1,
+        "--trainer.max_epochs",
+        1,
+        cwd=tmp_path,
+        limits={"RLIMIT_AS": 6 << 30},
+    )
     assert command.status() == 1, command.text
-    assert command.text.splitlines()[-1] == ("train: out of memory on cpu with batches of 400 in validation and test; "
-                                             "try --data.eval_batch_size 200")
+    assert command.text.splitlines()[-1] == (
+        "train: out of memory on cpu with batches of 400 in validation and test; "
+        "try --data.eval_batch_size 200"
+    )
     assert "Traceback" not in command.text
 
 
@@ -217,12 +434,24 @@ def test_an_unknown_key_in_a_recipe_is_refused_with_status_2(commands, tmp_path)
     assert not (tmp_path / "store").exists()
 
 
-@pytest.mark.parametrize(("flags", "word"), [
-    (["--name", "My-Photos"], "can't name a model"), (["--store", "{}/file/store"], "can't be made")])
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (["--name", "My-Photos"], "can't name a model"),
+        (["--store", "{}/file/store"], "can't be made"),
+    ],
+)
 def test_where_no_bundle_could_be_written_nothing_is_trained(commands, tmp_path, flags, word):
     (tmp_path / "file").touch()
-    refused = commands.start("run", "digits", "--trainer.default_root_dir", tmp_path / "runs",
-                             "--store", tmp_path / "store", *[flag.format(tmp_path) for flag in flags])
+    refused = commands.start(
+        "run",
+        "digits",
+        "--trainer.default_root_dir",
+        tmp_path / "runs",
+        "--store",
+        tmp_path / "store",
+        *[flag.format(tmp_path) for flag in flags],
+    )
     assert refused.status() == 2
     assert word in refused.text.splitlines()[-1]
     assert not (tmp_path / "runs").exists()

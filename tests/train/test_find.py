@@ -1,4 +1,5 @@
 """The learning-rate finder and the batch-size finder, from the command line."""
+
 import re
 
 
@@ -16,16 +17,28 @@ def test_the_learning_rate_found_lies_where_the_loss_falls(commands, tmp_path):
 
 
 def test_a_loss_that_is_no_number_costs_the_batch_sizes_nothing(commands, tmp_path):
-    found = commands.run("find-batch-size", "digits", "--model.optimizer.name", "sgd", "--model.optimizer.lr", "1e30",
-                         cwd=tmp_path).text.splitlines()
+    found = commands.run(
+        "find-batch-size",
+        "digits",
+        "--model.optimizer.name",
+        "sgd",
+        "--model.optimizer.lr",
+        "1e30",
+        cwd=tmp_path,
+    ).text.splitlines()
     speeds = [float(line.split()[1].replace(",", "")) for line in found if line.endswith("-")]
     assert len(speeds) >= 3
     assert min(speeds) > 0
 
 
 def test_the_batch_size_found_was_tried(commands, tmp_path):
-    found = commands.run("find-batch-size", "digits", "--model.network", "convnet", cwd=tmp_path).text.splitlines()
-    speeds = {int(a): float(b.replace(",", "")) for a, b, _ in (line.split() for line in found if line.endswith("-"))}
+    found = commands.run(
+        "find-batch-size", "digits", "--model.network", "convnet", cwd=tmp_path
+    ).text.splitlines()
+    speeds = {
+        int(a): float(b.replace(",", ""))
+        for a, b, _ in (line.split() for line in found if line.endswith("-"))
+    }
     assert list(speeds)[:3] == [16, 32, 64]
     best = int(re.match(r"--data.batch_size (\d+)  \(", found[-1])[1])
     assert speeds[best] >= 0.95 * max(speeds.values())
@@ -35,5 +48,7 @@ def test_the_batch_size_found_was_tried(commands, tmp_path):
 def test_a_checkpoint_is_not_searched_from(commands, tmp_path):
     refused = commands.start("find-lr", "digits", "--ckpt_path", tmp_path / "none.ckpt")
     assert refused.status() == 2
-    assert refused.text.strip() == ("train: ckpt_path: what looks for something trains from --model.weights, or from "
-                                    "random ones")
+    assert refused.text.strip() == (
+        "train: ckpt_path: what looks for something trains from --model.weights, or from "
+        "random ones"
+    )

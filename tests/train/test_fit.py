@@ -1,4 +1,5 @@
 """Training through the command line: digits to a bundle, every recipe for a step, seeds, knobs, and what is refused."""
+
 import csv
 import json
 from pathlib import Path
@@ -9,16 +10,20 @@ import pytest
 import torch
 from torch.nn.modules.module import register_module_forward_hook
 
-from train import cli
-from train.precision import has_bfloat16
+from train.cli import main
+from train.learning.precision import has_bfloat16
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*"),
     pytest.mark.filterwarnings("ignore:::lightning"),  # advice on workers, intervals and the like
-    pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning"),  # torch.compile's own use
+    pytest.mark.filterwarnings(
+        "ignore:.*script_method.*:DeprecationWarning"
+    ),  # torch.compile's own use
 ]
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted(str(p.relative_to(cli.RECIPES).with_suffix("")) for p in cli.RECIPES.rglob("*.yaml"))
+RECIPES = sorted(
+    str(p.relative_to(main.RECIPES).with_suffix("")) for p in main.RECIPES.rglob("*.yaml")
+)
 QUICK = ["--export.enabled", "false", "--samples.images", "0", "--progress.quiet", "true"]
 
 
@@ -43,56 +48,107 @@ def photos(tmp_path_factory):
     return root
 
 
-def fit(tmp_path: Path, *flags: str, data: str = "digits", epochs: int = 1) -> cli.CLI:
-    return cli.run(["run", data, *QUICK, "--trainer.default_root_dir", str(tmp_path / "runs"),
-                    "--trainer.max_epochs", str(epochs), "--name", "test", *flags])
+def fit(tmp_path: Path, *flags: str, data: str = "digits", epochs: int = 1) -> main.CLI:
+    return main.run(
+        [
+            "run",
+            data,
+            *QUICK,
+            "--trainer.default_root_dir",
+            str(tmp_path / "runs"),
+            "--trainer.max_epochs",
+            str(epochs),
+            "--name",
+            "test",
+            *flags,
+        ]
+    )
 
 
 def test_a_checkpoint_is_validated_tested_and_predicted_from(tmp_path, capsys):
     fit(tmp_path, epochs=3)
     checkpoint = next((tmp_path / "runs").rglob("best.ckpt"))
-    recipe = ["--config", str(cli.RECIPES / "digits.yaml"), "--ckpt_path", str(checkpoint), "--progress.quiet", "true",
-              "--trainer.default_root_dir", str(tmp_path)]
-    validated = cli.run(["validate", *recipe]).trainer.callback_metrics
-    tested = cli.run(["test", *recipe, "--model.tta", "flip"]).trainer.callback_metrics
+    recipe = [
+        "--config",
+        str(main.RECIPES / "digits.yaml"),
+        "--ckpt_path",
+        str(checkpoint),
+        "--progress.quiet",
+        "true",
+        "--trainer.default_root_dir",
+        str(tmp_path),
+    ]
+    validated = main.run(["validate", *recipe]).trainer.callback_metrics
+    tested = main.run(["test", *recipe, "--model.tta", "flip"]).trainer.callback_metrics
     assert validated["val/accuracy"] > 0.8
     assert tested["test/accuracy"] > 0.8
     assert 0.3 < tested["test_tta/accuracy"] <= 1  # digits have no mirror image, so this is worse
     capsys.readouterr()
-    data = cli.run(["predict", *recipe]).datamodule
+    data = main.run(["predict", *recipe]).datamodule
     rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
     assert len(rows) == data.counts["test"]
-    truth = {data.found.items.name(i): data.classes[data.found.labels[i]] for i in data.index["test"].tolist()}
+    truth = {
+        data.found.items.name(i): data.classes[data.found.labels[i]]
+        for i in data.index["test"].tolist()
+    }
     right = [truth[row["image"]] == row["label"] for row in rows]
     assert np.mean(right) == pytest.approx(tested["test/accuracy"].item())
     assert all(0.1 < float(row["confidence"]) <= 1 for row in rows)
-    cli.run(["predict", *recipe, "--trainer.limit_predict_batches", "2"])
-    assert list(csv.DictReader(capsys.readouterr().out.splitlines())) == rows[:2 * 2 * data.batch_size]
+    main.run(["predict", *recipe, "--trainer.limit_predict_batches", "2"])
+    assert (
+        list(csv.DictReader(capsys.readouterr().out.splitlines()))
+        == rows[: 2 * 2 * data.batch_size]
+    )
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_makes_a_step(tmp_path, photos, recipe):
-    found = cli.run(["run", str(photos), "--recipe", recipe, *QUICK, "--trainer.fast_dev_run", "1",
-                     "--trainer.default_root_dir", str(tmp_path), "--data.size", "32", "--data.batch_size", "8",
-                     "--data.val_fraction", "0.2"])
+    found = main.run(
+        [
+            "run",
+            str(photos),
+            "--recipe",
+            recipe,
+            *QUICK,
+            "--trainer.fast_dev_run",
+            "1",
+            "--trainer.default_root_dir",
+            str(tmp_path),
+            "--data.size",
+            "32",
+            "--data.batch_size",
+            "8",
+            "--data.val_fraction",
+            "0.2",
+        ]
+    )
     assert torch.isfinite(found.trainer.callback_metrics["train/loss"])
     assert torch.isfinite(found.trainer.callback_metrics["val/loss"])
 
 
 def test_every_recipe_explains_itself():
     for recipe in RECIPES:
-        text = (cli.RECIPES / f"{recipe}.yaml").read_text()
+        text = (main.RECIPES / f"{recipe}.yaml").read_text()
         assert text.startswith("# "), recipe
 
 
-def weights(found: cli.CLI) -> torch.Tensor:
+def weights(found: main.CLI) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in found.model.network.parameters()])
 
 
 def test_a_seed_gives_the_same_weights_and_another_one_others(tmp_path):
-    flags = ["--data.augment.crop_padding", "1", "--model.network", "speednet",
-             "--model.options", '{"widths": [8, 16]}', "--model.optimizer.name", "muon",
-             "--trainer.precision", "bf16-mixed"]
+    flags = [
+        "--data.augment.crop_padding",
+        "1",
+        "--model.network",
+        "speednet",
+        "--model.options",
+        '{"widths": [8, 16]}',
+        "--model.optimizer.name",
+        "muon",
+        "--trainer.precision",
+        "bf16-mixed",
+    ]
     first = fit(tmp_path / "1", *flags, "--seed_everything", "3")
     again = fit(tmp_path / "2", *flags, "--seed_everything", "3")
     other = fit(tmp_path / "3", *flags, "--seed_everything", "4")
@@ -101,31 +157,73 @@ def test_a_seed_gives_the_same_weights_and_another_one_others(tmp_path):
     assert first.datamodule.index["val"].tolist() != other.datamodule.index["val"].tolist()
 
 
-@pytest.mark.parametrize("flags", [
-    ["--model.optimizer.name", "sgd", "--model.optimizer.lr", "0.05"],
-    ["--model.optimizer.name", "adam"],
-    ["--model.optimizer.name", "muon", "--model.optimizer.lr", "0.1", "--model.optimizer.others_lr", "0.2"],
-    ["--model.optimizer.name", "muon", "--model.optimizer.lr", "0.1", "--model.optimizer.others", "adamw",
-     "--model.optimizer.others_lr", "0.01"],
-    ["--trainer.accumulate_grad_batches", "2", "--model.channels_last", "true", "--trainer.precision", "bf16-mixed"],
-    ["--data.augment.mixup", "0.2", "--model.weigh_classes", "true"],
-    ["--data.sampling", "balanced"],
-    ["--model.schedule.name", "linear", "--model.schedule.warmup", "0.3", "--trainer.gradient_clip_val", "1"],
-    ["--model.schedule.name", "step", "--ema.decay", "0"],
-    ["--trainer.gradient_clip_val", "1", "--trainer.precision", "bf16-mixed"],
-    ["--trainer.precision", "16-mixed"],
-    ["--trainer.precision", "bf16-true"],
-], ids=lambda flags: " ".join(word.removeprefix("--") for word in flags[:2]))
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--model.optimizer.name", "sgd", "--model.optimizer.lr", "0.05"],
+        ["--model.optimizer.name", "adam"],
+        [
+            "--model.optimizer.name",
+            "muon",
+            "--model.optimizer.lr",
+            "0.1",
+            "--model.optimizer.others_lr",
+            "0.2",
+        ],
+        [
+            "--model.optimizer.name",
+            "muon",
+            "--model.optimizer.lr",
+            "0.1",
+            "--model.optimizer.others",
+            "adamw",
+            "--model.optimizer.others_lr",
+            "0.01",
+        ],
+        [
+            "--trainer.accumulate_grad_batches",
+            "2",
+            "--model.channels_last",
+            "true",
+            "--trainer.precision",
+            "bf16-mixed",
+        ],
+        ["--data.augment.mixup", "0.2", "--model.weigh_classes", "true"],
+        ["--data.sampling", "balanced"],
+        [
+            "--model.schedule.name",
+            "linear",
+            "--model.schedule.warmup",
+            "0.3",
+            "--trainer.gradient_clip_val",
+            "1",
+        ],
+        ["--model.schedule.name", "step", "--ema.decay", "0"],
+        ["--trainer.gradient_clip_val", "1", "--trainer.precision", "bf16-mixed"],
+        ["--trainer.precision", "16-mixed"],
+        ["--trainer.precision", "bf16-true"],
+    ],
+    ids=lambda flags: " ".join(word.removeprefix("--") for word in flags[:2]),
+)
 def test_knobs_train(tmp_path, flags):
     found = fit(tmp_path, *flags, "--model.label_smoothing", "0", epochs=4)
     assert found.trainer.callback_metrics["val/accuracy"] > 0.7
 
 
-MIXED = torch.bfloat16 if has_bfloat16() else torch.float32  # on a CPU, where Lightning has no float16
+MIXED = (
+    torch.bfloat16 if has_bfloat16() else torch.float32
+)  # on a CPU, where Lightning has no float16
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [
-    ("32-true", torch.float32), ("bf16-true", torch.bfloat16), ("bf16-mixed", MIXED), ("16-mixed", MIXED)])
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [
+        ("32-true", torch.float32),
+        ("bf16-true", torch.bfloat16),
+        ("bf16-mixed", MIXED),
+        ("16-mixed", MIXED),
+    ],
+)
 def test_convolutions_compute_in_the_precision_asked_for(tmp_path, precision, dtype):
     seen = set()
 
@@ -135,7 +233,9 @@ def test_convolutions_compute_in_the_precision_asked_for(tmp_path, precision, dt
 
     hook = register_module_forward_hook(note)
     try:
-        fit(tmp_path, "--trainer.precision", precision, "--audit.enabled", "false")  # whose own model is in float32
+        fit(
+            tmp_path, "--trainer.precision", precision, "--audit.enabled", "false"
+        )  # whose own model is in float32
     finally:
         hook.remove()
     assert seen == {(True, dtype), (False, dtype)}
@@ -147,16 +247,28 @@ def test_the_average_of_the_weights_is_what_is_kept(tmp_path):
     kept, current = checkpoint["state_dict"], checkpoint["ema"]["current"]
     name = "network.head.weight"
     assert not torch.equal(kept[name], current[name])
-    assert torch.equal(kept[name], found.model.state_dict()[name].cpu())  # and training ended with it
+    assert torch.equal(
+        kept[name], found.model.state_dict()[name].cpu()
+    )  # and training ended with it
     assert torch.equal(kept["mean"], current["mean"])
 
 
 def test_the_average_is_more_precise_than_the_weights(tmp_path):
     """In bfloat16 the small steps of an average would be rounded away."""
-    found = fit(tmp_path, "--trainer.precision", "bf16-true", "--ema.decay", "0.999", "--checkpoint.monitor", "null",
-                epochs=2)
+    found = fit(
+        tmp_path,
+        "--trainer.precision",
+        "bf16-true",
+        "--ema.decay",
+        "0.999",
+        "--checkpoint.monitor",
+        "null",
+        epochs=2,
+    )
     checkpoint = torch.load(found.trainer.checkpoint_callback.best_model_path, weights_only=True)
-    kept, current = (of["network.head.weight"] for of in (checkpoint["state_dict"], checkpoint["ema"]["current"]))
+    kept, current = (
+        of["network.head.weight"] for of in (checkpoint["state_dict"], checkpoint["ema"]["current"])
+    )
     assert (kept.dtype, current.dtype) == (torch.float32, torch.bfloat16)
     assert not torch.equal(kept, kept.bfloat16().float())
 
@@ -165,14 +277,20 @@ def test_few_batches_to_overfit_are_the_same_in_every_epoch(tmp_path):
     found = fit(tmp_path, "--trainer.overfit_batches", "2")
     order = found.datamodule.train_dataloader().order
     assert found.trainer.num_training_batches == 2
-    assert all((one == other).all() for one, other in zip(order.epoch(0), order.epoch(1), strict=True))
+    assert all(
+        (one == other).all() for one, other in zip(order.epoch(0), order.epoch(1), strict=True)
+    )
     found.trainer.overfit_batches = 0
     order = found.datamodule.train_dataloader().order
-    assert not all((one == other).all() for one, other in zip(order.epoch(0), order.epoch(1), strict=True))
+    assert not all(
+        (one == other).all() for one, other in zip(order.epoch(0), order.epoch(1), strict=True)
+    )
 
 
 def test_the_schedule_rises_and_falls(tmp_path):
-    found = fit(tmp_path, "--model.schedule.name", "linear", "--model.schedule.warmup", "0.5", epochs=1)
+    found = fit(
+        tmp_path, "--model.schedule.name", "linear", "--model.schedule.warmup", "0.5", epochs=1
+    )
     optimizer = found.trainer.optimizers[0]
     steps = found.trainer.global_step
     shares = [found.model.schedule.share(step, steps) for step in range(steps + 1)]
@@ -184,8 +302,16 @@ def test_the_schedule_rises_and_falls(tmp_path):
 
 
 def test_early_stopping_ends_the_run(tmp_path):
-    found = fit(tmp_path, "--early_stopping.patience", "1", "--early_stopping.monitor", "val/accuracy",
-                "--early_stopping.min_delta", "1", epochs=9)
+    found = fit(
+        tmp_path,
+        "--early_stopping.patience",
+        "1",
+        "--early_stopping.monitor",
+        "val/accuracy",
+        "--early_stopping.min_delta",
+        "1",
+        epochs=9,
+    )
     assert found.trainer.current_epoch == 2
 
 
@@ -200,7 +326,14 @@ def test_the_best_epoch_is_kept_by_whatever_metric_is_named(tmp_path, metric, be
 
 
 def test_early_stopping_by_accuracy_goes_on_while_it_rises(tmp_path):
-    found = fit(tmp_path, "--early_stopping.patience", "1", "--early_stopping.monitor", "val/accuracy", epochs=3)
+    found = fit(
+        tmp_path,
+        "--early_stopping.patience",
+        "1",
+        "--early_stopping.monitor",
+        "val/accuracy",
+        epochs=3,
+    )
     assert found.trainer.current_epoch == 3
 
 
@@ -223,23 +356,56 @@ def test_compiling_leaves_the_names_of_the_weights_alone(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_compiled_speednet_learns_in_bfloat16(tmp_path):
-    found = fit(tmp_path, "--model.compile", "default", "--trainer.precision", "bf16-mixed",
-                "--model.network", "speednet", "--model.options", "{widths: [16, 32, 32]}", "--data.size", "32",
-                epochs=8)
+    found = fit(
+        tmp_path,
+        "--model.compile",
+        "default",
+        "--trainer.precision",
+        "bf16-mixed",
+        "--model.network",
+        "speednet",
+        "--model.options",
+        "{widths: [16, 32, 32]}",
+        "--data.size",
+        "32",
+        epochs=8,
+    )
     assert found.trainer.callback_metrics["val/accuracy"] > 0.8
 
 
 def test_predictions_become_pictures_in_the_log(tmp_path):
-    cli.run(["run", "digits", "--export.enabled", "false", "--progress.quiet", "true", "--trainer.max_epochs", "1",
-             "--trainer.default_root_dir", str(tmp_path), "--name", "test"])
+    main.run(
+        [
+            "run",
+            "digits",
+            "--export.enabled",
+            "false",
+            "--progress.quiet",
+            "true",
+            "--trainer.max_epochs",
+            "1",
+            "--trainer.default_root_dir",
+            str(tmp_path),
+            "--name",
+            "test",
+        ]
+    )
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     log = EventAccumulator(str(next(tmp_path.rglob("events.out*")).parent)).Reload()
-    picture = cv2.imdecode(np.frombuffer(log.Images("val/predictions")[0].encoded_image_string, np.uint8),
-                           cv2.IMREAD_COLOR)
+    picture = cv2.imdecode(
+        np.frombuffer(log.Images("val/predictions")[0].encoded_image_string, np.uint8),
+        cv2.IMREAD_COLOR,
+    )
     assert picture.shape == (284, 896, 3)
-    assert {"train/loss", "train/accuracy", "train/loss_step", "train/accuracy_step", "val/loss",
-            "val/accuracy"} <= set(log.Tags()["scalars"])
+    assert {
+        "train/loss",
+        "train/accuracy",
+        "train/loss_step",
+        "train/accuracy_step",
+        "val/loss",
+        "val/accuracy",
+    } <= set(log.Tags()["scalars"])
 
 
 REFUSED = {
@@ -252,10 +418,15 @@ REFUSED = {
     "no weights on disk": (["--model.weights", "nowhere.pt"], "nowhere.pt: no such file"),
     "an unknown recipe": (["--recipe", "cifar11"], "there are"),
     "gradients that add up over a recorded step": (
-        ["--model.compile", "reduce-overhead", "--trainer.accumulate_grad_batches", "2"], "choose default"),
+        ["--model.compile", "reduce-overhead", "--trainer.accumulate_grad_batches", "2"],
+        "choose default",
+    ),
     "an average that is none": (["--ema.decay", "1"], "decay"),
     "an unknown optimizer": (["--model.optimizer.name", "lion"], "optimizer"),
-    "an augmentation out of range": (["--data.augment.hue", "0.7"], "augment.hue: 0.7 is not between 0 and 0.5"),
+    "an augmentation out of range": (
+        ["--data.augment.hue", "0.7"],
+        "augment.hue: 0.7 is not between 0 and 0.5",
+    ),
     "an augmentation that is none": (["--data.augment.flip", "mirror"], "augment.flip"),
 }
 
@@ -272,23 +443,58 @@ def test_refused_in_one_line(tmp_path, case):
 def test_help_names_every_knob(commands):
     said = commands.run("run", "--help").text
     assert said == commands.run("fit", "--help").text
-    for knob in ("--model.network", "--data.source", "--trainer.precision", "--trainer.devices", "--trainer.strategy",
-                 "--trainer.num_nodes", "--trainer.accumulate_grad_batches", "--store", "--name", "--ema.decay",
-                 "--early_stopping.patience", "--ckpt_path", "--data.augment.mixup"):
+    for knob in (
+        "--model.network",
+        "--data.source",
+        "--trainer.precision",
+        "--trainer.devices",
+        "--trainer.strategy",
+        "--trainer.num_nodes",
+        "--trainer.accumulate_grad_batches",
+        "--store",
+        "--name",
+        "--ema.decay",
+        "--early_stopping.patience",
+        "--ckpt_path",
+        "--data.augment.mixup",
+    ):
         assert knob in said, knob
 
 
 def test_a_recipe_as_config_ends_in_a_bundle(commands, tmp_path):
-    commands.run("fit", "--config", cli.RECIPES / "digits.yaml", "--store", tmp_path / "store",
-                 "--trainer.max_epochs", 2, "--trainer.default_root_dir", tmp_path / "runs")
+    commands.run(
+        "fit",
+        "--config",
+        main.RECIPES / "digits.yaml",
+        "--store",
+        tmp_path / "store",
+        "--trainer.max_epochs",
+        2,
+        "--trainer.default_root_dir",
+        tmp_path / "runs",
+    )
     manifest = json.loads((tmp_path / "store" / "digits" / "latest" / "manifest.json").read_text())
     assert manifest["metrics"]["test"]["accuracy"] > 0.8
     assert manifest["provenance"]["recipe"]["model"]["network"] == "convnet"
 
 
-@pytest.mark.parametrize("flags", [(), ("--trainer.enable_progress_bar", "false"), ("--progress.quiet", "true")])
+@pytest.mark.parametrize(
+    "flags", [(), ("--trainer.enable_progress_bar", "false"), ("--progress.quiet", "true")]
+)
 def test_progress_can_be_left_out(commands, tmp_path, flags):
-    said = commands.run("run", "digits", "--trainer.max_epochs", 1, "--trainer.limit_train_batches", 2,
-                        "--export.enabled", "false", "--audit.enabled", "false",
-                        "--trainer.default_root_dir", tmp_path, *flags)
+    said = commands.run(
+        "run",
+        "digits",
+        "--trainer.max_epochs",
+        1,
+        "--trainer.limit_train_batches",
+        2,
+        "--export.enabled",
+        "false",
+        "--audit.enabled",
+        "false",
+        "--trainer.default_root_dir",
+        tmp_path,
+        *flags,
+    )
     assert ("epoch 1/1" in said.text) == (not flags)

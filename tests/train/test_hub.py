@@ -1,11 +1,12 @@
 """Hugging Face data sets with rows that lack their label or their image."""
+
 from pathlib import Path
 
 import numpy as np
 import pytest
 from pictures import CLASSES, png
 
-from train import cli
+from train.cli import main
 from train.data import DataError, ImageData
 
 datasets = pytest.importorskip("datasets", reason="the extra huggingface is not installed")
@@ -21,18 +22,30 @@ def write(place: Path, labels: list, missing: tuple[int, ...] = (), **parts: lis
     for name, some in {"train": labels, **parts}.items():
         text = any(isinstance(label, str) for label in some)
         kind = datasets.Value("string") if text else datasets.ClassLabel(names=CLASSES)
-        images = [None if i in missing else {"bytes": png(LABELS[i], i), "path": None} for i in range(len(some))]
+        images = [
+            None if i in missing else {"bytes": png(LABELS[i], i), "path": None}
+            for i in range(len(some))
+        ]
         written[name] = datasets.Dataset.from_dict(
-            {"image": images, "label": some}, datasets.Features({"image": datasets.Image(), "label": kind}))
+            {"image": images, "label": some},
+            datasets.Features({"image": datasets.Image(), "label": kind}),
+        )
     datasets.DatasetDict(written).save_to_disk(place)
     return f"hf:{place}"
 
 
-@pytest.mark.parametrize(("labels", "row"), [([*LABELS[:7], -1, *LABELS[8:]], 7), ([None, *LABELS[1:]], 0),
-                                             ([*NAMES[:4], None, *NAMES[5:]], 4)], ids=["-1", "null", "null name"])
+@pytest.mark.parametrize(
+    ("labels", "row"),
+    [
+        ([*LABELS[:7], -1, *LABELS[8:]], 7),
+        ([None, *LABELS[1:]], 0),
+        ([*NAMES[:4], None, *NAMES[5:]], 4),
+    ],
+    ids=["-1", "null", "null name"],
+)
 def test_a_row_without_a_label_is_named_before_anything_is_trained(tmp_path, capsys, labels, row):
     source = write(tmp_path / "set", labels)
-    assert cli.main(["audit", source, "--out", str(tmp_path)]) == 2
+    assert main.main(["audit", source, "--out", str(tmp_path)]) == 2
     assert f"row {row} of the train part has no label" in capsys.readouterr().err
 
 

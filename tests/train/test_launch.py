@@ -1,4 +1,5 @@
 """The launcher of several nodes ends with the status by which Kubernetes decides. With real launchers and processes."""
+
 import os
 import signal
 import subprocess
@@ -38,13 +39,24 @@ Start = Callable[..., subprocess.Popen]
 def start(tmp_path: Path) -> Iterator[Start]:
     """Starts launchers of this program; what still runs ends with the test."""
     (tmp_path / "worker.py").write_text(WORKER)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)]),
+    }
     launchers: list[subprocess.Popen] = []
 
     def run(*words: object) -> subprocess.Popen:
         with open(tmp_path / f"log-{len(launchers)}", "wb") as log:
-            launchers.append(subprocess.Popen([sys.executable, "-m", "train.launch", *map(str, words)], cwd=tmp_path,
-                                              env=environment, stdout=log, stderr=subprocess.STDOUT))
+            launchers.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "train.runs.launch", *map(str, words)],
+                    cwd=tmp_path,
+                    env=environment,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
+            )
         return launchers[-1]
 
     yield run
@@ -58,9 +70,17 @@ def start(tmp_path: Path) -> Iterator[Start]:
 @pytest.fixture
 def node(start: Start, tmp_path: Path) -> Start:
     """Starts a node of one run of two; they meet at the one that is `first`."""
-    flags = ("--nnodes=2", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-backend=c10d", "--rdzv-id=imago",
-             f"--rdzv-endpoint=127.0.0.1:{free_ports(1)[0]}")
-    return lambda first=False: start(*flags, f"--rdzv-conf=is_host={first}", "-m", "worker", "meet", tmp_path)
+    flags = (
+        "--nnodes=2",
+        "--nproc-per-node=1",
+        "--max-restarts=3",
+        "--rdzv-backend=c10d",
+        "--rdzv-id=imago",
+        f"--rdzv-endpoint=127.0.0.1:{free_ports(1)[0]}",
+    )
+    return lambda first=False: start(
+        *flags, f"--rdzv-conf=is_host={first}", "-m", "worker", "meet", tmp_path
+    )
 
 
 def met(place: Path, *nodes: subprocess.Popen) -> None:
@@ -73,8 +93,12 @@ def met(place: Path, *nodes: subprocess.Popen) -> None:
 
 
 def test_its_status_is_that_of_its_process(start, tmp_path):
-    programs = {("worker", "exit", "0"): 0, ("worker", "exit", "143"): 143, ("worker", "killed"): 137,
-                ("train", "run", tmp_path / "no-such-folder"): 2}
+    programs = {
+        ("worker", "exit", "0"): 0,
+        ("worker", "exit", "143"): 143,
+        ("worker", "killed"): 137,
+        ("train", "run", tmp_path / "no-such-folder"): 2,
+    }
     launchers = {start("--standalone", "-m", *words): status for words, status in programs.items()}
     assert [launcher.wait(240) for launcher in launchers] == list(launchers.values())
 

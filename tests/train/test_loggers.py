@@ -1,4 +1,5 @@
 """Metrics and pictures reach every logger, also when a run is resumed. Read back from what they wrote."""
+
 import csv
 import json
 from collections.abc import Iterator
@@ -8,17 +9,48 @@ import pytest
 from launch import Commands
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-METRICS = {"train/loss", "train/accuracy", "val/loss", "val/accuracy", "train/loss_step", "train/accuracy_step"}
+METRICS = {
+    "train/loss",
+    "train/accuracy",
+    "val/loss",
+    "val/accuracy",
+    "train/loss_step",
+    "train/accuracy_step",
+}
 
 
 def train(commands: Commands, place: Path, logger: str) -> Path:
     """Two epochs of 13 steps, stopped in the second and resumed; the run's directory."""
-    settings = ("run", "digits", "--logger", logger, "--trainer.max_epochs", 2, "--trainer.log_every_n_steps", 5,
-                "--data.batch_size", 100, "--export.enabled", "false", "--audit.enabled", "false",
-                "--progress.quiet", "true", "--trainer.callbacks+=killer.Killer",
-                "--trainer.default_root_dir", place / "runs")
-    away = {"HOME": str(place), "WANDB_MODE": None, "WANDB_API_KEY": None, "MLFLOW_TRACKING_URI": None}
-    assert commands.start(*settings, env={**away, "KILL": "TERM:step:20"}, cwd=place).status() == 143
+    settings = (
+        "run",
+        "digits",
+        "--logger",
+        logger,
+        "--trainer.max_epochs",
+        2,
+        "--trainer.log_every_n_steps",
+        5,
+        "--data.batch_size",
+        100,
+        "--export.enabled",
+        "false",
+        "--audit.enabled",
+        "false",
+        "--progress.quiet",
+        "true",
+        "--trainer.callbacks+=killer.Killer",
+        "--trainer.default_root_dir",
+        place / "runs",
+    )
+    away = {
+        "HOME": str(place),
+        "WANDB_MODE": None,
+        "WANDB_API_KEY": None,
+        "MLFLOW_TRACKING_URI": None,
+    }
+    assert (
+        commands.start(*settings, env={**away, "KILL": "TERM:step:20"}, cwd=place).status() == 143
+    )
     commands.run(*settings, env=away, cwd=place)
     return place / "runs/digits/1"
 
@@ -51,11 +83,26 @@ def test_tensorboard(commands, tmp_path):
 def test_steps_before_the_first_checkpoint_are_not_there_twice(commands, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    settings = ("run", "digits", "--trainer.max_epochs", 1, "--trainer.log_every_n_steps", 1, "--data.batch_size", 100,
-                "--export.enabled", "false", "--audit.enabled", "false", "--trainer.callbacks+=killer.Killer")
+    settings = (
+        "run",
+        "digits",
+        "--trainer.max_epochs",
+        1,
+        "--trainer.log_every_n_steps",
+        1,
+        "--data.batch_size",
+        100,
+        "--export.enabled",
+        "false",
+        "--audit.enabled",
+        "false",
+        "--trainer.callbacks+=killer.Killer",
+    )
     assert commands.start(*settings, env={"KILL": "TERM:epoch:2"}, cwd=tmp_path).status() == 0
     (run,) = (tmp_path / "artifacts/runs/digits").iterdir()
-    (run / "finished").unlink()  # as if it had been killed, with all it had logged on disk, and no checkpoint yet
+    (
+        run / "finished"
+    ).unlink()  # as if it had been killed, with all it had logged on disk, and no checkpoint yet
     (run / "last.ckpt").unlink()
     assert "no whole checkpoint" in commands.run(*settings, cwd=tmp_path).text
     found = EventAccumulator(str(run / "tensorboard"))
@@ -71,8 +118,8 @@ def leveldb_log(data: bytes) -> Iterator[bytes]:
         if block - place % block < 7:
             place += block - place % block
             continue
-        length, kind = int.from_bytes(data[place + 4:place + 6], "little"), data[place + 6]
-        record += data[place + 7:place + 7 + length]
+        length, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
+        record += data[place + 7 : place + 7 + length]
         place += 7 + length
         if kind in (1, 4):
             yield record
@@ -91,7 +138,9 @@ def test_wandb_offline(commands, tmp_path):
             record = messages.Record()
             record.ParseFromString(data)
             for item in record.history.item:
-                logged.setdefault(item.key or "/".join(item.nested_key), []).append(json.loads(item.value_json))
+                logged.setdefault(item.key or "/".join(item.nested_key), []).append(
+                    json.loads(item.value_json)
+                )
     assert logged.keys() >= METRICS
     assert len(logged["val/accuracy"]) == 2
     assert logged["val/predictions/count"] == [1, 1]
@@ -108,13 +157,26 @@ def test_mlflow_local_store(commands, tmp_path):
     client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow/mlflow.db")
     (run,) = client.search_runs([client.get_experiment_by_name("digits").experiment_id])
     assert run.data.metrics.keys() >= METRICS
-    assert [metric.step for metric in client.get_metric_history(run.info.run_id, "val/loss")] == [12, 25]
-    assert [Path(file.path).name for file in client.list_artifacts(run.info.run_id, "val/predictions")] == [
-        "0000013.png", "0000026.png"]
+    assert [metric.step for metric in client.get_metric_history(run.info.run_id, "val/loss")] == [
+        12,
+        25,
+    ]
+    assert [
+        Path(file.path).name for file in client.list_artifacts(run.info.run_id, "val/predictions")
+    ] == ["0000013.png", "0000026.png"]
 
 
 def test_several_at_once(commands, tmp_path):
-    settings = ("run", "digits", "--trainer.max_epochs", 1, "--export.enabled", "false", "--audit.enabled", "false",
-                "--trainer.default_root_dir")
+    settings = (
+        "run",
+        "digits",
+        "--trainer.max_epochs",
+        1,
+        "--export.enabled",
+        "false",
+        "--audit.enabled",
+        "false",
+        "--trainer.default_root_dir",
+    )
     commands.run(*settings, tmp_path, "--logger", "csv,tensorboard")
     assert {"csv", "tensorboard"} <= {p.name for p in (tmp_path / "digits/1").iterdir()}

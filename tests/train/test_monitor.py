@@ -1,4 +1,5 @@
 """Prometheus reads how the training is doing while the job runs."""
+
 import os
 import urllib.request
 from pathlib import Path
@@ -9,22 +10,42 @@ from service import free_ports
 
 def scrape(port: int) -> dict[str, float]:
     text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
-    return {sample.name: sample.value for family in text_string_to_metric_families(text) for sample in family.samples}
+    return {
+        sample.name: sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
 
 
 def asleep(commands, place, step: int, *flags, moment: str = "step"):
     """A run that sleeps in this step, or at another moment, and the port of its metrics."""
-    port, = free_ports(1)
+    (port,) = free_ports(1)
     command = commands.start(
-        "run", "digits", "--monitor.port", port, "--monitor.host", "127.0.0.1", "--logger", "none", "--audit.enabled",
-        "false", "--progress.quiet", "true", *flags, "--trainer.callbacks+=killer.Killer",
-        env={"KILL": f"SLEEP:{moment}:{step}"}, cwd=place)
+        "run",
+        "digits",
+        "--monitor.port",
+        port,
+        "--monitor.host",
+        "127.0.0.1",
+        "--logger",
+        "none",
+        "--audit.enabled",
+        "false",
+        "--progress.quiet",
+        "true",
+        *flags,
+        "--trainer.callbacks+=killer.Killer",
+        env={"KILL": f"SLEEP:{moment}:{step}"},
+        cwd=place,
+    )
     command.wait_for("asleep")
     return command, port
 
 
 def test_metrics_follow_the_training(commands, tmp_path):
-    command, port = asleep(commands, tmp_path, 20, "--trainer.log_every_n_steps", 1, "--data.batch_size", 100)
+    command, port = asleep(
+        commands, tmp_path, 20, "--trainer.log_every_n_steps", 1, "--data.batch_size", 100
+    )
     # in the twentieth step, the seventh of the second epoch: 1,295 images make 13
     seen = scrape(port)
     assert seen["imago_train_epoch"] == 2
@@ -39,9 +60,14 @@ def test_metrics_follow_the_training(commands, tmp_path):
     assert 0 < seen["imago_train_learning_rate"] < 1
     assert seen["imago_train_fitting"] == 1
     assert seen["process_resident_memory_bytes"] > 1e8
-    other = commands.start("run", "digits", "--monitor.port", port, "--monitor.host", "127.0.0.1", cwd=tmp_path)
+    other = commands.start(
+        "run", "digits", "--monitor.port", port, "--monitor.host", "127.0.0.1", cwd=tmp_path
+    )
     assert other.status() == 2
-    assert other.text == f"train: monitor.port: can't listen on 127.0.0.1:{port}: Address already in use\n"
+    assert (
+        other.text
+        == f"train: monitor.port: can't listen on 127.0.0.1:{port}: Address already in use\n"
+    )
     command.signal(9)
 
 
@@ -54,18 +80,33 @@ def test_a_run_that_only_has_its_bundle_to_write_says_so(commands, tmp_path):
 
 
 def test_a_run_that_logs_no_steps_is_followed_by_epochs(commands, tmp_path):
-    command, port = asleep(commands, tmp_path, 4, "--trainer.log_every_n_steps", 0, "--data.batch_size", 500)
+    command, port = asleep(
+        commands, tmp_path, 4, "--trainer.log_every_n_steps", 0, "--data.batch_size", 500
+    )
     # in the first step of the second epoch
     assert scrape(port)["imago_train_loss"] > 0
     command.signal(9)
 
 
 def test_without_a_port_nothing_listens(commands, tmp_path):
-    command = commands.start("run", "digits", "--logger", "none", "--audit.enabled", "false",
-                             "--trainer.callbacks+=killer.Killer", env={"KILL": "SLEEP:step:3"}, cwd=tmp_path)
+    command = commands.start(
+        "run",
+        "digits",
+        "--logger",
+        "none",
+        "--audit.enabled",
+        "false",
+        "--trainer.callbacks+=killer.Killer",
+        env={"KILL": "SLEEP:step:3"},
+        cwd=tmp_path,
+    )
     command.wait_for("asleep")
-    tables = "".join(Path(f"/proc/{command.pid}/net/{name}").read_text() for name in ("tcp", "tcp6"))
+    tables = "".join(
+        Path(f"/proc/{command.pid}/net/{name}").read_text() for name in ("tcp", "tcp6")
+    )
     listening = {line.split()[9] for line in tables.splitlines() if line.split()[3] == "0A"}
-    held = {os.readlink(f"/proc/{command.pid}/fd/{fd}") for fd in os.listdir(f"/proc/{command.pid}/fd")}
+    held = {
+        os.readlink(f"/proc/{command.pid}/fd/{fd}") for fd in os.listdir(f"/proc/{command.pid}/fd")
+    }
     assert not {f"socket:[{inode}]" for inode in listening} & held
     command.signal(9)

@@ -1,4 +1,5 @@
 """Names of files and folders may be any bytes: what is written of them is text, and a bundle's own names are plain."""
+
 import csv
 import json
 from pathlib import Path
@@ -8,8 +9,22 @@ from pictures import folder
 
 from models.bundle import Bundle
 
-ODD = {"000.png": "caf\udce9.png", "001.png": "back\\slash.png", "002.png": "new\nline.png", "003.png": "a b\r.png"}
-QUICK = ["--trainer.max_epochs", "1", "--name", "odd", "--data.cache", "", "--export.quantize.enabled", "false"]
+ODD = {
+    "000.png": "caf\udce9.png",
+    "001.png": "back\\slash.png",
+    "002.png": "new\nline.png",
+    "003.png": "a b\r.png",
+}
+QUICK = [
+    "--trainer.max_epochs",
+    "1",
+    "--name",
+    "odd",
+    "--data.cache",
+    "",
+    "--export.quantize.enabled",
+    "false",
+]
 
 
 @pytest.fixture
@@ -26,12 +41,23 @@ def photos(tmp_path: Path) -> Path:
 
 
 def test_odd_names_go_from_a_folder_to_a_bundle(commands, tmp_path, photos):
-    run = commands.run("run", photos, *QUICK, "--data.val_fraction", "0.5", "--store", tmp_path / "store",
-                       "--trainer.default_root_dir", tmp_path / "runs")
+    run = commands.run(
+        "run",
+        photos,
+        *QUICK,
+        "--data.val_fraction",
+        "0.5",
+        "--store",
+        tmp_path / "store",
+        "--trainer.default_root_dir",
+        tmp_path / "runs",
+    )
     assert r"rosa \xe9/br\xf6ken.png" in run.text
     bundle = Bundle(tmp_path / "store/odd/1")
     assert bundle.manifest.classes == ["blue", "green", r"rosa \xe9"]
-    assert [sample.file for sample in bundle.manifest.samples] == [f"{i:02d}.png" for i in range(16)]
+    assert [sample.file for sample in bundle.manifest.samples] == [
+        f"{i:02d}.png" for i in range(16)
+    ]
     for name in ("report.html", "README.md", "manifest.json"):
         assert r"rosa \xe9" in (bundle.path / name).read_text("utf-8").replace(r"\\", "\\")
 
@@ -44,13 +70,33 @@ def test_odd_names_in_the_audit_and_in_predictions_are_text(commands, tmp_path, 
     assert json.loads(text)["unreadable"][0]["file"] == r"rosa \xe9/br\xf6ken.png"
     (tmp_path / "audit/index.html").read_text("utf-8")
     split = "--data.cache", "", "--data.val_fraction", "0.1", "--data.test_fraction", "0.5"
-    commands.run("run", photos, *QUICK, *split, "--export.enabled", "false", "--trainer.default_root_dir",
-                 tmp_path / "runs")
+    commands.run(
+        "run",
+        photos,
+        *QUICK,
+        *split,
+        "--export.enabled",
+        "false",
+        "--trainer.default_root_dir",
+        tmp_path / "runs",
+    )
     checkpoint = next((tmp_path / "runs").rglob("best.ckpt"))
-    run = commands.run("predict", "--data.source", photos, "--model.network", "lenet", "--ckpt_path", checkpoint,
-                       *split, "--progress.quiet", "true")
+    run = commands.run(
+        "predict",
+        "--data.source",
+        photos,
+        "--model.network",
+        "lenet",
+        "--ckpt_path",
+        checkpoint,
+        *split,
+        "--progress.quiet",
+        "true",
+    )
     said = run.log.read_text("utf-8")
-    rows = [row for row in csv.reader(said[said.index("image,label"):].splitlines()) if len(row) == 3]
+    rows = [
+        row for row in csv.reader(said[said.index("image,label") :].splitlines()) if len(row) == 3
+    ]
     assert any(r"caf\xe9.png" in row[0] for row in rows)
 
 

@@ -1,4 +1,5 @@
 """A run that was killed goes on on another node: with less memory, another processor, its files in another place."""
+
 import json
 
 import torch
@@ -10,8 +11,18 @@ from safetensors.torch import load_file
 def test_a_run_goes_on_where_it_was_moved_to(commands, tmp_path):
     """And finds its best weights there."""
     place, moved = tmp_path / "runs", tmp_path / "moved"
-    settings = ("--trainer.max_epochs", 1, "--export.enabled", "true", "--export.quantize.enabled", "false",
-                "--export.report", "false", "--store", tmp_path / "store")
+    settings = (
+        "--trainer.max_epochs",
+        1,
+        "--export.enabled",
+        "true",
+        "--export.quantize.enabled",
+        "false",
+        "--export.report",
+        "false",
+        "--store",
+        tmp_path / "store",
+    )
     assert start(commands, place, *settings, kill="TERM:end:0").status() == 143
     place.rename(moved)
     assert "going on from step" in finish(commands, moved, *settings).text
@@ -23,11 +34,21 @@ def test_a_run_goes_on_where_it_was_moved_to(commands, tmp_path):
 def test_a_run_goes_on_on_a_node_with_less_memory(commands, tmp_path):
     """Normalised as before, though only a sample of what is streamed is measured."""
     photos = folder(tmp_path / "photos", 1000, 8)
-    settings = ("--data.source", photos, "--name", "digits", "--trainer.max_epochs", 2,
-                "--trainer.limit_train_batches", 4)
+    settings = (
+        "--data.source",
+        photos,
+        "--name",
+        "digits",
+        "--trainer.max_epochs",
+        2,
+        "--trainer.limit_train_batches",
+        4,
+    )
     finish(commands, tmp_path / "whole", *settings)
     assert start(commands, tmp_path / "killed", *settings, kill="TERM:step:3").status() == 143
-    going_on = finish(commands, tmp_path / "killed", *settings, "--data.memory_share", 1e-9, "--data.workers", 1)
+    going_on = finish(
+        commands, tmp_path / "killed", *settings, "--data.memory_share", 1e-9, "--data.workers", 1
+    )
     assert "streamed by workers" in going_on.text
     assert "going on from step 3:" in going_on.text
     assert_same(learnt(result(tmp_path / "killed")), learnt(result(tmp_path / "whole")))
@@ -35,5 +56,11 @@ def test_a_run_goes_on_on_a_node_with_less_memory(commands, tmp_path):
 
 def test_a_run_keeps_the_precision_that_was_asked_for(commands, tmp_path):
     """A node without bfloat16 computes in float32, and the next one may have it: the run is the same."""
-    assert start(commands, tmp_path, "--trainer.precision", "bf16-mixed", kill="TERM:step:1").status() == 143
-    assert json.loads((run_of(tmp_path) / "settings.json").read_text())["trainer"]["precision"] == "bf16-mixed"
+    assert (
+        start(commands, tmp_path, "--trainer.precision", "bf16-mixed", kill="TERM:step:1").status()
+        == 143
+    )
+    assert (
+        json.loads((run_of(tmp_path) / "settings.json").read_text())["trainer"]["precision"]
+        == "bf16-mixed"
+    )

@@ -1,12 +1,13 @@
 """The optimizers' mathematics, and which parameters they treat how."""
+
 import math
 
 import pytest
 import torch
 
 from models import networks
-from train.ema import WeightAverage
-from train.optim import Muon, Optimizer, Schedule, orthogonal, parameter_groups
+from train.learning.ema import WeightAverage
+from train.learning.optimizers import Muon, Optimizer, Schedule, orthogonal, parameter_groups
 
 import lightning as L  # isort: skip  (it needs what train declares beside a CPU torch)
 
@@ -19,7 +20,7 @@ def test_singular_values_come_near_one_save_tiny_ones(shape):
     assert (found - found.diag().diag()).abs().max() < 1e-9  # the directions stay
     after, share = found.diag(), before / before.norm()
     assert ((after > 0.68) & (after < 1.21))[share >= 1 / 50].all()
-    assert (after[share < 1 / 50] <= 3.4445 ** 3 * share[share < 1 / 50]).all()
+    assert (after[share < 1 / 50] <= 3.4445**3 * share[share < 1 / 50]).all()
     assert (share >= 1 / 50).sum() > len(share) / 2
 
 
@@ -34,7 +35,9 @@ def test_muon_is_nesterov_momentum_orthogonalised_at_a_held_norm():
         muon.step()
         velocity = 0.6 * velocity + gradient
         update = (gradient + 0.6 * velocity).flatten(1)
-        expected = expected * (8 ** 0.5 / expected.norm()) - 0.1 * orthogonal(update).view_as(expected)
+        expected = expected * (8**0.5 / expected.norm()) - 0.1 * orthogonal(update).view_as(
+            expected
+        )
         assert torch.allclose(kernel, expected, atol=1e-5)
 
 
@@ -68,19 +71,28 @@ def test_groups_learn_and_decay_at_rates_of_their_own():
     kernels, vectors, head = parameter_groups(network, config)
     assert [group["lr"] for group in (kernels, vectors, head)] == [0.5, 2, 0.125]
     assert [group["weight_decay"] for group in (kernels, vectors, head)] == [0.02, 0, 0.08]
-    config = Optimizer("muon", lr=0.5, others_lr=0.1, weight_decay=0.02, bias_lr=4, decay_biases=True)
+    config = Optimizer(
+        "muon", lr=0.5, others_lr=0.1, weight_decay=0.02, bias_lr=4, decay_biases=True
+    )
     kernels, vectors, head = parameter_groups(network, config)
     assert [group["lr"] for group in (kernels, vectors, head)] == [0.5, 0.4, 0.1]
     assert [group["weight_decay"] for group in (kernels, vectors, head)] == [0, 0.005, 0.02]
 
 
-@pytest.mark.parametrize(("schedule", "shares"), [
-    (Schedule("constant"), [1, 1, 1, 1, 1]),
-    (Schedule("linear", final=0.2), [1, 0.8, 0.6, 0.4, 0.2]),
-    (Schedule("cosine", final=0.2), [0.2 + 0.4 * (1 + math.cos(math.pi * t / 4)) for t in range(5)]),
-    (Schedule("step", milestones=(0.5, 0.75), gamma=0.1), [1, 1, 0.1, 0.01, 0.01]),
-    (Schedule("linear", warmup=0.5, start=0.1), [0.1 + 0.9 / 3, 0.1 + 0.9 * 2 / 3, 1, 0.5, 0]),
-], ids=lambda given: given.name if isinstance(given, Schedule) else "")
+@pytest.mark.parametrize(
+    ("schedule", "shares"),
+    [
+        (Schedule("constant"), [1, 1, 1, 1, 1]),
+        (Schedule("linear", final=0.2), [1, 0.8, 0.6, 0.4, 0.2]),
+        (
+            Schedule("cosine", final=0.2),
+            [0.2 + 0.4 * (1 + math.cos(math.pi * t / 4)) for t in range(5)],
+        ),
+        (Schedule("step", milestones=(0.5, 0.75), gamma=0.1), [1, 1, 0.1, 0.01, 0.01]),
+        (Schedule("linear", warmup=0.5, start=0.1), [0.1 + 0.9 / 3, 0.1 + 0.9 * 2 / 3, 1, 0.5, 0]),
+    ],
+    ids=lambda given: given.name if isinstance(given, Schedule) else "",
+)
 def test_schedules_follow_their_formulas(schedule, shares):
     assert [schedule.share(step, 4) for step in range(5)] == pytest.approx(shares)
 
@@ -107,11 +119,18 @@ class Line(L.LightningModule):
 @pytest.mark.filterwarnings("ignore:::lightning")
 def test_the_average_of_the_weights_follows_its_formula(tmp_path, every):
     module = Line()
-    trainer = L.Trainer(max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-                        enable_model_summary=False, accelerator="cpu", default_root_dir=tmp_path,
-                        callbacks=[WeightAverage(0.5, every)])
+    trainer = L.Trainer(
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accelerator="cpu",
+        default_root_dir=tmp_path,
+        callbacks=[WeightAverage(0.5, every)],
+    )
     trainer.fit(module, torch.utils.data.DataLoader(torch.tensor([1.0, -2, 3, 5, -1, 2, 4, 1])))
-    updates = module.seen[every - 1::every]
+    updates = module.seen[every - 1 :: every]
     average = updates[0]
     for count, weight in enumerate(updates, 1):
         decay = min(0.5, (1 + count) / (10 + count))
@@ -120,7 +139,9 @@ def test_the_average_of_the_weights_follows_its_formula(tmp_path, every):
 
 
 NO_KERNELS = {  # in networks whose parameters of several axes are not all kernels
-    "convnext_tiny": "layer_scale", "swin_t": "relative_position_bias_table", "vit_b_32": "class_token",
+    "convnext_tiny": "layer_scale",
+    "swin_t": "relative_position_bias_table",
+    "vit_b_32": "class_token",
 }
 
 
@@ -129,8 +150,10 @@ def test_only_what_maps_features_is_orthogonalised_and_decays(name):
     with torch.device("meta"):
         network = networks.build(name, 10, 3, 224)
     names = {id(p): n for n, p in network.named_parameters()}
-    kernels, vectors, heads = ([names[id(p)] for p in group["params"]] for group in
-                               parameter_groups(network, Optimizer("muon", weight_decay=0.1)))
+    kernels, vectors, heads = (
+        [names[id(p)] for p in group["params"]]
+        for group in parameter_groups(network, Optimizer("muon", weight_decay=0.1))
+    )
     assert heads == ["head.weight"]
     assert len(kernels) + len(vectors) + 1 == len(names)
     assert all(n.endswith("weight") for n in kernels)

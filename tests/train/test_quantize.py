@@ -1,4 +1,5 @@
 """The int8 gate on a network that one layer spoils for int8."""
+
 from pathlib import Path
 
 import numpy as np
@@ -7,10 +8,10 @@ import torch
 from sklearn.datasets import load_digits
 
 from models import networks
+from models.bundle.verify import runner
 from models.image import InputSpec
-from models.verify import runner
-from train.graph import Served, export_onnx
-from train.quantize import QuantizeConfig, Quantized, quantize
+from train.export.onnx_graph import Served, export_onnx
+from train.export.quantize import QuantizeConfig, Quantized, quantize
 
 DIGITS = load_digits()
 IMAGES = (DIGITS.images * 15).astype(np.uint8)[..., None]  # [N,8,8,1], 0..240
@@ -43,11 +44,20 @@ def spoiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def accuracy(file: Path) -> float:
-    return float((runner(file)(IMAGES[1000:])["probabilities"].argmax(1) == DIGITS.target[1000:]).mean())
+    return float(
+        (runner(file)(IMAGES[1000:])["probabilities"].argmax(1) == DIGITS.target[1000:]).mean()
+    )
 
 
 def run(spoiled: Path, target: Path, max_loss: float) -> Quantized:
-    return quantize(spoiled, target, IMAGES[:200], accuracy, accuracy(spoiled), QuantizeConfig(max_loss=max_loss))
+    return quantize(
+        spoiled,
+        target,
+        IMAGES[:200],
+        accuracy,
+        accuracy(spoiled),
+        QuantizeConfig(max_loss=max_loss),
+    )
 
 
 def test_what_hurts_is_left_in_float_until_the_gate_is_passed(spoiled, tmp_path):

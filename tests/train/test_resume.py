@@ -1,4 +1,5 @@
 """A run that is killed and started again ends as one that never was. All by killing real processes."""
+
 import contextlib
 import shutil
 import signal
@@ -11,7 +12,7 @@ from killed import EPOCHS, STEPS, assert_same, finish, learnt, result, run_of, s
 from launch import Commands
 from pictures import folder
 
-from train import checkpoints
+from train.runs import checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -25,12 +26,30 @@ def test_seeds_give_identical_results(commands, undisturbed, tmp_path):
     finish(commands, tmp_path / "runs")
     assert_same(learnt(result(tmp_path / "runs")), learnt(result(undisturbed)))
     metrics = "csv/metrics.csv"
-    assert (run_of(tmp_path / "runs") / metrics).read_text() == (run_of(undisturbed) / metrics).read_text()
+    assert (run_of(tmp_path / "runs") / metrics).read_text() == (
+        run_of(undisturbed) / metrics
+    ).read_text()
 
 
-@pytest.mark.parametrize("kill", ["epoch:3", *(pytest.param(moment, marks=pytest.mark.slow) for moment in (
-    "step:1", "step:17", f"step:{STEPS}", f"step:{EPOCHS * STEPS}", "validation:2", "validation:3", "epoch:1",
-    "end:0"))])
+@pytest.mark.parametrize(
+    "kill",
+    [
+        "epoch:3",
+        *(
+            pytest.param(moment, marks=pytest.mark.slow)
+            for moment in (
+                "step:1",
+                "step:17",
+                f"step:{STEPS}",
+                f"step:{EPOCHS * STEPS}",
+                "validation:2",
+                "validation:3",
+                "epoch:1",
+                "end:0",
+            )
+        ),
+    ],
+)
 def test_sigterm_saves_and_the_same_command_goes_on(commands, undisturbed, tmp_path, kill):
     place = tmp_path / "runs"
     assert start(commands, place, kill=f"TERM:{kill}").status() == 143
@@ -42,10 +61,20 @@ def test_sigterm_saves_and_the_same_command_goes_on(commands, undisturbed, tmp_p
 
 def test_a_run_killed_over_and_over_ends_as_one_that_never_was(commands, undisturbed, tmp_path):
     place = tmp_path / "runs"
-    for kill in ("TERM:step:1", "TERM:step:9", f"TERM:step:{STEPS}", "TERM:epoch:2", "KILL:step:19",
-                 "TERM:validation:2", "KILL:validation:3", "TERM:end:0"):
+    for kill in (
+        "TERM:step:1",
+        "TERM:step:9",
+        f"TERM:step:{STEPS}",
+        "TERM:epoch:2",
+        "KILL:step:19",
+        "TERM:validation:2",
+        "KILL:validation:3",
+        "TERM:end:0",
+    ):
         expected = 143 if kill.startswith("TERM") else 137
-        assert start(commands, place, "--resume.every_steps", 4, kill=kill).status() == expected, kill
+        assert start(commands, place, "--resume.every_steps", 4, kill=kill).status() == expected, (
+            kill
+        )
     finished = finish(commands, place)
     assert f"going on from step {EPOCHS * STEPS}" in finished.text
     assert_same(learnt(result(place)), learnt(result(undisturbed)))
@@ -54,9 +83,20 @@ def test_a_run_killed_over_and_over_ends_as_one_that_never_was(commands, undistu
 
 
 def test_the_history_shows_validation_only_where_there_was_one(commands, tmp_path):
-    flags = "--trainer.check_val_every_n_epoch", 2, "--trainer.max_epochs", 4, "--progress.quiet", "false"
+    flags = (
+        "--trainer.check_val_every_n_epoch",
+        2,
+        "--trainer.max_epochs",
+        4,
+        "--progress.quiet",
+        "false",
+    )
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    told = [line for line in finish(commands, whole, *flags).text.splitlines() if line.startswith("epoch ")]
+    told = [
+        line
+        for line in finish(commands, whole, *flags).text.splitlines()
+        if line.startswith("epoch ")
+    ]
     assert ["val loss" in line for line in told] == [False, True, False, True]
     assert start(commands, killed, *flags, kill=f"TERM:step:{2 * STEPS + 3}").status() == 143
     finish(commands, killed, *flags)
@@ -89,7 +129,9 @@ def test_a_checkpoint_with_any_byte_of_its_directory_flipped_is_told(tmp_path):
         damaged[place] ^= 0xFF
         file.write_bytes(damaged)
         if checkpoints.newest(tmp_path):  # some of its bytes say nothing, such as a date
-            assert torch.load(file, weights_only=True)["state_dict"]["w"].tolist() == list(range(1000))
+            assert torch.load(file, weights_only=True)["state_dict"]["w"].tolist() == list(
+                range(1000)
+            )
 
 
 def test_a_full_disk_stops_with_a_word_and_costs_no_checkpoint(commands, undisturbed, tmp_path):
@@ -97,7 +139,10 @@ def test_a_full_disk_stops_with_a_word_and_costs_no_checkpoint(commands, undistu
     assert start(commands, place, "--resume.every_steps", 4, kill="KILL:step:6").status() == 137
     full = start(commands, place, "--resume.every_steps", 4, limits={"RLIMIT_FSIZE": 100_000})
     assert full.status() == 1
-    assert "no checkpoint of step 8 could be written (File too large); the last one is of step 4" in full.text
+    assert (
+        "no checkpoint of step 8 could be written (File too large); the last one is of step 4"
+        in full.text
+    )
     assert "Traceback" not in full.text
     assert "going on from step 4:" in finish(commands, place).text
     assert_same(learnt(result(place)), learnt(result(undisturbed)))
@@ -115,17 +160,34 @@ def test_a_finished_run_and_another_job_s_run_are_left_alone(commands, tmp_path)
     finish(commands, tmp_path, *short)  # the second is finished: this is a third
     assert start(commands, tmp_path, *short, kill="TERM:step:1").status() == 143
     finish(commands, tmp_path, *short, "--fresh")  # the fourth is unfinished, and not wanted
-    assert sorted(p.name for p in (tmp_path / "digits").iterdir() if (p / "finished").exists()) == ["2", "3", "5"]
+    assert sorted(p.name for p in (tmp_path / "digits").iterdir() if (p / "finished").exists()) == [
+        "2",
+        "3",
+        "5",
+    ]
 
 
-def test_settings_that_decide_nothing_may_change_and_others_are_named(commands, undisturbed, tmp_path):
+def test_settings_that_decide_nothing_may_change_and_others_are_named(
+    commands, undisturbed, tmp_path
+):
     place = tmp_path / "runs"
     assert start(commands, place, kill="TERM:step:4").status() == 143
     indifferent = "--data.workers", 1, "--data.cache", tmp_path / "cache"
     assert start(commands, place, *indifferent, kill="TERM:step:9").status() == 143
-    fresh = finish(commands, place, "--data.batch_size", 200, "--model.optimizer.lr", 0.03, "--trainer.max_epochs", 1)
-    assert (f"train: {place}/digits/1: unfinished, but begun with other settings (data.batch_size, model.optimizer.lr, "
-            "trainer.max_epochs), so a new run begins") in fresh.text
+    fresh = finish(
+        commands,
+        place,
+        "--data.batch_size",
+        200,
+        "--model.optimizer.lr",
+        0.03,
+        "--trainer.max_epochs",
+        1,
+    )
+    assert (
+        f"train: {place}/digits/1: unfinished, but begun with other settings (data.batch_size, model.optimizer.lr, "
+        "trainer.max_epochs), so a new run begins"
+    ) in fresh.text
     (place / "digits/2").rename(tmp_path / "2")
     assert "going on from step 9:" in finish(commands, place).text
     assert_same(learnt(result(place)), learnt(result(undisturbed)))
@@ -134,14 +196,25 @@ def test_settings_that_decide_nothing_may_change_and_others_are_named(commands, 
 
 def test_a_run_does_not_go_on_with_other_data(commands, tmp_path):
     photos, place = folder(tmp_path / "photos", 40), tmp_path / "runs"
-    settings = "--data.source", photos, "--name", "digits", "--data.batch_size", 16, "--trainer.max_epochs", 2
+    settings = (
+        "--data.source",
+        photos,
+        "--name",
+        "digits",
+        "--data.batch_size",
+        16,
+        "--trainer.max_epochs",
+        2,
+    )
     assert start(commands, place, *settings, kill="TERM:step:3").status() == 143
     (photos / "yellow").mkdir()
     for i in range(9):
         (photos / "yellow" / f"{i}.png").write_bytes((photos / "red" / f"{i:03d}.png").read_bytes())
     refused = start(commands, place, *settings)
     assert refused.status() == 2
-    assert refused.text.splitlines()[-1].startswith(f"train: {run_of(place)}: begun on other images, labels or classes")
+    assert refused.text.splitlines()[-1].startswith(
+        f"train: {run_of(place)}: begun on other images, labels or classes"
+    )
     assert "--fresh" in refused.text.splitlines()[-1]
     shutil.rmtree(photos / "yellow")
     removed = (photos / "red" / "000.png").read_bytes()
@@ -160,14 +233,27 @@ def test_a_finished_run_s_checkpoint_is_trained_on(commands, undisturbed, tmp_pa
     name = "network.head.weight"
     assert not torch.equal(before["state_dict"][name], after["state_dict"][name])
     again = finish(commands, tmp_path / "again", "--ckpt_path", last)
-    assert f"{last}: nothing was trained, as its {EPOCHS} epochs are all that was asked for" in again.text
+    assert (
+        f"{last}: nothing was trained, as its {EPOCHS} epochs are all that was asked for"
+        in again.text
+    )
 
 
 @pytest.mark.slow
 def test_every_random_number_is_restored(commands, tmp_path):
     """A network with dropout and batch norm, and gradients summed over two batches."""
-    network = ("--model.network", "mobilenet_v3_small", "--data.size", 16, "--trainer.limit_train_batches", 6,
-               "--trainer.max_epochs", 2, "--trainer.accumulate_grad_batches", 2)
+    network = (
+        "--model.network",
+        "mobilenet_v3_small",
+        "--data.size",
+        16,
+        "--trainer.limit_train_batches",
+        6,
+        "--trainer.max_epochs",
+        2,
+        "--trainer.accumulate_grad_batches",
+        2,
+    )
     finish(commands, tmp_path / "undisturbed", *network)
     assert start(commands, tmp_path / "killed", *network, kill="TERM:step:9").status() == 143
     assert "going on from step 5:" in finish(commands, tmp_path / "killed", *network).text
@@ -176,12 +262,24 @@ def test_every_random_number_is_restored(commands, tmp_path):
 
 def test_whatever_is_drawn_is_drawn_again(commands, tmp_path):
     """By a sample that balances the classes, and by each augmentation that has a chance in it."""
-    chances = {"brightness": 0.3, "contrast": 0.3, "random_resized_crop": 0.5, "erasing": 0.5, "mixup": 0.4,
-              "cutmix": 0.5, "flip": "random"}
-    drawn = ("--data.sampling", "balanced", *(word for name, value in chances.items()
-                                              for word in (f"--data.augment.{name}", value)))
+    chances = {
+        "brightness": 0.3,
+        "contrast": 0.3,
+        "random_resized_crop": 0.5,
+        "erasing": 0.5,
+        "mixup": 0.4,
+        "cutmix": 0.5,
+        "flip": "random",
+    }
+    drawn = (
+        "--data.sampling",
+        "balanced",
+        *(word for name, value in chances.items() for word in (f"--data.augment.{name}", value)),
+    )
     finish(commands, tmp_path / "undisturbed", *drawn)
-    assert start(commands, tmp_path / "killed", *drawn, kill=f"TERM:step:{STEPS + 6}").status() == 143
+    assert (
+        start(commands, tmp_path / "killed", *drawn, kill=f"TERM:step:{STEPS + 6}").status() == 143
+    )
     assert f"going on from step {STEPS + 6}:" in finish(commands, tmp_path / "killed", *drawn).text
     assert_same(learnt(result(tmp_path / "killed")), learnt(result(tmp_path / "undisturbed")))
 
@@ -189,8 +287,16 @@ def test_whatever_is_drawn_is_drawn_again(commands, tmp_path):
 @pytest.mark.slow
 def test_gradients_that_wait_for_more_are_not_left_out(commands, tmp_path):
     """Of three batches in an epoch of six, the third is half a step when the validation comes."""
-    halves = ("--trainer.limit_train_batches", 6, "--trainer.max_epochs", 1, "--trainer.accumulate_grad_batches", 2,
-              "--trainer.val_check_interval", 3)
+    halves = (
+        "--trainer.limit_train_batches",
+        6,
+        "--trainer.max_epochs",
+        1,
+        "--trainer.accumulate_grad_batches",
+        2,
+        "--trainer.val_check_interval",
+        3,
+    )
     finish(commands, tmp_path / "undisturbed", *halves)
     assert start(commands, tmp_path / "killed", *halves, kill="TERM:validation:1").status() == 143
     assert "going on from step 2:" in finish(commands, tmp_path / "killed", *halves).text
@@ -199,8 +305,18 @@ def test_gradients_that_wait_for_more_are_not_left_out(commands, tmp_path):
 
 def test_a_stream_goes_on_where_it_was(commands, tmp_path):
     """With dropout, so that a random number too many shows. The second notice also goes to the decoding workers."""
-    stream = ("--data.memory", "stream", "--data.workers", 2, "--model.network", "mobilenet_v3_small",
-              "--trainer.limit_train_batches", 9, "--trainer.max_epochs", 2)
+    stream = (
+        "--data.memory",
+        "stream",
+        "--data.workers",
+        2,
+        "--model.network",
+        "mobilenet_v3_small",
+        "--trainer.limit_train_batches",
+        9,
+        "--trainer.max_epochs",
+        2,
+    )
     finish(commands, tmp_path / "undisturbed", *stream)
     assert start(commands, tmp_path / "killed", *stream, kill="TERM:step:3").status() == 143
     assert start(commands, tmp_path / "killed", *stream, kill="GROUP:step:11").status() == 143

@@ -1,4 +1,5 @@
 """Sources of images other than folders, each on a small data set that is written here."""
+
 import io
 import json
 import os
@@ -24,9 +25,15 @@ COUNT = 30
 LABELS = [i % 3 for i in range(COUNT)]
 pytestmark = [
     pytest.mark.filterwarnings("ignore:::lightning"),
-    pytest.mark.filterwarnings("ignore:.*unclosed file.*chunk-:ResourceWarning"),  # LitData's readers
-    pytest.mark.filterwarnings("ignore:(?s).*FileIO name.*chunk-:pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore:Global variable:UserWarning"),  # Deep Lake on forks; ours opens anew in each
+    pytest.mark.filterwarnings(
+        "ignore:.*unclosed file.*chunk-:ResourceWarning"
+    ),  # LitData's readers
+    pytest.mark.filterwarnings(
+        "ignore:(?s).*FileIO name.*chunk-:pytest.PytestUnraisableExceptionWarning"
+    ),
+    pytest.mark.filterwarnings(
+        "ignore:Global variable:UserWarning"
+    ),  # Deep Lake on forks; ours opens anew in each
 ]
 
 
@@ -48,7 +55,9 @@ def check(source: str, classes: list[str] = CLASSES, stream: int = 2, **parts: i
     for (images, labels), (same, truth) in zip(*batches, strict=True):
         assert torch.equal(images, same)
         assert labels.tolist() == truth.tolist() == recognise(images.numpy()).tolist()
-    assert sum(len(labels) for _, labels in batches[0]) == data.counts["train"] + data.counts["test"]
+    assert (
+        sum(len(labels) for _, labels in batches[0]) == data.counts["train"] + data.counts["test"]
+    )
     return data
 
 
@@ -59,7 +68,10 @@ def write_table(path: Path, rows: list[tuple], header: str = "path,label") -> Pa
 
 def test_csv_of_paths_and_labels(tmp_path):
     files = folder(tmp_path / "photos", 10)
-    rows = [(path.relative_to(tmp_path).as_posix(), path.parent.name) for path in sorted(files.rglob("*.png"))]
+    rows = [
+        (path.relative_to(tmp_path).as_posix(), path.parent.name)
+        for path in sorted(files.rglob("*.png"))
+    ]
     data = check(str(write_table(tmp_path / "table.csv", rows)))
     assert sum(data.counts.values()) == 30
 
@@ -67,13 +79,21 @@ def test_csv_of_paths_and_labels(tmp_path):
 def test_csv_with_parts(tmp_path):
     files = folder(tmp_path / "photos", 10)
     part = {0: "test", 1: "valid", 2: "valid"}
-    rows = [(str(path), path.parent.name, part.get(int(path.stem), "train")) for path in sorted(files.rglob("*.png"))]
-    check(str(write_table(tmp_path / "table.csv", rows, "path,label,split")), train=21, val=6, test=3)
+    rows = [
+        (str(path), path.parent.name, part.get(int(path.stem), "train"))
+        for path in sorted(files.rglob("*.png"))
+    ]
+    check(
+        str(write_table(tmp_path / "table.csv", rows, "path,label,split")), train=21, val=6, test=3
+    )
 
 
 def test_blanks_around_a_label_in_a_csv_make_no_class(tmp_path):
     files = folder(tmp_path / "photos", 10)
-    rows = [(str(path), path.parent.name + " " * (int(path.stem) % 2)) for path in sorted(files.rglob("*.png"))]
+    rows = [
+        (str(path), path.parent.name + " " * (int(path.stem) % 2))
+        for path in sorted(files.rglob("*.png"))
+    ]
     data = ImageData(str(write_table(tmp_path / "table.csv", rows)))
     data.setup()
     assert data.classes == CLASSES
@@ -82,7 +102,9 @@ def test_blanks_around_a_label_in_a_csv_make_no_class(tmp_path):
 def test_numbers_as_labels_have_one_order_however_they_are_written(tmp_path):
     names = ["00002", "0002", "002", "02", "2", "010", "10"]
     files = folder(tmp_path / "photos", 4 * len(names))
-    rows = [(str(path), names[int(path.stem) % len(names)]) for path in sorted(files.rglob("*.png"))]
+    rows = [
+        (str(path), names[int(path.stem) % len(names)]) for path in sorted(files.rglob("*.png"))
+    ]
     data = ImageData(str(write_table(tmp_path / "table.csv", rows)))
     data.setup()
     assert data.classes == names
@@ -97,7 +119,9 @@ def test_csv_that_is_wrong_is_refused_in_one_line(tmp_path):
     refused([("a.png", "")], "line 2 lacks a path or a label")
     refused([("a\0.png", "x")], r"table\.csv: line 2: a NUL byte in the path")
     refused([("a.png", " ")], "line 2 lacks a path or a label")
-    refused([("a.png", "x", "somewhere")], "line 2: split 'somewhere' is none of", "path,label,split")
+    refused(
+        [("a.png", "x", "somewhere")], "line 2: split 'somewhere' is none of", "path,label,split"
+    )
     refused([], "no rows")
     with pytest.raises(DataError, match=r"nowhere\.csv: not readable"):
         ImageData(str(tmp_path / "nowhere.csv")).setup()
@@ -105,7 +129,10 @@ def test_csv_that_is_wrong_is_refused_in_one_line(tmp_path):
 
 def test_csv_with_missing_files_lists_them(tmp_path):
     files = folder(tmp_path / "photos", 10)
-    rows = [(path.relative_to(tmp_path).as_posix(), path.parent.name) for path in sorted(files.rglob("*.png"))]
+    rows = [
+        (path.relative_to(tmp_path).as_posix(), path.parent.name)
+        for path in sorted(files.rglob("*.png"))
+    ]
     source = str(write_table(tmp_path / "table.csv", [*rows, ("photos/gone.png", "red")]))
     with pytest.raises(DataError, match=r"1 of 31 .*photos/gone\.png \(.*No such file"):
         ImageData(source, max_unreadable=0.01).setup()
@@ -114,16 +141,22 @@ def test_csv_with_missing_files_lists_them(tmp_path):
     assert [name for name, _ in data.unreadable] == ["photos/gone.png"]
 
 
-@pytest.mark.parametrize(("name", "place", "first"), [
-    ("mnist", "MNIST", "0 - zero"), ("fashion-mnist", "FashionMNIST", "T-shirt/top")])
+@pytest.mark.parametrize(
+    ("name", "place", "first"),
+    [("mnist", "MNIST", "0 - zero"), ("fashion-mnist", "FashionMNIST", "T-shirt/top")],
+)
 def test_what_torchvision_finds_at_root_is_not_downloaded(tmp_path, name, place, first):
     raw = tmp_path / place / "raw"
     raw.mkdir(parents=True)
     for part, count in (("train", 200), ("t10k", 50)):
         labels = np.arange(count, dtype=np.uint8) % 10
         pixels = np.broadcast_to(20 * labels[:, None, None], (count, 28, 28)).astype(np.uint8)
-        (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">4I", 2051, count, 28, 28) + pixels.tobytes())
-        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2I", 2049, count) + labels.tobytes())
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(
+            struct.pack(">4I", 2051, count, 28, 28) + pixels.tobytes()
+        )
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(
+            struct.pack(">2I", 2049, count) + labels.tobytes()
+        )
     data = ImageData(name, root=str(tmp_path), batch_size=10, val_fraction=0.1)
     data.setup()
     assert data.counts == {"train": 180, "val": 20, "test": 50}
@@ -135,7 +168,9 @@ def test_what_torchvision_finds_at_root_is_not_downloaded(tmp_path, name, place,
 
 def optimize(place: Path, images: list) -> Path:
     """A LitData directory of these images, with the labels in turn."""
-    streaming = pytest.importorskip("litdata.streaming", reason="the extra litdata is not installed")
+    streaming = pytest.importorskip(
+        "litdata.streaming", reason="the extra litdata is not installed"
+    )
     cache = streaming.Cache(str(place), chunk_size=8)
     for i, (image, label) in enumerate(zip(images, LABELS, strict=True)):
         cache[i] = {"image": image, "label": CLASSES[label]}
@@ -160,7 +195,9 @@ def test_litdata_from_a_directory(optimized):
 
 def test_labels_of_litdata_are_kept_in_the_cache_that_was_named(optimized, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # a home that nothing can be written to
+    monkeypatch.setenv(
+        "XDG_CACHE_HOME", str(tmp_path / "file")
+    )  # a home that nothing can be written to
     for cache in (tmp_path / "named", "", tmp_path / "file" / "named"):
         data = ImageData(f"litdata:{optimized}", cache=str(cache), workers=0)
         data.setup()
@@ -183,12 +220,44 @@ def test_labels_kept_for_another_number_of_images_are_read_anew(optimized, tmp_p
 @pytest.mark.slow
 def test_litdata_is_whole_in_each_of_two_processes(optimized, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "train.launch", "--standalone", "--nproc-per-node", "2", "-m", "train", "run",
-         f"litdata:{optimized}", "--trainer.max_steps", "1", "--trainer.accelerator", "cpu", "--model.network",
-         "convnet", "--data.size", "32", "--data.batch_size", "4", "--logger", "none", "--progress.quiet", "true",
-         "--audit.enabled", "false", "--trainer.default_root_dir", str(tmp_path / "runs"), "--store",
-         str(tmp_path / "store")], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        timeout=280)
+        [
+            sys.executable,
+            "-m",
+            "train.runs.launch",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "-m",
+            "train",
+            "run",
+            f"litdata:{optimized}",
+            "--trainer.max_steps",
+            "1",
+            "--trainer.accelerator",
+            "cpu",
+            "--model.network",
+            "convnet",
+            "--data.size",
+            "32",
+            "--data.batch_size",
+            "4",
+            "--logger",
+            "none",
+            "--progress.quiet",
+            "true",
+            "--audit.enabled",
+            "false",
+            "--trainer.default_root_dir",
+            str(tmp_path / "runs"),
+            "--store",
+            str(tmp_path / "store"),
+        ],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
     assert done.returncode == 0, done.stderr
     manifest = json.loads(next((tmp_path / "store").rglob("manifest.json")).read_text())
     assert sum(manifest["provenance"]["data"]["counts"].values()) == 2 * COUNT
@@ -249,13 +318,27 @@ def test_deep_lake(tmp_path):
     lake.add_column("label", types.ClassLabel("uint32"))
     lake.add_column("split", types.Text())
     lake["label"].metadata["class_names"] = CLASSES
-    lake.append({"image": [np.ascontiguousarray(picture(label, i)[:, :, ::-1]) for i, label in enumerate(LABELS)],
-                 "label": np.array(LABELS, np.uint32), "split": ["test" if i < 6 else "train" for i in range(COUNT)]})
+    lake.append(
+        {
+            "image": [
+                np.ascontiguousarray(picture(label, i)[:, :, ::-1])
+                for i, label in enumerate(LABELS)
+            ],
+            "label": np.array(LABELS, np.uint32),
+            "split": ["test" if i < 6 else "train" for i in range(COUNT)],
+        }
+    )
     lake.commit()
     check(f"deeplake:{tmp_path}/lake", train=21, val=3, test=6)
     with pytest.raises(DataError, match="not readable by deeplake"):
         ImageData(f"deeplake:{tmp_path}/nowhere").setup()
-    lake.append({"image": [np.zeros((32, 32, 3), np.uint8)], "label": np.array([7], np.uint32), "split": ["train"]})
+    lake.append(
+        {
+            "image": [np.zeros((32, 32, 3), np.uint8)],
+            "label": np.array([7], np.uint32),
+            "split": ["train"],
+        }
+    )
     lake.commit()
     with pytest.raises(DataError, match="row 24 of the train part has the label 7 of 3 classes"):
         ImageData(f"deeplake:{tmp_path}/lake").setup()
@@ -264,14 +347,18 @@ def test_deep_lake(tmp_path):
 @pytest.mark.slow
 def test_hugging_face_on_disk(tmp_path):
     datasets = pytest.importorskip("datasets", reason="the extra huggingface is not installed")
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=CLASSES)})
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=CLASSES)}
+    )
 
     def part(first: int) -> object:
         images = [{"bytes": png(label, first + i), "path": None} for i, label in enumerate(LABELS)]
         return datasets.Dataset.from_dict({"image": images, "label": LABELS}, features=features)
 
     datasets.disable_progress_bars()
-    datasets.DatasetDict({"train": part(0), "validation": part(50), "test": part(100)}).save_to_disk(tmp_path / "parts")
+    datasets.DatasetDict(
+        {"train": part(0), "validation": part(50), "test": part(100)}
+    ).save_to_disk(tmp_path / "parts")
     check(f"hf:{tmp_path}/parts", train=30, val=30, test=30)
     part(0).save_to_disk(tmp_path / "single")
     check(f"hf:{tmp_path}/single", train=21, val=3, test=6)
@@ -285,5 +372,3 @@ def test_hugging_face_on_disk(tmp_path):
 def test_an_unknown_source_names_what_there_is():
     with pytest.raises(DataError, match=r"digits, cifar10.*litdata:…, deeplake:…, hf:…"):
         ImageData("cifar11").setup()
-
-

@@ -1,4 +1,5 @@
 """Knobs of the training that a run would not miss at once: each does what it says."""
+
 from pathlib import Path
 from typing import Any
 
@@ -6,11 +7,11 @@ import pytest
 import torch
 from pictures import folder
 
-from train import precision
 from train.data import Augmentation, ImageData
-from train.evaluate import views
-from train.optim import Optimizer
-from train.system import Classifier
+from train.learning import precision
+from train.learning.optimizers import Optimizer
+from train.learning.system import Classifier
+from train.learning.test_time_augmentation import views
 
 import lightning as L  # isort: skip  (it needs what train declares beside a CPU torch)
 
@@ -33,21 +34,43 @@ class Losses(L.Callback):
     def __init__(self) -> None:
         self.steps: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any,
-                           batch_idx: int) -> None:
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
         self.steps.append((outputs["loss"], self.logits, batch[1]))
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, _: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, _: int
+    ) -> None:
         with torch.no_grad():
             self.logits = pl_module(batch[0])
 
 
-def train(photos: Path, batch_size: int = 8, steps: int = 1, trainer: dict[str, Any] | None = None,
-          **model: Any) -> tuple[Classifier, L.Trainer, Losses]:
+def train(
+    photos: Path,
+    batch_size: int = 8,
+    steps: int = 1,
+    trainer: dict[str, Any] | None = None,
+    **model: Any,
+) -> tuple[Classifier, L.Trainer, Losses]:
     L.seed_everything(0, verbose=False)
     seen = Losses()
-    run = L.Trainer(accelerator="cpu", max_steps=steps, limit_val_batches=0, logger=False, enable_checkpointing=False,
-                    enable_progress_bar=False, enable_model_summary=False, callbacks=[seen], **trainer or {})
+    run = L.Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[seen],
+        **trainer or {},
+    )
     system = Classifier(**{"network": "convnet", "optimizer": SGD} | model)
     run.fit(system, datamodule=ImageData(str(photos), batch_size=batch_size, cache="", workers=0))
     return system, run, seen
@@ -55,7 +78,9 @@ def train(photos: Path, batch_size: int = 8, steps: int = 1, trainer: dict[str, 
 
 def test_the_loss_weighs_classes_and_smooths_labels(photos):
     system, _, seen = train(photos, steps=3, label_smoothing=0.2, weigh_classes=True)
-    weights = torch.tensor(32 / 3) / torch.tensor([14.0, 14, 4])  # images a class on average, over its own
+    weights = torch.tensor(32 / 3) / torch.tensor(
+        [14.0, 14, 4]
+    )  # images a class on average, over its own
     assert system.class_weights.tolist() == pytest.approx(weights.tolist())
     for loss, logits, labels in seen.steps:
         wanted = 0.8 * torch.eye(3)[labels] + 0.2 / 3
@@ -69,13 +94,22 @@ def test_convolutions_lie_in_memory_as_asked(photos, chosen):
     kernel = system.network.layers[3].weight
     assert kernel.is_contiguous(memory_format=torch.channels_last) == chosen
     assert kernel.is_contiguous() != chosen
-    assert system.normalize(torch.zeros(2, 3, 8, 8)).is_contiguous(memory_format=torch.channels_last) == chosen
+    assert (
+        system.normalize(torch.zeros(2, 3, 8, 8)).is_contiguous(memory_format=torch.channels_last)
+        == chosen
+    )
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
-@pytest.mark.parametrize(("settings", "fused"), [
-    ({}, True), ({"gradient_clip_val": 1.0}, True), ({"precision": "bf16-mixed"}, True),
-    ({"gradient_clip_val": 1.0, "precision": "bf16-mixed"}, False)])
+@pytest.mark.parametrize(
+    ("settings", "fused"),
+    [
+        ({}, True),
+        ({"gradient_clip_val": 1.0}, True),
+        ({"precision": "bf16-mixed"}, True),
+        ({"gradient_clip_val": 1.0, "precision": "bf16-mixed"}, False),
+    ],
+)
 def test_optimizers_are_fused_but_where_lightning_must_clip_before(photos, name, settings, fused):
     _, run, _ = train(photos, trainer=settings, optimizer=Optimizer(name))
     assert run.optimizers[0].defaults["fused"] == fused
@@ -97,19 +131,35 @@ def test_test_time_augmentation_looks_so_many_times(tta, count):
     found = views(images, tta)
     assert len({view.numpy().tobytes() for view in found}) == len(found) == count
     assert torch.equal(found[0], images)
-    half = found[:max(1, count // 2)]
-    assert all(torch.equal(view.flip(3), other) for view, other in zip(half, found[len(half):], strict=False))
+    half = found[: max(1, count // 2)]
+    assert all(
+        torch.equal(view.flip(3), other)
+        for view, other in zip(half, found[len(half) :], strict=False)
+    )
     for view, (y, x) in zip(half[1:], [(-1, -1), (-1, 1), (1, -1), (1, 1)], strict=False):
-        assert torch.equal(view[:, :, 1:5, 1:5], images[:, :, 1 + y:5 + y, 1 + x:5 + x])
+        assert torch.equal(view[:, :, 1:5, 1:5], images[:, :, 1 + y : 5 + y, 1 + x : 5 + x])
 
 
-@pytest.mark.parametrize("augment", [Augmentation(), Augmentation(random_resized_crop=0.35, mixup=0.4, cutout=12)])
+@pytest.mark.parametrize(
+    "augment", [Augmentation(), Augmentation(random_resized_crop=0.35, mixup=0.4, cutout=12)]
+)
 def test_the_whitening_is_of_images_as_they_are(tmp_path, augment):
     """Whatever training shows of them: patches come out uncorrelated, with variance one."""
-    data = ImageData(str(folder(tmp_path / "photos", 100)), batch_size=50, cache="", workers=0, augment=augment)
-    system = Classifier(network="speednet", options={"widths": [8, 8]}, optimizer=Optimizer("sgd", lr=1e-12))
-    L.Trainer(accelerator="cpu", max_steps=1, limit_val_batches=0, logger=False, enable_checkpointing=False,
-              enable_progress_bar=False, enable_model_summary=False).fit(system, datamodule=data)
+    data = ImageData(
+        str(folder(tmp_path / "photos", 100)), batch_size=50, cache="", workers=0, augment=augment
+    )
+    system = Classifier(
+        network="speednet", options={"widths": [8, 8]}, optimizer=Optimizer("sgd", lr=1e-12)
+    )
+    L.Trainer(
+        accelerator="cpu",
+        max_steps=1,
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    ).fit(system, datamodule=data)
     with torch.no_grad():
         images = system.normalize(data.examples(10**6))
         answers = system.network.whiten(images)[:, :12].permute(1, 0, 2, 3).reshape(12, -1)
@@ -117,16 +167,29 @@ def test_the_whitening_is_of_images_as_they_are(tmp_path, augment):
     covariance = torch.cov(answers)
     large = covariance.diag() > 0.5  # what hardly varies is not blown up to one
     assert large.sum() > 6
-    torch.testing.assert_close(covariance[large][:, large], torch.eye(int(large.sum())), atol=0.3, rtol=0)
+    torch.testing.assert_close(
+        covariance[large][:, large], torch.eye(int(large.sum())), atol=0.3, rtol=0
+    )
 
 
-@pytest.mark.parametrize(("asked", "accelerator", "given"), [
-    ("bf16-mixed", "auto", "16-mixed"), ("bf16-mixed", "gpu", "16-mixed"), ("16-mixed", "gpu", "16-mixed"),
-    ("bf16-true", "gpu", "bf16-true"), (None, "auto", None)])
-def test_a_gpu_that_would_emulate_bfloat16_computes_in_float16(monkeypatch, asked, accelerator, given):
+@pytest.mark.parametrize(
+    ("asked", "accelerator", "given"),
+    [
+        ("bf16-mixed", "auto", "16-mixed"),
+        ("bf16-mixed", "gpu", "16-mixed"),
+        ("16-mixed", "gpu", "16-mixed"),
+        ("bf16-true", "gpu", "bf16-true"),
+        (None, "auto", None),
+    ],
+)
+def test_a_gpu_that_would_emulate_bfloat16_computes_in_float16(
+    monkeypatch, asked, accelerator, given
+):
     for place, name in ((torch.accelerator, "is_available"), (torch.cuda, "is_available")):
         monkeypatch.setattr(place, name, lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation
+    )
     precision.gpu_has_bfloat16.cache_clear()
     assert precision.affordable(asked, accelerator) == given
     precision.gpu_has_bfloat16.cache_clear()

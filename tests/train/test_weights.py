@@ -1,4 +1,5 @@
 """Training that begins with what another run has learnt: --model.weights and --ckpt_path."""
+
 import json
 
 import cv2
@@ -11,11 +12,34 @@ from safetensors.torch import load_file
 
 def test_what_goes_on_from_another_run_keeps_the_best_of_either(commands, tmp_path):
     """Only what is the same run has moved: the best weights of another lie where they lay."""
-    settings = ("--ema.decay", 0, "--model.optimizer.name", "sgd", "--model.optimizer.momentum", 0,
-                "--export.quantize.enabled", "false", "--export.report", "false", "--store", tmp_path / "store")
+    settings = (
+        "--ema.decay",
+        0,
+        "--model.optimizer.name",
+        "sgd",
+        "--model.optimizer.momentum",
+        0,
+        "--export.quantize.enabled",
+        "false",
+        "--export.report",
+        "false",
+        "--store",
+        tmp_path / "store",
+    )
     finish(commands, tmp_path / "runs", *settings, "--trainer.max_epochs", 1)
-    finish(commands, tmp_path / "longer", *settings, "--export.enabled", "true", "--trainer.max_epochs", 2,
-           "--trainer.gradient_clip_val", 1e-12, "--ckpt_path", run_of(tmp_path / "runs") / "last.ckpt")
+    finish(
+        commands,
+        tmp_path / "longer",
+        *settings,
+        "--export.enabled",
+        "true",
+        "--trainer.max_epochs",
+        2,
+        "--trainer.gradient_clip_val",
+        1e-12,
+        "--ckpt_path",
+        run_of(tmp_path / "runs") / "last.ckpt",
+    )
     assert load_file(tmp_path / "store/digits/1/weights.safetensors")
 
 
@@ -26,15 +50,50 @@ def test_weights_go_with_the_brightness_that_they_were_trained_on(commands, tmp_
     for file in photos.rglob("*.png"):
         (darker / file.parent.name).mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(darker / file.parent.name / file.name), cv2.imread(str(file))[::-1] // 3)
-    settings = ("--name", "digits", "--data.batch_size", 16, "--export.enabled", "true", "--export.report", "false",
-                "--export.quantize.enabled", "false")
+    settings = (
+        "--name",
+        "digits",
+        "--data.batch_size",
+        16,
+        "--export.enabled",
+        "true",
+        "--export.report",
+        "false",
+        "--export.quantize.enabled",
+        "false",
+    )
     first, second = tmp_path / "first", tmp_path / "second"
-    finish(commands, first, "--data.source", photos, "--trainer.max_epochs", 1, "--store", first / "store", *settings)
-    learnt = {"--ckpt_path": run_of(first) / "last.ckpt",
-              "--model.weights": first / "store/digits/1/weights.safetensors"}[how]
-    finish(commands, second, "--data.source", darker, "--trainer.max_epochs", 2, "--store", second / "store", how,
-           learnt, *settings)
-    means = [moments(place / "store/digits/1/weights.safetensors")["mean"] for place in (first, second)]
+    finish(
+        commands,
+        first,
+        "--data.source",
+        photos,
+        "--trainer.max_epochs",
+        1,
+        "--store",
+        first / "store",
+        *settings,
+    )
+    learnt = {
+        "--ckpt_path": run_of(first) / "last.ckpt",
+        "--model.weights": first / "store/digits/1/weights.safetensors",
+    }[how]
+    finish(
+        commands,
+        second,
+        "--data.source",
+        darker,
+        "--trainer.max_epochs",
+        2,
+        "--store",
+        second / "store",
+        how,
+        learnt,
+        *settings,
+    )
+    means = [
+        moments(place / "store/digits/1/weights.safetensors")["mean"] for place in (first, second)
+    ]
     assert means[1] == pytest.approx(means[0], rel=1e-5)
     assert min(means[0]) > 80  # the darker ones' is a third of it
 

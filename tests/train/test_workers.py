@@ -1,4 +1,5 @@
 """A job in a container: little shared memory, and a quota of cores below what the host has."""
+
 import json
 import os
 import shutil
@@ -16,38 +17,78 @@ import lightning as L  # isort: skip  (it needs what train declares beside a CPU
 ROOT = Path(__file__).parents[2]
 INSIDE = ["unshare", "-rm", "sh", "-c"]  # mounts that nobody else sees
 LITTLE_SHM = [*INSIDE, 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"', "sh"]
-ONE_CORE = [*INSIDE, 'mount -t tmpfs tmpfs /sys/fs/cgroup && echo 50000 100000 >/sys/fs/cgroup/cpu.max && exec "$@"',
-            "sh"]
-MOUNTS = shutil.which("unshare") and subprocess.run([*LITTLE_SHM, "true"], capture_output=True).returncode == 0
+ONE_CORE = [
+    *INSIDE,
+    'mount -t tmpfs tmpfs /sys/fs/cgroup && echo 50000 100000 >/sys/fs/cgroup/cpu.max && exec "$@"',
+    "sh",
+]
+MOUNTS = (
+    shutil.which("unshare")
+    and subprocess.run([*LITTLE_SHM, "true"], capture_output=True).returncode == 0
+)
 
 
 @pytest.mark.skipif(not MOUNTS, reason="no mounts of one's own here")
 def test_shared_memory_may_be_too_small_for_a_batch(tmp_path):
     source = folder(tmp_path / "photos", count=40, size=128)
-    script = ("import sys; from zlib import crc32; from train.data import ImageData\n"
-              "for memory in 'memory', 'stream':\n"
-              "    data = ImageData(sys.argv[1], memory=memory, workers=int(sys.argv[2]), size=128, cache='')\n"
-              "    data.setup()\n"
-              "    print(*[crc32(images.numpy().tobytes()) for images, _ in data.train_dataloader()])\n")
-    plain, little = (subprocess.run([*place, sys.executable, "-c", script, str(source), workers], cwd=ROOT, check=True,
-                                    timeout=100, capture_output=True, text=True).stdout.splitlines()
-                     for place, workers in (([], "0"), (LITTLE_SHM, "2")))
+    script = (
+        "import sys; from zlib import crc32; from train.data import ImageData\n"
+        "for memory in 'memory', 'stream':\n"
+        "    data = ImageData(sys.argv[1], memory=memory, workers=int(sys.argv[2]), size=128, cache='')\n"
+        "    data.setup()\n"
+        "    print(*[crc32(images.numpy().tobytes()) for images, _ in data.train_dataloader()])\n"
+    )
+    plain, little = (
+        subprocess.run(
+            [*place, sys.executable, "-c", script, str(source), workers],
+            cwd=ROOT,
+            check=True,
+            timeout=100,
+            capture_output=True,
+            text=True,
+        ).stdout.splitlines()
+        for place, workers in (([], "0"), (LITTLE_SHM, "2"))
+    )
     assert little == plain
     assert len(set(plain)) == 1
 
 
-@pytest.mark.skipif(not MOUNTS or len(os.sched_getaffinity(0)) < 2, reason="no mounts of one's own here, or one core")
+@pytest.mark.skipif(
+    not MOUNTS or len(os.sched_getaffinity(0)) < 2,
+    reason="no mounts of one's own here, or one core",
+)
 def test_a_job_uses_no_more_cores_than_its_quota(tmp_path):
-    script = ("import os, runpy, sys\n"
-              "try: runpy.run_module('train', run_name='__main__', alter_sys=True)\n"
-              "except SystemExit as end: assert not end.code\n"
-              "import torch; from train.data import ImageData\n"
-              "print(torch.get_num_threads(), ImageData().workers)\n")
-    command = ["run", "digits", "--trainer.max_epochs", "1", "--store", tmp_path / "store", "--export.report", "false",
-               "--export.quantize.enabled", "false", "--trainer.default_root_dir", tmp_path / "runs"]
+    script = (
+        "import os, runpy, sys\n"
+        "try: runpy.run_module('train', run_name='__main__', alter_sys=True)\n"
+        "except SystemExit as end: assert not end.code\n"
+        "import torch; from train.data import ImageData\n"
+        "print(torch.get_num_threads(), ImageData().workers)\n"
+    )
+    command = [
+        "run",
+        "digits",
+        "--trainer.max_epochs",
+        "1",
+        "--store",
+        tmp_path / "store",
+        "--export.report",
+        "false",
+        "--export.quantize.enabled",
+        "false",
+        "--trainer.default_root_dir",
+        tmp_path / "runs",
+    ]
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    said = subprocess.run([*ONE_CORE, sys.executable, "-c", script, *command], cwd=ROOT, check=True, timeout=250,
-                          capture_output=True, text=True, env={**environment, "XDG_CACHE_HOME": str(tmp_path)}).stdout
+    said = subprocess.run(
+        [*ONE_CORE, sys.executable, "-c", script, *command],
+        cwd=ROOT,
+        check=True,
+        timeout=250,
+        capture_output=True,
+        text=True,
+        env={**environment, "XDG_CACHE_HOME": str(tmp_path)},
+    ).stdout
     assert said.splitlines()[-1] == "1 1"
     manifest = json.loads((tmp_path / "store/digits/1/manifest.json").read_text())
     assert manifest["variants"]["fp32"]["latency"]["threads"] == 1
@@ -55,7 +96,11 @@ def test_a_job_uses_no_more_cores_than_its_quota(tmp_path):
 
 
 def test_processes_of_a_node_share_its_cores():
-    alone, data, asked = ImageData("digits").workers, ImageData("digits"), ImageData("digits", workers=3)
+    alone, data, asked = (
+        ImageData("digits").workers,
+        ImageData("digits"),
+        ImageData("digits", workers=3),
+    )
     data.trainer = asked.trainer = L.Trainer(accelerator="cpu", devices=2, logger=False)
     assert data.workers == max(1, alone // 2)
     assert asked.workers == 3

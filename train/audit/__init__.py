@@ -1,7 +1,8 @@
 """What is wrong with the data, looked for before a model is trained on it.
 
-    findings = run(data, "artifacts/audit/photos")     # audit.json and index.html there; `data.leaked_test` is set
+findings = run(data, "artifacts/audit/photos")     # audit.json and index.html there; `data.leaked_test` is set
 """
+
 import hashlib
 import json
 import os
@@ -55,7 +56,12 @@ def take(data: ImageData, findings: Findings) -> None:
 
 def refused(data: ImageData, problem: str, out: str | Path) -> None:
     """Write what is known of data that `setup` refused after it looked at all images: why, and what can't be read."""
-    findings = {"source": data.source, "problem": problem, "classes": data.classes, "unreadable": _unreadable(data)}
+    findings = {
+        "source": data.source,
+        "problem": problem,
+        "classes": data.classes,
+        "unreadable": _unreadable(data),
+    }
     _write(out, findings, page.refusal(findings))
 
 
@@ -81,38 +87,75 @@ def examine(data: ImageData) -> Findings:
     first_of_kind = usable.copy()
     first_of_kind[exact.second] = False  # copies of copies would only repeat what is found
     near = duplicates.near(data.known.pixels, first_of_kind, device, _mirrors(data))
-    doubtful = labels.suspects(data.known.pixels, truth, np.flatnonzero(usable), len(data.classes), device,
-                               _groups(len(part), exact, near))
+    doubtful = labels.suspects(
+        data.known.pixels,
+        truth,
+        np.flatnonzero(usable),
+        len(data.classes),
+        device,
+        _groups(len(part), exact, near),
+    )
 
     def image(i: int) -> dict[str, Any]:
-        return {"position": int(i), "file": data.found.items.name(int(i)), "part": str(part[i]),
-                "label": data.classes[truth[i]]}
+        return {
+            "position": int(i),
+            "file": data.found.items.name(int(i)),
+            "part": str(part[i]),
+            "label": data.classes[truth[i]],
+        }
 
     def pairs(found: duplicates.Pairs) -> dict[str, Any]:
         across = part[found.first] != part[found.second]
-        order = np.argsort(~across, kind="stable")[:SHOWN]  # across parts first, and the closest first
-        return {"count": len(found.first), "across_parts": int(across.sum()),
-                "other_label": int((truth[found.first] != truth[found.second]).sum()),
-                "pairs": [{"first": image(found.first[p]), "second": image(found.second[p]),
-                           "likeness": round(float(found.likeness[p]), 3)} for p in order.tolist()]}
+        order = np.argsort(~across, kind="stable")[
+            :SHOWN
+        ]  # across parts first, and the closest first
+        return {
+            "count": len(found.first),
+            "across_parts": int(across.sum()),
+            "other_label": int((truth[found.first] != truth[found.second]).sum()),
+            "pairs": [
+                {
+                    "first": image(found.first[p]),
+                    "second": image(found.second[p]),
+                    "likeness": round(float(found.likeness[p]), 3),
+                }
+                for p in order.tolist()
+            ],
+        }
 
     return {
-        "source": data.source, "digest": data.digest, "classes": data.classes, "counts": data.counts,
+        "source": data.source,
+        "digest": data.digest,
+        "classes": data.classes,
+        "counts": data.counts,
         "unreadable": _unreadable(data),
         "exact_duplicates": pairs(exact),
-        "near_duplicates": pairs(near) | {"looked_for": duplicates.told_apart(data.known.pixels),
-                                           "complete": near.complete},
+        "near_duplicates": pairs(near)
+        | {"looked_for": duplicates.told_apart(data.known.pixels), "complete": near.complete},
         "leakage": {name: _leaked(name, part, exact, near) for name in ("test", "val")},
-        "class_counts": _class_counts(data), "odd": _odd(facts, usable, image),
-        "labels": {"accuracy": round(doubtful.accuracy, 4), "count": len(doubtful.index), "suspects": [
-            {**image(i), "suggested": data.classes[k], "confidence": round(float(p), 3)} for i, k, p in
-            zip(doubtful.index[:SHOWN], doubtful.label[:SHOWN], doubtful.confidence[:SHOWN], strict=True)]},
+        "class_counts": _class_counts(data),
+        "odd": _odd(facts, usable, image),
+        "labels": {
+            "accuracy": round(doubtful.accuracy, 4),
+            "count": len(doubtful.index),
+            "suspects": [
+                {**image(i), "suggested": data.classes[k], "confidence": round(float(p), 3)}
+                for i, k, p in zip(
+                    doubtful.index[:SHOWN],
+                    doubtful.label[:SHOWN],
+                    doubtful.confidence[:SHOWN],
+                    strict=True,
+                )
+            ],
+        },
     }
 
 
 def _groups(count: int, *found: duplicates.Pairs) -> np.ndarray:
     """int64 [count]: images that are copies of one another, or of one another's copies, have the same number."""
-    first, second = (np.concatenate([getattr(pairs, side) for pairs in found]) for side in ("first", "second"))
+    first, second = (
+        np.concatenate([getattr(pairs, side) for pairs in found]) for side in ("first", "second")
+    )
     graph = coo_array((np.ones(len(first), bool), (first, second)), (count, count))
     return connected_components(graph, directed=False)[1]
 
@@ -122,7 +165,9 @@ def _mirrors(data: ImageData) -> bool:
     return data.augment.flip != "none"
 
 
-def _leaked(name: str, part: np.ndarray, exact: duplicates.Pairs, near: duplicates.Pairs) -> dict[str, Any]:
+def _leaked(
+    name: str, part: np.ndarray, exact: duplicates.Pairs, near: duplicates.Pairs
+) -> dict[str, Any]:
     """Images of a part that have a duplicate in what is trained on (for test: or chosen with).
 
     Exact copies stand for one another: a near duplicate of one is a near duplicate of all.
@@ -132,25 +177,39 @@ def _leaked(name: str, part: np.ndarray, exact: duplicates.Pairs, near: duplicat
     first = np.concatenate([exact.first, twins[near.first]])
     second = np.concatenate([exact.second, twins[near.second]])
     seen = {"test": ("train", "val"), "val": ("train",)}[name]
-    touched = np.zeros(len(part), bool)  # by its representative: a duplicate of it is in a seen part
+    touched = np.zeros(
+        len(part), bool
+    )  # by its representative: a duplicate of it is in a seen part
     inside = np.isin(part, seen)
     np.logical_or.at(touched, twins, inside)  # a copy itself
     neighbours = touched.copy()
     np.logical_or.at(neighbours, first, touched[second])
     np.logical_or.at(neighbours, second, touched[first])
     positions = np.flatnonzero(neighbours[twins] & (part == name))
-    return {"count": len(positions), "share": round(len(positions) / max(1, int((part == name).sum())), 4),
-            "positions": positions.tolist()}
+    return {
+        "count": len(positions),
+        "share": round(len(positions) / max(1, int((part == name).sum())), 4),
+        "positions": positions.tolist(),
+    }
 
 
 def _class_counts(data: ImageData) -> list[dict[str, Any]]:
     """Images of each class by part, and what is wrong with that, if anything."""
-    count = {part: np.bincount(data.found.labels[data.index[part]], minlength=len(data.classes)) for part in PARTS}
+    count = {
+        part: np.bincount(data.found.labels[data.index[part]], minlength=len(data.classes))
+        for part in PARTS
+    }
     most = count["train"].max()
     rows = []
     for k, name in enumerate(data.classes):
         train = int(count["train"][k])
-        note = f"fewer than {FEW} to train on" if train < FEW else "rare" if train < RARE * most else ""
+        note = (
+            f"fewer than {FEW} to train on"
+            if train < FEW
+            else "rare"
+            if train < RARE * most
+            else ""
+        )
         rows.append({"label": name, **{part: int(count[part][k]) for part in PARTS}, "note": note})
     return rows
 
@@ -172,39 +231,66 @@ def _odd(facts: np.ndarray, usable: np.ndarray, image) -> dict[str, Any]:
         why += [f"mode {modes[which[j]]}"] if rare[j] else []
         listed.append({**image(index[j]), "why": ", ".join(why)})
     usual = sizes[0][sizes[1].argsort()[::-1][:5]], np.sort(sizes[1])[::-1][:5]
-    return {"modes": {str(m): int(c) for m, c in zip(modes, count, strict=True)},
-            "sizes": {f"{w}x{h}": int(c) for (w, h), c in zip(*usual, strict=True)}, "different_sizes": len(sizes[0]),
-            "count": len(listed), "images": listed[:SHOWN]}
+    return {
+        "modes": {str(m): int(c) for m, c in zip(modes, count, strict=True)},
+        "sizes": {f"{w}x{h}": int(c) for (w, h), c in zip(*usual, strict=True)},
+        "different_sizes": len(sizes[0]),
+        "count": len(listed),
+        "images": listed[:SHOWN],
+    }
 
 
 def summary(findings: Findings) -> list[str]:
     """What a person should know before training, one line each; what is fine is not mentioned."""
     lines = []
     for part, images, text in (
-            ("test", "test", "in the data that is trained on; test figures are given with and without them"),
-            ("val", "validation", "in the training part; the best epoch, calibration and thresholds rest on them")):
+        (
+            "test",
+            "test",
+            "in the data that is trained on; test figures are given with and without them",
+        ),
+        (
+            "val",
+            "validation",
+            "in the training part; the best epoch, calibration and thresholds rest on them",
+        ),
+    ):
         leak = findings["leakage"][part]
         if leak["count"]:
-            lines.append(f"WARNING: {leak['count']} {images} images ({leak['share']:.1%}) have an exact or near "
-                         f"duplicate {text}")
+            lines.append(
+                f"WARNING: {leak['count']} {images} images ({leak['share']:.1%}) have an exact or near "
+                f"duplicate {text}"
+            )
     for kind, name in (("exact_duplicates", "exact"), ("near_duplicates", "near")):
         found = findings[kind]
         if found["count"]:
-            other = f", {found['other_label']} with different labels" if found["other_label"] else ""
-            lines.append(f"{found['count']} {name} duplicates, {found['across_parts']} across parts{other}")
+            other = (
+                f", {found['other_label']} with different labels" if found["other_label"] else ""
+            )
+            lines.append(
+                f"{found['count']} {name} duplicates, {found['across_parts']} across parts{other}"
+            )
     if not findings["near_duplicates"]["looked_for"]:
-        lines.append(f"near duplicates are not looked for: that takes images of {duplicates.LEAST} pixels or more")
+        lines.append(
+            f"near duplicates are not looked for: that takes images of {duplicates.LEAST} pixels or more"
+        )
     if not findings["near_duplicates"]["complete"]:
-        lines.append("more images look alike than were compared; only the closest were, so there may be more near "
-                     "duplicates than these")
+        lines.append(
+            "more images look alike than were compared; only the closest were, so there may be more near "
+            "duplicates than these"
+        )
     notes = [row for row in findings["class_counts"] if row["note"]]
     if notes:
-        lines.append("few images: " + ", ".join(f"{row['label']} ({row['train']})" for row in notes[:10]))
+        lines.append(
+            "few images: " + ", ".join(f"{row['label']} ({row['train']})" for row in notes[:10])
+        )
     if findings["odd"]["count"]:
         lines.append(f"{findings['odd']['count']} images of odd size or mode")
     if findings["labels"]["count"]:
-        lines.append(f"{findings['labels']['count']} labels to look at, by a first model of "
-                     f"{findings['labels']['accuracy']:.0%} accuracy")
+        lines.append(
+            f"{findings['labels']['count']} labels to look at, by a first model of "
+            f"{findings['labels']['accuracy']:.0%} accuracy"
+        )
     return lines
 
 
@@ -212,8 +298,12 @@ def _place(data: ImageData) -> Path | None:
     if data.cache is None:
         return None
     split = {part: data.index[part].tolist() for part in PARTS}
-    names = hashlib.sha256("\0".join(map(data.found.items.name, range(len(data.found.items)))).encode()).hexdigest()
-    key = json.dumps([LAYOUT, data.digest, names, data.source, split, data.input.model_dump(), _mirrors(data)])
+    names = hashlib.sha256(
+        "\0".join(map(data.found.items.name, range(len(data.found.items)))).encode()
+    ).hexdigest()
+    key = json.dumps(
+        [LAYOUT, data.digest, names, data.source, split, data.input.model_dump(), _mirrors(data)]
+    )
     return data.cache / "audit" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 
 

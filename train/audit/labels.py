@@ -6,6 +6,7 @@ closed form, so that k folds cost hardly more than one. The rule: confident lear
 learning: estimating uncertainty in dataset labels", 2021): an image belongs to the class whose probability is at least
 what images of that class have on average.
 """
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -31,8 +32,14 @@ class Suspects:
     accuracy: float  # out of sample
 
 
-def suspects(pixels: np.ndarray, labels: np.ndarray, index: np.ndarray, classes: int, device: torch.device,
-             groups: np.ndarray | None = None) -> Suspects:
+def suspects(
+    pixels: np.ndarray,
+    labels: np.ndarray,
+    index: np.ndarray,
+    classes: int,
+    device: torch.device,
+    groups: np.ndarray | None = None,
+) -> Suspects:
     """Look at the images at `index` of uint8 [N, H, W, C] and their `labels` int64 [N].
 
     `groups` int64 [N]: copies have the same number. None is judged by a model that was trained on another one.
@@ -48,17 +55,32 @@ def suspects(pixels: np.ndarray, labels: np.ndarray, index: np.ndarray, classes:
         """float32 [B, K], anew each time: those of all images at once would take most of the memory."""
         return (sharpness * scores(rows)).softmax(1)
 
-    own, guess = (torch.cat(found) for found in zip(*(
-        (c.gather(1, truth[rows, None])[:, 0], c.argmax(1)) for rows in parts for c in [chance(rows)]), strict=True))
+    own, guess = (
+        torch.cat(found)
+        for found in zip(
+            *(
+                (c.gather(1, truth[rows, None])[:, 0], c.argmax(1))
+                for rows in parts
+                for c in [chance(rows)]
+            ),
+            strict=True,
+        )
+    )
     count = torch.bincount(truth, minlength=classes).clamp_min(1)
     usual = torch.zeros(classes, device=device).index_add_(0, truth, own) / count
-    confidence, label = (torch.cat(found) for found in zip(*(
-        _other(chance(rows), truth[rows], usual) for rows in parts), strict=True))
+    confidence, label = (
+        torch.cat(found)
+        for found in zip(*(_other(chance(rows), truth[rows], usual) for rows in parts), strict=True)
+    )
     margin = confidence - own
     found = (margin >= MARGIN).nonzero()[:, 0]
     found = found[margin[found].argsort(descending=True)]
-    return Suspects(index[found.cpu().numpy()], label[found].cpu().numpy(), confidence[found].cpu().numpy(),
-                    float((guess == truth).float().mean()))
+    return Suspects(
+        index[found.cpu().numpy()],
+        label[found].cpu().numpy(),
+        confidence[found].cpu().numpy(),
+        float((guess == truth).float().mean()),
+    )
 
 
 def _other(chance: Tensor, truth: Tensor, usual: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,9 +113,21 @@ def _images(pixels: np.ndarray, device: torch.device) -> Tensor:
 def _filters(pixels: np.ndarray, index: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
     """Kernels [FILTERS, C, PATCH, PATCH] and biases: random patches, whitened, applied to whitened patches."""
     draw = np.random.default_rng(0)
-    some = _images(pixels[np.sort(draw.choice(index, min(len(index), 2000), replace=False))], device)
-    patches = some.unfold(2, PATCH, 1).unfold(3, PATCH, 1).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2)
-    patches = patches[torch.from_numpy(draw.choice(len(patches), min(len(patches), 20_000), replace=False)).to(device)]
+    some = _images(
+        pixels[np.sort(draw.choice(index, min(len(index), 2000), replace=False))], device
+    )
+    patches = (
+        some.unfold(2, PATCH, 1)
+        .unfold(3, PATCH, 1)
+        .permute(0, 2, 3, 1, 4, 5)
+        .flatten(3)
+        .flatten(0, 2)
+    )
+    patches = patches[
+        torch.from_numpy(draw.choice(len(patches), min(len(patches), 20_000), replace=False)).to(
+            device
+        )
+    ]
     mean = patches.mean(0)
     values, vectors = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
     whiten = vectors @ torch.diag((values.clamp_min(0) + 0.1 * values.mean()).rsqrt()) @ vectors.T
@@ -108,8 +142,9 @@ def _folds(groups: np.ndarray) -> np.ndarray:
     return (np.random.default_rng(1).permutation(len(different)) % FOLDS)[which]
 
 
-def _scores(features: Tensor, truth: Tensor, fold: Tensor, classes: int,
-            parts: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+def _scores(
+    features: Tensor, truth: Tensor, fold: Tensor, classes: int, parts: Sequence[Tensor]
+) -> Callable[[Tensor], Tensor]:
     """From rows [B] to out-of-sample scores [B, K]: each `fold` [M] is scored by a ridge regression on the others."""
     count, width, device = *features.shape, features.device
     zero = torch.zeros(width, device=device)
@@ -124,13 +159,20 @@ def _scores(features: Tensor, truth: Tensor, fold: Tensor, classes: int,
             grams[k] += x.T @ x
             products[k] += x.T @ (one_hot(truth[mine], classes).float() - 1 / classes)
     ridge = RIDGE * count * torch.eye(width, device=device)
-    weights = [torch.linalg.solve(grams.sum(0) - grams[k] + ridge, products.sum(0) - products[k]) for k in range(FOLDS)]
+    weights = [
+        torch.linalg.solve(grams.sum(0) - grams[k] + ridge, products.sum(0) - products[k])
+        for k in range(FOLDS)
+    ]
 
     def scores(rows: Tensor) -> Tensor:
-        x, found = (features[rows].float() - mean) / std, torch.empty(len(rows), classes, device=device)
+        x, found = (
+            (features[rows].float() - mean) / std,
+            torch.empty(len(rows), classes, device=device),
+        )
         for k, weight in enumerate(weights):
             found[fold[rows] == k] = x[fold[rows] == k] @ weight
         return found
+
     return scores
 
 

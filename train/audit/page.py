@@ -1,4 +1,5 @@
 """The findings as one HTML page that needs nothing else: styles and thumbnails are inside."""
+
 import base64
 from collections.abc import Callable
 from html import escape
@@ -38,11 +39,15 @@ td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; width: 70px 
 .bar { height: 10px; border-radius: 5px; background: var(--bar) } code { font-size: 13px }
 """
 
-TEST_LEAK = ("test images ({share:.2%}) have an exact or near duplicate in the data that is trained on. They make the "
-             "test figures look better than they are; figures are given with and without them.")
-VAL_LEAK = ("validation images ({share:.2%}) have an exact or near duplicate in the training part. The best epoch, the "
-            "temperature, the thresholds and the prediction sets are chosen with them, so answers are surer than they "
-            "should be.")
+TEST_LEAK = (
+    "test images ({share:.2%}) have an exact or near duplicate in the data that is trained on. They make the "
+    "test figures look better than they are; figures are given with and without them."
+)
+VAL_LEAK = (
+    "validation images ({share:.2%}) have an exact or near duplicate in the training part. The best epoch, the "
+    "temperature, the thresholds and the prediction sets are chosen with them, so answers are surer than they "
+    "should be."
+)
 
 
 def _text(value: str) -> str:
@@ -53,25 +58,62 @@ def _text(value: str) -> str:
 def render(findings: dict[str, Any], data: ImageData) -> str:
     leak, held = (findings["leakage"][part] for part in ("test", "val"))
     label, near = findings["labels"], findings["near_duplicates"]
-    tiles = [("leakage", leak["count"], f"leaked test images ({leak['share']:.1%})", "bad"),
-             ("leakage-val", held["count"], f"leaked validation images ({held['share']:.1%})", "bad"),
-             ("unreadable", len(findings["unreadable"]), "unreadable files", "bad"),
-             ("exact", findings["exact_duplicates"]["count"], "exact duplicates", "warn"),
-             ("near", near["count"], "near duplicates" + (" (not looked for)" if not near["looked_for"] else
-                                                          "" if near["complete"] else " or more"), "warn"),
-             ("labels", label["count"], "doubtful labels", "warn"),
-             ("classes", sum(bool(row["note"]) for row in findings["class_counts"]), "rare classes", "warn"),
-             ("odd", findings["odd"]["count"], "odd sizes and modes", "warn")]
+    tiles = [
+        ("leakage", leak["count"], f"leaked test images ({leak['share']:.1%})", "bad"),
+        ("leakage-val", held["count"], f"leaked validation images ({held['share']:.1%})", "bad"),
+        ("unreadable", len(findings["unreadable"]), "unreadable files", "bad"),
+        ("exact", findings["exact_duplicates"]["count"], "exact duplicates", "warn"),
+        (
+            "near",
+            near["count"],
+            "near duplicates"
+            + (
+                " (not looked for)"
+                if not near["looked_for"]
+                else ""
+                if near["complete"]
+                else " or more"
+            ),
+            "warn",
+        ),
+        ("labels", label["count"], "doubtful labels", "warn"),
+        (
+            "classes",
+            sum(bool(row["note"]) for row in findings["class_counts"]),
+            "rare classes",
+            "warn",
+        ),
+        ("odd", findings["odd"]["count"], "odd sizes and modes", "warn"),
+    ]
     counts = ", ".join(f"{count:,} {part}" for part, count in findings["counts"].items())
     thumbnail = _thumbnails(data)
     return f"""{_head(findings["source"])}
 <p><b>{_text(findings["source"])}</b>: {counts} images of {len(findings["classes"])} classes.
-Digest <code>{findings["digest"][:16]}</code>. All that is listed here in part is in full count in audit.json.</p>
+Digest <code>{
+        findings["digest"][:16]
+    }</code>. All that is listed here in part is in full count in audit.json.</p>
 <div class="tiles">{"".join(_tile(*tile) for tile in tiles)}</div>
-{_alarm("leakage", leak, TEST_LEAK)}{_alarm("leakage-val", held, VAL_LEAK)}{_unreadable(findings["unreadable"])}
-{_pairs("exact", "Exact duplicates", "The same file more than once.", findings["exact_duplicates"], thumbnail)}
-{_pairs("near", "Near duplicates", "The same picture but for brightness, colour, a frame or a slight crop.",
-        near, thumbnail)}
+{_alarm("leakage", leak, TEST_LEAK)}{_alarm("leakage-val", held, VAL_LEAK)}{
+        _unreadable(findings["unreadable"])
+    }
+{
+        _pairs(
+            "exact",
+            "Exact duplicates",
+            "The same file more than once.",
+            findings["exact_duplicates"],
+            thumbnail,
+        )
+    }
+{
+        _pairs(
+            "near",
+            "Near duplicates",
+            "The same picture but for brightness, colour, a frame or a slight crop.",
+            near,
+            thumbnail,
+        )
+    }
 {_labels(label, thumbnail)}{_classes(findings["class_counts"])}{_odd(findings["odd"], thumbnail)}
 </main></html>
 """
@@ -95,12 +137,19 @@ def _head(source: str) -> str:
 
 def _thumbnails(data: ImageData) -> Callable[[dict[str, Any]], str]:
     """From an image of the findings to its <img>."""
+
     def draw(image: dict[str, Any]) -> str:
         pixels = data.known.pixels[image["position"]]
         if max(pixels.shape[:2]) > THUMBNAIL:
-            pixels = fit(pixels, InputSpec(height=THUMBNAIL, width=THUMBNAIL, channels=pixels.shape[2], resize="pad"))
+            pixels = fit(
+                pixels,
+                InputSpec(
+                    height=THUMBNAIL, width=THUMBNAIL, channels=pixels.shape[2], resize="pad"
+                ),
+            )
         code = base64.b64encode(encoded(pixels)).decode()
         return f'<img src="data:image/png;base64,{code}" alt="{_text(image["label"])}" title="{_text(image["file"])}">'
+
     return draw
 
 
@@ -121,23 +170,36 @@ def _alarm(anchor: str, leak: dict[str, Any], text: str) -> str:
 def _unreadable(files: list[dict[str, str]]) -> str:
     if not files:
         return ""
-    rows = "".join(f"<tr><td>{_text(f['file'])}</td><td>{_text(f['problem'])}</td></tr>" for f in files[:SHOWN])
-    return _section("unreadable", "Unreadable files", "They are left out of training.", f"<table>{rows}</table>")
+    rows = "".join(
+        f"<tr><td>{_text(f['file'])}</td><td>{_text(f['problem'])}</td></tr>" for f in files[:SHOWN]
+    )
+    return _section(
+        "unreadable", "Unreadable files", "They are left out of training.", f"<table>{rows}</table>"
+    )
 
 
 def _pairs(anchor: str, title: str, text: str, found: dict[str, Any], thumbnail: Callable) -> str:
     if not found.get("looked_for", True):
-        return _section(anchor, title, text, f"Not looked for: that takes images of {LEAST} pixels a side or more.")
+        return _section(
+            anchor,
+            title,
+            text,
+            f"Not looked for: that takes images of {LEAST} pixels a side or more.",
+        )
     if not found["count"]:
         return ""
     figures = []
     for pair in found["pairs"][:SHOWN]:
         one, two = pair["first"], pair["second"]
-        lines = [f'<b>{one["part"]} / {two["part"]}</b>', _text(one["file"]), _text(two["file"])]
+        lines = [f"<b>{one['part']} / {two['part']}</b>", _text(one["file"]), _text(two["file"])]
         if one["label"] != two["label"]:
-            lines.insert(1, f'<span class="bad-text">{_text(one["label"])} / {_text(two["label"])}</span>')
-        figures.append(f"<figure><div>{thumbnail(one)}{thumbnail(two)}</div><figcaption>{'<br>'.join(lines)}</figcaption>"
-                       "</figure>")
+            lines.insert(
+                1, f'<span class="bad-text">{_text(one["label"])} / {_text(two["label"])}</span>'
+            )
+        figures.append(
+            f"<figure><div>{thumbnail(one)}{thumbnail(two)}</div><figcaption>{'<br>'.join(lines)}</figcaption>"
+            "</figure>"
+        )
     text = f"{text} {found['count']:,} pairs, {found['across_parts']:,} across parts, which come first."
     return _section(anchor, title, text, f'<div class="grid">{"".join(figures)}</div>')
 
@@ -147,30 +209,42 @@ def _labels(found: dict[str, Any], thumbnail: Callable) -> str:
         return ""
     figures = "".join(
         f'<figure class="one">{thumbnail(image)}<figcaption><b>{_text(image["label"])}</b><br>rather '
-        f'<b>{_text(image["suggested"])}</b> ({image["confidence"]:.0%})<br>{_text(image["file"])}</figcaption>'
+        f"<b>{_text(image['suggested'])}</b> ({image['confidence']:.0%})<br>{_text(image['file'])}</figcaption>"
         "</figure>"
-        for image in found["suspects"][:SHOWN])
-    text = (f"A first, simple model that did not see these images ({found['accuracy']:.0%} accurate) is sure of "
-            "another class. Most doubtful first; the better the model, the more this list is worth.")
+        for image in found["suspects"][:SHOWN]
+    )
+    text = (
+        f"A first, simple model that did not see these images ({found['accuracy']:.0%} accurate) is sure of "
+        "another class. Most doubtful first; the better the model, the more this list is worth."
+    )
     return _section("labels", "Doubtful labels", text, f'<div class="grid">{figures}</div>')
 
 
 def _classes(rows: list[dict[str, Any]]) -> str:
     most = max(row["train"] for row in rows)
     body = "".join(
-        f'<tr><td>{_text(row["label"])}</td>'
+        f"<tr><td>{_text(row['label'])}</td>"
         f'<td class="w"><div class="bar" style="width:{100 * row["train"] / most:.1f}%"></div></td>'
-        f'{"".join(f"<td class=n>{row[part]:,}</td>" for part in ("train", "val", "test"))}'
-        f'<td class="bad-text">{row["note"]}</td></tr>' for row in sorted(rows, key=lambda row: -row["train"]))
-    head = ("<tr><th>Class</th><th>Share</th><th class=n>train</th><th class=n>val</th><th class=n>test</th>"
-            "<th>Note</th></tr>")
-    return _section("classes", "Classes", "Images by class and part.", f"<table>{head}{body}</table>")
+        f"{''.join(f'<td class=n>{row[part]:,}</td>' for part in ('train', 'val', 'test'))}"
+        f'<td class="bad-text">{row["note"]}</td></tr>'
+        for row in sorted(rows, key=lambda row: -row["train"])
+    )
+    head = (
+        "<tr><th>Class</th><th>Share</th><th class=n>train</th><th class=n>val</th><th class=n>test</th>"
+        "<th>Note</th></tr>"
+    )
+    return _section(
+        "classes", "Classes", "Images by class and part.", f"<table>{head}{body}</table>"
+    )
 
 
 def _odd(found: dict[str, Any], thumbnail: Callable) -> str:
     sizes = ", ".join(f"{size} ({count:,})" for size, count in found["sizes"].items())
     modes = ", ".join(f"{mode} ({count:,})" for mode, count in found["modes"].items())
-    figures = "".join(f'<figure class="one">{thumbnail(image)}<figcaption><b>{_text(image["why"])}</b><br>'
-                      f'{_text(image["file"])}</figcaption></figure>' for image in found["images"][:SHOWN])
+    figures = "".join(
+        f'<figure class="one">{thumbnail(image)}<figcaption><b>{_text(image["why"])}</b><br>'
+        f"{_text(image['file'])}</figcaption></figure>"
+        for image in found["images"][:SHOWN]
+    )
     text = f"{found['different_sizes']:,} different sizes, most often {sizes}. Modes: {modes}."
     return _section("odd", "Sizes and modes", text, f'<div class="grid">{figures}</div>')

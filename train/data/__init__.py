@@ -1,4 +1,5 @@
 """Images for training: sources, split, pixels in memory or a stream, augmentation."""
+
 import models.networks  # noqa: F401  (first: it declares what torchvision, and so lightning, needs beside a CPU torch)
 from train.data.augment import Augmentation
 from train.data.module import ImageData

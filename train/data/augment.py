@@ -3,6 +3,7 @@
 Every random choice is drawn on the CPU from the generator that is handed in, a few numbers an image, so that a batch
 comes out the same on every device. Images stay uint8 [B, C, H, W] in channels-last layout from end to end.
 """
+
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from models.image import InputSpec
 from train.data import colour, geometry, mixing
-from train.data.order import rng
+from train.data.sampler import rng
 
 
 @dataclass
@@ -54,27 +55,50 @@ class Augmentation:
     cutmix: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, top in (("random_resized_crop", 1), ("erasing", 1), ("hue", 0.5), ("brightness", 1), ("contrast", 1),
-                          ("saturation", 1), ("rotation", 180), ("crop_padding", 4096), ("cutout", 4096),
-                          ("mixup", 100), ("cutmix", 100)):
+        for name, top in (
+            ("random_resized_crop", 1),
+            ("erasing", 1),
+            ("hue", 0.5),
+            ("brightness", 1),
+            ("contrast", 1),
+            ("saturation", 1),
+            ("rotation", 180),
+            ("crop_padding", 4096),
+            ("cutout", 4096),
+            ("mixup", 100),
+            ("cutmix", 100),
+        ):
             if not 0 <= getattr(self, name) <= top:
-                raise ValueError(f"data.augment.{name}: {getattr(self, name)} is not between 0 and {top}")
+                raise ValueError(
+                    f"data.augment.{name}: {getattr(self, name)} is not between 0 and {top}"
+                )
 
 
 class Augmenter:
     """Applies an Augmentation to batches; also cuts images that are kept with a margin to the size of the network."""
 
-    def __init__(self, chosen: Augmentation, spec: InputSpec, mean: list[float], classes: int, images: int, seed: int):
+    def __init__(
+        self,
+        chosen: Augmentation,
+        spec: InputSpec,
+        mean: list[float],
+        classes: int,
+        images: int,
+        seed: int,
+    ):
         """`mean`: the colour of holes, in 0..255; `images`: how many the data set has."""
         if chosen.border == "reflect" and chosen.crop_padding >= min(spec.height, spec.width):
-            raise ValueError(f"data.augment.crop_padding: {chosen.crop_padding} is not less than the image's side")
+            raise ValueError(
+                f"data.augment.crop_padding: {chosen.crop_padding} is not less than the image's side"
+            )
         self.chosen, self.spec, self.classes = chosen, spec, classes
         # A coin for each image that is thrown once: which side alternating flips show in even epochs
         self.sides = torch.from_numpy(rng("flip", seed).random(images) < 0.5)
         self.fill = torch.tensor(mean).round().to(torch.uint8).view(1, -1, 1, 1)
 
-    def __call__(self, images: Tensor, labels: Tensor, rows: Tensor, epoch: int,
-                 draw: np.random.Generator) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, images: Tensor, labels: Tensor, rows: Tensor, epoch: int, draw: np.random.Generator
+    ) -> tuple[Tensor, Tensor]:
         """`images` uint8 [B, C, H, W], `labels` int64 [B], `rows` int64 [B]: the images' numbers in the data set.
 
         Gives uint8 [B, C, height, width] and the labels, float32 [B, K] where images are mixed.
@@ -83,7 +107,9 @@ class Augmenter:
         if chosen.random_resized_crop or chosen.rotation:
             # A random-resized crop takes the place of the crop from the margin; a mere turn leaves scale and margin be
             target = size if chosen.random_resized_crop else (images.shape[2], images.shape[3])
-            images = geometry.warp(images, target, chosen.random_resized_crop, chosen.rotation, chosen.border, draw)
+            images = geometry.warp(
+                images, target, chosen.random_resized_crop, chosen.rotation, chosen.border, draw
+            )
         if chosen.crop_padding or images.shape[2:] != size:
             images = geometry.shift(images, size, chosen.crop_padding, chosen.border, draw)
         if chosen.flip == "random":
@@ -92,7 +118,9 @@ class Augmenter:
             self.sides = self.sides.to(rows.device)
             images = geometry.flip(images, self.sides[rows] ^ (epoch % 2 == 1))
         if chosen.brightness or chosen.contrast or chosen.saturation or chosen.hue:
-            images = colour.jitter(images, chosen.brightness, chosen.contrast, chosen.saturation, chosen.hue, draw)
+            images = colour.jitter(
+                images, chosen.brightness, chosen.contrast, chosen.saturation, chosen.hue, draw
+            )
         self.fill = self.fill.to(images.device)
         if chosen.cutout:
             images = mixing.cutout(images, chosen.cutout, self.fill, draw)
@@ -100,7 +128,9 @@ class Augmenter:
             images = mixing.erase(images, chosen.erasing, self.fill, draw)
         return self._mixed(images, labels, draw)
 
-    def _mixed(self, images: Tensor, labels: Tensor, draw: np.random.Generator) -> tuple[Tensor, Tensor]:
+    def _mixed(
+        self, images: Tensor, labels: Tensor, draw: np.random.Generator
+    ) -> tuple[Tensor, Tensor]:
         chosen = self.chosen
         if not (chosen.mixup or chosen.cutmix):
             return images, labels

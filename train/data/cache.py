@@ -6,6 +6,7 @@
 An entry is written beside its place and renamed in whole. A lock makes a second job wait for the first and then
 read what it wrote; without the lock both would decode, and either result would do.
 """
+
 import contextlib
 import hashlib
 import os
@@ -36,12 +37,18 @@ class Known:
 def known(items: Items, spec: InputSpec, cache: Path | None, workers: int, title: str) -> Known:
     """Pixels and facts of every item, from the cache or by decoding all; without `cache`, or where it can't be
     written, they are held in memory only."""
-    if isinstance(items, Arrays) and items.array.shape[1:] == (spec.height, spec.width, spec.channels):
+    if isinstance(items, Arrays) and items.array.shape[1:] == (
+        spec.height,
+        spec.width,
+        spec.channels,
+    ):
         return Known(items.array, describe(items.array))
     if cache is None:
         return _decode(items, spec, workers, title)
     place = cache / "pixels"
-    suffix = hashlib.sha256(f"{LAYOUT} {cv2.__version__} {spec.model_dump_json()}".encode()).hexdigest()[:16]
+    suffix = hashlib.sha256(
+        f"{LAYOUT} {cv2.__version__} {spec.model_dump_json()}".encode()
+    ).hexdigest()[:16]
     key = place / f"{items.fingerprint()[:32]}-{suffix}.key"
     try:
         place.mkdir(parents=True, exist_ok=True)
@@ -53,7 +60,9 @@ def known(items: Items, spec: InputSpec, cache: Path | None, workers: int, title
                 raise OSError("what was written there does not read back")
             return found
     except OSError as error:
-        say(f"{place}: the decoded pixels can't be kept there ({error.strerror or error}), so they stay in memory only")
+        say(
+            f"{place}: the decoded pixels can't be kept there ({error.strerror or error}), so they stay in memory only"
+        )
         return _decode(items, spec, workers, title)
 
 
@@ -61,11 +70,15 @@ def _load(key: Path, count: int, spec: InputSpec) -> Known | None:
     """The entry that the key names, or None where there is none or it is damaged."""
     try:
         entry = key.parent / key.read_text()
-        pixels = np.load(entry / "pixels.npy", mmap_mode="c")  # private pages: shared between jobs until written to
+        pixels = np.load(
+            entry / "pixels.npy", mmap_mode="c"
+        )  # private pages: shared between jobs until written to
         facts = np.load(entry / "facts.npy")
     except (OSError, ValueError):
         return None
-    sound = pixels.shape == (count, spec.height, spec.width, spec.channels) and facts.shape == (count,)
+    sound = pixels.shape == (count, spec.height, spec.width, spec.channels) and facts.shape == (
+        count,
+    )
     return Known(pixels, facts) if sound and facts.dtype == FACTS else None
 
 
@@ -79,7 +92,9 @@ def _more_readable(items: Items, facts: np.ndarray) -> bool:
     return False
 
 
-def _fill(key: Path, suffix: str, items: Items, spec: InputSpec, workers: int, title: str) -> Known | None:
+def _fill(
+    key: Path, suffix: str, items: Items, spec: InputSpec, workers: int, title: str
+) -> Known | None:
     """Decode into a hidden directory, publish it under the digest of what was read, and load it."""
     mine = f".staging-{key.name}-"  # the lock is the key's, so any that are there were left by a job that was killed
     for left in key.parent.glob(f"{mine}*"):
@@ -89,12 +104,16 @@ def _fill(key: Path, suffix: str, items: Items, spec: InputSpec, workers: int, t
         shape = (len(items), spec.height, spec.width, spec.channels)
         pixels = np.lib.format.open_memmap(staged / "pixels.npy", "w+", np.uint8, shape)
         with (staged / "pixels.npy").open("r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)  # a full disk shows now, as an error
+            os.posix_fallocate(
+                file.fileno(), 0, os.fstat(file.fileno()).st_size
+            )  # a full disk shows now, as an error
         facts = np.zeros(len(items), FACTS)
         _decode_into(pixels, facts, items, spec, workers, title)
         pixels.flush()
         np.save(staged / "facts.npy", facts)
-        entry = key.parent / f"{hashlib.sha256(facts['sha256'].tobytes()).hexdigest()[:32]}-{suffix}"
+        entry = (
+            key.parent / f"{hashlib.sha256(facts['sha256'].tobytes()).hexdigest()[:32]}-{suffix}"
+        )
         if _sound(entry):
             shutil.rmtree(staged)
         else:
@@ -110,7 +129,9 @@ def _fill(key: Path, suffix: str, items: Items, spec: InputSpec, workers: int, t
 
 def _sound(entry: Path) -> bool:
     try:
-        return len(np.load(entry / "pixels.npy", mmap_mode="r")) == len(np.load(entry / "facts.npy"))
+        return len(np.load(entry / "pixels.npy", mmap_mode="r")) == len(
+            np.load(entry / "facts.npy")
+        )
     except (OSError, ValueError):
         return False
 
@@ -122,7 +143,8 @@ def _decode(items: Items, spec: InputSpec, workers: int, title: str) -> Known:
     return Known(pixels, facts)
 
 
-def _decode_into(pixels: np.ndarray, facts: np.ndarray, items: Items, spec: InputSpec, workers: int,
-                 title: str) -> None:
+def _decode_into(
+    pixels: np.ndarray, facts: np.ndarray, items: Items, spec: InputSpec, workers: int, title: str
+) -> None:
     for rows, some, about in examine(items, np.arange(len(items)), spec, workers, title):
         pixels[rows], facts[rows] = some, about

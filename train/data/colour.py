@@ -1,4 +1,5 @@
 """Colour jitter as one 3x3 matrix an image."""
+
 import math
 
 import numpy as np
@@ -6,18 +7,32 @@ import torch
 from torch import Tensor
 
 LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
-TO_YIQ = np.array([LUMA, [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])  # NTSC; hue is the angle in the I-Q plane
+TO_YIQ = np.array(
+    [LUMA, [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]]
+)  # NTSC; hue is the angle in the I-Q plane
 
 
-def jitter(images: Tensor, brightness: float, contrast: float, saturation: float, hue: float,
-           draw: np.random.Generator) -> Tensor:
+def jitter(
+    images: Tensor,
+    brightness: float,
+    contrast: float,
+    saturation: float,
+    hue: float,
+    draw: np.random.Generator,
+) -> Tensor:
     """Random hue, saturation, brightness and contrast, in this order, of uint8 [B, C, H, W]; gray knows the last two.
 
     Hue turns in YIQ, which unlike HSV is linear, so that all but contrast is one matrix.
     """
     b, c, h, w = images.shape
-    factors = {name: draw.uniform(1 - top, 1 + top, b)
-               for name, top in (("brightness", brightness), ("contrast", contrast), ("saturation", saturation))}
+    factors = {
+        name: draw.uniform(1 - top, 1 + top, b)
+        for name, top in (
+            ("brightness", brightness),
+            ("contrast", contrast),
+            ("saturation", saturation),
+        )
+    }
     change = np.ones((b, 1, 1))
     if c == 3:
         gray = np.broadcast_to(LUMA, (3, 3))

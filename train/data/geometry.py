@@ -1,4 +1,5 @@
 """Moving pixels about: shifted windows, mirrors, and one resampling for all that turns or scales."""
+
 import math
 
 import numpy as np
@@ -7,7 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def shift(images: Tensor, size: tuple[int, int], padding: int, border: str, draw: np.random.Generator) -> Tensor:
+def shift(
+    images: Tensor, size: tuple[int, int], padding: int, border: str, draw: np.random.Generator
+) -> Tensor:
     """A window of `size` at a random place of each image, which is first widened by `padding` pixels on every side.
 
     The rows of all windows are gathered at once from overlapping views of the memory, so that whole rows are copied.
@@ -39,11 +42,19 @@ def _widened(pixels: Tensor, padding: int, border: str) -> Tensor:
 
 def flip(images: Tensor, chosen: Tensor) -> Tensor:
     """Mirror left and right the images that `chosen` bool [B] marks."""
-    return torch.where(chosen.to(images.device, non_blocking=True).view(-1, 1, 1, 1), images.flip(3), images)
+    return torch.where(
+        chosen.to(images.device, non_blocking=True).view(-1, 1, 1, 1), images.flip(3), images
+    )
 
 
-def warp(images: Tensor, size: tuple[int, int], least: float, degrees: float, border: str,
-         draw: np.random.Generator) -> Tensor:
+def warp(
+    images: Tensor,
+    size: tuple[int, int],
+    least: float,
+    degrees: float,
+    border: str,
+    draw: np.random.Generator,
+) -> Tensor:
     """A random part of each image, turned, resampled once (bilinear) to `size`.
 
     `least`: smallest share of the area, 0 for the whole image; sides are as 3:4 to 4:3 (Szegedy et al., 2015).
@@ -53,14 +64,23 @@ def warp(images: Tensor, size: tuple[int, int], least: float, degrees: float, bo
     right = below = np.zeros(b)
     if least:
         area = draw.uniform(least, 1, b)
-        widest = np.minimum(math.log(4 / 3), -np.log(area))  # a large part can't be long: it would stick out
+        widest = np.minimum(
+            math.log(4 / 3), -np.log(area)
+        )  # a large part can't be long: it would stick out
         ratio = np.exp(draw.uniform(-widest, widest))
         across, down = np.sqrt(area * ratio), np.sqrt(area / ratio)
         right, below = draw.uniform(-1, 1, b) * (1 - across), draw.uniform(-1, 1, b) * (1 - down)
     angle = np.deg2rad(draw.uniform(-degrees, degrees, b)) if degrees else np.zeros(b)
-    cos, sin = np.cos(angle), np.sin(angle)  # from output to input, both in -1..1 with the centre at 0
-    matrix = np.stack([across * cos, across * sin * (h / w), right, -down * sin * (w / h), down * cos, below], 1)
-    theta = torch.from_numpy(matrix.reshape(b, 2, 3).astype(np.float32)).to(images.device, non_blocking=True)
+    cos, sin = (
+        np.cos(angle),
+        np.sin(angle),
+    )  # from output to input, both in -1..1 with the centre at 0
+    matrix = np.stack(
+        [across * cos, across * sin * (h / w), right, -down * sin * (w / h), down * cos, below], 1
+    )
+    theta = torch.from_numpy(matrix.reshape(b, 2, 3).astype(np.float32)).to(
+        images.device, non_blocking=True
+    )
     grid = F.affine_grid(theta, [b, images.shape[1], *size], align_corners=False)
     outside = "reflection" if border == "reflect" else "zeros"
     warped = F.grid_sample(images.float(), grid, "bilinear", outside, align_corners=False)

@@ -1,4 +1,5 @@
 """Batches on the device, from pixels in memory or from a stream, augmented there."""
+
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 
@@ -7,11 +8,13 @@ import torch
 from torch import Tensor
 
 from models.image import InputSpec
-from train.data.order import Order, rng
 from train.data.pixels import Decoded, loader
+from train.data.sampler import Order, rng
 from train.data.source import DataError, Items
 
-Batch = tuple[Tensor, Tensor]  # uint8 [B, C, H, W] in channels-last layout, int64 [B] or float [B, K] when mixed
+Batch = tuple[
+    Tensor, Tensor
+]  # uint8 [B, C, H, W] in channels-last layout, int64 [B] or float [B, K] when mixed
 Augment = Callable[[Tensor, Tensor, Tensor, int, np.random.Generator], Batch]
 
 
@@ -23,7 +26,9 @@ class Batches(ABC):
     epoch goes on after them, and any other begins at its first step.
     """
 
-    def __init__(self, labels: Tensor, order: Order, device: torch.device, augment: Augment | None = None):
+    def __init__(
+        self, labels: Tensor, order: Order, device: torch.device, augment: Augment | None = None
+    ):
         """`labels` int64 [N] of all rows, on `device`; `order` says which rows make which batch."""
         self.labels, self.order, self.device, self.augment = labels, order, device, augment
         self.epoch, self.step = 0, 0
@@ -71,8 +76,14 @@ class Batches(ABC):
 class MemoryBatches(Batches):
     """Cut from one tensor by index. A tensor in the host's memory may feed another device."""
 
-    def __init__(self, pixels: Tensor, labels: Tensor, order: Order, device: torch.device,
-                 augment: Augment | None = None):
+    def __init__(
+        self,
+        pixels: Tensor,
+        labels: Tensor,
+        order: Order,
+        device: torch.device,
+        augment: Augment | None = None,
+    ):
         """`pixels` uint8 [N, H, W, C] on `device` or on the CPU."""
         super().__init__(labels, order, device, augment)
         self.pixels = pixels
@@ -90,8 +101,17 @@ class MemoryBatches(Batches):
 class StreamBatches(Batches):
     """Read and decoded by worker processes, some batches ahead."""
 
-    def __init__(self, items: Items, positions: np.ndarray, spec: InputSpec, labels: Tensor, order: Order,
-                 device: torch.device, augment: Augment | None = None, workers: int = 0):
+    def __init__(
+        self,
+        items: Items,
+        positions: np.ndarray,
+        spec: InputSpec,
+        labels: Tensor,
+        order: Order,
+        device: torch.device,
+        augment: Augment | None = None,
+        workers: int = 0,
+    ):
         """`positions` int64 [N] of the rows among the `items`."""
         super().__init__(labels, order, device, augment)
         self.decoded, self.positions, self.workers = Decoded(items, spec), positions, workers

@@ -1,4 +1,5 @@
 """Where the pixels are kept while training: on the device, in the host's memory, or on disk and streamed."""
+
 from pathlib import Path
 from typing import Literal
 
@@ -8,7 +9,9 @@ Memory = Literal["auto", "memory", "stream"]
 Place = Literal["device", "host", "stream"]
 
 
-def choose(memory: Memory, size: int, share: float, device: torch.device, holders: int = 1) -> tuple[Place, str]:
+def choose(
+    memory: Memory, size: int, share: float, device: torch.device, holders: int = 1
+) -> tuple[Place, str]:
     """Where `size` bytes of pixels go, and why, in words.
 
     They go to the device if they fit into `share` of its free memory, else to the host's if they fit into that share of
@@ -19,7 +22,10 @@ def choose(memory: Memory, size: int, share: float, device: torch.device, holder
         return "stream", "as asked"
     fits_device = device.type != "cpu" and size <= share * _free(device)
     if device.type != "cpu" and fits_device:
-        return "device", f"{_gb(size)} within {share:.0%} of the {_gb(_free(device))} free on {device}"
+        return (
+            "device",
+            f"{_gb(size)} within {share:.0%} of the {_gb(_free(device))} free on {device}",
+        )
     free = available()
     if memory == "memory":
         return "host", f"{_gb(size)}, as asked"
@@ -46,8 +52,12 @@ def available() -> int:
         return 4 << 30  # not Linux: assume a modest machine
     try:
         group = Path("/sys/fs/cgroup")
-        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        inactive = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["inactive_file"]
+        limit, used = (
+            (group / name).read_text().strip() for name in ("memory.max", "memory.current")
+        )
+        inactive = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())[
+            "inactive_file"
+        ]
         return free if limit == "max" else min(free, int(limit) - int(used) + int(inactive))
     except (OSError, KeyError, ValueError):
         return free

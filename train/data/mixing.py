@@ -1,4 +1,5 @@
 """Holes in images, and images mixed with their neighbour in the batch (which is shuffled, so any other will do)."""
+
 import math
 
 import numpy as np
@@ -20,17 +21,27 @@ def cutout(images: Tensor, side: int, fill: Tensor, draw: np.random.Generator) -
 def erase(images: Tensor, chance: float, fill: Tensor, draw: np.random.Generator) -> Tensor:
     """With `chance`, a rectangle of 2 to 33 % of the area, sides as 3:10 to 10:3, takes the colour `fill`."""
     b, _, h, w = images.shape
-    area, ratio = draw.uniform(0.02, 0.33, b) * h * w, np.exp(draw.uniform(math.log(0.3), math.log(10 / 3), b))
+    area, ratio = (
+        draw.uniform(0.02, 0.33, b) * h * w,
+        np.exp(draw.uniform(math.log(0.3), math.log(10 / 3), b)),
+    )
     height = np.minimum(h, np.rint(np.sqrt(area * ratio))) * (draw.random(b) < chance)
     width = np.minimum(w, np.rint(np.sqrt(area / ratio)))
-    top, left = np.floor(draw.random(b) * (h - height + 1)), np.floor(draw.random(b) * (w - width + 1))
+    top, left = (
+        np.floor(draw.random(b) * (h - height + 1)),
+        np.floor(draw.random(b) * (w - width + 1)),
+    )
     return torch.where(_boxes(images, top, left, height, width), fill, images)
 
 
-def _boxes(images: Tensor, top: np.ndarray, left: np.ndarray, height: np.ndarray, width: np.ndarray) -> Tensor:
+def _boxes(
+    images: Tensor, top: np.ndarray, left: np.ndarray, height: np.ndarray, width: np.ndarray
+) -> Tensor:
     """bool [B, 1, H, W]: inside of one rectangle an image; what lies outside of the image is cut off."""
     edges = np.stack([top, top + height, left, left + width]).astype(np.int32)
-    top, bottom, left, right = torch.from_numpy(edges).to(images.device, non_blocking=True)[..., None]
+    top, bottom, left, right = torch.from_numpy(edges).to(images.device, non_blocking=True)[
+        ..., None
+    ]
     y, x = (torch.arange(side, device=images.device) for side in images.shape[2:])
     rows, columns = (y >= top) & (y < bottom), (x >= left) & (x < right)
     return rows[:, None, :, None] & columns[:, None, None, :]

@@ -1,4 +1,5 @@
 """The one LightningDataModule, for every source."""
+
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
@@ -9,19 +10,19 @@ import lightning as L
 import numpy as np
 import torch
 
-from models.cores import cores
+from models.cpu_quota import cores
 from models.image import InputSpec, header
 from train.data.augment import Augmentation, Augmenter
 from train.data.cache import Known, known
+from train.data.input_size import input_spec, kept_spec, thumbnail_spec
 from train.data.loader import Batches, MemoryBatches, StreamBatches
 from train.data.memory import Memory, choose
-from train.data.order import Order
 from train.data.pixels import encoded, pixels_of
+from train.data.sampler import Order
 from train.data.source import PARTS, Arrays, DataError, Source, cache_home, say
 from train.data.sources import open_source
-from train.data.spec import input_spec, kept_spec, thumbnail_spec
 from train.data.split import split
-from train.trainer import ours
+from train.learning.trainer import ours
 
 UNCHANGED = Augmentation()
 SAMPLED = 2048  # images that mean and standard deviation are taken from when the data is streamed
@@ -34,13 +35,27 @@ class ImageData(L.LightningDataModule):
     0..255; `counts` of images by part; `digest`; `class_weights`; `unreadable`, files that are left out, and why.
     """
 
-    def __init__(self, source: str = "digits", root: str | None = None, size: int | None = None,
-                 channels: Literal[1, 3] | None = None, resize: Literal["crop", "stretch", "pad"] = "crop",
-                 short_side: int | None = None, batch_size: int = 64, eval_batch_size: int | None = None,
-                 val_fraction: float = 0.1, test_fraction: float = 0.2, seed: int = 0,
-                 sampling: Literal["uniform", "balanced"] = "uniform", augment: Augmentation = UNCHANGED,
-                 memory: Memory = "auto", memory_share: float = 0.5, workers: int | None = None,
-                 cache: str | None = None, max_unreadable: float = 0.05):
+    def __init__(
+        self,
+        source: str = "digits",
+        root: str | None = None,
+        size: int | None = None,
+        channels: Literal[1, 3] | None = None,
+        resize: Literal["crop", "stretch", "pad"] = "crop",
+        short_side: int | None = None,
+        batch_size: int = 64,
+        eval_batch_size: int | None = None,
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.2,
+        seed: int = 0,
+        sampling: Literal["uniform", "balanced"] = "uniform",
+        augment: Augmentation = UNCHANGED,
+        memory: Memory = "auto",
+        memory_share: float = 0.5,
+        workers: int | None = None,
+        cache: str | None = None,
+        max_unreadable: float = 0.05,
+    ):
         """
         Args:
             source: digits, cifar10, cifar100, mnist, fashion-mnist; the path of a folder of class folders, or of a .csv
@@ -68,8 +83,13 @@ class ImageData(L.LightningDataModule):
         for name, value in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
             if not 0 < value < 1:
                 raise DataError(f"{name}: {value} is not between 0 and 1")
-        for name, count, least in (("batch_size", batch_size, 1), ("eval_batch_size", eval_batch_size, 1),
-                                   ("size", size, 1), ("short_side", short_side, 1), ("workers", workers, 0)):
+        for name, count, least in (
+            ("batch_size", batch_size, 1),
+            ("eval_batch_size", eval_batch_size, 1),
+            ("size", size, 1),
+            ("short_side", short_side, 1),
+            ("workers", workers, 0),
+        ):
             if count is not None and count < least:
                 raise DataError(f"{name}: {count} is less than {least}")
         for name, share in (("max_unreadable", max_unreadable), ("memory_share", memory_share)):
@@ -102,23 +122,43 @@ class ImageData(L.LightningDataModule):
             return
         self.classes = self.found.classes
         if len(self.classes) < 2:
-            raise DataError(f"{self.source}: one class, {self.classes[0]!r}; a classifier needs two or more")
+            raise DataError(
+                f"{self.source}: one class, {self.classes[0]!r}; a classifier needs two or more"
+            )
         self.input = input_spec(self.found, self.size, self.channels, self.resize, self.short_side)
         kept = kept_spec(self.input)
-        size = sum(len(self.found.items) * s.height * s.width * s.channels for s in {kept.model_dump_json(): kept,
-                   self.input.model_dump_json(): self.input}.values())
+        size = sum(
+            len(self.found.items) * s.height * s.width * s.channels
+            for s in {
+                kept.model_dump_json(): kept,
+                self.input.model_dump_json(): self.input,
+            }.values()
+        )
         # Pixels in the cache are one file for all processes of the node; without one each holds its own.
         holders = self.trainer.num_devices if self.trainer and self.cache is None else 1
         self.place, why = choose(self.memory, size, self.memory_share, self._device(), holders)
-        say(f"{len(self.found.items):,} images of {self.input.height}x{self.input.width}x{self.input.channels}, "
-            + ("streamed by workers" if self.place == "stream" else f"pixels kept on the {self.place}") + f": {why}")
-        self.known = self._known(thumbnail_spec(self.input) if self.place == "stream" else self.input)
-        self.index = split(self.found, self._usable(), self.val_fraction, self.test_fraction, self.seed)
+        say(
+            f"{len(self.found.items):,} images of {self.input.height}x{self.input.width}x{self.input.channels}, "
+            + (
+                "streamed by workers"
+                if self.place == "stream"
+                else f"pixels kept on the {self.place}"
+            )
+            + f": {why}"
+        )
+        self.known = self._known(
+            thumbnail_spec(self.input) if self.place == "stream" else self.input
+        )
+        self.index = split(
+            self.found, self._usable(), self.val_fraction, self.test_fraction, self.seed
+        )
         self.counts = {part: len(self.index[part]) for part in PARTS}
         self.mean, self.std = _moments(self._training_chunks())
         self.digest = _digest(self.known, self.found)
         self.findings: dict | None = None  # of the audit
-        self.leaked_test = np.zeros(0, np.int64)  # rows of the test part with a duplicate in the others; by the audit
+        self.leaked_test = np.zeros(
+            0, np.int64
+        )  # rows of the test part with a duplicate in the others; by the audit
 
     @cached_property
     def found(self) -> Source:
@@ -140,8 +180,10 @@ class ImageData(L.LightningDataModule):
         more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
         total = len(problems)
         if len(bad) > self.max_unreadable * total:
-            raise DataError(f"{self.source}: {len(bad)} of {total} images can't be read, more than max_unreadable "
-                            f"{self.max_unreadable:.0%} allows: {names}{more}")
+            raise DataError(
+                f"{self.source}: {len(bad)} of {total} images can't be read, more than max_unreadable "
+                f"{self.max_unreadable:.0%} allows: {names}{more}"
+            )
         say(f"{len(bad)} of {total} images can't be read and are left out: {names}{more}")
         return problems == ""
 
@@ -151,12 +193,16 @@ class ImageData(L.LightningDataModule):
             yield from (image[None] for image in self._examples(SAMPLED))
         else:
             index = self.index["train"]
-            yield from (self.known.pixels[some] for some in np.array_split(index, -(-len(index) // 1024)))
+            yield from (
+                self.known.pixels[some] for some in np.array_split(index, -(-len(index) // 1024))
+            )
 
     def _examples(self, count: int) -> Iterator[np.ndarray]:
         """uint8 [H, W, C] each: so many training images at most, from all over the part."""
         index = self.index["train"]
-        some = index[np.linspace(0, len(index) - 1, min(count, len(index)), dtype=np.int64)].tolist()
+        some = index[
+            np.linspace(0, len(index) - 1, min(count, len(index)), dtype=np.int64)
+        ].tolist()
         if self.place == "stream":
             yield from (pixels_of(self.found.items, i, self.input) for i in some)
         else:
@@ -175,7 +221,9 @@ class ImageData(L.LightningDataModule):
         rank, world = (here.global_rank, here.world_size) if here else (0, 1)
         rows = self.index[part]
         if len(rows) < world:
-            raise DataError(f"{self.source}: the {part} part has {len(rows)} images for {world} processes; use fewer")
+            raise DataError(
+                f"{self.source}: the {part} part has {len(rows)} images for {world} processes; use fewer"
+            )
         weights = None
         if training and self.sampling == "balanced":
             weights = self.class_weights.numpy()[self.found.labels[rows]].astype(np.float64)
@@ -184,21 +232,43 @@ class ImageData(L.LightningDataModule):
         # With Lightning's overfit_batches each epoch has the same images; its own switch knows no loaders but torch's.
         still = bool(here and ours(here).overfit_batches)
         order = Order(rows, size, training, self.seed, rank, world, weights, still)
-        augment = Augmenter(self.augment, self.input, self.mean, len(self.classes), len(self.found.items),
-                            self.seed) if training else None
+        augment = (
+            Augmenter(
+                self.augment,
+                self.input,
+                self.mean,
+                len(self.classes),
+                len(self.found.items),
+                self.seed,
+            )
+            if training
+            else None
+        )
         spec, device = kept_spec(self.input) if training else self.input, self._device()
         labels = self._tensor("labels", lambda: torch.from_numpy(self.found.labels), device)
         if self.place == "stream":
-            return StreamBatches(self.found.items, np.arange(len(self.found.items)), spec, labels, order, device,
-                                 augment, self.workers)
+            return StreamBatches(
+                self.found.items,
+                np.arange(len(self.found.items)),
+                spec,
+                labels,
+                order,
+                device,
+                augment,
+                self.workers,
+            )
         where = device if self.place == "device" else torch.device("cpu")
-        pixels = self._tensor(spec.model_dump_json(), lambda: torch.from_numpy(self._pixels(spec)), where)
+        pixels = self._tensor(
+            spec.model_dump_json(), lambda: torch.from_numpy(self._pixels(spec)), where
+        )
         return MemoryBatches(pixels, labels, order, device, augment)
 
     def _pixels(self, spec: InputSpec) -> np.ndarray:
         return self.known.pixels if spec == self.input else self._known(spec).pixels
 
-    def _tensor(self, name: str, make: Callable[[], torch.Tensor], device: torch.device) -> torch.Tensor:
+    def _tensor(
+        self, name: str, make: Callable[[], torch.Tensor], device: torch.device
+    ) -> torch.Tensor:
         """A tensor on the device, moved there once."""
         if (name, device) not in self._tensors:
             self._tensors[name, device] = make().to(device)
@@ -244,8 +314,10 @@ class ImageData(L.LightningDataModule):
             turn[labels == k] = np.arange((labels == k).sum())
         chosen = index[np.lexsort((labels, turn))[:n]].tolist()
         files = [encoded(self.found.items[i]) for i in chosen]
-        return [(f"{j:02d}.{header(file).format}", file, int(self.found.labels[i]))
-                for j, (i, file) in enumerate(zip(chosen, files, strict=True))]
+        return [
+            (f"{j:02d}.{header(file).format}", file, int(self.found.labels[i]))
+            for j, (i, file) in enumerate(zip(chosen, files, strict=True))
+        ]
 
 
 def _digest(facts: Known, found: Source) -> str:
@@ -261,10 +333,22 @@ def _moments(chunks: Iterable[np.ndarray]) -> tuple[list[float], list[float]]:
 
     A channel that is the same everywhere gets the deviation 1, so that it can be divided by.
     """
-    counts = sum((np.stack([np.bincount(plane.reshape(-1), minlength=256) for plane in np.moveaxis(chunk, 3, 0)])
-                  for chunk in chunks), np.zeros((1, 256), np.int64))
+    counts = sum(
+        (
+            np.stack(
+                [
+                    np.bincount(plane.reshape(-1), minlength=256)
+                    for plane in np.moveaxis(chunk, 3, 0)
+                ]
+            )
+            for chunk in chunks
+        ),
+        np.zeros((1, 256), np.int64),
+    )
     levels, total = np.arange(256.0), counts[0].sum()
     mean = counts @ levels / total
     variance = counts @ levels**2 / total - mean**2
-    constant = (counts > 0).sum(1) == 1  # told by the counts: the variance is off by a rounding error
+    constant = (counts > 0).sum(
+        1
+    ) == 1  # told by the counts: the variance is off by a rounding error
     return mean.tolist(), np.where(constant, 1.0, np.sqrt(variance.clip(0))).tolist()

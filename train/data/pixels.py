@@ -1,4 +1,5 @@
 """Items to pixels: what workers decode with, and the one pass over all images that finds out what they are."""
+
 import hashlib
 import io
 import os
@@ -20,9 +21,20 @@ from models.image import InputSpec
 from train.data.source import DataError, Items
 
 # What one look at an item tells; `problem` is empty where it can be used, `sha256` is 0 where it could not be read.
-FACTS = np.dtype([("sha256", "u1", 32), ("width", "i4"), ("height", "i4"), ("format", "U8"), ("mode", "U8"),
-                  ("problem", "U160")])
-CHUNK, CHUNK_BYTES = 256, 2 << 20  # images a task, at most: handing so many over costs nothing beside decoding
+FACTS = np.dtype(
+    [
+        ("sha256", "u1", 32),
+        ("width", "i4"),
+        ("height", "i4"),
+        ("format", "U8"),
+        ("mode", "U8"),
+        ("problem", "U160"),
+    ]
+)
+CHUNK, CHUNK_BYTES = (
+    256,
+    2 << 20,
+)  # images a task, at most: handing so many over costs nothing beside decoding
 
 
 def encoded(item: bytes | np.ndarray) -> bytes:
@@ -30,7 +42,7 @@ def encoded(item: bytes | np.ndarray) -> bytes:
     if isinstance(item, bytes):
         return item
     if item.ndim == 3 and item.shape[2] > 1:
-        item = item[..., [2, 1, 0, 3][:item.shape[2]]]  # cv2 writes BGR
+        item = item[..., [2, 1, 0, 3][: item.shape[2]]]  # cv2 writes BGR
     return cv2.imencode(".png", item)[1].tobytes()
 
 
@@ -66,7 +78,9 @@ class Decoded(ByPosition):
 
     def __getitem__(self, index: np.ndarray) -> Tensor | np.ndarray | DataError:
         try:
-            return handed_over(np.stack([pixels_of(self.items, i, self.spec) for i in index.tolist()]))
+            return handed_over(
+                np.stack([pixels_of(self.items, i, self.spec) for i in index.tolist()])
+            )
         except DataError as error:
             return error
 
@@ -75,7 +89,9 @@ class Examined(ByPosition):
     """Its elements are pixels and FACTS [B]; an image that can't be decoded is black and says why."""
 
     def __getitem__(self, index: np.ndarray) -> tuple[Tensor | np.ndarray, np.ndarray]:
-        out = np.zeros((len(index), self.spec.height, self.spec.width, self.spec.channels), np.uint8)
+        out = np.zeros(
+            (len(index), self.spec.height, self.spec.width, self.spec.channels), np.uint8
+        )
         facts = np.zeros(len(index), FACTS)
         for row, i in enumerate(index.tolist()):
             try:
@@ -100,7 +116,9 @@ def handed_over(pixels: np.ndarray) -> Tensor | np.ndarray:
     if get_worker_info() is None:
         return tensor
     try:
-        if shutil.disk_usage("/dev/shm").free > 2 * pixels.nbytes:  # others need some of it: locks, NCCL
+        if (
+            shutil.disk_usage("/dev/shm").free > 2 * pixels.nbytes
+        ):  # others need some of it: locks, NCCL
             return tensor.share_memory_()
     except (OSError, RuntimeError):
         pass
@@ -120,7 +138,10 @@ def _describe(item: bytes | np.ndarray, facts: np.void) -> None:
     if isinstance(item, np.ndarray):
         facts["sha256"] = np.frombuffer(hashlib.sha256(item.tobytes()).digest(), np.uint8)
         facts["height"], facts["width"] = item.shape[:2]
-        facts["format"], facts["mode"] = "pixels", {(3,): "RGB", (4,): "RGBA"}.get(item.shape[2:], "L")
+        facts["format"], facts["mode"] = (
+            "pixels",
+            {(3,): "RGB", (4,): "RGBA"}.get(item.shape[2:], "L"),
+        )
         return
     facts["sha256"] = np.frombuffer(hashlib.sha256(item).digest(), np.uint8)
     try:
@@ -148,8 +169,9 @@ def _cut_short(item: bytes | np.ndarray) -> bool:
     return not item or (end is not None and end not in item[-64:])
 
 
-def examine(items: Items, index: np.ndarray, spec: InputSpec, workers: int,
-            title: str) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+def examine(
+    items: Items, index: np.ndarray, spec: InputSpec, workers: int, title: str
+) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
     """Rows, pixels uint8 [B, H, W, C] and FACTS [B] of the images at `index`, in order, decoded by `workers`."""
     images = max(1, min(CHUNK, CHUNK_BYTES // (spec.height * spec.width * spec.channels)))
     chunks = np.array_split(index, max(1, -(-len(index) // images)))
@@ -159,7 +181,9 @@ def examine(items: Items, index: np.ndarray, spec: InputSpec, workers: int,
         start += len(facts)
 
 
-def loader(dataset: ByPosition, batches: Sequence[np.ndarray], workers: int, pin: bool = False) -> DataLoader:
+def loader(
+    dataset: ByPosition, batches: Sequence[np.ndarray], workers: int, pin: bool = False
+) -> DataLoader:
     """Workers that make one element of `dataset` for each array of positions, in order.
 
     They draw no random numbers, so they get a generator of their own: by default torch takes their seed from that of
@@ -167,9 +191,18 @@ def loader(dataset: ByPosition, batches: Sequence[np.ndarray], workers: int, pin
     """
     safe = getattr(dataset.items, "fork_safe", True)
     context = None if safe or not workers else "spawn"
-    return DataLoader(dataset, batch_size=None, sampler=batches, num_workers=workers, pin_memory=pin,
-                      collate_fn=_as_is, multiprocessing_context=context, persistent_workers=False,
-                      generator=torch.Generator(), worker_init_fn=_apart)
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=batches,
+        num_workers=workers,
+        pin_memory=pin,
+        collate_fn=_as_is,
+        multiprocessing_context=context,
+        persistent_workers=False,
+        generator=torch.Generator(),
+        worker_init_fn=_apart,
+    )
 
 
 def _apart(worker: int) -> None:
@@ -182,9 +215,16 @@ def _as_is(element: object) -> object:
     return element
 
 
-def shown(chunks: DataLoader, title: str, total: int) -> Iterator[tuple[Tensor | np.ndarray, np.ndarray]]:
+def shown(
+    chunks: DataLoader, title: str, total: int
+) -> Iterator[tuple[Tensor | np.ndarray, np.ndarray]]:
     """The chunks, with a progress bar on a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task(title, total=total)
         for pixels, facts in chunks:

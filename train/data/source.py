@@ -1,4 +1,5 @@
 """What every source of images becomes: one list of items, their labels, and the part that each belongs to."""
+
 import hashlib
 import importlib
 import os
@@ -14,8 +15,15 @@ from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
 PARTS = ("train", "val", "test")
-ALIASES = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "eval": "val",
-           "testing": "test", "evaluation": "test"}
+ALIASES = {
+    "training": "train",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "eval": "val",
+    "testing": "test",
+    "evaluation": "test",
+}
 CHANNELS = (1, 3, 4)  # of gray, RGB and RGBA
 NONE = -1  # the label of an image that has none; no part may hold one
 
@@ -150,13 +158,22 @@ def as_item(value: object) -> bytes | np.ndarray:
     """
     if isinstance(value, bytes):
         return value
-    if isinstance(value, Image.Image) and not value.mode.startswith(("I", "F")):  # more bits, which PIL would clip
-        value = value.convert("RGBA" if value.has_transparency_data else "L" if value.mode == "L" else "RGB")
+    if isinstance(value, Image.Image) and not value.mode.startswith(
+        ("I", "F")
+    ):  # more bits, which PIL would clip
+        value = value.convert(
+            "RGBA" if value.has_transparency_data else "L" if value.mode == "L" else "RGB"
+        )
     found = np.asarray(value)
     pixels = found[:, :, None] if found.ndim == 2 else found
     if pixels.ndim == 3 and pixels.shape[2] not in CHANNELS:
         pixels = pixels.transpose(1, 2, 0)
-    if found.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in CHANNELS or not found.size:
+    if (
+        found.dtype != np.uint8
+        or pixels.ndim != 3
+        or pixels.shape[2] not in CHANNELS
+        or not found.size
+    ):
         raise OSError(f"{type(value).__name__} of {found.dtype} {found.shape} is no image")
     return np.ascontiguousarray(pixels)
 
@@ -170,7 +187,9 @@ def numbered(labels: Sequence[str | None]) -> tuple[list[str], np.ndarray]:
     return names, np.array([number.get(name, NONE) for name in labels], np.int64)
 
 
-def concatenate(chunks: dict[str, tuple[np.ndarray, np.ndarray]]) -> tuple[Arrays, np.ndarray, np.ndarray]:
+def concatenate(
+    chunks: dict[str, tuple[np.ndarray, np.ndarray]],
+) -> tuple[Arrays, np.ndarray, np.ndarray]:
     """Part -> (pixels, labels) to one Arrays, labels int64 and parts."""
     pixels = np.concatenate([_with_channel(p) for p, _ in chunks.values()])
     labels = np.concatenate([np.asarray(y, np.int64) for _, y in chunks.values()])

@@ -1,18 +1,19 @@
 """Where images come from: `open_source` finds the reader for a name, a path or a scheme, and returns a Source."""
+
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from train.data.source import NONE, DataError, Source, as_text
-from train.data.sources import bundled, files, hub, streams
+from train.data.sources import bundled, files, huggingface, streams
 
 READERS: dict[str, Callable[[str, Path | None], Source]] = {
     "folder": lambda place, cache: files.folder(Path(place).expanduser()),
     "csv": lambda place, cache: files.table(Path(place).expanduser()),
     "litdata": streams.litdata,
     "deeplake": lambda place, cache: streams.deeplake(place),
-    "hf": lambda place, cache: hub.huggingface(place),
+    "hf": lambda place, cache: huggingface.huggingface(place),
 }
 
 
@@ -27,15 +28,24 @@ def open_source(source: str, root: str | None = None, cache: Path | None = None)
     """
     for place in (source, root or ""):
         if as_text(place) != place:
-            raise DataError(f"{as_text(place)}: its name is not UTF-8, and a model's record could not hold it; rename "
-                            "it, or give a link to it")
+            raise DataError(
+                f"{as_text(place)}: its name is not UTF-8, and a model's record could not hold it; rename "
+                "it, or give a link to it"
+            )
     found = _find(source, root, cache)
     wrong = np.flatnonzero((found.labels < 0) | (found.labels >= len(found.classes)))
     if len(wrong):
         label, part = int(found.labels[wrong[0]]), str(found.parts[wrong[0]])
-        row = int((found.parts[:wrong[0]] == part).sum())
-        raise DataError(f"{source}: row {row} of the {part} part has " + ("no label" if label == NONE else
-                        f"the label {label} of {len(found.classes)} classes") + "; give it one, or take the row out")
+        row = int((found.parts[: wrong[0]] == part).sum())
+        raise DataError(
+            f"{source}: row {row} of the {part} part has "
+            + (
+                "no label"
+                if label == NONE
+                else f"the label {label} of {len(found.classes)} classes"
+            )
+            + "; give it one, or take the row out"
+        )
     return found
 
 
@@ -54,5 +64,7 @@ def _find(source: str, root: str | None, cache: Path | None) -> Source:
     if path.suffix.lower() == ".csv":
         return files.table(path)
     known = ", ".join(["digits", *bundled.TORCHVISION])
-    raise DataError(f"{source}: no such folder, and none of the data sets that Imago knows ({known}); other places are "
-                    f"written {', '.join(f'{name}:…' for name in READERS)}")
+    raise DataError(
+        f"{source}: no such folder, and none of the data sets that Imago knows ({known}); other places are "
+        f"written {', '.join(f'{name}:…' for name in READERS)}"
+    )

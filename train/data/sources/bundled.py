@@ -1,11 +1,17 @@
 """Data sets that need no preparation: scikit-learn's digits and some of torchvision's."""
+
 from pathlib import Path
 
 import numpy as np
 
 from train.data.source import DataError, Source, cache_home, concatenate
 
-TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "mnist": "MNIST", "fashion-mnist": "FashionMNIST"}
+TORCHVISION = {
+    "cifar10": "CIFAR10",
+    "cifar100": "CIFAR100",
+    "mnist": "MNIST",
+    "fashion-mnist": "FashionMNIST",
+}
 
 
 def digits() -> Source:
@@ -39,9 +45,13 @@ def torchvision(name: str, root: str | None) -> Source:
 
 
 def _not_found(name: str, place: Path, root: str | None, error: Exception) -> str:
-    inside = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}.get(name, f"{TORCHVISION[name]}/raw")
+    inside = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}.get(
+        name, f"{TORCHVISION[name]}/raw"
+    )
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     if root:
         return f"{place}: no {name} there: {reason}; ROOT must be the folder that holds {inside}"
-    return (f"{name}: the download failed: {reason}; fetch it on a machine with a network and name the folder that "
-            f"holds {inside} as ROOT")
+    return (
+        f"{name}: the download failed: {reason}; fetch it on a machine with a network and name the folder that "
+        f"holds {inside} as ROOT"
+    )

@@ -1,4 +1,5 @@
 """Files on disk: a folder of class folders, or a table of paths and labels."""
+
 import csv
 import os
 from pathlib import Path
@@ -25,27 +26,44 @@ def folder(root: Path) -> Source:
     if not training or (len(parts) < len(folders) and not any(map(_folders, training))):
         parts = {"": "train"}
         _refuse_unknown_parts(root, folders)
-    found = [(part, as_text(d.name), path) for name, part in parts.items() for d in _folders(root / name)
-             for path in _files(d, root)]
+    found = [
+        (part, as_text(d.name), path)
+        for name, part in parts.items()
+        for d in _folders(root / name)
+        for path in _files(d, root)
+    ]
     if not found:
         raise DataError(_empty(root))
     trained = sorted({name for part, name, _ in found if part == "train"})
     if extra := sorted({name for _, name, _ in found} - set(trained)):
-        raise DataError(f"{root}: class {extra[0]!r} is not in the training part; add images or remove its folder")
+        raise DataError(
+            f"{root}: class {extra[0]!r} is not in the training part; add images or remove its folder"
+        )
     number = {name: k for k, name in enumerate(trained)}
-    return Source(root.name, trained, Files(root, [path for _, _, path in found]),
-                  np.array([number[name] for _, name, _ in found], np.int64),
-                  np.array([part for part, _, _ in found]), root)
+    return Source(
+        root.name,
+        trained,
+        Files(root, [path for _, _, path in found]),
+        np.array([number[name] for _, name, _ in found], np.int64),
+        np.array([part for part, _, _ in found]),
+        root,
+    )
 
 
 def _refuse_unknown_parts(root: Path, folders: list[Path]) -> None:
     """Folders that hold the same folders and no image of their own are parts whose names say nothing, not classes."""
     inner = [[d.name for d in _folders(folder)] for folder in folders]
-    if (len(folders) > 1 and len(inner[0]) > 1 and all(names == inner[0] for names in inner)
-            and not any(map(_holds_images, folders))):
-        raise DataError(f"{root}: {', '.join(as_text(d.name) for d in folders[:5])} hold the same folders "
-                        f"({', '.join(map(as_text, inner[0][:5]))}) and no images of their own; rename them to train, "
-                        "val and test if they are parts, or name the classes in a CSV file")
+    if (
+        len(folders) > 1
+        and len(inner[0]) > 1
+        and all(names == inner[0] for names in inner)
+        and not any(map(_holds_images, folders))
+    ):
+        raise DataError(
+            f"{root}: {', '.join(as_text(d.name) for d in folders[:5])} hold the same folders "
+            f"({', '.join(map(as_text, inner[0][:5]))}) and no images of their own; rename them to train, "
+            "val and test if they are parts, or name the classes in a CSV file"
+        )
 
 
 def _holds_images(path: Path) -> bool:
@@ -61,8 +79,11 @@ def _files(directory: Path, root: Path) -> list[str]:
     paths = []
     for place, inner, names in os.walk(directory, followlinks=True):
         inner[:] = [d for d in inner if not d.startswith(".")]
-        paths += [os.path.join(place, n) for n in names
-                  if not n.startswith(".") and os.path.splitext(n)[1].lower() in SUFFIXES]
+        paths += [
+            os.path.join(place, n)
+            for n in names
+            if not n.startswith(".") and os.path.splitext(n)[1].lower() in SUFFIXES
+        ]
     return sorted(Path(p).relative_to(root).as_posix() for p in paths)
 
 
@@ -86,17 +107,25 @@ def table(path: Path) -> Source:
         raise DataError(f"{path}: not readable as a CSV file: {error}") from error
     for column in ("path", "label"):
         if column not in columns:
-            raise DataError(f"{path}: no column {column!r} in the first line; it has {', '.join(columns) or 'nothing'}")
+            raise DataError(
+                f"{path}: no column {column!r} in the first line; it has {', '.join(columns) or 'nothing'}"
+            )
     for number, row in enumerate(rows, 2):
         row["label"] = (row["label"] or "").strip()  # "red " is no other class than "red"
         if not row["path"] or not row["label"]:
             raise DataError(f"{path}: line {number} lacks a path or a label")
         if "\0" in row["path"]:
-            raise DataError(f"{path}: line {number}: a NUL byte in the path; write the file as UTF-8 text")
+            raise DataError(
+                f"{path}: line {number}: a NUL byte in the path; write the file as UTF-8 text"
+            )
         if row.get("split") and not part_name(row["split"]):
-            raise DataError(f"{path}: line {number}: split {row['split']!r} is none of train, val, test")
+            raise DataError(
+                f"{path}: line {number}: split {row['split']!r} is none of train, val, test"
+            )
     if not rows:
         raise DataError(f"{path}: no rows")
     classes, labels = numbered([row["label"] for row in rows])
     parts = np.array([part_name(row.get("split") or "train") for row in rows])
-    return Source(path.stem, classes, Files(path.parent, [row["path"] for row in rows]), labels, parts)
+    return Source(
+        path.stem, classes, Files(path.parent, [row["path"] for row in rows]), labels, parts
+    )

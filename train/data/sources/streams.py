@@ -1,4 +1,5 @@
 """Data sets made for streaming, on disk or in an object store: LitData and Deep Lake."""
+
 import contextlib
 import hashlib
 import json
@@ -10,7 +11,10 @@ import numpy as np
 
 from train.data.source import PARTS, DataError, Source, as_item, needs, numbered, part_name
 
-IMAGES, LABELS = ("image", "images", "img", "jpeg", "jpg", "png"), ("label", "labels", "class", "cls", "target")
+IMAGES, LABELS = (
+    ("image", "images", "img", "jpeg", "jpg", "png"),
+    ("label", "labels", "class", "cls", "target"),
+)
 
 
 def litdata(place: str, cache: Path | None) -> Source:
@@ -23,7 +27,9 @@ def litdata(place: str, cache: Path | None) -> Source:
     """
     package = needs("litdata", "litdata")
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
-    if endpoint.startswith("http:"):  # a store in one's own cluster; its downloader knows no other way to be told
+    if endpoint.startswith(
+        "http:"
+    ):  # a store in one's own cluster; its downloader knows no other way to be told
         from litdata.streaming import downloader
 
         getattr(downloader, "_OBSTORE_CLIENT_OPTIONS", {})["allow_http"] = True
@@ -32,7 +38,9 @@ def litdata(place: str, cache: Path | None) -> Source:
     if "train" not in found:
         whole = _open_chunks(package, place)
         if whole is None:
-            raise DataError(f"{place}: no index.json there nor in its train/; litdata.optimize writes one")
+            raise DataError(
+                f"{place}: no index.json there nor in its train/; litdata.optimize writes one"
+            )
         found = {"train": whole}
     labels = [label for chunks in found.values() for label in chunks.labels(cache)]
     classes, numbers = numbered(labels)
@@ -49,7 +57,9 @@ def _open_chunks(package: ModuleType, place: str) -> "Chunks | None":
     except Exception as error:  # each store's client raises its own
         if "index" in str(error) or "Not Found" in str(error) or "404" in str(error):
             return None
-        raise DataError(f"{place}: not readable by litdata: {str(error).splitlines()[0]}") from error
+        raise DataError(
+            f"{place}: not readable by litdata: {str(error).splitlines()[0]}"
+        ) from error
 
 
 class Chunks:
@@ -57,7 +67,9 @@ class Chunks:
 
     def __init__(self, package: ModuleType, place: str):
         self.place, self._opened = place, None
-        self.size = sum(chunk["chunk_size"] for chunk in json.loads(self._index())["chunks"])  # len() is one process's
+        self.size = sum(
+            chunk["chunk_size"] for chunk in json.loads(self._index())["chunks"]
+        )  # len() is one process's
 
     def _dataset(self):
         if self._opened is None or self._opened[0] != os.getpid():
@@ -66,7 +78,9 @@ class Chunks:
 
             # JPEG files are handed over as they are: what decodes them is models.image
             dataset = StreamingDataset(self.place, serializers={"jpeg": BytesSerializer()})
-            dataset[:0]  # a slice, even an empty one, makes it fetch whole chunks from then on and keep them on disk
+            dataset[
+                :0
+            ]  # a slice, even an empty one, makes it fetch whole chunks from then on and keep them on disk
             self._opened = os.getpid(), dataset
         return self._opened[1]
 
@@ -82,11 +96,15 @@ class Chunks:
         if not isinstance(element, dict):
             return element[0], element[1]
         try:
-            return (next(element[name] for name in IMAGES if name in element),
-                    next(element[name] for name in LABELS if name in element))
+            return (
+                next(element[name] for name in IMAGES if name in element),
+                next(element[name] for name in LABELS if name in element),
+            )
         except StopIteration:
-            raise DataError(f"{self.place}: element {i} has {', '.join(element)}; an image and a label must be called "
-                            "so") from None
+            raise DataError(
+                f"{self.place}: element {i} has {', '.join(element)}; an image and a label must be called "
+                "so"
+            ) from None
 
     def __getitem__(self, i: int) -> bytes | np.ndarray:
         return as_item(self._element(i)[0])
@@ -100,7 +118,10 @@ class Chunks:
                 if isinstance(kept, list) and len(kept) == self.size:
                     return kept
         values = (self._element(i)[1] for i in range(self.size))
-        labels = [None if value is None else str(value.item() if hasattr(value, "item") else value) for value in values]
+        labels = [
+            None if value is None else str(value.item() if hasattr(value, "item") else value)
+            for value in values
+        ]
         if memory:
             with contextlib.suppress(OSError):  # it only saves time
                 memory.parent.mkdir(parents=True, exist_ok=True)
@@ -126,7 +147,9 @@ class Joined:
 
     def __init__(self, pieces: list[Chunks]):
         self.pieces, self.ends = pieces, np.cumsum([len(piece) for piece in pieces])
-        self.fork_safe = not any("://" in piece.place for piece in pieces)  # what downloads runs threads of its own
+        self.fork_safe = not any(
+            "://" in piece.place for piece in pieces
+        )  # what downloads runs threads of its own
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -143,7 +166,9 @@ class Joined:
         return f"{i:06d}"
 
     def fingerprint(self) -> str:
-        return hashlib.sha256("".join(piece.fingerprint() for piece in self.pieces).encode()).hexdigest()
+        return hashlib.sha256(
+            "".join(piece.fingerprint() for piece in self.pieces).encode()
+        ).hexdigest()
 
 
 def deeplake(place: str) -> Source:
@@ -157,7 +182,9 @@ def deeplake(place: str) -> Source:
     try:
         dataset = package.open_read_only(url)
     except Exception as error:  # its errors share no base class
-        raise DataError(f"{place}: not readable by deeplake: {str(error).splitlines()[0]}") from error
+        raise DataError(
+            f"{place}: not readable by deeplake: {str(error).splitlines()[0]}"
+        ) from error
     kinds = {column.name: column.dtype.kind for column in dataset.schema.columns}
     image = _find(place, kinds, package.types.TypeKind.Image, IMAGES, "image")
     label = _find(place, kinds, package.types.TypeKind.ClassLabel, LABELS, "label")
@@ -166,13 +193,23 @@ def deeplake(place: str) -> Source:
     if names:
         classes, labels = list(names), np.asarray(values, np.int64).reshape(-1)
     else:
-        classes, labels = numbered([str(value) for value in np.asarray(values).reshape(-1).tolist()])
+        classes, labels = numbered(
+            [str(value) for value in np.asarray(values).reshape(-1).tolist()]
+        )
     parts = np.full(len(labels), "train")
     if "split" in kinds:
         parts = np.array([part_name(str(value)) or "" for value in dataset["split"][:]])
         if "" in parts:
-            raise DataError(f"{place}: row {int(np.argmin(parts != ''))}: its split is none of train, val, test")
-    return Source(place.rstrip("/").rpartition("/")[2], classes, Lake(url, image, dataset.version), labels, parts)
+            raise DataError(
+                f"{place}: row {int(np.argmin(parts != ''))}: its split is none of train, val, test"
+            )
+    return Source(
+        place.rstrip("/").rpartition("/")[2],
+        classes,
+        Lake(url, image, dataset.version),
+        labels,
+        parts,
+    )
 
 
 def _find(place: str, kinds: dict, kind: object, names: tuple[str, ...], what: str) -> str:
@@ -194,7 +231,11 @@ class Lake:
             import deeplake
 
             dataset = deeplake.open_read_only(self.url)
-            self._opened = os.getpid(), dataset[self.column], dataset  # the column does not keep its data set alive
+            self._opened = (
+                os.getpid(),
+                dataset[self.column],
+                dataset,
+            )  # the column does not keep its data set alive
         return self._opened[1]
 
     def __getstate__(self) -> dict:

@@ -1,0 +1,5 @@
+"""The store: versions of bundles and `latest`."""
+
+from models.store.local import LATEST, Staged, Store
+
+__all__ = ["LATEST", "Staged", "Store"]

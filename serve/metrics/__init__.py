@@ -1,0 +1,1 @@
+"""Metrics: definitions, counters in shared memory, exposition, derived metrics."""

@@ -1,0 +1,1 @@
+"""A run: its directory, checkpoints, resume, preemption, processes, loggers and progress."""
