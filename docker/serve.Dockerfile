@@ -36,6 +36,9 @@ RUN rm -rf /usr/local/lib/python3.*/site-packages/* /usr/local/lib/python3.*/ens
 # Ours, with modes that do not hang on the umask of whoever checked it out.
 FROM ${BASE} AS sources
 COPY models/*.py /app/models/
+COPY models/image /app/models/image
+COPY models/bundle /app/models/bundle
+COPY models/store /app/models/store
 COPY serve /app/serve
 RUN chmod -R u=rwX,go=rX /app
 
