@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import tiny
-from launch import ROOT, Commands
-from service import Server
+from support import ROOT, tiny_bundle
+from support.server import Server
+from support.train_commands import TrainCommands
 
 from models.bundle import Bundle
 
@@ -30,7 +30,7 @@ os.environ.setdefault(
 def bundle_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with one version of `colours`. Don't change it; write one of your own with `tiny.write`."""
     store = tmp_path_factory.mktemp("store")
-    tiny.write(store)
+    tiny_bundle.publish(store)
     return store
 
 
@@ -42,15 +42,15 @@ def server(bundle_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 @pytest.fixture(scope="session")
-def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainCommands]:
     """Runs `python -m train …` in processes that begin at once."""
-    started = Commands(tmp_path_factory.mktemp("commands"))
+    started = TrainCommands(tmp_path_factory.mktemp("commands"))
     yield started
     started.close()
 
 
 @pytest.fixture(scope="module")
-def fitted(commands: Commands) -> Callable[..., Bundle]:
+def fitted(commands: TrainCommands) -> Callable[..., Bundle]:
     """`fitted(place, *flags)`: the bundle of `python -m train fit` on scikit-learn's digits."""
 
     def fit(place: Path, *flags: str) -> Bundle:

@@ -14,8 +14,9 @@ from pathlib import Path
 import cv2
 import httpx
 import pytest
-from service import ROOT, Server, free_ports
 from sklearn.datasets import load_digits
+from support import ROOT
+from support.server import Server, find_free_ports
 
 DIGITS = load_digits()
 
@@ -114,7 +115,7 @@ def test_a_fresh_clone_serves_with_one_command(tmp_path):
     """What a newcomer does, virtual environment included."""
     clone = tmp_path / "imago"
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
-    port, metrics_port = free_ports(2)
+    port, metrics_port = find_free_ports(2)
     log = tmp_path / "log"
     with log.open("w") as output:
         process = subprocess.Popen(

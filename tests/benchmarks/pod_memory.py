@@ -28,9 +28,9 @@ sys.path[:0] = [str(HERE), str(HERE.parent), str(ROOT)]
 
 import cv2  # noqa: E402
 import yaml  # noqa: E402
-from load import Load  # noqa: E402
 from serve_models import picture  # noqa: E402
 from serve_speed import free_port  # noqa: E402
+from support.load_generator import LoadGenerator  # noqa: E402
 
 from models.image import InputSpec, decode  # noqa: E402
 
@@ -146,7 +146,7 @@ def serving(image: str, root: Path, body: bytes, clients: int, *settings: str) -
     ) as container:
         peak = Peak(container)
         await_ready(port, container)
-        with Load(port, body, clients) as load:
+        with LoadGenerator(port, body, clients) as load:
             while load.statuses.total() < REQUESTS:
                 assert not load.lost, load.lost[0]
                 time.sleep(0.05)

@@ -16,8 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from load import Load
-from service import ROOT, free_ports
+from support import ROOT
+from support.load_generator import LoadGenerator
+from support.server import find_free_ports
 
 NAMES = dict(zip(("serve", "train"), os.environ.get("IMAGO_TEST_IMAGES", "").split(), strict=False))
 BASE = os.environ.get("BASE", "docker.io/library/python:3.11-slim-bookworm")
@@ -316,9 +317,9 @@ def test_the_health_check_fails_where_the_bundle_is_wrong(spoiled, engine):
 def test_sigterm_under_load_loses_nothing(volume, serve, engine):
     path, manifest = bundle(volume)
     image = (path / "samples" / manifest["samples"][0]["file"]).read_bytes()
-    with serve(volume / "store", port=free_ports(1)[0]) as service:
+    with serve(volume / "store", port=find_free_ports(1)[0]) as service:
         service.wait_ready()
-        with Load(service.port, image, clients=8, pause=0.002) as load:
+        with LoadGenerator(service.port, image, clients=8, pause=0.002) as load:
             end = time.monotonic() + 30
             while load.statuses[200] < 200:
                 assert time.monotonic() < end, service.logs()
@@ -341,7 +342,7 @@ def spoiled(volume, tmp_path) -> Path:
 
 
 def test_a_wrong_bundle_never_becomes_ready(spoiled, serve):
-    with serve(spoiled, port=free_ports(1)[0]) as service:
+    with serve(spoiled, port=find_free_ports(1)[0]) as service:
         end = time.monotonic() + 15
         answered = set()
         while time.monotonic() < end:

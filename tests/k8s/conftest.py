@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster import CONTEXT, image, kubectl, make, pod
-from standin import Cluster, stand_in
+from support.fake_kubectl import RunCluster, make_fake_cluster
+from support.live_cluster import CONTEXT, image_of, kubectl, make, pod_manifest
 
 CLEAN = ["sh", "-c", "rm -rf /store/* /data/runs"]
 
@@ -24,12 +24,12 @@ def deployed() -> Iterator[None]:
             "apply",
             "-f",
             "-",
-            stdin=pod("clean", image("serve"), CLEAN, "imago-store", "imago-data"),
+            stdin=pod_manifest("clean", image_of("serve"), CLEAN, "imago-store", "imago-data"),
         )
         kubectl("wait", "--for=jsonpath={.status.phase}=Succeeded", "pod/clean", "--timeout=60s")
         make("undeploy", "OVERLAY=local", "PURGE=1")
 
 
 @pytest.fixture
-def cluster(tmp_path: Path) -> Cluster:
-    return stand_in(tmp_path)
+def cluster(tmp_path: Path) -> RunCluster:
+    return make_fake_cluster(tmp_path)

@@ -4,7 +4,16 @@ import re
 import tomllib
 
 import pytest
-from rendered import CASES, K8S, SECRETS, containers, of, pod_specs, render, render_overlay
+from support.manifests import (
+    CASES,
+    HAND_MADE_SECRETS,
+    K8S,
+    containers,
+    manifests_of_kind,
+    pod_templates,
+    render,
+    render_overlay,
+)
 
 from serve.settings import PREFIX, Settings
 
@@ -16,12 +25,12 @@ def settings_of(case):
     """The ConfigMap's settings and each serving container's own variables."""
     data = next(
         m["data"]
-        for m in of(case, "ConfigMap")
+        for m in manifests_of_kind(case, "ConfigMap")
         if m["metadata"]["name"].startswith("imago-serving")
     )
     own = [
         {e["name"]: e["value"] for e in c.get("env", []) if e["name"].startswith(PREFIX)}
-        for d in of(case, "Deployment")
+        for d in manifests_of_kind(case, "Deployment")
         for c in d["spec"]["template"]["spec"]["containers"]
     ]
     return data, own
@@ -47,12 +56,14 @@ def test_settings_are_those_of_the_service(case, monkeypatch):
 def test_ports_agree(case):
     data, _ = settings_of(case)
     wanted = {"http": int(data["IMAGO_PORT"]), "metrics": int(data["IMAGO_METRICS_PORT"])}
-    for deployment in of(case, "Deployment"):
+    for deployment in manifests_of_kind(case, "Deployment"):
         (serve,) = deployment["spec"]["template"]["spec"]["containers"]
         assert {p["name"]: p["containerPort"] for p in serve["ports"]} == wanted
-    (service,) = (s for s in of(case, "Service") if s["metadata"]["name"] == "imago-serving")
+    (service,) = (
+        s for s in manifests_of_kind(case, "Service") if s["metadata"]["name"] == "imago-serving"
+    )
     assert {p["name"]: p["targetPort"] for p in service["spec"]["ports"]} == {n: n for n in wanted}
-    for monitor in of(case, "PodMonitor", "ServiceMonitor"):
+    for monitor in manifests_of_kind(case, "PodMonitor", "ServiceMonitor"):
         (endpoint,) = monitor["spec"].get("podMetricsEndpoints") or monitor["spec"]["endpoints"]
         assert endpoint["port"] in wanted
     exposed = re.search(
@@ -67,14 +78,16 @@ def labelled(template, wanted):
 
 @pytest.mark.parametrize("case", CASES)
 def test_selectors_find_pods(case):
-    templates = [template for _, template in pod_specs(case)]
+    templates = [template for _, template in pod_templates(case)]
     for manifest in render(case):
         spec = manifest.get("spec", {})
         match manifest["kind"]:
             case "Deployment":
                 assert labelled(spec["template"], spec["selector"]["matchLabels"])
                 others = [
-                    d["spec"]["template"] for d in of(case, "Deployment") if d is not manifest
+                    d["spec"]["template"]
+                    for d in manifests_of_kind(case, "Deployment")
+                    if d is not manifest
                 ]
                 assert not any(labelled(other, spec["selector"]["matchLabels"]) for other in others)
                 for constraint in spec["template"]["spec"]["topologySpreadConstraints"]:
@@ -89,7 +102,7 @@ def test_selectors_find_pods(case):
             case "PodDisruptionBudget" | "PodMonitor":
                 assert any(labelled(t, spec["selector"]["matchLabels"]) for t in templates)
             case "ServiceMonitor":
-                services = [s["metadata"]["labels"] for s in of(case, "Service")]
+                services = [s["metadata"]["labels"] for s in manifests_of_kind(case, "Service")]
                 assert any(
                     spec["selector"]["matchLabels"].items() <= labels.items() for labels in services
                 )
@@ -98,9 +111,9 @@ def test_selectors_find_pods(case):
             ):
                 assert any(labelled(t, spec["podSelector"]["matchLabels"]) for t in templates)
             case "HorizontalPodAutoscaler" | "ScaledObject":
-                kind = "Rollout" if of(case, "Rollout") else "Deployment"
+                kind = "Rollout" if manifests_of_kind(case, "Rollout") else "Deployment"
                 assert spec["scaleTargetRef"].get("kind", "Deployment") == kind
-                scaled = {d["metadata"]["name"]: d for d in of(case, kind)}[
+                scaled = {d["metadata"]["name"]: d for d in manifests_of_kind(case, kind)}[
                     spec["scaleTargetRef"]["name"]
                 ]
                 assert "replicas" not in scaled["spec"], "each apply would undo the autoscaler"
@@ -109,14 +122,14 @@ def test_selectors_find_pods(case):
 @pytest.mark.parametrize("case", CASES)
 def test_references_resolve(case):
     names = {(m["kind"], m["metadata"]["name"]) for m in render(case)}
-    for _, template in pod_specs(case):
+    for _, template in pod_templates(case):
         spec = template["spec"]
         assert ("ServiceAccount", spec["serviceAccountName"]) in names
         for volume in spec["volumes"]:
             if claim := volume.get("persistentVolumeClaim"):
                 assert ("PersistentVolumeClaim", claim["claimName"]) in names
             if secret := volume.get("secret"):
-                assert secret["secretName"] in SECRETS
+                assert secret["secretName"] in HAND_MADE_SECRETS
         for container in containers(template):
             assert {m["name"] for m in container.get("volumeMounts", [])} <= {
                 v["name"] for v in spec["volumes"]
@@ -125,18 +138,18 @@ def test_references_resolve(case):
                 assert ("ConfigMap", source["configMapRef"]["name"]) in names
             data = {
                 key: value
-                for c in of(case, "ConfigMap")
+                for c in manifests_of_kind(case, "ConfigMap")
                 for key, value in c.get("data", {}).items()
             }
             for variable in re.findall(r"\$\((\w+)\)", " ".join(container.get("args", []))):
                 assert variable in data, f"{container['name']}: {variable}"
-    for route in of(case, "HTTPRoute"):
+    for route in manifests_of_kind(case, "HTTPRoute"):
         assert all(
             ("Service", b["name"]) in names
             for r in route["spec"]["rules"]
             for b in r["backendRefs"]
         )
-    for rollout in of(case, "Rollout"):
+    for rollout in manifests_of_kind(case, "Rollout"):
         assert ("Deployment", rollout["spec"]["workloadRef"]["name"]) in names
         assert all(
             ("AnalysisTemplate", t["templateName"]) in names
@@ -146,7 +159,7 @@ def test_references_resolve(case):
 
 def test_the_images_carry_the_version_of_the_project():
     for case in CASES:
-        for _, template in pod_specs(case):
+        for _, template in pod_templates(case):
             for container in containers(template):
                 if container["image"].startswith("localhost/imago-"):
                     assert container["image"].split(":")[1].removesuffix("-cuda") == VERSION, (
@@ -155,7 +168,7 @@ def test_the_images_carry_the_version_of_the_project():
 
 
 def test_the_bounds_outside_are_those_inside():
-    (ingress,) = of("components/ingress", "Ingress")
+    (ingress,) = manifests_of_kind("components/ingress", "Ingress")
     notes = ingress["metadata"]["annotations"]
     largest = Settings.model_fields["max_body_bytes"].default
     assert (
@@ -163,7 +176,7 @@ def test_the_bounds_outside_are_those_inside():
     )
     deadline = Settings.model_fields["deadline_ms"].default / 1000
     assert int(notes["nginx.ingress.kubernetes.io/proxy-read-timeout"]) > deadline
-    (route,) = of("components/gateway-route", "HTTPRoute")
+    (route,) = manifests_of_kind("components/gateway-route", "HTTPRoute")
     assert int(route["spec"]["rules"][0]["timeouts"]["request"].removesuffix("s")) > deadline
 
 
@@ -175,9 +188,9 @@ def train_arguments():
     found = set()
     for case in CASES:
         lines = [
-            c for _, t in pod_specs(case) for c in containers(t) if "imago-train:" in c["image"]
+            c for _, t in pod_templates(case) for c in containers(t) if "imago-train:" in c["image"]
         ]
-        lines += [m["spec"]["trainer"] for m in of(case, "TrainJob")]
+        lines += [m["spec"]["trainer"] for m in manifests_of_kind(case, "TrainJob")]
         for line in lines:
             words = line["args"]
             if line.get("command") == LAUNCHER:
@@ -195,7 +208,7 @@ def test_training_takes_the_arguments_of_every_manifest(commands):
 
 
 def test_torchrun_is_told_as_many_nodes_as_the_job_has():
-    (job,) = of("components/training-multinode", "Job")
+    (job,) = manifests_of_kind("components/training-multinode", "Job")
     spec, container = job["spec"], job["spec"]["template"]["spec"]["containers"][0]
     assert spec["parallelism"] == spec["completions"]
     assert f"--nnodes={spec['completions']}" in container["args"]
@@ -203,7 +216,7 @@ def test_torchrun_is_told_as_many_nodes_as_the_job_has():
     endpoint = next(a for a in container["args"] if a.startswith("--rdzv-endpoint="))
     service = next(
         s
-        for s in of("components/training-multinode", "Service")
+        for s in manifests_of_kind("components/training-multinode", "Service")
         if s["metadata"]["name"] == "imago-train"
     )
     assert endpoint.endswith(
@@ -217,8 +230,8 @@ def test_torchrun_is_told_as_many_nodes_as_the_job_has():
 
 
 def test_kubeflow_starts_as_many_processes_as_the_training_counts_with():
-    (job,) = of("components/training-kubeflow", "TrainJob")
-    (runtime,) = of("components/training-kubeflow", "TrainingRuntime")
+    (job,) = manifests_of_kind("components/training-kubeflow", "TrainJob")
+    (runtime,) = manifests_of_kind("components/training-kubeflow", "TrainingRuntime")
     trainer = job["spec"]["trainer"]
     assert f"--trainer.num_nodes={trainer['numNodes']}" in trainer["args"]
     assert f"--trainer.devices={trainer.get('numProcPerNode', 'auto')}" in trainer["args"]
@@ -230,9 +243,9 @@ def test_of_several_nodes_the_launcher_tells_how_it_ended(case):
     """By its status a Job decides; torchrun's own is 1, whatever happened."""
     from torch.distributed import run
 
-    started = [m["spec"]["trainer"] for m in of(case, "TrainJob")] or [
+    started = [m["spec"]["trainer"] for m in manifests_of_kind(case, "TrainJob")] or [
         c
-        for _, template in pod_specs(case)
+        for _, template in pod_templates(case)
         for c in containers(template)
         if "imago-train:" in c["image"]
     ]
@@ -246,13 +259,15 @@ def test_of_several_nodes_the_launcher_tells_how_it_ended(case):
 
 def test_a_cron_job_and_a_canary_are_copies_of_what_they_stand_for():
     (cron,), (job,) = (
-        of("components/cron-training on local", "CronJob"),
-        of("overlays/local", "Job"),
+        manifests_of_kind("components/cron-training on local", "CronJob"),
+        manifests_of_kind("overlays/local", "Job"),
     )
     assert (
         cron["spec"]["jobTemplate"]["spec"]["template"]["spec"] == job["spec"]["template"]["spec"]
     )
-    named = {d["metadata"]["name"]: d for d in of("components/canary-plain", "Deployment")}
+    named = {
+        d["metadata"]["name"]: d for d in manifests_of_kind("components/canary-plain", "Deployment")
+    }
     canary, stable = named["imago-serving-canary"], named["imago-serving"]
     same = ("image", "ports", "readinessProbe", "resources", "securityContext")
     one, other = (d["spec"]["template"]["spec"]["containers"][0] for d in (canary, stable))
@@ -260,7 +275,7 @@ def test_a_cron_job_and_a_canary_are_copies_of_what_they_stand_for():
 
 
 def test_what_a_canary_adds_leaves_the_rest_of_its_environment():
-    with_gpu = dict(pod_specs("components/gpu-serving,canary-plain on local"))[
+    with_gpu = dict(pod_templates("components/gpu-serving,canary-plain on local"))[
         "Deployment/imago-serving-canary"
     ]
     (serve,) = with_gpu["spec"]["containers"]
@@ -272,13 +287,13 @@ def test_network_policies_let_pods_reach_the_bucket_their_model_comes_from():
     case = "components/network-policy,model-from-bucket on local"
     (policy,) = (
         p["spec"]
-        for p in of(case, "NetworkPolicy")
+        for p in manifests_of_kind(case, "NetworkPolicy")
         if p["metadata"]["name"] == "imago-serving-bucket"
     )
-    template = dict(pod_specs(case))["Deployment/imago-serving"]
+    template = dict(pod_templates(case))["Deployment/imago-serving"]
     assert labelled(template, policy["podSelector"]["matchLabels"])
     assert {"port": 443, "protocol": "TCP"} in policy["egress"][0]["ports"]
-    without = dict(pod_specs("overlays/cpu"))["Deployment/imago-serving"]
+    without = dict(pod_templates("overlays/cpu"))["Deployment/imago-serving"]
     assert not labelled(without, policy["podSelector"]["matchLabels"])
 
 
@@ -286,7 +301,7 @@ def test_network_policies_let_pods_ask_whichever_resolver_a_node_has():
     """A cache of the node or the cloud's resolver is no pod of kube-system: only its address names it."""
     (policy,) = (
         p["spec"]
-        for p in of("overlays/cpu", "NetworkPolicy")
+        for p in manifests_of_kind("overlays/cpu", "NetworkPolicy")
         if p["metadata"]["name"] == "imago-default"
     )
     (dns,) = policy["egress"]
@@ -302,14 +317,14 @@ def test_network_policies_let_pods_ask_whichever_resolver_a_node_has():
 
 def test_serving_on_gpus_takes_the_image_that_can():
     for case in ("overlays/gpu", "components/gpu-serving on local"):
-        template = dict(pod_specs(case))["Deployment/imago-serving"]
+        template = dict(pod_templates(case))["Deployment/imago-serving"]
         assert all(c["image"].endswith("-cuda") for c in containers(template))
 
 
 @pytest.mark.parametrize("component", ["model-from-bucket", "model-from-image"])
 def test_a_store_that_a_component_brings_is_mounted_whole(component):
     """An overlay may keep its store in a folder of a volume; what takes the volume's place has no such folder."""
-    template = dict(pod_specs(f"components/{component} on local"))["Deployment/imago-serving"]
+    template = dict(pod_templates(f"components/{component} on local"))["Deployment/imago-serving"]
     mounts = [m for c in containers(template) for m in c["volumeMounts"] if m["name"] == "store"]
     assert len(mounts) == 2
     assert not any("subPath" in m for m in mounts)
@@ -318,7 +333,7 @@ def test_a_store_that_a_component_brings_is_mounted_whole(component):
 @pytest.mark.parametrize("case", [c for c in CASES if "model-from-image" in c])
 def test_an_image_that_is_the_store_holds_the_version_that_its_pod_serves(case):
     data, _ = settings_of(case)
-    for deployment in of(case, "Deployment"):
+    for deployment in manifests_of_kind(case, "Deployment"):
         spec = deployment["spec"]["template"]["spec"]
         (reference,) = (v["image"]["reference"] for v in spec["volumes"] if "image" in v)
         for container in spec["initContainers"] + spec["containers"]:

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 import yaml
-from rendered import CASES, of
+from support.manifests import CASES, manifests_of_kind
 
 from serve.metrics.shared_counters import SECONDS
 
@@ -25,7 +25,7 @@ ELSEWHERE = {(MODEL % ("imago-serving-z", 9, "d9")).replace('"imago"', '"team"')
 
 
 def analysis() -> dict[str, dict]:
-    (template,) = of("components/canary-rollout", "AnalysisTemplate")
+    (template,) = manifests_of_kind("components/canary-rollout", "AnalysisTemplate")
     return {metric["name"]: metric for metric in template["spec"]["metrics"]}
 
 
@@ -104,7 +104,10 @@ def judged(metric: dict, result: list[float]) -> str:
 
 @pytest.mark.parametrize("case", [c for c in CASES if "canary-rollout" in c])
 def test_the_rollout_gives_the_analysis_what_it_asks_for(case):
-    (template,), (rollout,) = of(case, "AnalysisTemplate"), of(case, "Rollout")
+    (template,), (rollout,) = (
+        manifests_of_kind(case, "AnalysisTemplate"),
+        manifests_of_kind(case, "Rollout"),
+    )
     assert list(analysis()) == ["errors", "p99", "agreement"], (
         "the component says how to take the last one out"
     )
@@ -124,7 +127,7 @@ def test_thresholds_of_latency_are_edges_of_the_histogram():
     """Between two edges a quantile is a guess."""
     (rule,) = (
         r
-        for m in of("components/prometheus-rules", "PrometheusRule")
+        for m in manifests_of_kind("components/prometheus-rules", "PrometheusRule")
         for g in m["spec"]["groups"]
         for r in g["rules"]
         if r["alert"] == "ImagoSlow"

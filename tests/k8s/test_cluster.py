@@ -5,22 +5,22 @@ import subprocess
 import time
 
 import yaml
-from cluster import (
+from support.live_cluster import (
     MARKS,
     ROOT,
     SELECTOR,
-    evicted,
-    image,
+    assert_no_request_lost,
+    evict,
+    image_of,
     kubectl,
-    load,
     make,
-    nothing_lost,
-    pod,
-    rolled_out,
+    pod_manifest,
     serving_pods,
+    sustained_load,
     wait_for,
+    wait_for_rollout,
 )
-from rendered import K8S
+from support.manifests import K8S
 
 pytestmark = MARKS
 
@@ -48,31 +48,31 @@ def test_an_image_that_is_not_there_is_one_line():
         assert "imago-serve:no-such is not on the node" in done.stderr.splitlines()[-2]
     finally:
         kubectl("rollout", "undo", "deployment/imago-serving")
-        rolled_out()
+        wait_for_rollout()
 
 
 def test_a_rolling_update_loses_no_request():
-    with load() as account:
+    with sustained_load() as account:
         kubectl("rollout", "restart", "deployment/imago-serving")
-        rolled_out()
+        wait_for_rollout()
         wait_for("the old pods to go", lambda: len(serving_pods()) == 2)
-    nothing_lost(account)
+    assert_no_request_lost(account)
 
 
 def test_deleted_pods_lose_no_request():
-    with load() as account:
+    with sustained_load() as account:
         for name in serving_pods():
             kubectl("delete", name, "--wait=true")
-            rolled_out()
-    nothing_lost(account)
+            wait_for_rollout()
+    assert_no_request_lost(account)
 
 
 def test_scaling_loses_no_request():
-    with load() as account:
+    with sustained_load() as account:
         for count in (1, 3, 1, 2):
             make("scale", f"N={count}")
             wait_for(f"{count} pods", lambda count=count: len(serving_pods()) == count)
-    nothing_lost(account)
+    assert_no_request_lost(account)
 
 
 SPOIL = """
@@ -92,11 +92,11 @@ def test_a_bad_version_gets_no_traffic():
         "apply",
         "-f",
         "-",
-        stdin=pod("spoil", image("serve"), ["python", "-c", SPOIL], "imago-store"),
+        stdin=pod_manifest("spoil", image_of("serve"), ["python", "-c", SPOIL], "imago-store"),
     )
     kubectl("wait", "--for=jsonpath={.status.phase}=Succeeded", "pod/spoil", "--timeout=60s")
     kubectl("delete", "pod", "spoil")
-    with load() as account:
+    with sustained_load() as account:
         kubectl("set", "env", "deployment/imago-serving", "IMAGO_VERSION=99")
         new = None
 
@@ -127,8 +127,8 @@ def test_a_bad_version_gets_no_traffic():
             == "2"
         )
         kubectl("rollout", "undo", "deployment/imago-serving")
-        rolled_out()
-    nothing_lost(account)
+        wait_for_rollout()
+    assert_no_request_lost(account)
     assert set(account["versions"]) == {"1"}
 
 
@@ -171,7 +171,7 @@ def test_an_evicted_pod_goes_on_where_it_was():
         240,
     )
     first = train_pods()[0]["metadata"]["name"]
-    assert evicted(first)
+    assert evict(first)
     kubectl("wait", "--for=condition=Complete", "job/imago-train", "--timeout=600s")
     log = kubectl("logs", "job/imago-train")
     assert "epoch 1/60" not in log

@@ -4,21 +4,21 @@ import json
 import time
 
 import pytest
-from cluster import (
+from support.live_cluster import (
     MARKS,
-    applied,
+    applied_components,
     apply,
+    assert_no_request_lost,
     dns,
-    evicted,
-    image,
+    evict,
+    image_of,
     kubectl,
-    load,
-    nothing_lost,
-    pod,
-    rolled_out,
+    pod_manifest,
+    render_with_components,
     serving_pods,
+    sustained_load,
     wait_for,
-    with_components,
+    wait_for_rollout,
 )
 
 pytestmark = MARKS
@@ -58,16 +58,16 @@ def test_waiting_images_bring_replicas_and_take_them_away():
         if "podmonitors.monitoring.coreos.com" in kubectl("get", "crds", "-o", "name")
         else []
     )
-    with applied("hpa", *scraped, patches=(QUICK,)):
+    with applied_components("hpa", *scraped, patches=(QUICK,)):
         wait_for("one replica without load", lambda: len(serving_pods()) == 1, 300)
-        with load(
+        with sustained_load(
             clients=64, pause=0, side=1500
         ) as busy:  # 64 wait: 16 for each of 4, which is 1 more than allowed
             wait_for("3 replicas", lambda: replicas() == 3, 300)
-        nothing_lost(busy)
-        with load() as calm:
+        assert_no_request_lost(busy)
+        with sustained_load() as calm:
             wait_for("one replica after it", lambda: len(serving_pods()) == 1, 300)
-        nothing_lost(calm)
+        assert_no_request_lost(calm)
 
 
 SECOND = """
@@ -89,25 +89,25 @@ def test_a_canary_gets_its_share_and_loses_nothing():
         "apply",
         "-f",
         "-",
-        stdin=pod("second", image("serve"), ["python", "-c", SECOND], "imago-store"),
+        stdin=pod_manifest("second", image_of("serve"), ["python", "-c", SECOND], "imago-store"),
     )
     kubectl("wait", "--for=jsonpath={.status.phase}=Succeeded", "pod/second", "--timeout=60s")
     kubectl("delete", "pod", "second")
-    with applied("canary-plain"):
-        rolled_out()
-        rolled_out("imago-serving-canary")
-        with load(clients=16) as account:
+    with applied_components("canary-plain"):
+        wait_for_rollout()
+        wait_for_rollout("imago-serving-canary")
+        with sustained_load(clients=16) as account:
             time.sleep(10)
             metrics = kubectl(
                 "exec", "deployment/imago-serving-canary", "--", "python", "-c", METRICS
             )
-    nothing_lost(account)
+    assert_no_request_lost(account)
     assert 0.05 < account["versions"]["2"] / sum(account["versions"].values()) < 0.6
     assert "imago_shadow_images_total{" in metrics
 
 
 def test_a_drain_takes_one_pod_at_a_time():
-    with applied("pdb"), load() as account:
+    with applied_components("pdb"), sustained_load() as account:
         kubectl(
             "wait",
             "--for=jsonpath={.status.disruptionsAllowed}=1",
@@ -116,21 +116,21 @@ def test_a_drain_takes_one_pod_at_a_time():
         )
         wait_for("two pods, and none of another test", lambda: len(serving_pods()) == 2)
         first, second = serving_pods()
-        assert evicted(first)
-        assert not evicted(second)
-        wait_for("the second eviction to be granted", lambda: evicted(second))
-        rolled_out()
-    nothing_lost(account)
+        assert evict(first)
+        assert not evict(second)
+        wait_for("the second eviction to be granted", lambda: evict(second))
+        wait_for_rollout()
+    assert_no_request_lost(account)
 
 
 def test_network_policies_let_predictions_through():
-    with applied("network-policy"), load() as account:
+    with applied_components("network-policy"), sustained_load() as account:
         time.sleep(5)
-    nothing_lost(account)
+    assert_no_request_lost(account)
 
 
 def test_the_cron_job_trains():
-    with applied("cron-training"):
+    with applied_components("cron-training"):
         kubectl("create", "job", "imago-train-first", "--from=cronjob/imago-train")
         kubectl("wait", "--for=condition=Complete", "job/imago-train-first", "--timeout=600s")
         kubectl("delete", "job", "imago-train-first")
@@ -141,7 +141,7 @@ def test_two_pods_train_one_model():
         pytest.skip("the cluster has no DNS, by which the pods find each other")
     kubectl("delete", "job", "imago-train", "--cascade=foreground")
     try:
-        apply(with_components("training-multinode"))
+        apply(render_with_components("training-multinode"))
         kubectl("wait", "--for=condition=Complete", "job/imago-train", "--timeout=900s")
         logs = [
             kubectl("logs", name)

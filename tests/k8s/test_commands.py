@@ -6,8 +6,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from rendered import K8S, OVERLAYS, render, with_components
-from standin import needs_kubectl, one_line, run
+from support.fake_kubectl import error_line, needs_kubectl, run_cluster_script
+from support.manifests import K8S, OVERLAYS, overlay_with_components, render
 
 
 @pytest.fixture
@@ -23,25 +23,31 @@ def nowhere(tmp_path) -> dict[str, str]:
 @needs_kubectl
 @pytest.mark.parametrize("verb", ["deploy", "undeploy"])
 def test_a_wrong_overlay(verb):
-    assert "no overlay 'moon'; there are: cpu gpu local" in one_line(run(verb, OVERLAY="moon"))
+    assert "no overlay 'moon'; there are: cpu gpu local" in error_line(
+        run_cluster_script(verb, OVERLAY="moon")
+    )
 
 
 @needs_kubectl
 @pytest.mark.parametrize("verb", ["deploy", "undeploy", "logs", "scale"])
 def test_a_missing_cluster(verb, nowhere):
-    assert "no cluster answers in kubectl's context 'gone'" in one_line(run(verb, N="2", **nowhere))
+    assert "no cluster answers in kubectl's context 'gone'" in error_line(
+        run_cluster_script(verb, N="2", **nowhere)
+    )
 
 
 @pytest.mark.parametrize("count", ["", "many", "-1"])
 def test_scale_without_a_number(count):
-    assert "make scale N=3" in one_line(run("scale", N=count))
+    assert "make scale N=3" in error_line(run_cluster_script("scale", N=count))
 
 
 @pytest.mark.parametrize("verb", ["deploy", "undeploy", "logs", "scale", "render"])
 def test_no_kubectl(verb, tmp_path):
     for tool in ("bash", "dirname", "env", "sed"):
         (tmp_path / tool).symlink_to(f"/usr/bin/{tool}")
-    assert "kubectl is not installed" in one_line(run(verb, N="2", PATH=str(tmp_path)))
+    assert "kubectl is not installed" in error_line(
+        run_cluster_script(verb, N="2", PATH=str(tmp_path))
+    )
 
 
 def test_the_script_keeps_to_what_a_mac_has():
@@ -53,7 +59,9 @@ def test_the_script_keeps_to_what_a_mac_has():
 
 @needs_kubectl
 def test_a_registry_and_a_tag_of_ones_own():
-    done = run("render", OVERLAY="gpu", REGISTRY="registry.example.com/team", TAG="7")
+    done = run_cluster_script(
+        "render", OVERLAY="gpu", REGISTRY="registry.example.com/team", TAG="7"
+    )
     images = {line.split("image: ")[1] for line in done.stdout.splitlines() if " image: " in line}
     assert images == {
         "registry.example.com/team/imago-serve:7-cuda",
@@ -63,8 +71,10 @@ def test_a_registry_and_a_tag_of_ones_own():
 
 @needs_kubectl
 def test_a_model_that_is_an_image_comes_from_that_registry_by_its_own_tag():
-    with with_components("model-from-image") as name:
-        done = run("render", OVERLAY=name, REGISTRY="registry.example.com/team", TAG="7")
+    with overlay_with_components("model-from-image") as name:
+        done = run_cluster_script(
+            "render", OVERLAY=name, REGISTRY="registry.example.com/team", TAG="7"
+        )
     assert "reference: registry.example.com/team/imago-model:digits-1\n" in done.stdout
 
 
@@ -126,7 +136,7 @@ def test_an_image_that_is_not_there_is_one_line(reason, cluster):
             ),
         },
     )
-    assert "the image nowhere/imago-serve:1 is not on the node" in one_line(done)
+    assert "the image nowhere/imago-serve:1 is not on the node" in error_line(done)
     assert "Serving." not in done.stdout
 
 
@@ -142,7 +152,7 @@ def test_a_training_that_fails_while_its_service_waits_is_one_line(cluster, tmp_
     )
     assert (
         "training failed: Container train exited with 2; read its log with: make logs"
-        in one_line(done)
+        in error_line(done)
     )
 
 
@@ -158,18 +168,18 @@ def test_pods_that_wait_for_something_else_may_go_on_waiting(cluster):
         },
         WAIT="0",
     )
-    assert "not ready after 0 s; look at: kubectl -n imago describe pods" in one_line(done)
+    assert "not ready after 0 s; look at: kubectl -n imago describe pods" in error_line(done)
 
 
 @needs_kubectl
 def test_a_service_whose_training_waits_for_its_hour_says_how_to_train_now(cluster):
-    with with_components("cron-training") as name:
+    with overlay_with_components("cron-training") as name:
         done, _ = cluster("deploy", {"rollout status": "exit 1"}, WAIT="0", OVERLAY=name)
     hint = (
         "train one now: kubectl -n imago create job imago-train-first --from=cronjob/imago-train\n"
     )
     assert done.stdout.endswith(hint), "without waiting for WAIT"
-    assert one_line(done).startswith("make: not ready after 0 s")
+    assert error_line(done).startswith("make: not ready after 0 s")
     assert done.stderr.endswith(hint)
 
 
@@ -178,7 +188,7 @@ def test_an_autoscaler_keeps_its_replicas(cluster):
     done, asked = cluster(
         "scale", {"get scaledobject,hpa": "echo horizontalpodautoscaler/imago-serving"}, N="3"
     )
-    said = one_line(done)
+    said = error_line(done)
     assert "an autoscaler owns the replicas" in said
     assert said.endswith("kubectl -n imago edit horizontalpodautoscaler/imago-serving\n")
     assert "--replicas" not in asked
@@ -189,7 +199,7 @@ def test_an_autoscaler_is_found_where_keda_is_unknown(cluster):
     done, _ = cluster(
         "scale", {"get scaledobject,hpa": "exit 1", "get hpa": "echo hpa/imago-serving"}, N="3"
     )
-    assert "edit hpa/imago-serving" in one_line(done)
+    assert "edit hpa/imago-serving" in error_line(done)
 
 
 @needs_kubectl
@@ -234,4 +244,4 @@ def test_logs_are_those_of_all_our_pods(follow, cluster):
 @needs_kubectl
 def test_logs_of_nothing_are_one_line(cluster):
     done, _ = cluster("logs", {})
-    assert "nothing runs in the namespace 'imago'; deploy first" in one_line(done)
+    assert "nothing runs in the namespace 'imago'; deploy first" in error_line(done)

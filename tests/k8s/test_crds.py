@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import crds
 import jsonschema
 import pytest
 import yaml
-from rendered import CASES, render
+from support import crd_models
+from support.manifests import CASES, render
 
 PLACE = os.environ.get("IMAGO_TEST_CRDS")
 pytestmark = pytest.mark.skipif(
@@ -76,7 +76,7 @@ def validators() -> dict[tuple[str, str], jsonschema.Draft7Validator]:
 @pytest.mark.parametrize("case", CASES)
 def test_custom_kinds_match_their_definitions(case, validators):
     for manifest in render(case):
-        if manifest["kind"] in crds.kinds():
+        if manifest["kind"] in crd_models.custom_resource_models():
             errors = validators[manifest["apiVersion"], manifest["kind"]].iter_errors(manifest)
             assert [f"{error.json_path}: {error.message}" for error in errors] == []
 

@@ -5,8 +5,8 @@ import shlex
 
 import pytest
 import yaml
-from rendered import CASES, render, with_components
-from standin import needs_kubectl, one_line, refuses
+from support.fake_kubectl import admission_errors, error_line, needs_kubectl
+from support.manifests import CASES, overlay_with_components, render
 
 JOB = '"imago-train" is invalid: spec.template: Invalid value: core.PodTemplateSpec{}: field is immutable'
 
@@ -16,8 +16,8 @@ JOB = '"imago-train" is invalid: spec.template: Invalid value: core.PodTemplateS
     "job", ["The Job", "Error from server (Invalid): Job.batch"]
 )  # kubectl has both
 def test_a_job_whose_settings_differ_is_replaced(job, cluster):
-    done, asked = cluster("deploy", refuses(f"{job} {JOB}"))
-    one_line(done)
+    done, asked = cluster("deploy", admission_errors(f"{job} {JOB}"))
+    error_line(done)
     assert "-n imago delete job imago-train --cascade=foreground" in asked
     assert "\napply -f -" in asked
 
@@ -96,7 +96,7 @@ def test_a_deploy_starts_a_service_that_was_scaled_to_nothing(cluster, tmp_path)
 
 @needs_kubectl
 def test_a_deploy_leaves_the_replicas_of_a_canary_to_the_overlay(cluster, tmp_path):
-    with with_components("canary-plain") as name:
+    with overlay_with_components("canary-plain") as name:
         assert deployed(cluster, tmp_path, live=5, overlay=name)[0] == [None, 1]
 
 
@@ -115,13 +115,13 @@ def test_a_rollout_takes_the_replicas_over_and_gives_them_back(
     components, live, rollout, applied, cluster, tmp_path
 ):
     """Without replicas of its own it would have 1, and it scales the Deployment to nothing."""
-    with with_components(*components) as name:
+    with overlay_with_components(*components) as name:
         assert deployed(cluster, tmp_path, live, name, rollout)[0] == applied
 
 
 @needs_kubectl
 def test_a_deploy_leaves_the_replicas_that_a_rollout_has(cluster, tmp_path):
-    with with_components("canary-rollout") as name:
+    with overlay_with_components("canary-rollout") as name:
         replicas, before = deployed(cluster, tmp_path, 0, name, rollout=8)
     assert replicas == [None, None]
     assert "replicas" not in before
@@ -129,7 +129,7 @@ def test_a_deploy_leaves_the_replicas_that_a_rollout_has(cluster, tmp_path):
 
 @needs_kubectl
 def test_a_deploy_starts_a_service_that_an_autoscaler_leaves_at_nothing(cluster, tmp_path):
-    with with_components("keda") as name:
+    with overlay_with_components("keda") as name:
         assert deployed(cluster, tmp_path, live=0, overlay=name)[0] == [1]
 
 
@@ -140,7 +140,7 @@ def test_a_deploy_starts_a_service_that_an_autoscaler_leaves_at_nothing(cluster,
     ids=["nothing differs", "it differs", "nobody knows"],
 )
 def test_a_train_job_is_replaced_where_what_it_runs_by_differs(status, replaced, cluster, tmp_path):
-    with with_components("training-kubeflow") as name:
+    with overlay_with_components("training-kubeflow") as name:
         done, asked = cluster(
             "deploy", {"diff -l": f"cat >{tmp_path}/looked; exit {status}"}, OVERLAY=name
         )
@@ -160,7 +160,7 @@ def test_a_train_job_is_replaced_where_what_it_runs_by_differs(status, replaced,
 
 @needs_kubectl
 def test_a_train_job_that_gave_up_is_replaced(cluster, tmp_path):
-    with with_components("training-kubeflow") as name:
+    with overlay_with_components("training-kubeflow") as name:
         done, asked = cluster(
             "deploy",
             {
@@ -175,10 +175,10 @@ def test_a_train_job_that_gave_up_is_replaced(cluster, tmp_path):
 
 @needs_kubectl
 def test_a_train_job_that_cannot_change_is_replaced(cluster):
-    with with_components("training-kubeflow") as name:
+    with overlay_with_components("training-kubeflow") as name:
         _, asked = cluster(
             "deploy",
-            refuses('The TrainJob.trainer.kubeflow.org "imago-train" is invalid: spec'),
+            admission_errors('The TrainJob.trainer.kubeflow.org "imago-train" is invalid: spec'),
             OVERLAY=name,
         )
     assert "delete trainjob imago-train" in asked
@@ -246,7 +246,7 @@ def test_what_may_be_left_is_every_kind_that_the_manifests_make(cluster):
 def test_nothing_is_touched_where_a_volume_cannot_become_what_the_overlay_says(cluster):
     done, asked = cluster(
         "deploy",
-        refuses(
+        admission_errors(
             'The PersistentVolumeClaim "imago-store" is invalid: spec: Forbidden: immutable',
             f"The Job {JOB}",
         ),

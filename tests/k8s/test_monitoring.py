@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from rendered import CASES, K8S, of, render_overlay
+from support.manifests import CASES, K8S, manifests_of_kind, render_overlay
 
 from serve.http.app import CODES
 from serve.metrics.shared_counters import METRICS
@@ -58,12 +58,12 @@ def training() -> set[str]:
 
 
 def rules() -> list[dict]:
-    (manifest,) = of("components/prometheus-rules", "PrometheusRule")
+    (manifest,) = manifests_of_kind("components/prometheus-rules", "PrometheusRule")
     return manifest["spec"]["groups"]
 
 
 def dashboard() -> dict:
-    boards = of("components/grafana-dashboard", "ConfigMap")
+    boards = manifests_of_kind("components/grafana-dashboard", "ConfigMap")
     (board,) = (m for m in boards if m["metadata"]["name"] == "imago-dashboard")
     assert board["metadata"]["labels"]["grafana_dashboard"] == "1"
     return json.loads(board["data"]["imago.json"])
@@ -76,12 +76,12 @@ def queries() -> dict[str, str]:
         for target in panel["targets"]:
             query = target["expr"].replace("$__rate_interval", "5m").replace("$namespace", "imago")
             found[f"panel {panel['title']} {target['refId']}"] = query
-    (template,) = of("components/canary-rollout", "AnalysisTemplate")
+    (template,) = manifests_of_kind("components/canary-rollout", "AnalysisTemplate")
     for metric in template["spec"]["metrics"]:
         found[f"analysis {metric['name']}"] = re.sub(
             r"\{\{.*?\}\}", "x", metric["provider"]["prometheus"]["query"]
         )
-    (scaled,) = of("components/keda", "ScaledObject")
+    (scaled,) = manifests_of_kind("components/keda", "ScaledObject")
     found["keda"] = next(
         t["metadata"]["query"] for t in scaled["spec"]["triggers"] if t["type"] == "prometheus"
     )
@@ -173,23 +173,23 @@ def test_alerts_on_training_see_the_jobs_that_are_made_by_hand():
 
 
 def test_the_autoscalers_ask_for_the_same_metric():
-    (hpa,) = of("components/hpa", "HorizontalPodAutoscaler")
+    (hpa,) = manifests_of_kind("components/hpa", "HorizontalPodAutoscaler")
     (pods,) = (m["pods"] for m in hpa["spec"]["metrics"] if m["type"] == "Pods")
     (rule,) = yaml.safe_load((K8S / "components/hpa/prometheus-adapter-values.yaml").read_text())[
         "rules"
     ]["custom"]
     assert pods["metric"]["name"] == rule["name"]["matches"] == rule["seriesQuery"].split("{")[0]
     assert METRICS[pods["metric"]["name"].removeprefix("imago_")].kind == "gauge"
-    (scaled,) = of("components/keda", "ScaledObject")
+    (scaled,) = manifests_of_kind("components/keda", "ScaledObject")
     assert scaled["spec"]["triggers"][0]["metadata"]["threshold"] == pods["target"]["averageValue"]
-    (deployment,) = of("components/hpa", "Deployment")
+    (deployment,) = manifests_of_kind("components/hpa", "Deployment")
     containers = {c["name"] for c in deployment["spec"]["template"]["spec"]["containers"]}
     assert hpa["spec"]["metrics"][1]["containerResource"]["container"] in containers
     assert scaled["spec"]["triggers"][1]["metadata"]["containerName"] in containers
 
 
 def test_where_nothing_is_measured_no_replica_is_taken_away():
-    (scaled,) = of("components/keda", "ScaledObject")
+    (scaled,) = manifests_of_kind("components/keda", "ScaledObject")
     assert scaled["spec"]["triggers"][0]["metadata"]["ignoreNullValues"] == "false", (
         "no series would be no load"
     )
@@ -204,29 +204,34 @@ def test_with_the_patch_of_the_readme_no_query_asks_for_another_namespace():
     )
     (scaled,) = (m for m in manifests if m["kind"] == "ScaledObject")
     query = scaled["spec"]["triggers"][0]["metadata"]["query"]
-    (standard,) = of("components/keda", "ScaledObject")
+    (standard,) = manifests_of_kind("components/keda", "ScaledObject")
     assert query == standard["spec"]["triggers"][0]["metadata"]["query"].replace('imago"', 'team"')
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_autoscalers_add_a_replica_at_seven_tenths_of_the_limit_of_a_pod(case):
-    deployment = next(d for d in of(case, "Deployment") if d["metadata"]["name"] == "imago-serving")
+    deployment = next(
+        d for d in manifests_of_kind(case, "Deployment") if d["metadata"]["name"] == "imago-serving"
+    )
     limit = int(
         deployment["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"]
     )
     targets = [
         m["containerResource"]["target"]
-        for hpa in of(case, "HorizontalPodAutoscaler")
+        for hpa in manifests_of_kind(case, "HorizontalPodAutoscaler")
         for m in hpa["spec"]["metrics"]
         if m["type"] == "ContainerResource"
     ]
     targets += [
         {"type": t["metricType"], "averageValue": t["metadata"]["value"]}
-        for s in of(case, "ScaledObject")
+        for s in manifests_of_kind(case, "ScaledObject")
         for t in s["spec"]["triggers"]
         if t["type"] == "cpu"
     ]
-    wanted = of(case, "HorizontalPodAutoscaler", "ScaledObject") and case != "overlays/gpu"
+    wanted = (
+        manifests_of_kind(case, "HorizontalPodAutoscaler", "ScaledObject")
+        and case != "overlays/gpu"
+    )
     assert targets == (
         [{"type": "AverageValue", "averageValue": f"{700 * limit}m"}] if wanted else []
     )
@@ -249,7 +254,7 @@ def test_the_readme_lets_prometheus_see_every_object_that_we_make_for_it():
     kinds = {
         m["kind"]
         for case in CASES
-        for m in of(case, "PodMonitor", "ServiceMonitor", "PrometheusRule")
+        for m in manifests_of_kind(case, "PodMonitor", "ServiceMonitor", "PrometheusRule")
     }
     shown = set(re.findall(r"prometheusSpec\.(\w+)SelectorNilUsesHelmValues=false", RUNBOOK))
     named = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from rendered import CASES, K8S, containers, of, pod_specs, render
+from support.manifests import CASES, K8S, containers, manifests_of_kind, pod_templates, render
 
 VOLUMES = {
     "configMap",
@@ -24,7 +24,7 @@ CHECKOV = Path(os.environ.get("CHECKOV", K8S.parent / ".venv/checkov/bin/checkov
 
 
 def all_pods(case):
-    found = pod_specs(case)
+    found = pod_templates(case)
     training = "TrainingRuntime" if "kubeflow" in case else "CronJob" if "cron" in case else "Job"
     assert {name.split("/")[0] for name, _ in found} == {"Deployment", training}
     return found
@@ -52,7 +52,7 @@ def test_pods_keep_to_the_restricted_profile(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_namespace_enforces_it(case):
-    (namespace,) = of(case, "Namespace")
+    (namespace,) = manifests_of_kind(case, "Namespace")
     for mode in ("enforce", "warn", "audit"):
         assert namespace["metadata"]["labels"][f"pod-security.kubernetes.io/{mode}"] == "restricted"
 
@@ -62,9 +62,9 @@ def test_pods_hold_no_token(case):
     for name, template in all_pods(case):
         assert template["spec"]["automountServiceAccountToken"] is False, name
         assert template["spec"]["serviceAccountName"] != "default", name
-    for account in of(case, "ServiceAccount"):
+    for account in manifests_of_kind(case, "ServiceAccount"):
         assert account["automountServiceAccountToken"] is False
-    assert not of(case, "Role", "RoleBinding", "ClusterRole", "ClusterRoleBinding")
+    assert not manifests_of_kind(case, "Role", "RoleBinding", "ClusterRole", "ClusterRoleBinding")
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -80,7 +80,7 @@ def test_containers_have_resources_and_images_a_fixed_tag(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_serving_updates_probes_and_drains(case):
-    for deployment in of(case, "Deployment"):
+    for deployment in manifests_of_kind(case, "Deployment"):
         spec = deployment["spec"]
         assert spec["strategy"]["rollingUpdate"]["maxUnavailable"] == 0
         pod = spec["template"]["spec"]
@@ -92,7 +92,7 @@ def test_serving_updates_probes_and_drains(case):
             == "/health/live"
         )
         assert serve["readinessProbe"]["httpGet"]["path"] == "/health/ready"
-        settings = of(case, "ConfigMap")
+        settings = manifests_of_kind(case, "ConfigMap")
         drain = next(
             float(c["data"]["IMAGO_DRAIN_SECONDS"])
             for c in settings
@@ -106,10 +106,10 @@ def test_serving_updates_probes_and_drains(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_training_survives_what_it_should_and_fails_at_once_where_it_should(case):
-    jobs = [j["spec"] for j in of(case, "Job")] + [
-        j["spec"]["jobTemplate"]["spec"] for j in of(case, "CronJob")
+    jobs = [j["spec"] for j in manifests_of_kind(case, "Job")] + [
+        j["spec"]["jobTemplate"]["spec"] for j in manifests_of_kind(case, "CronJob")
     ]
-    for runtime in of(case, "TrainingRuntime"):
+    for runtime in manifests_of_kind(case, "TrainingRuntime"):
         jobs += [
             job["template"]["spec"] for job in runtime["spec"]["template"]["spec"]["replicatedJobs"]
         ]
@@ -135,7 +135,11 @@ def test_training_survives_what_it_should_and_fails_at_once_where_it_should(case
 @pytest.mark.parametrize("case", CASES)
 def test_a_changed_setting_is_a_new_config_map(case):
     """So it rolls out and back with its pods. Grafana's sidecar reads the dashboard anew, by the same name."""
-    settings = [m for m in of(case, "ConfigMap") if m["metadata"]["name"] != "imago-dashboard"]
+    settings = [
+        m
+        for m in manifests_of_kind(case, "ConfigMap")
+        if m["metadata"]["name"] != "imago-dashboard"
+    ]
     assert len(settings) == 2
     for manifest in settings:
         assert re.fullmatch(r"imago-(serving|training)-[a-z0-9]{10}", manifest["metadata"]["name"])

@@ -3,12 +3,12 @@ operators are what our own models of their resources take (crds.py; test_crds.py
 
 import copy
 
-import crds
 import kubernetes_validate
 import pytest
-from rendered import CASES, render
+from support import crd_models
+from support.manifests import CASES, render
 
-KINDS = crds.kinds()
+KINDS = crd_models.custom_resource_models()
 VERSIONS = [f"1.{minor}" for minor in range(30, 37)]
 # Image volumes are newer than 1.30; the component says from when on they work.
 FROM = {"model-from-image": "1.31"}

@@ -4,8 +4,8 @@ import shlex
 
 import pytest
 import yaml
-from rendered import K8S, Manifest, own_overlay, with_components
-from standin import needs_kubectl, one_line, refuses
+from support.fake_kubectl import admission_errors, error_line, needs_kubectl
+from support.manifests import K8S, Manifest, overlay_with_components, temporary_overlay
 
 OLD = "registry.example.com/imago-train:old"
 FAILED = '"Failed"'
@@ -73,7 +73,9 @@ def test_a_new_tag_rolls_serving_and_leaves_training(state, what, deploy):
 @needs_kubectl
 def test_a_training_that_has_not_begun_takes_the_new_image(deploy):
     """The old one may be what it waits for."""
-    done, asked, applied = deploy(there(WAITING) | {"--dry-run": refuses(IMMUTABLE)["--dry-run"]})
+    done, asked, applied = deploy(
+        there(WAITING) | {"--dry-run": admission_errors(IMMUTABLE)["--dry-run"]}
+    )
     assert "had not begun" in said(done)
     assert "delete job imago-train --cascade=foreground" in asked
     assert image(applied, "Job") == "localhost/imago-train:new"
@@ -83,7 +85,12 @@ def test_a_training_that_has_not_begun_takes_the_new_image(deploy):
 @pytest.mark.parametrize(
     ("state", "answers", "env", "why"),
     [
-        (DONE, {"--dry-run": refuses(IMMUTABLE)["--dry-run"]}, {}, "anew, as its settings differ"),
+        (
+            DONE,
+            {"--dry-run": admission_errors(IMMUTABLE)["--dry-run"]},
+            {},
+            "anew, as its settings differ",
+        ),
         (DONE, {}, {"TRAIN": "1"}, "anew, as TRAIN asks"),
         (RUNNING, {}, {"TRAIN": "1"}, "anew, as TRAIN asks"),
         (WAITING, {FAILED: "echo 'exit code 2'"}, {}, "anew, as it failed: exit code 2"),
@@ -102,10 +109,12 @@ def test_training_is_replaced_and_the_reason_said(state, answers, env, why, depl
 
 @needs_kubectl
 def test_a_training_that_runs_is_not_ended_unasked(deploy):
-    done, asked, applied = deploy(there(RUNNING) | {"--dry-run": refuses(IMMUTABLE)["--dry-run"]})
+    done, asked, applied = deploy(
+        there(RUNNING) | {"--dry-run": admission_errors(IMMUTABLE)["--dry-run"]}
+    )
     assert (
         "nothing was changed: training runs, and by other settings than 'local' says"
-        in one_line(done)
+        in error_line(done)
     )
     assert "make deploy OVERLAY=local TAG=new TRAIN=1" in done.stderr
     assert "delete" not in asked
@@ -127,7 +136,7 @@ def test_a_job_of_ones_own_keeps_its_image(deploy):
             }
         },
     }
-    with own_overlay(
+    with temporary_overlay(
         "{kind: Kustomization, namespace: imago, resources: [../local, fetch.yaml]}"
     ) as name:
         (K8S / "overlays" / name / "fetch.yaml").write_text(yaml.safe_dump(job))
@@ -148,7 +157,7 @@ def test_where_there_is_none_training_begins(deploy):
 @pytest.mark.parametrize("state", [DONE, RUNNING])
 def test_a_new_tag_leaves_a_train_job_too(state, deploy, tmp_path):
     """Its image is its runtime's: Kubeflow takes another, and `make deploy` looks whether it differs."""
-    with with_components("training-kubeflow") as name:
+    with overlay_with_components("training-kubeflow") as name:
         done, asked, applied = deploy(
             there(state) | {"diff -l": f"cat >{tmp_path}/looked"}, OVERLAY=name
         )
@@ -162,7 +171,7 @@ def test_a_new_tag_leaves_a_train_job_too(state, deploy, tmp_path):
 
 @needs_kubectl
 def test_a_training_that_waits_for_its_hour_takes_the_new_image_then(deploy):
-    with with_components("cron-training") as name:
+    with overlay_with_components("cron-training") as name:
         done, asked, applied = deploy(there(DONE), OVERLAY=name, TRAIN="1")
     assert done.returncode == 0, done.stderr
     assert "Training waits for its hour" in done.stdout

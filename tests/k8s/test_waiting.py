@@ -5,13 +5,13 @@ import signal
 import subprocess
 
 import pytest
-from rendered import containers, pod_specs
+from support.manifests import containers, pod_templates
 
 
 @pytest.fixture
 def waiting(tmp_path):
     """The init container's process, which has found no bundle yet."""
-    template = dict(pod_specs("overlays/local"))["Deployment/imago-serving"]
+    template = dict(pod_templates("overlays/local"))["Deployment/imago-serving"]
     container = next(c for c in containers(template) if c["name"] == "model")
     settings = {"IMAGO_STORE": str(tmp_path), "IMAGO_MODEL": "digits", "IMAGO_VERSION": "latest"}
     with subprocess.Popen(

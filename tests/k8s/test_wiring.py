@@ -1,15 +1,15 @@
 """What one manifest says of another, or of the code: ports, backends, grace, what a GPU takes."""
 
 import pytest
-from rendered import CASES, containers, of, pod_specs
+from support.manifests import CASES, containers, manifests_of_kind, pod_templates
 
 from train.runs.preemption import SECONDS
 
 
 def trainers(case):
     """(arguments, ports) of every training container; a TrainJob's arguments stand beside its runtime."""
-    jobs = of(case, "TrainJob")
-    for _, template in pod_specs(case):
+    jobs = manifests_of_kind(case, "TrainJob")
+    for _, template in pod_templates(case):
         for container in containers(template):
             if "imago-train:" in container["image"]:
                 ports = {p["name"]: p["containerPort"] for p in container["ports"]}
@@ -29,15 +29,15 @@ def test_routes_lead_to_a_port_that_the_service_has(case):
     """And never to its metrics."""
     services = {
         s["metadata"]["name"]: {p["name"]: p["port"] for p in s["spec"]["ports"]}
-        for s in of(case, "Service")
+        for s in manifests_of_kind(case, "Service")
     }
-    for ingress in of(case, "Ingress"):
+    for ingress in manifests_of_kind(case, "Ingress"):
         for rule in ingress["spec"]["rules"]:
             for path in rule["http"]["paths"]:
                 backend = path["backend"]["service"]
                 assert backend["port"] == {"name": "http"}
                 assert "http" in services[backend["name"]]
-    for route in of(case, "HTTPRoute"):
+    for route in manifests_of_kind(case, "HTTPRoute"):
         for rule in route["spec"]["rules"]:
             for backend in rule["backendRefs"]:
                 assert backend["port"] == services[backend["name"]]["http"]
@@ -47,7 +47,7 @@ def test_routes_lead_to_a_port_that_the_service_has(case):
 def test_training_has_the_time_to_save_what_it_learnt(case):
     grace = [
         t["spec"]["terminationGracePeriodSeconds"]
-        for _, t in pod_specs(case)
+        for _, t in pod_templates(case)
         if any("imago-train:" in c["image"] for c in containers(t))
     ]
     assert grace
@@ -59,7 +59,7 @@ def test_pods_on_gpus_ask_for_one_and_for_a_node_that_has_it(case):
     parts = {
         part: case == "overlays/gpu" or f"gpu-{part}" in case for part in ("serving", "training")
     }
-    for name, template in pod_specs(case):
+    for name, template in pod_templates(case):
         kind = "serving" if name.startswith("Deployment/") else "training"
         *_, container = containers(template)
         spec, limits = template["spec"], container["resources"]["limits"]
@@ -76,6 +76,6 @@ def test_pods_on_gpus_ask_for_one_and_for_a_node_that_has_it(case):
 
 def test_gpus_are_asked_for_by_every_kind_that_makes_pods():
     found = {
-        name.partition("/")[0] for case in CASES if "gpu" in case for name, _ in pod_specs(case)
+        name.partition("/")[0] for case in CASES if "gpu" in case for name, _ in pod_templates(case)
     }
     assert found == {"Deployment", "Job", "CronJob", "TrainingRuntime"}

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import onnx
 import pytest
-import tiny
+from support import tiny_bundle
 
 from models.__main__ import main
 from models.bundle import Bundle, BundleError
@@ -31,16 +31,16 @@ def test_verify_tells_digests_samples_and_latency(bundle, capsys):
 
 
 def test_an_answer_that_differs_fails(bundle, verify):
-    onnx.save(tiny.graph(SPEC, 3, scale=1.01), bundle / "model.onnx")
-    tiny.reseal(bundle)
+    onnx.save(tiny_bundle.build_graph(SPEC, 3, scale=1.01), bundle / "model.onnx")
+    tiny_bundle.update_checksums(bundle)
     status, line = verify(bundle)
     assert status == 1
     assert line.startswith("FAILED: fp32: probabilities differ by ")
 
 
 def test_samples_that_decode_otherwise_fail(bundle, verify):
-    (bundle / "samples" / "00.png").write_bytes(tiny.image("green"))
-    tiny.reseal(bundle)
+    (bundle / "samples" / "00.png").write_bytes(tiny_bundle.make_image("green"))
+    tiny_bundle.update_checksums(bundle)
     status, line = verify(bundle)
     assert status == 1
     assert "samples decode differently here" in line
@@ -48,14 +48,14 @@ def test_samples_that_decode_otherwise_fail(bundle, verify):
 
 def test_a_sample_that_is_no_image_is_named(bundle, verify):
     (bundle / "samples" / "03.png").write_bytes(b"nonsense")
-    tiny.reseal(bundle)
+    tiny_bundle.update_checksums(bundle)
     status, line = verify(bundle)
     assert status == 1
     assert f"{bundle}/samples/03.png: not a JPEG" in line
 
 
 def test_a_bundle_without_samples_proves_nothing(bundle, verify):
-    tiny.edit(bundle, samples=[])
+    tiny_bundle.edit_manifest(bundle, samples=[])
     write_sums(bundle)
     assert verify(bundle) == (
         1,
@@ -134,7 +134,7 @@ def test_a_bundle_that_was_renamed_in_its_store_is_refused(bundle, tmp_path, ver
     ],
 )
 def test_a_wrong_manifest_is_refused(bundle, verify, changes, says):
-    tiny.edit(bundle, **changes)
+    tiny_bundle.edit_manifest(bundle, **changes)
     write_sums(bundle)
     status, line = verify(bundle)
     assert status == 1
@@ -153,7 +153,7 @@ def test_a_manifest_that_is_none_is_refused(bundle, verify, text):
 def test_a_path_that_climbs_out_is_refused(bundle, verify, place):
     manifest = json.loads((bundle / "manifest.json").read_text())
     manifest["variants"]["fp32"]["file"] = place
-    tiny.edit(bundle, variants=manifest["variants"])
+    tiny_bundle.edit_manifest(bundle, variants=manifest["variants"])
     write_sums(bundle)
     status, line = verify(bundle)
     assert status == 1
@@ -178,14 +178,14 @@ def test_a_link_out_of_the_bundle_is_refused(bundle, tmp_path, verify):
 
 def test_expected_outputs_that_would_run_code_are_refused(bundle, verify):
     np.savez(bundle / "samples" / "expected.npz", probabilities=np.array([{"a": 1}], dtype=object))
-    tiny.reseal(bundle)
+    tiny_bundle.update_checksums(bundle)
     status, line = verify(bundle)
     assert status == 1
     assert "expected.npz: unreadable expected outputs" in line
 
 
 def test_a_graph_that_the_manifest_does_not_mean_is_refused(bundle, verify):
-    onnx.save(tiny.graph(SPEC, 3, scale=2), bundle / "model.onnx")
+    onnx.save(tiny_bundle.build_graph(SPEC, 3, scale=2), bundle / "model.onnx")
     write_sums(bundle)
     status, line = verify(bundle)
     assert status == 1
@@ -205,6 +205,6 @@ def test_files_larger_than_any_bundle_has_are_refused(bundle, verify):
 
 def test_the_digest_stands_for_every_file(bundle):
     before = Bundle(bundle).digest
-    (bundle / "samples" / "00.png").write_bytes(tiny.image("green"))
-    tiny.reseal(bundle)
+    (bundle / "samples" / "00.png").write_bytes(tiny_bundle.make_image("green"))
+    tiny_bundle.update_checksums(bundle)
     assert Bundle(bundle).digest != before

@@ -5,10 +5,10 @@ import contextlib
 import numpy as np
 import onnx
 import pytest
-import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
+from support import tiny_bundle
 
 from models.bundle import BundleError
 from models.bundle.onnx_screening import read_graph
@@ -94,16 +94,16 @@ def with_training(model: onnx.ModelProto) -> onnx.ModelProto:
 def test_another_graph_than_promised_is_refused_before_any_runtime_opens_it(
     bundle, verify, spoil, says
 ):
-    model = spoil(tiny.graph(SPEC, 3))
+    model = spoil(tiny_bundle.build_graph(SPEC, 3))
     (bundle / "model.onnx").write_bytes(model.SerializeToString())
-    tiny.reseal(bundle)
+    tiny_bundle.update_checksums(bundle)
     status, line = verify(bundle)
     assert status == 1
     assert f"{bundle}/model.onnx: " in line
     assert says in line
 
 
-WHOLE = tiny.graph(SPEC, 3).SerializeToString()
+WHOLE = tiny_bundle.build_graph(SPEC, 3).SerializeToString()
 
 
 @settings(max_examples=300, deadline=None)

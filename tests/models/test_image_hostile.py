@@ -8,12 +8,12 @@ import sys
 import zipfile
 import zlib
 
-import jpegs
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from support import jpeg_builder
 
 from models.image import (
     ImageError,
@@ -254,11 +254,11 @@ def test_a_progressive_jpeg_of_a_thousand_scans_is_refused():
 @pytest.mark.parametrize("frame", [0xC0, 0xC1, 0xC2, 0xC9, 0xCA])
 def test_a_thousand_scans_are_refused_of_every_kind(frame):
     with pytest.raises(UndecodableImage, match="scans"):
-        decode(jpegs.green([[i % 3] for i in range(1000)], 7000, frame), SPEC)
+        decode(jpeg_builder.green_jpeg([[i % 3] for i in range(1000)], 7000, frame), SPEC)
 
 
 def test_a_second_frame_can_not_hide_the_first():
-    data = jpegs.green([[0, 1, 2]])
+    data = jpeg_builder.green_jpeg([[0, 1, 2]])
     at = data.index(b"\xff\xc0")
     for more in (
         data[at : at + 19],
@@ -330,7 +330,7 @@ def test_the_most_pixels_of_any_depth_leave_room_in_a_small_container(name):
 
 @pytest.mark.parametrize(
     "data",
-    [zeros_png(6000, 6000, samples=4), jpegs.green([[0], [1], [2]], 6000)],
+    [zeros_png(6000, 6000, samples=4), jpeg_builder.green_jpeg([[0], [1], [2]], 6000)],
     ids=["png", "jpeg of three scans"],
 )
 def test_large_pictures_are_decoded_one_at_a_time(data):

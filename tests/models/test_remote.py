@@ -5,9 +5,9 @@ from pathlib import Path
 
 import fsspec
 import pytest
-import tiny
 from fsspec.implementations.memory import MemoryFileSystem
-from service import object_store
+from support import tiny_bundle
+from support.server import s3_server
 
 from models.__main__ import main
 from models.bundle import Bundle
@@ -30,8 +30,8 @@ def run(store: Path, *words: str) -> int:
 @pytest.fixture
 def here(tmp_path: Path) -> Path:
     """A store with colours/1 and colours/2."""
-    tiny.write(tmp_path / "here")
-    tiny.write(tmp_path / "here")
+    tiny_bundle.publish(tmp_path / "here")
+    tiny_bundle.publish(tmp_path / "here")
     return tmp_path / "here"
 
 
@@ -39,7 +39,7 @@ def here(tmp_path: Path) -> Path:
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """A place for a store in each kind of file system."""
     if request.param == "s3":
-        with object_store("bucket"):
+        with s3_server("bucket"):
             yield "s3://bucket/store"
     else:
         yield URL if request.param == "memory" else f"file://{tmp_path}/far"
@@ -70,7 +70,7 @@ def test_a_second_time_nothing_is_copied(here, tmp_path, capsys):
 def test_another_bundle_under_the_same_version_is_refused(here, tmp_path, capsys):
     assert run(here, "push", "colours", "1", URL) == 0
     other = tmp_path / "other"
-    tiny.write(other, scale=2)
+    tiny_bundle.publish(other, scale=2)
     assert run(other, "push", "colours", URL) == 2
     assert f"{URL}/colours/1: there already, with other contents" in capsys.readouterr().err
     assert run(other, "pull", "colours", URL) == 2

@@ -4,7 +4,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import tiny
+from support import tiny_bundle
 
 pytest.importorskip("model_signing", reason="the optional extra `signing` is not installed")
 from cryptography.hazmat.primitives import serialization
@@ -37,7 +37,7 @@ def key_pair(directory: Path, name: str) -> tuple[Path, Path]:
 def signed(tmp_path: Path) -> tuple[Path, Path]:
     """A signed bundle and the public key."""
     private, public = key_pair(tmp_path, "key")
-    bundle = tiny.write(tmp_path / "store")
+    bundle = tiny_bundle.publish(tmp_path / "store")
     assert main(["sign", "colours", "--store", str(tmp_path / "store"), "--key", str(private)]) == 0
     return bundle, public
 
@@ -65,7 +65,7 @@ def refused(bundle: Path, public: Path, capsys: pytest.CaptureFixture) -> str:
 def test_a_bundle_without_signature_is_refused(tmp_path, capsys):
     _, public = key_pair(tmp_path, "key")
     assert "bundle.sig: no such file, so the bundle is not signed" in refused(
-        tiny.write(tmp_path), public, capsys
+        tiny_bundle.publish(tmp_path), public, capsys
     )
 
 
@@ -130,7 +130,7 @@ def test_openssl_keys_work(tmp_path):
     subprocess.run(
         ["openssl", "ec", "-in", key, "-pubout", "-out", public], check=True, capture_output=True
     )
-    bundle = tiny.write(tmp_path / "store")
+    bundle = tiny_bundle.publish(tmp_path / "store")
     with pytest.raises(BundleError):
         verify_signature(bundle, public)
     assert main(["sign", "colours", "--store", str(tmp_path / "store"), "--key", str(key)]) == 0
@@ -141,8 +141,8 @@ def test_a_server_that_insists_serves_signed_bundles_only(signed, start, tmp_pat
     bundle, public = signed
     store = bundle.parents[1]
     server = start("--public-key", str(public), "--version", "1", store=store)
-    assert server.predict(tiny.image("red")).status_code == 200
-    tiny.write(store)  # a second version, and nobody signed it
+    assert server.predict(tiny_bundle.make_image("red")).status_code == 200
+    tiny_bundle.publish(store)  # a second version, and nobody signed it
     refused = start("--public-key", str(public), "--version", "2", store=store, wait=False)
     assert refused.process.wait(60) == 2
     assert "bundle.sig: no such file, so the bundle is not signed" in refused.log.read_text()

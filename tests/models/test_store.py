@@ -6,7 +6,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
-import tiny
+from support import tiny_bundle
 
 from models.__main__ import main
 from models.bundle import Bundle, BundleError, Latency
@@ -15,7 +15,7 @@ from models.store import Store
 
 def test_many_writers_at_once_get_versions_of_their_own(tmp_path):
     with ProcessPoolExecutor(4) as pool:
-        paths = list(pool.map(tiny.write, [tmp_path] * 12))
+        paths = list(pool.map(tiny_bundle.publish, [tmp_path] * 12))
     assert sorted(int(path.name) for path in paths) == list(range(1, 13))
     store = Store(tmp_path)
     assert store.versions("colours") == list(range(1, 13))
@@ -25,7 +25,7 @@ def test_many_writers_at_once_get_versions_of_their_own(tmp_path):
 
 
 def test_a_writer_that_fails_leaves_nothing_visible(tmp_path):
-    tiny.write(tmp_path)
+    tiny_bundle.publish(tmp_path)
     store = Store(tmp_path)
 
     def power_cut():
@@ -40,7 +40,7 @@ def test_a_writer_that_fails_leaves_nothing_visible(tmp_path):
 
 
 def test_half_a_bundle_is_never_published(tmp_path):
-    whole, store = tiny.write(tmp_path), Store(tmp_path)
+    whole, store = tiny_bundle.publish(tmp_path), Store(tmp_path)
     with store.stage("colours") as staged:
         (staged.path / "manifest.json").write_bytes((whole / "manifest.json").read_bytes())
         with pytest.raises(BundleError, match="SHA256SUMS: no such file"):
@@ -51,7 +51,7 @@ def test_half_a_bundle_is_never_published(tmp_path):
 def test_a_late_writer_does_not_move_latest_back(tmp_path):
     store = Store(tmp_path)
     with store.stage("colours") as slow:
-        fast = tiny.write(tmp_path)
+        fast = tiny_bundle.publish(tmp_path)
         assert (slow.version, fast.name) == (1, "2")
         assert store.latest("colours") == 2
         copy_as(fast, slow.path, 1)
@@ -77,7 +77,7 @@ def copy_as(source: Path, target: Path, version: int) -> None:
 @pytest.fixture
 def three(tmp_path) -> Path:
     for _ in range(3):
-        tiny.write(tmp_path)
+        tiny_bundle.publish(tmp_path)
     return tmp_path
 
 
@@ -104,7 +104,7 @@ def test_list_and_show(three, capsys):
 
 
 def test_show_tells_the_speed_of_a_core(tmp_path, capsys):
-    bundle = Bundle(tiny.write(tmp_path), verify=False)
+    bundle = Bundle(tiny_bundle.publish(tmp_path), verify=False)
     fp32 = bundle.manifest.variants["fp32"]
     fp32.latency = Latency(
         device="a CPU, 4 cores", threads=4, batch_ms={8: 10.0}, images_per_second=800.0
@@ -141,11 +141,11 @@ def test_a_broken_version_is_not_promoted(three, capsys):
 
 def test_prune_keeps_latest_and_the_one_before_it(three):
     for _ in range(3):
-        tiny.write(three)
+        tiny_bundle.publish(three)
     Store(three).promote("colours", 2)
     assert run(three, "prune", "colours", "--keep", "2") == 0
     assert Store(three).versions("colours") == [1, 2, 5, 6]
-    assert tiny.write(three).name == "7"
+    assert tiny_bundle.publish(three).name == "7"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
+from support import tiny_bundle
 
 from models.bundle import Calibration, write_sums
 from serve.settings import PREFIX, Settings
@@ -44,9 +44,9 @@ def folder(tmp_path) -> Path:
     """Three colours, one file below another directory, and a text that no one should look at."""
     images = tmp_path / "images"
     (images / "deep").mkdir(parents=True)
-    (images / "a.png").write_bytes(tiny.image("red"))
-    (images / "b [bold].jpg").write_bytes(tiny.image("green", kind=".jpg"))
-    (images / "deep" / "c.webp").write_bytes(tiny.image("blue", size=64, kind=".webp"))
+    (images / "a.png").write_bytes(tiny_bundle.make_image("red"))
+    (images / "b [bold].jpg").write_bytes(tiny_bundle.make_image("green", kind=".jpg"))
+    (images / "deep" / "c.webp").write_bytes(tiny_bundle.make_image("blue", size=64, kind=".webp"))
     (images / "notes.txt").write_text("no image")
     return images
 
@@ -130,8 +130,10 @@ def test_predict_says_what_is_missing(bundle_store, tmp_path):
 
 
 def test_check_tells_what_would_be_served(tmp_path):
-    tiny.write(tmp_path, calibration=Calibration(conformal_level=0.9, conformal_quantile=0.5))
-    tiny.write(tmp_path)
+    tiny_bundle.publish(
+        tmp_path, calibration=Calibration(conformal_level=0.9, conformal_quantile=0.5)
+    )
+    tiny_bundle.publish(tmp_path)
     result = run("check", "--store", tmp_path, "--version", "1")
     assert result.returncode == 0, result.stderr
     for line in (
@@ -151,7 +153,7 @@ def test_check_tells_what_would_be_served(tmp_path):
 def test_check_tells_why_it_is_not_ready(tmp_path):
     store = tmp_path / "store"
     refused(run("check", "--store", store, "--json"), "no model", status=1)
-    path = tiny.write(store)
+    path = tiny_bundle.publish(store)
     with (path / "model.onnx").open("ab") as file:
         file.write(b"\0")
     result = run("check", "--store", store)
@@ -161,7 +163,7 @@ def test_check_tells_why_it_is_not_ready(tmp_path):
 
 
 def test_check_runs_the_samples(tmp_path):
-    path = tiny.write(tmp_path)
+    path = tiny_bundle.publish(tmp_path)
     expected = dict(np.load(path / "samples" / "expected.npz"))
     expected["probabilities"] = expected["probabilities"][:, ::-1]
     np.savez(path / "samples" / "expected.npz", **expected)

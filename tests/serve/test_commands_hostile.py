@@ -10,15 +10,15 @@ from pathlib import Path
 from subprocess import PIPE
 
 import pytest
-import tiny
-from hang import Hang
-from service import ROOT, refused, wait
+from support import ROOT, tiny_bundle
+from support.blocked_path import BlockedPath
+from support.server import assert_refused, wait_until
 
 COMMAND = [sys.executable, "-m", "serve"]
 ORDINARY = (
     ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.getuid() == 0 else []
 )  # obeys file modes
-RED = tiny.image("red")
+RED = tiny_bundle.make_image("red")
 
 
 def begin(
@@ -95,14 +95,14 @@ def test_a_closed_directory_is_an_error_in_its_place(bundle_store, images, close
 def test_a_file_below_a_closed_directory(bundle_store, images, closed):
     closed(images / "deep", 0)
     result = run("predict", images / "deep" / "b.png", "--store", bundle_store, as_user=True)
-    refused(result, "b.png: Permission denied")
+    assert_refused(result, "b.png: Permission denied")
 
 
 @pytest.mark.parametrize(
     "command", [("predict", "a.png"), ("check",), ()], ids=["predict", "check", "serve"]
 )
 def test_a_closed_store(tmp_path, closed, command):
-    tiny.write(tmp_path / "store")
+    tiny_bundle.publish(tmp_path / "store")
     closed(tmp_path / "store", 0)
     result = run(*command, "--store", tmp_path / "store", as_user=True)
     assert result.returncode in (1, 2)
@@ -111,7 +111,7 @@ def test_a_closed_store(tmp_path, closed, command):
 
 def test_what_is_no_model_may_be_closed(tmp_path, closed):
     """A file system's own directory for what was lost, say, in a volume that holds the store."""
-    tiny.write(tmp_path / "store")
+    tiny_bundle.publish(tmp_path / "store")
     (tmp_path / "store" / "lost+found").mkdir()
     closed(tmp_path / "store" / "lost+found", 0)
     assert (
@@ -167,10 +167,10 @@ def test_predict_is_interrupted_while_it_waits_for_a_pipe(bundle_store, tmp_path
 
 
 def test_check_is_interrupted(tmp_path):
-    hang = Hang(tmp_path / "hang", tiny.write(tmp_path / "store"))
-    with hang.hangs():
+    hang = BlockedPath(tmp_path / "hang", tiny_bundle.publish(tmp_path / "store"))
+    with hang.blocked():
         process = begin("check", "--store", tmp_path / "store", env=hang.env)
-        wait(hang.reached)
+        wait_until(hang.is_reached)
         assert "model            colours" in interrupted(process)
 
 
@@ -201,7 +201,7 @@ def test_bench_takes_the_key_from_where_the_service_does(start, tmp_path):
 
 
 def test_bench_sends_no_error_as_an_image(start, tmp_path):
-    path = tiny.write(tmp_path / "store")
+    path = tiny_bundle.publish(tmp_path / "store")
     service = start(store=tmp_path / "store")
     (path / "samples" / "03.png").unlink()
-    refused(run("bench", service.url), "/samples/3", "404", "--image")
+    assert_refused(run("bench", service.url), "/samples/3", "404", "--image")

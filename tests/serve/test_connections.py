@@ -5,11 +5,11 @@ import sys
 import time
 
 import pytest
-import tiny
-from raw import Raw, hang_up, head  # noqa: F401  (a fixture that each test here uses)
-from service import wait
+from support import tiny_bundle
+from support.raw_http import RawConnection, request_head
+from support.server import wait_until
 
-IMAGE = tiny.image("red")
+IMAGE = tiny_bundle.make_image("red")
 
 
 @pytest.mark.parametrize(
@@ -25,8 +25,8 @@ IMAGE = tiny.image("red")
     ],
 )
 def test_heads_that_are_not_taken(server, data, status):
-    connection = Raw(server, data)
-    found, text = connection.answer()
+    connection = RawConnection(server, data)
+    found, text = connection.read_response()
     assert found == status
     assert "application/problem+json" in text
     assert "uvicorn" not in text.lower()
@@ -34,19 +34,23 @@ def test_heads_that_are_not_taken(server, data, status):
 
 def test_slow_clients_are_cut_and_others_are_not(start):
     server = start("--read-timeout-seconds", "1")
-    slow = [Raw(server), Raw(server, b"POST /pre"), Raw(server, head(1000) + b"x")]
+    slow = [
+        RawConnection(server),
+        RawConnection(server, b"POST /pre"),
+        RawConnection(server, request_head(1000) + b"x"),
+    ]
     assert server.predict(IMAGE).status_code == 200
-    wait(lambda: server.metric("imago_rejected_total", reason="slow") == 2)
+    wait_until(lambda: server.metric("imago_rejected_total", reason="slow") == 2)
     assert slow[0].is_closed()
-    assert [connection.answer()[0] for connection in slow[1:]] == [408, 408]
+    assert [connection.read_response()[0] for connection in slow[1:]] == [408, 408]
     assert server.metric("imago_pending_images") == 0
 
 
 def test_idle_connections_are_closed_after_a_while(start):
     server = start("--keep-alive-seconds", "1")
-    connection = Raw(server, b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+    connection = RawConnection(server, b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
     began = time.monotonic()
-    assert connection.answer()[0] == 200
+    assert connection.read_response()[0] == 200
     assert connection.is_closed()
     assert time.monotonic() - began < 10
 
@@ -54,43 +58,49 @@ def test_idle_connections_are_closed_after_a_while(start):
 def test_connections_are_bounded(start):
     server = start("--max-connections", "3")
     server.http.close()
-    wait(
+    wait_until(
         lambda: (
-            Raw(
+            RawConnection(
                 server, b"GET /health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
-            ).answer()[0]
+            ).read_response()[0]
             == 200
         )
     )
-    held = [Raw(server, b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n") for _ in range(3)]
-    assert [c.socket.recv(12) for c in held] == [b"HTTP/1.1 200"] * 3
-    assert Raw(server, head(len(IMAGE)) + IMAGE).answer()[0] == 503
+    held = [
+        RawConnection(server, b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n") for _ in range(3)
+    ]
+    assert [c.receive(12) for c in held] == [b"HTTP/1.1 200"] * 3
+    assert RawConnection(server, request_head(len(IMAGE)) + IMAGE).read_response()[0] == 503
     for path in (
         b"live",
         b"ready",
     ):  # a crowd is no reason to restart it, or to send what it has to others
-        probe = Raw(server, b"GET /health/%b HTTP/1.1\r\nHost: x\r\n\r\n" % path)
-        assert probe.answer()[0] == 200
+        probe = RawConnection(server, b"GET /health/%b HTTP/1.1\r\nHost: x\r\n\r\n" % path)
+        assert probe.read_response()[0] == 200
         assert probe.is_closed()
-    spare = [Raw(server) for _ in range(16)]
-    wait(lambda: Raw(server).answer()[0] == 503)  # it said nothing, and there is room for no more
+    spare = [RawConnection(server) for _ in range(16)]
+    wait_until(
+        lambda: RawConnection(server).read_response()[0] == 503
+    )  # it said nothing, and there is room for no more
     for connection in spare:
-        connection.socket.close()
-    held[0].socket.close()
-    wait(
+        connection.close()
+    held[0].close()
+    wait_until(
         lambda: (
-            Raw(
+            RawConnection(
                 server, b"GET /health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
-            ).answer()[0]
+            ).read_response()[0]
             == 200
         )
     )
 
 
-def crowd(server, count: int) -> list[Raw]:
+def crowd(server, count: int) -> list[RawConnection]:
     """Connections that each had one answer and are idle now."""
     server.http.close()
-    return [Raw(server, b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n") for _ in range(count)]
+    return [
+        RawConnection(server, b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n") for _ in range(count)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -106,28 +116,30 @@ def test_open_files_allow_the_connections_that_are_promised(start, limit, flags,
         command=["sh", "-c", f'ulimit {limit}; exec "$@"', "sh", sys.executable, "-m", "serve"],
     )
     held = crowd(server, room + 16)
-    assert {connection.socket.recv(12) for connection in held} == {b"HTTP/1.1 200"}
-    beyond = [Raw(server) for _ in range(64)]
-    assert {connection.socket.recv(12) for connection in beyond[32:]} == {b"HTTP/1.1 503"}
+    assert {connection.receive(12) for connection in held} == {b"HTTP/1.1 200"}
+    beyond = [RawConnection(server) for _ in range(64)]
+    assert {connection.receive(12) for connection in beyond[32:]} == {b"HTTP/1.1 503"}
     assert ("max_connections is 112, not 1024" in server.log.read_text()) == (room == 112)
 
 
 def test_pipelined_requests_are_answered_in_order(server):
     requests = b"".join(
-        head(len(body), f"X-Request-ID: n{i}") + body
-        for i, body in enumerate([IMAGE, b"", tiny.image("blue"), b"hello"])
+        request_head(len(body), f"X-Request-ID: n{i}") + body
+        for i, body in enumerate([IMAGE, b"", tiny_bundle.make_image("blue"), b"hello"])
     )
-    _, text = Raw(server, requests + b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n").answer()
+    _, text = RawConnection(
+        server, requests + b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
+    ).read_response()
     assert re.findall(r"HTTP/1.1 (\d+)", text) == ["200", "400", "200", "415", "200"]
     ids = [line.split()[1] for line in text.splitlines() if line.startswith("x-request-id")]
     assert ids[:4] == ["n0", "n1", "n2", "n3"]
 
 
 def test_expect_100_continue(server):
-    connection = Raw(server, head(len(IMAGE), "Expect: 100-continue"))
-    assert connection.socket.recv(100).startswith(b"HTTP/1.1 100 ")
+    connection = RawConnection(server, request_head(len(IMAGE), "Expect: 100-continue"))
+    assert connection.receive(100).startswith(b"HTTP/1.1 100 ")
     connection.send(IMAGE)
-    assert connection.answer()[0] == 200
+    assert connection.read_response()[0] == 200
 
 
 @pytest.mark.parametrize(
@@ -140,17 +152,19 @@ def test_expect_100_continue(server):
 )
 def test_refused_before_100_continue(server, path, length, status):
     """The client may send its body or not. What it sends next must not be taken for one, so the connection ends."""
-    connection = Raw(server, head(length, "Expect: 100-continue").replace(b"/predict", path))
-    found, text = connection.answer()
+    connection = RawConnection(
+        server, request_head(length, "Expect: 100-continue").replace(b"/predict", path)
+    )
+    found, text = connection.read_response()
     assert (found, "connection: close" in text) == (status, True)
     assert connection.is_closed()
 
 
 def test_http_1_0_and_connection_close(server):
     for request in (
-        head(len(IMAGE)).replace(b"HTTP/1.1", b"HTTP/1.0"),
-        head(len(IMAGE), "Connection: close"),
+        request_head(len(IMAGE)).replace(b"HTTP/1.1", b"HTTP/1.0"),
+        request_head(len(IMAGE), "Connection: close"),
     ):
-        connection = Raw(server, request + IMAGE)
-        status, text = connection.answer()
+        connection = RawConnection(server, request + IMAGE)
+        status, text = connection.read_response()
         assert (status, "connection: close" in text) == (200, True)

@@ -4,8 +4,8 @@ import time
 
 import numpy as np
 import pytest
-import tiny
-from service import wait
+from support import tiny_bundle
+from support.server import wait_until
 
 from models.bundle import SIGNALS, Histogram
 from models.drift import class_edges, edges, histogram, image_signals, psi
@@ -18,7 +18,7 @@ IMAGES = 120
 def signals(files: list[bytes], sizes: list[int]) -> dict[str, np.ndarray]:
     """Each signal of these files as the validation data of a bundle would have it."""
     pixels = np.stack([decode(data, SPEC) for data in files])
-    out = tiny.expected(pixels, 3)
+    out = tiny_bundle.expected_outputs(pixels, 3)
     looks = np.array([image_signals(image) for image in pixels])
     return {
         "class": out["probabilities"].argmax(1),
@@ -35,13 +35,14 @@ def signals(files: list[bytes], sizes: list[int]) -> dict[str, np.ndarray]:
 def made(seed: int, sizes: tuple[int, ...], labels: list[str]) -> tuple[list[bytes], list[int]]:
     chosen = [sizes[i % len(sizes)] for i in range(IMAGES)]
     return [
-        tiny.image(labels[i % len(labels)], size, seed=seed + i) for i, size in enumerate(chosen)
+        tiny_bundle.make_image(labels[i % len(labels)], size, seed=seed + i)
+        for i, size in enumerate(chosen)
     ], chosen
 
 
 @pytest.fixture(scope="module")
 def baseline() -> dict[str, Histogram]:
-    found = signals(*made(0, (32, 48), tiny.CLASSES))
+    found = signals(*made(0, (32, 48), tiny_bundle.CLASSES))
     cut = {
         name: class_edges(3) if name == "class" else edges(values, bins=5)
         for name, values in found.items()
@@ -67,14 +68,14 @@ def send(service, files: list[bytes]) -> None:
 
 
 def test_psi_of_each_signal(start, tmp_path, baseline):
-    tiny.write(tmp_path, baseline=baseline)
+    tiny_bundle.publish(tmp_path, baseline=baseline)
     service = start("--drift-window", str(IMAGES), store=tmp_path)
     assert observed(service) == {}
-    same, sizes = made(1000, (32, 48), tiny.CLASSES)
+    same, sizes = made(1000, (32, 48), tiny_bundle.CLASSES)
     send(service, same[:15])
     assert observed(service) == {}, "so few images say nothing"
     send(service, same[15:])
-    wait(
+    wait_until(
         lambda: service.metric("imago_drift_images") == IMAGES
     )  # an answer leaves before it is counted
     found, want = observed(service), signals(same, sizes)
@@ -90,9 +91,9 @@ def test_psi_of_each_signal(start, tmp_path, baseline):
 
 
 def test_several_workers_add_up(start, tmp_path, baseline):
-    tiny.write(tmp_path, baseline=baseline)
+    tiny_bundle.publish(tmp_path, baseline=baseline)
     service = start("--workers", "2", "--drift-window", str(IMAGES), store=tmp_path)
-    files, _ = made(1000, (32, 48), tiny.CLASSES)
+    files, _ = made(1000, (32, 48), tiny_bundle.CLASSES)
     for at in range(0, IMAGES, 10):  # many in one request are spread over the workers
         many = [("f", (str(i), data)) for i, data in enumerate(files[at : at + 10])]
         assert service.http.post("/predict", files=many).status_code == 200
@@ -103,18 +104,18 @@ def test_several_workers_add_up(start, tmp_path, baseline):
 
 def swap(service, workers: int = 1) -> None:
     before = service.metric("imago_reloads_total", outcome="ok")
-    wait(lambda: service.metric("imago_reloads_total", outcome="ok") == before + workers, 120)
+    wait_until(lambda: service.metric("imago_reloads_total", outcome="ok") == before + workers, 120)
 
 
 def test_a_model_of_fewer_classes_shows_no_drift_that_there_is_not(start, tmp_path, baseline):
     many = {"class": Histogram(edges=class_edges(100).tolist(), counts=[10] * 100)}
-    tiny.write(tmp_path, classes=[f"class {i}" for i in range(100)], baseline=many)
+    tiny_bundle.publish(tmp_path, classes=[f"class {i}" for i in range(100)], baseline=many)
     service = start("--reload-seconds", "0.2", store=tmp_path)
-    assert service.predict(tiny.image("red")).status_code == 200
-    tiny.write(tmp_path, baseline={"class": baseline["class"]})
+    assert service.predict(tiny_bundle.make_image("red")).status_code == 200
+    tiny_bundle.publish(tmp_path, baseline={"class": baseline["class"]})
     swap(service)
-    send(service, made(1000, (32,), tiny.CLASSES)[0][:36])
-    wait(lambda: observed(service) != {})
+    send(service, made(1000, (32,), tiny_bundle.CLASSES)[0][:36])
+    wait_until(lambda: observed(service) != {})
     assert observed(service)["class"] < 0.1
 
 
@@ -126,7 +127,7 @@ def test_many_thousands_of_classes(start, tmp_path, window):
         """Those that are predicted come first; the others come with the baseline from `at` on."""
         counts = np.zeros(classes, int)
         counts[at : at + 3] = 40
-        tiny.write(
+        tiny_bundle.publish(
             tmp_path,
             classes=[f"class {i}" for i in range(classes)],
             size=4,
@@ -138,29 +139,29 @@ def test_many_thousands_of_classes(start, tmp_path, window):
 
     write(20_000, 0)
     service = start("--reload-seconds", "0.2", "--drift-window", window, store=tmp_path)
-    files = made(1000, (4,), tiny.CLASSES)[0][:36]
+    files = made(1000, (4,), tiny_bundle.CLASSES)[0][:36]
     send(service, files)
-    wait(lambda: observed(service) != {})
+    wait_until(lambda: observed(service) != {})
     assert observed(service)["class"] < 0.1
     write(20_001, 10_000)
     swap(service)
     assert service.http.get("/model").json()["version"] == "2"
     send(service, files)
-    wait(lambda: observed(service) != {})
+    wait_until(lambda: observed(service) != {})
     assert observed(service)["class"] > 1
     assert "Traceback" not in service.log.read_text()
 
 
 def test_classes_too_many_for_the_window_share_bins(start, tmp_path):
     even = [20] * 500
-    tiny.write(
+    tiny_bundle.publish(
         tmp_path,
         classes=[f"class {i}" for i in range(500)],
         baseline={"class": Histogram(edges=class_edges(500).tolist(), counts=even)},
     )
     service = start("--drift-window", "60", store=tmp_path)
     send(service, made(1000, (32,), ["red"])[0][:62])
-    wait(lambda: observed(service) != {})
+    wait_until(lambda: observed(service) != {})
     want = psi(np.array([10_000 // 6] * 6), np.array([60, 0, 0, 0, 0, 0]))
     assert observed(service)["class"] == pytest.approx(want, rel=0.05)
 
@@ -169,20 +170,20 @@ def test_a_worker_that_rests_compares_with_the_new_baseline(start, tmp_path):
     def even(*counts: int) -> dict[str, Histogram]:
         return {"class": Histogram(edges=class_edges(3).tolist(), counts=counts)}
 
-    tiny.write(tmp_path, baseline=even(9000, 1, 1))
+    tiny_bundle.publish(tmp_path, baseline=even(9000, 1, 1))
     service = start("--workers", "2", "--reload-seconds", "0.2", store=tmp_path)
-    files = made(1000, (32,), tiny.CLASSES)[0][:36]
+    files = made(1000, (32,), tiny_bundle.CLASSES)[0][:36]
     for _ in range(5):  # both workers get some
         service.http.post("/predict", files=[("f", (str(i), data)) for i, data in enumerate(files)])
-    tiny.write(tmp_path, baseline=even(40, 40, 40))
+    tiny_bundle.publish(tmp_path, baseline=even(40, 40, 40))
     swap(service, workers=2)
     assert service.metric("imago_drift_images") == 0
     send(service, files)  # one at a time all go to one worker
-    wait(lambda: observed(service) != {})
+    wait_until(lambda: observed(service) != {})
     assert observed(service)["class"] < 0.1
 
 
 def test_no_baseline_no_index(server):
-    server.predict(tiny.image("red"))
+    server.predict(tiny_bundle.make_image("red"))
     assert "imago_drift_psi{" not in server.metrics()
     assert "drift_baseline" not in server.metrics()

@@ -6,8 +6,8 @@ import cv2
 import numpy as np
 import onnx
 import pytest
-import tiny
-from service import loopback, refused, run
+from support import tiny_bundle
+from support.server import assert_refused, loopback_flags, run_serve
 
 from models.image import InputSpec, decode
 from models.store import Store
@@ -15,7 +15,7 @@ from serve.engines import engine
 from serve.model import Model
 from serve.settings import Settings
 
-IMAGES = [tiny.image(label, seed=7) for label in tiny.CLASSES]
+IMAGES = [tiny_bundle.make_image(label, seed=7) for label in tiny_bundle.CLASSES]
 needs_openvino = pytest.mark.skipif(
     not importlib.util.find_spec("openvino"), reason="the extra openvino is missing"
 )
@@ -24,14 +24,14 @@ needs_openvino = pytest.mark.skipif(
 def check_answers(server, tolerance: float) -> str:
     """Right answers, one at a time and many at once; returns the engine's name."""
     for data in IMAGES:
-        want = tiny.expected(decode(data, InputSpec(height=32, width=32))[None], 3)[
+        want = tiny_bundle.expected_outputs(decode(data, InputSpec(height=32, width=32))[None], 3)[
             "probabilities"
         ][0]
         (prediction,) = server.predict(data).json()["predictions"]
         assert prediction["index"] == want.argmax()
         assert prediction["confidence"] == pytest.approx(want.max(), abs=tolerance)
     many = server.http.post("/predict", files=[("f", ("x", data)) for data in IMAGES * 8]).json()
-    assert [p["label"] for p in many["predictions"]] == tiny.CLASSES * 8
+    assert [p["label"] for p in many["predictions"]] == tiny_bundle.CLASSES * 8
     return server.http.get("/model").json()["engine"]
 
 
@@ -51,7 +51,7 @@ def test_openvino(start):
 def test_bfloat16_is_refused_where_it_changes_the_samples(start, tmp_path):
     """Large logits that are nearly equal: 8 bits of precision can't tell them apart."""
     gray = [np.random.default_rng(i).integers(90, 160, (32, 32, 3), np.uint8) for i in range(16)]
-    tiny.write(
+    tiny_bundle.publish(
         tmp_path, scale=30, files=[cv2.imencode(".png", pixels)[1].tobytes() for pixels in gray]
     )
     server = start("--engine", "openvino", store=tmp_path)
@@ -63,7 +63,9 @@ def test_cuda_without_a_gpu_is_refused_in_one_line(bundle_store):
 
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("there is a GPU")
-    refused(run("--store", str(bundle_store), "--engine", "cuda", *loopback()), "cuda")
+    assert_refused(
+        run_serve("--store", str(bundle_store), "--engine", "cuda", *loopback_flags()), "cuda"
+    )
 
 
 def test_auto_takes_the_cpu_where_cuda_finds_no_gpu(bundle_store, monkeypatch):
@@ -79,7 +81,7 @@ def test_auto_takes_the_cpu_where_cuda_finds_no_gpu(bundle_store, monkeypatch):
 
 def test_auto_takes_the_cpu_where_the_gpu_fails_at_a_run(bundle_store, monkeypatch):
     class Broken(engine.OnnxRuntime):
-        def run(self, *_):
+        def run_serve(self, *_):
             raise RuntimeError("out of memory")
 
     monkeypatch.setattr(engine, "makers", lambda *_: [Broken, engine.OnnxRuntime])
@@ -88,29 +90,33 @@ def test_auto_takes_the_cpu_where_the_gpu_fails_at_a_run(bundle_store, monkeypat
 
 
 def test_an_unknown_variant_is_refused_in_one_line(bundle_store):
-    refused(run("--store", str(bundle_store), "--variant", "int4", *loopback()), "int4", "fp32")
+    assert_refused(
+        run_serve("--store", str(bundle_store), "--variant", "int4", *loopback_flags()),
+        "int4",
+        "fp32",
+    )
 
 
 @pytest.mark.parametrize(("slow", "faster"), [("model.onnx", "int8"), ("model.int8.onnx", "fp32")])
 def test_auto_takes_the_faster_of_two_variants(tmp_path, slow, faster):
-    bundle = tiny.write(tmp_path)
-    tiny.add_int8(bundle)
-    tiny.slow(bundle, slow)
+    bundle = tiny_bundle.publish(tmp_path)
+    tiny_bundle.add_int8(bundle)
+    tiny_bundle.slow_down(bundle, slow)
     assert Model(Store(tmp_path).open("colours"), Settings(store=tmp_path), 1).variant == faster
 
 
 @pytest.mark.parametrize("how", ["answers otherwise", "can't be run", "can't be loaded"])
 def test_auto_serves_the_variant_that_is_right_where_the_faster_one_is_not(start, tmp_path, how):
-    bundle = tiny.write(tmp_path)
-    tiny.add_int8(bundle, scale=2 if how == "answers otherwise" else 1)
+    bundle = tiny_bundle.publish(tmp_path)
+    tiny_bundle.add_int8(bundle, scale=2 if how == "answers otherwise" else 1)
     if how == "can't be run":
-        tiny.break_where_bright(bundle, 0.1, "model.int8.onnx")
+        tiny_bundle.fail_on_bright_pixels(bundle, 0.1, "model.int8.onnx")
     if how == "can't be loaded":
         graph = onnx.load(bundle / "model.int8.onnx")
         graph.graph.node[0].op_type = "NoSuchThing"
         onnx.save(graph, bundle / "model.int8.onnx")
-        tiny.reseal(bundle)
-    tiny.slow(bundle)
+        tiny_bundle.update_checksums(bundle)
+    tiny_bundle.slow_down(bundle)
     server = start(store=tmp_path)
     assert server.http.get("/model").json()["variant"] == "fp32"
     assert server.predict(IMAGES[0]).json()["predictions"][0]["label"] == "red"
@@ -125,10 +131,11 @@ def test_auto_serves_the_variant_that_is_right_where_the_faster_one_is_not(start
 
 
 def test_auto_is_refused_where_no_variant_is_right(tmp_path):
-    bundle = tiny.write(tmp_path)
-    tiny.add_int8(bundle, scale=2)
-    tiny.break_where_bright(bundle, 0.1)
-    refused(run("--store", str(tmp_path), *loopback()), "can't run it")
-    refused(
-        run("--store", str(tmp_path), "--variant", "int8", *loopback()), "self check of int8 failed"
+    bundle = tiny_bundle.publish(tmp_path)
+    tiny_bundle.add_int8(bundle, scale=2)
+    tiny_bundle.fail_on_bright_pixels(bundle, 0.1)
+    assert_refused(run_serve("--store", str(tmp_path), *loopback_flags()), "can't run it")
+    assert_refused(
+        run_serve("--store", str(tmp_path), "--variant", "int8", *loopback_flags()),
+        "self check of int8 failed",
     )

@@ -8,11 +8,11 @@ import cv2
 import httpx
 import numpy as np
 import pytest
-import tiny
-from hang import Hang
-from service import ROOT, Server, stopped, wait
+from support import ROOT, tiny_bundle
+from support.blocked_path import BlockedPath
+from support.server import Server, suspended_workers, wait_until
 
-IMAGE, INFER = tiny.image("red"), "/v2/models/colours/infer"
+IMAGE, INFER = tiny_bundle.make_image("red"), "/v2/models/colours/infer"
 BRIGHT = cv2.imencode(".png", np.full((32, 32, 3), 255, np.uint8))[1].tobytes()
 
 
@@ -40,7 +40,7 @@ def check_silent(answers: list[httpx.Response], tmp_path) -> None:
 
 
 def test_no_error_tells_of_files_on_the_server(start, tmp_path):
-    tiny.break_where_bright(tiny.write(tmp_path))
+    tiny_bundle.fail_on_bright_pixels(tiny_bundle.publish(tmp_path))
     service = start("--deadline-ms", "1000", store=tmp_path)
     ask, get, post = service.predict, service.http.get, service.http.post
     found = [
@@ -60,7 +60,7 @@ def test_no_error_tells_of_files_on_the_server(start, tmp_path):
         get("/v2/nothing"),
         get("/v2/models/other"),
     ]
-    with stopped(service):
+    with suspended_workers(service):
         found += [ask(IMAGE), infer(service, IMAGE)]
     assert [answer.status_code for answer in found] == [
         404,
@@ -87,14 +87,14 @@ def test_no_error_tells_of_files_on_the_server(start, tmp_path):
 
 
 def test_nothing_is_ready_while_a_killed_worker_is_replaced(start, tmp_path):
-    hang = Hang(tmp_path / "hang", tiny.write(tmp_path / "store"))
+    hang = BlockedPath(tmp_path / "hang", tiny_bundle.publish(tmp_path / "store"))
     service = start("--reload-seconds", "0", store=tmp_path / "store", env=hang.env)
     assert service.metric("imago_ready") == 1
-    with hang.hangs():  # so that the next worker does not come up
+    with hang.blocked():  # so that the next worker does not come up
         (worker,) = service.workers()
         os.kill(worker, signal.SIGKILL)
-        wait(lambda: not service.is_ready())
-        wait(hang.reached)
+        wait_until(lambda: not service.is_ready())
+        wait_until(hang.is_reached)
         found = [service.http.get("/health/ready"), service.predict(IMAGE), infer(service, IMAGE)]
         check_silent(found, tmp_path)
         found.append(service.http.get("/v2/health/ready"))

@@ -3,8 +3,8 @@
 import httpx
 import numpy as np
 import pytest
-import tiny
-from service import wait
+from support import tiny_bundle
+from support.server import wait_until
 
 from models.image import InputSpec, decode
 from serve.http.feedback import PLACES, Memory
@@ -23,9 +23,9 @@ def test_labels_become_accuracy_and_calibration_error(service):
     assert "imago_feedback_accuracy 0" not in service.metrics()  # no label, no number
     right, confidence = [], []
     for i in range(30):
-        body = service.predict(tiny.image(tiny.CLASSES[i % 3], seed=i)).json()
+        body = service.predict(tiny_bundle.make_image(tiny_bundle.CLASSES[i % 3], seed=i)).json()
         said = body["predictions"][0]
-        truth = tiny.CLASSES[i % 3] if i % 5 else tiny.CLASSES[(i + 1) % 3]
+        truth = tiny_bundle.CLASSES[i % 3] if i % 5 else tiny_bundle.CLASSES[(i + 1) % 3]
         service.http.close()  # so that another process may get the next request
         service.http = type(service.http)(base_url=service.url, timeout=30)
         answer = give(service, body["id"], truth)
@@ -43,7 +43,7 @@ def test_labels_become_accuracy_and_calibration_error(service):
 
 
 def test_accuracy_is_of_the_version_that_serves(start, tmp_path):
-    tiny.write(tmp_path)
+    tiny_bundle.publish(tmp_path)
     service = start("--api-processes", "2", "--reload-seconds", "0.2", store=tmp_path)
 
     def accuracy() -> list[float]:
@@ -57,21 +57,26 @@ def test_accuracy_is_of_the_version_that_serves(start, tmp_path):
         service.http.close()  # so that another process may get the next request
         service.http = httpx.Client(base_url=service.url, timeout=30)
         assert (
-            give(service, service.predict(tiny.image("red")).json()["id"], truth).status_code == 200
+            give(
+                service, service.predict(tiny_bundle.make_image("red")).json()["id"], truth
+            ).status_code
+            == 200
         )
 
     for _ in range(10):
         label("blue")
     assert accuracy() == [0]
-    tiny.write(tmp_path)
-    wait(lambda: service.metric("imago_reloads_total", outcome="ok") == 1, 60)
-    wait(lambda: accuracy() == [])
+    tiny_bundle.publish(tmp_path)
+    wait_until(lambda: service.metric("imago_reloads_total", outcome="ok") == 1, 60)
+    wait_until(lambda: accuracy() == [])
     label("red")
     assert accuracy() == [1]
 
 
 def test_an_answer_takes_one_label(service):
-    request_id = service.predict(tiny.image("red"), **{"X-Request-ID": "only-once"}).json()["id"]
+    request_id = service.predict(
+        tiny_bundle.make_image("red"), **{"X-Request-ID": "only-once"}
+    ).json()["id"]
     assert (
         give(service, request_id, "purple").status_code == 400
     )  # no such class: the label is still to come
@@ -83,7 +88,10 @@ def test_an_answer_takes_one_label(service):
 
 
 def test_each_image_of_a_request_has_its_own(server):
-    files = [("f", ("a", data)) for data in (tiny.image("blue"), b"no image", tiny.image("green"))]
+    files = [
+        ("f", ("a", data))
+        for data in (tiny_bundle.make_image("blue"), b"no image", tiny_bundle.make_image("green"))
+    ]
     request_id = server.http.post("/predict", files=files).json()["id"]
     assert give(server, request_id, "green", image=2).json()["correct"] is True
     assert give(server, request_id, "green", image=0).json()["correct"] is False
@@ -93,7 +101,10 @@ def test_each_image_of_a_request_has_its_own(server):
 
 def test_answers_in_the_open_inference_protocol_take_labels(server):
     pixels = np.stack(
-        [decode(tiny.image(label), InputSpec(height=32, width=32)) for label in ("blue", "red")]
+        [
+            decode(tiny_bundle.make_image(label), InputSpec(height=32, width=32))
+            for label in ("blue", "red")
+        ]
     )
     tensor = {
         "name": "image",
@@ -110,10 +121,10 @@ def test_answers_in_the_open_inference_protocol_take_labels(server):
 
 def test_labels_with_quotes(start, tmp_path):
     classes = ['a","index":9,"confidence":0', "b\\", 'c"']
-    tiny.write(tmp_path, classes=classes)
+    tiny_bundle.publish(tmp_path, classes=classes)
     service = start(store=tmp_path)
-    for label, colour in zip(classes, tiny.CLASSES, strict=True):
-        body = service.predict(tiny.image(colour)).json()
+    for label, colour in zip(classes, tiny_bundle.CLASSES, strict=True):
+        body = service.predict(tiny_bundle.make_image(colour)).json()
         assert body["predictions"][0]["label"] == label
         assert give(service, body["id"], label).json()["correct"] is True
 

@@ -3,35 +3,35 @@
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import tiny
-from hang import Hang
-from service import Server, wait
+from support import tiny_bundle
+from support.blocked_path import BlockedPath
+from support.server import Server, wait_until
 
 from models.bundle import write_sums
 
 
 def test_a_store_that_hangs_holds_up_only_who_asks_for_its_files(start, tmp_path):
-    path = tiny.write(tmp_path / "store")
+    path = tiny_bundle.publish(tmp_path / "store")
     (path / "report.html").write_text("How good it is")
     write_sums(path)
-    hang = Hang(tmp_path / "hang", tmp_path / "store")
+    hang = BlockedPath(tmp_path / "hang", tmp_path / "store")
     service = start("--reload-seconds", "0", store=tmp_path / "store", env=hang.env)
     sample = (path / "samples" / "00.png").read_bytes()
     with ThreadPoolExecutor(2) as others:
-        with hang.hangs():
+        with hang.blocked():
             asked = [others.submit(service.http.get, place) for place in ("/samples/0", "/report")]
-            wait(hang.reached)
-            assert service.predict(tiny.image("red")).status_code == 200
+            wait_until(hang.is_reached)
+            assert service.predict(tiny_bundle.make_image("red")).status_code == 200
             assert not any(one.done() for one in asked)
         assert [one.result().content for one in asked] == [sample, b"How good it is"]
 
 
 def test_a_store_that_hangs_on_is_told_of_at_the_deadline(start, tmp_path):
-    hang = Hang(tmp_path / "hang", tiny.write(tmp_path / "store"))
+    hang = BlockedPath(tmp_path / "hang", tiny_bundle.publish(tmp_path / "store"))
     service = start(
         "--reload-seconds", "0", "--deadline-ms", "300", store=tmp_path / "store", env=hang.env
     )
-    with hang.hangs():
+    with hang.blocked():
         for place in ("/samples/0", "/report"):
             answer = service.http.get(place, timeout=10)
             assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
@@ -42,7 +42,7 @@ def test_a_store_that_hangs_on_is_told_of_at_the_deadline(start, tmp_path):
 @pytest.fixture(scope="module")
 def reported(tmp_path_factory):
     store = tmp_path_factory.mktemp("reported")
-    path = tiny.write(store)
+    path = tiny_bundle.publish(store)
     (path / "report.html").write_text("How good it is")
     write_sums(path)
     with Server(store, tmp_path_factory.mktemp("log") / "log") as running:

@@ -7,17 +7,16 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import cv2
-import jpegs
 import numpy as np
 import pytest
-import tiny
 from PIL import Image
+from support import jpeg_builder, tiny_bundle
 
 SIDE = 40
 
 
 def rgb(label: str) -> Image.Image:
-    return Image.open(io.BytesIO(tiny.image(label, SIDE)))
+    return Image.open(io.BytesIO(tiny_bundle.make_image(label, SIDE)))
 
 
 def save(image: Image.Image, kind: str, **options) -> bytes:
@@ -52,7 +51,7 @@ GOOD = {
     "jpeg progressive": save(rgb("green"), "JPEG", progressive=True),
     "jpeg cmyk": save(rgb("green").convert("CMYK"), "JPEG"),
     "jpeg turned": turned("green", "JPEG"),
-    "jpeg of three scans": jpegs.green([[0], [1], [2]]),
+    "jpeg of three scans": jpeg_builder.green_jpeg([[0], [1], [2]]),
     "png": save(rgb("green"), "PNG"),
     "png palette": save(rgb("green").quantize(16), "PNG"),
     "png alpha": save(see_through("green"), "PNG"),
@@ -104,7 +103,10 @@ BAD = {
     "avif": (b"\0\0\0\x1cftypavif" + bytes(64), 415),
     "jpeg cut short": (GOOD["jpeg"][: len(GOOD["jpeg"]) // 2], 422),
     "jpeg start only": (b"\xff\xd8\xff\xe0", 422),
-    "jpeg of a thousand scans": (jpegs.green([[i % 3] for i in range(1000)], 7000), 422),
+    "jpeg of a thousand scans": (
+        jpeg_builder.green_jpeg([[i % 3] for i in range(1000)], 7000),
+        422,
+    ),
     "png cut short": (GOOD["png"][:-200], 422),
     "webp cut short": (GOOD["webp"][:-20], 422),
     "gif cut short": (GOOD["gif animated"][:60], 422),

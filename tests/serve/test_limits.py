@@ -8,28 +8,30 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-import tiny
-from load import Load
-from raw import Raw, hang_up, head  # noqa: F401  (a fixture that each test here uses)
-from service import stopped, wait
+from support import tiny_bundle
+from support.load_generator import LoadGenerator
+from support.raw_http import RawConnection, request_head
+from support.server import suspended_workers, wait_until
 
-IMAGE = tiny.image("red")
+IMAGE = tiny_bundle.make_image("red")
 
 
 def test_pending_images_are_bounded_and_those_accepted_are_answered(start):
     server = start("--max-pending", "4")
     with ThreadPoolExecutor(8) as threads:
-        with stopped(server):
+        with suspended_workers(server):
             accepted = [threads.submit(server.predict, IMAGE) for _ in range(3)]
-            wait(lambda: server.metric("imago_pending_images") == 3)
+            wait_until(lambda: server.metric("imago_pending_images") == 3)
             two = [("f", ("a.png", IMAGE)), ("f", ("b.png", IMAGE))]
             assert server.http.post("/predict", files=two).status_code == 429
             accepted.append(threads.submit(server.predict, IMAGE))
-            wait(lambda: server.metric("imago_pending_images") == 4)
+            wait_until(lambda: server.metric("imago_pending_images") == 4)
             refused = server.predict(IMAGE)
             assert refused.status_code == 429
             assert int(refused.headers["retry-after"]) >= 1
-            status, _ = Raw(server, head(1_000_000)).answer()  # its body was never sent
+            status, _ = RawConnection(
+                server, request_head(1_000_000)
+            ).read_response()  # its body was never sent
             assert status == 429
             assert [
                 server.http.get(f"/health/{word}").status_code for word in ("live", "ready")
@@ -42,9 +44,9 @@ def test_pending_images_are_bounded_and_those_accepted_are_answered(start):
 def test_pending_bytes_are_bounded(start):
     server = start("--max-pending-bytes", str(2 * len(IMAGE) + 10))
     with ThreadPoolExecutor(2) as threads:
-        with stopped(server):
+        with suspended_workers(server):
             accepted = [threads.submit(server.predict, IMAGE) for _ in range(2)]
-            wait(lambda: server.metric("imago_pending_images") == 2)
+            wait_until(lambda: server.metric("imago_pending_images") == 2)
             assert server.predict(IMAGE).status_code == 429
         assert [f.result().status_code for f in accepted] == [200] * 2
     assert server.metric("imago_rejected_total", reason="bytes") == 1
@@ -52,24 +54,27 @@ def test_pending_bytes_are_bounded(start):
 
 def test_bytes_of_tensors_count_while_they_come(start):
     server = start("--max-pending-bytes", "100000")
-    half = head(60_000).replace(b"/predict", b"/v2/models/colours/infer") + b"x" * 59_000
+    half = request_head(60_000).replace(b"/predict", b"/v2/models/colours/infer") + b"x" * 59_000
 
     def room() -> bool:
         """For 50,000 bytes, of which none is sent."""
-        return Raw(server, head(50_000, "Expect: 100-continue")).socket.recv(12) == b"HTTP/1.1 100"
+        return (
+            RawConnection(server, request_head(50_000, "Expect: 100-continue")).receive(12)
+            == b"HTTP/1.1 100"
+        )
 
     assert room()
-    arriving = Raw(server, half)
-    wait(lambda: not room())
-    assert Raw(server, half).answer()[0] == 429
-    arriving.socket.close()
-    wait(room)
+    arriving = RawConnection(server, half)
+    wait_until(lambda: not room())
+    assert RawConnection(server, half).read_response()[0] == 429
+    arriving.close()
+    wait_until(room)
 
 
 def test_what_a_hung_worker_does_not_take_is_bounded(start):
     server = start("--deadline-ms", "50", "--max-pending-bytes", "1000000")
-    body = tiny.image("red", 200)
-    with stopped(server):
+    body = tiny_bundle.make_image("red", 200)
+    with suspended_workers(server):
         answers = []
         while (
             len(answers) < 200 and 429 not in answers
@@ -77,12 +82,12 @@ def test_what_a_hung_worker_does_not_take_is_bounded(start):
             answers.append(server.predict(body).status_code)
         assert answers[0] == 504
         assert answers[-1] == 429
-    wait(lambda: server.predict(body).status_code == 200)
+    wait_until(lambda: server.predict(body).status_code == 200)
 
 
 def test_a_body_too_large(start):
     server = start("--max-body-bytes", "1000")
-    assert Raw(server, head(1001)).answer()[0] == 413
+    assert RawConnection(server, request_head(1001)).read_response()[0] == 413
     pieces = [b"x" * 400] * 4
     chunked = server.http.post(
         "/predict", content=iter(pieces), headers={"Content-Type": "image/png"}
@@ -99,13 +104,13 @@ def test_images_in_a_request_and_pixels_of_an_image_are_bounded(start):
     files = [("f", ("a.png", IMAGE))] * 3
     assert server.http.post("/predict", files=files).status_code == 413
     assert server.http.post("/predict", files=files[:2]).status_code == 200
-    assert server.predict(tiny.image("red", 64)).status_code == 413
+    assert server.predict(tiny_bundle.make_image("red", 64)).status_code == 413
 
 
 def test_a_deadline_that_passes_is_504_and_the_work_is_not_done_late(start):
     server = start("--deadline-ms", "300")
     before = server.metric("imago_images_total", outcome="answered")
-    with stopped(server):
+    with suspended_workers(server):
         began = time.monotonic()
         answer = server.predict(IMAGE)
         assert answer.status_code == 504
@@ -120,10 +125,10 @@ def test_a_deadline_that_passes_is_504_and_the_work_is_not_done_late(start):
 
 def test_every_image_that_expires_is_counted_once(start):
     server = start("--deadline-ms", "300")
-    with stopped(server):
+    with suspended_workers(server):
         files = [("f", (f"{i}", IMAGE)) for i in range(3)]
         assert server.http.post("/predict", files=files).status_code == 504
-    wait(lambda: server.predict(IMAGE).status_code == 200)
+    wait_until(lambda: server.predict(IMAGE).status_code == 200)
     assert server.metric("imago_images_total", outcome="expired") == 3
     assert server.metric("imago_images_total", outcome="answered") == 1
 
@@ -139,23 +144,29 @@ def test_a_client_that_goes_away_frees_its_place(start, path):
             % b",".join([b"1"] * 3072)
         )
     )
-    request = head(len(body)).replace(b"/predict", path.encode()) + body
-    with stopped(server):
-        gone = Raw(server, request)
-        wait(lambda: server.metric("imago_pending_images") == 1)
-        gone.socket.close()
-        wait(lambda: server.metric("imago_pending_images") == 0)
+    request = request_head(len(body)).replace(b"/predict", path.encode()) + body
+    with suspended_workers(server):
+        gone = RawConnection(server, request)
+        wait_until(lambda: server.metric("imago_pending_images") == 1)
+        gone.close()
+        wait_until(lambda: server.metric("imago_pending_images") == 0)
     assert server.predict(IMAGE).status_code == 200
     assert server.metric("imago_images_total", outcome="answered") == 1
 
 
 def test_one_bad_image_does_not_hurt_its_batch(start):
     server = start()
-    bodies = [IMAGE, b"hello", tiny.image("blue"), IMAGE[:60], tiny.image("green")] * 3
+    bodies = [
+        IMAGE,
+        b"hello",
+        tiny_bundle.make_image("blue"),
+        IMAGE[:60],
+        tiny_bundle.make_image("green"),
+    ] * 3
     with ThreadPoolExecutor(len(bodies)) as threads:
-        with stopped(server):
+        with suspended_workers(server):
             sent = [threads.submit(server.predict, body) for body in bodies]
-            wait(lambda: server.metric("imago_pending_images") == len(bodies))
+            wait_until(lambda: server.metric("imago_pending_images") == len(bodies))
         statuses = [future.result().status_code for future in sent]
     assert statuses == [200, 415, 200, 422, 200] * 3
 
@@ -225,8 +236,8 @@ def test_responses_have_security_headers_and_no_banner(server):
 
 def test_metrics_are_answered_under_overload(start):
     server = start("--max-pending", "4")
-    with Load(server.port, IMAGE, clients=32) as load:
-        wait(lambda: load.statuses[429] > 100)
+    with LoadGenerator(server.port, IMAGE, clients=32) as load:
+        wait_until(lambda: load.statuses[429] > 100)
         pages = [
             httpx.get(f"http://127.0.0.1:{server.metrics_port}/metrics", timeout=5).text
             for _ in range(20)

@@ -3,12 +3,12 @@
 import base64
 import json
 
-import tiny
+from support import tiny_bundle
 
 
 def test_json_lines_tell_of_requests_and_never_hold_images(start):
     service = start("--access-log", "true")
-    image = tiny.image("red")
+    image = tiny_bundle.make_image("red")
     encoded = base64.b64encode(image).decode()
     ids = [
         service.predict(image).json()["id"],

@@ -4,7 +4,6 @@ import base64
 
 import pytest
 import schemathesis
-import tiny
 from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
@@ -14,6 +13,7 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
+from support import tiny_bundle
 
 from serve.http.openapi import OPENAPI
 
@@ -67,11 +67,13 @@ def test_every_answer_is_as_the_openapi_says(server, label, mode):
 def test_true_images_are_answered_as_it_says(server, query, kind):
     """Generated bodies are hardly ever images, so here are some."""
     body = {
-        "image/png": {"content": tiny.image("red"), "headers": {"Content-Type": kind}},
+        "image/png": {"content": tiny_bundle.make_image("red"), "headers": {"Content-Type": kind}},
         "multipart/form-data": {
-            "files": [("file", ("a", tiny.image("red"))), ("file", ("b", b"no image"))]
+            "files": [("file", ("a", tiny_bundle.make_image("red"))), ("file", ("b", b"no image"))]
         },
-        "application/json": {"json": {"image": base64.b64encode(tiny.image("red")).decode()}},
+        "application/json": {
+            "json": {"image": base64.b64encode(tiny_bundle.make_image("red")).decode()}
+        },
     }[kind]
     request = server.http.build_request("POST", f"/predict{query}", **body)
     request.read()

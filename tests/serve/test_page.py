@@ -9,8 +9,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-import tiny
-from service import Server
+from support import tiny_bundle
+from support.server import Server
 
 from models.bundle import Calibration, write_sums
 
@@ -31,7 +31,7 @@ DROP = """([name, bytes]) => {
 def store(tmp_path_factory) -> Path:
     """A model that is cautious: dark images abstain, dark gray ones are out of distribution; it has a report."""
     store = tmp_path_factory.mktemp("page")
-    path = tiny.write(
+    path = tiny_bundle.publish(
         store,
         calibration=Calibration(
             abstain_threshold=0.9,
@@ -102,22 +102,22 @@ def test_the_command_is_copied(page, secure):
 
 
 def test_picked_images_are_classified(page, tmp_path):
-    for label in tiny.CLASSES:
-        (tmp_path / f"{label}.png").write_bytes(tiny.image(label, size=64))
-    page.set_input_files("#files", [tmp_path / f"{label}.png" for label in tiny.CLASSES])
+    for label in tiny_bundle.CLASSES:
+        (tmp_path / f"{label}.png").write_bytes(tiny_bundle.make_image(label, size=64))
+    page.set_input_files("#files", [tmp_path / f"{label}.png" for label in tiny_bundle.CLASSES])
     page.locator("article").nth(2).wait_for()
     shown = {
         card.locator(".file").inner_text(): card.locator(".label").inner_text()
         for card in page.locator("article").all()
     }
     assert {name.removesuffix(".png"): label.split()[0] for name, label in shown.items()} == {
-        label: label for label in tiny.CLASSES
+        label: label for label in tiny_bundle.CLASSES
     }
     page.get_by_role("status").get_by_text("3 images answered").wait_for()
 
 
 def test_an_answer_shows_all_there_is_to_know(page, tmp_path):
-    (tmp_path / "it's.png").write_bytes(tiny.image("green", size=64))
+    (tmp_path / "it's.png").write_bytes(tiny_bundle.make_image("green", size=64))
     page.set_input_files("#files", tmp_path / "it's.png")
     card = result(page, "it's.png")
     (said,) = page.service.predict((tmp_path / "it's.png").read_bytes()).json()["predictions"]
@@ -137,7 +137,7 @@ def test_an_answer_shows_all_there_is_to_know(page, tmp_path):
 
 
 def test_the_curl_command_gives_the_same_answer(page, tmp_path):
-    (tmp_path / "it's one.png").write_bytes(tiny.image("blue"))
+    (tmp_path / "it's one.png").write_bytes(tiny_bundle.make_image("blue"))
     page.set_input_files("#files", tmp_path / "it's one.png")
     card = result(page, "it's one.png")
     card.get_by_text("The same request with curl").click()
@@ -164,7 +164,7 @@ def test_doubts_are_shown_and_spoken(page, tmp_path):
 
 @pytest.mark.parametrize("script", [PASTE, DROP], ids=["paste", "drop"])
 def test_other_ways_in(page, script):
-    page.evaluate(script, ["given.png", list(tiny.image("blue"))])
+    page.evaluate(script, ["given.png", list(tiny_bundle.make_image("blue"))])
     assert result(page, "given.png").locator(".label").inner_text().startswith("blue")
 
 
@@ -215,9 +215,9 @@ def test_a_file_that_is_no_image_is_told_in_words(page, tmp_path):
 
 def test_among_many_each_that_fails_says_why_in_its_place(page, tmp_path):
     for name, content in (
-        ("one.png", tiny.image("red")),
+        ("one.png", tiny_bundle.make_image("red")),
         ("notes.png", b"no image"),
-        ("two.png", tiny.image("blue")),
+        ("two.png", tiny_bundle.make_image("blue")),
     ):
         (tmp_path / name).write_bytes(content)
     page.set_input_files(
@@ -247,7 +247,9 @@ def test_it_is_dark_for_those_who_want_it_dark(page, width):
 
 
 def test_an_image_the_browser_cannot_show_still_gets_its_answer(page, tmp_path):
-    pixels = cv2.imdecode(np.frombuffer(tiny.image("red", size=64), np.uint8), cv2.IMREAD_COLOR)
+    pixels = cv2.imdecode(
+        np.frombuffer(tiny_bundle.make_image("red", size=64), np.uint8), cv2.IMREAD_COLOR
+    )
     (tmp_path / "scan.tiff").write_bytes(cv2.imencode(".tiff", pixels)[1].tobytes())
     page.set_input_files("#files", tmp_path / "scan.tiff")
     card = result(page, "scan.tiff")
@@ -276,7 +278,7 @@ def test_everything_has_a_name_and_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("width", [320, 390, 768])
 def test_nothing_is_wider_than_the_screen(page, tmp_path, width):
-    (tmp_path / ("long-name-" * 9 + ".png")).write_bytes(tiny.image("red", size=64))
+    (tmp_path / ("long-name-" * 9 + ".png")).write_bytes(tiny_bundle.make_image("red", size=64))
     page.set_viewport_size({"width": width, "height": 700})
     page.set_input_files("#files", next(tmp_path.glob("long*")))
     result(page, "long").get_by_text("The same request").click()

@@ -6,12 +6,12 @@ import socket
 import time
 
 import pytest
-import tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from service import Server, stopped, wait
+from support import tiny_bundle
+from support.server import Server, suspended_workers, wait_until
 
-IMAGE = tiny.image("red")
+IMAGE = tiny_bundle.make_image("red")
 TOO_MANY_HEADERS = b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 101 + b"\r\n"
 
 
@@ -70,7 +70,7 @@ def is_reset(connection: socket.socket) -> bool:
 
 REQUESTS = [
     (post(IMAGE), 200),
-    (post(tiny.image("blue")), 200),
+    (post(tiny_bundle.make_image("blue")), 200),
     (chunked(IMAGE), 200),
     (post(b"hello"), 415),
     (post(b""), 400),
@@ -127,13 +127,13 @@ def test_a_head_that_is_refused_leaves_the_requests_before_it_and_the_service_al
     assert server.is_ready()
     assert server.predict(IMAGE).status_code == 200
     assert server.metric("imago_restarts_total", process="worker", reason="crash") == 0
-    wait(lambda: server.metric("imago_pending_images") == 0)
+    wait_until(lambda: server.metric("imago_pending_images") == 0)
 
 
 def test_a_large_body_before_a_head_is_not_taken_for_one(server):
     with connect(server) as connection:
         second = post(IMAGE)
-        connection.sendall(post(tiny.image("red", 400)) + second[:18])
+        connection.sendall(post(tiny_bundle.make_image("red", 400)) + second[:18])
         time.sleep(0.1)
         connection.sendall(second[18:])
         assert statuses(connection, 2) == [200, 200]
@@ -177,7 +177,7 @@ def test_a_client_that_does_not_read_gets_no_more_answers_and_is_cut(start):
                 sent += 1
         assert sent < 200, "the server goes on to read from a client that takes no answers"
         assert server.metric("imago_requests_total", code="400") - before < 50_000
-        wait(lambda: is_reset(connection))
+        wait_until(lambda: is_reset(connection))
     assert server.predict(IMAGE).status_code == 200
 
 
@@ -185,9 +185,9 @@ def test_a_request_sent_ahead_is_not_too_slow_while_it_waits_for_us(start):
     server = start("--read-timeout-seconds", "1", "--deadline-ms", "20000")
     second = post(IMAGE)
     with connect(server) as connection:
-        with stopped(server):
+        with suspended_workers(server):
             connection.sendall(post(IMAGE) + second[:-10])
-            wait(lambda: server.metric("imago_pending_images") == 1)
+            wait_until(lambda: server.metric("imago_pending_images") == 1)
             time.sleep(2.5)  # more than a slow client is given
         time.sleep(0.3)
         connection.sendall(second[-10:])

@@ -4,7 +4,7 @@ import base64
 
 import numpy as np
 import pytest
-import tiny
+from support import tiny_bundle
 
 from models.image import InputSpec, decode
 
@@ -21,14 +21,14 @@ CONTENT = (
 )
 
 
-@pytest.mark.parametrize("label", tiny.CLASSES)
+@pytest.mark.parametrize("label", tiny_bundle.CLASSES)
 def test_raw_bytes(server, label):
-    data = tiny.image(label)
+    data = tiny_bundle.make_image(label)
     answer = server.predict(data)
     assert answer.status_code == 200
     body = answer.json()
     (prediction,) = body["predictions"]
-    want = tiny.expected(decode(data, SPEC)[None], 3)
+    want = tiny_bundle.expected_outputs(decode(data, SPEC)[None], 3)
     assert prediction["label"] == label
     assert prediction["confidence"] == pytest.approx(want["probabilities"].max(), abs=1e-5)
     assert prediction["energy"] == pytest.approx(want["energy"][0], abs=1e-4)
@@ -45,9 +45,9 @@ def test_raw_bytes(server, label):
 
 def test_multipart_keeps_the_order_and_the_others_when_one_fails(server):
     files = [
-        ("a", ("a.png", tiny.image("blue"))),
+        ("a", ("a.png", tiny_bundle.make_image("blue"))),
         ("b", ("b.txt", b"hello")),
-        ("c", ("c.jpg", tiny.image("red", 64))),
+        ("c", ("c.jpg", tiny_bundle.make_image("red", 64))),
     ]
     answer = server.http.post("/predict", files=files)
     assert answer.status_code == 200
@@ -59,7 +59,7 @@ def test_multipart_keeps_the_order_and_the_others_when_one_fails(server):
 @pytest.mark.parametrize("flags", [(), ("--cache-entries", "9")])
 def test_an_empty_file_and_one_that_is_no_base64_are_errors_in_their_places(start, flags):
     service = start(*flags)
-    good = tiny.image("blue")
+    good = tiny_bundle.make_image("blue")
     files = [("f", ("a", b"")), ("f", ("b", good)), ("f", ("c", b""))]
     texts = {"images": ["?", base64.b64encode(good).decode(), "", "é"]}
     for _ in range(2):  # the second time the cache knows them
@@ -90,24 +90,29 @@ def test_when_all_images_fail_the_status_says_so(server):
 
 @pytest.mark.parametrize("prefix", ["", "data:image/png;base64,"])
 def test_json(server, prefix):
-    texts = [prefix + base64.b64encode(tiny.image(label)).decode() for label in tiny.CLASSES]
+    texts = [
+        prefix + base64.b64encode(tiny_bundle.make_image(label)).decode()
+        for label in tiny_bundle.CLASSES
+    ]
     many = server.http.post("/predict", json={"images": texts}).json()
-    assert [p["label"] for p in many["predictions"]] == tiny.CLASSES
+    assert [p["label"] for p in many["predictions"]] == tiny_bundle.CLASSES
     one = server.http.post("/predict", json={"image": texts[1]}).json()
     assert one["predictions"] == [many["predictions"][1]]
 
 
 def test_top_k(server):
-    data = tiny.image("green")
+    data = tiny_bundle.make_image("green")
     assert len(server.predict(data, "?top_k=1").json()["predictions"][0]["top"]) == 1
     top = server.predict(data, "?top_k=1000").json()["predictions"][0]["top"]
-    assert sorted(choice["label"] for choice in top) == sorted(tiny.CLASSES)
+    assert sorted(choice["label"] for choice in top) == sorted(tiny_bundle.CLASSES)
     assert np.isclose(sum(choice["confidence"] for choice in top), 1, atol=1e-4)
 
 
 def test_many_images_of_one_request(server):
-    labels = [tiny.CLASSES[i % 3] for i in range(60)]
-    files = [("f", (f"{i}.png", tiny.image(label, seed=i))) for i, label in enumerate(labels)]
+    labels = [tiny_bundle.CLASSES[i % 3] for i in range(60)]
+    files = [
+        ("f", (f"{i}.png", tiny_bundle.make_image(label, seed=i))) for i, label in enumerate(labels)
+    ]
     answer = server.http.post("/predict", files=files)
     assert [p["label"] for p in answer.json()["predictions"]] == labels
 
@@ -154,7 +159,7 @@ def test_bad_requests_are_4xx_problems(server, request_, status):
 
 
 def test_request_id_is_taken_where_it_is_harmless(server):
-    data = tiny.image("red")
+    data = tiny_bundle.make_image("red")
     assert server.predict(data, **{"X-Request-ID": "trace-7"}).json()["id"] == "trace-7"
     assert server.predict(data, **{"X-Request-ID": 'x"<script>'}).json()["id"] != 'x"<script>'
     assert server.predict(data).json()["id"] != server.predict(data).json()["id"]

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import httpx
 import pytest
-import tiny
-from service import ROOT, Server
+from support import ROOT, tiny_bundle
+from support.server import Server
 
-GOOD, BAD = tiny.image("blue"), b"hello"
+GOOD, BAD = tiny_bundle.make_image("blue"), b"hello"
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ import cv2
 import httpx
 import numpy as np
 import pytest
-import tiny
-from service import free_ports, wait
+from support import tiny_bundle
+from support.server import find_free_ports, wait_until
 
 from models.bundle import Calibration
 from serve.metrics.exposition import MOST, SECONDS
@@ -33,8 +33,11 @@ def send(service, clients: int = 8, rounds: int = 12) -> tuple[Counter, Counter]
         codes, labels = Counter(), Counter()
         with httpx.Client(base_url=service.url, timeout=30) as http:
             for i in range(rounds):
-                image = tiny.image(tiny.CLASSES[i % 3], seed=100 * number + i)
-                many = [("f", (str(j), tiny.image(tiny.CLASSES[j % 3], seed=j))) for j in range(4)]
+                image = tiny_bundle.make_image(tiny_bundle.CLASSES[i % 3], seed=100 * number + i)
+                many = [
+                    ("f", (str(j), tiny_bundle.make_image(tiny_bundle.CLASSES[j % 3], seed=j)))
+                    for j in range(4)
+                ]
                 for answer in (
                     http.post("/predict", content=image, headers={"Content-Type": "image/png"}),
                     http.post("/predict", files=[*many, ("f", ("x", b"no image"))]),
@@ -58,7 +61,9 @@ def send(service, clients: int = 8, rounds: int = 12) -> tuple[Counter, Counter]
 
 @pytest.fixture
 def service(start, tmp_path):
-    tiny.write(tmp_path, calibration=Calibration(abstain_threshold=0.9825, energy_threshold=0.0))
+    tiny_bundle.publish(
+        tmp_path, calibration=Calibration(abstain_threshold=0.9825, energy_threshold=0.0)
+    )
     return start("--workers", "2", "--api-processes", "2", store=tmp_path)
 
 
@@ -86,18 +91,23 @@ def test_several_processes_count_what_was_sent(service):
 
 
 def test_what_is_out_of_distribution_is_counted_as_it_was_told(start, tmp_path):
-    tiny.write(tmp_path, calibration=Calibration(energy_threshold=-3.0))
+    tiny_bundle.publish(tmp_path, calibration=Calibration(energy_threshold=-3.0))
     service = start("--workers", "2", store=tmp_path)
     gray = cv2.imencode(".png", np.full((32, 32, 3), 9, np.uint8))[1].tobytes()
     told = []
     for i in range(12):
-        many = [("f", (str(j), gray if j < i % 4 else tiny.image("red", seed=j))) for j in range(3)]
+        many = [
+            ("f", (str(j), gray if j < i % 4 else tiny_bundle.make_image("red", seed=j)))
+            for j in range(3)
+        ]
         answers = service.http.post("/predict", files=[*many, ("f", ("x", b"no image"))]).json()[
             "predictions"
         ][:3]
         told += [answer["out_of_distribution"] for answer in answers]
         assert told[-3:] == [j < i % 4 for j in range(3)]
-    wait(lambda: service.metric("imago_confidence_count") == 36)  # counted after an answer has left
+    wait_until(
+        lambda: service.metric("imago_confidence_count") == 36
+    )  # counted after an answer has left
     assert service.metric("imago_out_of_distribution_total") == sum(told) == 18
 
 
@@ -117,12 +127,12 @@ def test_a_series_that_can_never_be_is_not_taken_for_zero(server, name, labels, 
 
 
 def test_a_worker_that_comes_back_with_another_version_tells_of_that_alone(start, tmp_path):
-    tiny.write(tmp_path)
+    tiny_bundle.publish(tmp_path)
     service = start("--reload-seconds", "0", store=tmp_path)
-    tiny.write(tmp_path)
+    tiny_bundle.publish(tmp_path)
     (worker,) = service.workers()
     os.kill(worker, signal.SIGKILL)
-    wait(lambda: service.http.get("/model").json().get("version") == "2")
+    wait_until(lambda: service.http.get("/model").json().get("version") == "2")
     told = [line for line in service.metrics().splitlines() if line.startswith("imago_model_info{")]
     assert len(told) == 1
     assert 'version="2"' in told[0]
@@ -131,7 +141,7 @@ def test_a_worker_that_comes_back_with_another_version_tells_of_that_alone(start
 @pytest.mark.skipif(PROMTOOL is None, reason="there is no promtool on this machine")
 def test_promtool_is_content(service):
     send(service, clients=2, rounds=2)
-    said = service.predict(tiny.image("red")).json()
+    said = service.predict(tiny_bundle.make_image("red")).json()
     service.http.post("/feedback", json={"id": said["id"], "label": "red"})
     ran = subprocess.run(
         [PROMTOOL, "check", "metrics"], input=service.metrics(), text=True, capture_output=True
@@ -143,7 +153,7 @@ def test_promtool_is_content(service):
 @pytest.mark.skipif(PROMETHEUS is None, reason="there is no Prometheus on this machine")
 def test_a_real_prometheus_scrapes_it(service, tmp_path):
     codes, _ = send(service, clients=4, rounds=3)
-    config, (port,) = tmp_path / "prometheus.json", free_ports(1)  # JSON is YAML
+    config, (port,) = tmp_path / "prometheus.json", find_free_ports(1)  # JSON is YAML
     config.write_text(
         json.dumps(
             {
@@ -204,7 +214,7 @@ def test_a_scraper_that_goes_away_leaves_one_line_that_is_json(start):
         scraper.sendall(begun)
         scraper.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         scraper.close()  # with a reset
-    wait(lambda: service.log.read_text().count("a scrape was not answered") == 2)
+    wait_until(lambda: service.log.read_text().count("a scrape was not answered") == 2)
     assert service.metric("imago_ready") == 1
     assert service.stop() == 0
     lines = [json.loads(line) for line in service.log.read_text().splitlines()]
@@ -219,7 +229,7 @@ def test_slow_scrapers_are_few_and_are_not_waited_for(start):
             held.enter_context(socket.create_connection(("127.0.0.1", service.metrics_port), 30))
             for _ in range(3 * MOST)
         ]
-        wait(lambda: threads(service) > before)
+        wait_until(lambda: threads(service) > before)
         for scraper in scrapers:
             scraper.settimeout(0.1)
         end = time.monotonic() + 3 * SECONDS
@@ -227,7 +237,7 @@ def test_slow_scrapers_are_few_and_are_not_waited_for(start):
             assert threads(service) <= before + MOST
             assert time.monotonic() < end, f"{len(scrapers)} are still waited for"
             scrapers = [scraper for scraper in scrapers if not ended(scraper)]
-    wait(lambda: threads(service) == before)
+    wait_until(lambda: threads(service) == before)
     assert service.metric("imago_ready") == 1
 
 
@@ -248,13 +258,15 @@ def ended(scraper: socket.socket) -> bool:
 
 
 def test_label_counts_are_bounded(start, tmp_path: Path):
-    tiny.write(tmp_path, classes=[f"class {i}" for i in range(300)])
+    tiny_bundle.publish(tmp_path, classes=[f"class {i}" for i in range(300)])
     service = start(store=tmp_path)
     for i in range(20):
         service.http.get(f"/{i}")
         service.http.post(f"/v2/models/nobody-{i}/infer", json={})
         service.http.request(f"METHOD{i}", "/predict")
-        service.predict(tiny.image("blue"), f"?top_k={i}", **{"X-Request-ID": f"id-{i}"})
+        service.predict(
+            tiny_bundle.make_image("blue"), f"?top_k={i}", **{"X-Request-ID": f"id-{i}"}
+        )
     series = Counter(
         line.split("{")[0].split(" ")[0]
         for line in service.metrics().splitlines()

@@ -6,22 +6,22 @@ import time
 
 import httpx
 import pytest
-import tiny
-from reloading import SOON, load, version
-from service import wait
+from support import tiny_bundle
+from support.hot_reload import FAST_RELOAD, load, served_version
+from support.server import wait_until
 
 from models.store import Store
 
 
 def test_a_new_version_is_swapped_in_under_load_and_back(start, tmp_path):
-    tiny.write(tmp_path)
-    service = start(*SOON, store=tmp_path)
-    assert version(service) == "1"
+    tiny_bundle.publish(tmp_path)
+    service = start(*FAST_RELOAD, store=tmp_path)
+    assert served_version(service) == "1"
     with load(service) as answers:
-        tiny.write(tmp_path, scale=0.5)
-        wait(lambda: answers and answers[-1][1] == "2")
+        tiny_bundle.publish(tmp_path, scale=0.5)
+        wait_until(lambda: answers and answers[-1][1] == "2")
         Store(tmp_path).promote("colours", 1)
-        wait(lambda: answers[-1][1] == "1")
+        wait_until(lambda: answers[-1][1] == "1")
     assert {status for status, _ in answers} == {200}
     assert {number for _, number in answers} == {"1", "2"}
     assert service.metric("imago_reloads_total", outcome="ok") == 2
@@ -31,29 +31,29 @@ def test_a_new_version_is_swapped_in_under_load_and_back(start, tmp_path):
 
 
 def test_the_answers_are_those_of_the_new_version(start, tmp_path):
-    tiny.write(tmp_path)
-    service = start(*SOON, store=tmp_path)
-    tiny.write(
+    tiny_bundle.publish(tmp_path)
+    service = start(*FAST_RELOAD, store=tmp_path)
+    tiny_bundle.publish(
         tmp_path, classes=["rot", "grün", "blau", "rosa"], size=48
     )  # other classes, another size
-    wait(lambda: version(service) == "2")
-    (prediction,) = service.predict(tiny.image("blue")).json()["predictions"]
+    wait_until(lambda: served_version(service) == "2")
+    (prediction,) = service.predict(tiny_bundle.make_image("blue")).json()["predictions"]
     assert prediction["label"] == "blau"
     model = service.http.get("/model").json()
     assert (model["version"], model["input"]["height"], len(model["classes"])) == ("2", 48, 4)
 
 
 def test_labels_and_numbers_are_those_of_the_version_that_answered(start, tmp_path):
-    tiny.write(tmp_path)
-    service = start(*SOON, "--workers", "2", store=tmp_path)
-    classes = {"1": tiny.CLASSES, "2": ["rot", "grün", "blau", "rosa"]}
+    tiny_bundle.publish(tmp_path)
+    service = start(*FAST_RELOAD, "--workers", "2", store=tmp_path)
+    classes = {"1": tiny_bundle.CLASSES, "2": ["rot", "grün", "blau", "rosa"]}
     request = {
         "inputs": [
             {
                 "name": "image",
                 "datatype": "BYTES",
                 "shape": [1],
-                "data": [base64.b64encode(tiny.image("blue")).decode()],
+                "data": [base64.b64encode(tiny_bundle.make_image("blue")).decode()],
             }
         ]
     }
@@ -66,17 +66,17 @@ def test_labels_and_numbers_are_those_of_the_version_that_answered(start, tmp_pa
         return answer["model_version"]
 
     assert ask() == "1"
-    tiny.write(tmp_path, classes=classes["2"])
-    wait(lambda: ask() == "2")
-    wait(lambda: service.metric("imago_reloads_total", outcome="ok") == 2)
+    tiny_bundle.publish(tmp_path, classes=classes["2"])
+    wait_until(lambda: ask() == "2")
+    wait_until(lambda: service.metric("imago_reloads_total", outcome="ok") == 2)
     assert {ask() for _ in range(20)} == {"2"}
 
 
 def test_the_images_of_a_request_are_answered_by_one_version(start, tmp_path):
-    tiny.write(tmp_path)
-    service = start(*SOON, "--workers", "2", "--threads", "1", store=tmp_path)
+    tiny_bundle.publish(tmp_path)
+    service = start(*FAST_RELOAD, "--workers", "2", "--threads", "1", store=tmp_path)
     labels = {"1": "blue", "2": "blau"}
-    files = [("f", (f"{i}", tiny.image("blue"))) for i in range(16)]
+    files = [("f", (f"{i}", tiny_bundle.make_image("blue"))) for i in range(16)]
     found, over = [], threading.Event()
 
     def ask() -> None:
@@ -87,8 +87,8 @@ def test_the_images_of_a_request_are_answered_by_one_version(start, tmp_path):
     clients = [threading.Thread(target=ask) for _ in range(4)]
     for client in clients:
         client.start()
-    tiny.write(tmp_path, classes=["rot", "grün", "blau"])
-    wait(lambda: service.metric("imago_reloads_total", outcome="ok") == 2)
+    tiny_bundle.publish(tmp_path, classes=["rot", "grün", "blau"])
+    wait_until(lambda: service.metric("imago_reloads_total", outcome="ok") == 2)
     over.set()
     for client in clients:
         client.join()
@@ -98,16 +98,16 @@ def test_the_images_of_a_request_are_answered_by_one_version(start, tmp_path):
 
 
 def test_a_tensor_that_was_right_when_it_was_sent_is_no_fault_of_the_client(start, tmp_path):
-    tiny.write(tmp_path)
+    tiny_bundle.publish(tmp_path)
     service = start(
-        *SOON, "--batch-wait-ms", "1000", "--threads", "1", store=tmp_path
+        *FAST_RELOAD, "--batch-wait-ms", "1000", "--threads", "1", store=tmp_path
     )  # so it waits in the queue
     request = {
         "inputs": [
             {"name": "image", "datatype": "UINT8", "shape": [1, 32, 32, 3], "data": [7] * 3072}
         ]
     }
-    tiny.write(tmp_path, size=48)
+    tiny_bundle.publish(tmp_path, size=48)
     found = [200]
     while found[-1] == 200:
         answer = service.http.post("/v2/models/colours/infer", json=request)
@@ -117,13 +117,13 @@ def test_a_tensor_that_was_right_when_it_was_sent_is_no_fault_of_the_client(star
 
 
 def test_every_worker_swaps(start, tmp_path):
-    tiny.write(tmp_path)
-    service = start(*SOON, "--workers", "2", store=tmp_path)
+    tiny_bundle.publish(tmp_path)
+    service = start(*FAST_RELOAD, "--workers", "2", store=tmp_path)
     with load(service, clients=2) as answers:
-        tiny.write(tmp_path)
-        wait(lambda: service.metric("imago_reloads_total", outcome="ok") == 2)
+        tiny_bundle.publish(tmp_path)
+        wait_until(lambda: service.metric("imago_reloads_total", outcome="ok") == 2)
         seen = len(answers)
-        wait(lambda: len(answers) > seen + 50)
+        wait_until(lambda: len(answers) > seen + 50)
     assert {status for status, _ in answers} == {200}
     assert {number for _, number in answers[seen + 10 :]} == {"2"}
 
@@ -140,30 +140,32 @@ def told(service) -> list[str]:
 
 @pytest.mark.parametrize("flags", [("--threads", "2"), ("--threads", "2", "--workers", "2")])
 def test_an_idle_service_tells_of_the_new_version_alone(start, tmp_path, flags):
-    tiny.write(tmp_path)
-    service = start(*SOON, *flags, store=tmp_path)
+    tiny_bundle.publish(tmp_path)
+    service = start(*FAST_RELOAD, *flags, store=tmp_path)
     assert told(service) == ["1"]
-    tiny.write(tmp_path)
+    tiny_bundle.publish(tmp_path)
     workers = 2 if "--workers" in flags else 1
-    wait(lambda: service.metric("imago_reloads_total", outcome="ok") == workers)
+    wait_until(lambda: service.metric("imago_reloads_total", outcome="ok") == workers)
     assert told(service) == ["2"]
 
 
 def test_variables_that_flags_override_do_not_reach_the_check(start, tmp_path):
-    tiny.write(tmp_path)
+    tiny_bundle.publish(tmp_path)
     clash = {
         "IMAGO_PORT": "9090",
         "IMAGO_VERSION": "7",
         "imago_workers": "0",
     }  # 9090 is the default of another port
-    service = start(*SOON, "--version", "latest", "--workers", "1", store=tmp_path, env=clash)
-    tiny.write(tmp_path)
-    wait(lambda: version(service) == "2")
+    service = start(
+        *FAST_RELOAD, "--version", "latest", "--workers", "1", store=tmp_path, env=clash
+    )
+    tiny_bundle.publish(tmp_path)
+    wait_until(lambda: served_version(service) == "2")
 
 
 def test_a_number_is_not_followed(start, tmp_path):
-    tiny.write(tmp_path)
-    service = start(*SOON, "--version", "1", store=tmp_path)
-    tiny.write(tmp_path)
+    tiny_bundle.publish(tmp_path)
+    service = start(*FAST_RELOAD, "--version", "1", store=tmp_path)
+    tiny_bundle.publish(tmp_path)
     time.sleep(2)
-    assert version(service) == "1"
+    assert served_version(service) == "1"

@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import tiny
-from service import ROOT
+from support import ROOT, tiny_bundle
 
 SETUP = (
     "mount --make-rprivate / && mount -o remount,ro,bind / && (mount -o remount,ro,bind /tmp 2>/dev/null || true) "
@@ -80,13 +79,13 @@ def sandboxed(store: Path, log: Path, host: str) -> Iterator[int]:
 
 @needs_namespaces
 def test_pid_1_on_a_read_only_root_without_capabilities(tmp_path):
-    tiny.write(tmp_path / "store")
+    tiny_bundle.publish(tmp_path / "store")
     with sandboxed(tmp_path / "store", tmp_path / "log", "127.0.0.1") as inner:
         assert (
             Path(f"/proc/{inner}/status").read_text().split("NSpid:")[1].split("\n")[0].split()[-1]
             == "1"
         )
-        assert ask(inner, "/predict", tiny.image("red")) == 200
+        assert ask(inner, "/predict", tiny_bundle.make_image("red")) == 200
         rows = [
             line.split()
             for kind in ("tcp", "tcp6")
@@ -163,7 +162,7 @@ def test_it_runs_as_a_user_that_no_file_names(start):
     )
     for pid in [service.process.pid, *service.children()]:
         assert Path(f"/proc/{pid}/status").read_text().split("Uid:")[1].split()[:4] == ["12345"] * 4
-    assert service.predict(tiny.image("red")).json()["predictions"][0]["label"] == "red"
+    assert service.predict(tiny_bundle.make_image("red")).json()["predictions"][0]["label"] == "red"
     assert service.http.get("/samples/0").status_code == 200
     assert service.stop() == 0
     assert "Traceback" not in service.log.read_text()
@@ -173,6 +172,6 @@ def test_it_runs_as_a_user_that_no_file_names(start):
 @needs_ipv6
 def test_both_ports_are_there_for_both_kinds_of_address(bundle_store, tmp_path):
     with sandboxed(bundle_store, tmp_path / "log", "::") as inner:
-        assert ask(inner, "/predict", tiny.image("red"), at="[::1]:8000") == 200
+        assert ask(inner, "/predict", tiny_bundle.make_image("red"), at="[::1]:8000") == 200
         for host in ("127.0.0.1", "[::1]"):
             assert ask(inner, "/metrics", at=f"{host}:9090") == 200

@@ -6,8 +6,8 @@ import signal
 import cv2
 import numpy as np
 import pytest
-import tiny
-from service import wait
+from support import tiny_bundle
+from support.server import wait_until
 
 
 def counted(service) -> dict[str, float]:
@@ -18,16 +18,16 @@ def counted(service) -> dict[str, float]:
 
 
 def test_agreement_and_latency_of_a_second_version(start, tmp_path):
-    tiny.write(tmp_path)
-    tiny.write(tmp_path, classes=["red", "green", "purple"], promote=False)
+    tiny_bundle.publish(tmp_path)
+    tiny_bundle.publish(tmp_path, classes=["red", "green", "purple"], promote=False)
     service = start(
         "--shadow-version", "2", "--shadow-share", "1", "--version", "1", store=tmp_path
     )
-    wait(lambda: "shadow ready" in service.log.read_text())
+    wait_until(lambda: "shadow ready" in service.log.read_text())
     for i in range(30):
-        answer = service.predict(tiny.image(tiny.CLASSES[i % 3], seed=i)).json()
+        answer = service.predict(tiny_bundle.make_image(tiny_bundle.CLASSES[i % 3], seed=i)).json()
         assert answer["model"]["version"] == "1"
-        wait(
+        wait_until(
             lambda i=i: sum(counted(service).values()) == i + 1
         )  # room for few, and it runs when others rest
     found = counted(service)
@@ -39,34 +39,34 @@ def test_agreement_and_latency_of_a_second_version(start, tmp_path):
 
 
 def test_what_is_too_large_to_be_handed_over_counts_apart(start, tmp_path):
-    tiny.write(tmp_path)
+    tiny_bundle.publish(tmp_path)
     service = start("--shadow-version", "1", "--shadow-share", "1", store=tmp_path)
-    wait(lambda: "shadow ready" in service.log.read_text())
-    large = tiny.image("red", 400)
+    wait_until(lambda: "shadow ready" in service.log.read_text())
+    large = tiny_bundle.make_image("red", 400)
     assert len(large) > 192 << 10
     assert service.predict(large).status_code == 200
-    wait(lambda: counted(service)["too_large"] == 1)
-    assert service.predict(tiny.image("red")).status_code == 200
-    wait(lambda: counted(service)["agree"] == 1)
+    wait_until(lambda: counted(service)["too_large"] == 1)
+    assert service.predict(tiny_bundle.make_image("red")).status_code == 200
+    wait_until(lambda: counted(service)["agree"] == 1)
     assert sum(counted(service).values()) == 2
 
 
 def test_only_a_share_is_taken(start, tmp_path):
-    tiny.write(tmp_path)
+    tiny_bundle.publish(tmp_path)
     service = start("--shadow-version", "1", "--shadow-share", "0.2", store=tmp_path)
     for i in range(200):
-        service.predict(tiny.image("red", seed=i))
+        service.predict(tiny_bundle.make_image("red", seed=i))
     assert sum(counted(service).values()) == pytest.approx(40, abs=25)
 
 
 def test_a_shadow_that_cannot_be_loaded_does_no_harm(start, tmp_path):
-    tiny.write(tmp_path)
-    path = tiny.write(tmp_path, promote=False)
+    tiny_bundle.publish(tmp_path)
+    path = tiny_bundle.publish(tmp_path, promote=False)
     (path / "model.onnx").write_bytes(b"no graph")
     service = start("--shadow-version", "2", "--shadow-share", "1", store=tmp_path)
     for i in range(20):
-        assert service.predict(tiny.image("red", seed=i)).status_code == 200
-    wait(lambda: "no shadow" in service.log.read_text())
+        assert service.predict(tiny_bundle.make_image("red", seed=i)).status_code == 200
+    wait_until(lambda: "no shadow" in service.log.read_text())
     assert counted(service)["dropped"] == 20
     assert service.metric("imago_restarts_total", process="shadow", reason="crash") == 0, (
         "another could not either"
@@ -75,30 +75,30 @@ def test_a_shadow_that_cannot_be_loaded_does_no_harm(start, tmp_path):
 
 
 def test_a_shadow_that_fails_on_an_image_goes_on(start, tmp_path):
-    tiny.write(tmp_path)
-    tiny.break_where_bright(tiny.write(tmp_path, promote=False))
+    tiny_bundle.publish(tmp_path)
+    tiny_bundle.fail_on_bright_pixels(tiny_bundle.publish(tmp_path, promote=False))
     service = start(
         "--shadow-version", "2", "--shadow-share", "1", "--version", "1", store=tmp_path
     )
-    wait(lambda: "shadow ready" in service.log.read_text())
+    wait_until(lambda: "shadow ready" in service.log.read_text())
     bright = cv2.imencode(".png", np.full((32, 32, 3), 255, np.uint8))[1].tobytes()
     assert service.predict(bright).status_code == 200
-    wait(lambda: counted(service)["failed"] == 1)
-    assert service.predict(tiny.image("red")).status_code == 200
-    wait(lambda: counted(service)["agree"] == 1)
+    wait_until(lambda: counted(service)["failed"] == 1)
+    assert service.predict(tiny_bundle.make_image("red")).status_code == 200
+    wait_until(lambda: counted(service)["agree"] == 1)
     assert service.metric("imago_restarts_total", process="shadow", reason="crash") == 0
 
 
 def test_a_shadow_that_dies_is_replaced(start, tmp_path):
-    tiny.write(tmp_path)
+    tiny_bundle.publish(tmp_path)
     service = start("--shadow-version", "1", "--shadow-share", "1", store=tmp_path)
-    wait(lambda: "shadow ready" in service.log.read_text())
+    wait_until(lambda: "shadow ready" in service.log.read_text())
     (shadow,) = [pid for pid in service.children() if idle(pid)]
     os.kill(shadow, signal.SIGKILL)
-    wait(lambda: service.log.read_text().count("shadow ready") == 2)
+    wait_until(lambda: service.log.read_text().count("shadow ready") == 2)
     assert service.metric("imago_restarts_total", process="shadow", reason="crash") == 1
-    assert service.predict(tiny.image("red")).status_code == 200
-    wait(lambda: counted(service)["agree"] == 1)
+    assert service.predict(tiny_bundle.make_image("red")).status_code == 200
+    wait_until(lambda: counted(service)["agree"] == 1)
 
 
 def idle(pid: int) -> bool:

@@ -8,59 +8,71 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
-from service import loopback, refused, run, wait
+from support import tiny_bundle
+from support.server import assert_refused, loopback_flags, run_serve, wait_until
 
 from models.cpu_quota import cores as planned
 from serve.settings import Settings
 
 
 def test_help_lists_every_setting_with_its_variable():
-    text = run("--help").stdout
+    text = run_serve("--help").stdout
     for name in Settings.model_fields:
         assert f"--{name.replace('_', '-')} " in text
         assert f"[IMAGO_{name.upper()}" in text.replace("\n", "").replace(" " * 24, "")
 
 
 def test_an_empty_store(tmp_path):
-    refused(run("--store", str(tmp_path)), "no model in this store")
+    assert_refused(run_serve("--store", str(tmp_path)), "no model in this store")
 
 
 def test_several_models_and_no_choice(tmp_path):
-    tiny.write(tmp_path, "one")
-    tiny.write(tmp_path, "two")
-    refused(run("--store", str(tmp_path)), "--model", "one, two")
-    refused(run("--store", str(tmp_path), "--model", "three"), "three", "one, two")
-    refused(run(IMAGO_STORE=str(tmp_path), IMAGO_MODEL="one", IMAGO_VERSION="9"), "no version 9")
+    tiny_bundle.publish(tmp_path, "one")
+    tiny_bundle.publish(tmp_path, "two")
+    assert_refused(run_serve("--store", str(tmp_path)), "--model", "one, two")
+    assert_refused(run_serve("--store", str(tmp_path), "--model", "three"), "three", "one, two")
+    assert_refused(
+        run_serve(IMAGO_STORE=str(tmp_path), IMAGO_MODEL="one", IMAGO_VERSION="9"), "no version 9"
+    )
 
 
 def test_a_changed_bundle(tmp_path):
-    directory = tiny.write(tmp_path)
+    directory = tiny_bundle.publish(tmp_path)
     with (directory / "model.onnx").open("ab") as file:
         file.write(b"\0")
-    refused(run("--store", str(tmp_path), *loopback()), "model.onnx", "changed")
+    assert_refused(run_serve("--store", str(tmp_path), *loopback_flags()), "model.onnx", "changed")
 
 
 def test_a_bundle_that_answers_otherwise_here(tmp_path):
-    directory = tiny.write(tmp_path)
-    other = tiny.write(tmp_path, scale=2)
+    directory = tiny_bundle.publish(tmp_path)
+    other = tiny_bundle.publish(tmp_path, scale=2)
     (directory / "samples" / "expected.npz").write_bytes(
         (other / "samples" / "expected.npz").read_bytes()
     )
-    tiny.reseal(directory)
-    refused(run("--store", str(tmp_path), "--version", "1", *loopback()), "self check", "differ")
+    tiny_bundle.update_checksums(directory)
+    assert_refused(
+        run_serve("--store", str(tmp_path), "--version", "1", *loopback_flags()),
+        "self check",
+        "differ",
+    )
 
 
 def test_a_bundle_whose_samples_look_otherwise_here(tmp_path):
-    directory = tiny.write(tmp_path)
-    (directory / "samples" / "00.png").write_bytes(tiny.image("green"))
-    tiny.reseal(directory)
-    refused(run("--store", str(tmp_path), *loopback()), "samples decode differently here")
+    directory = tiny_bundle.publish(tmp_path)
+    (directory / "samples" / "00.png").write_bytes(tiny_bundle.make_image("green"))
+    tiny_bundle.update_checksums(directory)
+    assert_refused(
+        run_serve("--store", str(tmp_path), *loopback_flags()), "samples decode differently here"
+    )
 
 
 def test_a_bundle_whose_graph_fails_here(tmp_path):
-    tiny.break_where_bright(tiny.write(tmp_path), 0.1)
-    refused(run("--store", str(tmp_path), *loopback()), "colours/1", "onnxruntime can't run it")
+    tiny_bundle.fail_on_bright_pixels(tiny_bundle.publish(tmp_path), 0.1)
+    assert_refused(
+        run_serve("--store", str(tmp_path), *loopback_flags()),
+        "colours/1",
+        "onnxruntime can't run it",
+    )
 
 
 @pytest.mark.parametrize(
@@ -79,7 +91,7 @@ def test_a_bundle_whose_graph_fails_here(tmp_path):
     ],
 )
 def test_bad_settings(bundle_store, flags, words):
-    refused(run("--store", str(bundle_store), *flags), *words)
+    assert_refused(run_serve("--store", str(bundle_store), *flags), *words)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +106,9 @@ def test_bad_settings(bundle_store, flags, words):
     ],
 )
 def test_an_empty_key_does_not_open_the_door(bundle_store, flags, env, words):
-    refused(run("--store", str(bundle_store), *loopback(), *flags, **env), *words)
+    assert_refused(
+        run_serve("--store", str(bundle_store), *loopback_flags(), *flags, **env), *words
+    )
 
 
 @pytest.mark.parametrize(
@@ -106,15 +120,19 @@ def test_an_empty_key_does_not_open_the_door(bundle_store, flags, env, words):
 )
 def test_a_key_is_what_stands_between_the_blanks(start, flags, env):
     service = start(*flags, env=env)
-    assert service.predict(tiny.image("red")).status_code == 401
-    assert service.predict(tiny.image("red"), **{"X-API-Key": "secret"}).status_code == 200
+    assert service.predict(tiny_bundle.make_image("red")).status_code == 401
+    assert (
+        service.predict(tiny_bundle.make_image("red"), **{"X-API-Key": "secret"}).status_code == 200
+    )
 
 
 def test_threads_are_those_of_each_worker(bundle_store):
     assert "cores of each worker; 0: the CPU quota divided by the workers" in " ".join(
-        run("--help").stdout.split()
+        run_serve("--help").stdout.split()
     )
-    said = run("check", "--store", str(bundle_store), "--threads", "3", "--workers", "2").stdout
+    said = run_serve(
+        "check", "--store", str(bundle_store), "--threads", "3", "--workers", "2"
+    ).stdout
     assert "3 for each of 2 workers" in said
 
 
@@ -135,8 +153,8 @@ def test_a_port_in_use(bundle_store):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        refused(
-            run("--store", str(bundle_store), "--host", "127.0.0.1", "--port", str(port)),
+        assert_refused(
+            run_serve("--store", str(bundle_store), "--host", "127.0.0.1", "--port", str(port)),
             str(port),
             "in use",
         )
@@ -144,8 +162,10 @@ def test_a_port_in_use(bundle_store):
 
 def test_a_machine_without_ipv6(bundle_store, tmp_path):
     (tmp_path / "sitecustomize.py").write_text("import socket; socket.AF_INET6 = 999")
-    refused(
-        run("--store", str(bundle_store), "--host", "::", PYTHONPATH=str(tmp_path)), "--host", "::"
+    assert_refused(
+        run_serve("--store", str(bundle_store), "--host", "::", PYTHONPATH=str(tmp_path)),
+        "--host",
+        "::",
     )
 
 
@@ -153,9 +173,14 @@ def test_tracing_without_its_packages(bundle_store, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
         "import sys; sys.modules['opentelemetry.exporter'] = None"
     )
-    refused(
-        run(
-            "--store", str(bundle_store), "--tracing", "true", *loopback(), PYTHONPATH=str(tmp_path)
+    assert_refused(
+        run_serve(
+            "--store",
+            str(bundle_store),
+            "--tracing",
+            "true",
+            *loopback_flags(),
+            PYTHONPATH=str(tmp_path),
         ),
         "imago[tracing]",
     )
@@ -163,11 +188,13 @@ def test_tracing_without_its_packages(bundle_store, tmp_path):
 
 def test_it_says_what_it_serves_and_where(start):
     server = start()
-    wait(lambda: f"serving colours on http://127.0.0.1:{server.port}" in server.log.read_text())
+    wait_until(
+        lambda: f"serving colours on http://127.0.0.1:{server.port}" in server.log.read_text()
+    )
 
 
 def test_sigterm_ends_it_cleanly(start):
     server = start()
-    assert server.predict(tiny.image("red")).status_code == 200
+    assert server.predict(tiny_bundle.make_image("red")).status_code == 200
     assert server.stop() == 0
     assert "Traceback" not in server.log.read_text()

@@ -12,11 +12,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-import tiny
-from load import Load
-from service import stop, wait
+from support import tiny_bundle
+from support.load_generator import LoadGenerator
+from support.server import suspend_processes, wait_until
 
-IMAGE = tiny.image("green")
+IMAGE = tiny_bundle.make_image("green")
 
 
 def kill_workers(server, times: int) -> None:
@@ -24,21 +24,21 @@ def kill_workers(server, times: int) -> None:
     for _ in range(times):
         (pid,) = server.workers()
         os.kill(pid, signal.SIGKILL)
-        wait(lambda: not server.is_ready(), 20)
-        wait(lambda pid=pid: server.is_ready() and server.workers() != [pid])
+        wait_until(lambda: not server.is_ready(), 20)
+        wait_until(lambda pid=pid: server.is_ready() and server.workers() != [pid])
 
 
 def check_kills(server, times: int) -> None:
-    with Load(server.port, IMAGE) as load:
-        wait(lambda: load.statuses[200] > 50)
+    with LoadGenerator(server.port, IMAGE) as load:
+        wait_until(lambda: load.statuses[200] > 50)
         kill_workers(server, times)
         before = load.statuses[200]
-        wait(lambda: load.statuses[200] > before + 50)
+        wait_until(lambda: load.statuses[200] > before + 50)
     assert load.lost == []
     assert load.refused == 0
     assert set(load.statuses) <= {200, 503}
     assert server.metric("imago_restarts_total", process="worker", reason="crash") == times
-    wait(lambda: server.metric("imago_pending_images") == 0)
+    wait_until(lambda: server.metric("imago_pending_images") == 0)
     total = sum(server.metric("imago_requests_total", code=str(code)) for code in (200, 503))
     assert total == load.statuses.total()
     images = server.metric(
@@ -60,13 +60,13 @@ def test_a_hundred_kills_of_the_worker(start):
 def test_a_worker_that_hangs_is_replaced_and_its_requests_get_503(start):
     server = start("--worker-timeout-seconds", "2", "--deadline-ms", "30000")
     (pid,) = server.workers()
-    with Load(server.port, IMAGE, clients=4) as load:
-        wait(lambda: load.statuses[200] > 20)
-        stop([pid])
-        wait(lambda: load.statuses[503] > 0)
-        wait(lambda: server.is_ready() and server.workers() != [pid])
+    with LoadGenerator(server.port, IMAGE, clients=4) as load:
+        wait_until(lambda: load.statuses[200] > 20)
+        suspend_processes([pid])
+        wait_until(lambda: load.statuses[503] > 0)
+        wait_until(lambda: server.is_ready() and server.workers() != [pid])
         before = load.statuses[200]
-        wait(lambda: load.statuses[200] > before + 20)
+        wait_until(lambda: load.statuses[200] > before + 20)
     assert load.lost == []
     assert set(load.statuses) == {200, 503}
     assert server.metric("imago_restarts_total", process="worker", reason="hang") == 1
@@ -74,12 +74,12 @@ def test_a_worker_that_hangs_is_replaced_and_its_requests_get_503(start):
 
 def test_a_predictor_that_hangs_in_the_graph_is_replaced_before_the_deadline(start, tmp_path):
     """With the settings as they come; the worker's heart beats on."""
-    tiny.hang(tiny.write(tmp_path), where_bright=True)
+    tiny_bundle.loop_forever(tiny_bundle.publish(tmp_path), where_bright=True)
     server = start(store=tmp_path)
     bright = cv2.imencode(".png", np.full((32, 32, 3), 255, np.uint8))[1].tobytes()
     with ThreadPoolExecutor(1) as other:
         asked = other.submit(server.predict, bright)
-        wait(lambda: not server.is_ready())
+        wait_until(lambda: not server.is_ready())
         assert server.metric("imago_ready") == 0
         assert asked.result().status_code == 503
     server.wait_ready()
@@ -88,7 +88,7 @@ def test_a_predictor_that_hangs_in_the_graph_is_replaced_before_the_deadline(sta
 
 
 def test_a_graph_that_takes_long_for_every_batch_is_no_hang(start, tmp_path):
-    tiny.slow(tiny.write(tmp_path, size=4, samples=2), turns=300_000)
+    tiny_bundle.slow_down(tiny_bundle.publish(tmp_path, size=4, samples=2), turns=300_000)
     server = start(
         "--threads", "1", "--max-batch-size", "1", "--worker-timeout-seconds", "0.1", store=tmp_path
     )
@@ -101,12 +101,12 @@ def test_a_graph_that_takes_long_for_every_batch_is_no_hang(start, tmp_path):
 def test_images_that_are_lost_with_their_worker_can_be_sent_again(start):
     server = start()
     (pid,) = server.workers()
-    stop([pid])
+    suspend_processes([pid])
     with ThreadPoolExecutor(1) as other:
         asked = other.submit(
             server.http.post, "/predict", files=[("f", (name, IMAGE)) for name in "ab"]
         )
-        wait(lambda: server.metric("imago_pending_images") == 2)
+        wait_until(lambda: server.metric("imago_pending_images") == 2)
         os.kill(pid, signal.SIGKILL)
         answer = asked.result()
     assert answer.status_code == 503
@@ -118,13 +118,13 @@ def test_images_that_are_lost_with_their_worker_can_be_sent_again(start):
 def test_one_of_two_workers_dies(start):
     """The other goes on, and ready says that not all is well."""
     server = start("--workers", "2", "--threads", "1")
-    with Load(server.port, IMAGE, clients=4) as load:
-        wait(lambda: load.statuses[200] > 20)
+    with LoadGenerator(server.port, IMAGE, clients=4) as load:
+        wait_until(lambda: load.statuses[200] > 20)
         os.kill(server.workers()[0], signal.SIGKILL)
-        wait(lambda: not server.is_ready())
+        wait_until(lambda: not server.is_ready())
         before = load.statuses[200]
-        wait(lambda: load.statuses[200] > before + 20)
-        wait(server.is_ready)
+        wait_until(lambda: load.statuses[200] > before + 20)
+        wait_until(server.is_ready)
     assert load.lost == []
     assert set(load.statuses) <= {200, 503}
 
@@ -138,18 +138,18 @@ def test_an_http_process_that_dies_is_replaced(start):
     ]
     assert len(forked) == 2
     os.kill(forked[0], signal.SIGKILL)
-    wait(lambda: server.metric("imago_restarts_total", process="http", reason="crash") == 1)
-    wait(server.is_ready)
+    wait_until(lambda: server.metric("imago_restarts_total", process="http", reason="crash") == 1)
+    wait_until(server.is_ready)
     assert all(server.predict(IMAGE).status_code == 200 for _ in range(20))
     assert server.metric("imago_pending_images") == 0
 
 
 def test_sigterm_under_load_loses_nothing(start):
     server = start("--drain-seconds", "20")
-    with Load(server.port, IMAGE, clients=16, pause=0.002) as load:
-        wait(lambda: load.statuses[200] > 100)
+    with LoadGenerator(server.port, IMAGE, clients=16, pause=0.002) as load:
+        wait_until(lambda: load.statuses[200] > 100)
         server.process.send_signal(signal.SIGTERM)
-        wait(lambda: load.statuses[503] > 0 or server.process.poll() is not None)
+        wait_until(lambda: load.statuses[503] > 0 or server.process.poll() is not None)
         assert server.process.wait(21) == 0
     assert load.lost == []
     assert set(load.statuses) == {200, 503}
@@ -160,11 +160,11 @@ def test_what_is_queued_at_sigterm_is_answered(start):
     """A stopped worker keeps requests queued; they are answered after SIGTERM, and ready is false at once."""
     server = start("--deadline-ms", "20000")
     (pid,) = server.workers()
-    stop([pid])
-    with Load(server.port, IMAGE, clients=8) as load:
-        wait(lambda: server.metric("imago_pending_images") == 8)
+    suspend_processes([pid])
+    with LoadGenerator(server.port, IMAGE, clients=8) as load:
+        wait_until(lambda: server.metric("imago_pending_images") == 8)
         server.process.send_signal(signal.SIGTERM)
-        wait(lambda: not server.is_ready(), 2)
+        wait_until(lambda: not server.is_ready(), 2)
         assert server.http.get("/health/live").status_code == 200
         time.sleep(1.2)  # a farewell to those who keep a connection
         assert server.predict(IMAGE).status_code == 503
@@ -179,9 +179,9 @@ def test_what_is_queued_at_sigterm_is_answered(start):
 @pytest.mark.parametrize("seconds", [2, 3])
 def test_a_drain_that_can_not_finish_ends_in_time_and_answers(start, seconds):
     server = start("--drain-seconds", str(seconds), "--deadline-ms", "60000")
-    stop(server.workers())
-    with Load(server.port, IMAGE, clients=2) as load:
-        wait(lambda: server.metric("imago_pending_images") == 2)
+    suspend_processes(server.workers())
+    with LoadGenerator(server.port, IMAGE, clients=2) as load:
+        wait_until(lambda: server.metric("imago_pending_images") == 2)
         load.over.set()
         began = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
@@ -213,9 +213,9 @@ def test_signals_to_the_whole_group_end_it_cleanly(bundle_store, start):
     """As Ctrl+C in a terminal and systemd do."""
     for number in (signal.SIGINT, signal.SIGTERM):
         server = start("--shadow-version", "1", command=["setsid", sys.executable, "-m", "serve"])
-        wait(lambda server=server: "shadow ready" in server.log.read_text())
-        with Load(server.port, IMAGE, clients=4, pause=0.002) as load:
-            wait(lambda load=load: load.statuses[200] > 20)
+        wait_until(lambda server=server: "shadow ready" in server.log.read_text())
+        with LoadGenerator(server.port, IMAGE, clients=4, pause=0.002) as load:
+            wait_until(lambda load=load: load.statuses[200] > 20)
             os.killpg(server.process.pid, number)
             assert server.process.wait(21) == 0
         assert load.lost == []
@@ -227,7 +227,7 @@ def test_nothing_outlives_a_killed_supervisor(start):
     children = server.children()
     server.process.kill()
     server.process.wait()
-    wait(lambda: not any(alive(pid) for pid in children))
+    wait_until(lambda: not any(alive(pid) for pid in children))
 
 
 def test_what_a_killed_supervisor_left_in_memory_goes_at_the_next_start(start):
@@ -236,7 +236,7 @@ def test_what_a_killed_supervisor_left_in_memory_goes_at_the_next_start(start):
     children = killed.children()
     killed.process.kill()
     killed.process.wait()
-    wait(lambda: not any(alive(pid) for pid in children))
+    wait_until(lambda: not any(alive(pid) for pid in children))
     assert left.exists()
     start()
     assert not left.exists()
@@ -262,7 +262,7 @@ def test_no_files_are_left(start, tmp_path):
     (tmp_path / "own").mkdir()
     server = start("--workers", "2", "--shadow-version", "1", env={"TMPDIR": str(tmp_path / "own")})
     run = run_directory(server)
-    wait(lambda: (run / "shadow.sock").exists())
+    wait_until(lambda: (run / "shadow.sock").exists())
     assert server.predict(IMAGE).status_code == 200
     assert server.stop() == 0
     assert not run.exists()

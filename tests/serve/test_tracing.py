@@ -6,7 +6,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-import tiny
+from support import tiny_bundle
 
 trace_service = pytest.importorskip("opentelemetry.proto.collector.trace.v1.trace_service_pb2")
 
@@ -47,7 +47,7 @@ def test_spans_of_requests(start, collector):
     service = start("--tracing", "true", env=env)
     parent = "0af7651916cd43dd8448eb211c80319c"
     answer = service.predict(
-        tiny.image("red"), **{"traceparent": f"00-{parent}-b7ad6b7169203331-01"}
+        tiny_bundle.make_image("red"), **{"traceparent": f"00-{parent}-b7ad6b7169203331-01"}
     )
     service.predict(b"no image")
     end = time.monotonic() + 30
@@ -76,7 +76,7 @@ def test_what_is_left_is_sent_at_the_end(start, collector):
         "true",
         env={"OTEL_EXPORTER_OTLP_ENDPOINT": url, "OTEL_BSP_SCHEDULE_DELAY": "60000"},
     )
-    service.predict(tiny.image("red"))
+    service.predict(tiny_bundle.make_image("red"))
     assert not spans
     assert service.stop() == 0
     assert "POST /predict" in [span.name for span in spans]

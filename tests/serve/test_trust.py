@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import onnx
 import pytest
-import tiny
+from support import tiny_bundle
 
 from models.bundle import Calibration, write_sums
 from models.bundle.checksums import sha256
@@ -34,11 +34,13 @@ CALIBRATION = Calibration(
 
 @pytest.fixture(scope="module")
 def wants() -> dict[str, np.ndarray]:
-    return tiny.expected(np.stack([decode(data, SPEC) for data in CASES.values()]), 3)
+    return tiny_bundle.expected_outputs(
+        np.stack([decode(data, SPEC) for data in CASES.values()]), 3
+    )
 
 
 def test_doubts_follow_the_bundle_s_thresholds(start, tmp_path, wants):
-    tiny.write(tmp_path, calibration=CALIBRATION)
+    tiny_bundle.publish(tmp_path, calibration=CALIBRATION)
     service = start(store=tmp_path)
     for i, (name, data) in enumerate(CASES.items()):
         (said,) = service.predict(data).json()["predictions"]
@@ -48,7 +50,7 @@ def test_doubts_follow_the_bundle_s_thresholds(start, tmp_path, wants):
         assert said["abstain"] is bool(probabilities.max() < 0.6), name
         assert said["out_of_distribution"] is bool(energy > -2.0), name
         assert set(said["prediction_set"]) == {
-            c for c, p in zip(tiny.CLASSES, probabilities, strict=True) if p >= 0.2
+            c for c, p in zip(tiny_bundle.CLASSES, probabilities, strict=True) if p >= 0.2
         }
     doubts = {name: service.predict(data).json()["predictions"][0] for name, data in CASES.items()}
     assert [n for n, d in doubts.items() if d["abstain"]] == ["between two", "nothing", "white"]
@@ -75,7 +77,7 @@ def test_the_heat_map_shows_where_the_model_looked(server):
 
 
 def test_only_who_asks_gets_one_and_all_others_are_the_same(server):
-    data = [tiny.image(tiny.CLASSES[i % 3], seed=i) for i in range(60)]
+    data = [tiny_bundle.make_image(tiny_bundle.CLASSES[i % 3], seed=i) for i in range(60)]
     plain = [server.predict(d).json()["predictions"][0] for d in data]
     with ThreadPoolExecutor(8) as pool:  # batches mix both kinds
         mixed = list(
@@ -92,7 +94,7 @@ def test_only_who_asks_gets_one_and_all_others_are_the_same(server):
 
 
 def test_a_model_without_heat_maps_says_so(start, tmp_path):
-    path = tiny.write(tmp_path)
+    path = tiny_bundle.publish(tmp_path)
     graph = onnx.load(path / "model.onnx")
     del graph.graph.output[3]
     onnx.save(graph, path / "model.onnx")
@@ -103,7 +105,7 @@ def test_a_model_without_heat_maps_says_so(start, tmp_path):
     (path / "manifest.json").write_text(json.dumps(manifest))
     write_sums(path)
     service = start(store=tmp_path)
-    answer = service.predict(tiny.image("red"), "?explain=cam")
+    answer = service.predict(tiny_bundle.make_image("red"), "?explain=cam")
     assert answer.status_code == 400
     assert "no heat maps" in answer.json()["detail"]
-    assert service.predict(tiny.image("red")).status_code == 200
+    assert service.predict(tiny_bundle.make_image("red")).status_code == 200

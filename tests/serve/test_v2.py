@@ -7,11 +7,11 @@ import tracemalloc
 
 import numpy as np
 import pytest
-import tiny
-from hang import Hang
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from service import wait
+from support import tiny_bundle
+from support.blocked_path import BlockedPath
+from support.server import wait_until
 
 from models.image import InputSpec, decode
 from serve.http.open_inference import outputs, read
@@ -19,8 +19,13 @@ from serve.http.responses import Problem
 
 tritonclient = pytest.importorskip("tritonclient.http")
 SPEC = InputSpec(height=32, width=32)
-PIXELS = np.stack([decode(tiny.image(label, seed=i), SPEC) for i, label in enumerate(tiny.CLASSES)])
-WANT = tiny.expected(PIXELS, 3)
+PIXELS = np.stack(
+    [
+        decode(tiny_bundle.make_image(label, seed=i), SPEC)
+        for i, label in enumerate(tiny_bundle.CLASSES)
+    ]
+)
+WANT = tiny_bundle.expected_outputs(PIXELS, 3)
 INFER = "/v2/models/colours/infer"
 
 
@@ -64,7 +69,7 @@ def test_uint8_tensors(client, binary_in, binary_out):
     assert np.allclose(answer.as_numpy("probabilities"), WANT["probabilities"], atol=1e-5)
     assert np.allclose(answer.as_numpy("energy"), WANT["energy"], atol=1e-4)
     labels = [v.decode() if isinstance(v, bytes) else v for v in answer.as_numpy("label")]
-    assert labels == tiny.CLASSES
+    assert labels == tiny_bundle.CLASSES
     response = answer.get_response()
     assert (response["id"], response["model_name"], response["model_version"]) == (
         "mine",
@@ -75,7 +80,7 @@ def test_uint8_tensors(client, binary_in, binary_out):
 
 @pytest.mark.parametrize("shape", [[3], [3, 1]])
 def test_image_bytes(client, shape):
-    files = [tiny.image(label, seed=i) for i, label in enumerate(tiny.CLASSES)]
+    files = [tiny_bundle.make_image(label, seed=i) for i, label in enumerate(tiny_bundle.CLASSES)]
     tensor = tritonclient.InferInput("image", shape, "BYTES")
     tensor.set_data_from_numpy(np.array(files, np.object_).reshape(shape))
     answer = client.infer(
@@ -107,7 +112,7 @@ def test_other_methods_and_paths(server, method, path, status):
 
 
 def test_image_bytes_in_json_are_base64(server):
-    data = [base64.b64encode(tiny.image("blue")).decode()]
+    data = [base64.b64encode(tiny_bundle.make_image("blue")).decode()]
     body = {"inputs": [{"name": "image", "datatype": "BYTES", "shape": [1], "data": data}]}
     answer = server.http.post(INFER, json=body).json()
     assert {o["name"]: o["data"] for o in answer["outputs"]}["label"] == ["blue"]
@@ -233,10 +238,10 @@ def test_many_requests_are_as_bounded_as_predict(start):
 
 
 def test_before_the_model_is_known_clients_are_told_to_come_back(start, tmp_path):
-    hang = Hang(tmp_path / "hang", tiny.write(tmp_path / "store"))
-    with hang.hangs():
+    hang = BlockedPath(tmp_path / "hang", tiny_bundle.publish(tmp_path / "store"))
+    with hang.blocked():
         service = start(store=tmp_path / "store", env=hang.env, wait=False)
-        wait(service.is_live)
+        wait_until(service.is_live)
         for answer in (
             service.http.post(INFER, json=entry()),
             service.http.get("/v2/models/colours"),

@@ -9,8 +9,8 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from pictures import CLASSES, folder, picture, png
 from sklearn.datasets import load_digits
+from support.sample_images import CLASSES, make_pixels, make_png, write_image_folder
 
 from train import audit
 from train.audit import duplicates
@@ -32,21 +32,23 @@ def faulty(tmp_path_factory) -> Path:
     """60 + 24 images and: an exact copy in the test part, two near copies there (a brighter JPEG and a crop), an exact
     copy with another label in training, a file cut short, an odd size, a gray picture, and a class with few images."""
     root = tmp_path_factory.mktemp("faulty") / "photos"
-    folder(root / "train", 20)
-    folder(root / "test", 8, first=100)
+    write_image_folder(root / "train", 20)
+    write_image_folder(root / "test", 8, first=100)
     train, test = root / "train", root / "test"
     (test / "red" / "copy.png").write_bytes((train / "red" / "003.png").read_bytes())
-    brighter = cv2.convertScaleAbs(picture(1, 4), alpha=0.8, beta=30)
+    brighter = cv2.convertScaleAbs(make_pixels(1, 4), alpha=0.8, beta=30)
     cv2.imwrite(str(test / "green" / "brighter.jpg"), brighter, [cv2.IMWRITE_JPEG_QUALITY, 70])
-    cropped = cv2.resize(picture(0, 5)[2:-2, 2:-2], (32, 32))
+    cropped = cv2.resize(make_pixels(0, 5)[2:-2, 2:-2], (32, 32))
     cv2.imwrite(str(test / "blue" / "cropped.png"), cropped)
     (train / "blue" / "relabelled.png").write_bytes((train / "green" / "007.png").read_bytes())
-    (train / "red" / "short.png").write_bytes(png(2, 50)[:300])
-    cv2.imwrite(str(train / "red" / "wide.png"), cv2.resize(picture(2, 51), (320, 32)))
-    cv2.imwrite(str(train / "red" / "gray.png"), cv2.cvtColor(picture(2, 52), cv2.COLOR_BGR2GRAY))
+    (train / "red" / "short.png").write_bytes(make_png(2, 50)[:300])
+    cv2.imwrite(str(train / "red" / "wide.png"), cv2.resize(make_pixels(2, 51), (320, 32)))
+    cv2.imwrite(
+        str(train / "red" / "gray.png"), cv2.cvtColor(make_pixels(2, 52), cv2.COLOR_BGR2GRAY)
+    )
     (train / "rare").mkdir()
     for i in range(3):
-        (train / "rare" / f"{i}.png").write_bytes(png(0, 60 + i))
+        (train / "rare" / f"{i}.png").write_bytes(make_png(0, 60 + i))
     return root
 
 
@@ -96,7 +98,7 @@ def test_leaked_test_images_are_known_by_their_place_in_the_part(found):
 
 def test_leaked_validation_images_are_told_of(tmp_path):
     for part, first in (("train", 0), ("val", 100), ("test", 200)):
-        folder(tmp_path / "photos" / part, 8, first=first)
+        write_image_folder(tmp_path / "photos" / part, 8, first=first)
     (tmp_path / "photos/val/red/copy.png").write_bytes(
         (tmp_path / "photos/train/red/003.png").read_bytes()
     )
@@ -131,7 +133,7 @@ def test_the_page_holds_all_it_shows(found):
 
 
 def test_names_of_files_are_no_markup(tmp_path):
-    source = folder(tmp_path / "photos")
+    source = write_image_folder(tmp_path / "photos")
     (source / "red" / "<script>alert(1)<&.png").write_bytes(
         (source / "red" / "003.png").read_bytes()
     )
@@ -167,9 +169,9 @@ def test_clean_data_raises_no_alarm():
 
 @pytest.mark.parametrize(("size", "looked_for"), [(23, False), (24, True)])
 def test_images_too_small_for_near_duplicates_are_said_to_be(tmp_path, size, looked_for):
-    source = folder(tmp_path / "photos", 20)
+    source = write_image_folder(tmp_path / "photos", 20)
     cv2.imwrite(
-        str(source / "red/brighter.png"), cv2.convertScaleAbs(picture(2, 3), alpha=0.9, beta=20)
+        str(source / "red/brighter.png"), cv2.convertScaleAbs(make_pixels(2, 3), alpha=0.9, beta=20)
     )
     _, findings = look(source, tmp_path / "out", size=size)
     assert findings["near_duplicates"]["count"] == looked_for
@@ -194,7 +196,7 @@ def test_what_was_found_is_kept_for_the_same_data_and_split(faulty, tmp_path, mo
 
 
 def test_names_that_were_changed_are_shown_anew(tmp_path):
-    source, cache = folder(tmp_path / "photos"), str(tmp_path / "cache")
+    source, cache = write_image_folder(tmp_path / "photos"), str(tmp_path / "cache")
     (source / "red" / "011.png").write_bytes((source / "red" / "003.png").read_bytes())
     look(source, cache=cache)
     (source / "red" / "011.png").rename(source / "red" / "twin.png")
@@ -214,9 +216,9 @@ def test_a_leak_of_many_copies_is_seen_whole_or_said_not_to_be(
             place = tmp_path / "photos" / part / name
             place.mkdir(parents=True)
             for i, k in itertools.product(range(originals // 3), numbers):
-                pixels = picture(label, i) * (1 - 0.4 * rng.random()) + 10 * rng.standard_normal(
-                    (32, 32, 3)
-                )
+                pixels = make_pixels(label, i) * (
+                    1 - 0.4 * rng.random()
+                ) + 10 * rng.standard_normal((32, 32, 3))
                 cv2.imwrite(str(place / f"{i}-{k}.png"), np.clip(pixels, 0, 255))
     _, findings = look(tmp_path / "photos", size=32)
     assert (findings["leakage"]["test"]["count"] > 0.95 * originals * copies) == complete
@@ -228,10 +230,10 @@ def test_a_leak_of_many_copies_is_seen_whole_or_said_not_to_be(
 
 
 def test_a_mirrored_copy_is_one_where_flips_are_trained_on(tmp_path):
-    folder(tmp_path / "photos/train", 20)
-    folder(tmp_path / "photos/test", 8, first=100)
+    write_image_folder(tmp_path / "photos/train", 20)
+    write_image_folder(tmp_path / "photos/test", 8, first=100)
     file = tmp_path / "photos/test/green/mirrored.jpg"
-    cv2.imwrite(str(file), cv2.flip(picture(1, 4), 1), [cv2.IMWRITE_JPEG_QUALITY, 80])
+    cv2.imwrite(str(file), cv2.flip(make_pixels(1, 4), 1), [cv2.IMWRITE_JPEG_QUALITY, 80])
     _, findings = look(tmp_path / "photos", size=32, cache=str(tmp_path / "cache"))
     assert findings["near_duplicates"]["count"] == 0
     flipped = Augmentation(flip="alternating")
@@ -250,7 +252,7 @@ def test_a_mirrored_copy_is_one_where_flips_are_trained_on(tmp_path):
 
 def test_many_images_meet_in_cells(monkeypatch):
     rng = np.random.default_rng(0)
-    pixels = np.stack([picture(i % 3, i) for i in range(400)])
+    pixels = np.stack([make_pixels(i % 3, i) for i in range(400)])
     pixels = np.concatenate(
         [
             pixels,
@@ -290,9 +292,9 @@ def test_the_command_writes_the_report_and_warns(commands, faulty, tmp_path):
     ids=["the folder's recipe", "another recipe", "flags"],
 )
 def test_the_command_looks_at_what_training_takes(commands, tmp_path, flags):
-    source = folder(tmp_path / "photos", 20)
+    source = write_image_folder(tmp_path / "photos", 20)
     mirrored = cv2.flip(
-        picture(1, 4), 1
+        make_pixels(1, 4), 1
     )  # a copy by the folder's recipe, which flips images, and by no other
     cv2.imwrite(str(source / "green/mirrored.jpg"), mirrored, [cv2.IMWRITE_JPEG_QUALITY, 80])
     commands.run("audit", source, *flags, "--out", tmp_path / "report")
@@ -327,7 +329,7 @@ def test_the_command_refuses_in_one_line(commands, tmp_path):
 
 
 def test_the_report_lists_what_cannot_be_read_where_that_is_a_whole_class(commands, tmp_path):
-    source = folder(tmp_path / "photos", 8)
+    source = write_image_folder(tmp_path / "photos", 8)
     for file in (source / "red").iterdir():
         file.write_bytes(b"no image")
     done = commands.start("audit", source, "--out", tmp_path / "report")

@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from pictures import folder
+from support.sample_images import write_image_folder
 
 from models.image import InputSpec
 from train.data import Augmentation, ImageData
@@ -30,7 +30,7 @@ EVERYTHING = {
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    return folder(tmp_path_factory.mktemp("augment") / "photos")
+    return write_image_folder(tmp_path_factory.mktemp("augment") / "photos")
 
 
 class Epochs:
@@ -149,7 +149,7 @@ def test_rotation_by_nothing_changes_nothing_and_turns_are_about_the_centre(phot
 
 
 def test_a_turn_leaves_scale_and_crop_of_a_margin_be(tmp_path):
-    source = folder(tmp_path / "photos", size=48)
+    source = write_image_folder(tmp_path / "photos", size=48)
     settings = {"cache": "", "workers": 0, "batch_size": 64, "size": 32, "short_side": 40}
     turned = ImageData(str(source), augment=Augmentation(rotation=1e-4), **settings)
     turned.setup()

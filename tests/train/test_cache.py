@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pictures import folder, png
+from support.sample_images import make_png, write_image_folder
 
 from models.image import InputSpec
 from train.data import ImageData
@@ -30,21 +30,21 @@ def ready(source: Path, cache: str) -> ImageData:
 
 
 def test_pixels_are_decoded_once_and_known_by_their_content(tmp_path, cache):
-    source = folder(tmp_path / "photos")
+    source = write_image_folder(tmp_path / "photos")
     first = ready(source, cache)
     entries = sorted(path.name for path in Path(cache, "pixels").iterdir() if path.is_dir())
     for path in source.rglob("*.png"):
         path.touch()
     assert ready(source, cache).digest == first.digest
     assert sorted(path.name for path in Path(cache, "pixels").iterdir() if path.is_dir()) == entries
-    (source / "red" / "000.png").write_bytes(png(2, 77))
+    (source / "red" / "000.png").write_bytes(make_png(2, 77))
     changed = ready(source, cache)
     assert changed.digest != first.digest
     assert not np.array_equal(changed.known.pixels, first.known.pixels)
 
 
 def test_a_damaged_cache_is_made_anew(tmp_path, cache):
-    source = folder(tmp_path / "photos")
+    source = write_image_folder(tmp_path / "photos")
     before = np.array(ready(source, cache).known.pixels)
     for path in Path(cache).rglob("*.npy"):
         path.write_bytes(path.read_bytes()[:100])
@@ -52,7 +52,7 @@ def test_a_damaged_cache_is_made_anew(tmp_path, cache):
 
 
 def test_two_jobs_that_start_at_once_share_one_decoding(tmp_path, cache):
-    source = folder(tmp_path / "photos", count=60)
+    source = write_image_folder(tmp_path / "photos", count=60)
     script = (
         "import sys; from train.data import ImageData\n"
         "data = ImageData(sys.argv[1], cache=sys.argv[2], workers=1); data.setup(); print(data.digest)"
@@ -73,7 +73,7 @@ def test_two_jobs_that_start_at_once_share_one_decoding(tmp_path, cache):
 
 
 def test_what_a_killed_job_left_is_removed(tmp_path, cache):
-    source = folder(tmp_path / "photos", count=60)
+    source = write_image_folder(tmp_path / "photos", count=60)
     script = (
         "import os, signal, sys\nfrom train.data import ImageData\nfrom train.data.source import Files\n"
         "Files.__getitem__ = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -88,7 +88,7 @@ def test_what_a_killed_job_left_is_removed(tmp_path, cache):
 
 def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
-    data = ready(folder(tmp_path / "photos"), str(tmp_path / "file" / "cache"))
+    data = ready(write_image_folder(tmp_path / "photos"), str(tmp_path / "file" / "cache"))
     assert sum(data.counts.values()) == 36
     assert "memory only" in capsys.readouterr().err
 
@@ -107,7 +107,7 @@ class Share(Files):
 
 
 def test_what_could_not_be_read_is_tried_again(tmp_path, monkeypatch):
-    source = folder(tmp_path / "photos")
+    source = write_image_folder(tmp_path / "photos")
     items = Share(source, sorted(p.relative_to(source).as_posix() for p in source.rglob("*.png")))
 
     def look() -> Known:

@@ -6,7 +6,13 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from pictures import CLASSES, folder, picture, png, recognise
+from support.sample_images import (
+    CLASSES,
+    classify_by_colour,
+    make_pixels,
+    make_png,
+    write_image_folder,
+)
 
 from train.data import DataError, ImageData
 from train.data.sampler import Order
@@ -37,7 +43,7 @@ def test_digits_need_nothing_and_stay_gray():
 
 
 def test_the_split_is_stratified_disjoint_and_follows_the_seed(tmp_path, cache):
-    source = folder(tmp_path / "photos", count=20)
+    source = write_image_folder(tmp_path / "photos", count=20)
     data, same, other = (ready(source, cache, seed=seed) for seed in (1, 1, 2))
     parts = [set(data.index[part].tolist()) for part in ("train", "val", "test")]
     assert len(set.union(*parts)) == sum(map(len, parts)) == 60
@@ -49,11 +55,11 @@ def test_the_split_is_stratified_disjoint_and_follows_the_seed(tmp_path, cache):
 
 def test_parts_that_the_data_brings_are_kept(tmp_path, cache):
     for part, count in (("train", 8), ("valid", 3), ("test", 2)):
-        folder(tmp_path / "photos" / part, count)
+        write_image_folder(tmp_path / "photos" / part, count)
     (tmp_path / "photos" / ".hidden").mkdir()
     (tmp_path / "photos" / "train" / "red" / ".DS_Store").write_bytes(b"x")
     (tmp_path / "photos" / "train" / "red" / "deeper").mkdir()
-    (tmp_path / "photos" / "train" / "red" / "deeper" / "one.png").write_bytes(png(2, 99))
+    (tmp_path / "photos" / "train" / "red" / "deeper" / "one.png").write_bytes(make_png(2, 99))
     data = ready(tmp_path / "photos", cache)
     assert data.counts == {"train": 25, "val": 9, "test": 6}
     assert data.classes == CLASSES
@@ -69,14 +75,14 @@ def test_parts_that_the_data_brings_are_kept(tmp_path, cache):
 )
 def test_parts_are_known_by_what_people_call_them(tmp_path, cache, names, counts):
     for part, count in zip(names, (8, 3, 2), strict=True):
-        folder(tmp_path / "photos" / part, count)
+        write_image_folder(tmp_path / "photos" / part, count)
     data = ready(tmp_path / "photos", cache)
     assert (data.counts, data.classes) == (counts, CLASSES)
 
 
 def test_parts_of_unknown_names_are_not_taken_for_classes(tmp_path, cache):
     for part in ("first", "second"):
-        folder(tmp_path / "photos" / part, 2)
+        write_image_folder(tmp_path / "photos" / part, 2)
     with pytest.raises(
         DataError, match=r"first, second hold .*\(blue, green, red\).*rename them to train"
     ):
@@ -84,7 +90,7 @@ def test_parts_of_unknown_names_are_not_taken_for_classes(tmp_path, cache):
 
 
 def test_a_class_may_have_the_name_of_a_part(tmp_path, cache):
-    source = folder(tmp_path / "vehicles")
+    source = write_image_folder(tmp_path / "vehicles")
     for name, vehicle in (("blue", "train"), ("green", "test"), ("red", "car")):
         (source / name).rename(source / vehicle)
     assert ready(source, cache).classes == ["car", "test", "train"]
@@ -94,11 +100,11 @@ def test_a_class_may_have_the_name_of_a_part(tmp_path, cache):
 
 
 def test_pixels_labels_and_moments_belong_together(tmp_path, cache):
-    data = ready(folder(tmp_path / "photos"), cache, batch_size=5)
+    data = ready(write_image_folder(tmp_path / "photos"), cache, batch_size=5)
     seen = []
     for images, labels in data.train_dataloader():
         assert images.is_contiguous(memory_format=torch.channels_last)
-        assert recognise(images.numpy()).tolist() == labels.tolist()
+        assert classify_by_colour(images.numpy()).tolist() == labels.tolist()
         seen.append(images)
     images = torch.cat(seen).double()
     assert len(images) == data.counts["train"]
@@ -107,7 +113,7 @@ def test_pixels_labels_and_moments_belong_together(tmp_path, cache):
 
 
 def test_a_channel_without_contrast_can_be_divided_by(tmp_path, cache):
-    source = folder(tmp_path / "photos")
+    source = write_image_folder(tmp_path / "photos")
     for path in source.rglob("*.png"):
         cv2.imwrite(str(path), cv2.imread(str(path)) * np.uint8([0, 1, 1]))
     data = ready(source, cache)
@@ -116,7 +122,7 @@ def test_a_channel_without_contrast_can_be_divided_by(tmp_path, cache):
 
 
 def test_files_come_as_samples_byte_for_byte(tmp_path, cache):
-    data = ready(folder(tmp_path / "photos"), cache, val_fraction=0.3)
+    data = ready(write_image_folder(tmp_path / "photos"), cache, val_fraction=0.3)
     samples = data.samples(6)
     files = {path.read_bytes() for path in (tmp_path / "photos").rglob("*.png")}
     assert [label for _, _, label in samples] == [0, 1, 2, 0, 1, 2]
@@ -127,7 +133,7 @@ def test_files_come_as_samples_byte_for_byte(tmp_path, cache):
 @pytest.mark.parametrize("memory", ["memory", "stream"])
 def test_any_step_of_any_epoch_can_be_read_again(tmp_path, cache, memory):
     settings = {"memory": memory, "batch_size": 4, "seed": 3}
-    source = folder(tmp_path / "photos")
+    source = write_image_folder(tmp_path / "photos")
     loader = ready(source, cache, **settings).train_dataloader()
     loader.sampler.set_epoch(2)
     whole = list(loader)
@@ -146,7 +152,7 @@ def test_any_step_of_any_epoch_can_be_read_again(tmp_path, cache, memory):
 
 
 def test_a_stream_gives_what_memory_gives(tmp_path, cache):
-    source = folder(tmp_path / "photos", size=48)
+    source = write_image_folder(tmp_path / "photos", size=48)
     for part in ("train_dataloader", "test_dataloader"):
         kept, streamed = (
             [*getattr(ready(source, cache, memory=memory, workers=workers, size=32), part)()]
@@ -160,7 +166,7 @@ def test_a_stream_gives_what_memory_gives(tmp_path, cache):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_file_that_vanishes_from_a_stream_is_named_in_one_line(tmp_path, cache, workers):
-    source = folder(tmp_path / "photos")
+    source = write_image_folder(tmp_path / "photos")
     data = ready(source, cache, memory="stream", workers=workers)
     (source / data.found.items.name(int(data.index["train"][3]))).unlink()
     with pytest.raises(
@@ -170,14 +176,20 @@ def test_a_file_that_vanishes_from_a_stream_is_named_in_one_line(tmp_path, cache
 
 
 def test_what_does_not_fit_is_streamed_and_said(tmp_path, cache, capsys):
-    data = ready(folder(tmp_path / "photos"), cache, memory_share=1e-9)
+    data = ready(write_image_folder(tmp_path / "photos"), cache, memory_share=1e-9)
     assert data.place == "stream"
     assert "streamed by workers" in capsys.readouterr().err
     assert sum(len(labels) for _, labels in data.train_dataloader()) == data.counts["train"]
 
 
 def test_short_side_leaves_a_margin_that_only_training_crops_from(tmp_path, cache):
-    data = ready(folder(tmp_path / "photos", size=64), cache, size=32, short_side=40, batch_size=64)
+    data = ready(
+        write_image_folder(tmp_path / "photos", size=64),
+        cache,
+        size=32,
+        short_side=40,
+        batch_size=64,
+    )
     first, second = data.train_dataloader(), data.train_dataloader()
     second.sampler.set_epoch(1)
     assert next(iter(first))[0].shape[1:] == (3, 32, 32)
@@ -191,7 +203,7 @@ def test_short_side_leaves_a_margin_that_only_training_crops_from(tmp_path, cach
 def test_validation_and_test_are_never_augmented(tmp_path, cache):
     from train.data import Augmentation
 
-    source = folder(tmp_path / "photos")
+    source = write_image_folder(tmp_path / "photos")
     strong = Augmentation(flip="random", crop_padding=8, cutout=16, brightness=0.5, mixup=1.0)
     plain, augmented = ready(source, cache), ready(source, cache, augment=strong)
     for part in ("val_dataloader", "test_dataloader"):
@@ -237,7 +249,7 @@ def test_every_image_is_seen_once_an_epoch_by_processes_in_step(images, world, b
 
 
 def test_balanced_sampling_and_class_weights_make_up_for_imbalance(tmp_path, cache):
-    source = folder(tmp_path / "photos", count=40)
+    source = write_image_folder(tmp_path / "photos", count=40)
     for path in sorted((source / "red").iterdir())[8:]:
         path.unlink()
     data = ready(source, cache, sampling="balanced", batch_size=16)
@@ -252,9 +264,9 @@ def test_balanced_sampling_and_class_weights_make_up_for_imbalance(tmp_path, cac
 
 
 def test_few_unreadable_files_are_left_out_and_listed(tmp_path, cache, capsys):
-    source = folder(tmp_path / "photos", count=40)
+    source = write_image_folder(tmp_path / "photos", count=40)
     (source / "red" / "000.png").write_bytes(b"this is no image")
-    (source / "blue" / "001.png").write_bytes(png(0, 1)[:200])
+    (source / "blue" / "001.png").write_bytes(make_png(0, 1)[:200])
     data = ready(source, cache)
     assert sum(data.counts.values()) == 118
     assert dict(data.unreadable).keys() == {"red/000.png", "blue/001.png"}
@@ -265,7 +277,7 @@ def test_few_unreadable_files_are_left_out_and_listed(tmp_path, cache, capsys):
 
 
 def test_more_unreadable_files_than_allowed_stop_the_run(tmp_path, cache):
-    source = folder(tmp_path / "photos", count=10)
+    source = write_image_folder(tmp_path / "photos", count=10)
     for name in ("000.png", "001.png", "002.png"):
         (source / "red" / name).write_bytes(b"no image")
     with pytest.raises(
@@ -280,13 +292,13 @@ def test_sizes_and_colours_follow_the_images(tmp_path, cache):
     for label, name in enumerate(CLASSES):
         (source / name).mkdir(parents=True)
         for i in range(6):
-            gray = cv2.cvtColor(picture(label, i), cv2.COLOR_BGR2GRAY)
+            gray = cv2.cvtColor(make_pixels(label, i), cv2.COLOR_BGR2GRAY)
             cv2.imwrite(str(source / name / f"{i}.png"), gray)
     assert ready(source, cache).input.model_dump(include={"height", "channels"}) == {
         "height": 32,
         "channels": 1,
     }
-    cv2.imwrite(str(source / "red" / "large.png"), picture(2, 9, 300))
+    cv2.imwrite(str(source / "red" / "large.png"), make_pixels(2, 9, 300))
     assert ready(source, cache).input.model_dump(include={"height", "channels"}) == {
         "height": 224,
         "channels": 3,
@@ -304,18 +316,18 @@ def test_one_line_says_what_is_wrong_with_a_folder(tmp_path, cache):
     refused(tmp_path / "empty", "no images")
     loose = tmp_path / "loose"
     loose.mkdir()
-    (loose / "a.png").write_bytes(png(0, 0))
+    (loose / "a.png").write_bytes(make_png(0, 0))
     refused(loose, "no class folders")
-    folder(tmp_path / "single", count=1)
+    write_image_folder(tmp_path / "single", count=1)
     refused(tmp_path / "single", "'blue' has 1 image, too few")
     one = tmp_path / "one"
     (one / "red").mkdir(parents=True)
     for i in range(5):
-        (one / "red" / f"{i}.png").write_bytes(png(2, i))
+        (one / "red" / f"{i}.png").write_bytes(make_png(2, i))
     refused(one, "one class, 'red'")
-    odd = folder(tmp_path / "odd" / "train").parent
+    odd = write_image_folder(tmp_path / "odd" / "train").parent
     (odd / "test" / "yellow").mkdir(parents=True)
-    (odd / "test" / "yellow" / "0.png").write_bytes(png(0, 0))
+    (odd / "test" / "yellow" / "0.png").write_bytes(make_png(0, 0))
     refused(odd, "'yellow' is not in the training part")
     broken = tmp_path / "broken"
     for name in CLASSES:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import ROOT
-from pictures import folder
-from service import free_ports
+from support import ROOT
+from support.sample_images import write_image_folder
+from support.server import find_free_ports
 
 from models import networks
 
@@ -35,8 +35,8 @@ SETTINGS = (
     "sgd",
     "--model.optimizer.lr",
     "0.05",
-    "--trainer.callbacks+=killer.Killer",
-    "--trainer.callbacks+=killer.Recorder",
+    "--trainer.callbacks+=support.interruption_callbacks.SendSignal",
+    "--trainer.callbacks+=support.interruption_callbacks.RecordBatches",
 )
 
 
@@ -60,7 +60,7 @@ def torchrun(
             "--rdzv-backend",
             "c10d",
             "--rdzv-endpoint",
-            f"127.0.0.1:{free_ports(1)[0]}",
+            f"127.0.0.1:{find_free_ports(1)[0]}",
             *flags,
         ),
     )
@@ -78,9 +78,9 @@ def launch(
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
-        "KILL": kill,
+        "SEND_SIGNAL": kill,
         "RECORD": str(place / "seen"),
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests/train")]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
     }
     with open(place / "log", "ab") as log:
         process = subprocess.Popen(
@@ -192,7 +192,7 @@ def test_two_launchers_meet(one, tmp_path):
         "--rdzv-id",
         "imago",
         "--rdzv-endpoint",
-        f"127.0.0.1:{free_ports(1)[0]}",
+        f"127.0.0.1:{find_free_ports(1)[0]}",
     )
     nodes = [
         torchrun(tmp_path, "--data.batch_size", "32", flags=flags, wait=False) for _ in range(2)
@@ -262,7 +262,7 @@ def table(log: str) -> list[str]:
 @pytest.mark.slow
 def test_a_process_whose_test_images_are_all_leaked_keeps_step(tmp_path):
     for part in ("train", "test"):
-        folder(tmp_path / "photos" / part, 8, first=100 * (part == "test"))
+        write_image_folder(tmp_path / "photos" / part, 8, first=100 * (part == "test"))
     test = sorted((tmp_path / "photos/test").rglob("*.png"))
     for file in test[::2]:  # all that the first process gets
         file.write_bytes((tmp_path / "photos/train" / file.parent.name / file.name).read_bytes())

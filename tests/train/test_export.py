@@ -14,8 +14,8 @@ import onnxruntime
 import pytest
 import torch
 import yaml
-from launch import ROOT
 from safetensors import safe_open
+from support import ROOT
 
 from models import networks
 from models.bundle import SIGNALS, Bundle

@@ -5,8 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from launch import ROOT
-from pictures import png
+from support import ROOT
+from support.sample_images import make_png
 
 from models.bundle import Bundle
 from train.cli.main import main
@@ -46,7 +46,7 @@ def test_every_step_can_be_told_otherwise(fitted, tmp_path):
 
 def test_many_classes_make_no_manifest_too_large_to_read(commands, tmp_path):
     """1,500 of them, which a confusion matrix a part would make 36 MB of."""
-    (tmp_path / "image.png").write_bytes(png(0, 0, 8))
+    (tmp_path / "image.png").write_bytes(make_png(0, 0, 8))
     rows = [f"image.png,c{k:04d},{part}" for k in range(1500) for part in ("train", "val", "test")]
     (tmp_path / "many.csv").write_text("\n".join(["path,label,split", *rows]) + "\n")
     commands.run(

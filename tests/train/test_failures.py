@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import ROOT
-from pictures import folder
+from support import ROOT
+from support.sample_images import write_image_folder
 
 from models import networks
 from train.failures import is_out_of_memory
@@ -214,7 +214,7 @@ def test_a_checkpoint_of_another_network_is_refused(commands, tmp_path):
 def elsewhere(commands, tmp_path_factory) -> Path:
     """A place with photos and a best.ckpt of another split of them than the default one."""
     place = tmp_path_factory.mktemp("elsewhere")
-    folder(place / "photos", 40)
+    write_image_folder(place / "photos", 40)
     commands.run(
         "fit",
         "--data.source",
@@ -314,7 +314,9 @@ def test_data_that_changed_since_is_told_from_data_that_a_checkpoint_never_saw(
         *SPLIT.split(),
         "--data.source",
     )
-    new = commands.run(*settings, folder(tmp_path / "new", 20, first=100), cwd=elsewhere)
+    new = commands.run(
+        *settings, write_image_folder(tmp_path / "new", 20, first=100), cwd=elsewhere
+    )
     assert "WARNING: other data than the checkpoint was trained with (photos, " in new.text
     assert "none of the test images is one of those it was trained on" in new.text
     changed = shutil.copytree(elsewhere / "photos", tmp_path / "photos")

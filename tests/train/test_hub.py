@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pictures import CLASSES, png
+from support.sample_images import CLASSES, make_png
 
 from train.cli import main
 from train.data import DataError, ImageData
@@ -23,7 +23,7 @@ def write(place: Path, labels: list, missing: tuple[int, ...] = (), **parts: lis
         text = any(isinstance(label, str) for label in some)
         kind = datasets.Value("string") if text else datasets.ClassLabel(names=CLASSES)
         images = [
-            None if i in missing else {"bytes": png(LABELS[i], i), "path": None}
+            None if i in missing else {"bytes": make_png(LABELS[i], i), "path": None}
             for i in range(len(some))
         ]
         written[name] = datasets.Dataset.from_dict(

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from launch import ROOT
-from service import free_ports
+from support import ROOT
+from support.server import find_free_ports
 
 WORKER = """
 import os, signal, sys, time
@@ -76,7 +76,7 @@ def node(start: Start, tmp_path: Path) -> Start:
         "--max-restarts=3",
         "--rdzv-backend=c10d",
         "--rdzv-id=imago",
-        f"--rdzv-endpoint=127.0.0.1:{free_ports(1)[0]}",
+        f"--rdzv-endpoint=127.0.0.1:{find_free_ports(1)[0]}",
     )
     return lambda first=False: start(
         *flags, f"--rdzv-conf=is_host={first}", "-m", "worker", "meet", tmp_path

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from launch import Commands
+from support.train_commands import TrainCommands
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 METRICS = {
@@ -19,7 +19,7 @@ METRICS = {
 }
 
 
-def train(commands: Commands, place: Path, logger: str) -> Path:
+def train(commands: TrainCommands, place: Path, logger: str) -> Path:
     """Two epochs of 13 steps, stopped in the second and resumed; the run's directory."""
     settings = (
         "run",
@@ -38,7 +38,7 @@ def train(commands: Commands, place: Path, logger: str) -> Path:
         "false",
         "--progress.quiet",
         "true",
-        "--trainer.callbacks+=killer.Killer",
+        "--trainer.callbacks+=support.interruption_callbacks.SendSignal",
         "--trainer.default_root_dir",
         place / "runs",
     )
@@ -49,7 +49,8 @@ def train(commands: Commands, place: Path, logger: str) -> Path:
         "MLFLOW_TRACKING_URI": None,
     }
     assert (
-        commands.start(*settings, env={**away, "KILL": "TERM:step:20"}, cwd=place).status() == 143
+        commands.start(*settings, env={**away, "SEND_SIGNAL": "TERM:step:20"}, cwd=place).status()
+        == 143
     )
     commands.run(*settings, env=away, cwd=place)
     return place / "runs/digits/1"
@@ -96,9 +97,11 @@ def test_steps_before_the_first_checkpoint_are_not_there_twice(commands, tmp_pat
         "false",
         "--audit.enabled",
         "false",
-        "--trainer.callbacks+=killer.Killer",
+        "--trainer.callbacks+=support.interruption_callbacks.SendSignal",
     )
-    assert commands.start(*settings, env={"KILL": "TERM:epoch:2"}, cwd=tmp_path).status() == 0
+    assert (
+        commands.start(*settings, env={"SEND_SIGNAL": "TERM:epoch:2"}, cwd=tmp_path).status() == 0
+    )
     (run,) = (tmp_path / "artifacts/runs/digits").iterdir()
     (
         run / "finished"

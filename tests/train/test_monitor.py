@@ -5,7 +5,7 @@ import urllib.request
 from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
-from service import free_ports
+from support.server import find_free_ports
 
 
 def scrape(port: int) -> dict[str, float]:
@@ -19,7 +19,7 @@ def scrape(port: int) -> dict[str, float]:
 
 def asleep(commands, place, step: int, *flags, moment: str = "step"):
     """A run that sleeps in this step, or at another moment, and the port of its metrics."""
-    (port,) = free_ports(1)
+    (port,) = find_free_ports(1)
     command = commands.start(
         "run",
         "digits",
@@ -34,8 +34,8 @@ def asleep(commands, place, step: int, *flags, moment: str = "step"):
         "--progress.quiet",
         "true",
         *flags,
-        "--trainer.callbacks+=killer.Killer",
-        env={"KILL": f"SLEEP:{moment}:{step}"},
+        "--trainer.callbacks+=support.interruption_callbacks.SendSignal",
+        env={"SEND_SIGNAL": f"SLEEP:{moment}:{step}"},
         cwd=place,
     )
     command.wait_for("asleep")
@@ -96,8 +96,8 @@ def test_without_a_port_nothing_listens(commands, tmp_path):
         "none",
         "--audit.enabled",
         "false",
-        "--trainer.callbacks+=killer.Killer",
-        env={"KILL": "SLEEP:step:3"},
+        "--trainer.callbacks+=support.interruption_callbacks.SendSignal",
+        env={"SEND_SIGNAL": "SLEEP:step:3"},
         cwd=tmp_path,
     )
     command.wait_for("asleep")

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from pictures import folder
+from support.sample_images import write_image_folder
 
 from models.bundle import Bundle
 
@@ -31,7 +31,7 @@ QUICK = [
 def photos(tmp_path: Path) -> Path:
     """Each class has files with odd names (\\udce9 is how Python has the byte E9); one class has one itself, and a file
     that is no image."""
-    root = folder(tmp_path / "photos", count=16)
+    root = write_image_folder(tmp_path / "photos", count=16)
     for name in root.iterdir():
         for plain, odd in ODD.items():
             (name / plain).rename(name / odd)

@@ -3,9 +3,16 @@
 import json
 
 import torch
-from killed import assert_same, finish, learnt, result, run_of, start
-from pictures import folder
 from safetensors.torch import load_file
+from support.interrupted_runs import (
+    assert_equal,
+    find_run_directory,
+    finish_run,
+    load_last_checkpoint,
+    reproducible_state,
+    start_run,
+)
+from support.sample_images import write_image_folder
 
 
 def test_a_run_goes_on_where_it_was_moved_to(commands, tmp_path):
@@ -23,17 +30,17 @@ def test_a_run_goes_on_where_it_was_moved_to(commands, tmp_path):
         "--store",
         tmp_path / "store",
     )
-    assert start(commands, place, *settings, kill="TERM:end:0").status() == 143
+    assert start_run(commands, place, *settings, kill="TERM:end:0").status() == 143
     place.rename(moved)
-    assert "going on from step" in finish(commands, moved, *settings).text
-    best = torch.load(run_of(moved) / "best.ckpt", weights_only=True)["state_dict"]
+    assert "going on from step" in finish_run(commands, moved, *settings).text
+    best = torch.load(find_run_directory(moved) / "best.ckpt", weights_only=True)["state_dict"]
     kept = load_file(tmp_path / "store/digits/1/weights.safetensors")
-    assert_same(kept, {name.removeprefix("network."): best[f"network.{name}"] for name in kept})
+    assert_equal(kept, {name.removeprefix("network."): best[f"network.{name}"] for name in kept})
 
 
 def test_a_run_goes_on_on_a_node_with_less_memory(commands, tmp_path):
     """Normalised as before, though only a sample of what is streamed is measured."""
-    photos = folder(tmp_path / "photos", 1000, 8)
+    photos = write_image_folder(tmp_path / "photos", 1000, 8)
     settings = (
         "--data.source",
         photos,
@@ -44,23 +51,30 @@ def test_a_run_goes_on_on_a_node_with_less_memory(commands, tmp_path):
         "--trainer.limit_train_batches",
         4,
     )
-    finish(commands, tmp_path / "whole", *settings)
-    assert start(commands, tmp_path / "killed", *settings, kill="TERM:step:3").status() == 143
-    going_on = finish(
+    finish_run(commands, tmp_path / "whole", *settings)
+    assert start_run(commands, tmp_path / "killed", *settings, kill="TERM:step:3").status() == 143
+    going_on = finish_run(
         commands, tmp_path / "killed", *settings, "--data.memory_share", 1e-9, "--data.workers", 1
     )
     assert "streamed by workers" in going_on.text
     assert "going on from step 3:" in going_on.text
-    assert_same(learnt(result(tmp_path / "killed")), learnt(result(tmp_path / "whole")))
+    assert_equal(
+        reproducible_state(load_last_checkpoint(tmp_path / "killed")),
+        reproducible_state(load_last_checkpoint(tmp_path / "whole")),
+    )
 
 
 def test_a_run_keeps_the_precision_that_was_asked_for(commands, tmp_path):
     """A node without bfloat16 computes in float32, and the next one may have it: the run is the same."""
     assert (
-        start(commands, tmp_path, "--trainer.precision", "bf16-mixed", kill="TERM:step:1").status()
+        start_run(
+            commands, tmp_path, "--trainer.precision", "bf16-mixed", kill="TERM:step:1"
+        ).status()
         == 143
     )
     assert (
-        json.loads((run_of(tmp_path) / "settings.json").read_text())["trainer"]["precision"]
+        json.loads((find_run_directory(tmp_path) / "settings.json").read_text())["trainer"][
+            "precision"
+        ]
         == "bf16-mixed"
     )

@@ -8,26 +8,38 @@ from pathlib import Path
 
 import pytest
 import torch
-from killed import EPOCHS, STEPS, assert_same, finish, learnt, result, run_of, start
-from launch import Commands
-from pictures import folder
+from support.interrupted_runs import (
+    EPOCHS,
+    STEPS,
+    assert_equal,
+    find_run_directory,
+    finish_run,
+    load_last_checkpoint,
+    reproducible_state,
+    start_run,
+)
+from support.sample_images import write_image_folder
+from support.train_commands import TrainCommands
 
 from train.runs import checkpoints
 
 
 @pytest.fixture(scope="module")
-def undisturbed(commands: Commands, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(commands: TrainCommands, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("undisturbed") / "runs"
-    finish(commands, place)
+    finish_run(commands, place)
     return place
 
 
 def test_seeds_give_identical_results(commands, undisturbed, tmp_path):
-    finish(commands, tmp_path / "runs")
-    assert_same(learnt(result(tmp_path / "runs")), learnt(result(undisturbed)))
+    finish_run(commands, tmp_path / "runs")
+    assert_equal(
+        reproducible_state(load_last_checkpoint(tmp_path / "runs")),
+        reproducible_state(load_last_checkpoint(undisturbed)),
+    )
     metrics = "csv/metrics.csv"
-    assert (run_of(tmp_path / "runs") / metrics).read_text() == (
-        run_of(undisturbed) / metrics
+    assert (find_run_directory(tmp_path / "runs") / metrics).read_text() == (
+        find_run_directory(undisturbed) / metrics
     ).read_text()
 
 
@@ -52,11 +64,14 @@ def test_seeds_give_identical_results(commands, undisturbed, tmp_path):
 )
 def test_sigterm_saves_and_the_same_command_goes_on(commands, undisturbed, tmp_path, kill):
     place = tmp_path / "runs"
-    assert start(commands, place, kill=f"TERM:{kill}").status() == 143
-    finished = finish(commands, place)
+    assert start_run(commands, place, kill=f"TERM:{kill}").status() == 143
+    finished = finish_run(commands, place)
     if kill != "epoch:1":  # where there is nothing to go on from
         assert "going on from step" in finished.text
-    assert_same(learnt(result(place)), learnt(result(undisturbed)))
+    assert_equal(
+        reproducible_state(load_last_checkpoint(place)),
+        reproducible_state(load_last_checkpoint(undisturbed)),
+    )
 
 
 def test_a_run_killed_over_and_over_ends_as_one_that_never_was(commands, undisturbed, tmp_path):
@@ -72,14 +87,19 @@ def test_a_run_killed_over_and_over_ends_as_one_that_never_was(commands, undistu
         "TERM:end:0",
     ):
         expected = 143 if kill.startswith("TERM") else 137
-        assert start(commands, place, "--resume.every_steps", 4, kill=kill).status() == expected, (
-            kill
-        )
-    finished = finish(commands, place)
+        assert (
+            start_run(commands, place, "--resume.every_steps", 4, kill=kill).status() == expected
+        ), kill
+    finished = finish_run(commands, place)
     assert f"going on from step {EPOCHS * STEPS}" in finished.text
-    assert_same(learnt(result(place)), learnt(result(undisturbed)))
+    assert_equal(
+        reproducible_state(load_last_checkpoint(place)),
+        reproducible_state(load_last_checkpoint(undisturbed)),
+    )
     metrics = "csv/metrics.csv"
-    assert (run_of(place) / metrics).read_text() == (run_of(undisturbed) / metrics).read_text()
+    assert (find_run_directory(place) / metrics).read_text() == (
+        find_run_directory(undisturbed) / metrics
+    ).read_text()
 
 
 def test_the_history_shows_validation_only_where_there_was_one(commands, tmp_path):
@@ -94,29 +114,37 @@ def test_the_history_shows_validation_only_where_there_was_one(commands, tmp_pat
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     told = [
         line
-        for line in finish(commands, whole, *flags).text.splitlines()
+        for line in finish_run(commands, whole, *flags).text.splitlines()
         if line.startswith("epoch ")
     ]
     assert ["val loss" in line for line in told] == [False, True, False, True]
-    assert start(commands, killed, *flags, kill=f"TERM:step:{2 * STEPS + 3}").status() == 143
-    finish(commands, killed, *flags)
-    rows = result(whole)["callbacks"]["History"]["rows"]
+    assert start_run(commands, killed, *flags, kill=f"TERM:step:{2 * STEPS + 3}").status() == 143
+    finish_run(commands, killed, *flags)
+    rows = load_last_checkpoint(whole)["callbacks"]["History"]["rows"]
     assert ["val/loss" in row for row in rows] == [False, True, False, True]
     assert rows[1]["val/loss"] != rows[3]["val/loss"]
-    assert_same(learnt(result(killed)), learnt(result(whole)))
+    assert_equal(
+        reproducible_state(load_last_checkpoint(killed)),
+        reproducible_state(load_last_checkpoint(whole)),
+    )
 
 
 def test_a_damaged_checkpoint_is_passed_over(commands, undisturbed, tmp_path):
     place = tmp_path / "runs"
-    assert start(commands, place, "--resume.every_steps", 4, kill="KILL:step:10").status() == 137
-    last = run_of(place) / "step-000000008.ckpt"
+    assert (
+        start_run(commands, place, "--resume.every_steps", 4, kill="KILL:step:10").status() == 137
+    )
+    last = find_run_directory(place) / "step-000000008.ckpt"
     last.write_bytes(last.read_bytes()[:-1000])
-    (run_of(place) / ".step-000000012.ckpt.tmp").write_bytes(b"PK half of a checkpoint")
-    finished = finish(commands, place)
+    (find_run_directory(place) / ".step-000000012.ckpt.tmp").write_bytes(b"PK half of a checkpoint")
+    finished = finish_run(commands, place)
     assert f"{last}: damaged, so it is passed over" in finished.text
     assert "going on from step 4:" in finished.text
-    assert_same(learnt(result(place)), learnt(result(undisturbed)))
-    assert not list(run_of(place).glob(".*.tmp"))
+    assert_equal(
+        reproducible_state(load_last_checkpoint(place)),
+        reproducible_state(load_last_checkpoint(undisturbed)),
+    )
+    assert not list(find_run_directory(place).glob(".*.tmp"))
 
 
 def test_a_checkpoint_with_any_byte_of_its_directory_flipped_is_told(tmp_path):
@@ -136,30 +164,33 @@ def test_a_checkpoint_with_any_byte_of_its_directory_flipped_is_told(tmp_path):
 
 def test_a_full_disk_stops_with_a_word_and_costs_no_checkpoint(commands, undisturbed, tmp_path):
     place = tmp_path / "runs"
-    assert start(commands, place, "--resume.every_steps", 4, kill="KILL:step:6").status() == 137
-    full = start(commands, place, "--resume.every_steps", 4, limits={"RLIMIT_FSIZE": 100_000})
+    assert start_run(commands, place, "--resume.every_steps", 4, kill="KILL:step:6").status() == 137
+    full = start_run(commands, place, "--resume.every_steps", 4, limits={"RLIMIT_FSIZE": 100_000})
     assert full.status() == 1
     assert (
         "no checkpoint of step 8 could be written (File too large); the last one is of step 4"
         in full.text
     )
     assert "Traceback" not in full.text
-    assert "going on from step 4:" in finish(commands, place).text
-    assert_same(learnt(result(place)), learnt(result(undisturbed)))
+    assert "going on from step 4:" in finish_run(commands, place).text
+    assert_equal(
+        reproducible_state(load_last_checkpoint(place)),
+        reproducible_state(load_last_checkpoint(undisturbed)),
+    )
 
 
 def test_a_finished_run_and_another_job_s_run_are_left_alone(commands, tmp_path):
     short = "--trainer.max_epochs", 1, "--trainer.limit_train_batches", 2
-    frozen = start(commands, tmp_path, *short, kill="STOP:step:1")
+    frozen = start_run(commands, tmp_path, *short, kill="STOP:step:1")
     frozen.wait_for("pixels kept")
     while not (tmp_path / "digits/1/settings.json").exists():
         time.sleep(0.01)
-    finish(commands, tmp_path, *short)  # the first run is another job's: this is a second
+    finish_run(commands, tmp_path, *short)  # the first run is another job's: this is a second
     frozen.signal(signal.SIGKILL)
     assert frozen.status() == 137
-    finish(commands, tmp_path, *short)  # the second is finished: this is a third
-    assert start(commands, tmp_path, *short, kill="TERM:step:1").status() == 143
-    finish(commands, tmp_path, *short, "--fresh")  # the fourth is unfinished, and not wanted
+    finish_run(commands, tmp_path, *short)  # the second is finished: this is a third
+    assert start_run(commands, tmp_path, *short, kill="TERM:step:1").status() == 143
+    finish_run(commands, tmp_path, *short, "--fresh")  # the fourth is unfinished, and not wanted
     assert sorted(p.name for p in (tmp_path / "digits").iterdir() if (p / "finished").exists()) == [
         "2",
         "3",
@@ -171,10 +202,10 @@ def test_settings_that_decide_nothing_may_change_and_others_are_named(
     commands, undisturbed, tmp_path
 ):
     place = tmp_path / "runs"
-    assert start(commands, place, kill="TERM:step:4").status() == 143
+    assert start_run(commands, place, kill="TERM:step:4").status() == 143
     indifferent = "--data.workers", 1, "--data.cache", tmp_path / "cache"
-    assert start(commands, place, *indifferent, kill="TERM:step:9").status() == 143
-    fresh = finish(
+    assert start_run(commands, place, *indifferent, kill="TERM:step:9").status() == 143
+    fresh = finish_run(
         commands,
         place,
         "--data.batch_size",
@@ -189,13 +220,16 @@ def test_settings_that_decide_nothing_may_change_and_others_are_named(
         "trainer.max_epochs), so a new run begins"
     ) in fresh.text
     (place / "digits/2").rename(tmp_path / "2")
-    assert "going on from step 9:" in finish(commands, place).text
-    assert_same(learnt(result(place)), learnt(result(undisturbed)))
-    assert "unfinished" not in finish(commands, place, "--trainer.max_epochs", 1).text
+    assert "going on from step 9:" in finish_run(commands, place).text
+    assert_equal(
+        reproducible_state(load_last_checkpoint(place)),
+        reproducible_state(load_last_checkpoint(undisturbed)),
+    )
+    assert "unfinished" not in finish_run(commands, place, "--trainer.max_epochs", 1).text
 
 
 def test_a_run_does_not_go_on_with_other_data(commands, tmp_path):
-    photos, place = folder(tmp_path / "photos", 40), tmp_path / "runs"
+    photos, place = write_image_folder(tmp_path / "photos", 40), tmp_path / "runs"
     settings = (
         "--data.source",
         photos,
@@ -206,33 +240,35 @@ def test_a_run_does_not_go_on_with_other_data(commands, tmp_path):
         "--trainer.max_epochs",
         2,
     )
-    assert start(commands, place, *settings, kill="TERM:step:3").status() == 143
+    assert start_run(commands, place, *settings, kill="TERM:step:3").status() == 143
     (photos / "yellow").mkdir()
     for i in range(9):
         (photos / "yellow" / f"{i}.png").write_bytes((photos / "red" / f"{i:03d}.png").read_bytes())
-    refused = start(commands, place, *settings)
+    refused = start_run(commands, place, *settings)
     assert refused.status() == 2
     assert refused.text.splitlines()[-1].startswith(
-        f"train: {run_of(place)}: begun on other images, labels or classes"
+        f"train: {find_run_directory(place)}: begun on other images, labels or classes"
     )
     assert "--fresh" in refused.text.splitlines()[-1]
     shutil.rmtree(photos / "yellow")
     removed = (photos / "red" / "000.png").read_bytes()
     (photos / "red" / "000.png").unlink()
-    assert start(commands, place, *settings).status() == 2
+    assert start_run(commands, place, *settings).status() == 2
     (photos / "red" / "000.png").write_bytes(removed)
-    assert "going on from step 3:" in finish(commands, place, *settings).text
+    assert "going on from step 3:" in finish_run(commands, place, *settings).text
 
 
 def test_a_finished_run_s_checkpoint_is_trained_on(commands, undisturbed, tmp_path):
-    last = run_of(undisturbed) / "last.ckpt"
-    finish(commands, tmp_path / "longer", "--ckpt_path", last, "--trainer.max_epochs", EPOCHS + 2)
-    before, after = torch.load(last, weights_only=True), result(tmp_path / "longer")
+    last = find_run_directory(undisturbed) / "last.ckpt"
+    finish_run(
+        commands, tmp_path / "longer", "--ckpt_path", last, "--trainer.max_epochs", EPOCHS + 2
+    )
+    before, after = torch.load(last, weights_only=True), load_last_checkpoint(tmp_path / "longer")
     assert (before["global_step"], after["global_step"]) == (EPOCHS * STEPS, (EPOCHS + 2) * STEPS)
     assert len(after["callbacks"]["History"]["rows"]) == EPOCHS + 2
     name = "network.head.weight"
     assert not torch.equal(before["state_dict"][name], after["state_dict"][name])
-    again = finish(commands, tmp_path / "again", "--ckpt_path", last)
+    again = finish_run(commands, tmp_path / "again", "--ckpt_path", last)
     assert (
         f"{last}: nothing was trained, as its {EPOCHS} epochs are all that was asked for"
         in again.text
@@ -254,10 +290,13 @@ def test_every_random_number_is_restored(commands, tmp_path):
         "--trainer.accumulate_grad_batches",
         2,
     )
-    finish(commands, tmp_path / "undisturbed", *network)
-    assert start(commands, tmp_path / "killed", *network, kill="TERM:step:9").status() == 143
-    assert "going on from step 5:" in finish(commands, tmp_path / "killed", *network).text
-    assert_same(learnt(result(tmp_path / "killed")), learnt(result(tmp_path / "undisturbed")))
+    finish_run(commands, tmp_path / "undisturbed", *network)
+    assert start_run(commands, tmp_path / "killed", *network, kill="TERM:step:9").status() == 143
+    assert "going on from step 5:" in finish_run(commands, tmp_path / "killed", *network).text
+    assert_equal(
+        reproducible_state(load_last_checkpoint(tmp_path / "killed")),
+        reproducible_state(load_last_checkpoint(tmp_path / "undisturbed")),
+    )
 
 
 def test_whatever_is_drawn_is_drawn_again(commands, tmp_path):
@@ -276,12 +315,18 @@ def test_whatever_is_drawn_is_drawn_again(commands, tmp_path):
         "balanced",
         *(word for name, value in chances.items() for word in (f"--data.augment.{name}", value)),
     )
-    finish(commands, tmp_path / "undisturbed", *drawn)
+    finish_run(commands, tmp_path / "undisturbed", *drawn)
     assert (
-        start(commands, tmp_path / "killed", *drawn, kill=f"TERM:step:{STEPS + 6}").status() == 143
+        start_run(commands, tmp_path / "killed", *drawn, kill=f"TERM:step:{STEPS + 6}").status()
+        == 143
     )
-    assert f"going on from step {STEPS + 6}:" in finish(commands, tmp_path / "killed", *drawn).text
-    assert_same(learnt(result(tmp_path / "killed")), learnt(result(tmp_path / "undisturbed")))
+    assert (
+        f"going on from step {STEPS + 6}:" in finish_run(commands, tmp_path / "killed", *drawn).text
+    )
+    assert_equal(
+        reproducible_state(load_last_checkpoint(tmp_path / "killed")),
+        reproducible_state(load_last_checkpoint(tmp_path / "undisturbed")),
+    )
 
 
 @pytest.mark.slow
@@ -297,10 +342,15 @@ def test_gradients_that_wait_for_more_are_not_left_out(commands, tmp_path):
         "--trainer.val_check_interval",
         3,
     )
-    finish(commands, tmp_path / "undisturbed", *halves)
-    assert start(commands, tmp_path / "killed", *halves, kill="TERM:validation:1").status() == 143
-    assert "going on from step 2:" in finish(commands, tmp_path / "killed", *halves).text
-    assert_same(learnt(result(tmp_path / "killed")), learnt(result(tmp_path / "undisturbed")))
+    finish_run(commands, tmp_path / "undisturbed", *halves)
+    assert (
+        start_run(commands, tmp_path / "killed", *halves, kill="TERM:validation:1").status() == 143
+    )
+    assert "going on from step 2:" in finish_run(commands, tmp_path / "killed", *halves).text
+    assert_equal(
+        reproducible_state(load_last_checkpoint(tmp_path / "killed")),
+        reproducible_state(load_last_checkpoint(tmp_path / "undisturbed")),
+    )
 
 
 def test_a_stream_goes_on_where_it_was(commands, tmp_path):
@@ -317,43 +367,49 @@ def test_a_stream_goes_on_where_it_was(commands, tmp_path):
         "--trainer.max_epochs",
         2,
     )
-    finish(commands, tmp_path / "undisturbed", *stream)
-    assert start(commands, tmp_path / "killed", *stream, kill="TERM:step:3").status() == 143
-    assert start(commands, tmp_path / "killed", *stream, kill="GROUP:step:11").status() == 143
-    assert "going on from step 11:" in finish(commands, tmp_path / "killed", *stream).text
-    assert_same(learnt(result(tmp_path / "killed")), learnt(result(tmp_path / "undisturbed")))
+    finish_run(commands, tmp_path / "undisturbed", *stream)
+    assert start_run(commands, tmp_path / "killed", *stream, kill="TERM:step:3").status() == 143
+    assert start_run(commands, tmp_path / "killed", *stream, kill="GROUP:step:11").status() == 143
+    assert "going on from step 11:" in finish_run(commands, tmp_path / "killed", *stream).text
+    assert_equal(
+        reproducible_state(load_last_checkpoint(tmp_path / "killed")),
+        reproducible_state(load_last_checkpoint(tmp_path / "undisturbed")),
+    )
 
 
 @pytest.mark.slow
 def test_sigkill_at_any_moment(commands, undisturbed, tmp_path):
     place, moment = tmp_path / "runs", 1.0
     while True:
-        command = start(commands, place, "--resume.every_steps", 1)
+        command = start_run(commands, place, "--resume.every_steps", 1)
         time.sleep(moment)
         with contextlib.suppress(ProcessLookupError):  # it ended first
             command.signal(signal.SIGKILL)
         if command.status() == 0:
             break
         moment += 0.137
-    assert_same(learnt(result(place)), learnt(result(undisturbed)))
+    assert_equal(
+        reproducible_state(load_last_checkpoint(place)),
+        reproducible_state(load_last_checkpoint(undisturbed)),
+    )
 
 
 @pytest.mark.slow
 def test_a_step_that_does_not_end_is_not_waited_for(commands, tmp_path):
-    command = start(commands, tmp_path, "--resume.every_steps", 1, kill="SLEEP:step:5")
+    command = start_run(commands, tmp_path, "--resume.every_steps", 1, kill="SLEEP:step:5")
     command.wait_for("asleep")
     began = time.monotonic()
     command.signal(signal.SIGTERM)
     assert command.status() == 143
     assert time.monotonic() - began < 10
-    assert "going on from step 4:" in finish(commands, tmp_path).text
+    assert "going on from step 4:" in finish_run(commands, tmp_path).text
 
 
 @pytest.mark.slow
 def test_killed_while_the_bundle_is_written_the_next_start_writes_it(commands, tmp_path):
     more = "--export.enabled", "true", "--store", tmp_path / "store"
-    assert start(commands, tmp_path, *more, kill="TERM:export:5").status() == 143
+    assert start_run(commands, tmp_path, *more, kill="TERM:export:5").status() == 143
     assert not list((tmp_path / "store").glob("digits/[0-9]*"))
-    finished = finish(commands, tmp_path, *more)
+    finished = finish_run(commands, tmp_path, *more)
     assert f"going on from step {EPOCHS * STEPS}:" in finished.text
     assert [p.name for p in (tmp_path / "store/digits").iterdir() if p.name[0].isdigit()] == ["1"]

@@ -13,10 +13,16 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from launch import ROOT
-from pictures import CLASSES, folder, picture, png, recognise
 from PIL import Image
-from service import object_store
+from support import ROOT
+from support.sample_images import (
+    CLASSES,
+    classify_by_colour,
+    make_pixels,
+    make_png,
+    write_image_folder,
+)
+from support.server import s3_server
 
 from models.image import decode
 from train.data import DataError, ImageData
@@ -54,7 +60,7 @@ def check(source: str, classes: list[str] = CLASSES, stream: int = 2, **parts: i
             assert data.counts == parts
     for (images, labels), (same, truth) in zip(*batches, strict=True):
         assert torch.equal(images, same)
-        assert labels.tolist() == truth.tolist() == recognise(images.numpy()).tolist()
+        assert labels.tolist() == truth.tolist() == classify_by_colour(images.numpy()).tolist()
     assert (
         sum(len(labels) for _, labels in batches[0]) == data.counts["train"] + data.counts["test"]
     )
@@ -67,7 +73,7 @@ def write_table(path: Path, rows: list[tuple], header: str = "path,label") -> Pa
 
 
 def test_csv_of_paths_and_labels(tmp_path):
-    files = folder(tmp_path / "photos", 10)
+    files = write_image_folder(tmp_path / "photos", 10)
     rows = [
         (path.relative_to(tmp_path).as_posix(), path.parent.name)
         for path in sorted(files.rglob("*.png"))
@@ -77,7 +83,7 @@ def test_csv_of_paths_and_labels(tmp_path):
 
 
 def test_csv_with_parts(tmp_path):
-    files = folder(tmp_path / "photos", 10)
+    files = write_image_folder(tmp_path / "photos", 10)
     part = {0: "test", 1: "valid", 2: "valid"}
     rows = [
         (str(path), path.parent.name, part.get(int(path.stem), "train"))
@@ -89,7 +95,7 @@ def test_csv_with_parts(tmp_path):
 
 
 def test_blanks_around_a_label_in_a_csv_make_no_class(tmp_path):
-    files = folder(tmp_path / "photos", 10)
+    files = write_image_folder(tmp_path / "photos", 10)
     rows = [
         (str(path), path.parent.name + " " * (int(path.stem) % 2))
         for path in sorted(files.rglob("*.png"))
@@ -101,7 +107,7 @@ def test_blanks_around_a_label_in_a_csv_make_no_class(tmp_path):
 
 def test_numbers_as_labels_have_one_order_however_they_are_written(tmp_path):
     names = ["00002", "0002", "002", "02", "2", "010", "10"]
-    files = folder(tmp_path / "photos", 4 * len(names))
+    files = write_image_folder(tmp_path / "photos", 4 * len(names))
     rows = [
         (str(path), names[int(path.stem) % len(names)]) for path in sorted(files.rglob("*.png"))
     ]
@@ -128,7 +134,7 @@ def test_csv_that_is_wrong_is_refused_in_one_line(tmp_path):
 
 
 def test_csv_with_missing_files_lists_them(tmp_path):
-    files = folder(tmp_path / "photos", 10)
+    files = write_image_folder(tmp_path / "photos", 10)
     rows = [
         (path.relative_to(tmp_path).as_posix(), path.parent.name)
         for path in sorted(files.rglob("*.png"))
@@ -184,7 +190,7 @@ def optimized(tmp_path_factory) -> Path:
     """A LitData directory with train/ and test/."""
     root = tmp_path_factory.mktemp("litdata") / "photos"
     for part, first in (("train", 0), ("test", 100)):
-        optimize(root / part, [png(label, first + i) for i, label in enumerate(LABELS)])
+        optimize(root / part, [make_png(label, first + i) for i, label in enumerate(LABELS)])
     return root
 
 
@@ -268,7 +274,7 @@ def test_see_through_pixels_lie_on_white_as_when_they_are_served(tmp_path, kind)
     files = []
     for i, label in enumerate(LABELS):
         alpha = np.random.default_rng(i).integers(60, 256, (32, 32, 1), np.uint8)
-        files.append(cv2.imencode(".png", np.dstack([picture(label, i), alpha]))[1].tobytes())
+        files.append(cv2.imencode(".png", np.dstack([make_pixels(label, i), alpha]))[1].tobytes())
     images = [Image.open(io.BytesIO(file)) for file in files]
     if kind != "PIL":
         axes = (2, 0, 1) if kind == "channels first" else (0, 1, 2)
@@ -287,7 +293,7 @@ def test_pixels_of_other_channels_count_as_unreadable(tmp_path):
 @pytest.fixture(scope="module")
 def bucket(optimized) -> Iterator[str]:
     """An S3-compatible server with the LitData directory in a bucket."""
-    with object_store("images") as s3:
+    with s3_server("images") as s3:
         for path in optimized.rglob("*.*"):
             s3.upload_file(str(path), "images", f"photos/{path.relative_to(optimized).as_posix()}")
         yield "s3://images/photos"
@@ -321,7 +327,7 @@ def test_deep_lake(tmp_path):
     lake.append(
         {
             "image": [
-                np.ascontiguousarray(picture(label, i)[:, :, ::-1])
+                np.ascontiguousarray(make_pixels(label, i)[:, :, ::-1])
                 for i, label in enumerate(LABELS)
             ],
             "label": np.array(LABELS, np.uint32),
@@ -352,7 +358,9 @@ def test_hugging_face_on_disk(tmp_path):
     )
 
     def part(first: int) -> object:
-        images = [{"bytes": png(label, first + i), "path": None} for i, label in enumerate(LABELS)]
+        images = [
+            {"bytes": make_png(label, first + i), "path": None} for i, label in enumerate(LABELS)
+        ]
         return datasets.Dataset.from_dict({"image": images, "label": LABELS}, features=features)
 
     datasets.disable_progress_bars()

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from pictures import folder
+from support.sample_images import write_image_folder
 
 from train.data import Augmentation, ImageData
 from train.learning import precision
@@ -22,7 +22,7 @@ SGD = Optimizer("sgd", lr=0.1, momentum=0.9)
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
     """Twenty images of two classes and six of the third."""
-    root = folder(tmp_path_factory.mktemp("system") / "photos", 20)
+    root = write_image_folder(tmp_path_factory.mktemp("system") / "photos", 20)
     for path in sorted((root / "red").iterdir())[6:]:
         path.unlink()
     return root
@@ -146,7 +146,11 @@ def test_test_time_augmentation_looks_so_many_times(tta, count):
 def test_the_whitening_is_of_images_as_they_are(tmp_path, augment):
     """Whatever training shows of them: patches come out uncorrelated, with variance one."""
     data = ImageData(
-        str(folder(tmp_path / "photos", 100)), batch_size=50, cache="", workers=0, augment=augment
+        str(write_image_folder(tmp_path / "photos", 100)),
+        batch_size=50,
+        cache="",
+        workers=0,
+        augment=augment,
     )
     system = Classifier(
         network="speednet", options={"widths": [8, 8]}, optimizer=Optimizer("sgd", lr=1e-12)

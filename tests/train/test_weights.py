@@ -4,10 +4,10 @@ import json
 
 import cv2
 import pytest
-from killed import STEPS, finish, run_of, start
-from pictures import folder
 from safetensors import safe_open
 from safetensors.torch import load_file
+from support.interrupted_runs import STEPS, find_run_directory, finish_run, start_run
+from support.sample_images import write_image_folder
 
 
 def test_what_goes_on_from_another_run_keeps_the_best_of_either(commands, tmp_path):
@@ -26,8 +26,8 @@ def test_what_goes_on_from_another_run_keeps_the_best_of_either(commands, tmp_pa
         "--store",
         tmp_path / "store",
     )
-    finish(commands, tmp_path / "runs", *settings, "--trainer.max_epochs", 1)
-    finish(
+    finish_run(commands, tmp_path / "runs", *settings, "--trainer.max_epochs", 1)
+    finish_run(
         commands,
         tmp_path / "longer",
         *settings,
@@ -38,7 +38,7 @@ def test_what_goes_on_from_another_run_keeps_the_best_of_either(commands, tmp_pa
         "--trainer.gradient_clip_val",
         1e-12,
         "--ckpt_path",
-        run_of(tmp_path / "runs") / "last.ckpt",
+        find_run_directory(tmp_path / "runs") / "last.ckpt",
     )
     assert load_file(tmp_path / "store/digits/1/weights.safetensors")
 
@@ -46,7 +46,7 @@ def test_what_goes_on_from_another_run_keeps_the_best_of_either(commands, tmp_pa
 @pytest.mark.parametrize("how", ["--ckpt_path", "--model.weights"])
 def test_weights_go_with_the_brightness_that_they_were_trained_on(commands, tmp_path, how):
     """Other images are normalised by the old ones' moments, in training as in the bundle."""
-    photos, darker = folder(tmp_path / "photos", 30), tmp_path / "darker"
+    photos, darker = write_image_folder(tmp_path / "photos", 30), tmp_path / "darker"
     for file in photos.rglob("*.png"):
         (darker / file.parent.name).mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(darker / file.parent.name / file.name), cv2.imread(str(file))[::-1] // 3)
@@ -63,7 +63,7 @@ def test_weights_go_with_the_brightness_that_they_were_trained_on(commands, tmp_
         "false",
     )
     first, second = tmp_path / "first", tmp_path / "second"
-    finish(
+    finish_run(
         commands,
         first,
         "--data.source",
@@ -75,10 +75,10 @@ def test_weights_go_with_the_brightness_that_they_were_trained_on(commands, tmp_
         *settings,
     )
     learnt = {
-        "--ckpt_path": run_of(first) / "last.ckpt",
+        "--ckpt_path": find_run_directory(first) / "last.ckpt",
         "--model.weights": first / "store/digits/1/weights.safetensors",
     }[how]
-    finish(
+    finish_run(
         commands,
         second,
         "--data.source",
@@ -104,8 +104,10 @@ def moments(file) -> dict[str, list[float]]:
 
 
 def test_an_epoch_is_not_gone_on_with_in_other_batches(commands, tmp_path):
-    assert start(commands, tmp_path / "runs", kill=f"TERM:step:{STEPS + 4}").status() == 143
-    (halfway,) = run_of(tmp_path / "runs").glob("step-*.ckpt")
-    refused = start(commands, tmp_path / "other", "--ckpt_path", halfway, "--data.batch_size", 300)
+    assert start_run(commands, tmp_path / "runs", kill=f"TERM:step:{STEPS + 4}").status() == 143
+    (halfway,) = find_run_directory(tmp_path / "runs").glob("step-*.ckpt")
+    refused = start_run(
+        commands, tmp_path / "other", "--ckpt_path", halfway, "--data.batch_size", 300
+    )
     assert refused.status() == 2
     assert f"saved within an epoch of {STEPS} steps by 1 processes" in refused.text.splitlines()[-1]

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from pictures import folder
+from support.sample_images import write_image_folder
 
 from train.data import ImageData
 
@@ -30,7 +30,7 @@ MOUNTS = (
 
 @pytest.mark.skipif(not MOUNTS, reason="no mounts of one's own here")
 def test_shared_memory_may_be_too_small_for_a_batch(tmp_path):
-    source = folder(tmp_path / "photos", count=40, size=128)
+    source = write_image_folder(tmp_path / "photos", count=40, size=128)
     script = (
         "import sys; from zlib import crc32; from train.data import ImageData\n"
         "for memory in 'memory', 'stream':\n"

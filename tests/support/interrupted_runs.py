@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from launch import Command, Commands
+
+from support.train_commands import TrainCommand, TrainCommands
 
 EPOCHS, STEPS = 3, 11  # with batches of 120
 # Dropout, EMA and random crops: all that draws random numbers or keeps a state of its own.
@@ -18,7 +19,7 @@ model:
   label_smoothing: 0.1
 ema: {{decay: 0.9}}
 early_stopping: {{patience: 20}}
-trainer: {{max_epochs: {EPOCHS}, log_every_n_steps: 4, callbacks: [killer.Killer]}}
+trainer: {{max_epochs: {EPOCHS}, log_every_n_steps: 4, callbacks: [support.interruption_callbacks.SendSignal]}}
 logger: csv
 progress: {{quiet: true}}
 export: {{enabled: false}}
@@ -27,7 +28,9 @@ resume: {{every_minutes: 0}}
 """
 
 
-def start(commands: Commands, place: Path, *more: object, kill: str = "", **how: Any) -> Command:
+def start_run(
+    commands: TrainCommands, place: Path, *more: object, kill: str = "", **how: Any
+) -> TrainCommand:
     place.mkdir(exist_ok=True)
     recipe = commands.place / "recipe.yaml"
     recipe.write_text(RECIPE)
@@ -38,44 +41,44 @@ def start(commands: Commands, place: Path, *more: object, kill: str = "", **how:
         "--trainer.default_root_dir",
         place,
         *more,
-        env={"KILL": kill},
+        env={"SEND_SIGNAL": kill},
         **how,
     )
 
 
-def finish(commands: Commands, place: Path, *more: object, **how: Any) -> Command:
-    command = start(commands, place, *more, **how)
+def finish_run(commands: TrainCommands, place: Path, *more: object, **how: Any) -> TrainCommand:
+    command = start_run(commands, place, *more, **how)
     assert command.status() == 0, command.text
     return command
 
 
-def run_of(place: Path) -> Path:
+def find_run_directory(place: Path) -> Path:
     """The one run in `place`."""
     (run,) = (place / "digits").iterdir()
     return run
 
 
-def result(place: Path) -> dict[str, Any]:
-    return torch.load(run_of(place) / "last.ckpt", weights_only=True)
+def load_last_checkpoint(place: Path) -> dict[str, Any]:
+    return torch.load(find_run_directory(place) / "last.ckpt", weights_only=True)
 
 
-def assert_same(one: Any, other: Any, path: str = "") -> None:
+def assert_equal(one: Any, other: Any, path: str = "") -> None:
     """Equal to the last bit, at any depth."""
     if isinstance(one, torch.Tensor):
         assert torch.equal(one, other), path
     elif isinstance(one, dict):
         assert one.keys() == other.keys(), path
         for key, value in one.items():
-            assert_same(value, other[key], f"{path}/{key}")
+            assert_equal(value, other[key], f"{path}/{key}")
     elif isinstance(one, list | tuple):
         assert len(one) == len(other), path
         for i, (left, right) in enumerate(zip(one, other, strict=True)):
-            assert_same(left, right, f"{path}/{i}")
+            assert_equal(left, right, f"{path}/{i}")
     else:
         assert one == other, path
 
 
-def learnt(checkpoint: dict[str, Any]) -> dict[str, Any]:
+def reproducible_state(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """What must not depend on kills: weights, optimizer, schedule, random numbers, metrics; not times and paths."""
     callbacks = {
         name: state

@@ -14,7 +14,7 @@ import yaml
 K8S = Path(__file__).parents[2] / "k8s"
 OVERLAYS = sorted(p.name for p in (K8S / "overlays").iterdir() if p.is_dir())
 COMPONENTS = sorted(p.name for p in (K8S / "components").iterdir())
-TOGETHER = [  # each component with many others, in the order that k8s/README.md asks for
+COMPONENT_COMBINATIONS = [  # each component with many others, in the order that k8s/README.md asks for
     "components/gpu-serving,gpu-training,training-multinode,cron-training,model-from-bucket,canary-rollout,ingress "
     "on cpu",
     "components/keda,pdb,network-policy,service-monitor,training-kubeflow,model-from-image,canary-plain,gateway-route "
@@ -26,9 +26,12 @@ TOGETHER = [  # each component with many others, in the order that k8s/README.md
 CASES = (
     [f"overlays/{name}" for name in OVERLAYS]
     + [f"components/{name}" for name in COMPONENTS]
-    + TOGETHER
+    + COMPONENT_COMBINATIONS
 )
-SECRETS = {"imago-tls", "imago-bucket"}  # made by hand, as k8s/README.md and the components say
+HAND_MADE_SECRETS = {
+    "imago-tls",
+    "imago-bucket",
+}  # made by hand, as k8s/README.md and the components say
 
 Manifest = dict
 
@@ -57,21 +60,21 @@ def render(case: str) -> tuple[Manifest, ...]:
 
 def render_overlay(kustomization: str) -> tuple[Manifest, ...]:
     """The manifests of an overlay of one's own."""
-    with own_overlay(kustomization) as name:
+    with temporary_overlay(kustomization) as name:
         return kustomize(K8S / "overlays" / name)
 
 
 @contextmanager
-def own_overlay(kustomization: str) -> Iterator[str]:
+def temporary_overlay(kustomization: str) -> Iterator[str]:
     """The name of an overlay that stands beside the others for a while."""
     with tempfile.TemporaryDirectory(dir=K8S / "overlays", prefix=".test-") as directory:
         (Path(directory) / "kustomization.yaml").write_text(kustomization)
         yield Path(directory).name
 
 
-def with_components(*components: str) -> AbstractContextManager[str]:
+def overlay_with_components(*components: str) -> AbstractContextManager[str]:
     """The name of an overlay for a while: the local one with these components."""
-    return own_overlay(
+    return temporary_overlay(
         yaml.safe_dump(
             {
                 "kind": "Kustomization",
@@ -92,11 +95,11 @@ def kustomize(directory: Path) -> tuple[Manifest, ...]:
     return tuple(yaml.safe_load_all(done.stdout))
 
 
-def of(case: str, *kinds: str) -> list[Manifest]:
+def manifests_of_kind(case: str, *kinds: str) -> list[Manifest]:
     return [m for m in render(case) if m["kind"] in kinds]
 
 
-def pod_specs(case: str) -> list[tuple[str, Manifest]]:
+def pod_templates(case: str) -> list[tuple[str, Manifest]]:
     """(kind/name, pod template) of everything that makes pods, custom resources included."""
     found = []
     for manifest in render(case):

@@ -20,8 +20,8 @@ sys.addaudithook(hook)
 """
 
 
-class Hang:
-    """In a process with `env`, to open or list what begins with `place` takes until `hangs()` ends.
+class BlockedPath:
+    """In a process with `env`, to open or list what begins with `place` takes until `blocked()` ends.
 
     Where `error` is given, an errno, it fails with that until then.
     """
@@ -37,12 +37,12 @@ class Hang:
             **({"FAILS_WITH": str(error)} if error else {}),
         }
 
-    def reached(self) -> bool:
+    def is_reached(self) -> bool:
         """Whether anyone has come to hang there."""
         return Path(f"{self.flag}-reached").exists()
 
     @contextmanager
-    def hangs(self) -> Iterator[None]:
+    def blocked(self) -> Iterator[None]:
         self.flag.touch()
         try:
             yield

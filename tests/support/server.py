@@ -16,11 +16,10 @@ import httpx
 import pytest
 
 from serve.metrics.shared_counters import METRICS
+from support import ROOT
 
-ROOT = Path(__file__).parent.parent
 
-
-def free_ports(count: int) -> list[int]:
+def find_free_ports(count: int) -> list[int]:
     """Ports of 127.0.0.1 from 18000 up that nobody listens on; each process of pytest-xdist has its own hundred."""
     first = 18000 + 100 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     found: list[int] = []
@@ -39,13 +38,13 @@ def free_ports(count: int) -> list[int]:
     raise RuntimeError("no free port")
 
 
-def loopback() -> list[str]:
+def loopback_flags() -> list[str]:
     """Flags of a server that only this machine reaches, on free ports."""
-    port, metrics_port = free_ports(2)
+    port, metrics_port = find_free_ports(2)
     return ["--host", "127.0.0.1", "--port", str(port), "--metrics-port", str(metrics_port)]
 
 
-def run(*flags: str, **env: str) -> subprocess.CompletedProcess:
+def run_serve(*flags: str, **env: str) -> subprocess.CompletedProcess:
     """`python -m serve` with no environment but `env`, until it ends."""
     return subprocess.run(
         [sys.executable, "-m", "serve", *flags],
@@ -56,7 +55,7 @@ def run(*flags: str, **env: str) -> subprocess.CompletedProcess:
     )
 
 
-def refused(result: subprocess.CompletedProcess, *words: str) -> None:
+def assert_refused(result: subprocess.CompletedProcess, *words: str) -> None:
     """Exit status 2 and one line with these words."""
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1, result.stderr
@@ -65,11 +64,11 @@ def refused(result: subprocess.CompletedProcess, *words: str) -> None:
         assert word in result.stderr
 
 
-def stop(pids: list[int]) -> None:
+def suspend_processes(pids: list[int]) -> None:
     """By SIGSTOP, and wait until each of their threads rests."""
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
-    wait(
+    wait_until(
         lambda: all(
             stat.read_text().rpartition(")")[2].split()[0] == "T"
             for pid in pids
@@ -79,18 +78,18 @@ def stop(pids: list[int]) -> None:
 
 
 @contextlib.contextmanager
-def stopped(server: "Server") -> Iterator[None]:
+def suspended_workers(server: "Server") -> Iterator[None]:
     """Its workers by SIGSTOP: what they were sent stays pending meanwhile."""
     workers = server.workers()
     try:
-        stop(workers)
+        suspend_processes(workers)
         yield
     finally:
         for pid in workers:
             os.kill(pid, signal.SIGCONT)
 
 
-def wait(condition: Callable[[], object], seconds: float = 120) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = 120) -> None:
     """Until the condition holds."""
     end = time.monotonic() + seconds
     while not condition():
@@ -99,7 +98,7 @@ def wait(condition: Callable[[], object], seconds: float = 120) -> None:
 
 
 @contextlib.contextmanager
-def object_store(bucket: str) -> Iterator[Any]:
+def s3_server(bucket: str) -> Iterator[Any]:
     """An S3 that runs here, which the environment names meanwhile, with an empty bucket; gives boto3's client of it."""
     boto3, moto = pytest.importorskip("boto3"), pytest.importorskip("moto.server")
     running = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
@@ -130,7 +129,7 @@ class Server:
         env: dict[str, str] | None = None,
         command: list[str] | None = None,
     ):
-        self.port, self.metrics_port = free_ports(2)
+        self.port, self.metrics_port = find_free_ports(2)
         self.url, self.log = f"http://127.0.0.1:{self.port}", log
         self.http = httpx.Client(base_url=self.url, timeout=30)
         own = [

@@ -30,14 +30,14 @@ CLASSES = ["red", "green", "blue"]
 WEIGHT = 8.0  # of a pixel's own channel in its class
 
 
-def image(label: str, size: int = 32, kind: str = ".png", seed: int = 0) -> bytes:
+def make_image(label: str, size: int = 32, kind: str = ".png", seed: int = 0) -> bytes:
     """A noisy picture of one colour as a file's bytes."""
     pixels = np.random.default_rng(seed).integers(0, 60, (size, size, 3), np.uint8)
     pixels[:, :, 2 - CLASSES.index(label)] += 150  # cv2 writes BGR
     return cv2.imencode(kind, pixels)[1].tobytes()
 
 
-def graph(spec: InputSpec, classes: int, scale: float = 1.0) -> onnx.ModelProto:
+def build_graph(spec: InputSpec, classes: int, scale: float = 1.0) -> onnx.ModelProto:
     """Mean colour times a matrix, softmax. `scale` multiplies the logits: another value gives other answers."""
     weights = (
         np.resize(np.eye(spec.channels, dtype=np.float32), (classes, spec.channels))
@@ -82,7 +82,7 @@ def graph(spec: InputSpec, classes: int, scale: float = 1.0) -> onnx.ModelProto:
     return helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
 
 
-def expected(images: np.ndarray, classes: int, scale: float = 1.0) -> dict[str, np.ndarray]:
+def expected_outputs(images: np.ndarray, classes: int, scale: float = 1.0) -> dict[str, np.ndarray]:
     """What the graph gives, by numpy: uint8 [N,H,W,C] to its outputs."""
     unit = images.astype(np.float64) / 255
     weights = np.resize(np.eye(images.shape[3]), (classes, images.shape[3])) * WEIGHT * scale
@@ -97,7 +97,7 @@ def expected(images: np.ndarray, classes: int, scale: float = 1.0) -> dict[str, 
     }
 
 
-def write(
+def publish(
     store: Path,
     name: str = "colours",
     classes: list[str] | None = None,
@@ -115,16 +115,16 @@ def write(
     place = Store(store)
     with place.stage(name) as staged:
         directory, version = staged.path, staged.version
-        onnx.save(graph(spec, len(classes), scale), directory / "model.onnx")
+        onnx.save(build_graph(spec, len(classes), scale), directory / "model.onnx")
         (directory / "samples").mkdir()
-        files = files or [image(CLASSES[i % 3], size, seed=i) for i in range(samples)]
+        files = files or [make_image(CLASSES[i % 3], size, seed=i) for i in range(samples)]
         for i, data in enumerate(files):
             (directory / "samples" / f"{i:02d}.png").write_bytes(data)
         pixels = np.stack([decode(data, spec) for data in files])
         np.savez(
             directory / "samples" / "expected.npz",
             pixels=pixels,
-            **expected(pixels, len(classes), scale),
+            **expected_outputs(pixels, len(classes), scale),
         )
         file = directory / "model.onnx"
         Manifest(
@@ -158,19 +158,19 @@ def write(
     return store / name / str(version)
 
 
-def edit(bundle: Path, **changes: object) -> None:
+def edit_manifest(bundle: Path, **changes: object) -> None:
     """Set fields of the manifest; the digests fit no more."""
     manifest = json.loads((bundle / "manifest.json").read_text())
     (bundle / "manifest.json").write_text(json.dumps(manifest | changes))
 
 
-def reseal(bundle: Path) -> None:
+def update_checksums(bundle: Path) -> None:
     """Make the digests fit again, as one would who means harm."""
     manifest = json.loads((bundle / "manifest.json").read_text())
     for variant in manifest["variants"].values():
         if (file := bundle / variant["file"]).is_file():
             variant["sha256"] = sha256(file)
-    edit(bundle, variants=manifest["variants"])
+    edit_manifest(bundle, variants=manifest["variants"])
     write_sums(bundle)
 
 
@@ -178,18 +178,18 @@ def add_int8(bundle: Path, scale: float = 1.0) -> None:
     """A second variant, by its name in 8 bits; with another scale its answers are not those of the samples."""
     manifest = json.loads((bundle / "manifest.json").read_text())
     onnx.save(
-        graph(InputSpec(**manifest["input"]), len(manifest["classes"]), scale),
+        build_graph(InputSpec(**manifest["input"]), len(manifest["classes"]), scale),
         bundle / "model.int8.onnx",
     )
     first = manifest["variants"]["fp32"]
-    edit(
+    edit_manifest(
         bundle,
         variants={"fp32": first, "int8": first | {"file": "model.int8.onnx", "precision": "int8"}},
     )
-    reseal(bundle)
+    update_checksums(bundle)
 
 
-def spoil(
+def insert_nodes(
     bundle: Path, *nodes: onnx.NodeProto, file: str = "model.onnx", **constants: np.ndarray
 ) -> None:
     """Put nodes into the graph, which make "unit", the input in 0..1, from "given"; the digests fit again."""
@@ -202,12 +202,12 @@ def spoil(
         numpy_helper.from_array(value, name) for name, value in constants.items()
     )
     onnx.save(model, bundle / file)
-    reseal(bundle)
+    update_checksums(bundle)
 
 
-def break_where_bright(bundle: Path, least: float = 1.0, file: str = "model.onnx") -> None:
+def fail_on_bright_pixels(bundle: Path, least: float = 1.0, file: str = "model.onnx") -> None:
     """Make the graph look up a place that isn't there where a pixel is as bright as `least`, 0..1."""
-    spoil(
+    insert_nodes(
         bundle,
         helper.make_node("ReduceMax", ["given"], ["brightest"], keepdims=0),
         helper.make_node("Div", ["brightest", "least"], ["share"]),
@@ -220,10 +220,10 @@ def break_where_bright(bundle: Path, least: float = 1.0, file: str = "model.onnx
     )
 
 
-def hang(bundle: Path, where_bright: bool = False) -> None:
+def loop_forever(bundle: Path, where_bright: bool = False) -> None:
     """Make the graph go round for ever; or only where a pixel is as bright as can be, as none of the samples is."""
     if where_bright:
-        spoil(
+        insert_nodes(
             bundle,
             helper.make_node("ReduceMax", ["given"], ["brightest"], keepdims=0),
             helper.make_node("Cast", ["brightest"], ["bright"], to=TensorProto.INT64),
@@ -233,12 +233,12 @@ def hang(bundle: Path, where_bright: bool = False) -> None:
             true=np.array(True),
         )
     else:
-        spoil(bundle, *_loop("often"), often=np.array(2**62), true=np.array(True))
+        insert_nodes(bundle, *_loop("often"), often=np.array(2**62), true=np.array(True))
 
 
-def slow(bundle: Path, file: str = "model.onnx", turns: int = 3000) -> None:
+def slow_down(bundle: Path, file: str = "model.onnx", turns: int = 3000) -> None:
     """Make a graph go round some milliseconds; its answers stay the same."""
-    spoil(bundle, *_loop("often"), file=file, often=np.array(turns), true=np.array(True))
+    insert_nodes(bundle, *_loop("often"), file=file, often=np.array(turns), true=np.array(True))
 
 
 def _loop(turns: str) -> list[onnx.NodeProto]:

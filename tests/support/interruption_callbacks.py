@@ -13,8 +13,8 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 
-class Killer(Callback):
-    """Sends what the environment's KILL says, e.g. TERM:step:7 for SIGTERM to this process within the seventh step.
+class SendSignal(Callback):
+    """Sends what the environment variable SEND_SIGNAL says, e.g. TERM:step:7 for SIGTERM to this process within the seventh step.
 
     Moments: step, validation (in this epoch), epoch (its start), end (of the training), after (it, for every callback),
     export (so many tenths of a second after the training). LAUNCHER:… is SIGTERM to the process that started this one;
@@ -22,7 +22,9 @@ class Killer(Callback):
     """
 
     def __init__(self) -> None:
-        self.kind, self.moment, self.number = (os.environ.get("KILL") or "TERM:never:0").split(":")
+        self.kind, self.moment, self.number = (
+            os.environ.get("SEND_SIGNAL") or "TERM:never:0"
+        ).split(":")
         self.struck = False
         if self.kind == "GROUP":
             os.setpgid(0, 0)  # a group of its own, as a launcher gives it
@@ -68,7 +70,7 @@ class Killer(Callback):
             self._strike("after", 0, trainer)
 
 
-class Recorder(Callback):
+class RecordBatches(Callback):
     """Appends a line an image to $RECORD/<rank>: epoch and digest of the image."""
 
     def on_train_batch_start(

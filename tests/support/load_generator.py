@@ -6,7 +6,7 @@ import time
 from collections import Counter
 
 
-class Load:
+class LoadGenerator:
     """Clients that send one request after the other, each as soon as it has the answer to the one before.
 
     `statuses` counts answers. `refused` counts connections that were not taken. `lost` holds requests that were sent
@@ -19,7 +19,7 @@ class Load:
         self.lock, self.over = threading.Lock(), threading.Event()
         self.threads = [threading.Thread(target=self.client, daemon=True) for _ in range(clients)]
 
-    def __enter__(self) -> "Load":
+    def __enter__(self) -> "LoadGenerator":
         for thread in self.threads:
             thread.start()
         return self

@@ -8,26 +8,27 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from rendered import K8S
+
+from support.manifests import K8S
 
 needs_kubectl = pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl is not installed")
-Cluster = Callable[..., tuple[subprocess.CompletedProcess, str]]
+RunCluster = Callable[..., tuple[subprocess.CompletedProcess, str]]
 
 
-def run(verb: str, **env: str) -> subprocess.CompletedProcess:
+def run_cluster_script(verb: str, **env: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [K8S / "cluster", verb], capture_output=True, text=True, env={**os.environ, **env}
     )
 
 
-def one_line(done: subprocess.CompletedProcess) -> str:
+def error_line(done: subprocess.CompletedProcess) -> str:
     assert done.returncode == 2, done.stdout + done.stderr
     assert done.stderr.startswith("make: ")
     assert done.stderr.count("\n") == 1, done.stderr
     return done.stderr
 
 
-def stand_in(place: Path) -> Cluster:
+def make_fake_cluster(place: Path) -> RunCluster:
     """Runs a verb where a cluster does this when it is asked something with these words; also all that it was asked.
 
     Anything else it leaves without an answer: what is not named is not there.
@@ -45,13 +46,13 @@ def stand_in(place: Path) -> Cluster:
             {cases}
           esac""")
         kubectl.chmod(0o755)
-        done = run(verb, **env, PATH=f"{place}:{os.environ['PATH']}")
+        done = run_cluster_script(verb, **env, PATH=f"{place}:{os.environ['PATH']}")
         return done, (place / "kubectl.calls").read_text()
 
     return run_there
 
 
-def refuses(*reasons: str) -> dict[str, str]:
+def admission_errors(*reasons: str) -> dict[str, str]:
     return {
         "--dry-run": f"printf '%s\\n' {shlex.join(reasons)} >&2; exit 1",
         "apply -f -": "exit 1",

@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
-import tiny
-from service import wait
 
-SOON = ("--reload-seconds", "0.2")
+from support import tiny_bundle
+from support.server import wait_until
+
+FAST_RELOAD = ("--reload-seconds", "0.2")
 
 
 @contextmanager
@@ -24,7 +25,9 @@ def load(service, clients: int = 4) -> Iterator[list[tuple[int, str]]]:
         with httpx.Client(base_url=service.url, timeout=30) as http:
             while not stop.is_set():
                 answer = http.post(
-                    "/predict", content=tiny.image("red"), headers={"Content-Type": "image/png"}
+                    "/predict",
+                    content=tiny_bundle.make_image("red"),
+                    headers={"Content-Type": "image/png"},
                 )
                 answers.append((answer.status_code, answer.headers.get("x-model-version", "")))
 
@@ -43,11 +46,11 @@ def replace_worker(service) -> None:
     """Kill the only worker and wait for the next."""
     (worker,) = service.workers()
     os.kill(worker, signal.SIGKILL)
-    wait(lambda: service.workers() not in ([worker], []))
-    wait(service.is_ready)
+    wait_until(lambda: service.workers() not in ([worker], []))
+    wait_until(service.is_ready)
 
 
-def checks(store) -> list[int]:
+def check_processes(store) -> list[int]:
     """Processes that check a version of this store."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
@@ -58,5 +61,5 @@ def checks(store) -> list[int]:
     return found
 
 
-def version(service) -> str:
-    return service.predict(tiny.image("red")).json()["model"]["version"]
+def served_version(service) -> str:
+    return service.predict(tiny_bundle.make_image("red")).json()["model"]["version"]

@@ -18,10 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent.parent
+from support import ROOT
 
 
-class Command:
+class TrainCommand:
     """A command that runs. `log` holds what it writes."""
 
     def __init__(self, pid: int, log: Path, done: Path):
@@ -50,12 +50,12 @@ class Command:
         return self.log.read_text()
 
 
-class Commands:
+class TrainCommands:
     """Starts commands, in `place` unless told otherwise."""
 
     def __init__(self, place: Path):
         self.place, self._count = place, 0
-        path = os.pathsep.join([str(ROOT), str(ROOT / "tests/train")])
+        path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
         self._forker = subprocess.Popen(
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
@@ -75,7 +75,7 @@ class Commands:
         env: dict[str, str | None] | None = None,
         limits: dict[str, int] | None = None,
         cwd: Path | None = None,
-    ) -> Command:
+    ) -> TrainCommand:
         """`env`: variables to set, or with None to unset. `limits`: of the resource module, by name."""
         self._count += 1
         log, done = self.place / f"{self._count}.log", self.place / f"{self._count}.status"
@@ -89,9 +89,9 @@ class Commands:
             "done": str(done),
         }
         print(json.dumps(request), file=self._forker.stdin, flush=True)
-        return Command(int(self._forker.stdout.readline()), log, done)
+        return TrainCommand(int(self._forker.stdout.readline()), log, done)
 
-    def run(self, *argv: object, **how: Any) -> Command:
+    def run(self, *argv: object, **how: Any) -> TrainCommand:
         """Start, and wait for the status 0."""
         command = self.start(*argv, **how)
         assert command.status() == 0, command.text

@@ -9,7 +9,7 @@ def segment(marker: int, content: bytes) -> bytes:
     return struct.pack(">BBH", 0xFF, marker, len(content) + 2) + content
 
 
-def green(scans: list[list[int]], side: int = 32, frame: int = 0xC0) -> bytes:
+def green_jpeg(scans: list[list[int]], side: int = 32, frame: int = 0xC0) -> bytes:
     """A flat green JPEG; `scans` says which components each of them holds.
 
     Only a scan of one component in a small baseline picture has content; decoders take gray for what is missing.

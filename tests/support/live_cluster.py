@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from rendered import K8S, Manifest
+
+from support.manifests import K8S, Manifest
 
 ROOT = K8S.parent
 CONTEXT = os.environ.get("IMAGO_TEST_CONTEXT")
@@ -52,7 +53,7 @@ def wait_for(what: str, true, seconds: float = 120) -> None:
         time.sleep(0.5)
 
 
-def pod(name: str, image: str, command: list[str], *claims: str) -> str:
+def pod_manifest(name: str, image: str, command: list[str], *claims: str) -> str:
     """The manifest of a pod that runs once under the restricted profile."""
     return json.dumps(
         {
@@ -96,23 +97,23 @@ def pod(name: str, image: str, command: list[str], *claims: str) -> str:
     )
 
 
-def image(kind: str) -> str:
+def image_of(kind: str) -> str:
     path = "deployment/imago-serving" if kind == "serve" else "job/imago-train"
     return kubectl("get", path, "-o", "jsonpath={.spec.template.spec.containers[0].image}")
 
 
 @contextmanager
-def load(clients: int = 4, pause: float = 0.02, side: int = 8) -> Iterator[dict]:
+def sustained_load(clients: int = 4, pause: float = 0.02, side: int = 8) -> Iterator[dict]:
     """Clients in a pod of their own, with images of so many pixels a side; the account is there after the block."""
     account: dict = {}
-    script = (Path(__file__).parent / "loader.py").read_text()
+    script = (Path(__file__).parent / "cluster_load.py").read_text()
     kubectl(
         "apply",
         "-f",
         "-",
-        stdin=pod(
+        stdin=pod_manifest(
             "load",
-            image("serve"),
+            image_of("serve"),
             [
                 "python",
                 "-c",
@@ -146,7 +147,7 @@ def service_address() -> str:
     return kubectl("get", "service", "imago-serving", "-o", "jsonpath={.spec.clusterIP}")
 
 
-def rolled_out(name: str = "imago-serving", seconds: int = 180) -> None:
+def wait_for_rollout(name: str = "imago-serving", seconds: int = 180) -> None:
     kubectl("rollout", "status", f"deployment/{name}", f"--timeout={seconds}s")
 
 
@@ -154,7 +155,7 @@ def serving_pods() -> list[str]:
     return kubectl("get", "pods", "-l", SELECTOR, "-o", "name").split()
 
 
-def with_components(*components: str, patches: tuple[Manifest, ...] = ()) -> list[Manifest]:
+def render_with_components(*components: str, patches: tuple[Manifest, ...] = ()) -> list[Manifest]:
     """The local overlay with these components, as an overlay would list them."""
     with tempfile.TemporaryDirectory(dir=K8S / "overlays", prefix=".test-") as directory:
         (Path(directory) / "kustomization.yaml").write_text(
@@ -177,9 +178,9 @@ def apply(manifests: list[Manifest]) -> None:
 
 
 @contextmanager
-def applied(*components: str, patches: tuple[Manifest, ...] = ()) -> Iterator[None]:
+def applied_components(*components: str, patches: tuple[Manifest, ...] = ()) -> Iterator[None]:
     """The local overlay with these components; afterwards without."""
-    before, after = with_components(), with_components(*components, patches=patches)
+    before, after = render_with_components(), render_with_components(*components, patches=patches)
 
     def named(manifests: list[Manifest]) -> dict[str, Manifest]:
         return {f"{m['kind']}/{m['metadata']['name']}": m for m in manifests}
@@ -190,10 +191,10 @@ def applied(*components: str, patches: tuple[Manifest, ...] = ()) -> Iterator[No
     finally:
         kubectl("delete", *sorted(named(after).keys() - named(before)))
         apply(before)
-        rolled_out()
+        wait_for_rollout()
 
 
-def evicted(pod: str) -> bool:
+def evict(pod: str) -> bool:
     """Ask for the eviction of `pod/NAME`; whether it was granted."""
     name = pod.removeprefix("pod/")
     path = f"/api/v1/namespaces/imago/pods/{name}/eviction"
@@ -213,7 +214,7 @@ def evicted(pod: str) -> bool:
     return done.returncode == 0
 
 
-def nothing_lost(account: dict) -> None:
+def assert_no_request_lost(account: dict) -> None:
     assert account["count"] == 0, account["lost"]
     assert set(account["statuses"]) == {"200"}, account["statuses"]
     assert account["statuses"]["200"] > 100
