@@ -20,7 +20,7 @@ from models import networks
 from models.bundle.verify import runner
 from models.image import InputSpec
 from train.export import parity as parity_check
-from train.export.onnx_graph import Served, export_onnx
+from train.export.onnx_graph import InferenceGraph, export_onnx
 from train.export.provenance import cpu_name
 from train.export.quantize import QuantizeConfig, quantize
 
@@ -48,7 +48,7 @@ def measure(name: str, directory: Path) -> dict:
     torch.nn.init.normal_(
         network.head.weight, std=0.1
     )  # some start at zero, and then every answer is the same
-    served = Served(network, [127.0] * channels, [60.0] * channels)
+    served = InferenceGraph(network, [127.0] * channels, [60.0] * channels)
     images = np.random.default_rng(0).integers(0, 256, (IMAGES, size, size, channels), np.uint8)
     files = {"fp32": directory / f"{name}.onnx", "int8": directory / f"{name}.int8.onnx"}
     began = time.perf_counter()

@@ -58,13 +58,13 @@ def make(store: Path, case: str) -> None:
 
     from models import networks
     from train.export.drift_baseline import baseline
-    from train.export.onnx_graph import Served, export_onnx
+    from train.export.onnx_graph import InferenceGraph, export_onnx
     from train.export.quantize import QuantizeConfig, quantize
 
     torch.manual_seed(0)
     name, size = CASES[case]
     spec = InputSpec(height=size, width=size, short_side=256 if size == 224 else None)
-    served = Served(networks.build(name, CLASSES, 3, size), [120.0] * 3, [60.0] * 3)
+    served = InferenceGraph(networks.build(name, CLASSES, 3, size), [120.0] * 3, [60.0] * 3)
     with Store(store).stage(case) as staged:
         root = staged.path
         export_onnx(served, spec, CLASSES, root / "model.onnx")

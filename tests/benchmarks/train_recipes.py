@@ -28,7 +28,7 @@ from lightning.pytorch.callbacks import Callback
 
 from models import networks
 from train.cli import main
-from train.learning import optimizers
+from train.learning.optimizers import build_optimizer
 from train.learning.system import PREPARE_IMAGES
 
 clocks: list["Clock"] = []
@@ -129,8 +129,8 @@ def twin(found: main.CLI) -> dict[str, Any]:
     network.to(device, memory_format=system.layout)
     if system.compile_mode != "off":
         network.compile(mode=system.compile_mode)
-    optimizer = optimizers.build(network, system.optimizer)
-    schedule = system.schedule.scheduler(optimizer, len(loader) * trainer.max_epochs)
+    optimizer = build_optimizer(network, system.optimizer)
+    schedule = system.schedule.build_scheduler(optimizer, len(loader) * trainer.max_epochs)
     warm_up(network, next(iter(loader)), system, bf16)
     setup = time.perf_counter() - began
     whole = bare.Pace(device)

@@ -31,7 +31,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from train.cli import main
-from train.learning import optimizers
+from train.learning.optimizers import build_optimizer
 
 AUGMENT = ["--data.augment.flip", "alternating", "--data.augment.crop_padding", "2"]
 CASES = {  # the recipe's network and how it is fed
@@ -57,8 +57,8 @@ class Twin(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.network = copy.deepcopy(pl_module.network)
-        self.optimizer = optimizers.build(self.network, pl_module.optimizer)
-        self.schedule = pl_module.schedule.scheduler(
+        self.optimizer = build_optimizer(self.network, pl_module.optimizer)
+        self.schedule = pl_module.schedule.build_scheduler(
             self.optimizer, int(trainer.estimated_stepping_batches)
         )
         self.loader = trainer.datamodule.train_dataloader()

@@ -48,7 +48,7 @@ QUIET = "--logger", "none", "--progress.quiet", "true", "--audit.enabled", "fals
         (("--model.label_smoothing", 1.5), 2, "model.label_smoothing: 1.5 is not in 0..1"),
         (("--model.optimizer.head_lr", 0), 2, "model.optimizer.head_lr: 0.0 is not above 0"),
         (("--model.optimizer.bias_lr", 0), 2, "model.optimizer.bias_lr: 0.0 is not above 0"),
-        (("--model.optimizer.lr", ".inf"), 2, "model.optimizer.lr: inf is no learning rate"),
+        (("--model.optimizer.lr", ".inf"), 2, "model.optimizer.lr: inf is not a finite number"),
         (("--model.optimizer.momentum", 2), 2, "model.optimizer.momentum: 2.0 is not in 0..1"),
         (
             ("--model.optimizer.weight_decay", -1),

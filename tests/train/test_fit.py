@@ -293,7 +293,7 @@ def test_the_schedule_rises_and_falls(tmp_path):
     )
     optimizer = found.trainer.optimizers[0]
     steps = found.trainer.global_step
-    shares = [found.model.schedule.share(step, steps) for step in range(steps + 1)]
+    shares = [found.model.schedule.factor(step, steps) for step in range(steps + 1)]
     assert shares[0] < 0.2
     assert max(shares) <= 1
     assert shares[-1] == 0

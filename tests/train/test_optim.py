@@ -7,7 +7,9 @@ import torch
 
 from models import networks
 from train.learning.ema import WeightAverage
-from train.learning.optimizers import Muon, Optimizer, Schedule, orthogonal, parameter_groups
+from train.learning.muon import Muon, orthogonalize
+from train.learning.optimizers import OptimizerConfig, build_parameter_groups
+from train.learning.schedules import ScheduleConfig
 
 import lightning as L  # isort: skip  (it needs what train declares beside a CPU torch)
 
@@ -16,7 +18,7 @@ import lightning as L  # isort: skip  (it needs what train declares beside a CPU
 def test_singular_values_come_near_one_save_tiny_ones(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     u, before, vh = torch.linalg.svd(matrix, full_matrices=False)
-    found = u.T @ orthogonal(matrix) @ vh.T
+    found = u.T @ orthogonalize(matrix) @ vh.T
     assert (found - found.diag().diag()).abs().max() < 1e-9  # the directions stay
     after, share = found.diag(), before / before.norm()
     assert ((after > 0.68) & (after < 1.21))[share >= 1 / 50].all()
@@ -35,7 +37,7 @@ def test_muon_is_nesterov_momentum_orthogonalised_at_a_held_norm():
         muon.step()
         velocity = 0.6 * velocity + gradient
         update = (gradient + 0.6 * velocity).flatten(1)
-        expected = expected * (8**0.5 / expected.norm()) - 0.1 * orthogonal(update).view_as(
+        expected = expected * (8**0.5 / expected.norm()) - 0.1 * orthogonalize(update).view_as(
             expected
         )
         assert torch.allclose(kernel, expected, atol=1e-5)
@@ -67,14 +69,14 @@ def test_muon_s_adamw_for_the_others_is_torch_s():
 def test_groups_learn_and_decay_at_rates_of_their_own():
     """Decay is what a step takes off in all: the rate of a group that learns faster is less by as much."""
     network = networks.build("convnet", 10, 1, 8)
-    config = Optimizer("sgd", lr=0.5, weight_decay=0.02, bias_lr=4, head_lr=0.25)
-    kernels, vectors, head = parameter_groups(network, config)
+    config = OptimizerConfig("sgd", lr=0.5, weight_decay=0.02, bias_lr=4, head_lr=0.25)
+    kernels, vectors, head = build_parameter_groups(network, config)
     assert [group["lr"] for group in (kernels, vectors, head)] == [0.5, 2, 0.125]
     assert [group["weight_decay"] for group in (kernels, vectors, head)] == [0.02, 0, 0.08]
-    config = Optimizer(
+    config = OptimizerConfig(
         "muon", lr=0.5, others_lr=0.1, weight_decay=0.02, bias_lr=4, decay_biases=True
     )
-    kernels, vectors, head = parameter_groups(network, config)
+    kernels, vectors, head = build_parameter_groups(network, config)
     assert [group["lr"] for group in (kernels, vectors, head)] == [0.5, 0.4, 0.1]
     assert [group["weight_decay"] for group in (kernels, vectors, head)] == [0, 0.005, 0.02]
 
@@ -82,19 +84,22 @@ def test_groups_learn_and_decay_at_rates_of_their_own():
 @pytest.mark.parametrize(
     ("schedule", "shares"),
     [
-        (Schedule("constant"), [1, 1, 1, 1, 1]),
-        (Schedule("linear", final=0.2), [1, 0.8, 0.6, 0.4, 0.2]),
+        (ScheduleConfig("constant"), [1, 1, 1, 1, 1]),
+        (ScheduleConfig("linear", final=0.2), [1, 0.8, 0.6, 0.4, 0.2]),
         (
-            Schedule("cosine", final=0.2),
+            ScheduleConfig("cosine", final=0.2),
             [0.2 + 0.4 * (1 + math.cos(math.pi * t / 4)) for t in range(5)],
         ),
-        (Schedule("step", milestones=(0.5, 0.75), gamma=0.1), [1, 1, 0.1, 0.01, 0.01]),
-        (Schedule("linear", warmup=0.5, start=0.1), [0.1 + 0.9 / 3, 0.1 + 0.9 * 2 / 3, 1, 0.5, 0]),
+        (ScheduleConfig("step", milestones=(0.5, 0.75), gamma=0.1), [1, 1, 0.1, 0.01, 0.01]),
+        (
+            ScheduleConfig("linear", warmup=0.5, start=0.1),
+            [0.1 + 0.9 / 3, 0.1 + 0.9 * 2 / 3, 1, 0.5, 0],
+        ),
     ],
-    ids=lambda given: given.name if isinstance(given, Schedule) else "",
+    ids=lambda given: given.name if isinstance(given, ScheduleConfig) else "",
 )
 def test_schedules_follow_their_formulas(schedule, shares):
-    assert [schedule.share(step, 4) for step in range(5)] == pytest.approx(shares)
+    assert [schedule.factor(step, 4) for step in range(5)] == pytest.approx(shares)
 
 
 class Line(L.LightningModule):
@@ -152,7 +157,7 @@ def test_only_what_maps_features_is_orthogonalised_and_decays(name):
     names = {id(p): n for n, p in network.named_parameters()}
     kernels, vectors, heads = (
         [names[id(p)] for p in group["params"]]
-        for group in parameter_groups(network, Optimizer("muon", weight_decay=0.1))
+        for group in build_parameter_groups(network, OptimizerConfig("muon", weight_decay=0.1))
     )
     assert heads == ["head.weight"]
     assert len(kernels) + len(vectors) + 1 == len(names)

@@ -10,8 +10,8 @@ from sklearn.datasets import load_digits
 from models import networks
 from models.bundle.verify import runner
 from models.image import InputSpec
-from train.export.onnx_graph import Served, export_onnx
-from train.export.quantize import QuantizeConfig, Quantized, quantize
+from train.export.onnx_graph import InferenceGraph, export_onnx
+from train.export.quantize import QuantizationResult, QuantizeConfig, quantize
 
 DIGITS = load_digits()
 IMAGES = (DIGITS.images * 15).astype(np.uint8)[..., None]  # [N,8,8,1], 0..240
@@ -26,7 +26,7 @@ def spoiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     torch.manual_seed(0)
     network = networks.build("convnet", classes=10, channels=1, size=8)
-    served = Served(network, [75.0], [90.0])
+    served = InferenceGraph(network, [75.0], [90.0])
     images, labels = torch.from_numpy(IMAGES[:1000]), torch.from_numpy(DIGITS.target[:1000])
     optimizer = torch.optim.Adam(network.parameters(), 0.01)
     for _ in range(60):
@@ -49,7 +49,7 @@ def accuracy(file: Path) -> float:
     )
 
 
-def run(spoiled: Path, target: Path, max_loss: float) -> Quantized:
+def run(spoiled: Path, target: Path, max_loss: float) -> QuantizationResult:
     return quantize(
         spoiled,
         target,
@@ -67,7 +67,7 @@ def test_what_hurts_is_left_in_float_until_the_gate_is_passed(spoiled, tmp_path)
     assert found.passed
     assert found.lost == pytest.approx(100 * (accuracy(spoiled) - accuracy(tmp_path / "int8.onnx")))
     assert found.lost <= 2.0
-    assert f"with {len(found.left_in_float)} layers left in float" in found.story(2.0)
+    assert f"with {len(found.left_in_float)} layers left in float" in found.describe(2.0)
 
 
 def test_nothing_is_left_behind_where_no_form_passes(spoiled, tmp_path):

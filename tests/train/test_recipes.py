@@ -12,7 +12,7 @@ from models import networks
 from train.cli import main
 from train.data.source import Arrays, Source
 from train.data.split import split
-from train.learning.optimizers import Optimizer, build
+from train.learning.optimizers import OptimizerConfig, build_optimizer
 
 
 def recipe(name: str) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def test_network_and_optimizer(
     kinds = [type(module) for module in network.modules()]
     assert (kinds.count(nn.Conv2d), kinds.count(nn.Linear)) == (convolutions, linear)
     assert next(m for m in network.modules() if isinstance(m, nn.Conv2d)).in_channels == channels
-    built = build(network, Optimizer(**model["optimizer"]))
+    built = build_optimizer(network, OptimizerConfig(**model["optimizer"]))
     assert type(built) is optimizer
     for group in built.param_groups:
         assert {key: group[key] for key in settings} == settings

@@ -9,14 +9,14 @@ from support.sample_images import write_image_folder
 
 from train.data import Augmentation, ImageData
 from train.learning import precision
-from train.learning.optimizers import Optimizer
+from train.learning.optimizers import OptimizerConfig
 from train.learning.system import Classifier
-from train.learning.test_time_augmentation import views
+from train.learning.test_time_augmentation import augmented_views
 
 import lightning as L  # isort: skip  (it needs what train declares beside a CPU torch)
 
 pytestmark = pytest.mark.filterwarnings("ignore:::lightning")
-SGD = Optimizer("sgd", lr=0.1, momentum=0.9)
+SGD = OptimizerConfig("sgd", lr=0.1, momentum=0.9)
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_convolutions_lie_in_memory_as_asked(photos, chosen):
     ],
 )
 def test_optimizers_are_fused_but_where_lightning_must_clip_before(photos, name, settings, fused):
-    _, run, _ = train(photos, trainer=settings, optimizer=Optimizer(name))
+    _, run, _ = train(photos, trainer=settings, optimizer=OptimizerConfig(name))
     assert run.optimizers[0].defaults["fused"] == fused
 
 
@@ -128,7 +128,7 @@ def test_two_small_batches_are_one_large_one(photos):
 @pytest.mark.parametrize(("tta", "count"), [("none", 1), ("flip", 2), ("shift", 10)])
 def test_test_time_augmentation_looks_so_many_times(tta, count):
     images = torch.arange(2 * 3 * 6 * 6, dtype=torch.uint8).view(2, 3, 6, 6)
-    found = views(images, tta)
+    found = augmented_views(images, tta)
     assert len({view.numpy().tobytes() for view in found}) == len(found) == count
     assert torch.equal(found[0], images)
     half = found[: max(1, count // 2)]
@@ -153,7 +153,7 @@ def test_the_whitening_is_of_images_as_they_are(tmp_path, augment):
         augment=augment,
     )
     system = Classifier(
-        network="speednet", options={"widths": [8, 8]}, optimizer=Optimizer("sgd", lr=1e-12)
+        network="speednet", options={"widths": [8, 8]}, optimizer=OptimizerConfig("sgd", lr=1e-12)
     )
     L.Trainer(
         accelerator="cpu",
@@ -195,5 +195,5 @@ def test_a_gpu_that_would_emulate_bfloat16_computes_in_float16(
         torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation
     )
     precision.gpu_has_bfloat16.cache_clear()
-    assert precision.affordable(asked, accelerator) == given
+    assert precision.choose_precision(asked, accelerator) == given
     precision.gpu_has_bfloat16.cache_clear()

@@ -24,11 +24,11 @@ from train.cli import validate_config
 from train.cli.audit_command import look
 from train.cli.tuner import find_batch_size, find_lr
 from train.data import ImageData
-from train.export.pipeline import Export, export_bundle
+from train.export.pipeline import ExportConfig, export_bundle
 from train.failures import Diverged, OutOfMemory, is_out_of_memory
 from train.learning import lightning_speed
 from train.learning.ema import WeightAverage
-from train.learning.precision import SaysSo, affordable
+from train.learning.precision import PrecisionNotice, choose_precision
 from train.learning.system import Classifier
 from train.learning.trainer import ours
 from train.runs import distributed, loggers, run_directory
@@ -86,7 +86,7 @@ class CLI(LightningCLI):
         parser.add_argument(
             "--fresh", action="store_true", help="begin anew where an unfinished run could go on"
         )
-        parser.add_class_arguments(Export, "export")
+        parser.add_class_arguments(ExportConfig, "export")
         parser.add_lightning_class_args(ProgressBar, "progress")
         parser.add_lightning_class_args(SamplePredictions, "samples")
         parser.add_lightning_class_args(EarlyStopping, "early_stopping")
@@ -132,12 +132,12 @@ class CLI(LightningCLI):
             config.trainer.enable_progress_bar, config.progress.quiet = None, True
         distributed.follow_launcher(config.trainer)
         self.asked = config.trainer.precision
-        config.trainer.precision = affordable(self.asked, config.trainer.accelerator)
+        config.trainer.precision = choose_precision(self.asked, config.trainer.accelerator)
 
     def after_instantiate_classes(self) -> None:
         given = self.config[self.subcommand].trainer.precision
         if given != self.asked:
-            ours(self.trainer).callbacks.append(SaysSo(self.asked, given))
+            ours(self.trainer).callbacks.append(PrecisionNotice(self.asked, given))
         distributed.own_signals(self.trainer)
 
     def _run_subcommand(self, subcommand: str) -> None:

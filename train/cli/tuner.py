@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Callback
 
 from train.data import ImageData
 from train.failures import Diverged, is_out_of_memory
-from train.learning.optimizers import Schedule
+from train.learning.schedules import ScheduleConfig
 from train.learning.system import Classifier
 from train.learning.trainer import ours
 
@@ -38,7 +38,7 @@ KEPT = (
 
 
 @dataclass
-class Sweep(Schedule):
+class Sweep(ScheduleConfig):
     """Rises by the same factor at each step, for all groups of parameters alike."""
 
     peak: float = 1.0  # the rate that shares are of
@@ -46,7 +46,7 @@ class Sweep(Schedule):
     def rate(self, step: int) -> float:
         return LOWEST * (HIGHEST / LOWEST) ** (step / (SWEEP - 1))
 
-    def share(self, step: int, steps: int) -> float:
+    def factor(self, step: int, total_steps: int) -> float:
         return self.rate(step) / self.peak
 
 

@@ -9,8 +9,8 @@ from models.bundle import ClassMetrics, Metrics
 from train.data import ImageData
 from train.data.pixels import pixels_of
 from train.export.calibrate import ece, nll, softmax
-from train.export.onnx_graph import Served
-from train.learning.test_time_augmentation import views
+from train.export.onnx_graph import InferenceGraph
+from train.learning.test_time_augmentation import augmented_views
 
 CONFUSION_CLASSES = 256  # the most that get a confusion matrix, whose size is the square of it
 
@@ -28,7 +28,7 @@ class Scores:
 
 @torch.inference_mode()
 def score(
-    served: Served, data: ImageData, part: str, device: torch.device, tta: str = "none"
+    served: InferenceGraph, data: ImageData, part: str, device: torch.device, tta: str = "none"
 ) -> Scores:
     """Logits of a whole part, in float32 on the device; their mean over all views with test-time augmentation."""
     served = served.to(device).eval()
@@ -36,7 +36,7 @@ def score(
     for images, truth in data.whole(part):
         seen = [
             served.logits(view.permute(0, 2, 3, 1)).float()
-            for view in views(images.to(device), tta)
+            for view in augmented_views(images.to(device), tta)
         ]
         logits.append(torch.stack(seen).mean(0).cpu())
         labels.append(truth.cpu())
@@ -93,6 +93,6 @@ def images(data: ImageData, part: str, rows: np.ndarray) -> np.ndarray:
     return np.stack([pixels_of(data.found.items, i, data.input) for i in index.tolist()])
 
 
-def spread(count: int, most: int) -> np.ndarray:
+def evenly_spaced(count: int, most: int) -> np.ndarray:
     """At most `most` of `count` rows, evenly spaced."""
     return np.unique(np.linspace(0, count - 1, min(count, most), dtype=np.int64))

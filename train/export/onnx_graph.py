@@ -18,7 +18,7 @@ from models.networks.base import Network
 OPSET = 20  # the first with GroupNormalization that can be told its type, Gelu and opset-wide float8: engines know it
 
 
-class Served(nn.Module):
+class InferenceGraph(nn.Module):
     """uint8 [N,H,W,C] to what a bundle's graph gives: normalise, network, temperature, softmax.
 
     `energy` is -logsumexp of the uncalibrated logits (Liu et al., "Energy-based out-of-distribution detection", 2020).
@@ -58,7 +58,7 @@ class Served(nn.Module):
 
 
 def export_onnx(
-    served: Served, spec: InputSpec, classes: int, path: Path, opset: int = OPSET
+    served: InferenceGraph, spec: InputSpec, classes: int, path: Path, opset: int = OPSET
 ) -> int:
     """Write the graph as one ONNX file with a dynamic batch; returns the opset read back from it.
 

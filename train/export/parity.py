@@ -9,7 +9,7 @@ import torch
 from models.bundle import Latency, Parity
 from models.bundle.verify import Runner, latency_ms
 from models.cpu_quota import cores
-from train.export.onnx_graph import Served
+from train.export.onnx_graph import InferenceGraph
 from train.export.provenance import cpu_name
 
 BATCH_SIZES = (1, 2, 7, 64)
@@ -18,14 +18,16 @@ LATENCY_SIZES = (1, 8, 16)
 ROUNDS, PATIENCE = 4, 5.0  # no further round once so many seconds have passed
 
 
-def torch_outputs(served: Served, images: np.ndarray) -> dict[str, np.ndarray]:
+def torch_outputs(served: InferenceGraph, images: np.ndarray) -> dict[str, np.ndarray]:
     """What the torch network gives for uint8 [N,H,W,C], by output name."""
     with torch.inference_mode():
         outputs = served(torch.from_numpy(images))
     return {name: value.numpy() for name, value in zip(served.names(), outputs, strict=True)}
 
 
-def parity(run: Runner, served: Served, images: np.ndarray, tolerance: float = TOLERANCE) -> Parity:
+def parity(
+    run: Runner, served: InferenceGraph, images: np.ndarray, tolerance: float = TOLERANCE
+) -> Parity:
     """Compare ONNX with torch on real images, uint8 [n,H,W,C], at several batch sizes.
 
     A batch size b gets the first 8 b images, so that small batches, which cost most an image, don't take most of the

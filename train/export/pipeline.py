@@ -41,7 +41,7 @@ from train.export import evaluate
 from train.export import parity as parity_check
 from train.export.calibrate import CalibrateConfig, calibrate, coverage_error
 from train.export.drift_baseline import MAX_IMAGES, baseline
-from train.export.onnx_graph import Served, export_onnx
+from train.export.onnx_graph import InferenceGraph, export_onnx
 from train.export.provenance import provenance
 from train.export.quantize import QuantizeConfig, quantize
 from train.learning.system import Classifier
@@ -53,7 +53,7 @@ INT8_TOLERANCE = 0.02  # of a probability: the least that other kernels' roundin
 
 
 @dataclass
-class Export:
+class ExportConfig:
     """What follows the fit.
 
     Args:
@@ -91,7 +91,7 @@ def export_bundle(
     trainer: L.Trainer,
     system: Classifier,
     data: ImageData,
-    export: Export,
+    export: ExportConfig,
     store: str,
     name: str,
     recipe: dict[str, Any],
@@ -113,7 +113,7 @@ def export_bundle(
         system.mean.flatten().tolist(),
         system.std.flatten().tolist(),
     )
-    served = Served(network, mean, std)
+    served = InferenceGraph(network, mean, std)
     with timed(seconds, "test"):
         val, test = (evaluate.score(served, data, part, device) for part in ("val", "test"))
         augmented = (
@@ -180,7 +180,9 @@ def interpreter() -> str:
     return sys.executable.removeprefix(f"{Path.cwd()}{os.sep}")
 
 
-def seal(staged: Staged, manifest: Manifest, seconds: dict[str, float], export: Export) -> Path:
+def seal(
+    staged: Staged, manifest: Manifest, seconds: dict[str, float], export: ExportConfig
+) -> Path:
     """Manifest, digests, signature; then it becomes visible."""
     manifest.provenance.seconds = seconds
     manifest.write(staged.path)
@@ -207,7 +209,7 @@ def best_network(trainer: L.Trainer, system: Classifier) -> Network:
 
 
 def write_samples(
-    directory: Path, served: Served, data: ImageData, count: int
+    directory: Path, served: InferenceGraph, data: ImageData, count: int
 ) -> tuple[list[Sample], dict]:
     """Real validation images as files, and what the torch network gives for them."""
     (directory / SAMPLES).mkdir()
@@ -222,7 +224,7 @@ def write_samples(
 
 def make_variants(
     directory: Path,
-    served: Served,
+    served: InferenceGraph,
     data: ImageData,
     expected: dict[str, np.ndarray],
     scores: dict[str, evaluate.Scores],
@@ -243,7 +245,7 @@ def make_variants(
             files["int8"], accuracy["int8"] = target, tested
     with timed(seconds, "certify"):
         runs = {name: runner(file) for name, file in files.items()}
-        images = evaluate.images(data, "val", evaluate.spread(data.counts["val"], CERTIFIED))
+        images = evaluate.images(data, "val", evaluate.evenly_spaced(data.counts["val"], CERTIFIED))
         parity = {name: parity_check.parity(run, served, images) for name, run in runs.items()}
         if parity["fp32"].max_abs_diff > parity_check.TOLERANCE or parity["fp32"].agreement < 1:
             raise BundleError(
@@ -291,7 +293,8 @@ def make_int8(
     """Its accuracy on the test part, or None where it is not shipped; and a note that says how it went. Its gate is
     of validation images: what is left in float is chosen by it."""
     rows = {
-        part: evaluate.spread(len(of.labels), config.gate_images) for part, of in scores.items()
+        part: evaluate.evenly_spaced(len(of.labels), config.gate_images)
+        for part, of in scores.items()
     }
 
     def accuracy(file: Path, part: str) -> float:
@@ -307,7 +310,9 @@ def make_int8(
         part: float((of.logits.argmax(1) == of.labels)[rows[part]].mean())
         for part, of in scores.items()
     }
-    training = evaluate.images(data, "train", evaluate.spread(data.counts["train"], config.images))
+    training = evaluate.images(
+        data, "train", evaluate.evenly_spaced(data.counts["train"], config.images)
+    )
     try:
         found = quantize(
             source, target, training, lambda file: accuracy(file, "val"), reference["val"], config
@@ -317,11 +322,11 @@ def make_int8(
         cause = " ".join(str(error).split())[:200]
         return None, f"int8 is not shipped: onnxruntime can't quantize this network ({cause})"
     if not found.passed:
-        return None, found.story(config.max_loss)
+        return None, found.describe(config.max_loss)
     tested = accuracy(target, "test")
     return (
         tested,
-        f"{found.story(config.max_loss)}; of test accuracy it loses {100 * (reference['test'] - tested):.2f}",
+        f"{found.describe(config.max_loss)}; of test accuracy it loses {100 * (reference['test'] - tested):.2f}",
     )
 
 
@@ -346,7 +351,7 @@ def drift_baseline(
 ) -> dict[str, Histogram]:
     """Of validation data. Widths and heights are those of the files, before they were made to fit."""
     facts = data.known.facts[data.index["val"]]
-    images = evaluate.images(data, "val", evaluate.spread(len(val.labels), MAX_IMAGES))
+    images = evaluate.images(data, "val", evaluate.evenly_spaced(len(val.labels), MAX_IMAGES))
     return baseline(
         val.logits, calibration.temperature, images, np.stack([facts["width"], facts["height"]], 1)
     )

@@ -51,7 +51,7 @@ class QuantizeConfig:
 
 
 @dataclass(frozen=True)
-class Quantized:
+class QuantizationResult:
     """How quantization ended. `lost`: points of accuracy on the gate's images; negative where int8 is better."""
 
     lost: float
@@ -59,7 +59,7 @@ class Quantized:
     passed: bool
     tried: list[tuple[float, float]]  # share of layers left in float, points lost
 
-    def story(self, max_loss: float) -> str:
+    def describe(self, max_loss: float) -> str:
         """One line for people: what happened and why."""
         if not self.passed:
             tries = ", ".join(
@@ -82,7 +82,7 @@ def quantize(
     accuracy: Callable[[Path], float],
     reference: float,
     config: QuantizeConfig,
-) -> Quantized:
+) -> QuantizationResult:
     """Write the int8 form of `source` with as few layers left in float as pass the gate; none is left where none does.
 
     `images` uint8 [n,H,W,C]: real training images, whose activations set the ranges. `accuracy` of a file and
@@ -101,11 +101,11 @@ def quantize(
             lost = 100 * (reference - accuracy(target))
             tried.append((share, lost))
             if lost <= config.max_loss:
-                return Quantized(lost, left, True, tried)
+                return QuantizationResult(lost, left, True, tried)
     finally:
         prepared.unlink(missing_ok=True)
     target.unlink()
-    return Quantized(lost, left, False, tried)
+    return QuantizationResult(lost, left, False, tried)
 
 
 def _prepare(source: Path, target: Path) -> list[str]:

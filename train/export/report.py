@@ -13,7 +13,7 @@ from train.audit import summary
 from train.data import ImageData
 from train.export import charts, evaluate
 from train.export.calibrate import coverage_curve, reliability, softmax
-from train.export.onnx_graph import Served
+from train.export.onnx_graph import InferenceGraph
 from train.export.parity import torch_outputs
 from train.export.report_images import overlay, png
 
@@ -24,7 +24,7 @@ MATRIX_CLASSES = 40  # more would be a grey square
 def write_report(
     directory: Path,
     manifest: Manifest,
-    served: Served,
+    served: InferenceGraph,
     data: ImageData,
     val: evaluate.Scores,
     test: evaluate.Scores,
@@ -152,7 +152,7 @@ class Mistake:
 
 
 def mistakes(
-    served: Served,
+    served: InferenceGraph,
     data: ImageData,
     test: evaluate.Scores,
     probabilities: np.ndarray,
@@ -200,7 +200,7 @@ def coverage_diagram(probabilities: np.ndarray, labels: np.ndarray, m: Manifest)
     """Accuracy of what is answered, over the share that is answered, on test data."""
     _, answered, accuracy = coverage_curve(probabilities, labels)
     keep = answered >= 0.02  # a handful of images makes no accuracy
-    some = np.flatnonzero(keep)[evaluate.spread(int(keep.sum()), 400)]
+    some = np.flatnonzero(keep)[evaluate.evenly_spaced(int(keep.sum()), 400)]
     points = [(100 * answered[i], 100 * accuracy[i]) for i in some]
     lowest = min(y for _, y in points)
     frame = charts.Frame(

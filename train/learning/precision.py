@@ -15,7 +15,7 @@ MIXED = (
 )  # as Lightning names them; on a CPU all of them mean bfloat16
 
 
-def affordable(precision: str | int | None, accelerator: str) -> str | int | None:
+def choose_precision(precision: str | int | None, accelerator: str) -> str | int | None:
     """The precision asked for, or another where the hardware would have to emulate bfloat16: a GPU before Ampere
     computes in float16, a CPU in float32.
 
@@ -34,7 +34,7 @@ def gpu_has_bfloat16() -> bool:
     return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-class SaysSo(Callback):
+class PrecisionNotice(Callback):
     """One line about a precision that is not the one asked for, once there is something to compute."""
 
     def __init__(self, asked: str | int | None, given: str | int | None):

@@ -14,14 +14,16 @@ from torch.nn.functional import cross_entropy
 from models import networks
 from models.networks.weights import load_weights, moments, weights_file
 from train.failures import Diverged
-from train.learning import lineage, optimizers
-from train.learning.test_time_augmentation import views
+from train.learning import training_images
+from train.learning.optimizers import OptimizerConfig, build_optimizer
+from train.learning.schedules import ScheduleConfig
+from train.learning.test_time_augmentation import augmented_views
 from train.learning.trainer import ours
 
 Batch = tuple[
     Tensor, Tensor
 ]  # images uint8 or float 0..255 [B,C,H,W]; labels int64 [B] or shares [B,K]
-ADAMW, CONSTANT = optimizers.Optimizer(), optimizers.Schedule()
+ADAMW, CONSTANT = OptimizerConfig(), ScheduleConfig()
 # Of each epoch, by the names they are logged by, and whether less or more is better.
 METRICS = {"val/loss": "min", "val/accuracy": "max", "train/loss": "min", "train/accuracy": "max"}
 PREPARE_IMAGES = 5000  # training images that a network which fixes a layer from data gets to see
@@ -40,8 +42,8 @@ class Classifier(L.LightningModule):
         network: str = "lenet",
         options: dict[str, Any] | None = None,
         weights: str | None = None,
-        optimizer: optimizers.Optimizer = ADAMW,
-        schedule: optimizers.Schedule = CONSTANT,
+        optimizer: OptimizerConfig = ADAMW,
+        schedule: ScheduleConfig = CONSTANT,
         label_smoothing: float = 0.0,
         weigh_classes: bool = False,
         channels_last: bool = False,
@@ -77,7 +79,7 @@ class Classifier(L.LightningModule):
         self.label_smoothing, self.weigh_classes = label_smoothing, weigh_classes
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
         self.compile_mode, self.tta = compile, tta
-        self.sums: dict[str, Sums] = {}  # by part
+        self.sums: dict[str, EpochSums] = {}  # by part
 
     def setup(self, stage: str) -> None:
         if hasattr(self, "network"):
@@ -174,7 +176,9 @@ class Classifier(L.LightningModule):
     def augmented(self, images: Tensor) -> Tensor:
         """Mean logits over the views of test-time augmentation."""
         # Copies, as with compile: reduce-overhead each answer lies where the next one will be written.
-        return torch.stack([self(view).clone() for view in views(images, self.tta)]).mean(0)
+        return torch.stack([self(view).clone() for view in augmented_views(images, self.tta)]).mean(
+            0
+        )
 
     def _count(self, part: str, loss: Tensor, logits: Tensor, labels: Tensor, step: int) -> None:
         """Add to the part's sums on the device. Nothing waits for the device here, save where a step is logged."""
@@ -182,7 +186,7 @@ class Classifier(L.LightningModule):
             logits.detach().argmax(1) == (labels.argmax(1) if labels.ndim == 2 else labels)
         ).sum()
         if part not in self.sums:
-            self.sums[part] = Sums(torch.zeros(4, dtype=torch.float64, device=logits.device))
+            self.sums[part] = EpochSums(torch.zeros(4, dtype=torch.float64, device=logits.device))
         self.sums[part].add(loss, right, len(logits))
         if self.trainer._logger_connector.should_update_logs and not self.trainer.sanity_checking:
             self.log_dict(
@@ -229,18 +233,20 @@ class Classifier(L.LightningModule):
             ours(self.trainer).datamodule.leaked_test
         ):  # all processes sum up, also one whose images are all leaked
             self.sums.setdefault(
-                "test_unleaked", Sums(torch.zeros(4, dtype=torch.float64, device=self.device))
+                "test_unleaked", EpochSums(torch.zeros(4, dtype=torch.float64, device=self.device))
             )
         self._report("test_unleaked")
         self._report("test_tta")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["lineage"] = lineage.record(ours(self.trainer).datamodule)
+        checkpoint["lineage"] = training_images.describe(ours(self.trainer).datamodule)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         command = self.trainer.state.fn
         if "lineage" in checkpoint and command is not None:
-            lineage.check(checkpoint["lineage"], ours(self.trainer).datamodule, command.value)
+            training_images.check(
+                checkpoint["lineage"], ours(self.trainer).datamodule, command.value
+            )
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         # A fused optimizer unscales gradients in its step, too late for clipping: under a mixed precision Lightning
@@ -249,7 +255,7 @@ class Classifier(L.LightningModule):
             "16-mixed",
             "bf16-mixed",
         )
-        optimizer = optimizers.build(self.network, self.optimizer, fused=not clips)
+        optimizer = build_optimizer(self.network, self.optimizer, fused=not clips)
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             if self.schedule.name != "constant" or self.schedule.warmup:
@@ -259,7 +265,7 @@ class Classifier(L.LightningModule):
                     "--model.schedule.name constant with --model.schedule.warmup 0"
                 )
             steps = 0  # the constant rate asks for none
-        scheduler = self.schedule.scheduler(optimizer, int(steps))
+        scheduler = self.schedule.build_scheduler(optimizer, int(steps))
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
@@ -277,7 +283,7 @@ class Classifier(L.LightningModule):
         }
 
 
-class Sums:
+class EpochSums:
     """What an epoch comes to so far, summed up on the device.
 
     A step only keeps what it has; some dozens are added up at once, in their order. Adding each by itself takes

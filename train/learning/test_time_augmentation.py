@@ -1,10 +1,10 @@
-"""Test-time augmentation: the views of an image whose logits are averaged."""
+"""Test-time augmentation: the augmented_views of an image whose logits are averaged."""
 
 import torch
 from torch import Tensor
 
 
-def views(images: Tensor, tta: str) -> list[Tensor]:
+def augmented_views(images: Tensor, tta: str) -> list[Tensor]:
     """What test-time augmentation looks at, of images [B,C,H,W]: nothing else for none; for flip the mirror images as
     well; for shift both also moved by one pixel towards each corner."""
     found = [images]

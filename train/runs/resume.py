@@ -22,7 +22,7 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
 from train.data import DataError, ImageData
-from train.learning.system import Classifier, Sums
+from train.learning.system import Classifier, EpochSums
 from train.learning.trainer import ours
 from train.runs import checkpoints
 from train.runs.preemption import NOTICE, Preempted
@@ -310,7 +310,7 @@ def _state(system: Classifier) -> dict[str, Any]:
 
 def _restore(state: dict[str, Any], system: Classifier) -> None:
     system.sums.update(
-        {part: Sums(totals.to(system.device)) for part, totals in state["sums"].items()}
+        {part: EpochSums(totals.to(system.device)) for part, totals in state["sums"].items()}
     )
     torch.set_rng_state(state["random"])
     if "cuda_random" in state and system.device.type == "cuda":

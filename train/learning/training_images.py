@@ -17,7 +17,7 @@ SCORED = {
 }  # parts, by command
 
 
-def record(data: ImageData) -> dict[str, Any]:
+def describe(data: ImageData) -> dict[str, Any]:
     """What a checkpoint keeps of the data: `seen`, int64 [N], is the beginning of each training image's sha256."""
     flags = (
         f"--data.val_fraction {data.val_fraction} --data.test_fraction {data.test_fraction} "
