@@ -9,7 +9,6 @@ import numpy as np
 from models.bundle import Manifest
 from models.image import InputSpec, fit
 
-TOP_K = 5
 MAP_SIDE = 64  # pixels of a heat map's longer side, at most
 
 

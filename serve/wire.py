@@ -1,84 +1,127 @@
-"""What crosses the unix socket between an HTTP process and a worker: one frame a job, one frame an answer.
+"""The frames that cross the Unix socket between an HTTP process and a worker process.
 
-A frame is a fixed head and a body. Many frames travel in one write, so a reader takes whatever whole frames there are.
-Clocks are CLOCK_MONOTONIC, which all processes of a machine share.
+An HTTP process sends jobs, one image each. A worker sends one answer for each job. When a
+connection opens and after each model swap, it also describes its model, in an answer with the id
+`MODEL_INFO`.
+
+Each frame is a head of fixed size followed by a body. One read may bring many frames or a part of
+one; `take_jobs` and `take_answers` take the complete frames.
+
+All numbers are little-endian. Times are those of CLOCK_MONOTONIC, which all processes of a machine
+share.
+Used by `serve.http.dispatcher` and `serve.worker.batcher`.
 """
 
 import struct
 from typing import NamedTuple
 
-JOB = struct.Struct("<IIdHH")  # id, bytes of body, deadline [s], top_k, flags
-ANSWER = struct.Struct(
-    "<IIHHIIII"
-)  # id, bytes of body, status, reserved, version, queue, decode, infer [us]
+# id, bytes of body, deadline [s], top_k, flags
+JOB_HEAD = struct.Struct("<IIdHH")
 
-CANCEL = 1  # the client went away: drop the job of this id
-CAM = 2  # the heat map is wanted
-TENSOR = 4  # the body is not a file: uint8 [height, width, channels] as the network takes it
-ARRAYS = 8  # the answer is not JSON: the label, then probabilities [K] and energy, float32
-LABEL = struct.Struct(
-    "<I"
-)  # bytes of the label that follows, as the Open Inference Protocol has it
-HELLO = 0  # id of the answer that a worker sends on its own: the model that it serves, as JSON
+# id, bytes of body, status, padding, version, class index, confidence, queue [us], decode [us],
+# inference [us]
+ANSWER_HEAD = struct.Struct("<IIHxxIIfIII")
+
+# Precedes the label in the body of an answer with ARRAYS: its length in bytes.
+LABEL_LENGTH = struct.Struct("<I")
+
+MAX_U32 = 0xFFFFFFFF
+
+# The id of the answer with which a worker announces its model; no job has it.
+MODEL_INFO = 0
+
+# How many classes an answer lists where the request does not say.
+DEFAULT_TOP_K = 5
+
+# Flags of a job.
+CANCEL = 1  # drop the job of this id: its client left or its deadline passed
+CAM = 2  # add the class-activation map to the answer
+TENSOR = 4  # the body is uint8 [height, width, channels] as the network takes it, not an image file
+ARRAYS = 8  # the answer is not JSON: the label, then probabilities [K] and energy as float32
 
 
 class Job(NamedTuple):
-    id: int
-    deadline: float
+    """One image for a worker, or the cancellation of one."""
+
+    id: int  # unique among the unanswered jobs of the connection
+    deadline: float  # seconds of time.monotonic(); the job is dropped after it
     top_k: int
     flags: int
     body: bytes
 
 
 class Answer(NamedTuple):
-    """`status` is an HTTP status; 200 comes with a prediction as JSON, others with a line that says what is wrong."""
+    """The answer to one job, or the model that a worker serves (id MODEL_INFO).
+
+    With status 200 `body` holds a prediction, or the description of the model, as JSON. With any
+    other status it holds one line of text that says what is wrong.
+    """
 
     id: int
-    status: int
-    version: int
-    queue_us: int
-    decode_us: int
-    infer_us: int
+    status: int  # an HTTP status
+    version: int  # of the model that answered; 0 where no model did
     body: bytes
+    index: int = 0  # of the predicted class
+    confidence: float = 0.0  # probability of the predicted class
+    queue_us: int = 0  # microseconds between arrival in the worker and the start of the batch
+    decode_us: int = 0
+    infer_us: int = 0
 
 
 def pack_job(job: Job) -> bytes:
-    return JOB.pack(job.id, len(job.body), job.deadline, job.top_k, job.flags) + job.body
+    """Return the frame of a job."""
+    head = JOB_HEAD.pack(job.id, len(job.body), job.deadline, job.top_k, job.flags)
+    return head + job.body
 
 
 def pack_answer(answer: Answer) -> bytes:
-    times = (min(t, 0xFFFFFFFF) for t in answer[3:6])
-    return (
-        ANSWER.pack(answer.id, len(answer.body), answer.status, 0, answer.version, *times)
-        + answer.body
+    """Return the frame of an answer. A time that does not fit is sent as the largest that does."""
+    head = ANSWER_HEAD.pack(
+        answer.id,
+        len(answer.body),
+        answer.status,
+        answer.version,
+        answer.index,
+        answer.confidence,
+        min(answer.queue_us, MAX_U32),
+        min(answer.decode_us, MAX_U32),
+        min(answer.infer_us, MAX_U32),
     )
+    return head + answer.body
 
 
 def take_jobs(buffer: bytearray) -> list[Job]:
-    """Cut all whole frames off the front of `buffer`."""
-    jobs, at, end = [], 0, len(buffer)
-    while end - at >= JOB.size:
-        number, length, deadline, top_k, flags = JOB.unpack_from(buffer, at)
-        start = at + JOB.size
-        if end - start < length:
+    """Remove the complete frames from the start of `buffer` and return their jobs."""
+    jobs: list[Job] = []
+    position = 0
+    end = len(buffer)
+
+    while end - position >= JOB_HEAD.size:
+        job_id, length, deadline, top_k, flags = JOB_HEAD.unpack_from(buffer, position)
+        body_start = position + JOB_HEAD.size
+        if end - body_start < length:
             break
-        at = start + length
-        jobs.append(Job(number, deadline, top_k, flags, bytes(buffer[start:at])))
-    del buffer[:at]
+        position = body_start + length
+        jobs.append(Job(job_id, deadline, top_k, flags, bytes(buffer[body_start:position])))
+
+    del buffer[:position]
     return jobs
 
 
 def take_answers(buffer: bytearray) -> list[Answer]:
-    """Cut all whole frames off the front of `buffer`."""
-    answers, at, end = [], 0, len(buffer)
-    while end - at >= ANSWER.size:
-        number, length, status, _, version, queue, decode, infer = ANSWER.unpack_from(buffer, at)
-        start = at + ANSWER.size
-        if end - start < length:
+    """Remove the complete frames from the start of `buffer` and return their answers."""
+    answers: list[Answer] = []
+    position = 0
+    end = len(buffer)
+
+    while end - position >= ANSWER_HEAD.size:
+        answer_id, length, status, version, *numbers = ANSWER_HEAD.unpack_from(buffer, position)
+        body_start = position + ANSWER_HEAD.size
+        if end - body_start < length:
             break
-        at = start + length
-        answers.append(
-            Answer(number, status, version, queue, decode, infer, bytes(buffer[start:at]))
-        )
-    del buffer[:at]
+        position = body_start + length
+        body = bytes(buffer[body_start:position])
+        answers.append(Answer(answer_id, status, version, body, *numbers))
+
+    del buffer[:position]
     return answers

@@ -20,7 +20,7 @@ from typing import Any
 from serve import logs
 from serve.http import openapi
 from serve.http.dispatcher import Pool
-from serve.http.feedback import Feedback
+from serve.http.feedback import FeedbackEndpoint
 from serve.http.open_inference import OpenInference
 from serve.http.page import Page
 from serve.http.predict_endpoint import Predictor
@@ -91,7 +91,7 @@ class Front:
         self.counters = SharedCounters(f"{self.run}/api-{number}.metrics")
         self.codes = {code: self.counters.slot("requests", str(code)) for code in CODES}
         self.pool = Pool(self.run, self.settings.workers, self.counters)
-        feedback = Feedback(self.run, self.counters, self.pool)
+        feedback = FeedbackEndpoint(self.run, self.counters, self.pool)
         self.predictor = Predictor(
             self.settings, self.pool, self.state, self.counters, number, feedback
         )

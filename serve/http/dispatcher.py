@@ -9,11 +9,11 @@ from itertools import count
 
 from serve import logs
 from serve.metrics.shared_counters import SharedCounters
-from serve.wire import CANCEL, HELLO, Answer, Job, pack_job, take_answers
+from serve.wire import CANCEL, MODEL_INFO, Answer, Job, pack_job, take_answers
 
 RETRY_SECONDS = 0.02
 LOST = b"the worker was lost before it answered; try again"
-UNANSWERED = Answer(0, 0, 0, 0, 0, 0, b"")  # stands in the place of an answer until it is there
+UNANSWERED = Answer(0, 0, 0, b"")  # stands in the place of an answer until it is there
 
 
 class Ask:
@@ -108,13 +108,13 @@ class Channel(asyncio.Protocol):
         self.model = None
         self.pool.look()
         for number, (ask, index) in list(self.waiting.items()):
-            ask.put(index, Answer(number, 503, 0, 0, 0, 0, LOST))
+            ask.put(index, Answer(number, 503, 0, LOST))
         self.waiting.clear()
 
     def data_received(self, data: bytes) -> None:
         self.buffer += data
         for answer in take_answers(self.buffer):
-            if answer.id == HELLO:
+            if answer.id == MODEL_INFO:
                 self.model = json.loads(answer.body)
                 self.version = answer.version
                 self.pool.told(self.model, self.version)
@@ -137,7 +137,7 @@ class Channel(asyncio.Protocol):
     def ask(
         self, ask: Ask, index: int, body: bytes, deadline: float, top_k: int, flags: int
     ) -> None:
-        number = next(self.ids) & 0xFFFFFFFF or next(self.ids) & 0xFFFFFFFF  # never HELLO
+        number = next(self.ids) & 0xFFFFFFFF or next(self.ids) & 0xFFFFFFFF  # never MODEL_INFO
         self.waiting[number] = (ask, index)
         ask.jobs.append((self, number))
         self.send(Job(number, deadline, top_k, flags, body))
@@ -151,7 +151,12 @@ class Pool:
     """All workers."""
 
     def __init__(self, run: str, workers: int, counters: SharedCounters):
-        self.run, self.size, self.counters, self.tell_ready = run, workers, counters, counters.setter("ready")
+        self.run, self.size, self.counters, self.tell_ready = (
+            run,
+            workers,
+            counters,
+            counters.setter("ready"),
+        )
         self.loop = asyncio.get_running_loop()
         self.channels: list[Channel | None] = [None] * workers
         self.usable: list[Channel] = []

@@ -1,7 +1,8 @@
-"""POST /feedback: the true label of an image answered before becomes live accuracy and calibration error.
+"""POST /feedback: true labels of earlier answers become live accuracy and calibration error.
 
-What was answered is remembered in a table in shared memory, one for all HTTP processes, of a fixed size: each answer
-has one place, given by a hash of its request id, and a later answer with the same place takes it over.
+Every prediction that leaves the service is kept for a while in a table in shared memory, one for
+all HTTP processes, so that any of them can take the label. The metrics cover the most recent labels
+of the version that is served now.
 """
 
 import hashlib
@@ -10,150 +11,193 @@ import mmap
 import os
 import struct
 from collections import deque
-
-import numpy as np
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from serve.http import request_body
 from serve.http.dispatcher import Pool
 from serve.http.responses import Problem, Request, Response, as_json
 from serve.metrics.derived_metrics import BINS
+from serve.metrics.shared_counters import SharedCounters
 from serve.wire import Answer
 
-PLACES = 1 << 16
-WINDOW = 2000  # labels in the window of one HTTP process
-MAX_BYTES = 8192
-_PLACE = struct.Struct(
-    "<8sI40s"
-)  # hash of request id and image, version, the answer from its class index on
-_EMPTY = bytes(_PLACE.size)
+TABLE_SLOTS = 1 << 16
+WINDOW_LABELS = 2000  # of one HTTP process
+MAX_BODY_BYTES = 8192
+MAX_IMAGE_INDEX = (1 << 16) - 1
+
+# Hash of request id and image, version, class index, confidence.
+_SLOT = struct.Struct("<8sIIf")
+_EMPTY_SLOT = bytes(_SLOT.size)
 
 
-class Memory:
-    """The table. Two processes may write one place at once; an entry torn by that is as good as forgotten."""
+class PastAnswer(NamedTuple):
+    """What the table keeps of a prediction."""
 
-    def __init__(self, run: str):
+    version: int  # of the model
+    index: int  # of the predicted class
+    confidence: float
+
+
+class AnswerTable:
+    """A hash table of predictions in shared memory, of fixed size.
+
+    The hash of the request id and the image selects the one slot of an answer, and a later answer
+    with the same slot replaces it. There is no lock. Two processes that write one slot at the same
+    moment may mix their entries, which is rare enough for statistics.
+    """
+
+    def __init__(self, run: str) -> None:
+        """Open the table of the run directory `run`, or create it."""
         with open(os.path.join(run, "answers"), "a+b") as file:
-            file.truncate(PLACES * _PLACE.size)
-            self.map = mmap.mmap(file.fileno(), PLACES * _PLACE.size)
+            file.truncate(TABLE_SLOTS * _SLOT.size)
+            self.map = mmap.mmap(file.fileno(), TABLE_SLOTS * _SLOT.size)
 
-    def put(self, request_id: str, image: int, version: int, text: bytes) -> None:
-        """Every answer pays for this, so what is kept of its `text` is parsed when a label comes, as few do.
+    def put(self, request_id: str, image: int, answer: PastAnswer) -> None:
+        """Store the answer to one image, given by its position in the request."""
+        offset, key = _locate(request_id, image)
+        _SLOT.pack_into(self.map, offset, key, answer.version, answer.index, answer.confidence)
 
-        A quote inside a label is escaped, so the first `","index":` ends the label.
-        """
-        at, key = _place(request_id, image)
-        start = text.index(b'","index":') + 10
-        _PLACE.pack_into(self.map, at, key, version, text[start : start + 40])
-
-    def take(self, request_id: str, image: int) -> tuple[int, int, float] | None:
-        """Version, class index and confidence, once: a label counts one time."""
-        found = self.look(request_id, image)
-        if found is not None:
-            at, _ = _place(request_id, image)
-            self.map[at : at + _PLACE.size] = _EMPTY
-        return found
-
-    def look(self, request_id: str, image: int) -> tuple[int, int, float] | None:
-        at, key = _place(request_id, image)
-        found, version, text = _PLACE.unpack_from(self.map, at)
-        if found != key:
+    def get(self, request_id: str, image: int) -> PastAnswer | None:
+        """Return the answer to one image, or None if it is unknown, replaced or removed."""
+        offset, key = _locate(request_id, image)
+        stored_key, version, index, confidence = _SLOT.unpack_from(self.map, offset)
+        if stored_key != key:
             return None
-        try:
-            index, confidence = text.split(b",", 2)[:2]  # `7,"confidence":0.987654,"top":…`
-            return version, int(index), float(confidence.partition(b":")[2])
-        except ValueError:
-            return None
+        if not 0 <= confidence <= 1:
+            return None  # a mixed entry
+        return PastAnswer(version, index, confidence)
+
+    def pop(self, request_id: str, image: int) -> PastAnswer | None:
+        """Return the answer to one image and remove it."""
+        answer = self.get(request_id, image)
+        if answer is not None:
+            offset, _ = _locate(request_id, image)
+            self.map[offset : offset + _SLOT.size] = _EMPTY_SLOT
+        return answer
 
 
-def _place(request_id: str, image: int) -> tuple[int, bytes]:
+def _locate(request_id: str, image: int) -> tuple[int, bytes]:
+    """Return the byte offset of an answer's slot and the key that is stored in it."""
     name = request_id.encode()
-    key = hashlib.blake2b(b"%b %d" % (name, image) if image else name, digest_size=8).digest()
-    return (key[0] | key[1] << 8) % PLACES * _PLACE.size, key
+    if image:
+        name = b"%b %d" % (name, image)
+    key = hashlib.blake2b(name, digest_size=8).digest()
+    slot = int.from_bytes(key[:2], "little") % TABLE_SLOTS
+    return slot * _SLOT.size, key
 
 
-class Feedback:
-    """Answers /feedback in one HTTP process; `remember` is called with every answer that left."""
+class WindowEntry(NamedTuple):
+    """One label in the window of the live metrics."""
 
-    def __init__(self, run: str, counters, pool: Pool):
-        self.memory, self.counters, self.pool = Memory(run), counters, pool
-        self.window: deque[tuple[int, bool, float]] = deque()
-        self.empty()  # also after a restart
-        pool.on_version = self.empty
+    bin: int  # of the confidence, 0 <= bin < BINS
+    is_correct: bool
+    confidence: float
 
-    def empty(self) -> None:
-        """Begin a window: it says something of one version only."""
+
+class FeedbackEndpoint:
+    """Handles POST /feedback in one HTTP process and remembers the predictions that leave it."""
+
+    def __init__(self, run: str, counters: SharedCounters, dispatcher: Pool) -> None:
+        self.table = AnswerTable(run)
+        self.counters = counters
+        self.dispatcher = dispatcher
+        self.window: deque[WindowEntry] = deque()
+
+        self.clear_window()  # the process before this one may have left numbers in the counters
+        dispatcher.on_version = self.clear_window
+
+    def clear_window(self) -> None:
+        """Start a new window: the metrics describe one version only."""
         self.window.clear()
         for part in ("count", "correct", "confidence"):
             for i in range(BINS):
                 self.counters.set("feedback_window", part, str(i), to=0)
 
     def remember(self, request_id: str, answers: list[Answer]) -> None:
+        """Store the predictions of a request."""
         for image, answer in enumerate(answers):
             if answer.status == 200:
-                self.memory.put(request_id, image, answer.version, answer.body)
-
-    def remember_numbers(
-        self, request_id: str, answers: list[Answer], probabilities: np.ndarray
-    ) -> None:
-        """The same for answers without text: probabilities [N, K]."""
-        best = zip(probabilities.argmax(1).tolist(), probabilities.max(1).tolist(), strict=True)
-        self.remember(
-            request_id,
-            [
-                answer._replace(body=b'","index":%d,"confidence":%.6f,' % pair)
-                for answer, pair in zip(answers, best, strict=True)
-            ],
-        )
+                self.table.put(
+                    request_id,
+                    image,
+                    PastAnswer(answer.version, answer.index, answer.confidence),
+                )
 
     async def __call__(self, request: Request) -> Response:
-        said = _parse(await request_body.read(request.receive, MAX_BYTES))
-        found = self.memory.look(said["id"], said["image"])
-        if found is None:
+        """Compare a label with the stored prediction and count the result, once for each image."""
+        feedback = parse_feedback(await request_body.read(request.receive, MAX_BODY_BYTES))
+
+        answer = self.table.get(feedback.request_id, feedback.image)
+        if answer is None:
             self.counters.add("feedback", "unknown")
-            raise Problem(404, "no answer with this id is remembered, or it has its label already")
-        version, index, confidence = found
-        model = self.pool.model
-        if str(version) != model.get("version"):
-            raise Problem(404, f"version {version} which gave this answer is served no more")
-        if said["label"] not in model["classes"]:
-            raise Problem(400, f"the model has no class {said['label']!r}")
-        correct = model["classes"].index(said["label"]) == index
-        if self.memory.take(said["id"], said["image"]) is not None:
-            self._count(correct, confidence)
-        return as_json({"id": said["id"], "image": said["image"], "correct": correct})
+            raise Problem(404, "no answer with this id is stored, or it has a label already")
 
-    def _count(self, correct: bool, confidence: float) -> None:
-        self.counters.add("feedback", "correct" if correct else "wrong")
-        entry = (min(int(confidence * BINS), BINS - 1), correct, confidence)
+        model = self.dispatcher.model
+        if str(answer.version) != model.get("version"):
+            raise Problem(
+                404,
+                f"the answer came from version {answer.version}, which is no longer served",
+            )
+        if feedback.label not in model["classes"]:
+            raise Problem(400, f"the model has no class {feedback.label!r}")
+
+        is_correct = model["classes"].index(feedback.label) == answer.index
+        if self.table.pop(feedback.request_id, feedback.image) is not None:
+            self._count(is_correct, answer.confidence)
+        return as_json({"id": feedback.request_id, "image": feedback.image, "correct": is_correct})
+
+    def _count(self, is_correct: bool, confidence: float) -> None:
+        """Count a label and move the window by one."""
+        self.counters.add("feedback", "correct" if is_correct else "wrong")
+
+        confidence_bin = min(int(confidence * BINS), BINS - 1)
+        entry = WindowEntry(confidence_bin, is_correct, confidence)
         self.window.append(entry)
-        self._add(entry, 1)
-        if len(self.window) > WINDOW:
-            self._add(self.window.popleft(), -1)
+        self._add_to_window(entry, 1)
+        if len(self.window) > WINDOW_LABELS:
+            self._add_to_window(self.window.popleft(), -1)
 
-    def _add(self, entry: tuple[int, bool, float], sign: int) -> None:
-        name = str(entry[0])
+    def _add_to_window(self, entry: WindowEntry, sign: int) -> None:
+        """Add an entry to the sums of its bin (sign 1), or subtract it (sign -1)."""
+        name = str(entry.bin)
         self.counters.add("feedback_window", "count", name, by=sign)
-        self.counters.add("feedback_window", "correct", name, by=sign * entry[1])
-        self.counters.add("feedback_window", "confidence", name, by=sign * entry[2])
+        self.counters.add("feedback_window", "correct", name, by=sign * entry.is_correct)
+        self.counters.add("feedback_window", "confidence", name, by=sign * entry.confidence)
 
 
-def _parse(content: bytes) -> dict:
-    """`{"id": …, "label": …, "image": 0}`. Raises Problem 400."""
+@dataclass
+class Feedback:
+    """The true label of one image of an earlier request."""
+
+    request_id: str
+    label: str
+    image: int  # position in the request, from 0
+
+
+def parse_feedback(content: bytes) -> Feedback:
+    """Parse `{"id": "…", "label": "…", "image": 0}`; `image` may be left out.
+
+    Raises Problem 400.
+    """
     try:
-        said = json.loads(content)
+        members = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise Problem(400, "the body is not JSON") from error
-    if (
-        not isinstance(said, dict)
-        or not isinstance(said.get("id"), str)
-        or not isinstance(said.get("label"), str)
-    ):
-        raise Problem(400, 'send {"id": "<id of the answer>", "label": "<true class>"}')
-    image = said.setdefault("image", 0)
-    if type(image) is not int or not 0 <= image < 1 << 16:
-        raise Problem(400, "image must be its place in the request, from 0")
+
+    usage = 'send {"id": "<id of the answer>", "label": "<true class>"}'
+    if not isinstance(members, dict):
+        raise Problem(400, usage)
+    request_id = members.get("id")
+    label = members.get("label")
+    image = members.get("image", 0)
+
+    if not isinstance(request_id, str) or not isinstance(label, str):
+        raise Problem(400, usage)
+    if type(image) is not int or not 0 <= image <= MAX_IMAGE_INDEX:
+        raise Problem(400, "image must be the position in the request, from 0")
     try:
-        said["id"].encode()
+        request_id.encode()
     except UnicodeEncodeError as error:
         raise Problem(400, "the id is not valid text") from error
-    return said
+    return Feedback(request_id, label, image)

@@ -16,7 +16,7 @@ import numpy as np
 from serve.http import request_body
 from serve.http.dispatcher import Pool
 from serve.http.responses import JSON, Problem, Request, Response, as_json
-from serve.wire import ARRAYS, LABEL, TENSOR, Answer
+from serve.wire import ARRAYS, LABEL_LENGTH, TENSOR, Answer
 
 OUTPUTS = ("probabilities", "energy", "label")
 LENGTH = b"inference-header-content-length"
@@ -138,13 +138,13 @@ class OpenInference:
 
     def write(self, request_id: str, asked: dict[str, Any], answers: list[Answer]) -> Response:
         model = self.pool.model
-        ends = [LABEL.size + LABEL.unpack_from(a.body)[0] for a in answers]
-        labels = [a.body[LABEL.size : end] for a, end in zip(answers, ends, strict=True)]
+        ends = [LABEL_LENGTH.size + LABEL_LENGTH.unpack_from(a.body)[0] for a in answers]
+        labels = [a.body[LABEL_LENGTH.size : end] for a, end in zip(answers, ends, strict=True)]
         rows = [
             np.frombuffer(a.body, "<f4", offset=end) for a, end in zip(answers, ends, strict=True)
         ]
         values = np.stack(rows)
-        self.predictor.feedback.remember_numbers(request_id, answers, values[:, :-1])
+        self.predictor.feedback.remember(request_id, answers)
         tensors = {"probabilities": ("FP32", values[:, :-1]), "energy": ("FP32", values[:, -1])}
         described, chunks = [], []
         for name, binary in outputs(asked):

@@ -9,15 +9,14 @@ from urllib.parse import parse_qs
 from serve.http import request_body
 from serve.http.answer_cache import Cache
 from serve.http.dispatcher import UNANSWERED, Ask, Pool
-from serve.http.feedback import Feedback
+from serve.http.feedback import FeedbackEndpoint
 from serve.http.responses import JSON, Problem, Request, Response, retry_after
 from serve.metrics.shared_counters import SharedCounters
-from serve.prediction import TOP_K
 from serve.settings import Settings
 from serve.shared_state import SharedState
-from serve.wire import CAM, Answer
+from serve.wire import CAM, DEFAULT_TOP_K, Answer
 
-QUERY = {b"": (TOP_K, 0)}  # of most requests
+QUERY = {b"": (DEFAULT_TOP_K, 0)}  # of most requests
 MAX_TOP_K = 1000
 NUMBER = re.compile("[0-9]{1,9}")  # int() raises for some thousand digits
 Parsed = tuple[
@@ -47,7 +46,7 @@ class Predictor:
         state: SharedState,
         counters: SharedCounters,
         number: int,
-        feedback: Feedback,
+        feedback: FeedbackEndpoint,
     ):
         self.settings, self.pool, self.state, self.counters, self.number = (
             settings,
@@ -144,7 +143,7 @@ class Predictor:
     def refusal(self, problem: Problem) -> Answer:
         """The answer of an image that no worker need see."""
         self.counters.add("images", "refused")
-        return Answer(0, problem.status, 0, 0, 0, 0, problem.detail.encode())
+        return Answer(0, problem.status, 0, problem.detail.encode())
 
     def look_up(
         self,
@@ -214,12 +213,12 @@ class Predictor:
             last = answers[0]
             if last.status != 200:
                 raise Problem(last.status, last.body.decode())
-            status, content, times = 200, last.body, last[3:6]
+            status, content, times = 200, last.body, (last.queue_us, last.decode_us, last.infer_us)
         else:
             last = max(answers, key=lambda a: (a.status == 200, a.version))
             status = 200 if last.status == 200 else max(a.status for a in answers)
             content = b",".join([a.body if a.status == 200 else error(a) for a in answers])
-            times = [max(column) for column in list(zip(*answers, strict=True))[3:6]]
+            times = [max(column) for column in list(zip(*answers, strict=True))[6:]]
         version = last.version or self.pool.version  # an answer that no worker gave has none
         whole = b'{"id":"%b","model":{"name":%b,"version":"%d"},"predictions":[%b]}' % (
             request_id.encode(),
@@ -247,7 +246,7 @@ def query(text: bytes) -> tuple[int, int]:
     """`top_k` and flags of a query string. Raises Problem 400."""
     if text in QUERY:
         return QUERY[text]
-    top_k, flags = TOP_K, 0
+    top_k, flags = DEFAULT_TOP_K, 0
     for name, values in parse_qs(text.decode("latin-1"), keep_blank_values=True).items():
         if name == "top_k" and NUMBER.fullmatch(values[-1]) and 1 <= int(values[-1]) <= MAX_TOP_K:
             top_k = int(values[-1])

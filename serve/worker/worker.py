@@ -29,7 +29,16 @@ from serve.model import Model
 from serve.prediction import heat_map
 from serve.settings import Settings
 from serve.shared_state import SharedState
-from serve.wire import ARRAYS, CAM, HELLO, LABEL, TENSOR, Answer, Job, pack_answer
+from serve.wire import (
+    ARRAYS,
+    CAM,
+    LABEL_LENGTH,
+    MODEL_INFO,
+    TENSOR,
+    Answer,
+    Job,
+    pack_answer,
+)
 from serve.worker import reload
 from serve.worker.batcher import Backlog, Peer, Waiting
 from serve.worker.drift_window import Drift
@@ -121,7 +130,9 @@ class PredictLoop(LitLoop):
         """What looks at batches after their answers left, each with a counting file of its own."""
         found: list[Callable[[Batch], None]] = []
         if settings.drift_window:
-            self.drift = Drift(SharedCounters(f"{path}-drift.metrics"), settings.drift_window, self.api.model)
+            self.drift = Drift(
+                SharedCounters(f"{path}-drift.metrics"), settings.drift_window, self.api.model
+            )
             found.append(self.drift)
         if settings.shadow_version:
             found.append(
@@ -142,7 +153,7 @@ class PredictLoop(LitLoop):
 
     def hello(self) -> bytes:
         model = self.api.model
-        return pack_answer(Answer(HELLO, 200, model.version, 0, 0, 0, model.hello))
+        return pack_answer(Answer(MODEL_INFO, 200, model.version, model.hello))
 
     def swap(self, model: Model) -> None:
         """Serve another model from the next batch on, and tell all HTTP processes."""
@@ -259,14 +270,24 @@ class PredictLoop(LitLoop):
         infer = time.perf_counter() - before
         infer_us = int(infer * 1e6)
         queue_us = [max(0, int((started - w.arrived) * 1e6)) for w in taken]
-        reply(
-            [
-                (w, Answer(w.job.id, 200, model.version, q, d, infer_us, body))
-                for w, q, d, body in zip(
-                    taken, queue_us, decode_us, bodies(model, taken, outputs), strict=True
-                )
-            ]
-        )
+        classes = outputs[0].argmax(1).tolist()
+        confidences = outputs[0].max(1).tolist()
+        texts = bodies(model, taken, outputs)
+        answers: list[tuple[Waiting, Answer]] = []
+        for i, w in enumerate(taken):
+            answer = Answer(
+                w.job.id,
+                200,
+                model.version,
+                texts[i],
+                classes[i],
+                confidences[i],
+                queue_us[i],
+                decode_us[i],
+                infer_us,
+            )
+            answers.append((w, answer))
+        reply(answers)
         metrics.batch(model, outputs, queue_us, decode_us, infer)
         if self.observers:
             seen = Batch(model, images, outputs, taken)
@@ -293,7 +314,7 @@ class PredictLoop(LitLoop):
         return np.frombuffer(job.body, np.uint8).reshape(spec.height, spec.width, spec.channels)
 
     def failed(self, waiting: Waiting, status: int, detail: bytes) -> Answer:
-        return Answer(waiting.job.id, status, self.api.model.version, 0, 0, 0, detail)
+        return Answer(waiting.job.id, status, self.api.model.version, detail)
 
 
 def bodies(model: Model, taken: list[Waiting], outputs: list[np.ndarray]) -> list[bytes]:
@@ -305,7 +326,7 @@ def bodies(model: Model, taken: list[Waiting], outputs: list[np.ndarray]) -> lis
         if w.job.flags & ARRAYS:
             label = model.manifest.classes[probabilities[i].argmax()].encode()
             values = np.append(probabilities[i], energy[i]).astype("<f4")
-            found.append(LABEL.pack(len(label)) + label + values.tobytes())
+            found.append(LABEL_LENGTH.pack(len(label)) + label + values.tobytes())
         elif w.job.flags & CAM:
             image = heat_map(outputs[2][i, probabilities[i].argmax()], model.manifest.input)
             found.append(f'{text},"cam":"{image}"}}'.encode())

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from serve.__main__ import main
 from serve.http.app import Front
 from serve.http.dispatcher import Ask
-from serve.http.feedback import Feedback
+from serve.http.feedback import FeedbackEndpoint
 from serve.http.predict_endpoint import Place, Predictor
 from serve.http.responses import Request
 from serve.metrics.shared_counters import WorkerMetrics
@@ -49,7 +49,7 @@ replace(
 replace(
     Predictor, enter=lambda self, headers: Place(), hold=nothing, leave=nothing, check_room=nothing
 )
-replace(Feedback, remember=nothing)
+replace(FeedbackEndpoint, remember=nothing)
 replace(WorkerMetrics, batch=nothing)
 replace(Ask, finish=finish)
 replace(

@@ -7,7 +7,7 @@ from support import tiny_bundle
 from support.server import wait_until
 
 from models.image import InputSpec, decode
-from serve.http.feedback import PLACES, Memory
+from serve.http.feedback import TABLE_SLOTS, AnswerTable, PastAnswer
 
 
 def give(service, request_id: str, label: str, **more):
@@ -160,15 +160,20 @@ def test_feedback_is_small_and_needs_the_key(start):
     assert large.status_code == 413
 
 
-def test_memory_is_bounded_and_shared(tmp_path):
-    ours, theirs = Memory(str(tmp_path)), Memory(str(tmp_path))
-    for i in range(3 * PLACES):
-        ours.put(
-            f"request-{i}", 0, 1, b'{"label":"x","index":%d,"confidence":0.5,"top":[' % (i % 7)
-        )
+def test_the_answer_table_is_bounded_and_shared_between_processes(tmp_path):
+    first = AnswerTable(str(tmp_path))
+    second = AnswerTable(str(tmp_path))
+    for i in range(3 * TABLE_SLOTS):
+        first.put(f"request-{i}", 0, PastAnswer(version=1, index=i % 7, confidence=0.5))
     assert (tmp_path / "answers").stat().st_size < 4 << 20
-    last = 3 * PLACES - 1
-    assert theirs.take(f"request-{last}", 0) == (1, last % 7, 0.5)
-    assert ours.take(f"request-{last}", 0) is None
-    kept = sum(theirs.take(f"request-{i}", 0) is not None for i in range(2 * PLACES, last))
-    assert kept > PLACES * 0.6  # of the latest, those whose place was not taken again
+
+    last = 3 * TABLE_SLOTS - 1
+    assert second.pop(f"request-{last}", 0) == (1, last % 7, 0.5)
+    assert first.pop(f"request-{last}", 0) is None
+
+    # Of the latest answers, the table still holds those whose slot no other answer took.
+    kept = 0
+    for i in range(2 * TABLE_SLOTS, last):
+        if second.pop(f"request-{i}", 0) is not None:
+            kept += 1
+    assert kept > 0.6 * TABLE_SLOTS

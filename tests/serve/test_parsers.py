@@ -17,7 +17,18 @@ boundaries = st.text(LETTERS, min_size=1, max_size=70)
 files = st.lists(st.binary(min_size=1, max_size=300), min_size=1, max_size=5)
 U32, U16 = st.integers(0, 2**32 - 1), st.integers(0, 2**16 - 1)
 jobs = st.builds(Job, U32, st.floats(0, 1e9), U16, U16, st.binary(max_size=200))
-answers = st.builds(Answer, U32, U16, U32, U32, U32, U32, st.binary(max_size=200))
+answers = st.builds(
+    Answer,
+    id=U32,
+    status=U16,
+    version=U32,
+    body=st.binary(max_size=200),
+    index=U32,
+    confidence=st.floats(0, 1, width=32),
+    queue_us=U32,
+    decode_us=U32,
+    infer_us=U32,
+)
 
 
 def form(contents: list[bytes], boundary: str, extra: bytes = b"") -> bytes:
