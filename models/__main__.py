@@ -174,7 +174,7 @@ def _lines(check: Check) -> list[str]:
 
 
 def sign(options) -> int:
-    from models.bundle.signing import sign as sign_bundle
+    from models.bundle.signing import sign_bundle
 
     bundle = Store(options.store).open(options.name, options.version)
     sign_bundle(bundle.path, options.key)

@@ -8,14 +8,14 @@ CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
 
 
-def cores() -> int:
+def available_cores() -> int:
     """Whole cores to plan with: the least of affinity and CPU quota, rounded up, at least one."""
     usable = len(os.sched_getaffinity(0))
-    limit = quota(OWN_CGROUPS.read_text() if OWN_CGROUPS.exists() else "", CGROUPS)
+    limit = read_quota(OWN_CGROUPS.read_text() if OWN_CGROUPS.exists() else "", CGROUPS)
     return max(1, min(usable, math.ceil(limit))) if limit else usable
 
 
-def quota(membership: str, root: Path) -> float | None:
+def read_quota(membership: str, root: Path) -> float | None:
     """Cores that the CPU quota grants, or None where there is none.
 
     `membership` is the text of /proc/self/cgroup, lines `hierarchy:controllers:path`; an empty list of controllers

@@ -32,7 +32,7 @@ def image_signals(pixels: np.ndarray) -> ImageSignals:
     )
 
 
-def edges(values: np.ndarray, bins: int = 10) -> np.ndarray:
+def bin_edges(values: np.ndarray, bins: int = 10) -> np.ndarray:
     """Edges for `histogram` that suit the values of a baseline: bins of equal mass.
 
     Values that take at most `bins` levels (sizes of images, often just one) get a bin a level and one empty bin on

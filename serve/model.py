@@ -11,7 +11,7 @@ import numpy as np
 
 from models.bundle import Bundle, BundleError
 from models.bundle.signing import verify_signature
-from models.bundle.verify import Samples, compare, read_samples
+from models.bundle.verify import Samples, compare_outputs, decode_samples
 from serve import logs
 from serve.engines import engine
 from serve.prediction import Answers
@@ -33,7 +33,7 @@ class Model:
             self.manifest.version,
             bundle.digest,
         )
-        samples = read_samples(bundle)
+        samples = decode_samples(bundle)
         if samples.problem:
             raise BundleError(f"{bundle.path}: {samples.problem}")
         self.variant, self.engine = _choose(bundle, samples, settings, threads)
@@ -112,7 +112,7 @@ def check(bundle: Bundle, samples: Samples, variant: str, candidate: engine.Engi
         outputs = dict(
             zip(wanted, run(bundle, candidate, samples.images, wanted, alone), strict=True)
         )
-        verdict = compare(outputs, samples.expected, tolerance)
+        verdict = compare_outputs(outputs, samples.expected, tolerance)
         if not verdict:
             raise BundleError(f"{bundle.path}: self check of {variant} failed: {verdict.reason}")
         if tolerance == BF16_TOLERANCE and verdict.agreement < 1:

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 
 from models.bundle import Manifest
-from models.image import InputSpec, fit
+from models.image import InputSpec, resize_to_input
 
 MAP_SIDE = 64  # pixels of a heat map's longer side, at most
 
@@ -69,4 +69,4 @@ def heat_map(cam: np.ndarray, spec: InputSpec) -> str:
         channels=1,
         resize="stretch",
     )
-    return base64.b64encode(cv2.imencode(".png", fit(gray, size))[1].data).decode()
+    return base64.b64encode(cv2.imencode(".png", resize_to_input(gray, size))[1].data).decode()

@@ -4,14 +4,20 @@ bundle = Bundle("artifacts/store/digits/3")     # raises BundleError where it ca
 bundle.manifest.classes
 """
 
-from models.bundle.checksums import SUMS, BundleError, inside, sha256, write_sums
+from models.bundle.checksums import (
+    CHECKSUMS_FILE,
+    BundleError,
+    file_sha256,
+    resolve_inside,
+    write_checksums,
+)
 from models.bundle.manifest import (
-    EXPECTED,
-    MANIFEST,
-    NAME,
-    OUTPUTS,
-    SAMPLES,
-    SIGNALS,
+    DRIFT_SIGNALS,
+    EXPECTED_FILE,
+    MANIFEST_FILE,
+    NAME_PATTERN,
+    REQUIRED_OUTPUTS,
+    SAMPLES_DIRECTORY,
     Bundle,
     Calibration,
     ClassMetrics,
@@ -28,13 +34,13 @@ from models.bundle.manifest import (
 )
 
 __all__ = [
-    "EXPECTED",
-    "MANIFEST",
-    "NAME",
-    "OUTPUTS",
-    "SAMPLES",
-    "SIGNALS",
-    "SUMS",
+    "CHECKSUMS_FILE",
+    "DRIFT_SIGNALS",
+    "EXPECTED_FILE",
+    "MANIFEST_FILE",
+    "NAME_PATTERN",
+    "REQUIRED_OUTPUTS",
+    "SAMPLES_DIRECTORY",
     "Bundle",
     "BundleError",
     "Calibration",
@@ -48,8 +54,8 @@ __all__ = [
     "Provenance",
     "Sample",
     "Variant",
-    "inside",
+    "file_sha256",
     "read_manifest",
-    "sha256",
-    "write_sums",
+    "resolve_inside",
+    "write_checksums",
 ]

@@ -3,24 +3,24 @@
 import hashlib
 from pathlib import Path, PurePosixPath
 
-SUMS = "SHA256SUMS"
+CHECKSUMS_FILE = "SHA256SUMS"
 SIGNATURE = (
     "bundle.sig"  # signs all other files, SHA256SUMS too, so it is the one file not listed there
 )
 MAX_FILES = 1000
-MAX_SUMS_BYTES = 1 << 20
+MAX_CHECKSUMS_BYTES = 1 << 20
 
 
 class BundleError(ValueError):
     """A bundle or a store that can't be trusted or read; the message is one line that names the file and the cause."""
 
 
-def sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def inside(root: Path, name: str) -> Path:
+def resolve_inside(root: Path, name: str) -> Path:
     """`root/name`, refused where the name is absolute, climbs out of the bundle or leads through a link."""
     pure = PurePosixPath(name)
     path = root / pure
@@ -33,13 +33,13 @@ def inside(root: Path, name: str) -> Path:
     return path
 
 
-def write_sums(directory: Path) -> None:
+def write_checksums(directory: Path) -> None:
     """Write SHA256SUMS over every other file of the bundle, in the format that `sha256sum -c` reads."""
-    lines = [f"{sha256(directory / name)}  {name}\n" for name in _files(directory)]
-    (directory / SUMS).write_text("".join(lines))
+    lines = [f"{file_sha256(directory / name)}  {name}\n" for name in _files(directory)]
+    (directory / CHECKSUMS_FILE).write_text("".join(lines))
 
 
-def read_sums(text: str, where: object) -> dict[str, str]:
+def parse_checksums(text: str, where: object) -> dict[str, str]:
     """File name -> sha256, from the text of a SHA256SUMS; names that climb out of the bundle raise BundleError."""
     sums = {}
     for line in text.splitlines():
@@ -55,13 +55,13 @@ def read_sums(text: str, where: object) -> dict[str, str]:
     return sums
 
 
-def check_sums(path: Path) -> dict[str, str]:
+def check_checksums(path: Path) -> dict[str, str]:
     """Compare every file with SHA256SUMS and return it; a file missing, unreadable, changed or extra: BundleError."""
-    file = path / SUMS
+    file = path / CHECKSUMS_FILE
     try:
-        if file.stat().st_size > MAX_SUMS_BYTES:
-            raise BundleError(f"{file}: larger than {MAX_SUMS_BYTES} bytes")
-        listed = read_sums(file.read_text(), file)
+        if file.stat().st_size > MAX_CHECKSUMS_BYTES:
+            raise BundleError(f"{file}: larger than {MAX_CHECKSUMS_BYTES} bytes")
+        listed = parse_checksums(file.read_text(), file)
     except FileNotFoundError as error:
         raise BundleError(f"{file}: no such file, so the bundle is not whole") from error
     except (OSError, UnicodeDecodeError) as error:
@@ -69,16 +69,16 @@ def check_sums(path: Path) -> dict[str, str]:
     present = set(_files(path))
     for name in sorted(set(listed) | present):
         if name not in listed:
-            raise BundleError(f"{path / name}: not listed in {SUMS}")
+            raise BundleError(f"{path / name}: not listed in {CHECKSUMS_FILE}")
         if name not in present:
-            raise BundleError(f"{path / name}: listed in {SUMS}, but missing")
+            raise BundleError(f"{path / name}: listed in {CHECKSUMS_FILE}, but missing")
         try:
-            found = sha256(inside(path, name))
+            found = file_sha256(resolve_inside(path, name))
         except OSError as error:
             raise BundleError(f"{path / name}: not readable: {error.strerror}") from error
         if found != listed[name]:
             raise BundleError(
-                f"{path / name}: changed since it was written (sha256 differs from {SUMS})"
+                f"{path / name}: changed since it was written (sha256 differs from {CHECKSUMS_FILE})"
             )
     return listed
 
@@ -86,4 +86,4 @@ def check_sums(path: Path) -> dict[str, str]:
 def _files(directory: Path) -> list[str]:
     paths = (p for p in directory.rglob("*") if p.is_file() or p.is_symlink())
     names = (p.relative_to(directory).as_posix() for p in paths)
-    return sorted(name for name in names if name not in (SUMS, SIGNATURE))
+    return sorted(name for name in names if name not in (CHECKSUMS_FILE, SIGNATURE))

@@ -14,30 +14,37 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from models.bundle.checksums import SUMS, BundleError, check_sums, inside, sha256, write_sums
-from models.bundle.onnx_screening import check_signature
+from models.bundle.checksums import (
+    CHECKSUMS_FILE,
+    BundleError,
+    check_checksums,
+    file_sha256,
+    resolve_inside,
+    write_checksums,
+)
+from models.bundle.onnx_screening import check_graph
 from models.image import InputSpec
 
 __all__ = [
-    "SUMS",
+    "CHECKSUMS_FILE",
     "Bundle",
     "BundleError",
     "Manifest",
-    "inside",
+    "file_sha256",
     "read_manifest",
-    "sha256",
-    "write_sums",
+    "resolve_inside",
+    "write_checksums",
 ]
 
 FORMAT = 1
-NAME = r"[a-z0-9][a-z0-9._-]{0,62}"
-MANIFEST, SAMPLES, EXPECTED = "manifest.json", "samples", "expected.npz"
-OUTPUTS = (
+NAME_PATTERN = r"[a-z0-9][a-z0-9._-]{0,62}"
+MANIFEST_FILE, SAMPLES_DIRECTORY, EXPECTED_FILE = "manifest.json", "samples", "expected.npz"
+REQUIRED_OUTPUTS = (
     "probabilities",
     "energy",
     "embedding",
 )  # every graph has these; `cam` where the head allows it
-SIGNALS = (
+DRIFT_SIGNALS = (
     "class",
     "confidence",
     "energy",
@@ -178,7 +185,7 @@ class Manifest(_Part):
     """manifest.json. `format` grows when a reader of today could misread what a writer of tomorrow means."""
 
     format: int = FORMAT
-    name: str = Field(pattern=f"^{NAME}$")
+    name: str = Field(pattern=f"^{NAME_PATTERN}$")
     version: int = Field(ge=1)
     created: datetime
     network: str
@@ -207,7 +214,7 @@ class Manifest(_Part):
         return self
 
     def write(self, directory: Path) -> None:
-        (directory / MANIFEST).write_text(self.model_dump_json(indent=1) + "\n")
+        (directory / MANIFEST_FILE).write_text(self.model_dump_json(indent=1) + "\n")
 
 
 class Bundle:
@@ -221,12 +228,12 @@ class Bundle:
         self.manifest = read_manifest(self.path)
         self._check_place()
         if verify:
-            self._check_variants(check_sums(self.path))
+            self._check_variants(check_checksums(self.path))
 
     @property
     def digest(self) -> str:
         """One sha256 that stands for the whole bundle: that of its SHA256SUMS."""
-        return sha256(self.path / SUMS)
+        return file_sha256(self.path / CHECKSUMS_FILE)
 
     def variant_path(self, variant: str) -> Path:
         """The ONNX file of a variant; raises BundleError for one that this bundle lacks."""
@@ -234,11 +241,14 @@ class Bundle:
             raise BundleError(
                 f"{self.path}: no variant {variant!r}; it has {', '.join(self.manifest.variants)}"
             )
-        return inside(self.path, self.manifest.variants[variant].file)
+        return resolve_inside(self.path, self.manifest.variants[variant].file)
 
     def sample_bytes(self) -> list[bytes]:
         """The sample images as files' bytes, in the order of `expected`."""
-        paths = [inside(self.path, f"{SAMPLES}/{s.file}") for s in self.manifest.samples]
+        paths = [
+            resolve_inside(self.path, f"{SAMPLES_DIRECTORY}/{s.file}")
+            for s in self.manifest.samples
+        ]
         try:
             for path in paths:
                 if path.stat().st_size > MAX_SAMPLE_BYTES:
@@ -250,7 +260,7 @@ class Bundle:
     def expected(self) -> dict[str, np.ndarray]:
         """What the torch network gave for the samples: `probabilities` [S,K], `energy` [S], `embedding` [S,D], `cam`;
         and `pixels` uint8 [S,H,W,C], what it was given."""
-        path = inside(self.path, f"{SAMPLES}/{EXPECTED}")
+        path = resolve_inside(self.path, f"{SAMPLES_DIRECTORY}/{EXPECTED_FILE}")
         try:
             with zipfile.ZipFile(path) as archive:
                 if sum(info.file_size for info in archive.infolist()) > MAX_EXPECTED_BYTES:
@@ -268,7 +278,7 @@ class Bundle:
         name, version = self.manifest.name, self.manifest.version
         if place.name.isdecimal() and (place.parent.name, place.name) != (name, str(version)):
             raise BundleError(
-                f"{self.path / MANIFEST}: says {name}/{version}, so the bundle was renamed"
+                f"{self.path / MANIFEST_FILE}: says {name}/{version}, so the bundle was renamed"
             )
 
     def _check_variants(self, sums: dict[str, str]) -> None:
@@ -277,9 +287,9 @@ class Bundle:
             path = self.variant_path(name)
             if sums.get(variant.file) != variant.sha256:
                 raise BundleError(
-                    f"{path}: not the file that {MANIFEST} means by {name} (sha256 differs)"
+                    f"{path}: not the file that {MANIFEST_FILE} means by {name} (sha256 differs)"
                 )
-            graph = check_signature(
+            graph = check_graph(
                 path,
                 spec.height,
                 spec.width,
@@ -289,13 +299,13 @@ class Bundle:
             )
             if graph.opset != variant.opset:
                 raise BundleError(
-                    f"{path}: opset {graph.opset}, and {MANIFEST} says {variant.opset}"
+                    f"{path}: opset {graph.opset}, and {MANIFEST_FILE} says {variant.opset}"
                 )
 
 
 def read_manifest(path: Path) -> Manifest:
     """The manifest of the bundle at `path`; raises BundleError that names the file and the field."""
-    file = path / MANIFEST
+    file = path / MANIFEST_FILE
     try:
         if file.stat().st_size > MAX_MANIFEST_BYTES:
             raise BundleError(f"{file}: larger than {MAX_MANIFEST_BYTES} bytes")

@@ -73,7 +73,7 @@ def read_graph(path: Path) -> Graph:
     return graph
 
 
-def check_signature(
+def check_graph(
     path: Path, height: int, width: int, channels: int, classes: int, outputs: list[str]
 ) -> Graph:
     """Read the graph and compare it with what the bundle says; raises BundleError that tells the difference."""

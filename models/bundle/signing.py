@@ -11,7 +11,7 @@ from pathlib import Path
 from models.bundle.checksums import SIGNATURE, BundleError
 
 
-def sign(path: Path, private_key: Path, password: str | None = None) -> None:
+def sign_bundle(path: Path, private_key: Path, password: str | None = None) -> None:
     """Write bundle.sig for the bundle at `path`. `private_key`: PEM, elliptic curve P-256, P-384 or P-521."""
     signing, _, hashing = _library()
     try:

@@ -1,6 +1,6 @@
 """Does a bundle do on this machine what it did where it was made? Needs onnxruntime, never torch.
 
-`compare` is shared by `python -m models verify` and by the server's self check.
+`compare_outputs` is shared by `python -m models verify` and by the server's self check.
 """
 
 import statistics
@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from models.bundle import MANIFEST, SAMPLES, Bundle, BundleError
+from models.bundle import MANIFEST_FILE, SAMPLES_DIRECTORY, Bundle, BundleError
 from models.bundle.checksums import SIGNATURE
-from models.cpu_quota import cores
+from models.cpu_quota import available_cores
 from models.image import ImageError, decode
 
 MAX_PIXEL_DIFF = 1.0  # mean |difference| in 0..255 that other builds of the JPEG library may cause
@@ -33,7 +33,7 @@ class Verdict:
         return not self.reason
 
 
-def compare(
+def compare_outputs(
     outputs: dict[str, np.ndarray], expected: dict[str, np.ndarray], tolerance: float = 1e-4
 ) -> Verdict:
     """Compare what an engine gave, a row an image, with what is expected of those images.
@@ -67,7 +67,7 @@ def compare(
     return Verdict(difference, agreement, reason)
 
 
-def runner(path: Path, threads: int = 0) -> Runner:
+def load_runner(path: Path, threads: int = 0) -> Runner:
     """A function from uint8 [N, H, W, C] to the graph's outputs by name, on the CPU; 0 threads means one for each core
     that this process may use.
 
@@ -76,7 +76,7 @@ def runner(path: Path, threads: int = 0) -> Runner:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or cores()
+    options.intra_op_num_threads = threads or available_cores()
     options.log_severity_level = 3
     try:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -97,7 +97,7 @@ def runner(path: Path, threads: int = 0) -> Runner:
     return run
 
 
-def latency_ms(run: Callable[[], object], seconds: float = 0.3, least: int = 3) -> float:
+def measure_latency_ms(run: Callable[[], object], seconds: float = 0.3, least: int = 3) -> float:
     """Median milliseconds of a call, over about `seconds` and at least `least` calls, after one to warm up."""
     run()
     times, end = list[float](), time.perf_counter() + seconds
@@ -124,16 +124,18 @@ class Samples:
         return f"samples decode differently here, by {self.pixel_diff:.2g} of 255 on average"
 
 
-def read_samples(bundle: Bundle) -> Samples:
+def decode_samples(bundle: Bundle) -> Samples:
     """Decode the samples of a bundle. Raises BundleError where there are none, or one is no image."""
     spec, decoded = bundle.manifest.input, []
     for sample, data in zip(bundle.manifest.samples, bundle.sample_bytes(), strict=True):
         try:
             decoded.append(decode(data, spec))
         except ImageError as error:
-            raise BundleError(f"{bundle.path / SAMPLES / sample.file}: {error}") from error
+            raise BundleError(
+                f"{bundle.path / SAMPLES_DIRECTORY / sample.file}: {error}"
+            ) from error
     if not decoded:
-        raise BundleError(f"{bundle.path / MANIFEST}: names no samples to check the bundle by")
+        raise BundleError(f"{bundle.path / MANIFEST_FILE}: names no samples to check the bundle by")
     expected = bundle.expected()
     images = expected.get("pixels", np.stack(decoded))
     if images.shape != np.shape(decoded) or len(images) != len(expected.get("probabilities", ())):
@@ -181,11 +183,13 @@ def check_bundle(path: Path, public_key: Path | None = None, seconds: float = 0.
         verify_signature(path, public_key)
         signed = "yes, by the given key"
     bundle = Bundle(path)
-    samples, checks = read_samples(bundle), []
+    samples, checks = decode_samples(bundle), []
     for name, variant in bundle.manifest.variants.items():
-        run = runner(bundle.variant_path(name))
-        verdict = compare(run(samples.images), samples.expected, variant.tolerance)
+        run = load_runner(bundle.variant_path(name))
+        verdict = compare_outputs(run(samples.images), samples.expected, variant.tolerance)
         timed = {n: np.resize(samples.images, (n, *samples.images.shape[1:])) for n in (1, 8)}
-        batch_ms = {n: latency_ms(partial(run, batch), seconds) for n, batch in timed.items()}
+        batch_ms = {
+            n: measure_latency_ms(partial(run, batch), seconds) for n, batch in timed.items()
+        }
         checks.append(VariantCheck(name, verdict, variant.tolerance, batch_ms))
     return Check(bundle, signed, samples, checks)

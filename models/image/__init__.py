@@ -1,13 +1,13 @@
 """Image bytes to uint8 pixels: header, sanitizing, decode and resize; the only such code in the project."""
 
-from models.image.decode import MAX_PIXELS, InputSpec, decode, fit, pixels
+from models.image.decode import MAX_PIXELS, InputSpec, decode, decode_full_size, resize_to_input
 from models.image.header import (
     Header,
     ImageError,
     ImageTooLarge,
     UndecodableImage,
     UnsupportedFormat,
-    header,
+    read_header,
 )
 
 __all__ = [
@@ -19,7 +19,7 @@ __all__ = [
     "UndecodableImage",
     "UnsupportedFormat",
     "decode",
-    "fit",
-    "header",
-    "pixels",
+    "decode_full_size",
+    "read_header",
+    "resize_to_input",
 ]

@@ -21,7 +21,7 @@ from models.image.header import (
     ImageTooLarge,
     UndecodableImage,
     UnsupportedFormat,
-    header,
+    read_header,
     tiff_tags,
 )
 
@@ -34,9 +34,9 @@ __all__ = [
     "UndecodableImage",
     "UnsupportedFormat",
     "decode",
-    "fit",
-    "header",
-    "pixels",
+    "decode_full_size",
+    "read_header",
+    "resize_to_input",
 ]
 
 cv2.setNumThreads(1)  # callers run one decode a core; a second pool inside would only contend
@@ -89,10 +89,10 @@ def decode(
     each = COEFFICIENT_BYTES if head.several_scans else head.pixel_bytes / _scale(head, spec) ** 2
     with _one_large if head.width * head.height * each > LARGE else _any_small:
         begin()
-        return fit(_pixels(data, head, spec.channels, spec), spec)
+        return resize_to_input(_pixels(data, head, spec.channels, spec), spec)
 
 
-def pixels(
+def decode_full_size(
     data: bytes, channels: int, spec: InputSpec | None = None, max_pixels: int = MAX_PIXELS
 ) -> np.ndarray:
     """Bytes to uint8 [H, W, channels] in the image's own size, RGB or gray.
@@ -104,7 +104,7 @@ def pixels(
 
 
 def _checked(data: bytes, max_pixels: int) -> Header:
-    head = header(data)
+    head = read_header(data)
     if head.width * head.height > max_pixels:
         raise ImageTooLarge(
             f"{head.width}x{head.height} pixels is more than the {max_pixels} allowed"
@@ -242,7 +242,7 @@ def _upright(image: np.ndarray, exif: bytes) -> np.ndarray:
     return image.reshape(*image.shape[:2], channels)
 
 
-def fit(image: np.ndarray, spec: InputSpec) -> np.ndarray:
+def resize_to_input(image: np.ndarray, spec: InputSpec) -> np.ndarray:
     """uint8 [H, W, C] to uint8 [spec.height, spec.width, C] by the policy of `spec`; contiguous."""
     height, width = image.shape[:2]
     if (height, width) == (spec.height, spec.width) and spec.short_side in (

@@ -50,7 +50,7 @@ class Header:
     several_scans: bool = False
 
 
-def header(data: bytes) -> Header:
+def read_header(data: bytes) -> Header:
     """Read format and size from the header alone.
 
     Raises UnsupportedFormat for another magic number, UndecodableImage where the header is cut short, senseless, or

@@ -15,7 +15,7 @@ from models.networks.base import Network
 IMAGENET = "imagenet"
 
 
-def weights_file(weights: str, network: str) -> Path:
+def find_weights_file(weights: str, network: str) -> Path:
     """The file of weights: a path, or for "imagenet" torchvision's best ones for the network, downloaded once.
 
     Raises ValueError, with the way out, where there are none or they can't be downloaded.
@@ -73,7 +73,7 @@ def load_weights(network: Network, path: str | Path) -> list[str]:
     return kept
 
 
-def moments(path: Path) -> tuple[list[float], list[float]] | None:
+def read_normalization(path: Path) -> tuple[list[float], list[float]] | None:
     """Mean and standard deviation of each channel, in 0..255, that a bundle's weights or a checkpoint of ours were
     trained with; None for other files. The file must be one that `read_weights` takes."""
     if path.suffix == ".safetensors":

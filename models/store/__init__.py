@@ -1,5 +1,5 @@
 """The store: versions of bundles and `latest`."""
 
-from models.store.local import LATEST, Staged, Store
+from models.store.local import LATEST, StagedVersion, Store
 
-__all__ = ["LATEST", "Staged", "Store"]
+__all__ = ["LATEST", "StagedVersion", "Store"]

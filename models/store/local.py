@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from models.bundle import MANIFEST, NAME, Bundle, BundleError
+from models.bundle import MANIFEST_FILE, NAME_PATTERN, Bundle, BundleError
 
 LATEST = "latest"
 STAGING = ".staging-"
@@ -35,7 +35,7 @@ class Store:
         return sorted(
             name
             for name in _directories(self.root)
-            if re.fullmatch(NAME, name) and self.versions(name)
+            if re.fullmatch(NAME_PATTERN, name) and self.versions(name)
         )
 
     def versions(self, name: str) -> list[int]:
@@ -56,7 +56,9 @@ class Store:
         """Directory of one version ("latest" or a number). Raises BundleError, saying what there is instead."""
         number = self.latest(name) if str(version) == LATEST else version
         path = self.root / name / str(number)
-        if not (re.fullmatch(NAME, name) and str(number).isdecimal() and os.path.isdir(path)):
+        if not (
+            re.fullmatch(NAME_PATTERN, name) and str(number).isdecimal() and os.path.isdir(path)
+        ):
             self._known(name)  # looks at the whole store, which may be large and far away
             there = ", ".join(map(str, self.versions(name)))
             raise BundleError(f"{self.root}: {name} has no version {version}; it has {there}")
@@ -75,7 +77,7 @@ class Store:
 
         Raises BundleError where this can't name a model, or nothing can be written there.
         """
-        if not re.fullmatch(NAME, name):
+        if not re.fullmatch(NAME_PATTERN, name):
             raise BundleError(
                 f"{name!r} can't name a model: lower-case letters, digits, . _ - and at most 63 of them"
             )
@@ -89,7 +91,7 @@ class Store:
         return parent
 
     @contextmanager
-    def stage(self, name: str, version: int | None = None) -> Iterator["Staged"]:
+    def stage(self, name: str, version: int | None = None) -> Iterator["StagedVersion"]:
         """A hidden directory to write one new version in; gone when the block ends without `publish`.
 
             with store.stage("digits") as staged:
@@ -108,7 +110,7 @@ class Store:
                 )
             number += 1
         try:
-            yield Staged(self, name, number, claimed)
+            yield StagedVersion(self, name, number, claimed)
         finally:
             shutil.rmtree(claimed, ignore_errors=True)
 
@@ -175,7 +177,7 @@ class Store:
 
 
 @dataclass(frozen=True)
-class Staged:
+class StagedVersion:
     """A version being written: a claimed number and the hidden directory that will become it."""
 
     store: Store
@@ -191,7 +193,7 @@ class Staged:
         """
         bundle = Bundle(self.path)
         if (bundle.manifest.name, bundle.manifest.version) != (self.name, self.version):
-            raise BundleError(f"{self.path / MANIFEST}: is not of {self.name}/{self.version}")
+            raise BundleError(f"{self.path / MANIFEST_FILE}: is not of {self.name}/{self.version}")
         target = self.store.root / self.name / str(self.version)
         for path in self.path.rglob("*"):  # a server is often another user
             path.chmod(0o755 if path.is_dir() else 0o644)

@@ -11,7 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from models.bundle import Bundle, BundleError
-from models.bundle.checksums import MAX_SUMS_BYTES, SIGNATURE, SUMS, read_sums, sha256
+from models.bundle.checksums import (
+    CHECKSUMS_FILE,
+    MAX_CHECKSUMS_BYTES,
+    SIGNATURE,
+    file_sha256,
+    parse_checksums,
+)
 from models.store import LATEST, Store
 
 MAX_BUNDLE_BYTES = 32 << 30
@@ -31,18 +37,18 @@ def push(
     number, where = bundle.manifest.version, f"{url.rstrip('/')}/{name}/{bundle.manifest.version}"
     if remote.store:
         return where, pull(remote.store, name, number, str(store.root), promote)[1]
-    sums = (bundle.path / SUMS).read_bytes()
+    sums = (bundle.path / CHECKSUMS_FILE).read_bytes()
     with remote.errors():
         copied = not remote.has(name, number)
-        if not copied and remote.read(name, number, SUMS, MAX_SUMS_BYTES) != sums:
+        if not copied and remote.read(name, number, CHECKSUMS_FILE, MAX_CHECKSUMS_BYTES) != sums:
             raise BundleError(f"{where}: there already, with other contents")
         if copied:
             for file, digest in {
-                **read_sums(sums.decode(), SUMS),
+                **parse_checksums(sums.decode(), CHECKSUMS_FILE),
                 **_signature(bundle.path),
             }.items():
                 remote.write(bundle.path / file, name, number, file, digest)
-            remote.fs.pipe_file(remote.path(name, number, SUMS), sums)
+            remote.fs.pipe_file(remote.path(name, number, CHECKSUMS_FILE), sums)
         if promote and (remote.latest(name) or 0) <= number:
             remote.fs.pipe_file(remote.path(name, LATEST), f"{number}\n".encode())
     return where, copied
@@ -61,11 +67,13 @@ def pull(
         number = remote.latest(name) if str(version) == LATEST else int(version)
         where = f"{url.rstrip('/')}/{name}/{number or version}"
         if not number or not remote.has(name, number):
-            raise BundleError(f"{where}: no such version, or not whole ({SUMS} is missing)")
-        text = remote.read(name, number, SUMS, MAX_SUMS_BYTES)
+            raise BundleError(
+                f"{where}: no such version, or not whole ({CHECKSUMS_FILE} is missing)"
+            )
+        text = remote.read(name, number, CHECKSUMS_FILE, MAX_CHECKSUMS_BYTES)
         if number in store.versions(name):
             bundle = store.open(name, number)
-            if (bundle.path / SUMS).read_bytes() != text:
+            if (bundle.path / CHECKSUMS_FILE).read_bytes() != text:
                 raise BundleError(
                     f"{bundle.path}: another bundle than {where}; pull it into another store"
                 )
@@ -73,14 +81,17 @@ def pull(
                 store.advance(name, number)
             return bundle, False
         with store.stage(name, number) as staged:
-            files = [*read_sums(text.decode(), f"{where}/{SUMS}"), *remote.signature(name, number)]
+            files = [
+                *parse_checksums(text.decode(), f"{where}/{CHECKSUMS_FILE}"),
+                *remote.signature(name, number),
+            ]
             if (total := sum(remote.size(name, number, file) for file in files)) > MAX_BUNDLE_BYTES:
                 raise BundleError(f"{where}: {total} bytes, and {MAX_BUNDLE_BYTES} are allowed")
             for file in files:
                 target = staged.path / file
                 target.parent.mkdir(parents=True, exist_ok=True)
                 remote.fs.get_file(remote.path(name, number, file), str(target))
-            (staged.path / SUMS).write_bytes(text)
+            (staged.path / CHECKSUMS_FILE).write_bytes(text)
             return staged.publish(promote), True
 
 
@@ -115,7 +126,7 @@ class Remote:
         return str(PurePosixPath(self.root, *map(str, parts)))
 
     def has(self, name: str, version: int) -> bool:
-        return self.fs.exists(self.path(name, version, SUMS))
+        return self.fs.exists(self.path(name, version, CHECKSUMS_FILE))
 
     def latest(self, name: str) -> int | None:
         if self.store:
@@ -155,4 +166,4 @@ class Remote:
 
 
 def _signature(path: Path) -> dict[str, str]:
-    return {SIGNATURE: sha256(path / SIGNATURE)} if (path / SIGNATURE).exists() else {}
+    return {SIGNATURE: file_sha256(path / SIGNATURE)} if (path / SIGNATURE).exists() else {}

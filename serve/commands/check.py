@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from models.bundle import Bundle
-from models.cpu_quota import cores
+from models.cpu_quota import available_cores
 from models.store import LATEST, Store
 from serve import options
 from serve.model import Model
@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> int:
 
 def check(settings: Settings, say: Callable[[str, Any], None]) -> Model:
     """Everything that a starting worker does. Raises ValueError (BundleError is one) with the cause."""
-    threads = settings.threads or max(1, cores() // settings.workers)
+    threads = settings.threads or max(1, available_cores() // settings.workers)
     say(
         "cores",
         f"{threads} for each of {settings.workers} worker{'s' if settings.workers > 1 else ''}",

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
-from models.cpu_quota import cores
+from models.cpu_quota import available_cores
 from models.image import ImageError, decode
 from models.store import Store
 from serve import options
@@ -62,7 +62,7 @@ def main(arguments: list[str]) -> int:
         raise ValueError("--top-k must be at least 1")
     settings = options.resolve(options.read(given))
     files = find(paths)
-    threads = settings.threads or cores()
+    threads = settings.threads or available_cores()
     model = Model(Store(settings.store).open(settings.model, settings.version), settings, threads)
     batches = [files[at : at + BATCH] for at in range(0, len(files), BATCH)]
     pool = ThreadPoolExecutor(

@@ -22,7 +22,7 @@ import litserve
 import uvicorn
 from starlette.middleware.gzip import GZipMiddleware
 
-from models.cpu_quota import cores
+from models.cpu_quota import available_cores
 from serve import logs
 from serve.http.app import Front
 from serve.http.protocol import SPARE, Connection
@@ -63,7 +63,9 @@ class Supervisor(litserve.LitServer):
         ]
         self.settings, self.threads = settings, threads
         self.state, self.counters = SharedState(run), SharedCounters(f"{run}/supervisor.metrics")
-        self.counters.set("ready", to=1)  # the least over all processes counts, and others know better
+        self.counters.set(
+            "ready", to=1
+        )  # the least over all processes counts, and others know better
         for number in range(settings.api_processes):
             self.not_ready(number)
         self.apis: dict[int, BaseProcess] = {}
@@ -309,7 +311,7 @@ def bound_connections(settings: Settings) -> None:
 def _serve(settings: Settings, run: str) -> int:
     bound_connections(settings)
     SharedState.create(run)
-    threads = settings.threads or max(1, cores() // settings.workers)
+    threads = settings.threads or max(1, available_cores() // settings.workers)
     supervisor = Supervisor(settings, run, threads)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, supervisor.drain)

@@ -14,7 +14,7 @@ import numpy as np
 
 from models.bundle import Histogram, Manifest
 from models.drift import image_signals
-from models.image import header
+from models.image import read_header
 from serve.metrics.derived_metrics import ENOUGH
 from serve.wire import TENSOR
 
@@ -88,12 +88,12 @@ def coarse(histogram: Histogram, most: int) -> tuple[list[float], list[int]]:
 
 
 def signals(batch, i: int) -> dict[str, float]:
-    """All signals of image i of a batch, by the names in `models.bundle.SIGNALS`."""
+    """All signals of image i of a batch, by the names in `models.bundle.DRIFT_SIGNALS`."""
     probabilities, energy = batch.outputs[0][i], batch.outputs[1][i]
     index = int(probabilities.argmax())
     job, (height, width, _) = batch.waiting[i].job, batch.pixels[i].shape
     if not job.flags & TENSOR:
-        size = header(job.body)
+        size = read_header(job.body)
         height, width = size.height, size.width
     return {
         "class": index,

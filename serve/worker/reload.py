@@ -16,7 +16,7 @@ import threading
 import time
 from contextlib import contextmanager
 
-from models.bundle import SUMS, Bundle, BundleError, sha256
+from models.bundle import CHECKSUMS_FILE, Bundle, BundleError, file_sha256
 from models.store import LATEST, Store
 from serve import logs
 from serve.metrics.shared_counters import SharedCounters
@@ -134,7 +134,9 @@ def check(settings: Settings, run: str, version: int, threads: int) -> tuple[str
     if os.path.exists(done) and time.time() - os.path.getmtime(done) < CHECK_SECONDS:
         with open(done) as file:
             variant, digest = json.load(file)
-        if digest == sha256(Store(settings.store).path(settings.model, version) / SUMS):
+        if digest == file_sha256(
+            Store(settings.store).path(settings.model, version) / CHECKSUMS_FILE
+        ):
             return variant, digest
     command = [
         sys.executable,

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from models import networks
-from models.bundle.verify import runner
+from models.bundle.verify import load_runner
 from models.image import InputSpec
 from train.export import parity as parity_check
 from train.export.onnx_graph import InferenceGraph, export_onnx
@@ -56,7 +56,7 @@ def measure(name: str, directory: Path) -> dict:
     exported = time.perf_counter()
     quantize(files["fp32"], files["int8"], images, lambda file: 1.0, 1.0, QuantizeConfig())
     quantized = time.perf_counter()
-    runs = {variant: runner(file) for variant, file in files.items()}
+    runs = {variant: load_runner(file) for variant, file in files.items()}
     parity = parity_check.parity(runs["fp32"], served, images)
     timed = parity_check.latencies(runs, images, seconds=0.15, patience=15)
     speed = {variant: found.images_per_second for variant, found in timed.items()}

@@ -22,8 +22,8 @@ from models.bundle import (  # noqa: E402
     Provenance,
     Sample,
     Variant,
-    sha256,
-    write_sums,
+    file_sha256,
+    write_checksums,
 )
 from models.image import InputSpec, decode  # noqa: E402
 from models.store import Store  # noqa: E402
@@ -100,7 +100,7 @@ def make(store: Path, case: str) -> None:
                 kind: Variant(
                     file=file,
                     precision=kind,
-                    sha256=sha256(root / file),
+                    sha256=file_sha256(root / file),
                     opset=20,
                     bytes=(root / file).stat().st_size,
                     tolerance=1e-3 if kind == "fp32" else 1.0,
@@ -118,7 +118,7 @@ def make(store: Path, case: str) -> None:
                 data=DataInfo(source="noise", digest="0" * 64, counts={}), device="cpu", seed=0
             ),
         ).write(root)
-        write_sums(root)
+        write_checksums(root)
         staged.publish()
 
 

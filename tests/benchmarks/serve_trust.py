@@ -21,7 +21,7 @@ from pathlib import Path
 from serve_models import picture, publish
 from serve_speed import SCRIPT, free_port, load, serving
 
-from models.bundle import read_manifest, write_sums
+from models.bundle import read_manifest, write_checksums
 from models.store import Store
 
 OFF = ["--drift-window", "0", "--reload-seconds", "0"]
@@ -106,7 +106,7 @@ def swap(name: str, made: Path | None, rounds: int, seconds: int) -> float:
             manifest = read_manifest(first)
             manifest.version = staged.version
             manifest.write(staged.path)
-            write_sums(staged.path)
+            write_checksums(staged.path)
             staged.publish()
         (store / "image.jpg").write_bytes(picture(32, 32))
         script.write_text(SCRIPT % ("image/jpeg", store / "image.jpg"))

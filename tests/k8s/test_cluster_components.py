@@ -77,7 +77,7 @@ store = pathlib.Path("/store/digits")
 shutil.copytree(store / "1", store / "2", dirs_exist_ok=True)
 manifest = store / "2/manifest.json"
 manifest.write_text(manifest.read_text().replace('"version": 1,', '"version": 2,'))
-checksums.write_sums(store / "2")
+checksums.write_checksums(store / "2")
 """
 METRICS = (
     "import urllib.request as r; print(r.urlopen('http://localhost:9090/metrics').read().decode())"

@@ -11,7 +11,7 @@ from support import tiny_bundle
 
 from models.__main__ import main
 from models.bundle import Bundle, BundleError
-from models.bundle.checksums import write_sums
+from models.bundle.checksums import write_checksums
 from models.bundle.onnx_screening import read_graph
 from models.image import InputSpec
 
@@ -56,7 +56,7 @@ def test_a_sample_that_is_no_image_is_named(bundle, verify):
 
 def test_a_bundle_without_samples_proves_nothing(bundle, verify):
     tiny_bundle.edit_manifest(bundle, samples=[])
-    write_sums(bundle)
+    write_checksums(bundle)
     assert verify(bundle) == (
         1,
         f"error: {bundle}/manifest.json: names no samples to check the bundle by",
@@ -135,7 +135,7 @@ def test_a_bundle_that_was_renamed_in_its_store_is_refused(bundle, tmp_path, ver
 )
 def test_a_wrong_manifest_is_refused(bundle, verify, changes, says):
     tiny_bundle.edit_manifest(bundle, **changes)
-    write_sums(bundle)
+    write_checksums(bundle)
     status, line = verify(bundle)
     assert status == 1
     assert says in line
@@ -154,7 +154,7 @@ def test_a_path_that_climbs_out_is_refused(bundle, verify, place):
     manifest = json.loads((bundle / "manifest.json").read_text())
     manifest["variants"]["fp32"]["file"] = place
     tiny_bundle.edit_manifest(bundle, variants=manifest["variants"])
-    write_sums(bundle)
+    write_checksums(bundle)
     status, line = verify(bundle)
     assert status == 1
     assert f"the path {place!r} leads out of the bundle" in line
@@ -186,7 +186,7 @@ def test_expected_outputs_that_would_run_code_are_refused(bundle, verify):
 
 def test_a_graph_that_the_manifest_does_not_mean_is_refused(bundle, verify):
     onnx.save(tiny_bundle.build_graph(SPEC, 3, scale=2), bundle / "model.onnx")
-    write_sums(bundle)
+    write_checksums(bundle)
     status, line = verify(bundle)
     assert status == 1
     assert "model.onnx: not the file that manifest.json means by fp32" in line

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from models.image import InputSpec, decode, fit, pixels
+from models.image import InputSpec, decode, decode_full_size, resize_to_input
 
 H, W = 48, 80
 
@@ -116,7 +116,7 @@ TURNED = {
 def test_agrees_with_pillow(name, channels):
     data = (LOSSLESS | LOSSY | TURNED)[name]
     want = oracle(data, channels)
-    got = pixels(data, channels)
+    got = decode_full_size(data, channels)
     assert got.shape == want.shape
     assert got.dtype == np.uint8
     difference = np.abs(got.astype(int) - want)
@@ -129,7 +129,7 @@ def test_agrees_with_pillow(name, channels):
 @pytest.mark.parametrize("mode", [RGB, RGBA], ids=["rgb", "rgba"])
 def test_sixteen_bit_colour_becomes_eight(suffix, mode):
     want = oracle(save(mode, "PNG"), 3)
-    got = pixels(ppm16(np.asarray(mode), suffix), 3)
+    got = decode_full_size(ppm16(np.asarray(mode), suffix), 3)
     assert np.abs(got.astype(int) - want).max() <= 1
 
 
@@ -138,22 +138,24 @@ def test_a_picture_of_many_strips_agrees_with_the_oracle(mode):
     large = RGBA.resize((997, 811), Image.Resampling.BICUBIC).convert(mode)
     for channels in (3, 1):
         data = save(large, "PNG", exif=exif(6))
-        assert np.abs(pixels(data, channels).astype(int) - oracle(data, channels)).max() <= 1
+        assert (
+            np.abs(decode_full_size(data, channels).astype(int) - oracle(data, channels)).max() <= 1
+        )
     if mode.startswith("RGB"):
-        deep = pixels(ppm16(np.asarray(large), ".png"), 3)
+        deep = decode_full_size(ppm16(np.asarray(large), ".png"), 3)
         assert np.abs(deep.astype(int) - oracle(save(large, "PNG"), 3)).max() <= 1
 
 
 def test_transparent_pixels_lie_on_white():
     clear = Image.new("RGBA", (9, 7), (10, 200, 30, 0))
     for kind, options in (("PNG", {}), ("WEBP", {"lossless": True, "exact": True}), ("TIFF", {})):
-        assert (pixels(save(clear, kind, **options), 3) == 255).all(), kind
+        assert (decode_full_size(save(clear, kind, **options), 3) == 255).all(), kind
 
 
 def test_bmp_rows_from_the_top_and_os2_header():
     data = bytearray(save(RGB, "BMP"))
     data[22:26] = (-H).to_bytes(4, "little", signed=True)
-    assert np.array_equal(pixels(bytes(data), 3), np.asarray(RGB)[::-1])
+    assert np.array_equal(decode_full_size(bytes(data), 3), np.asarray(RGB)[::-1])
     rows = np.asarray(RGB)[::-1, :, ::-1].tobytes()  # 80 * 3 bytes a row need no padding
     os2 = (
         b"BM"
@@ -166,7 +168,7 @@ def test_bmp_rows_from_the_top_and_os2_header():
         + b"\1\0\x18\0"
         + rows
     )
-    assert np.array_equal(pixels(os2, 3), np.asarray(RGB))
+    assert np.array_equal(decode_full_size(os2, 3), np.asarray(RGB))
 
 
 def test_bmp_run_lengths():
@@ -188,7 +190,7 @@ def test_bmp_run_lengths():
         + (256).to_bytes(4, "little") * 2
     )
     data = head + palette + body
-    assert np.array_equal(pixels(data, 3), oracle(data, 3))
+    assert np.array_equal(decode_full_size(data, 3), oracle(data, 3))
 
 
 @pytest.mark.parametrize("turn", [1, 6])
@@ -197,7 +199,7 @@ def test_a_jpeg_decoded_at_a_fraction_agrees_with_the_whole(side, turn):
     large = RGB.resize((side * 4 // 3, side), Image.Resampling.BICUBIC)
     data = save(large, "JPEG", quality=92, exif=exif(turn))
     spec = InputSpec(height=224, width=224, short_side=256)
-    reduced, whole = decode(data, spec), fit(pixels(data, 3), spec)
+    reduced, whole = decode(data, spec), resize_to_input(decode_full_size(data, 3), spec)
     assert np.abs(reduced.astype(int) - whole).mean() < 2
 
 
@@ -206,7 +208,7 @@ def test_a_jpeg_decoded_at_a_fraction_agrees_with_the_whole(side, turn):
 def test_every_shape_fits(policy, size):
     for channels in (1, 3):
         spec = InputSpec(height=32, width=48, channels=channels, resize=policy)
-        out = fit(np.full((*size, channels), 200, np.uint8), spec)
+        out = resize_to_input(np.full((*size, channels), 200, np.uint8), spec)
         assert out.shape == (32, 48, channels)
         assert out.flags.c_contiguous
         assert (out == 200).mean() > 0.001
@@ -216,13 +218,13 @@ def test_every_shape_fits(policy, size):
 def test_crop_keeps_the_centre_and_pad_the_whole():
     image = np.zeros((100, 300, 3), np.uint8)
     image[:, 100:200] = 255
-    assert (fit(image, InputSpec(height=50, width=50)) == 255).all()
-    padded = fit(image, InputSpec(height=60, width=60, resize="pad"))
+    assert (resize_to_input(image, InputSpec(height=50, width=50)) == 255).all()
+    padded = resize_to_input(image, InputSpec(height=60, width=60, resize="pad"))
     assert (padded[:20] == 0).all()
     assert (padded[40:] == 0).all()
     assert (padded[25:35, 25:35] == 255).all()
     assert (padded[25:35, 5:15] == 0).all()
-    stretched = fit(image, InputSpec(height=60, width=60, resize="stretch"))
+    stretched = resize_to_input(image, InputSpec(height=60, width=60, resize="stretch"))
     assert (stretched[:, 25:35] == 255).all()
     assert (stretched[:, :15] == 0).all()
 
@@ -230,7 +232,9 @@ def test_crop_keeps_the_centre_and_pad_the_whole():
 def test_a_short_side_larger_than_the_size_cuts_the_border():
     image = np.zeros((256, 256, 1), np.uint8)
     image[16:240, 16:240] = 255
-    assert (fit(image, InputSpec(height=224, width=224, channels=1, short_side=256)) == 255).all()
+    assert (
+        resize_to_input(image, InputSpec(height=224, width=224, channels=1, short_side=256)) == 255
+    ).all()
 
 
 def test_pixels_of_the_right_size_pass_unchanged():

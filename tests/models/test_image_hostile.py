@@ -22,7 +22,7 @@ from models.image import (
     UndecodableImage,
     UnsupportedFormat,
     decode,
-    pixels,
+    decode_full_size,
 )
 
 SPEC = InputSpec(height=32, width=32)
@@ -240,7 +240,7 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_files_that_lie_are_refused(name):
     with pytest.raises(UndecodableImage):
-        pixels(HOSTILE[name], 3)
+        decode_full_size(HOSTILE[name], 3)
 
 
 def test_a_progressive_jpeg_of_a_thousand_scans_is_refused():

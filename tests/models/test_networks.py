@@ -5,9 +5,9 @@ import torch
 from safetensors.torch import save_file
 
 from models import networks
-from models.networks.weights import load_weights, weights_file
+from models.networks.weights import find_weights_file, load_weights
 
-OWN = list(networks.OWN)
+OWN = list(networks.SMALL_NETWORKS)
 # One model of each family of torchvision, the smallest, and the sizes that it takes.
 FAMILIES = {
     "alexnet": (32, 224),
@@ -75,7 +75,7 @@ def test_every_family_of_torchvision(name, size):
 
 
 def test_all_names_are_known():
-    known = networks.names()
+    known = networks.list_networks()
     assert set(OWN) | {"resnet152", "vit_h_14", "convnext_large", "regnet_y_128gf"} <= set(known)
     assert len(known) == len(set(known)) > 80
 
@@ -175,16 +175,16 @@ def test_weights_of_imagenet_come_from_the_cache_or_say_how_to_get_them(tmp_path
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens there
     with pytest.raises(ValueError, match=r"can't download https://.*fetch it"):
-        weights_file("imagenet", "squeezenet1_1")
+        find_weights_file("imagenet", "squeezenet1_1")
     place = tmp_path / "hub" / "checkpoints" / "squeezenet1_1-b8a52dc0.pth"
     torch.save(torchvision.models.squeezenet1_1().state_dict(), place)
     network = networks.build("squeezenet1_1", 5, 3, 224)
-    assert load_weights(network, weights_file("imagenet", "squeezenet1_1")) == [
+    assert load_weights(network, find_weights_file("imagenet", "squeezenet1_1")) == [
         "head.weight",
         "head.bias",
     ]
     with pytest.raises(ValueError, match="torchvision has none"):
-        weights_file("imagenet", "lenet")
+        find_weights_file("imagenet", "lenet")
 
 
 @pytest.mark.parametrize(

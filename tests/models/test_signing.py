@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from models.__main__ import main
-from models.bundle.checksums import BundleError, write_sums
+from models.bundle.checksums import BundleError, write_checksums
 from models.bundle.signing import verify_signature
 
 
@@ -89,7 +89,7 @@ def test_another_key_is_refused(signed, tmp_path, capsys):
 def test_files_that_changed_after_signing_are_refused_though_the_digests_fit(signed, spoil, capsys):
     bundle, public = signed
     spoil(bundle)
-    write_sums(bundle)
+    write_checksums(bundle)
     assert "bundle.sig: does not fit" in refused(bundle, public, capsys)
 
 

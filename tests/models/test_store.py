@@ -61,7 +61,7 @@ def test_a_late_writer_does_not_move_latest_back(tmp_path):
 
 
 def copy_as(source: Path, target: Path, version: int) -> None:
-    from models.bundle.checksums import write_sums
+    from models.bundle.checksums import write_checksums
 
     for file in source.rglob("*"):
         if file.is_file():
@@ -71,7 +71,7 @@ def copy_as(source: Path, target: Path, version: int) -> None:
     manifest = Bundle(source, verify=False).manifest
     manifest.version = version
     manifest.write(target)
-    write_sums(target)
+    write_checksums(target)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from support import tiny_bundle
 
-from models.bundle import Calibration, write_sums
+from models.bundle import Calibration, write_checksums
 from serve.settings import PREFIX, Settings
 
 ROOT = Path(__file__).parent.parent.parent
@@ -167,7 +167,7 @@ def test_check_runs_the_samples(tmp_path):
     expected = dict(np.load(path / "samples" / "expected.npz"))
     expected["probabilities"] = expected["probabilities"][:, ::-1]
     np.savez(path / "samples" / "expected.npz", **expected)
-    write_sums(path)
+    write_checksums(path)
     refused(run("check", "--store", tmp_path, "--json"), "self check", "probabilities", status=1)
 
 

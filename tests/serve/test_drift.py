@@ -7,8 +7,8 @@ import pytest
 from support import tiny_bundle
 from support.server import wait_until
 
-from models.bundle import SIGNALS, Histogram
-from models.drift import class_edges, edges, histogram, image_signals, psi
+from models.bundle import DRIFT_SIGNALS, Histogram
+from models.drift import bin_edges, class_edges, histogram, image_signals, psi
 from models.image import InputSpec, decode
 
 SPEC = InputSpec(height=32, width=32)
@@ -44,10 +44,10 @@ def made(seed: int, sizes: tuple[int, ...], labels: list[str]) -> tuple[list[byt
 def baseline() -> dict[str, Histogram]:
     found = signals(*made(0, (32, 48), tiny_bundle.CLASSES))
     cut = {
-        name: class_edges(3) if name == "class" else edges(values, bins=5)
+        name: class_edges(3) if name == "class" else bin_edges(values, bins=5)
         for name, values in found.items()
     }
-    assert tuple(found) == SIGNALS
+    assert tuple(found) == DRIFT_SIGNALS
     return {
         name: Histogram(edges=cut[name].tolist(), counts=histogram(values, cut[name]).tolist())
         for name, values in found.items()

@@ -7,13 +7,13 @@ from support import tiny_bundle
 from support.blocked_path import BlockedPath
 from support.server import Server, wait_until
 
-from models.bundle import write_sums
+from models.bundle import write_checksums
 
 
 def test_a_store_that_hangs_holds_up_only_who_asks_for_its_files(start, tmp_path):
     path = tiny_bundle.publish(tmp_path / "store")
     (path / "report.html").write_text("How good it is")
-    write_sums(path)
+    write_checksums(path)
     hang = BlockedPath(tmp_path / "hang", tmp_path / "store")
     service = start("--reload-seconds", "0", store=tmp_path / "store", env=hang.env)
     sample = (path / "samples" / "00.png").read_bytes()
@@ -44,7 +44,7 @@ def reported(tmp_path_factory):
     store = tmp_path_factory.mktemp("reported")
     path = tiny_bundle.publish(store)
     (path / "report.html").write_text("How good it is")
-    write_sums(path)
+    write_checksums(path)
     with Server(store, tmp_path_factory.mktemp("log") / "log") as running:
         yield running.wait_ready()
 

@@ -12,7 +12,7 @@ import pytest
 from support import tiny_bundle
 from support.server import Server
 
-from models.bundle import Calibration, write_sums
+from models.bundle import Calibration, write_checksums
 
 PASTE = """([name, bytes]) => {
   const files = new DataTransfer();
@@ -44,7 +44,7 @@ def store(tmp_path_factory) -> Path:
         "<!doctype html><title>Report</title><style>p{color:red}</style><p>How good it is"
         "<script>document.title = 'a script ran'</script>"
     )
-    write_sums(path)
+    write_checksums(path)
     return store
 
 

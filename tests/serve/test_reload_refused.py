@@ -17,7 +17,7 @@ from support.blocked_path import BlockedPath
 from support.hot_reload import FAST_RELOAD, check_processes, load, replace_worker, served_version
 from support.server import wait_until
 
-from models.bundle import write_sums
+from models.bundle import write_checksums
 from models.store import Store
 
 # Even root reads no file that is closed to it.
@@ -31,17 +31,17 @@ def spoiled(store, how: str) -> None:
         (path / "model.onnx").write_bytes((path / "model.onnx").read_bytes() + b"\0")
     elif how == "no graph":
         (path / "model.onnx").write_bytes(b"not a graph")
-        write_sums(path)
+        write_checksums(path)
     elif how == "other answers":
         expected = dict(np.load(path / "samples" / "expected.npz"))
         expected["probabilities"] = expected["probabilities"][:, ::-1]
         np.savez(path / "samples" / "expected.npz", **expected)
-        write_sums(path)
+        write_checksums(path)
     elif how == "no such class":
         manifest = json.loads((path / "manifest.json").read_text())
         manifest["samples"][0]["label"] = 99
         (path / "manifest.json").write_text(json.dumps(manifest))
-        write_sums(path)
+        write_checksums(path)
     elif how == "a graph that fails":
         tiny_bundle.fail_on_bright_pixels(path, 0.1)
     elif how == "a graph that hangs":

@@ -11,7 +11,7 @@ import pytest
 from support import tiny_bundle
 from support.server import assert_refused, loopback_flags, run_serve, wait_until
 
-from models.cpu_quota import cores as planned
+from models.cpu_quota import available_cores as planned
 from serve.settings import Settings
 
 

@@ -10,8 +10,8 @@ import onnx
 import pytest
 from support import tiny_bundle
 
-from models.bundle import Calibration, write_sums
-from models.bundle.checksums import sha256
+from models.bundle import Calibration, write_checksums
+from models.bundle.checksums import file_sha256
 from models.image import InputSpec, decode
 
 SPEC = InputSpec(height=32, width=32)
@@ -101,9 +101,9 @@ def test_a_model_without_heat_maps_says_so(start, tmp_path):
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["outputs"].remove("cam")
     file = path / "model.onnx"
-    manifest["variants"]["fp32"] |= {"sha256": sha256(file), "bytes": file.stat().st_size}
+    manifest["variants"]["fp32"] |= {"sha256": file_sha256(file), "bytes": file.stat().st_size}
     (path / "manifest.json").write_text(json.dumps(manifest))
-    write_sums(path)
+    write_checksums(path)
     service = start(store=tmp_path)
     answer = service.predict(tiny_bundle.make_image("red"), "?explain=cam")
     assert answer.status_code == 400

@@ -20,9 +20,9 @@ from models.bundle import (
     Provenance,
     Sample,
     Variant,
-    write_sums,
+    write_checksums,
 )
-from models.bundle.checksums import sha256
+from models.bundle.checksums import file_sha256
 from models.image import InputSpec, decode
 from models.store import Store
 
@@ -139,7 +139,7 @@ def publish(
                 "fp32": Variant(
                     file="model.onnx",
                     precision="fp32",
-                    sha256=sha256(file),
+                    sha256=file_sha256(file),
                     opset=18,
                     bytes=file.stat().st_size,
                 )
@@ -153,7 +153,7 @@ def publish(
                 seed=0,
             ),
         ).write(directory)
-        write_sums(directory)
+        write_checksums(directory)
         staged.publish(promote)
     return store / name / str(version)
 
@@ -169,9 +169,9 @@ def update_checksums(bundle: Path) -> None:
     manifest = json.loads((bundle / "manifest.json").read_text())
     for variant in manifest["variants"].values():
         if (file := bundle / variant["file"]).is_file():
-            variant["sha256"] = sha256(file)
+            variant["sha256"] = file_sha256(file)
     edit_manifest(bundle, variants=manifest["variants"])
-    write_sums(bundle)
+    write_checksums(bundle)
 
 
 def add_int8(bundle: Path, scale: float = 1.0) -> None:

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from support import ROOT
 
 from models import networks
-from models.bundle import SIGNALS, Bundle
+from models.bundle import DRIFT_SIGNALS, Bundle
 from models.image import decode
 from models.networks.weights import load_weights
 from train.data import ImageData
@@ -153,7 +153,7 @@ def test_calibration_and_baseline_are_of_the_data(bundle):
     error = (0.95 * 0.05 * (1 / counts["val"] + 1 / counts["test"])) ** 0.5
     kept = abs(c.conformal_coverage - 0.95) <= 2 * error
     assert kept or any("prediction sets" in note for note in m.notes)
-    assert set(m.baseline) == set(SIGNALS)
+    assert set(m.baseline) == set(DRIFT_SIGNALS)
     assert {sum(h.counts) for h in m.baseline.values()} == {counts["val"]}
     assert m.baseline["width"].counts == [0, counts["val"], 0]  # all scans are 8 pixels wide
     assert m.baseline["width"].edges[1] < 8 < m.baseline["width"].edges[2]

@@ -8,7 +8,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from models import networks
-from models.bundle.verify import runner
+from models.bundle.verify import load_runner
 from models.image import InputSpec
 from train.export.onnx_graph import InferenceGraph, export_onnx
 from train.export.quantize import QuantizationResult, QuantizeConfig, quantize
@@ -45,7 +45,7 @@ def spoiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def accuracy(file: Path) -> float:
     return float(
-        (runner(file)(IMAGES[1000:])["probabilities"].argmax(1) == DIGITS.target[1000:]).mean()
+        (load_runner(file)(IMAGES[1000:])["probabilities"].argmax(1) == DIGITS.target[1000:]).mean()
     )
 
 

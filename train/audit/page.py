@@ -5,7 +5,7 @@ from collections.abc import Callable
 from html import escape
 from typing import Any
 
-from models.image import InputSpec, fit
+from models.image import InputSpec, resize_to_input
 from train.audit.duplicates import LEAST
 from train.data import ImageData
 from train.data.pixels import encoded
@@ -141,7 +141,7 @@ def _thumbnails(data: ImageData) -> Callable[[dict[str, Any]], str]:
     def draw(image: dict[str, Any]) -> str:
         pixels = data.known.pixels[image["position"]]
         if max(pixels.shape[:2]) > THUMBNAIL:
-            pixels = fit(
+            pixels = resize_to_input(
                 pixels,
                 InputSpec(
                     height=THUMBNAIL, width=THUMBNAIL, channels=pixels.shape[2], resize="pad"

@@ -44,7 +44,7 @@ def _look(source: Source) -> list[np.ndarray]:
         np.linspace(0, len(index) - 1, min(LOOKED_AT, len(index)), dtype=np.int64)
     ].tolist():
         try:
-            images.append(image.pixels(encoded(source.items[i]), 3))
+            images.append(image.decode_full_size(encoded(source.items[i]), 3))
         except (OSError, image.ImageError) as error:
             problem = f"{source.items.name(i)}: {error}"
     if not images:

@@ -10,8 +10,8 @@ import lightning as L
 import numpy as np
 import torch
 
-from models.cpu_quota import cores
-from models.image import InputSpec, header
+from models.cpu_quota import available_cores
+from models.image import InputSpec, read_header
 from train.data.augment import Augmentation, Augmenter
 from train.data.cache import Known, known
 from train.data.input_size import input_spec, kept_spec, thumbnail_spec
@@ -111,7 +111,7 @@ class ImageData(L.LightningDataModule):
         """Processes that decode for this one: as asked for, or this process's share of the cores."""
         if self._workers is not None:
             return self._workers
-        return max(1, cores() // (self.trainer.num_devices if self.trainer else 1))
+        return max(1, available_cores() // (self.trainer.num_devices if self.trainer else 1))
 
     def prepare_data(self) -> None:
         """Download what has to be, in one process a node."""
@@ -315,7 +315,7 @@ class ImageData(L.LightningDataModule):
         chosen = index[np.lexsort((labels, turn))[:n]].tolist()
         files = [encoded(self.found.items[i]) for i in chosen]
         return [
-            (f"{j:02d}.{header(file).format}", file, int(self.found.labels[i]))
+            (f"{j:02d}.{read_header(file).format}", file, int(self.found.labels[i]))
             for j, (i, file) in enumerate(zip(chosen, files, strict=True))
         ]
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from models.bundle import Histogram
-from models.drift import class_edges, edges, histogram, image_signals
+from models.drift import bin_edges, class_edges, histogram, image_signals
 from train.export.calibrate import energy, softmax
 
 MAX_IMAGES = 4096  # enough for deciles; sharpness of more large images would only take time
@@ -26,7 +26,7 @@ def baseline(
         "height": sizes[:, 1],
     }
     chosen = {"class": (probabilities.argmax(1), class_edges(logits.shape[1]))}
-    chosen |= {name: (value, edges(value)) for name, value in values.items()}
+    chosen |= {name: (value, bin_edges(value)) for name, value in values.items()}
     return {
         name: Histogram(edges=found.tolist(), counts=histogram(value, found).tolist())
         for name, (value, found) in chosen.items()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from models.bundle.checksums import BundleError
-from models.bundle.onnx_screening import check_signature
+from models.bundle.onnx_screening import check_graph
 from models.image import InputSpec
 from models.networks.base import Network
 
@@ -82,7 +82,7 @@ def export_onnx(
         )
         assert program is not None  # with dynamo there always is one
         program.save(path, external_data=False)
-    graph = check_signature(path, spec.height, spec.width, spec.channels, classes, served.names())
+    graph = check_graph(path, spec.height, spec.width, spec.channels, classes, served.names())
     if graph.opset != opset:
         raise BundleError(f"{path}: asked for opset {opset}, got {graph.opset}")
     return graph.opset

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from models.bundle import Latency, Parity
-from models.bundle.verify import Runner, latency_ms
-from models.cpu_quota import cores
+from models.bundle.verify import Runner, measure_latency_ms
+from models.cpu_quota import available_cores
 from train.export.onnx_graph import InferenceGraph
 from train.export.provenance import cpu_name
 
@@ -69,11 +69,13 @@ def latencies(
         for name, run in runs.items():
             for size in LATENCY_SIZES:
                 batch = np.resize(images, (size, *images.shape[1:]))
-                best[name][size] = min(best[name][size], latency_ms(partial(run, batch), seconds))
+                best[name][size] = min(
+                    best[name][size], measure_latency_ms(partial(run, batch), seconds)
+                )
     return {
         name: Latency(
             device=cpu_name(),
-            threads=cores(),
+            threads=available_cores(),
             batch_ms=found,
             images_per_second=max(1000 * size / ms for size, ms in found.items()),
         )

@@ -19,8 +19,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import save_file
 
 from models.bundle import (
-    EXPECTED,
-    SAMPLES,
+    EXPECTED_FILE,
+    SAMPLES_DIRECTORY,
     BundleError,
     Calibration,
     DataInfo,
@@ -29,13 +29,13 @@ from models.bundle import (
     Metrics,
     Sample,
     Variant,
-    sha256,
-    write_sums,
+    file_sha256,
+    write_checksums,
 )
-from models.bundle.verify import compare, runner
+from models.bundle.verify import compare_outputs, load_runner
 from models.image import decode
 from models.networks.base import Network
-from models.store import Staged, Store
+from models.store import StagedVersion, Store
 from train.data import ImageData
 from train.export import evaluate
 from train.export import parity as parity_check
@@ -181,16 +181,16 @@ def interpreter() -> str:
 
 
 def seal(
-    staged: Staged, manifest: Manifest, seconds: dict[str, float], export: ExportConfig
+    staged: StagedVersion, manifest: Manifest, seconds: dict[str, float], export: ExportConfig
 ) -> Path:
     """Manifest, digests, signature; then it becomes visible."""
     manifest.provenance.seconds = seconds
     manifest.write(staged.path)
-    write_sums(staged.path)
+    write_checksums(staged.path)
     if export.sign_key:
-        from models.bundle.signing import sign
+        from models.bundle.signing import sign_bundle
 
-        sign(staged.path, Path(export.sign_key))
+        sign_bundle(staged.path, Path(export.sign_key))
     return staged.publish(export.promote).path
 
 
@@ -212,13 +212,15 @@ def write_samples(
     directory: Path, served: InferenceGraph, data: ImageData, count: int
 ) -> tuple[list[Sample], dict]:
     """Real validation images as files, and what the torch network gives for them."""
-    (directory / SAMPLES).mkdir()
+    (directory / SAMPLES_DIRECTORY).mkdir()
     samples = data.samples(count)
     for file, content, _ in samples:
-        (directory / SAMPLES / file).write_bytes(content)
+        (directory / SAMPLES_DIRECTORY / file).write_bytes(content)
     pixels = np.stack([decode(content, data.input) for _, content, _ in samples])
     expected = parity_check.torch_outputs(served, pixels) | {"pixels": pixels}
-    np.savez_compressed(directory / SAMPLES / EXPECTED, allow_pickle=False, **expected)
+    np.savez_compressed(
+        directory / SAMPLES_DIRECTORY / EXPECTED_FILE, allow_pickle=False, **expected
+    )
     return [Sample(file=file, label=label) for file, _, label in samples], expected
 
 
@@ -244,7 +246,7 @@ def make_variants(
         if tested is not None:
             files["int8"], accuracy["int8"] = target, tested
     with timed(seconds, "certify"):
-        runs = {name: runner(file) for name, file in files.items()}
+        runs = {name: load_runner(file) for name, file in files.items()}
         images = evaluate.images(data, "val", evaluate.evenly_spaced(data.counts["val"], CERTIFIED))
         parity = {name: parity_check.parity(run, served, images) for name, run in runs.items()}
         if parity["fp32"].max_abs_diff > parity_check.TOLERANCE or parity["fp32"].agreement < 1:
@@ -257,7 +259,8 @@ def make_variants(
             name: parity_check.TOLERANCE
             if name == "fp32"
             else max(
-                INT8_TOLERANCE, 2 * compare(run(expected["pixels"]), expected, 1.0).max_abs_diff
+                INT8_TOLERANCE,
+                2 * compare_outputs(run(expected["pixels"]), expected, 1.0).max_abs_diff,
             )
             for name, run in runs.items()
         }
@@ -265,7 +268,7 @@ def make_variants(
         name: Variant(
             file=file.name,
             precision=name,
-            sha256=sha256(file),
+            sha256=file_sha256(file),
             bytes=file.stat().st_size,
             opset=opset,
             accuracy=accuracy[name],
@@ -298,7 +301,7 @@ def make_int8(
     }
 
     def accuracy(file: Path, part: str) -> float:
-        run = runner(file)
+        run = load_runner(file)
         right = [
             run(evaluate.images(data, part, some))["probabilities"].argmax(1)
             == scores[part].labels[some]

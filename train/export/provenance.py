@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from models.bundle import DataInfo, Provenance
-from models.cpu_quota import cores
+from models.cpu_quota import available_cores
 
 PACKAGES = (
     "torch",
@@ -76,7 +76,7 @@ def cpu_name() -> str:
         )
     except OSError:
         pass  # not Linux
-    return f"{name}{flags}, {cores()} cores"
+    return f"{name}{flags}, {available_cores()} cores"
 
 
 def _version(package: str) -> str | None:

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import onnxruntime
 
-from models.cpu_quota import cores
+from models.cpu_quota import available_cores
 
 # What int8 makes faster, and what lies between two such layers; other elementwise operators cost more to convert than
 # they gain. Seen with these: ResNet-18 3.4x of fp32, EfficientNet-B0 0.8x (tests/benchmarks/bundle_export.json).
@@ -153,7 +153,7 @@ def by_damage(prepared: Path, images: np.ndarray, layers: list[str]) -> list[str
     model.graph.ClearField("output")
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in tensors)
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = cores()
+    options.intra_op_num_threads = available_cores()
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )

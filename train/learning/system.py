@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from models import networks
-from models.networks.weights import load_weights, moments, weights_file
+from models.networks.weights import find_weights_file, load_weights, read_normalization
 from train.failures import Diverged
 from train.learning import training_images
 from train.learning.optimizers import OptimizerConfig, build_optimizer
@@ -66,7 +66,7 @@ class Classifier(L.LightningModule):
                 four crops moved by one pixel as well.
         """
         super().__init__()
-        networks.check(network)
+        networks.check_name(network)
         if not 0 <= label_smoothing <= 1:
             raise ValueError(
                 f"model.label_smoothing: {label_smoothing} is not in 0..1; it is a share of the label"
@@ -109,13 +109,13 @@ class Classifier(L.LightningModule):
 
     def _load(self, weights: str, training: bool) -> None:
         """From a file. Raises ValueError where tensors that it lacks, or has in other shapes, would be scored."""
-        file = weights_file(weights, self.name)
+        file = find_weights_file(weights, self.name)
         lacking = [
             name
             for name in load_weights(self.network, file)
             if not name.endswith("num_batches_tracked")
         ]  # which no answer depends on
-        known = moments(file)
+        known = read_normalization(file)
         if (
             known and len(known[0]) == self.mean.numel()
         ):  # the weights go with what they were trained on

@@ -3,8 +3,8 @@
 import asyncio
 from pathlib import Path
 
-from models.bundle import SAMPLES, BundleError, inside
-from models.image.header import ImageError, header
+from models.bundle import SAMPLES_DIRECTORY, BundleError, resolve_inside
+from models.image.header import ImageError, read_header
 from models.store import Store
 from serve.http.dispatcher import Pool
 from serve.http.responses import Header, Problem, Request, Response
@@ -75,9 +75,9 @@ class Page:
         )
         if not (number.isascii() and number.isdecimal()) or int(number[:9]) >= len(samples):
             raise Problem(404, f"there are {len(samples)} samples, from 0")
-        content = await self.read(f"{SAMPLES}/{samples[int(number[:9])]['file']}")
+        content = await self.read(f"{SAMPLES_DIRECTORY}/{samples[int(number[:9])]['file']}")
         try:
-            kind = header(content).format
+            kind = read_header(content).format
         except ImageError as error:
             raise Problem(404, "this sample is no image") from error
         return Response(200, content, b"image/" + kind.encode(), GUARD)
@@ -104,7 +104,7 @@ class Page:
             raise Problem(404, "the bundle has no such file") from error
 
     def content(self, model: dict, name: str) -> bytes:
-        return inside(self.store.path(model["name"], model["version"]), name).read_bytes()
+        return resolve_inside(self.store.path(model["name"], model["version"]), name).read_bytes()
 
 
 def _only_get(request: Request) -> None:

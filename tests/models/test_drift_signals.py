@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.drift import class_edges, edges, histogram, image_signals, psi
+from models.drift import bin_edges, class_edges, histogram, image_signals, psi
 
 RANDOM = np.random.default_rng(0)
 
@@ -28,7 +28,7 @@ def test_grey_and_its_own_colour_are_alike():
 
 @given(st.lists(st.integers(-1000, 1000).map(lambda v: v / 8), min_size=1, max_size=200))
 def test_every_value_counts_once_and_edges_rise(values):
-    found = edges(np.array(values))
+    found = bin_edges(np.array(values))
     assert (np.diff(found) > 0).all()
     assert len(found) >= 2
     assert histogram(np.array(values), found).sum() == len(values)
@@ -37,12 +37,12 @@ def test_every_value_counts_once_and_edges_rise(values):
 
 def test_bins_hold_equal_mass():
     values = RANDOM.normal(size=10_000)
-    assert histogram(values, edges(values)).tolist() == pytest.approx([1000] * 10, abs=1)
+    assert histogram(values, bin_edges(values)).tolist() == pytest.approx([1000] * 10, abs=1)
 
 
 def test_a_size_never_seen_before_shows():
     baseline = np.array([320] * 50 + [500] * 50)
-    found = edges(baseline)
+    found = bin_edges(baseline)
     counts = histogram(baseline, found)
     assert sorted(counts.tolist()) == [0, 0, 50, 50]
     assert psi(counts, histogram(baseline[::-1], found)) == 0
@@ -52,7 +52,7 @@ def test_a_size_never_seen_before_shows():
 
 def test_the_index_moves_with_the_data_and_not_before():
     baseline = RANDOM.normal(size=5000)
-    found = edges(baseline)
+    found = bin_edges(baseline)
     counts = histogram(baseline, found)
     same, shifted = RANDOM.normal(size=2000), RANDOM.normal(1, size=2000)
     assert psi(counts, histogram(same, found)) < 0.02
