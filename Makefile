@@ -59,8 +59,16 @@ test-slow: dev ## run the slow tests
 
 lint: dev ## check style, types and the direction of imports
 	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check --quiet . || { echo "make: some files are not formatted; run: make format" >&2; exit 1; }
 	@$(VENV)/bin/lint-imports >/dev/null || $(VENV)/bin/lint-imports
 	@$(VENV)/bin/mypy
+	@$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml >/dev/null
+	@$(VENV)/bin/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml >/dev/null
+	@$(VENV)/bin/zizmor --offline --quiet .github
+
+format: dev ## format the code and sort imports
+	@$(VENV)/bin/ruff check --select I --fix --quiet .
+	@$(VENV)/bin/ruff format --quiet .
 
 dev: $(VENV)/.train.lock $(VENV)/.dev.lock
 
@@ -101,7 +109,8 @@ deploy: ## apply an overlay and wait until it serves: make deploy OVERLAY=local 
 undeploy: ## take it away, all but the volumes: make undeploy OVERLAY=local [PURGE=1: the volumes too]
 logs: ## what the pods say: make logs [FOLLOW=1]
 scale: ## make scale N=3
-deploy undeploy logs scale:
+render: ## print the manifests of an overlay: make render OVERLAY=cpu [REGISTRY=…] [TAG=…]
+deploy undeploy logs scale render:
 	@OVERLAY='$(OVERLAY)' N='$(N)' TRAIN='$(TRAIN)' PURGE='$(PURGE)' FOLLOW='$(FOLLOW)' \
 	  REGISTRY='$(filter-out localhost,$(REGISTRY))' TAG='$(if $(filter file,$(origin TAG)),,$(TAG))' k8s/cluster $@
 
@@ -112,8 +121,9 @@ $(VENV)/.%.lock: docker/%.lock
 	       "name another with PYTHON=…" >&2; exit 2; }
 	@[ -x $(python) ] || $(PYTHON) -m venv $(VENV)
 	@cmp -s $< $@ || { echo "Setting up $(VENV) from $<: the first time takes a few minutes"; \
-	  $(run) pip install --quiet --disable-pip-version-check -r $<; cp $< $@; }
+	  $(run) pip install --quiet --disable-pip-version-check -r $<; \
+	  $(run) pip install --quiet --disable-pip-version-check --no-deps --editable .; cp $< $@; }
 	@touch $@
 
-.PHONY: help setup train serve audit models test test-slow lint dev lock clean images test-images checkov \
-  deploy undeploy logs scale
+.PHONY: help setup train serve audit models test test-slow lint format dev lock clean images test-images checkov \
+  deploy undeploy logs scale render
