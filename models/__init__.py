@@ -1,7 +1,8 @@
-"""What training and serving must agree on: bytes to pixels, the bundle and its store, the networks."""
+"""What training and serving share: bytes to pixels, the bundle and its store, the networks."""
 
 import os
 
-# Newer builds of onnxruntime send usage data home from Linux too, and decide so when they are imported. Not from here.
-for _name in ("ORT_DISABLE_TELEMETRY", "ORT_TELEMETRY_DISABLED"):
-    os.environ.setdefault(_name, "1")
+# Newer builds of onnxruntime send usage data, also from Linux, and decide so when they are
+# imported. Imago switches that off, unless the environment says otherwise.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("ORT_TELEMETRY_DISABLED", "1")

@@ -1,179 +1,243 @@
-"""`python -m models`: look at bundles, check them, and move them between stores. Never imports torch."""
+"""`imago models`, also `python -m models`: list, check, sign and copy bundles.
+
+Exit status: 0 done; 1 `verify` found a bundle that must not be served; 2 invalid arguments, or
+something that can't be done. Never imports torch.
+"""
 
 import argparse
 import sys
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 
-from models.bundle import Bundle, BundleError, Latency
-from models.bundle.verify import Check, check_bundle
+from models.bundle import Bundle, BundleError, Latency, Variant
+from models.bundle.verify import BundleReport, VariantReport, verify_bundle
 from models.store import LATEST, Store
 from models.store.remote import pull, push
 
+DEFAULT_STORE = Path("artifacts/store")
 
-def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 done, 1 a bundle that does not pass `verify`, 2 anything asked for that can't be done."""
-    options = parser().parse_args(arguments)
+Options = argparse.Namespace
+Command = Callable[[Options], int]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return the exit status. Errors are one line on stderr."""
+    options = build_parser().parse_args(arguments)
     try:
-        return options.run(options)
+        return options.command(options)
     except BundleError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1 if options.run is verify else 2
+        return 1 if options.command is run_verify else 2
 
 
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="python -m models", description=__doc__.split("`: ")[1])
-    commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
+# ---------------------------------------------------------------------------------------------
+# Arguments
 
-    def command(
-        run, help: str, *, name: str = "", version: str | None = None
-    ) -> argparse.ArgumentParser:
-        sub = commands.add_parser(
-            run.__name__.rstrip("_"), help=help, description=help[0].upper() + help[1:] + "."
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser; it sets `command` to the function that runs."""
+    parser = argparse.ArgumentParser(
+        prog="imago models",
+        description="List, check and sign bundles, and move them between stores.",
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def add_command(name: str, command: Command, help: str) -> argparse.ArgumentParser:
+        description = help[0].upper() + help[1:] + "."
+        command_parser = commands.add_parser(name, help=help, description=description)
+        command_parser.set_defaults(command=command)
+        command_parser.add_argument(
+            "--store", type=Path, default=DEFAULT_STORE, help="directory (default: %(default)s)"
         )
-        sub.set_defaults(run=run)
-        if name:
-            sub.add_argument("name", help=name)
-        if version is not None:
-            sub.add_argument(
-                "version",
-                nargs="?",
-                default=version or None,
-                help="a number or latest (%(default)s)",
-            )
-        sub.add_argument(
-            "--store", type=Path, default=Path("artifacts/store"), help="directory (%(default)s)"
-        )
-        return sub
+        return command_parser
 
-    command(list_, "names, versions and what they score")
-    sub = command(show, "one bundle's manifest in brief", name="name in the store", version=LATEST)
-    sub.add_argument("--json", action="store_true", help="the manifest itself")
-    sub = command(
-        verify,
-        "check digests, graphs and answers of a bundle on this machine; exit status 0 or 1",
-        name="a bundle's directory, or a name in the store",
-        version=LATEST,
+    add_command("list", run_list, "list names, versions and their accuracy")
+
+    command = add_command("show", run_show, "show the main facts of a bundle's manifest")
+    _add_name(command)
+    _add_version(command)
+    command.add_argument("--json", action="store_true", help="print the manifest itself")
+
+    command = add_command(
+        "verify",
+        run_verify,
+        "check checksums, graphs and outputs of a bundle on this machine; exit status 0 or 1",
     )
-    sub.add_argument(
-        "--public-key", type=Path, help="PEM file; the bundle must be signed with its other half"
+    _add_name(command, "directory of a bundle, or name in the store")
+    _add_version(command)
+    command.add_argument(
+        "--public-key",
+        type=Path,
+        help="PEM file; the bundle must be signed with its private key",
     )
-    sub = command(sign, "sign a bundle with a key file", name="name in the store", version=LATEST)
-    sub.add_argument(
-        "--key", type=Path, required=True, help="PEM file of an elliptic curve private key"
+
+    command = add_command("sign", run_sign, "sign a bundle with a key file")
+    _add_name(command)
+    _add_version(command)
+    command.add_argument(
+        "--key", type=Path, required=True, help="PEM file with an elliptic curve private key"
     )
-    sub = command(promote, "point latest at a version", name="name in the store")
-    sub.add_argument("version", help="a number")
-    command(rollback, "point latest at the version before it", name="name in the store")
-    sub = command(
-        prune, "delete old versions, never latest nor the one before it", name="name in the store"
+
+    command = add_command("promote", run_promote, "point latest at a version")
+    _add_name(command)
+    command.add_argument("version", help="number of the version")
+
+    command = add_command("rollback", run_rollback, "point latest at the version before it")
+    _add_name(command)
+
+    command = add_command(
+        "prune", run_prune, "delete old versions, but never latest and the one before it"
     )
-    sub.add_argument(
-        "--keep", type=_positive, default=3, help="newest versions to keep (%(default)s)"
+    _add_name(command)
+    command.add_argument(
+        "--keep",
+        type=_parse_positive,
+        default=3,
+        help="number of newest versions to keep (default: %(default)s)",
     )
-    for run, direction in ((push_, "to"), (pull_, "from")):
-        sub = command(
-            run,
-            f"copy a bundle {direction} another store, digests checked",
-            name="name",
-            version=LATEST,
-        )
-        sub.add_argument(
-            "url", help="any URL that fsspec knows: s3://bucket/store, gs://…, file:///…"
-        )
-        sub.add_argument("--no-promote", action="store_true", help="leave latest where it is")
-    return top
+
+    command = add_command("push", run_push, "copy a bundle to another store and check it there")
+    _add_copy_arguments(command)
+
+    command = add_command("pull", run_pull, "copy a bundle from another store and check it")
+    _add_copy_arguments(command)
+    return parser
 
 
-def list_(options) -> int:
+def _add_name(parser: argparse.ArgumentParser, help: str = "name in the store") -> None:
+    parser.add_argument("name", help=help)
+
+
+def _add_version(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "version", nargs="?", default=LATEST, help="number or latest (default: %(default)s)"
+    )
+
+
+def _add_copy_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_name(parser)
+    _add_version(parser)
+    parser.add_argument(
+        "url",
+        help="URL of the other store, as fsspec takes it: s3://bucket/store, gs://…, file:///…",
+    )
+    parser.add_argument("--no-promote", action="store_true", help="leave latest where it is")
+
+
+def _parse_positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
+# ---------------------------------------------------------------------------------------------
+# Commands: each takes the parsed arguments and returns the exit status
+
+
+def run_list(options: Options) -> int:
+    """Print a table of all versions. A broken bundle is a row that says why."""
     store = Store(options.store)
     rows = [("NAME", "VERSION", "CREATED", "NETWORK", "ACCURACY", "VARIANTS", "")]
     for name in store.names():
+        latest = store.latest(name)
         for version in store.versions(name):
-            latest = "latest" if version == store.latest(name) else ""
-            try:
-                bundle = store.open(name, version, verify=False)
-            except BundleError as error:
-                rows.append((name, str(version), "-", "-", "-", "-", f"unreadable: {error}"))
-                continue
-            m = bundle.manifest
-            rows.append(
-                (
-                    name,
-                    str(version),
-                    _day(m.created),
-                    m.network,
-                    _accuracy(bundle),
-                    " ".join(m.variants),
-                    latest,
-                )
-            )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        )
+            rows.append(_list_row(store, name, version, is_latest=version == latest))
+    _print_table(rows)
     return 0
 
 
-def show(options) -> int:
+def _list_row(store: Store, name: str, version: int, is_latest: bool) -> tuple[str, ...]:
+    try:
+        bundle = store.open(name, version, verify=False)
+    except BundleError as error:
+        return (name, str(version), "-", "-", "-", "-", f"unreadable: {error}")
+
+    manifest = bundle.manifest
+    return (
+        name,
+        str(version),
+        _format_date(manifest.created),
+        manifest.network,
+        _format_test_accuracy(bundle),
+        " ".join(manifest.variants),
+        LATEST if is_latest else "",
+    )
+
+
+def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        print("  ".join(cells).rstrip())
+
+
+def run_show(options: Options) -> int:
+    """Print the main facts of one bundle, or its manifest as JSON."""
     bundle = Store(options.store).open(options.name, options.version, verify=False)
-    m = bundle.manifest
+    manifest = bundle.manifest
     if options.json:
-        print(m.model_dump_json(indent=1))
+        print(manifest.model_dump_json(indent=1))
         return 0
-    c, p = m.calibration, m.provenance
+
+    input_spec = manifest.input
     print(
-        f"{m.name}/{m.version}  {m.network}, {len(m.classes)} classes, "
-        f"{m.input.height}x{m.input.width}x{m.input.channels}, made {_day(m.created)}"
+        f"{manifest.name}/{manifest.version}  {manifest.network}, {len(manifest.classes)} classes, "
+        f"{input_spec.height}x{input_spec.width}x{input_spec.channels}, "
+        f"created {_format_date(manifest.created)}"
     )
-    print(f"  test       accuracy {_accuracy(bundle)}")
-    for name, v in m.variants.items():
-        speed = _speed(v.latency) if v.latency else "not timed"
-        accuracy = "-" if v.accuracy is None else f"{100 * v.accuracy:.2f} %"
-        print(f"  {name:9s}  {v.bytes / 1e6:.2f} MB, accuracy {accuracy}, {speed}, opset {v.opset}")
-    print(f"  answers    temperature {c.temperature:.3f}, abstains below {c.abstain_threshold:.3f}")
-    dirty = " (dirty)" if p.git_dirty else ""
+    print(f"  test       accuracy {_format_test_accuracy(bundle)}")
+    for name, variant in manifest.variants.items():
+        print(f"  {name:9s}  {_format_variant(variant)}")
+
+    calibration = manifest.calibration
     print(
-        f"  from       {p.data.source}, commit {(p.git_commit or 'unknown')[:12]}{dirty}, seed {p.seed}, {p.device}"
+        f"  calibrated temperature {calibration.temperature:.3f}, "
+        f"abstains below {calibration.abstain_threshold:.3f}"
     )
-    for note in m.notes:
+
+    provenance = manifest.provenance
+    commit = (provenance.git_commit or "unknown")[:12]
+    dirty = " (dirty)" if provenance.git_dirty else ""
+    print(
+        f"  from       {provenance.data.source}, commit {commit}{dirty}, "
+        f"seed {provenance.seed}, {provenance.device}"
+    )
+    for note in manifest.notes:
         print(f"  note       {note}")
     return 0
 
 
-def verify(options) -> int:
+def run_verify(options: Options) -> int:
+    """Verify a bundle on this machine and print what was measured."""
     path = Path(options.name)
     if not path.is_dir():
         path = Store(options.store).path(options.name, options.version)
-    check = check_bundle(path, options.public_key)
-    print("\n".join(_lines(check)))
-    return 1 if check.problems else 0
+
+    report = verify_bundle(path, options.public_key)
+    _print_report(report)
+    return 1 if report.problems else 0
 
 
-def _lines(check: Check) -> list[str]:
-    m = check.bundle.manifest
-    lines = [
-        f"{m.name}/{m.version}  digests fit, signed: {check.signed}; "
-        f"{len(m.samples)} samples decode within {check.samples.pixel_diff:.2g} of 255"
-    ]
-    for c in check.variants:
-        one, eight = c.batch_ms[1], c.batch_ms[8]
-        lines.append(
-            f"  {c.variant:5s} max |dp| {c.verdict.max_abs_diff:.1e} ({c.tolerance:.1e} allowed), "
-            f"{100 * c.verdict.agreement:.0f} % same labels; "
-            f"batch 1 {one:.2f} ms, batch 8 {eight:.2f} ms ({8000 / eight:.0f} images/s)"
-        )
-    verdict = "; ".join(check.problems)
-    return [
-        *lines,
-        f"FAILED: {verdict}"
-        if verdict
-        else f"ok: {m.name}/{m.version} does here what it did when made",
-    ]
+def _print_report(report: BundleReport) -> None:
+    manifest = report.bundle.manifest
+    title = f"{manifest.name}/{manifest.version}"
+    print(
+        f"{title}  checksums match, signed: {report.signed}; {len(manifest.samples)} samples "
+        f"decode within {report.samples.pixel_diff:.2g} of 255"
+    )
+    for variant in report.variants:
+        print(f"  {_format_variant_report(variant)}")
+
+    if report.problems:
+        print(f"FAILED: {'; '.join(report.problems)}")
+    else:
+        print(f"ok: {title} reproduces its expected outputs on this machine")
 
 
-def sign(options) -> int:
+def run_sign(options: Options) -> int:
+    """Sign a bundle after checking it."""
     from models.bundle.signing import sign_bundle
 
     bundle = Store(options.store).open(options.name, options.version)
@@ -182,62 +246,89 @@ def sign(options) -> int:
     return 0
 
 
-def promote(options) -> int:
+def run_promote(options: Options) -> int:
+    """Point latest at a version after checking it."""
     store = Store(options.store)
     if not options.version.isdecimal():
-        raise BundleError(f"{options.version!r} is no version to promote: give a number")
-    store.open(options.name, options.version)  # whole, or nobody is sent there
+        raise BundleError(f"can't promote {options.version!r}; give a number")
+    store.open(options.name, options.version)
     store.promote(options.name, int(options.version))
     print(f"{options.name}: latest is {options.version}")
     return 0
 
 
-def rollback(options) -> int:
-    print(f"{options.name}: latest is {Store(options.store).rollback(options.name)}")
+def run_rollback(options: Options) -> int:
+    """Point latest at the version before it."""
+    version = Store(options.store).rollback(options.name)
+    print(f"{options.name}: latest is {version}")
     return 0
 
 
-def prune(options) -> int:
-    gone = Store(options.store).prune(options.name, options.keep)
-    print(f"{options.name}: deleted {', '.join(map(str, gone)) or 'nothing'}")
+def run_prune(options: Options) -> int:
+    """Delete old versions."""
+    deleted = Store(options.store).prune(options.name, options.keep)
+    print(f"{options.name}: deleted {', '.join(map(str, deleted)) or 'nothing'}")
     return 0
 
 
-def push_(options) -> int:
-    where, copied = push(
-        Store(options.store), options.name, options.version, options.url, not options.no_promote
-    )
-    print(f"{'pushed to' if copied else 'already at'} {where}")
+def run_push(options: Options) -> int:
+    """Copy a bundle to another store."""
+    store = Store(options.store)
+    promote = not options.no_promote
+    url, is_copied = push(store, options.name, options.version, options.url, promote)
+    print(f"{'pushed to' if is_copied else 'already at'} {url}")
     return 0
 
 
-def pull_(options) -> int:
-    bundle, copied = pull(
-        Store(options.store), options.name, options.version, options.url, not options.no_promote
-    )
-    print(f"{'pulled to' if copied else 'already at'} {bundle.path}")
+def run_pull(options: Options) -> int:
+    """Copy a bundle from another store."""
+    store = Store(options.store)
+    promote = not options.no_promote
+    bundle, is_copied = pull(store, options.name, options.version, options.url, promote)
+    print(f"{'pulled to' if is_copied else 'already at'} {bundle.path}")
     return 0
 
 
-def _accuracy(bundle: Bundle) -> str:
+# ---------------------------------------------------------------------------------------------
+# Formatting
+
+
+def _format_test_accuracy(bundle: Bundle) -> str:
     metrics = bundle.manifest.metrics.get("test")
-    return f"{100 * metrics.accuracy:.2f} %" if metrics else "-"
+    return _format_share(metrics.accuracy if metrics else None)
 
 
-def _speed(latency: Latency) -> str:
-    rate = latency.images_per_second
-    return f"{rate:.0f} images/s ({rate / latency.threads:.0f} a core of {latency.threads})"
+def _format_variant(variant: Variant) -> str:
+    speed = _format_latency(variant.latency) if variant.latency else "not timed"
+    return (
+        f"{variant.bytes / 1e6:.2f} MB, accuracy {_format_share(variant.accuracy)}, "
+        f"{speed}, opset {variant.opset}"
+    )
 
 
-def _day(created: datetime) -> str:
+def _format_latency(latency: Latency) -> str:
+    images_per_second = latency.images_per_second
+    per_core = images_per_second / latency.threads
+    return f"{images_per_second:.0f} images/s ({per_core:.0f} per core, {latency.threads} cores)"
+
+
+def _format_variant_report(report: VariantReport) -> str:
+    comparison = report.comparison
+    single = report.batch_ms[1]
+    eight = report.batch_ms[8]
+    return (
+        f"{report.variant:5s} max |dp| {comparison.max_abs_diff:.1e} "
+        f"({report.tolerance:.1e} allowed), {100 * comparison.agreement:.0f} % same labels; "
+        f"batch 1 {single:.2f} ms, batch 8 {eight:.2f} ms ({8000 / eight:.0f} images/s)"
+    )
+
+
+def _format_share(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.2f} %"
+
+
+def _format_date(created: datetime) -> str:
     return created.strftime("%Y-%m-%d %H:%M")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("at least 1")
-    return value
 
 
 if __name__ == "__main__":

@@ -1,59 +1,74 @@
-"""How many cores this process may use, by affinity and CPU quota: a container sees all that its host has."""
+"""How many cores this process may use, by CPU affinity and cgroup quota.
+
+A container sees all cores of its host; `available_cores` says how many threads pay off. Used by
+training and serving to size their thread pools.
+"""
 
 import math
 import os
 from pathlib import Path
 
-CGROUPS = Path("/sys/fs/cgroup")
-OWN_CGROUPS = Path("/proc/self/cgroup")
+CGROUP_ROOT = Path("/sys/fs/cgroup")
+PROCESS_CGROUPS = Path("/proc/self/cgroup")
 
 
 def available_cores() -> int:
-    """Whole cores to plan with: the least of affinity and CPU quota, rounded up, at least one."""
-    usable = len(os.sched_getaffinity(0))
-    limit = read_quota(OWN_CGROUPS.read_text() if OWN_CGROUPS.exists() else "", CGROUPS)
-    return max(1, min(usable, math.ceil(limit))) if limit else usable
+    """Return the lesser of affinity and CPU quota, rounded up to whole cores, at least one."""
+    affinity = len(os.sched_getaffinity(0))
+    membership = PROCESS_CGROUPS.read_text() if PROCESS_CGROUPS.exists() else ""
+    quota = read_quota(membership, CGROUP_ROOT)
+    if not quota:
+        return affinity
+    return max(1, min(affinity, math.ceil(quota)))
 
 
 def read_quota(membership: str, root: Path) -> float | None:
-    """Cores that the CPU quota grants, or None where there is none.
+    """Return the cores that the CPU quota grants, or None without a quota.
 
-    `membership` is the text of /proc/self/cgroup, lines `hierarchy:controllers:path`; an empty list of controllers
-    marks version 2. A quota on any parent counts as well, so the path is walked up to `root`.
+    `membership` is the text of /proc/self/cgroup: lines `hierarchy:controllers:path`, where an
+    empty list of controllers marks version 2. A parent's quota limits its children, so all
+    directories from the process's own up to `root` count.
     """
-    limits = []
+    quotas: list[float | None] = []
     for line in membership.splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            limits += [_v2(directory) for directory in _upwards(root, path)]
+            for directory in _list_cgroups(root, path):
+                quotas.append(_read_quota_v2(directory))
         elif "cpu" in controllers.split(","):
             for mount in (root / controllers, root / "cpu", root / "cpu,cpuacct"):
-                limits += [_v1(directory) for directory in _upwards(mount, path)]
-    known = [limit for limit in limits if limit]
-    return min(known) if known else None
+                for directory in _list_cgroups(mount, path):
+                    quotas.append(_read_quota_v1(directory))
+
+    return min((quota for quota in quotas if quota), default=None)
 
 
-def _upwards(mount: Path, path: str) -> list[Path]:
-    """The cgroup's directory and its parents; inside a container only the mount itself may exist."""
-    own = mount / path.lstrip("/")
-    parents = [own, *own.parents] if ".." not in own.parts else [mount]
-    return [p for p in parents if p.is_relative_to(mount) and p.is_dir()]
+def _list_cgroups(mount: Path, path: str) -> list[Path]:
+    """Return a cgroup's directory and its parents; in a container often only the mount exists."""
+    directory = mount / path.lstrip("/")
+    is_outside = ".." in directory.parts
+    candidates = [mount] if is_outside else [directory, *directory.parents]
+    return [
+        candidate
+        for candidate in candidates
+        if candidate.is_relative_to(mount) and candidate.is_dir()
+    ]
 
 
-def _v2(directory: Path) -> float | None:
-    """cpu.max holds `quota period` in microseconds, or `max period`."""
+def _read_quota_v2(directory: Path) -> float | None:
+    """Read cpu.max, which holds `quota period` in microseconds, or `max period`."""
     try:
-        limit, period = (directory / "cpu.max").read_text().split()
-        return None if limit == "max" else int(limit) / int(period)
+        quota, period = (directory / "cpu.max").read_text().split()
+        return None if quota == "max" else int(quota) / int(period)
     except (OSError, ValueError, ZeroDivisionError):
         return None
 
 
-def _v1(directory: Path) -> float | None:
-    """cpu.cfs_quota_us is -1 where there is no limit."""
+def _read_quota_v1(directory: Path) -> float | None:
+    """Read cpu.cfs_quota_us, which is -1 without a limit, and cpu.cfs_period_us."""
     try:
-        limit = int((directory / "cpu.cfs_quota_us").read_text())
+        quota = int((directory / "cpu.cfs_quota_us").read_text())
         period = int((directory / "cpu.cfs_period_us").read_text())
-        return limit / period if limit > 0 else None
+        return quota / period if quota > 0 else None
     except (OSError, ValueError, ZeroDivisionError):
         return None

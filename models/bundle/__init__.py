@@ -1,24 +1,22 @@
 """The bundle: manifest, checksums, ONNX screening, signatures and verification.
 
-bundle = Bundle("artifacts/store/digits/3")     # raises BundleError where it can't be trusted
+bundle = Bundle("artifacts/store/digits/3")  # raises BundleError if it can't be trusted
 bundle.manifest.classes
 """
 
+from models.bundle.bundle import EXPECTED_FILE, SAMPLES_DIRECTORY, Bundle
 from models.bundle.checksums import (
     CHECKSUMS_FILE,
-    BundleError,
+    SIGNATURE_FILE,
     file_sha256,
     resolve_inside,
     write_checksums,
 )
+from models.bundle.errors import BundleError
 from models.bundle.manifest import (
     DRIFT_SIGNALS,
-    EXPECTED_FILE,
     MANIFEST_FILE,
     NAME_PATTERN,
-    REQUIRED_OUTPUTS,
-    SAMPLES_DIRECTORY,
-    Bundle,
     Calibration,
     ClassMetrics,
     DataInfo,
@@ -39,8 +37,8 @@ __all__ = [
     "EXPECTED_FILE",
     "MANIFEST_FILE",
     "NAME_PATTERN",
-    "REQUIRED_OUTPUTS",
     "SAMPLES_DIRECTORY",
+    "SIGNATURE_FILE",
     "Bundle",
     "BundleError",
     "Calibration",

@@ -1,6 +1,7 @@
-"""Does a bundle do on this machine what it did where it was made? Needs onnxruntime, never torch.
+"""Verify that a bundle gives the same outputs on this machine as where it was made.
 
-`compare_outputs` is shared by `python -m models verify` and by the server's self check.
+`imago models verify` runs `verify_bundle`. The server's self check and the export of training use
+the parts. Needs onnxruntime, never torch.
 """
 
 import statistics
@@ -12,184 +13,243 @@ from pathlib import Path
 
 import numpy as np
 
-from models.bundle import MANIFEST_FILE, SAMPLES_DIRECTORY, Bundle, BundleError
-from models.bundle.checksums import SIGNATURE
+from models.bundle.bundle import SAMPLES_DIRECTORY, Bundle
+from models.bundle.checksums import SIGNATURE_FILE
+from models.bundle.errors import BundleError
+from models.bundle.manifest import MANIFEST_FILE, Variant
 from models.cpu_quota import available_cores
 from models.image import ImageError, decode
 
-MAX_PIXEL_DIFF = 1.0  # mean |difference| in 0..255 that other builds of the JPEG library may cause
-Runner = Callable[[np.ndarray], dict[str, np.ndarray]]
+MAX_PIXEL_DIFF = 1.0
+"""Mean |difference| in 0..255 that another build of the JPEG library may cause."""
+
+EXACT_TOLERANCE = 1e-3
+"""Variants with a tolerance up to this reproduce all outputs; int8 only the probabilities."""
+
+TIMED_BATCH_SIZES = (1, 8)
+
+Outputs = dict[str, np.ndarray]
+Runner = Callable[[np.ndarray], Outputs]
+"""Runs a graph: uint8 [N, H, W, C] to its outputs by name."""
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """How near the outputs are to what was expected. True where they are near enough."""
+class Comparison:
+    """How close outputs are to the expected ones. True where they are close enough."""
 
-    max_abs_diff: float  # of any probability
-    agreement: float  # share of images with the same label, 0..1
-    reason: str  # one clause on what is wrong, empty where nothing is
+    max_abs_diff: float
+    """Largest |difference| of any probability."""
+
+    agreement: float
+    """Share of images with the same label, 0..1."""
+
+    reason: str
+    """What is wrong, as one clause; empty where nothing is."""
 
     def __bool__(self) -> bool:
         return not self.reason
 
 
-def compare_outputs(
-    outputs: dict[str, np.ndarray], expected: dict[str, np.ndarray], tolerance: float = 1e-4
-) -> Verdict:
-    """Compare what an engine gave, a row an image, with what is expected of those images.
+def compare_outputs(outputs: Outputs, expected: Outputs, tolerance: float = 1e-4) -> Comparison:
+    """Compare an engine's outputs, one row an image, with the expected ones.
 
-    `tolerance` bounds |difference| of probabilities; take it from the variant's manifest entry. The other outputs that
-    both have must have the same shape, be finite and, where the tolerance is that of an exact variant (1e-3 or less),
-    lie within ten times the tolerance of the expected, relative to the largest magnitude expected.
+    `tolerance` bounds the |difference| of probabilities; take it from the variant in the manifest.
+    All outputs that both have must have the same shape and be finite. With the tolerance of an
+    exact variant, they must also lie within ten times the tolerance of the expected, relative to
+    the largest expected magnitude.
     """
-    reason, probabilities = "", expected["probabilities"]
     if "probabilities" not in outputs:
-        return Verdict(float("inf"), 0.0, "no probabilities among the outputs")
+        return Comparison(float("inf"), 0.0, "no probabilities among the outputs")
+
+    reason = ""
     for name in sorted(set(outputs) & set(expected)):
-        found, wanted = np.asarray(outputs[name]), expected[name]
-        if found.shape != wanted.shape:
-            return Verdict(
-                float("inf"), 0.0, f"{name} has the shape {found.shape}, not {wanted.shape}"
-            )
-        if not np.isfinite(found).all():
-            return Verdict(float("inf"), 0.0, f"{name} is not finite")
-        scale = max(1.0, np.abs(wanted).max())
-        if (
-            name != "probabilities"
-            and tolerance <= 1e-3
-            and np.abs(found - wanted).max() > 10 * tolerance * scale
-        ):
-            reason = f"{name} differs by {np.abs(found - wanted).max():.2g} from the expected"
-    difference = float(np.abs(outputs["probabilities"] - probabilities).max())
-    agreement = float((outputs["probabilities"].argmax(1) == probabilities.argmax(1)).mean())
-    if difference > tolerance:
-        reason = f"probabilities differ by {difference:.2g} from the expected, and {tolerance:.2g} is allowed"
-    return Verdict(difference, agreement, reason)
+        actual = np.asarray(outputs[name])
+        wanted = expected[name]
+        if actual.shape != wanted.shape:
+            problem = f"{name} has the shape {actual.shape}, not {wanted.shape}"
+            return Comparison(float("inf"), 0.0, problem)
+        if not np.isfinite(actual).all():
+            return Comparison(float("inf"), 0.0, f"{name} is not finite")
+
+        if name != "probabilities" and tolerance <= EXACT_TOLERANCE:
+            difference = np.abs(actual - wanted).max()
+            magnitude = max(1.0, np.abs(wanted).max())
+            if difference > 10 * tolerance * magnitude:
+                reason = f"{name} differs by {difference:.2g} from the expected"
+
+    actual = outputs["probabilities"]
+    wanted = expected["probabilities"]
+    max_abs_diff = float(np.abs(actual - wanted).max())
+    agreement = float((actual.argmax(1) == wanted.argmax(1)).mean())
+    if max_abs_diff > tolerance:
+        reason = (
+            f"probabilities differ by {max_abs_diff:.2g} from the expected "
+            f"({tolerance:.2g} is allowed)"
+        )
+    return Comparison(max_abs_diff, agreement, reason)
 
 
 def load_runner(path: Path, threads: int = 0) -> Runner:
-    """A function from uint8 [N, H, W, C] to the graph's outputs by name, on the CPU; 0 threads means one for each core
-    that this process may use.
+    """Load an ONNX file into onnxruntime on the CPU, and return a function that runs it.
 
-    Raises BundleError where onnxruntime can't load the file.
+    0 threads means one for each core that this process may use. Both loading and running raise
+    BundleError where onnxruntime fails.
     """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or available_cores()
-    options.log_severity_level = 3
+    options.log_severity_level = 3  # errors only
     try:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's own exceptions share no base class but this
-        raise BundleError(
-            f"{path}: onnxruntime can't load it: {str(error).splitlines()[0]}"
-        ) from error
+    except Exception as error:  # onnxruntime's exceptions share no other base class
+        cause = str(error).splitlines()[0]
+        raise BundleError(f"{path}: onnxruntime can't load it: {cause}") from error
     names = [output.name for output in session.get_outputs()]
 
-    def run(image: np.ndarray) -> dict[str, np.ndarray]:
+    def run(image: np.ndarray) -> Outputs:
         try:
             return dict(zip(names, session.run(None, {"image": image}), strict=True))
         except Exception as error:
-            raise BundleError(
-                f"{path}: onnxruntime can't run it: {str(error).splitlines()[0]}"
-            ) from error
+            cause = str(error).splitlines()[0]
+            raise BundleError(f"{path}: onnxruntime can't run it: {cause}") from error
 
     return run
 
 
-def measure_latency_ms(run: Callable[[], object], seconds: float = 0.3, least: int = 3) -> float:
-    """Median milliseconds of a call, over about `seconds` and at least `least` calls, after one to warm up."""
+def measure_latency_ms(
+    run: Callable[[], object], seconds: float = 0.3, min_calls: int = 3
+) -> float:
+    """Return the median milliseconds of a call.
+
+    Calls `run` once to warm up, then for about `seconds` and at least `min_calls` times.
+    """
     run()
-    times, end = list[float](), time.perf_counter() + seconds
-    while len(times) < least or time.perf_counter() < end:
+    milliseconds: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(milliseconds) < min_calls or time.perf_counter() < end:
         start = time.perf_counter()
         run()
-        times.append(1000 * (time.perf_counter() - start))
-    return statistics.median(times)
+        milliseconds.append(1000 * (time.perf_counter() - start))
+    return statistics.median(milliseconds)
 
 
 @dataclass(frozen=True)
 class Samples:
-    """What a bundle brings to be checked by."""
+    """The sample images of a bundle and the outputs expected for them."""
 
-    images: np.ndarray  # uint8 [S,H,W,C], as they were decoded where the bundle was made
-    expected: dict[str, np.ndarray]  # what the network gave there, by name, a row an image
-    pixel_diff: float  # mean |difference| to what this machine decodes, 0..255
+    images: np.ndarray
+    """uint8 [S,H,W,C], as decoded where the bundle was made."""
+
+    expected: Outputs
+    """Outputs of the torch network by name, one row an image."""
+
+    pixel_diff: float
+    """Mean |difference| between `images` and what this machine decodes, 0..255."""
 
     @property
     def problem(self) -> str:
-        """One clause where this machine decodes otherwise than other builds of the same library may, else empty."""
+        """What is wrong with decoding on this machine, as one clause; empty where nothing is."""
         if self.pixel_diff <= MAX_PIXEL_DIFF:
             return ""
-        return f"samples decode differently here, by {self.pixel_diff:.2g} of 255 on average"
+        return f"samples decode differently on this machine, by {self.pixel_diff:.2g} of 255 on average"
 
 
 def decode_samples(bundle: Bundle) -> Samples:
-    """Decode the samples of a bundle. Raises BundleError where there are none, or one is no image."""
-    spec, decoded = bundle.manifest.input, []
-    for sample, data in zip(bundle.manifest.samples, bundle.sample_bytes(), strict=True):
+    """Decode the samples of a bundle on this machine.
+
+    Raises BundleError where there are none, one is not an image, or expected.npz is of others.
+    """
+    input_spec = bundle.manifest.input
+    decoded: list[np.ndarray] = []
+    for sample, data in zip(bundle.manifest.samples, bundle.read_samples(), strict=True):
         try:
-            decoded.append(decode(data, spec))
+            decoded.append(decode(data, input_spec))
         except ImageError as error:
-            raise BundleError(
-                f"{bundle.path / SAMPLES_DIRECTORY / sample.file}: {error}"
-            ) from error
+            path = bundle.path / SAMPLES_DIRECTORY / sample.file
+            raise BundleError(f"{path}: {error}") from error
     if not decoded:
-        raise BundleError(f"{bundle.path / MANIFEST_FILE}: names no samples to check the bundle by")
-    expected = bundle.expected()
-    images = expected.get("pixels", np.stack(decoded))
-    if images.shape != np.shape(decoded) or len(images) != len(expected.get("probabilities", ())):
         raise BundleError(
-            f"{bundle.path}: the expected outputs are not of the {len(decoded)} samples"
+            f"{bundle.path / MANIFEST_FILE}: lists no samples, so the bundle can't be verified"
         )
-    return Samples(images, expected, float(np.abs(images.astype(np.int16) - decoded).mean()))
+
+    pixels = np.stack(decoded)
+    expected = bundle.read_expected()
+    images = expected.get("pixels", pixels)
+    if images.shape != pixels.shape or len(images) != len(expected.get("probabilities", ())):
+        raise BundleError(
+            f"{bundle.path}: the expected outputs are not those of the {len(decoded)} samples"
+        )
+    pixel_diff = float(np.abs(images.astype(np.int16) - pixels).mean())
+    return Samples(images, expected, pixel_diff)
 
 
 @dataclass(frozen=True)
-class VariantCheck:
-    """What one variant did on this machine."""
+class VariantReport:
+    """Outputs and speed of one variant on this machine."""
 
     variant: str
-    verdict: Verdict
+    comparison: Comparison
     tolerance: float
-    batch_ms: dict[int, float]  # batch size -> median milliseconds
+
+    batch_ms: dict[int, float]
+    """Batch size -> median milliseconds."""
 
 
 @dataclass(frozen=True)
-class Check:
-    """What a bundle did on this machine: digests and signatures were right, or there would be no such object."""
+class BundleReport:
+    """How a bundle with valid checksums and signature behaves on this machine."""
 
     bundle: Bundle
-    signed: str  # "no", "yes, not checked" or "yes, by the given key"
+
+    signed: str
+    """"no", "yes, not checked" or "yes, by the given key"."""
+
     samples: Samples
-    variants: list[VariantCheck]
+    variants: list[VariantReport]
 
     @property
     def problems(self) -> list[str]:
-        found = [f"{c.variant}: {c.verdict.reason}" for c in self.variants if not c.verdict]
-        return [*found, self.samples.problem] if self.samples.problem else found
+        """What is wrong, one clause each; empty where the bundle passes."""
+        problems: list[str] = []
+        for report in self.variants:
+            if not report.comparison:
+                problems.append(f"{report.variant}: {report.comparison.reason}")
+        if self.samples.problem:
+            problems.append(self.samples.problem)
+        return problems
 
 
-def check_bundle(path: Path, public_key: Path | None = None, seconds: float = 0.3) -> Check:
-    """Check signature (where a key is given), digests and graphs, then run the samples through each variant.
+def verify_bundle(path: Path, public_key: Path | None = None, seconds: float = 0.3) -> BundleReport:
+    """Check signature (with a key), checksums and graphs, then run the samples by each variant.
 
-    Raises BundleError for a bundle that is not what was written; one that is, but answers otherwise on this machine,
-    has `problems`.
+    Raises BundleError for a bundle that was changed or can't be read. A bundle that is intact, but
+    gives other outputs on this machine, has `problems`. `seconds`: how long each batch size of each
+    variant is timed.
     """
-    signed = "yes, not checked" if (path / SIGNATURE).exists() else "no"
+    signed = "yes, not checked" if (path / SIGNATURE_FILE).exists() else "no"
     if public_key:
         from models.bundle.signing import verify_signature
 
         verify_signature(path, public_key)
         signed = "yes, by the given key"
+
     bundle = Bundle(path)
-    samples, checks = decode_samples(bundle), []
+    samples = decode_samples(bundle)
+    variants: list[VariantReport] = []
     for name, variant in bundle.manifest.variants.items():
         run = load_runner(bundle.variant_path(name))
-        verdict = compare_outputs(run(samples.images), samples.expected, variant.tolerance)
-        timed = {n: np.resize(samples.images, (n, *samples.images.shape[1:])) for n in (1, 8)}
-        batch_ms = {
-            n: measure_latency_ms(partial(run, batch), seconds) for n, batch in timed.items()
-        }
-        checks.append(VariantCheck(name, verdict, variant.tolerance, batch_ms))
-    return Check(bundle, signed, samples, checks)
+        variants.append(_verify_variant(name, variant, run, samples, seconds))
+    return BundleReport(bundle, signed, samples, variants)
+
+
+def _verify_variant(
+    name: str, variant: Variant, run: Runner, samples: Samples, seconds: float
+) -> VariantReport:
+    comparison = compare_outputs(run(samples.images), samples.expected, variant.tolerance)
+
+    batch_ms: dict[int, float] = {}
+    for batch_size in TIMED_BATCH_SIZES:
+        batch = np.resize(samples.images, (batch_size, *samples.images.shape[1:]))
+        batch_ms[batch_size] = measure_latency_ms(partial(run, batch), seconds)
+    return VariantReport(name, comparison, variant.tolerance, batch_ms)

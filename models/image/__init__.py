@@ -1,14 +1,22 @@
-"""Image bytes to uint8 pixels: header, sanitizing, decode and resize; the only such code in the project."""
+"""Image bytes to uint8 pixels: the only decode and resize code in the project, used to train and to serve.
 
-from models.image.decode import MAX_PIXELS, InputSpec, decode, decode_full_size, resize_to_input
-from models.image.header import (
-    Header,
+    header = read_header(data)          # format and size, before any decoder sees the bytes
+    pixels = decode(data, input_spec)   # uint8 [height, width, channels], as the network takes it
+
+Untrusted bytes reach a decoder only after their magic number names one of six formats and their
+header states an allowed size. No other codec is reachable.
+"""
+
+from models.image.decode import MAX_PIXELS, decode, decode_full_size
+from models.image.errors import (
     ImageError,
     ImageTooLarge,
     UndecodableImage,
     UnsupportedFormat,
-    read_header,
 )
+from models.image.header import Header, read_header
+from models.image.input_spec import InputSpec
+from models.image.resize import resize_to_input
 
 __all__ = [
     "MAX_PIXELS",

@@ -1,64 +1,88 @@
-"""The networks by name. Import this before lightning or torchvision: see ops.py.
+"""The networks, by name. Import this before lightning and torchvision: see ops.py.
 
     network = build("resnet18", classes=10, channels=3, size=32)
-    logits = network(x)             # x: normalised [N,C,H,W]
-    outputs = network.outputs(x)    # logits, embedding, and cam where the head allows it
+    logits = network(x)           # x: normalised images [N,C,H,W]
+    outputs = network.outputs(x)  # logits, embedding, and cam where the network is spatial
 
-A new network is a subclass of `Network` whose constructor takes (classes, channels, size, **options), named in `SMALL_NETWORKS`.
+To add a network, write a subclass of `Network` whose constructor takes (classes, channels, size,
+**options), and list it in `SMALL_NETWORKS`.
 """
 
-from models.networks.ops import declare_missing
+from models.networks.ops import declare_torchvision_ops
 
-_ops = declare_missing()
+_torchvision_ops = declare_torchvision_ops()  # before any import of torchvision
 
 import inspect  # noqa: E402
 from difflib import get_close_matches  # noqa: E402
 from typing import Any  # noqa: E402
 
 from models.networks.base import Network  # noqa: E402
-from models.networks.small import ConvNet, ConvNet4, LeNet  # noqa: E402
+from models.networks.convnet import ConvNet, ConvNet4  # noqa: E402
+from models.networks.lenet import LeNet  # noqa: E402
 from models.networks.speednet import SpeedNet  # noqa: E402
 
+__all__ = [
+    "SMALL_NETWORKS",
+    "Network",
+    "build",
+    "check_name",
+    "list_networks",
+]
+
+# Networks of this package: they train from scratch in minutes.
 SMALL_NETWORKS: dict[str, type[Network]] = {
     "lenet": LeNet,
     "convnet": ConvNet,
     "convnet4": ConvNet4,
     "speednet": SpeedNet,
 }
+_POSITIONAL_PARAMETERS = 3  # classes, channels, size
 
 
 def list_networks() -> list[str]:
-    """Every name that `build` knows: our own first, then torchvision's classification models."""
-    from models.networks import zoo
+    """Return every name that `build` takes: small networks first, then torchvision's models."""
+    from models.networks.torchvision_network import list_torchvision_models
 
-    return [*SMALL_NETWORKS, *zoo.names()]
+    return [*SMALL_NETWORKS, *list_torchvision_models()]
 
 
 def build(name: str, classes: int, channels: int, size: int, **options: Any) -> Network:
-    """A network with fresh weights for square images of `size` pixels and 1 or 3 channels.
+    """Build a network with new weights, for square images of `size` pixels and 1 or 3 channels.
 
-    Raises ValueError, naming what is there instead, for an unknown name or option and for a size that can't work.
+    Raises ValueError for an unknown name or option, and for a size that the network can't take.
     """
     if name in SMALL_NETWORKS:
-        known = list(inspect.signature(SMALL_NETWORKS[name]).parameters)[3:]
-        for option in options:
-            if option not in known:
-                raise ValueError(
-                    f"network {name}: unknown option {option!r}; it has {', '.join(known) or 'none'}"
-                )
-        return SMALL_NETWORKS[name](classes, channels, size, **options)
-    check_name(name)
-    from models.networks import zoo
+        network_class = SMALL_NETWORKS[name]
+        _check_options(name, network_class, options)
+        return network_class(classes, channels, size, **options)
 
-    return zoo.Zoo(name, classes, channels, size, **options)
+    check_name(name)
+    from models.networks.torchvision_network import TorchvisionNetwork
+
+    return TorchvisionNetwork(name, classes, channels, size, **options)
 
 
 def check_name(name: str) -> None:
-    """Raise ValueError for a name that `build` does not know, with the nearest that it does."""
-    if name not in SMALL_NETWORKS and name not in (known := list_networks()):
-        near = get_close_matches(name, known, 3)
-        raise ValueError(
-            f"unknown network {name!r}; "
-            + (f"did you mean {' or '.join(near)}? " if near else "")
-            + f"There are {', '.join(SMALL_NETWORKS)} and torchvision's classification models, such as resnet18"
-        )
+    """Raise ValueError, with similar names, for a name that `build` does not know."""
+    if name in SMALL_NETWORKS:
+        return
+    known = list_networks()
+    if name in known:
+        return
+
+    similar = get_close_matches(name, known, 3)
+    suggestion = f"did you mean {' or '.join(similar)}? " if similar else ""
+    raise ValueError(
+        f"unknown network {name!r}; {suggestion}"
+        f"There are {', '.join(SMALL_NETWORKS)} and torchvision's classification models, "
+        "such as resnet18"
+    )
+
+
+def _check_options(name: str, network_class: type[Network], options: dict[str, Any]) -> None:
+    known = list(inspect.signature(network_class).parameters)[_POSITIONAL_PARAMETERS:]
+    for option in options:
+        if option not in known:
+            raise ValueError(
+                f"network {name}: unknown option {option!r}; it has {', '.join(known) or 'none'}"
+            )

@@ -1,4 +1,4 @@
-"""What every network here has in common: trunk, pooling, head, and the outputs of one pass for the bundle."""
+"""`Network`: the base class of all networks, with the outputs that a bundle needs from one pass."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -8,49 +8,60 @@ from torch import Tensor, nn
 
 
 class Network(nn.Module, ABC):
-    """Normalised images [N,C,H,W] to logits [N,K], by `head(pool(trunk(x)))`.
+    """Maps normalised images [N,C,H,W] to logits [N,K], as `classify(pool(forward_features(x)))`.
 
-    A subclass sets `head` (its last linear layer, D to K) and defines `trunk`. Where `spatial` is true the trunk gives
-    feature maps [N,D,h,w] which `pool` makes [N,D], so class activation maps exist; otherwise it gives [N,D] itself.
+    A subclass sets `head`, its last linear layer (D to K), and defines `forward_features`. Where
+    `spatial` is true, the features are maps [N,D,h,w], which `pool` reduces to [N,D], so there are
+    class-activation maps. Otherwise the features are [N,D] already.
     """
 
-    spatial = True
     head: nn.Linear
-    scale = 1.0  # of the logits
-    dropout = 0.0  # on the embedding, in training
-    prepare: Callable[[Tensor], None] | None = (
-        None  # for what is fixed from normalised training images [n,C,H,W]
-    )
+
+    spatial = True
+    """Whether features are maps [N,D,h,w]."""
+
+    logit_scale = 1.0
+    """Factor of the logits."""
+
+    dropout = 0.0
+    """Probability of dropout on the embedding, in training."""
+
+    prepare: Callable[[Tensor], None] | None = None
+    """Sets what is computed from normalised training images [n,C,H,W] before training begins."""
 
     @abstractmethod
-    def trunk(self, x: Tensor) -> Tensor:
-        """[N,C,H,W] to feature maps [N,D,h,w], or to [N,D] where not spatial."""
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Map images [N,C,H,W] to features: [N,D,h,w] where spatial, else [N,D]."""
 
-    def pool(self, maps: Tensor) -> Tensor:
-        return maps.mean((2, 3)) if self.spatial else maps
+    def pool(self, features: Tensor) -> Tensor:
+        """Reduce features to embeddings [N,D]; by default with global average pooling."""
+        return features.mean((2, 3)) if self.spatial else features
 
     def classify(self, embedding: Tensor) -> Tensor:
-        """Embedding [N,D] to logits [N,K]."""
+        """Map embeddings [N,D] to logits [N,K]."""
         if self.dropout:
             embedding = nn.functional.dropout(embedding, self.dropout, self.training)
-        return self.head(embedding) * self.scale
+        return self.head(embedding) * self.logit_scale
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.classify(self.pool(self.trunk(x)))
+        """Map images [N,C,H,W] to logits [N,K]."""
+        return self.classify(self.embed(x))
 
     def embed(self, x: Tensor) -> Tensor:
-        """[N,C,H,W] to what the last linear layer sees, [N,D]."""
-        return self.pool(self.trunk(x))
+        """Map images [N,C,H,W] to embeddings [N,D], the input of the last linear layer."""
+        return self.pool(self.forward_features(x))
 
     def outputs(self, x: Tensor) -> dict[str, Tensor]:
-        """`logits` [N,K], `embedding` [N,D] and, where spatial, `cam` [N,K,h,w], in one pass.
+        """Return `logits` [N,K], `embedding` [N,D] and, where spatial, `cam` [N,K,h,w].
 
-        A class activation map weighs the feature maps by the class's row of the head; under average pooling its mean is
-        the logit less the bias (Zhou et al., "Learning deep features for discriminative localization", 2016).
+        A class-activation map is the sum of the feature maps, weighted by the class's row of the
+        head. Under average pooling its mean is the logit less the bias (Zhou et al., "Learning deep
+        features for discriminative localization", 2016).
         """
-        found = self.trunk(x)
-        embedding = self.pool(found)
+        features = self.forward_features(x)
+        embedding = self.pool(features)
         outputs = {"logits": self.classify(embedding), "embedding": embedding}
         if self.spatial:
-            outputs["cam"] = torch.einsum("ndhw,kd->nkhw", found, self.head.weight) * self.scale
+            maps = torch.einsum("ndhw,kd->nkhw", features, self.head.weight)
+            outputs["cam"] = maps * self.logit_scale
         return outputs

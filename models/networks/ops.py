@@ -1,8 +1,10 @@
-"""Make `import torchvision` (and lightning, through torchmetrics) work beside a torch that its C++ ops don't fit.
+"""Declare the operators `torchvision::nms` and `torchvision::qnms` where torchvision's library can't be loaded.
 
-torchvision's wheels on PyPI are linked to CUDA; beside a CPU build of torch its library does not load, and the import
-fails with «operator torchvision::nms does not exist», as it registers shapes for ops that are not there. Declaring the
-two schemas first is enough. Classification uses neither op.
+torchvision's wheels on PyPI are linked to CUDA. With a CPU build of torch their C++ library does
+not load, and `import torchvision` fails with "operator torchvision::nms does not exist", because it
+registers shape functions for these two operators. Declaring their schemas first is enough to import
+it. lightning is concerned too: it imports torchvision through torchmetrics. No classification model
+calls the operators.
 """
 
 import importlib.util
@@ -16,19 +18,29 @@ SCHEMAS = (
 )
 
 
-def declare_missing() -> torch.library.Library | None:
-    """Load torchvision's ops, or else declare the schemas. The library given back must be kept: it holds them."""
+def declare_torchvision_ops() -> torch.library.Library | None:
+    """Load torchvision's own operators, or else declare their schemas.
+
+    Returns the library that holds the declarations, or None where they are not needed. Keep it:
+    they end with it.
+    """
     spec = importlib.util.find_spec("torchvision")
-    if spec is None:
+    if spec is None or _load_torchvision_library(spec.submodule_search_locations or []):
         return None
-    for folder in spec.submodule_search_locations or ():
-        for file in [*Path(folder).glob("_C*.so"), *Path(folder).glob("_C*.pyd")]:
-            try:
-                torch.ops.load_library(file)
-                return None
-            except (OSError, RuntimeError):
-                continue
+
     library = torch.library.Library("torchvision", "DEF")
     for schema in SCHEMAS:
         library.define(schema)
     return library
+
+
+def _load_torchvision_library(directories: list[str]) -> bool:
+    """Load torchvision's C++ library; return whether that worked."""
+    for directory in directories:
+        for file in [*Path(directory).glob("_C*.so"), *Path(directory).glob("_C*.pyd")]:
+            try:
+                torch.ops.load_library(file)
+                return True
+            except (OSError, RuntimeError):
+                continue
+    return False

@@ -1,7 +1,8 @@
-"""Weights from disk into a network: of an earlier bundle, of torchvision, or another state dict that fits."""
+"""Load weights from disk into a network: of a bundle, of torchvision, or any matching state dict."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
@@ -9,111 +10,141 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from models.networks import zoo
 from models.networks.base import Network
+from models.networks.torchvision_network import list_torchvision_models, sum_rgb_kernels
 
 IMAGENET = "imagenet"
 
+WRAPPER_PREFIXES = ("module.", "_orig_mod.", "network.")
+"""Put before the names of tensors by DistributedDataParallel, torch.compile and our system."""
+
 
 def find_weights_file(weights: str, network: str) -> Path:
-    """The file of weights: a path, or for "imagenet" torchvision's best ones for the network, downloaded once.
+    """Return the file of weights: a path, or with "imagenet" torchvision's best ones.
 
-    Raises ValueError, with the way out, where there are none or they can't be downloaded.
+    Those are downloaded once. Raises ValueError where there are none for the network, or the
+    download fails.
     """
     if weights != IMAGENET:
         return Path(weights)
-    if network not in zoo.names():
+    if network not in list_torchvision_models():
         raise ValueError(
-            f"weights imagenet: torchvision has none for {network!r}; choose a network of torchvision"
+            f"weights imagenet: torchvision has none for {network!r}; "
+            "choose a network of torchvision"
         )
+
     url = torchvision.models.get_model_weights(network).DEFAULT.url
     file = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            prefix = file.stem.rpartition("-")[2]  # torchvision's files are named by their digest
-            torch.hub.download_url_to_file(url, str(file), prefix, progress=False)
-        except OSError as error:
-            raise ValueError(
-                f"weights imagenet: can't download {url} ({error}); fetch it where there is a network and "
-                "give the file in place of «imagenet»"
-            ) from error
+    if file.exists():
+        return file
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    sha256_prefix = file.stem.rpartition("-")[2]  # torchvision names its files so
+    try:
+        torch.hub.download_url_to_file(url, str(file), sha256_prefix, progress=False)
+    except OSError as error:
+        raise ValueError(
+            f"weights imagenet: can't download {url} ({error}); fetch it on another machine and "
+            "give the path of the file instead of imagenet"
+        ) from error
     return file
 
 
 def load_weights(network: Network, path: str | Path) -> list[str]:
-    """Copy what fits from a .safetensors file or a torch state dict; give back the names that keep their first values.
+    """Copy the matching tensors of a .safetensors file or a torch state dict into a network.
 
-    A first convolution of three channels is summed for one. A head of another number of classes stays as it is, and so
-    does a stem of another size. Raises ValueError where the file is no such thing or is of another network.
+    Returns the names of the tensors that keep their values, because the file has none of that name
+    and shape: the head for another number of classes, the stem for another size. A first
+    convolution of three channels is summed for a network with one. Raises ValueError where the file
+    can't be read, or most of the network does not match.
     """
-    found = read_weights(Path(path))
+    weights = read_weights(Path(path))
     state = network.state_dict()
-    kept, fitted = [], {}
-    for name, old in state.items():
-        new = found.get(name, found.get(name.removeprefix("model.")))
-        if (
-            new is not None
-            and new.ndim == 4
-            and old.ndim == 4
-            and new.shape[1] == 3
-            and old.shape[1] == 1
-        ):
-            new = zoo.sum_rgb(new)
-        if new is None or new.shape != old.shape:
-            kept.append(name)
+    matching: dict[str, Tensor] = {}
+    unchanged: list[str] = []
+
+    for name, current in state.items():
+        value = weights.get(name)
+        if value is None:
+            value = weights.get(name.removeprefix("model."))
+        if value is not None and _is_rgb_to_gray(value, current):
+            value = sum_rgb_kernels(value)
+        if value is None or value.shape != current.shape:
+            unchanged.append(name)
         else:
-            fitted[name] = new
-    if 2 * sum(v.numel() for v in fitted.values()) < sum(v.numel() for v in state.values()):
+            matching[name] = value
+
+    matching_numbers = sum(value.numel() for value in matching.values())
+    all_numbers = sum(value.numel() for value in state.values())
+    if 2 * matching_numbers < all_numbers:
         raise ValueError(
-            f"{path}: weights of another network: of {len(state)} tensors only {len(fitted)} fit; "
-            "give the same network (and options) that wrote it"
+            f"{path}: weights of another network: only {len(matching)} of {len(state)} tensors "
+            "match; give the network and options that the weights were saved from"
         )
-    network.load_state_dict(fitted, strict=False)
-    return kept
+    network.load_state_dict(matching, strict=False)
+    return unchanged
+
+
+def _is_rgb_to_gray(value: Tensor, current: Tensor) -> bool:
+    if value.ndim != 4 or current.ndim != 4:
+        return False
+    return value.shape[1] == 3 and current.shape[1] == 1
 
 
 def read_normalization(path: Path) -> tuple[list[float], list[float]] | None:
-    """Mean and standard deviation of each channel, in 0..255, that a bundle's weights or a checkpoint of ours were
-    trained with; None for other files. The file must be one that `read_weights` takes."""
+    """Return mean and standard deviation of each channel, 0..255, that weights were trained with.
+
+    The weights of bundles and Imago's checkpoints have them; for others returns None. Raises
+    ValueError as `read_weights` does.
+    """
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:
-            found = file.metadata() or {}
-        return (
-            (json.loads(found["mean"]), json.loads(found["std"]))
-            if {"mean", "std"} <= found.keys()
-            else None
-        )
+            metadata = file.metadata() or {}
+        if "mean" not in metadata or "std" not in metadata:
+            return None
+        return json.loads(metadata["mean"]), json.loads(metadata["std"])
+
     state = read_weights(path)
-    if not {"mean", "std"} <= state.keys():
+    if "mean" not in state or "std" not in state:
         return None
     return state["mean"].flatten().tolist(), state["std"].flatten().tolist()
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Names to tensors, without the prefixes that wrappers put before them. Raises ValueError."""
-    try:
-        if path.suffix == ".safetensors":
-            state: object = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"{path}: no such file; give weights on disk (a .safetensors file or a torch state dict)"
-        ) from error
-    except Exception as error:  # torch raises whatever the zip or pickle reader raised
-        kind = (
-            "a safetensors file" if isinstance(error, SafetensorError) else "a file of weights only"
-        )
-        raise ValueError(f"{path}: not {kind} ({str(error).splitlines()[0][:120]})") from error
-    if isinstance(state, dict) and isinstance(
-        state.get("state_dict"), dict
-    ):  # a Lightning checkpoint
-        state = state["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    """Read names and tensors from a file, without the prefixes of wrappers.
+
+    Raises ValueError for a missing file, and for one that is neither safetensors nor a torch file
+    of tensors only.
+    """
+    state = _read_file(path)
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]  # a Lightning checkpoint
+    is_state_dict = isinstance(state, dict) and all(
+        isinstance(value, Tensor) for value in state.values()
+    )
+    if not is_state_dict:
         raise ValueError(
             f"{path}: holds no state dict; save one with torch.save(network.state_dict(), PATH)"
         )
-    for prefix in ("module.", "_orig_mod.", "network."):
-        state = {name.removeprefix(prefix): value for name, value in state.items()}
-    return state
+
+    weights: dict[str, Tensor] = state
+    for prefix in WRAPPER_PREFIXES:
+        weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+    return weights
+
+
+def _read_file(path: Path) -> Any:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{path}: no such file; give a .safetensors file or a torch state dict"
+        ) from error
+    except Exception as error:  # torch raises whatever its zip or pickle reader raises
+        kind = "a safetensors file"
+        if not isinstance(error, SafetensorError):
+            kind = "a file of weights only"
+        cause = str(error).splitlines()[0][:120]
+        raise ValueError(f"{path}: not {kind} ({cause})") from error

@@ -1,4 +1,4 @@
-"""The store: versions of bundles and `latest`."""
+"""The store: numbered versions of bundles, and `latest`, on a disk (local) or elsewhere (remote)."""
 
 from models.store.local import LATEST, StagedVersion, Store
 

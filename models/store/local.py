@@ -1,6 +1,8 @@
-"""The store: `<store>/<name>/<version>/`, versions 1, 2, 3, …, and `latest`, a link that moves in one rename.
+"""`Store`: bundles in a local directory, `<store>/<name>/<version>/`, versions 1, 2, 3, …
 
-A version appears whole or not at all, and two writers that finish together get two versions.
+`<store>/<name>/latest` is a link to one version. A version becomes visible whole or not at all, two
+jobs that finish at the same time get two versions, and `latest` moves in one atomic rename.
+Training publishes here; the server and `imago models` read it.
 """
 
 import fcntl
@@ -17,35 +19,36 @@ from pathlib import Path
 from models.bundle import MANIFEST_FILE, NAME_PATTERN, Bundle, BundleError
 
 LATEST = "latest"
-STAGING = ".staging-"
+LOCK_FILE = ".lock"
+STAGING_PREFIX = ".staging-"
 ABANDONED_SECONDS = 24 * 3600
+"""Age at which a staging directory is taken for one of a job that died."""
 
 
 class Store:
     """Bundles by name and version under one directory, which need not exist yet.
 
-    Whatever has to list a directory raises BundleError where it may not.
+    Methods that list a directory raise BundleError where they may not read it.
     """
 
     def __init__(self, root: str | Path):
         self.root = Path(root)
 
     def names(self) -> list[str]:
-        """Names with at least one version, sorted."""
-        return sorted(
-            name
-            for name in _directories(self.root)
-            if re.fullmatch(NAME_PATTERN, name) and self.versions(name)
-        )
+        """Return the names that have at least one version, sorted."""
+        names: list[str] = []
+        for name in _list_directories(self.root):
+            if re.fullmatch(NAME_PATTERN, name) and self.versions(name):
+                names.append(name)
+        return sorted(names)
 
     def versions(self, name: str) -> list[int]:
-        """Versions of a name, rising; empty where there is none."""
-        return sorted(
-            int(number) for number in _directories(self.root / name) if number.isdecimal()
-        )
+        """Return the versions of a name, ascending; empty for an unknown name."""
+        directories = _list_directories(self.root / name)
+        return sorted(int(number) for number in directories if number.isdecimal())
 
     def latest(self, name: str) -> int | None:
-        """The version that `latest` points to, or None."""
+        """Return the version that `latest` points to, or None."""
         try:
             target = os.readlink(self.root / name / LATEST)
         except OSError:
@@ -53,132 +56,166 @@ class Store:
         return int(target) if target.isdecimal() else None
 
     def path(self, name: str, version: str | int = LATEST) -> Path:
-        """Directory of one version ("latest" or a number). Raises BundleError, saying what there is instead."""
+        """Return the directory of a version, "latest" or a number.
+
+        Raises BundleError that lists what the store has instead.
+        """
         number = self.latest(name) if str(version) == LATEST else version
         path = self.root / name / str(number)
-        if not (
-            re.fullmatch(NAME_PATTERN, name) and str(number).isdecimal() and os.path.isdir(path)
-        ):
-            self._known(name)  # looks at the whole store, which may be large and far away
-            there = ", ".join(map(str, self.versions(name)))
-            raise BundleError(f"{self.root}: {name} has no version {version}; it has {there}")
-        return path
+        is_valid = re.fullmatch(NAME_PATTERN, name) and str(number).isdecimal()
+        if is_valid and os.path.isdir(path):
+            return path
 
-    def _known(self, name: str) -> None:
-        if name not in self.names():
-            there = ", ".join(self.names()) or "nothing"
-            raise BundleError(f"{self.root}: no model {name!r} in this store; it has {there}")
+        # Only now list the store, which may be large and on a network disk.
+        self._check_name_exists(name)
+        versions = ", ".join(map(str, self.versions(name)))
+        raise BundleError(f"{self.root}: {name} has no version {version}; it has {versions}")
 
     def open(self, name: str, version: str | int = LATEST, verify: bool = True) -> Bundle:
+        """Open a version. Raises BundleError as `path` and `Bundle` do."""
         return Bundle(self.path(name, version), verify)
 
     def ensure_writable(self, name: str) -> Path:
-        """The directory for the versions of a name, made where it is missing.
+        """Return the directory for the versions of a name; create it where it is missing.
 
-        Raises BundleError where this can't name a model, or nothing can be written there.
+        Raises BundleError for an invalid name, or where nothing can be written.
         """
         if not re.fullmatch(NAME_PATTERN, name):
             raise BundleError(
-                f"{name!r} can't name a model: lower-case letters, digits, . _ - and at most 63 of them"
+                f"{name!r} can't name a model; use up to 63 of a-z, 0-9, '.', '_' and '-', "
+                "beginning with a letter or digit"
             )
-        parent = self.root / name
+        directory = self.root / name
         try:
-            parent.mkdir(parents=True, exist_ok=True)
+            directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise BundleError(f"{parent}: can't be made: {error.strerror}") from error
-        if not os.access(parent, os.W_OK):
-            raise BundleError(f"{parent}: can't be written to")
-        return parent
+            raise BundleError(f"{directory}: can't be created: {error.strerror}") from error
+        if not os.access(directory, os.W_OK):
+            raise BundleError(f"{directory}: not writable")
+        return directory
 
     @contextmanager
     def stage(self, name: str, version: int | None = None) -> Iterator["StagedVersion"]:
-        """A hidden directory to write one new version in; gone when the block ends without `publish`.
+        """Give a hidden directory to write a new version in.
 
             with store.stage("digits") as staged:
-                ...                       # write the bundle of digits/<staged.version> to staged.path
+                ...  # write the bundle of digits/<staged.version> to staged.path
                 staged.publish()
 
-        Making the directory claims the version, the next free one where none is asked for, so two writers never get
-        the same. Raises BundleError where `version` is there already or is being written.
+        The directory is deleted when the block ends without `publish`. `version` defaults to the
+        next free one; no two writers get the same. Raises BundleError where `version` exists or
+        is being written.
         """
         parent = self.ensure_writable(name)
-        number = version or max([0, *self.versions(name)]) + 1
-        while not (claimed := self._claim(name, number)):
-            if version:
+        if version is None:
+            version, directory = self._claim_next(name)
+        else:
+            directory = self._claim(name, version)
+            if directory is None:
                 raise BundleError(
-                    f"{parent / str(version)}: there already, or being written by another job"
+                    f"{parent / str(version)}: exists already, or another job is writing it"
                 )
-            number += 1
         try:
-            yield StagedVersion(self, name, number, claimed)
+            yield StagedVersion(self, name, version, directory)
         finally:
-            shutil.rmtree(claimed, ignore_errors=True)
+            shutil.rmtree(directory, ignore_errors=True)
+
+    def _claim_next(self, name: str) -> tuple[int, Path]:
+        """Claim the next free version. Return it and its staging directory."""
+        version = max(self.versions(name), default=0) + 1
+        while True:
+            directory = self._claim(name, version)
+            if directory is not None:
+                return version, directory
+            version += 1
 
     def _claim(self, name: str, version: int) -> Path | None:
-        """mkdir decides who gets a number: it is atomic on network file systems too, where locks often are not."""
-        directory = self.root / name / f"{STAGING}{version}"
+        """Create the staging directory of a version, or return None where it is taken.
+
+        mkdir decides who gets a version: it is atomic on network file systems too, where locks
+        often are not.
+        """
+        directory = self.root / name / f"{STAGING_PREFIX}{version}"
         try:
             directory.mkdir(mode=0o755)
         except FileExistsError:
             return None
-        if (self.root / name / str(version)).exists():  # published between our look and our mkdir
-            with suppress(
-                FileNotFoundError
-            ):  # its writer, whose directory had this name, may just be tidying up
+
+        if (self.root / name / str(version)).exists():  # published just before our mkdir
+            with suppress(FileNotFoundError):  # its writer may be removing the directory, too
                 directory.rmdir()
             return None
         return directory
 
     def promote(self, name: str, version: int) -> None:
-        """Point `latest` at a version, in one atomic rename. Raises BundleError where there is no such version."""
+        """Point `latest` at a version in one atomic rename. Raises BundleError without it."""
         self.path(name, version)
         link = self.root / name / f".latest-{secrets.token_hex(8)}"
         link.symlink_to(str(version))
         os.replace(link, self.root / name / LATEST)
 
     def advance(self, name: str, version: int) -> None:
-        """Promote, but never from a newer version to an older one; of two jobs that end together the newer stays."""
-        with (self.root / name / ".lock").open("a") as lock:
+        """Point `latest` at a version, unless it points at a newer one.
+
+        So of two jobs that finish at the same time, the newer version stays.
+        """
+        with (self.root / name / LOCK_FILE).open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if (self.latest(name) or 0) < version:
                 self.promote(name, version)
 
     def rollback(self, name: str) -> int:
-        """Point `latest` at the version before it and return that. Raises BundleError where there is none."""
-        self._known(name)
-        now = self.latest(name) or 0
-        older = [v for v in self.versions(name) if v < now]
-        if not older:
+        """Point `latest` at the version before it and return that.
+
+        Raises BundleError where there is no older version.
+        """
+        self._check_name_exists(name)
+        latest = self.latest(name)
+        previous = self._version_before(name, latest)
+        if previous is None:
             raise BundleError(
-                f"{self.root / name}: no version older than {now or 'latest'} to roll back to"
+                f"{self.root / name}: no version older than {latest or LATEST} to roll back to"
             )
-        self.promote(name, older[-1])
-        return older[-1]
+        self.promote(name, previous)
+        return previous
 
     def prune(self, name: str, keep: int) -> list[int]:
-        """Delete all but the newest `keep` versions, `latest` and the one before it; returns what was deleted.
+        """Delete all versions but the newest `keep`, `latest` and the one before it.
 
-        What a job that died more than a day ago left half-written goes too.
+        Also deletes what jobs that died more than a day ago left unfinished. Returns the versions
+        that were deleted.
         """
-        self._known(name)
-        versions, latest = self.versions(name), self.latest(name)
-        kept = {*versions[-keep:], latest, *[v for v in versions if v < (latest or 0)][-1:]}
-        doomed = [v for v in versions if v not in kept]
-        for version in doomed:
-            trash = self.root / name / f"{STAGING}{version}.deleted"
-            os.rename(
-                self.root / name / str(version), trash
-            )  # at once, so that nobody reads half of it
+        self._check_name_exists(name)
+        versions = self.versions(name)
+        latest = self.latest(name)
+        kept = {*versions[-keep:], latest, self._version_before(name, latest)}
+
+        deleted = [version for version in versions if version not in kept]
+        for version in deleted:
+            trash = self.root / name / f"{STAGING_PREFIX}{version}.deleted"
+            os.rename(self.root / name / str(version), trash)  # nobody sees half a version
             shutil.rmtree(trash)
-        for left in (self.root / name).glob(f"{STAGING}*"):
-            if left.stat().st_mtime < time.time() - ABANDONED_SECONDS:
-                shutil.rmtree(left)
-        return doomed
+        for directory in (self.root / name).glob(f"{STAGING_PREFIX}*"):
+            if directory.stat().st_mtime < time.time() - ABANDONED_SECONDS:
+                shutil.rmtree(directory)
+        return deleted
+
+    def _version_before(self, name: str, version: int | None) -> int | None:
+        older = [number for number in self.versions(name) if number < (version or 0)]
+        return max(older, default=None)
+
+    def _check_name_exists(self, name: str) -> None:
+        names = self.names()
+        if name not in names:
+            raise BundleError(
+                f"{self.root}: no model {name!r} in this store; it has "
+                f"{', '.join(names) or 'nothing'}"
+            )
 
 
 @dataclass(frozen=True)
 class StagedVersion:
-    """A version being written: a claimed number and the hidden directory that will become it."""
+    """A version that is being written: a claimed number and the hidden directory for its files."""
 
     store: Store
     name: str
@@ -186,29 +223,35 @@ class StagedVersion:
     path: Path
 
     def publish(self, promote: bool = True) -> Bundle:
-        """Check the bundle, make it visible in one rename and move `latest` forward to it.
+        """Check the bundle, make it visible in one rename, and move `latest` forward to it.
 
-        `latest` is left where it is when another writer already published a newer version. Raises BundleError for a
-        bundle that is not whole; nothing is visible then.
+        `latest` stays where another writer already published a newer version. Raises BundleError
+        for an incomplete bundle, which then stays invisible.
         """
-        bundle = Bundle(self.path)
-        if (bundle.manifest.name, bundle.manifest.version) != (self.name, self.version):
-            raise BundleError(f"{self.path / MANIFEST_FILE}: is not of {self.name}/{self.version}")
+        manifest = Bundle(self.path).manifest
+        if (manifest.name, manifest.version) != (self.name, self.version):
+            raise BundleError(
+                f"{self.path / MANIFEST_FILE}: is of {manifest.name}/{manifest.version}, "
+                f"not of {self.name}/{self.version}"
+            )
+        _make_readable(self.path)
+        _sync_to_disk(self.path)
+
         target = self.store.root / self.name / str(self.version)
-        for path in self.path.rglob("*"):  # a server is often another user
-            path.chmod(0o755 if path.is_dir() else 0o644)
-        sync(self.path)
         try:
             os.rename(self.path, target)
-        except OSError as error:  # a directory that is not empty, and a bundle never is
+        except OSError as error:  # the target exists and is not empty
             raise BundleError(f"{target}: can't be published: {error.strerror}") from error
         if promote:
             self.store.advance(self.name, self.version)
         return Bundle(target, verify=False)
 
 
-def _directories(path: Path) -> list[str]:
-    """Names of the directories in there; none where nothing is there. Raises BundleError where it can't be listed."""
+def _list_directories(path: Path) -> list[str]:
+    """Return the names of the directories in `path`, none where it does not exist.
+
+    Raises BundleError where it can't be listed.
+    """
     try:
         with os.scandir(path) as entries:
             return [entry.name for entry in entries if entry.is_dir()]
@@ -218,8 +261,14 @@ def _directories(path: Path) -> list[str]:
         raise BundleError(f"{path}: can't be listed: {error.strerror}") from error
 
 
-def sync(directory: Path) -> None:
-    """Flush the files of a directory to disk: a rename must not outlive a power cut that its contents don't."""
+def _make_readable(directory: Path) -> None:
+    """Let every user read the files: the server often runs as another one than training."""
+    for path in directory.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+
+
+def _sync_to_disk(directory: Path) -> None:
+    """Flush the files, so that after a power cut no renamed directory has empty files."""
     for path in [*directory.rglob("*"), directory]:
         handle = os.open(path, os.O_RDONLY)
         try:

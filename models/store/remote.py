@@ -1,8 +1,13 @@
-"""Bundles to and from other places: any URL that fsspec knows (s3://, gs://, az://, file://, …).
+"""Copy bundles to and from a store at a URL that fsspec knows: s3://, gs://, az://, file://, …
 
-A remote store is laid out as a local one, `<url>/<name>/<version>/…`. Object stores can't rename, so there SHA256SUMS
-is written last, after every other file was read back and its digest compared: a version without it is not there. Nor
-have they links: `<name>/latest` is an object that holds the number. A local store, file:// too, keeps its own ways.
+A remote store has the layout of a local one, `<url>/<name>/<version>/…`, with two differences,
+because object stores have no rename and no links:
+
+- SHA256SUMS is written last, after every other file was read back and compared. A version without
+  it does not exist.
+- `<name>/latest` is an object that holds the number.
+
+A local directory, also as file://, is treated as a `Store`.
 """
 
 import hashlib
@@ -10,93 +15,93 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from models.bundle import Bundle, BundleError
-from models.bundle.checksums import (
-    CHECKSUMS_FILE,
-    MAX_CHECKSUMS_BYTES,
-    SIGNATURE,
-    file_sha256,
-    parse_checksums,
-)
-from models.store import LATEST, Store
+from models.bundle import CHECKSUMS_FILE, SIGNATURE_FILE, Bundle, BundleError, file_sha256
+from models.bundle.checksums import MAX_CHECKSUMS_BYTES, parse_checksums
+from models.store.local import LATEST, Store
 
 MAX_BUNDLE_BYTES = 32 << 30
-CHUNK = 4 << 20
+MAX_LATEST_BYTES = 32
+CHUNK_BYTES = 4 << 20
 
 
 def push(
     store: Store, name: str, version: str | int, url: str, promote: bool = True
 ) -> tuple[str, bool]:
-    """Copy a version to the store at `url`; returns where it lies and whether it had to be copied.
+    """Copy a version to the store at `url`.
 
-    `promote` moves latest there forward, never back. Raises BundleError where the bundle is not whole, or the same
-    version lies there with other contents.
+    Returns the URL of the version, and whether it was copied: false where it exists already.
+    `promote` moves `latest` of that store forward, never back. Raises BundleError where the bundle
+    is incomplete, or the same version exists with other contents.
     """
-    remote = Remote(url)
+    remote = RemoteStore(url)
     bundle = store.open(name, version)
-    number, where = bundle.manifest.version, f"{url.rstrip('/')}/{name}/{bundle.manifest.version}"
-    if remote.store:
-        return where, pull(remote.store, name, number, str(store.root), promote)[1]
-    sums = (bundle.path / CHECKSUMS_FILE).read_bytes()
-    with remote.errors():
-        copied = not remote.has(name, number)
-        if not copied and remote.read(name, number, CHECKSUMS_FILE, MAX_CHECKSUMS_BYTES) != sums:
-            raise BundleError(f"{where}: there already, with other contents")
-        if copied:
-            for file, digest in {
-                **parse_checksums(sums.decode(), CHECKSUMS_FILE),
-                **_signature(bundle.path),
-            }.items():
-                remote.write(bundle.path / file, name, number, file, digest)
-            remote.fs.pipe_file(remote.path(name, number, CHECKSUMS_FILE), sums)
-        if promote and (remote.latest(name) or 0) <= number:
-            remote.fs.pipe_file(remote.path(name, LATEST), f"{number}\n".encode())
-    return where, copied
+    number = bundle.manifest.version
+    target_url = f"{url.rstrip('/')}/{name}/{number}"
+    if remote.local_store:
+        _, is_copied = pull(remote.local_store, name, number, str(store.root), promote)
+        return target_url, is_copied
+
+    checksums_text = (bundle.path / CHECKSUMS_FILE).read_bytes()
+    with remote.translate_errors():
+        is_present = remote.has_version(name, number)
+        if is_present:
+            remote_text = remote.read(name, number, CHECKSUMS_FILE, MAX_CHECKSUMS_BYTES)
+            if remote_text != checksums_text:
+                raise BundleError(f"{target_url}: exists already with other contents")
+        else:
+            remote.upload_bundle(bundle, checksums_text)
+        if promote:
+            remote.advance(name, number)
+    return target_url, not is_present
 
 
 def pull(
     store: Store, name: str, version: str | int, url: str, promote: bool = True
 ) -> tuple[Bundle, bool]:
-    """Copy a version from the store at `url` into `store`; returns it and whether it had to be copied.
+    """Copy a version from the store at `url` into `store`.
 
-    Files go to a hidden directory that is renamed once every digest fits, so an interrupted copy leaves nothing
-    visible. Raises BundleError where there is no such version, it is not whole, or another one is here already.
+    Returns the bundle and whether it was copied: false where it exists already. An interrupted copy
+    stays invisible. Raises BundleError where there is no such version, it is incomplete, or `store`
+    has the version with other contents.
     """
-    remote = Remote(url)
-    with remote.errors():
+    remote = RemoteStore(url)
+    with remote.translate_errors():
         number = remote.latest(name) if str(version) == LATEST else int(version)
-        where = f"{url.rstrip('/')}/{name}/{number or version}"
-        if not number or not remote.has(name, number):
+        source_url = f"{url.rstrip('/')}/{name}/{number or version}"
+        if not number or not remote.has_version(name, number):
             raise BundleError(
-                f"{where}: no such version, or not whole ({CHECKSUMS_FILE} is missing)"
+                f"{source_url}: no such version, or it is incomplete ({CHECKSUMS_FILE} is missing)"
             )
-        text = remote.read(name, number, CHECKSUMS_FILE, MAX_CHECKSUMS_BYTES)
+
+        checksums_text = remote.read(name, number, CHECKSUMS_FILE, MAX_CHECKSUMS_BYTES)
         if number in store.versions(name):
             bundle = store.open(name, number)
-            if (bundle.path / CHECKSUMS_FILE).read_bytes() != text:
+            if (bundle.path / CHECKSUMS_FILE).read_bytes() != checksums_text:
                 raise BundleError(
-                    f"{bundle.path}: another bundle than {where}; pull it into another store"
+                    f"{bundle.path}: has other contents than {source_url}; pull into another store"
                 )
             if promote:
                 store.advance(name, number)
             return bundle, False
+
+        files = list(parse_checksums(checksums_text.decode(), f"{source_url}/{CHECKSUMS_FILE}"))
+        if remote.has_signature(name, number):
+            files.append(SIGNATURE_FILE)
+        total_bytes = sum(remote.size(name, number, file) for file in files)
+        if total_bytes > MAX_BUNDLE_BYTES:
+            raise BundleError(
+                f"{source_url}: {total_bytes} bytes are more than the {MAX_BUNDLE_BYTES} allowed"
+            )
+
         with store.stage(name, number) as staged:
-            files = [
-                *parse_checksums(text.decode(), f"{where}/{CHECKSUMS_FILE}"),
-                *remote.signature(name, number),
-            ]
-            if (total := sum(remote.size(name, number, file) for file in files)) > MAX_BUNDLE_BYTES:
-                raise BundleError(f"{where}: {total} bytes, and {MAX_BUNDLE_BYTES} are allowed")
             for file in files:
-                target = staged.path / file
-                target.parent.mkdir(parents=True, exist_ok=True)
-                remote.fs.get_file(remote.path(name, number, file), str(target))
-            (staged.path / CHECKSUMS_FILE).write_bytes(text)
+                remote.download(name, number, file, staged.path / file)
+            (staged.path / CHECKSUMS_FILE).write_bytes(checksums_text)
             return staged.publish(promote), True
 
 
-class Remote:
-    """A store behind a URL. `store` is set where it is a local directory."""
+class RemoteStore:
+    """A store at a URL. `local_store` is set where the URL is a local directory."""
 
     def __init__(self, url: str):
         try:
@@ -106,64 +111,96 @@ class Remote:
             raise BundleError(
                 "push and pull need the package fsspec: pip install 'imago[remote]'"
             ) from error
+
         self.url = url
-        with self.errors():
-            self.fs, self.root = url_to_fs(url)
-        self.store = Store(self.root) if isinstance(self.fs, LocalFileSystem) else None
+        with self.translate_errors():
+            self.filesystem, self.root = url_to_fs(url)
+        self.local_store: Store | None = None
+        if isinstance(self.filesystem, LocalFileSystem):
+            self.local_store = Store(self.root)
 
     @contextmanager
-    def errors(self) -> Iterator[None]:
-        """File systems raise what they like; all of it becomes one line that names the URL."""
+    def translate_errors(self) -> Iterator[None]:
+        """Turn whatever a file system raises into a BundleError of one line that names the URL."""
         try:
             yield
         except BundleError:
             raise
         except Exception as error:
-            cause = (str(error).splitlines() or [""])[0]
+            lines = str(error).splitlines()
+            cause = lines[0] if lines else ""
             raise BundleError(f"{self.url}: {type(error).__name__}: {cause}") from error
 
     def path(self, *parts: str | int) -> str:
+        """Return a path inside the store, as the file system takes it."""
         return str(PurePosixPath(self.root, *map(str, parts)))
 
-    def has(self, name: str, version: int) -> bool:
-        return self.fs.exists(self.path(name, version, CHECKSUMS_FILE))
+    def has_version(self, name: str, version: int) -> bool:
+        """Whether a version is there and complete."""
+        return self.filesystem.exists(self.path(name, version, CHECKSUMS_FILE))
+
+    def has_signature(self, name: str, version: int) -> bool:
+        """Whether a version is signed."""
+        return self.filesystem.exists(self.path(name, version, SIGNATURE_FILE))
 
     def latest(self, name: str) -> int | None:
-        if self.store:
-            return self.store.latest(name)
+        """Return the version that `latest` names, or None."""
+        if self.local_store:
+            return self.local_store.latest(name)
         path = self.path(name, LATEST)
-        text = (
-            self.fs.cat_file(path, start=0, end=32).decode().strip() if self.fs.exists(path) else ""
-        )
+        if not self.filesystem.exists(path):
+            return None
+        text = self.filesystem.cat_file(path, start=0, end=MAX_LATEST_BYTES).decode().strip()
         return int(text) if text.isdecimal() else None
 
+    def advance(self, name: str, version: int) -> None:
+        """Make `latest` name a version, unless it names a newer one."""
+        if (self.latest(name) or 0) <= version:
+            self.filesystem.pipe_file(self.path(name, LATEST), f"{version}\n".encode())
+
     def size(self, name: str, version: int, file: str) -> int:
-        return self.fs.size(self.path(name, version, file)) or 0
+        """Return the bytes of a file."""
+        return self.filesystem.size(self.path(name, version, file)) or 0
 
-    def read(self, name: str, version: int, file: str, limit: int) -> bytes:
-        if (size := self.size(name, version, file)) > limit:
+    def read(self, name: str, version: int, file: str, max_bytes: int) -> bytes:
+        """Return the contents of a file. Raises BundleError for more than `max_bytes`."""
+        size = self.size(name, version, file)
+        if size > max_bytes:
             raise BundleError(
-                f"{self.url}/{name}/{version}/{file}: {size} bytes, and {limit} are allowed"
+                f"{self.url}/{name}/{version}/{file}: {size} bytes are more than "
+                f"the {max_bytes} allowed"
             )
-        return self.fs.cat_file(self.path(name, version, file))
+        return self.filesystem.cat_file(self.path(name, version, file))
 
-    def signature(self, name: str, version: int) -> list[str]:
-        return [SIGNATURE] if self.fs.exists(self.path(name, version, SIGNATURE)) else []
+    def download(self, name: str, version: int, file: str, target: Path) -> None:
+        """Copy one file to a local path."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self.filesystem.get_file(self.path(name, version, file), str(target))
 
-    def write(self, source: Path, name: str, version: int, file: str, digest: str) -> None:
-        """Upload one file, read it back and compare; raises BundleError where what arrived is something else."""
+    def upload_bundle(self, bundle: Bundle, checksums_text: bytes) -> None:
+        """Upload all files of a bundle, SHA256SUMS last: with it the version exists."""
+        name = bundle.manifest.name
+        version = bundle.manifest.version
+        checksums = parse_checksums(checksums_text.decode(), CHECKSUMS_FILE)
+        signature = bundle.path / SIGNATURE_FILE
+        if signature.exists():
+            checksums[SIGNATURE_FILE] = file_sha256(signature)
+
+        for file, sha256 in checksums.items():
+            self._upload(bundle.path / file, name, version, file, sha256)
+        self.filesystem.pipe_file(self.path(name, version, CHECKSUMS_FILE), checksums_text)
+
+    def _upload(self, source: Path, name: str, version: int, file: str, sha256: str) -> None:
+        """Upload one file, read it back and compare. Raises BundleError where it differs."""
         target = self.path(name, version, file)
-        self.fs.makedirs(str(PurePosixPath(target).parent), exist_ok=True)
-        self.fs.put_file(str(source), target)
-        found = hashlib.sha256()
-        with self.fs.open(target, "rb") as stored:
-            while chunk := stored.read(CHUNK):
-                found.update(chunk)
-        if found.hexdigest() != digest:
+        self.filesystem.makedirs(str(PurePosixPath(target).parent), exist_ok=True)
+        self.filesystem.put_file(str(source), target)
+
+        stored_sha256 = hashlib.sha256()
+        with self.filesystem.open(target, "rb") as stored:
+            while chunk := stored.read(CHUNK_BYTES):
+                stored_sha256.update(chunk)
+        if stored_sha256.hexdigest() != sha256:
             raise BundleError(
                 f"{self.url}/{name}/{version}/{file}: arrived damaged (sha256 differs)"
             )
-
-
-def _signature(path: Path) -> dict[str, str]:
-    return {SIGNATURE: file_sha256(path / SIGNATURE)} if (path / SIGNATURE).exists() else {}

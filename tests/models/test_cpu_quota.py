@@ -60,7 +60,7 @@ def test_without_a_readable_quota_there_is_none(tmp_path, text):
 def test_cores_are_whole_and_no_more_than_affinity(tmp_path, monkeypatch, limit, whole):
     put(tmp_path, ".", cpu__max=limit)
     (tmp_path / "own").write_text("0::/\n")
-    monkeypatch.setattr(cpu_quota, "CGROUPS", tmp_path)
-    monkeypatch.setattr(cpu_quota, "OWN_CGROUPS", tmp_path / "own")
+    monkeypatch.setattr(cpu_quota, "CGROUP_ROOT", tmp_path)
+    monkeypatch.setattr(cpu_quota, "PROCESS_CGROUPS", tmp_path / "own")
     usable = len(os.sched_getaffinity(0))
     assert cpu_quota.available_cores() == min(whole or usable, usable)

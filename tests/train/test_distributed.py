@@ -228,7 +228,7 @@ def test_where_one_process_fails_all_end(tmp_path):
     (tmp_path / "store").write_text("")
     done = torchrun(tmp_path, "--data.batch_size", "32", "--trainer.max_epochs", "1")
     assert done.returncode != 0
-    assert "can't be made" in (tmp_path / "log").read_text()
+    assert "can't be created" in (tmp_path / "log").read_text()
 
 
 @pytest.mark.slow

@@ -440,7 +440,7 @@ def test_an_unknown_key_in_a_recipe_is_refused_with_status_2(commands, tmp_path)
     ("flags", "word"),
     [
         (["--name", "My-Photos"], "can't name a model"),
-        (["--store", "{}/file/store"], "can't be made"),
+        (["--store", "{}/file/store"], "can't be created"),
     ],
 )
 def test_where_no_bundle_could_be_written_nothing_is_trained(commands, tmp_path, flags, word):

@@ -82,7 +82,7 @@ def export_onnx(
         )
         assert program is not None  # with dynamo there always is one
         program.save(path, external_data=False)
-    graph = check_graph(path, spec.height, spec.width, spec.channels, classes, served.names())
+    graph = check_graph(path, spec, classes, served.names())
     if graph.opset != opset:
         raise BundleError(f"{path}: asked for opset {opset}, got {graph.opset}")
     return graph.opset

@@ -4,7 +4,7 @@ import asyncio
 from pathlib import Path
 
 from models.bundle import SAMPLES_DIRECTORY, BundleError, resolve_inside
-from models.image.header import ImageError, read_header
+from models.image import ImageError, read_header
 from models.store import Store
 from serve.http.dispatcher import Pool
 from serve.http.responses import Header, Problem, Request, Response

@@ -1,0 +1,29 @@
+"""`InputSpec`: size, channels and resize policy of a network's input. It is part of manifest.json."""
+
+from typing import Literal
+
+from pydantic import BaseModel, Field
+
+
+class InputSpec(BaseModel):
+    """The input of a network: uint8 [N, height, width, channels], RGB or gray.
+
+    `resize` says how an image of another size is brought to this one:
+
+    - crop: scale the short side to `short_side`, then cut out the centre
+    - stretch: scale each side on its own
+    - pad: scale the long side to the size and fill the rest with black
+    """
+
+    height: int = Field(gt=0, le=4096)
+    width: int = Field(gt=0, le=4096)
+    channels: Literal[1, 3] = 3
+    resize: Literal["crop", "stretch", "pad"] = "crop"
+    short_side: int | None = Field(
+        default=None, gt=0, le=8192, description="for crop; by default the larger side"
+    )
+
+    @property
+    def crop_short_side(self) -> int:
+        """Pixels to which crop scales the short side: at least the larger side of the input."""
+        return max(self.short_side or 0, self.height, self.width)
