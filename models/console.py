@@ -1,7 +1,8 @@
 """The console script `imago`: `imago train …`, `imago serve …`, `imago models …`.
 
-It hands the arguments to the package of that name, as `python -m train …` does. Packages are imported
-only when they are asked for: the serving image has no `train`, and neither side imports the other.
+It hands the arguments to the package of that name, as `python -m train …` does. A package is
+imported only for its own command: the serving image has no `train`, and neither side imports the
+other.
 """
 
 import importlib

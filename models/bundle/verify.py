@@ -152,7 +152,10 @@ class Samples:
         """What is wrong with decoding on this machine, as one clause; empty where nothing is."""
         if self.pixel_diff <= MAX_PIXEL_DIFF:
             return ""
-        return f"samples decode differently on this machine, by {self.pixel_diff:.2g} of 255 on average"
+        return (
+            "samples decode differently on this machine, "
+            f"by {self.pixel_diff:.2g} of 255 on average"
+        )
 
 
 def decode_samples(bundle: Bundle) -> Samples:

@@ -1,4 +1,4 @@
-"""Image bytes to uint8 pixels: the only decode and resize code in the project, used to train and to serve.
+"""Image bytes to uint8 pixels: the only decode and resize code, for training and serving.
 
     header = read_header(data)          # format and size, before any decoder sees the bytes
     pixels = decode(data, input_spec)   # uint8 [height, width, channels], as the network takes it

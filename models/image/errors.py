@@ -1,4 +1,4 @@
-"""Errors for bytes that can't become pixels, each with the HTTP status that tells the sender why."""
+"""Errors for bytes that can't become pixels, each with the HTTP status of the answer."""
 
 
 class ImageError(ValueError):

@@ -1,4 +1,4 @@
-"""`InputSpec`: size, channels and resize policy of a network's input. It is part of manifest.json."""
+"""`InputSpec`: size, channels and resize policy of a network's input; part of manifest.json."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""Declare the operators `torchvision::nms` and `torchvision::qnms` where torchvision's library can't be loaded.
+"""Declare `torchvision::nms` and `torchvision::qnms` where torchvision's library does not load.
 
 torchvision's wheels on PyPI are linked to CUDA. With a CPU build of torch their C++ library does
 not load, and `import torchvision` fails with "operator torchvision::nms does not exist", because it

@@ -1,4 +1,4 @@
-"""SpeedNet: the kind of network that holds the CIFAR-10 speed records, for images of 9 to 96 pixels."""
+"""SpeedNet: a network like those of the CIFAR-10 speed records, for images of 9 to 96 pixels."""
 
 from collections.abc import Sequence
 from itertools import pairwise

@@ -92,7 +92,7 @@ class TorchvisionNetwork(Network):
             _replace_first_convolution(model, lambda old: _with_channels(old, channels))
 
         if self.family == "SqueezeNet":
-            # Its classifier is dropout, 1x1 convolution, ReLU and pooling; here pooling comes first.
+            # Its classifier is dropout, 1x1 convolution, ReLU and pooling. Pool first instead.
             model.classifier = nn.Identity()
             self.head = nn.Linear(SQUEEZENET_FEATURES, classes)
             self.dropout = SQUEEZENET_DROPOUT

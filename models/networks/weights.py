@@ -1,4 +1,4 @@
-"""Load weights from disk into a network: of a bundle, of torchvision, or any matching state dict."""
+"""Load weights from disk into a network: a bundle's, torchvision's, or any state dict."""
 
 import json
 from pathlib import Path

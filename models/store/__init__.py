@@ -1,4 +1,4 @@
-"""The store: numbered versions of bundles, and `latest`, on a disk (local) or elsewhere (remote)."""
+"""The store: numbered versions of bundles and `latest`, on a disk or at a URL."""
 
 from models.store.local import LATEST, StagedVersion, Store
 

@@ -19,13 +19,13 @@ SPEC = InputSpec(height=32, width=32, channels=3)
 
 
 def test_a_good_bundle_passes(bundle, verify):
-    assert verify(bundle) == (0, "ok: colours/1 does here what it did when made")
+    assert verify(bundle) == (0, "ok: colours/1 reproduces its expected outputs on this machine")
 
 
 def test_verify_tells_digests_samples_and_latency(bundle, capsys):
     assert main(["verify", str(bundle)]) == 0
     said = capsys.readouterr().out
-    assert "digests fit, signed: no; 16 samples" in said
+    assert "checksums match, signed: no; 16 samples" in said
     assert "100 % same labels; batch 1 " in said
     assert "batch 8 " in said
 
@@ -43,7 +43,7 @@ def test_samples_that_decode_otherwise_fail(bundle, verify):
     tiny_bundle.update_checksums(bundle)
     status, line = verify(bundle)
     assert status == 1
-    assert "samples decode differently here" in line
+    assert "samples decode differently on this machine" in line
 
 
 def test_a_sample_that_is_no_image_is_named(bundle, verify):
@@ -59,7 +59,7 @@ def test_a_bundle_without_samples_proves_nothing(bundle, verify):
     write_checksums(bundle)
     assert verify(bundle) == (
         1,
-        f"error: {bundle}/manifest.json: names no samples to check the bundle by",
+        f"error: {bundle}/manifest.json: lists no samples, so the bundle can't be verified",
     )
 
 
@@ -107,13 +107,16 @@ def test_a_bundle_that_was_renamed_in_its_store_is_refused(bundle, tmp_path, ver
     bundle.rename(moved)
     status, line = verify(moved)
     assert status == 1
-    assert f"{moved}/manifest.json: says colours/1, so the bundle was renamed" in line
+    assert f"{moved}/manifest.json: belongs to colours/1, so the directory was renamed" in line
 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"format": 2}, "format 2 is newer than the 1 this Imago reads; update Imago"),
+        (
+            {"format": 2},
+            "format 2 is newer than format 1, the newest that this version reads; update Imago",
+        ),
         ({"classes": ["one"]}, "classes: List should have at least 2 items"),
         ({"version": 0}, "version: Input should be greater than or equal to 1"),
         ({"name": "../etc"}, "name: String should match pattern"),
@@ -157,7 +160,7 @@ def test_a_path_that_climbs_out_is_refused(bundle, verify, place):
     write_checksums(bundle)
     status, line = verify(bundle)
     assert status == 1
-    assert f"the path {place!r} leads out of the bundle" in line
+    assert f"the path {place!r} points outside the bundle" in line
 
 
 def test_a_path_that_climbs_out_of_the_digests_is_refused(bundle, verify):
@@ -165,7 +168,7 @@ def test_a_path_that_climbs_out_of_the_digests_is_refused(bundle, verify):
         file.write(f"{'0' * 64}  ../../secret\n")
     status, line = verify(bundle)
     assert status == 1
-    assert "'../../secret' leads out of the bundle" in line
+    assert "'../../secret' points outside the bundle" in line
 
 
 def test_a_link_out_of_the_bundle_is_refused(bundle, tmp_path, verify):
@@ -173,7 +176,7 @@ def test_a_link_out_of_the_bundle_is_refused(bundle, tmp_path, verify):
     os.symlink(tmp_path / "elsewhere.onnx", bundle / "model.onnx")
     status, line = verify(bundle)
     assert status == 1
-    assert "'model.onnx' leads out of the bundle" in line
+    assert "'model.onnx' points outside the bundle" in line
 
 
 def test_expected_outputs_that_would_run_code_are_refused(bundle, verify):
@@ -189,7 +192,7 @@ def test_a_graph_that_the_manifest_does_not_mean_is_refused(bundle, verify):
     write_checksums(bundle)
     status, line = verify(bundle)
     assert status == 1
-    assert "model.onnx: not the file that manifest.json means by fp32" in line
+    assert "model.onnx: not the fp32 file of manifest.json" in line
 
 
 def test_files_larger_than_any_bundle_has_are_refused(bundle, verify):
@@ -199,7 +202,7 @@ def test_files_larger_than_any_bundle_has_are_refused(bundle, verify):
     shutil.copy(bundle / "SHA256SUMS", bundle / "sums")
     with (bundle / "model.onnx").open("ab") as file:
         file.truncate(2**31)
-    with pytest.raises(BundleError, match="2147483648 bytes is no size for an ONNX file"):
+    with pytest.raises(BundleError, match="2147483648 bytes is not a valid size for an ONNX file"):
         read_graph(bundle / "model.onnx")
 
 

@@ -156,7 +156,7 @@ def test_whitened_patches_are_uncorrelated():
         ("lenet", 8, {}, "too small"),
         ("speednet", 4, {}, "too few"),
         ("speednet", 8, {}, "give 9 or more"),
-        ("speednet", 32, {"depth": 1}, "depth: 1 is no whole number of 2 or more"),
+        ("speednet", 32, {"depth": 1}, "depth: 1 is not a whole number of 2 or more"),
         ("lenet", 32, {"widths": [1]}, "unknown option 'widths'"),
         ("speednet", 32, {"width": [1]}, "it has widths, depth"),
         ("resnet18", 32, {"stemm": "small"}, "stemm"),

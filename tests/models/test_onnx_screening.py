@@ -87,8 +87,8 @@ def with_training(model: onnx.ModelProto) -> onnx.ModelProto:
         (with_a_fixed_batch, "its input is image uint8 [1, 32, 32, 3], not"),
         (with_a_second_input, "more float32 [1], not"),
         (with_flat_probabilities, "its output is probabilities float32 [3], not float32 of rank 2"),
-        (with_another_opset, "opset 17, and manifest.json says 18"),
-        (with_training, "carries training steps"),
+        (with_another_opset, "has opset 17, but manifest.json says 18"),
+        (with_training, "contains training information"),
     ],
 )
 def test_another_graph_than_promised_is_refused_before_any_runtime_opens_it(

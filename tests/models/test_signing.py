@@ -71,7 +71,7 @@ def test_a_bundle_without_signature_is_refused(tmp_path, capsys):
 
 def test_another_key_is_refused(signed, tmp_path, capsys):
     bundle, _ = signed
-    assert "bundle.sig: does not fit this key and these files" in refused(
+    assert "bundle.sig: does not match this key and these files" in refused(
         bundle, key_pair(tmp_path, "b")[1], capsys
     )
 
@@ -90,14 +90,14 @@ def test_files_that_changed_after_signing_are_refused_though_the_digests_fit(sig
     bundle, public = signed
     spoil(bundle)
     write_checksums(bundle)
-    assert "bundle.sig: does not fit" in refused(bundle, public, capsys)
+    assert "bundle.sig: does not match" in refused(bundle, public, capsys)
 
 
 @pytest.mark.parametrize("content", ["", "{}", "nonsense", '{"mediaType": "x"}'])
 def test_a_signature_that_is_none_is_refused(signed, content, capsys):
     bundle, public = signed
     (bundle / "bundle.sig").write_text(content)
-    assert "bundle.sig: does not fit" in refused(bundle, public, capsys)
+    assert "bundle.sig: does not match" in refused(bundle, public, capsys)
 
 
 def test_a_key_that_is_none_is_refused(signed, tmp_path, capsys):

@@ -111,7 +111,7 @@ def test_show_tells_the_speed_of_a_core(tmp_path, capsys):
     )
     bundle.manifest.write(bundle.path)
     assert run(tmp_path, "show", "colours") == 0
-    assert "800 images/s (200 a core of 4)" in capsys.readouterr().out
+    assert "800 images/s (200 per core, 4 cores)" in capsys.readouterr().out
 
 
 def test_list_goes_on_past_a_broken_bundle(three, capsys):

@@ -70,7 +70,7 @@ def torch_answers(bundle: Bundle, images: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def images_of(bundle: Bundle) -> np.ndarray:
-    return np.stack([decode(data, bundle.manifest.input) for data in bundle.sample_bytes()])
+    return np.stack([decode(data, bundle.manifest.input) for data in bundle.read_samples()])
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 64])
@@ -93,7 +93,7 @@ def test_class_activation_maps_are_exact(bundle):
 
 
 def test_expected_outputs_are_those_of_the_torch_network_for_the_samples(bundle):
-    expected, wanted = bundle.expected(), torch_answers(bundle, images_of(bundle))
+    expected, wanted = bundle.read_expected(), torch_answers(bundle, images_of(bundle))
     assert (expected["pixels"] == images_of(bundle)).all()
     for name in ("probabilities", "energy", "embedding", "cam"):
         assert expected[name] == pytest.approx(wanted[name], abs=1e-4, rel=1e-4), name
@@ -254,7 +254,7 @@ def test_it_verifies_without_torch(bundle):
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1] == "ok: digits/1 does here what it did when made"
+    assert done.stdout.splitlines()[-1] == "ok: digits/1 reproduces its expected outputs on this machine"
 
 
 NETWORKS = {
