@@ -50,8 +50,8 @@ def run(data: ImageData, out: str | Path | None = None) -> Findings:
 
 def take(data: ImageData, findings: Findings) -> None:
     """Let the data module know what was found in it."""
-    data.findings = findings
-    data.leaked_test = np.searchsorted(data.index["test"], findings["leakage"]["test"]["positions"])
+    positions = findings["leakage"]["test"]["positions"]
+    data.set_audit_findings(findings, np.searchsorted(data.index["test"], positions))
 
 
 def refused(data: ImageData, problem: str, out: str | Path) -> None:

@@ -38,6 +38,7 @@ from train.runs.history import History
 from train.runs.monitor import Monitor
 from train.runs.preemption import NOTICE
 from train.runs.resume import Resume
+from train.runs.trainer import ImageTrainer
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 RUNS = "artifacts/runs"
@@ -61,6 +62,8 @@ class Parser(LightningArgumentParser):
 
 class CLI(LightningCLI):
     """`fit`, `validate`, `test` and `predict` over one system and one data module."""
+
+    trainer: ImageTrainer
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -354,6 +357,7 @@ def run(argv: list[str]) -> CLI:
         Classifier,
         ImageData,
         args=argv,
+        trainer_class=ImageTrainer,
         parser_class=Parser,
         auto_configure_optimizers=False,
         save_config_callback=None,

@@ -22,7 +22,6 @@ from train.data.sampler import Order
 from train.data.source import PARTS, Arrays, DataError, Source, cache_home, say
 from train.data.sources import open_source
 from train.data.split import split
-from train.learning.trainer import ours
 
 UNCHANGED = Augmentation()
 SAMPLED = 2048  # images that mean and standard deviation are taken from when the data is streamed
@@ -230,7 +229,7 @@ class ImageData(L.LightningDataModule):
             weights /= weights.sum()
         size = self.batch_size if training else self.eval_batch_size or 2 * self.batch_size
         # With Lightning's overfit_batches each epoch has the same images; its own switch knows no loaders but torch's.
-        still = bool(here and ours(here).overfit_batches)
+        still = bool(getattr(here, "overfit_batches", 0))  # Lightning does not declare it
         order = Order(rows, size, training, self.seed, rank, world, weights, still)
         augment = (
             Augmenter(
@@ -297,6 +296,21 @@ class ImageData(L.LightningDataModule):
         order = self._batches("test").order
         positions = self.index["test"][self.leaked_test]
         return torch.from_numpy(np.isin(order.epoch(0)[step], positions)).to(self._device())
+
+    def use_normalization(self, mean: list[float], std: list[float]) -> None:
+        """Normalize with these values of each channel, in 0..255, instead of those measured in `setup`."""
+        self.mean = mean
+        self.std = std
+
+    def use_batch_size(self, batch_size: int) -> None:
+        """Train with batches of this size from the next data loader on."""
+        self.batch_size = batch_size
+
+    def set_audit_findings(self, findings: dict, leaked_test_rows: np.ndarray) -> None:
+        """Keep what the audit found, for the report; `leaked_test_rows`, int64 [N], are rows of the test part that
+        have a duplicate in another part."""
+        self.findings = findings
+        self.leaked_test = leaked_test_rows
 
     @property
     def class_weights(self) -> torch.Tensor:

@@ -45,8 +45,8 @@ from train.export.onnx_graph import InferenceGraph, export_onnx
 from train.export.provenance import provenance
 from train.export.quantize import QuantizeConfig, quantize
 from train.learning.system import Classifier
-from train.learning.trainer import ours
 from train.runs.history import History
+from train.runs.trainer import ImageTrainer
 
 CERTIFIED = 64  # validation images that parity is measured on
 INT8_TOLERANCE = 0.02  # of a probability: the least that other kernels' rounding may change
@@ -88,7 +88,7 @@ class ExportConfig:
 
 
 def export_bundle(
-    trainer: L.Trainer,
+    trainer: ImageTrainer,
     system: Classifier,
     data: ImageData,
     export: ExportConfig,
@@ -102,7 +102,7 @@ def export_bundle(
     """
     if not trainer.is_global_zero:
         return None
-    history = next((c.rows for c in ours(trainer).callbacks if isinstance(c, History)), [])
+    history = next((c.rows for c in trainer.callbacks if isinstance(c, History)), [])
     seconds = {
         "fit": round(sum(row["seconds"] for row in history), 3)
     }  # also what was done before a resume

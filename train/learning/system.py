@@ -13,12 +13,13 @@ from torch.nn.functional import cross_entropy
 
 from models import networks
 from models.networks.weights import find_weights_file, load_weights, read_normalization
+from train.data import ImageData
 from train.failures import Diverged
 from train.learning import training_images
+from train.learning.lightning_loop_state import LightningLoopState
 from train.learning.optimizers import OptimizerConfig, build_optimizer
 from train.learning.schedules import ScheduleConfig
 from train.learning.test_time_augmentation import augmented_views
-from train.learning.trainer import ours
 
 Batch = tuple[
     Tensor, Tensor
@@ -81,10 +82,25 @@ class Classifier(L.LightningModule):
         self.compile_mode, self.tta = compile, tta
         self.sums: dict[str, EpochSums] = {}  # by part
 
+    @property
+    def data(self) -> ImageData:
+        """The data module of the trainer that runs this system."""
+        data = getattr(self.trainer, "datamodule", None)  # Lightning does not declare it
+        assert isinstance(data, ImageData)
+        return data
+
+    def expect_checkpoint(self) -> None:
+        """Do not load `weights` in `setup`: a checkpoint is going to provide all of them."""
+        self.weights = None
+
+    def use_schedule(self, schedule: ScheduleConfig) -> None:
+        """Train with another learning-rate schedule from the next `fit` on."""
+        self.schedule = schedule
+
     def setup(self, stage: str) -> None:
         if hasattr(self, "network"):
             return
-        data = ours(self.trainer).datamodule
+        data = self.data
         spec = data.input
         if spec.height != spec.width:
             raise ValueError(
@@ -161,7 +177,7 @@ class Classifier(L.LightningModule):
         images, labels = batch
         logits = self(images)
         self._count("test", cross_entropy(logits, labels), logits, labels, batch_idx)
-        leaked = ours(self.trainer).datamodule.leaked(batch_idx)
+        leaked = self.data.leaked(batch_idx)
         if leaked is not None and not leaked.all():
             own, truth = logits[~leaked], labels[~leaked]
             self._count("test_unleaked", cross_entropy(own, truth), own, truth, batch_idx)
@@ -188,7 +204,8 @@ class Classifier(L.LightningModule):
         if part not in self.sums:
             self.sums[part] = EpochSums(torch.zeros(4, dtype=torch.float64, device=logits.device))
         self.sums[part].add(loss, right, len(logits))
-        if self.trainer._logger_connector.should_update_logs and not self.trainer.sanity_checking:
+        is_logged = LightningLoopState(self.trainer).is_step_logged()
+        if is_logged and not self.trainer.sanity_checking:
             self.log_dict(
                 {f"{part}/loss_step": loss, f"{part}/accuracy_step": right / len(logits)},
                 on_step=True,
@@ -229,9 +246,7 @@ class Classifier(L.LightningModule):
 
     def on_test_epoch_end(self) -> None:
         self._report("test")
-        if len(
-            ours(self.trainer).datamodule.leaked_test
-        ):  # all processes sum up, also one whose images are all leaked
+        if len(self.data.leaked_test):  # all processes sum up, also one whose images are all leaked
             self.sums.setdefault(
                 "test_unleaked", EpochSums(torch.zeros(4, dtype=torch.float64, device=self.device))
             )
