@@ -254,14 +254,12 @@ class Classifier(L.LightningModule):
         self._report("test_tta")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["lineage"] = training_images.describe(ours(self.trainer).datamodule)
+        checkpoint["lineage"] = training_images.describe(self.data)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         command = self.trainer.state.fn
         if "lineage" in checkpoint and command is not None:
-            training_images.check(
-                checkpoint["lineage"], ours(self.trainer).datamodule, command.value
-            )
+            training_images.check(checkpoint["lineage"], self.data, command.value)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         # A fused optimizer unscales gradients in its step, too late for clipping: under a mixed precision Lightning
