@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> int:
     from models.bundle import BundleError  # only now: all there is to import takes a second
     from serve import options
     from serve.http import tracing
-    from serve.processes import run_directory
+    from serve.processes.ports import ANY_PORT, is_port_free
 
     try:
         if arguments and arguments[0] in COMMANDS:
@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
         options.add(parser)
         chosen = options.resolve(options.read(vars(parser.parse_args(arguments))))
         chosen.key()
-        if not run_directory.free(chosen.host):
+        if not is_port_free(chosen.host, ANY_PORT):
             raise ValueError(
                 f"--host (IMAGO_HOST): this machine has no address of the kind {chosen.host}"
             )

@@ -1,11 +1,11 @@
-"""A loaded model: bundle, engine and answers in one immutable object, checked and warm before anybody sees it.
+"""A loaded model: a bundle, the engine that runs its graph, and the composer of its predictions.
 
-A worker holds exactly one and reads it once a batch (`Worker.model`), so assigning another one swaps models between two
-batches.
+Used by worker processes, the shadow process, `python -m serve check` and `python -m serve predict`.
 """
 
 import json
-import time
+from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -13,51 +13,67 @@ from models.bundle import Bundle, BundleError
 from models.bundle.signing import verify_signature
 from models.bundle.verify import Samples, compare_outputs, decode_samples
 from serve import logs
-from serve.engines import engine
-from serve.prediction import Answers
+from serve.engines.base import Engine, EngineFactory, measure_seconds
+from serve.engines.select import engine_factories
+from serve.prediction import PredictionComposer
 from serve.settings import Settings
 
-LIGHT = 80e-6  # seconds an image: threads that share an interpreter then lose more by waiting for it than they gain
-BF16_TOLERANCE = 0.03  # of a probability, and every sample must keep its label
+# A network is light where it takes less time than this for an image. Threads of one interpreter
+# then lose more by waiting for each other than they gain.
+LIGHT_SECONDS_PER_IMAGE = 80e-6
+BFLOAT16_TOLERANCE = 0.03  # of a probability
+SPEED_TEST_REPEATS = 2
+SPEED_TEST_BATCH_SIZE = 2
 
 
 class Model:
-    """Raises BundleError where the bundle can't be trusted, and where it answers its own samples otherwise here."""
+    """A model that has passed its self check and is warm. It does not change after it is made.
+
+    Raises BundleError where the signature is wrong, or where no engine reproduces the bundle's
+    samples on this machine.
+    """
 
     def __init__(self, bundle: Bundle, settings: Settings, threads: int):
         if settings.public_key:
             verify_signature(bundle.path, settings.public_key)
-        self.bundle, self.manifest = bundle, bundle.manifest
-        self.name, self.version, self.digest = (
-            self.manifest.name,
-            self.manifest.version,
-            bundle.digest,
-        )
+        self.bundle = bundle
+        self.manifest = bundle.manifest
+        self.name = bundle.manifest.name
+        self.version = bundle.manifest.version
+        self.digest = bundle.digest
+
         samples = decode_samples(bundle)
         if samples.problem:
             raise BundleError(f"{bundle.path}: {samples.problem}")
-        self.variant, self.engine = _choose(bundle, samples, settings, threads)
-        self.answers = Answers(self.manifest)
-        self.wanted = ("probabilities", "energy")
-        self.explains = [name for name in ("cam",) if name in self.engine.outputs]
-        self.hello = json.dumps(
-            self.describe(), separators=(",", ":")
-        ).encode()  # what HTTP processes are told
-        self.warm(settings.max_batch_size)
+        self.variant, self.engine = _select_variant(bundle, samples, settings, threads)
 
-    def warm(self, batch: int) -> None:
-        """Touch the sizes that come, so that no request pays for the first run; see whether it is light."""
-        spec = self.manifest.input
-        for size in (1, batch):
-            images = np.zeros((size, spec.height, spec.width, spec.channels), np.uint8)
-            for alone in (False, True):
-                run(self.bundle, self.engine, images, self.wanted, alone)
-        self.run_seconds = _seconds(self.engine, self.bundle, batch)
-        self.light = self.run_seconds < LIGHT * batch
+        self.composer = PredictionComposer(self.manifest)
+        self.output_names = ("probabilities", "energy")  # that each prediction needs
+        self.has_activation_maps = "cam" in self.engine.outputs
+        # The JSON that HTTP processes receive and GET /model returns.
+        self.description = json.dumps(self._describe(), separators=(",", ":")).encode()
 
-    def describe(self) -> dict:
-        """What /model tells."""
+        self._warm_up(settings.max_batch_size)
+        run = partial(_run_on_zeros, bundle, self.engine, settings.max_batch_size, False)
+        self.run_seconds = measure_seconds(run, SPEED_TEST_REPEATS)  # of a full batch on one core
+        self.is_light = self.run_seconds < LIGHT_SECONDS_PER_IMAGE * settings.max_batch_size
+
+    def _warm_up(self, max_batch_size: int) -> None:
+        """Run the smallest and the largest batch, so that no request waits for a first run."""
+        for batch_size in (1, max_batch_size):
+            for use_all_threads in (False, True):
+                _run_on_zeros(self.bundle, self.engine, batch_size, use_all_threads)
+
+    def _describe(self) -> dict[str, Any]:
         manifest = self.manifest
+        metrics = {
+            split: values.model_dump(include={"images", "accuracy", "top5", "nll", "ece"})
+            for split, values in manifest.metrics.items()
+        }
+        samples = [
+            {"file": sample.file, "label": manifest.classes[sample.label]}
+            for sample in manifest.samples
+        ]
         return {
             "name": self.name,
             "version": str(self.version),
@@ -70,108 +86,112 @@ class Model:
             "input": manifest.input.model_dump(),
             "outputs": list(self.engine.outputs),
             "calibration": manifest.calibration.model_dump(),
-            "metrics": {
-                part: m.model_dump(include={"images", "accuracy", "top5", "nll", "ece"})
-                for part, m in manifest.metrics.items()
-            },
+            "metrics": metrics,
             "notes": manifest.notes,
-            "explains": self.explains,
-            "samples": [
-                {"file": s.file, "label": manifest.classes[s.label]} for s in manifest.samples
-            ],
+            "explains": ["cam"] if self.has_activation_maps else [],
+            "samples": samples,
             "report": (self.bundle.path / "report.html").is_file(),
         }
 
 
-def run(
-    bundle: Bundle,
-    candidate: engine.Engine,
-    images: np.ndarray,
-    wanted: tuple[str, ...],
-    alone: bool,
-) -> list[np.ndarray]:
-    """As Engine.run. Raises BundleError where the graph fails, whatever the engine raises."""
-    try:
-        return candidate.run(images, wanted, alone)
-    except BundleError:
-        raise
-    except Exception as error:
-        said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise BundleError(f"{bundle.path}: {candidate.name} can't run it: {said}") from error
+def _select_variant(
+    bundle: Bundle, samples: Samples, settings: Settings, threads: int
+) -> tuple[str, Engine]:
+    """Return the variant of the settings, or else the fastest on this machine, and its engine.
+
+    A variant that fails or does not reproduce the samples is left out. Raises the first error where
+    all do.
+    """
+    if settings.variant != "auto":
+        return settings.variant, _load_engine(bundle, samples, settings, settings.variant, threads)
+
+    engines: dict[str, Engine] = {}
+    failures: list[Exception] = []
+    for variant in bundle.manifest.variants:
+        try:
+            engines[variant] = _load_engine(bundle, samples, settings, variant, threads)
+        except Exception as error:  # drivers raise exceptions of any kind
+            failures.append(error)
+
+    if not engines:
+        raise failures[0]
+    for failure in failures:
+        logs.logger.warning("variant not used: %s", failure)
+    return _fastest(bundle, engines)
 
 
-def check(bundle: Bundle, samples: Samples, variant: str, candidate: engine.Engine) -> None:
-    """Run the bundle's samples through this engine, here. Raises BundleError where they come out otherwise."""
-    wanted = candidate.outputs
-    tolerance = (
-        BF16_TOLERANCE
-        if candidate.name.endswith("bf16")
-        else bundle.manifest.variants[variant].tolerance
-    )
-    for alone in (False, True):
-        outputs = dict(
-            zip(wanted, run(bundle, candidate, samples.images, wanted, alone), strict=True)
-        )
+def _fastest(bundle: Bundle, engines: dict[str, Engine]) -> tuple[str, Engine]:
+    """Return the variant whose engine runs a small batch in the least time."""
+    if len(engines) == 1:
+        return engines.popitem()
+
+    seconds: dict[str, float] = {}
+    for variant, engine in engines.items():
+        run = partial(_run_on_zeros, bundle, engine, SPEED_TEST_BATCH_SIZE, False)
+        seconds[variant] = measure_seconds(run, SPEED_TEST_REPEATS)
+    variant = min(seconds, key=seconds.__getitem__)
+    return variant, engines[variant]
+
+
+def _load_engine(
+    bundle: Bundle, samples: Samples, settings: Settings, variant: str, threads: int
+) -> Engine:
+    """Return the fastest engine that reproduces the samples with this variant.
+
+    Raises the error of the last engine where none does.
+    """
+    path = bundle.variant_path(variant)
+    precision = bundle.manifest.variants[variant].precision
+    *preferred, last = engine_factories(settings.engine, precision)
+
+    def load(factory: EngineFactory) -> Engine:
+        engine = factory(path, threads)
+        _check_samples(bundle, samples, variant, engine)
+        return engine
+
+    for factory in preferred:
+        try:
+            return load(factory)
+        except Exception as error:  # drivers raise exceptions of any kind
+            logs.logger.info("engine not used: %s", error)
+    return load(last)
+
+
+def _check_samples(bundle: Bundle, samples: Samples, variant: str, engine: Engine) -> None:
+    """Run the bundle's samples. Raises BundleError where the outputs are not as expected."""
+    tolerance = bundle.manifest.variants[variant].tolerance
+    if engine.is_bfloat16:
+        tolerance = BFLOAT16_TOLERANCE
+
+    for use_all_threads in (False, True):
+        arrays = _run(bundle, engine, samples.images, engine.outputs, use_all_threads)
+        outputs = dict(zip(engine.outputs, arrays, strict=True))
         verdict = compare_outputs(outputs, samples.expected, tolerance)
         if not verdict:
             raise BundleError(f"{bundle.path}: self check of {variant} failed: {verdict.reason}")
-        if tolerance == BF16_TOLERANCE and verdict.agreement < 1:
+        if engine.is_bfloat16 and verdict.agreement < 1:
             raise BundleError(f"{bundle.path}: bfloat16 changes the label of a sample")
 
 
-def _choose(
-    bundle: Bundle, samples: Samples, settings: Settings, threads: int
-) -> tuple[str, engine.Engine]:
-    """The variant that was asked for, or else the one that this machine runs fastest, with its engine.
-
-    One that answers the samples wrongly here, or not at all, is none to choose from; where all do, that is raised.
-    """
-    if settings.variant != "auto":
-        return settings.variant, _engine(bundle, samples, settings, settings.variant, threads)
-    candidates, failed = dict[str, engine.Engine](), list[Exception]()
-    for name in bundle.manifest.variants:
-        try:
-            candidates[name] = _engine(bundle, samples, settings, name, threads)
-        except Exception as error:  # drivers raise what they like
-            failed.append(error)
-    if not candidates:
-        raise failed[0]
-    for reason in failed:
-        logs.logger.warning("a variant is not taken: %s", reason)
-    if len(candidates) == 1:
-        return candidates.popitem()
-    fastest = min(candidates, key=lambda name: _seconds(candidates[name], bundle))
-    return fastest, candidates[fastest]
-
-
-def _engine(
-    bundle: Bundle, samples: Samples, settings: Settings, variant: str, threads: int
-) -> engine.Engine:
-    """The fastest way to run a variant that answers the samples rightly here. Raises BundleError where none does."""
-    path = bundle.variant_path(variant)
-    *faster, last = engine.makers(settings.engine, bundle.manifest.variants[variant].precision)
-    for make in faster:
-        try:
-            return _checked(make(path, threads), bundle, samples, variant)
-        except Exception as error:  # drivers raise what they like
-            logs.logger.info("a faster way is not taken: %s", error)
-    return _checked(last(path, threads), bundle, samples, variant)
-
-
-def _checked(
-    candidate: engine.Engine, bundle: Bundle, samples: Samples, variant: str
-) -> engine.Engine:
-    check(bundle, samples, variant, candidate)
-    return candidate
-
-
-def _seconds(candidate: engine.Engine, bundle: Bundle, batch: int = 2, runs: int = 2) -> float:
-    """Least seconds of a run; the first call, which allocates, is left out."""
+def _run_on_zeros(bundle: Bundle, engine: Engine, batch_size: int, use_all_threads: bool) -> None:
+    """Run the graph on black images, to warm it up or to measure it."""
     spec = bundle.manifest.input
-    images = np.zeros((batch, spec.height, spec.width, spec.channels), np.uint8)
-    times = []
-    for _ in range(runs + 1):
-        start = time.perf_counter()
-        run(bundle, candidate, images, ("probabilities",), False)
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
+    images = np.zeros((batch_size, spec.height, spec.width, spec.channels), np.uint8)
+    _run(bundle, engine, images, ("probabilities", "energy"), use_all_threads)
+
+
+def _run(
+    bundle: Bundle,
+    engine: Engine,
+    images: np.ndarray,
+    output_names: tuple[str, ...],
+    use_all_threads: bool,
+) -> list[np.ndarray]:
+    """Run the graph. Raises BundleError where it fails, whatever the engine raises."""
+    try:
+        return engine.run(images, output_names, use_all_threads)
+    except BundleError:
+        raise
+    except Exception as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise BundleError(f"{bundle.path}: {engine.name} can't run it: {lines[0]}") from error

@@ -1,4 +1,7 @@
-"""Outputs of the graph to predictions as JSON, ready to be put into an answer."""
+"""Compose predictions as JSON from the outputs of the graph.
+
+Used by worker processes and by `python -m serve predict`.
+"""
 
 import base64
 import json
@@ -9,64 +12,87 @@ import numpy as np
 from models.bundle import Manifest
 from models.image import InputSpec, resize_to_input
 
-MAP_SIDE = 64  # pixels of a heat map's longer side, at most
+MAX_ACTIVATION_MAP_PIXELS = 64  # longer side of a class-activation map
 
 
-class Answers:
-    """Composes predictions for one model. Labels are escaped once, since each answer repeats them."""
+class PredictionComposer:
+    """Composes the predictions of one model.
+
+    Labels are escaped once, since each prediction repeats some of them.
+    """
 
     def __init__(self, manifest: Manifest):
         calibration = manifest.calibration
         self.labels = [json.dumps(label) for label in manifest.classes]
-        self.starts = [
-            f'{{"label":{label},"index":{i},"confidence":' for i, label in enumerate(self.labels)
+        self.class_starts = [
+            f'{{"label":{label},"index":{index},"confidence":'
+            for index, label in enumerate(self.labels)
         ]
-        self.abstain_below = calibration.abstain_threshold
-        self.in_set_above = (
-            None if calibration.conformal_quantile is None else 1 - calibration.conformal_quantile
-        )
-        self.energy_above = calibration.energy_threshold
+        self.abstain_threshold = calibration.abstain_threshold
+        self.energy_threshold = calibration.energy_threshold
+
+        # A class belongs to the prediction set from this probability on; None: the set is the
+        # predicted class.
+        self.set_threshold: float | None = None
+        if calibration.conformal_quantile is not None:
+            self.set_threshold = 1 - calibration.conformal_quantile
 
     def compose(self, probabilities: np.ndarray, energy: np.ndarray, top_k: list[int]) -> list[str]:
-        """[N,K], [N] and how many classes each image wants listed, to N JSON objects without their closing brace.
+        """Return one JSON object an image, without its closing brace.
 
-        The open end is where a caller appends what only some answers have, such as a heat map.
+        A caller may append more keys, and closes the object.
+        `probabilities` is [N, K], `energy` [N]; `top_k` holds how many classes each image wants
+        listed.
         """
-        order = (-probabilities).argsort(1, kind="stable")[:, : max(top_k)].tolist()
-        sets = (
-            [None] * len(order) if self.in_set_above is None else probabilities >= self.in_set_above
-        )
-        composed = []
-        for row, indices, members, free, k in zip(
-            probabilities, order, sets, energy.tolist(), top_k, strict=True
-        ):
-            values = [row.item(i) for i in indices[:k]]
-            top = ",".join(
-                [f"{self.starts[i]}{p:.6g}}}" for i, p in zip(indices, values, strict=False)]
+        ranking = (-probabilities).argsort(1, kind="stable")[:, : max(top_k)].tolist()
+        energies = energy.tolist()
+        is_member: np.ndarray | None = None
+        if self.set_threshold is not None:
+            is_member = probabilities >= self.set_threshold
+
+        predictions: list[str] = []
+        for i, k in enumerate(top_k):
+            top = ranking[i][:k]
+            row = probabilities[i]
+            values = [row.item(index) for index in top]
+            confidence = values[0]
+            entries = [
+                f"{self.class_starts[index]}{value:.6g}}}"
+                for index, value in zip(top, values, strict=True)
+            ]
+
+            members = top[:1] if is_member is None else is_member[i].nonzero()[0].tolist()
+            prediction_set = ",".join([self.labels[index] for index in members])
+            abstain = confidence < self.abstain_threshold
+            unusual = self.energy_threshold is not None and energies[i] > self.energy_threshold
+
+            predictions.append(
+                f'{self.class_starts[top[0]]}{confidence:.6g},"top":[{",".join(entries)}],'
+                f'"prediction_set":[{prediction_set}],'
+                f'"abstain":{"true" if abstain else "false"},'
+                f'"out_of_distribution":{"true" if unusual else "false"},'
+                f'"energy":{energies[i]:.6g}'
             )
-            chosen = indices[:1] if members is None else members.nonzero()[0].tolist()
-            unusual = self.energy_above is not None and free > self.energy_above
-            composed.append(
-                f'{self.starts[indices[0]]}{values[0]:.6g},"top":[{top}],'
-                f'"prediction_set":[{",".join([self.labels[i] for i in chosen])}],'
-                f'"abstain":{"true" if values[0] < self.abstain_below else "false"},'
-                f'"out_of_distribution":{"true" if unusual else "false"},"energy":{free:.6g}'
-            )
-        return composed
+        return predictions
 
 
-def heat_map(cam: np.ndarray, spec: InputSpec) -> str:
-    """What spoke for one class, float [h,w], to a gray PNG in base64: 255 where most did, 0 where nothing did.
+def encode_activation_map(activations: np.ndarray, spec: InputSpec) -> str:
+    """Encode a class-activation map, float [h, w], as a gray PNG in base64.
 
-    Its shape is that of the network's input, at most `MAP_SIDE` pixels long.
+    The largest activation is 255, and what is not positive is 0. The image has the shape of the
+    network's input, scaled down where its longer side exceeds MAX_ACTIVATION_MAP_PIXELS. Method:
+    CAM, Zhou et al. 2016.
     """
-    positive = np.maximum(cam, 0)
-    gray = (positive * (255 / max(float(positive.max()), 1e-12))).astype(np.uint8)[:, :, None]
-    scale = min(1.0, MAP_SIDE / max(spec.height, spec.width))
+    positive = np.maximum(activations, 0)
+    factor = 255 / max(float(positive.max()), 1e-12)
+    gray = (positive * factor).astype(np.uint8)[:, :, None]
+
+    scale = min(1.0, MAX_ACTIVATION_MAP_PIXELS / max(spec.height, spec.width))
     size = InputSpec(
         height=round(spec.height * scale) or 1,
         width=round(spec.width * scale) or 1,
         channels=1,
         resize="stretch",
     )
-    return base64.b64encode(cv2.imencode(".png", resize_to_input(gray, size))[1].data).decode()
+    png = cv2.imencode(".png", resize_to_input(gray, size))[1]
+    return base64.b64encode(png.data).decode()

@@ -1,119 +1,141 @@
-"""A page of memory that all processes of the service share: who is busy, who is alive, are we draining.
+"""A page of shared memory with the state that all processes of the service read.
 
-Each number has one writer, so no lock is needed; what a reader sums may be a few microseconds old.
+It holds the phase of the shutdown, how much work each HTTP process has accepted, and the signs of
+life of each worker. Each number has one writer, so no lock is needed. A sum over several numbers
+may be some microseconds old. Times are seconds of `time.monotonic()`, which all processes of a
+machine share.
 """
 
 import mmap
 import os
 import time
 
-FILE = "state"
-SLOTS = 64  # of each kind
-PREDICTORS = 1024
-START_SECONDS = 120  # for a worker to load its model
-_DRAINING, _STOPPING, _REFUSING, _PENDING, _REQUESTS, _BYTES, _BEAT, _RUN = (
-    0,
-    1,
-    2,
-    64,
-    128,
-    192,
-    256,
-    320,
-)
-_BUSY = 384
-_SIZE = 8 * (_BUSY + SLOTS * PREDICTORS)
+FILE_NAME = "state"
+MAX_PROCESSES = 64  # HTTP processes, and workers
+MAX_PREDICTORS = 1024  # threads of one worker
+START_SECONDS = 120  # a new worker may take this long to load its model
+
+# The layout: indices into the page, which is an array of float64.
+# Flags, written by the supervisor.
+_DRAINING = 0
+_STOPPING = 1
+_REFUSING = 2
+# One number for each HTTP process, written by that process.
+_PENDING_IMAGES = 64
+_PENDING_REQUESTS = 128
+_PENDING_BYTES = 192
+# One number for each worker, written by that worker; the supervisor resets it before it starts the
+# worker.
+_HEARTBEAT = 256
+_RUN_SECONDS = 320
+# MAX_PREDICTORS numbers for each worker: since when a predictor thread is busy with one image or
+# run, 0 if it is idle.
+_BUSY_SINCE = 384
+_SIZE_BYTES = 8 * (_BUSY_SINCE + MAX_PROCESSES * MAX_PREDICTORS)
 
 
 class SharedState:
-    """Maps `<run>/state`, which `SharedState.create` made."""
+    """A view of `<run_directory>/state`, which `SharedState.create` makes."""
 
-    def __init__(self, run: str):
-        with open(os.path.join(run, FILE), "r+b") as file:
-            self.page = memoryview(mmap.mmap(file.fileno(), _SIZE)).cast("d")
+    def __init__(self, run_directory: str):
+        with open(os.path.join(run_directory, FILE_NAME), "r+b") as file:
+            self.page = memoryview(mmap.mmap(file.fileno(), _SIZE_BYTES)).cast("d")
 
     @classmethod
-    def create(cls, run: str) -> "SharedState":
-        with open(os.path.join(run, FILE), "wb") as file:
-            file.truncate(_SIZE)
-        return cls(run)
+    def create(cls, run_directory: str) -> "SharedState":
+        """Make the file, all zeros, and return a view of it."""
+        with open(os.path.join(run_directory, FILE_NAME), "wb") as file:
+            file.truncate(_SIZE_BYTES)
+        return cls(run_directory)
 
-    # Set by the supervisor alone. Draining: not ready, and each answer closes its connection. Refusing: what was
-    # accepted is answered, no more. Stopping: processes may end.
+    # The phases of the shutdown. Only the supervisor sets them.
 
     @property
     def draining(self) -> bool:
+        """Whether the service is no longer ready; each response closes its connection."""
         return self.page[_DRAINING] != 0
 
-    def drain(self) -> None:
+    def set_draining(self) -> None:
         self.page[_DRAINING] = 1
 
     @property
     def refusing(self) -> bool:
+        """Whether new requests get 503; those that were accepted are still answered."""
         return self.page[_REFUSING] != 0
 
-    def refuse(self) -> None:
+    def set_refusing(self) -> None:
         self.page[_REFUSING] = 1
 
     @property
     def stopping(self) -> bool:
+        """Whether processes may end on SIGTERM."""
         return self.page[_STOPPING] != 0
 
-    def stop(self) -> None:
+    def set_stopping(self) -> None:
         self.page[_STOPPING] = 1
 
-    # Counts of HTTP processes: each writes its own slot, all read the sum.
+    # What HTTP processes have accepted and not yet answered. All read the sum over the processes.
 
-    def set_pending(self, api: int, images: int, requests: int, body_bytes: int) -> None:
+    def set_pending(self, http_process: int, images: int, requests: int, body_bytes: int) -> None:
+        """Publish the counts of one HTTP process."""
         page = self.page
-        page[_PENDING + api], page[_REQUESTS + api], page[_BYTES + api] = (
-            images,
-            requests,
-            body_bytes,
-        )
+        page[_PENDING_IMAGES + http_process] = images
+        page[_PENDING_REQUESTS + http_process] = requests
+        page[_PENDING_BYTES + http_process] = body_bytes
 
-    def pending(self, apis: int) -> int:
-        return int(sum(self.page[_PENDING : _PENDING + apis]))
+    def pending_images(self, http_processes: int) -> int:
+        return int(sum(self.page[_PENDING_IMAGES : _PENDING_IMAGES + http_processes]))
 
-    def requests(self, apis: int) -> int:
-        return int(sum(self.page[_REQUESTS : _REQUESTS + apis]))
+    def pending_requests(self, http_processes: int) -> int:
+        return int(sum(self.page[_PENDING_REQUESTS : _PENDING_REQUESTS + http_processes]))
 
-    def body_bytes(self, apis: int) -> int:
-        return int(sum(self.page[_BYTES : _BYTES + apis]))
+    def pending_bytes(self, http_processes: int) -> int:
+        return int(sum(self.page[_PENDING_BYTES : _PENDING_BYTES + http_processes]))
 
     # Signs of life of workers.
 
-    def beat(self, worker: int) -> None:
-        self.page[_BEAT + worker] = time.monotonic()
+    def reset_worker(self, worker: int) -> None:
+        """Prepare the numbers of a worker that starts now.
+
+        It has START_SECONDS until its first heartbeat.
+        """
+        self.page[_HEARTBEAT + worker] = time.monotonic() + START_SECONDS
+        self.set_run_seconds(worker, 0)
+        for predictor in range(MAX_PREDICTORS):
+            self.set_idle(worker, predictor)
+
+    def set_heartbeat(self, worker: int) -> None:
+        self.page[_HEARTBEAT + worker] = time.monotonic()
 
     def has_started(self, worker: int) -> bool:
-        return self.page[_BEAT + worker] <= time.monotonic()
+        """Whether the worker has sent a heartbeat."""
+        return self.page[_HEARTBEAT + worker] <= time.monotonic()
 
-    def begin(self, worker: int, predictor: int) -> float:
-        """An image, or a run of the graph. Returns the time."""
-        self.page[_BUSY + worker * PREDICTORS + predictor] = now = time.monotonic()
+    def set_busy(self, worker: int, predictor: int) -> float:
+        """Note that a predictor begins to decode an image or to run the graph. Return the time."""
+        now = time.monotonic()
+        self.page[_BUSY_SINCE + worker * MAX_PREDICTORS + predictor] = now
         return now
 
-    def end(self, worker: int, predictor: int) -> None:
-        self.page[_BUSY + worker * PREDICTORS + predictor] = 0
+    def set_idle(self, worker: int, predictor: int) -> None:
+        self.page[_BUSY_SINCE + worker * MAX_PREDICTORS + predictor] = 0
 
     def set_run_seconds(self, worker: int, seconds: float) -> None:
-        """How long its graph takes for a whole batch on one core, when nothing is wrong."""
-        self.page[_RUN + worker] = seconds
+        """Publish how long the worker's graph takes for a full batch on one core."""
+        self.page[_RUN_SECONDS + worker] = seconds
 
     def run_seconds(self, worker: int) -> float:
-        return self.page[_RUN + worker]
+        return self.page[_RUN_SECONDS + worker]
 
-    def reset(self, worker: int) -> None:
-        """A new worker takes this place, and has some time until its first beat."""
-        self.page[_BEAT + worker] = time.monotonic() + START_SECONDS
-        self.set_run_seconds(worker, 0)
-        for i in range(PREDICTORS):
-            self.end(worker, i)
+    def stalled_seconds(self, worker: int, predictors: int) -> float:
+        """Return for how many seconds the worker has made no progress.
 
-    def silent_seconds(self, worker: int, predictors: int) -> float:
-        """How long a worker has shown no progress: its heartbeat, or a predictor with one image or run."""
-        first = _BUSY + worker * PREDICTORS
-        signs = [self.page[_BEAT + worker], *self.page[first : first + predictors]]
-        since = min((s for s in signs if s), default=0.0)
-        return time.monotonic() - since if since else 0.0
+        This is the time since its last heartbeat, or since a predictor began with one image or one
+        run of the graph, whichever is longer. It is 0 before the first heartbeat is due.
+        """
+        first = _BUSY_SINCE + worker * MAX_PREDICTORS
+        times = [self.page[_HEARTBEAT + worker]]
+        for busy_since in self.page[first : first + predictors]:
+            if busy_since:
+                times.append(busy_since)
+        return max(0.0, time.monotonic() - min(times))

@@ -119,9 +119,11 @@ def classify(model: Model, files: list[Path], top_k: int, max_pixels: int) -> li
         except (ImageError, OSError) as error:
             row["error"] = str(error)
     if good:
-        probabilities, energy = model.engine.run(np.stack(pixels), model.wanted, alone=False)
+        probabilities, energy = model.engine.run(
+            np.stack(pixels), model.output_names, use_all_threads=False
+        )
         for row, text in zip(
-            good, model.answers.compose(probabilities, energy, [top_k] * len(good)), strict=True
+            good, model.composer.compose(probabilities, energy, [top_k] * len(good)), strict=True
         ):
             row.update(json.loads(text + "}"))
     return rows

@@ -1,56 +1,81 @@
-"""OpenVINO on the CPU, an optional extra: faster than onnxruntime on Intel's and newer AMD processors.
+"""OpenVINO on the CPU, an optional extra.
 
-bfloat16 doubles the speed of fp32 where the processor has it. Since it is less exact, `serve.model` keeps it only where
-the bundle's own samples come out right.
+It is faster than onnxruntime on Intel's and newer AMD processors. bfloat16 doubles the speed of
+fp32 where the processor has it, but is less exact. `serve.model` uses it only where the bundle's
+samples keep their labels.
 """
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from models.bundle import BundleError
 
 
-class OpenVino:
-    """One compiled model with a stream of one thread a core for predictors, one over all cores for lone batches."""
+class OpenVinoEngine:
+    """Runs a graph on the CPU in two compiled models.
 
-    def __init__(self, path: Path, threads: int, bf16: bool = False):
-        """Raises ValueError where the extra is missing or the processor has no bfloat16, BundleError for a bad file."""
+    All predictors share a model with a stream of one thread for each core. Lone batches run in a
+    model with a single stream over all cores.
+    """
+
+    def __init__(self, path: Path, threads: int, bfloat16: bool = False):
+        """Load the graph.
+
+        Raises BundleError for a bad file, ValueError where the extra or bfloat16 is missing.
+        """
         try:
             import openvino
         except ImportError as error:
             raise ValueError(
-                "engine openvino needs the extra of this name: pip install 'imago[openvino]'"
+                "engine openvino: the extra is not installed; run pip install 'imago[openvino]'"
             ) from error
         core = openvino.Core()
-        if bf16 and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-            raise ValueError("this processor has no bfloat16")
-        self.name = "openvino-bf16" if bf16 else "openvino"
-        common = {
+        if bfloat16 and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            raise ValueError("engine openvino: this processor has no bfloat16")
+
+        self.name = "openvino-bf16" if bfloat16 else "openvino"
+        self.is_bfloat16 = bfloat16
+        config = {
             "INFERENCE_NUM_THREADS": threads,
-            "INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32",
+            "INFERENCE_PRECISION_HINT": "bf16" if bfloat16 else "f32",
         }
         try:
             graph = core.read_model(path)
             self.outputs = tuple(output.any_name for output in graph.outputs)
-            self.narrow = core.compile_model(graph, "CPU", {**common, "NUM_STREAMS": threads})
-            self.wide = (
-                core.compile_model(graph, "CPU", {**common, "NUM_STREAMS": 1})
-                if threads > 1
-                else self.narrow
+            self.single_thread_model = core.compile_model(
+                graph, "CPU", {**config, "NUM_STREAMS": threads}
             )
+            self.all_threads_model = self.single_thread_model
+            if threads > 1:
+                self.all_threads_model = core.compile_model(
+                    graph, "CPU", {**config, "NUM_STREAMS": 1}
+                )
         except RuntimeError as error:
-            raise BundleError(
-                f"{path}: OpenVINO can't load it: {str(error).splitlines()[0]}"
-            ) from error
-        self.requests = threading.local()
+            reason = str(error).splitlines()[0]
+            raise BundleError(f"{path}: OpenVINO can't load it: {reason}") from error
 
-    def run(self, images: np.ndarray, wanted: tuple[str, ...], alone: bool) -> list[np.ndarray]:
-        kind = "wide" if alone else "narrow"
-        request = getattr(self.requests, kind, None)
-        if request is None:  # a request belongs to one thread
-            request = getattr(self, kind).create_infer_request()
-            setattr(self.requests, kind, request)
+        # An inference request belongs to one thread.
+        self.single_thread_requests = threading.local()
+        self.all_threads_requests = threading.local()
+
+    def run(
+        self, images: np.ndarray, output_names: tuple[str, ...], use_all_threads: bool
+    ) -> list[np.ndarray]:
+        if use_all_threads:
+            request = _get_request(self.all_threads_model, self.all_threads_requests)
+        else:
+            request = _get_request(self.single_thread_model, self.single_thread_requests)
         request.infer({"image": images})
-        return [request.get_tensor(name).data.copy() for name in wanted]
+        return [request.get_tensor(name).data.copy() for name in output_names]
+
+
+def _get_request(compiled_model: Any, requests: threading.local) -> Any:
+    """Return the calling thread's inference request for this model."""
+    request = getattr(requests, "request", None)
+    if request is None:
+        request = compiled_model.create_infer_request()
+        requests.request = request
+    return request

@@ -93,11 +93,11 @@ class Predictor:
     def check_room(self, images: int, size: int) -> None:
         """Raises Problem 429 where there is no room for so much more."""
         settings = self.settings
-        if self.state.pending(settings.api_processes) + images > settings.max_pending:
+        if self.state.pending_images(settings.api_processes) + images > settings.max_pending:
             raise Problem(429, "too many images are waiting; try again in a second", "pending")
         if (
             size
-            and max(self.state.body_bytes(settings.api_processes) + size, self.pool.unsent())
+            and max(self.state.pending_bytes(settings.api_processes) + size, self.pool.unsent())
             > settings.max_pending_bytes
         ):
             raise Problem(429, "too many bytes are waiting; try again in a second", "bytes")

@@ -1,65 +1,60 @@
-"""What this process may use of the machine: ports, open files, and a place for run files."""
+"""The run directory: private to one service, in memory, with its sockets, counters and state."""
 
 import fcntl
 import os
-import resource
 import shutil
-import socket
 import tempfile
 from pathlib import Path
 
-RUN, LOCK = "imago-", "supervisor.lock"
+SHARED_MEMORY = "/dev/shm"
+PREFIX = "imago-"
+LOCK_NAME = "supervisor.lock"
 
 
-def free(host: str, port: int = 0) -> bool:
-    """Whether the port can be listened on; with 0, any: `::` needs IPv6, which may be turned off."""
-    try:
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
-    except OSError:
-        return False
-    return True
+def create_run_directory() -> str:
+    """Make a run directory and return its path. Remove those that killed services have left.
 
-
-def open_files(wanted: int) -> int:
-    """Let this process and those it starts have so many files and connections open; returns how many they may."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return wanted if soft == resource.RLIM_INFINITY else soft
-
-
-def run_directory() -> str:
-    """A new private directory for sockets and counters, in memory where the machine has such a place.
-
-    Its lock is held until this process ends, however it ends. A directory whose lock is free was left by one that was
-    killed, and goes: /dev/shm is small, and that of a pod outlives its containers.
-
-    A container with a read-only root still has /dev/shm; LitServe's manager needs a temporary directory as well, so
-    TMPDIR is pointed there when no other place can be written.
+    It lies in shared memory if possible, else in the temporary directory. This process holds a lock
+    on a file in it until it ends, in whatever way. So a directory whose lock is free belongs to no
+    running service. Such leftovers are removed because /dev/shm is small, and that of a pod
+    outlives its containers.
     """
+    _set_temporary_directory()
+    parent = SHARED_MEMORY
+    if not os.access(SHARED_MEMORY, os.W_OK | os.X_OK):
+        parent = tempfile.gettempdir()
+    for lock in Path(parent).glob(f"{PREFIX}*/{LOCK_NAME}"):
+        _remove_if_unlocked(lock)
+
+    directory = tempfile.mkdtemp(prefix=PREFIX, dir=parent)
+    _lock(directory)
+    return directory
+
+
+def _set_temporary_directory() -> None:
+    """Use shared memory for temporary files where the root file system is read-only."""
     try:
         tempfile.gettempdir()
     except FileNotFoundError:
-        tempfile.tempdir = os.environ["TMPDIR"] = "/dev/shm"
-    shm = "/dev/shm"
-    parent = shm if os.access(shm, os.W_OK | os.X_OK) else tempfile.gettempdir()
-    for left in Path(parent).glob(f"{RUN}*/{LOCK}"):
-        _remove_if_free(left)
-    run = tempfile.mkdtemp(prefix=RUN, dir=parent)
-    lock = os.open(f"{run}/new", os.O_WRONLY | os.O_CREAT)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    os.rename(f"{run}/new", f"{run}/{LOCK}")  # so that no one ever finds it free
-    return run
+        tempfile.tempdir = SHARED_MEMORY
+        os.environ["TMPDIR"] = SHARED_MEMORY  # for the processes that this one starts
 
 
-def _remove_if_free(lock: Path) -> None:
+def _lock(directory: str) -> None:
+    """Create the lock file and hold its lock; the descriptor stays open until this process ends."""
+    new_path = os.path.join(directory, "new")
+    descriptor = os.open(new_path, os.O_WRONLY | os.O_CREAT)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    # It gets its name only now, so that no other service sees it unlocked.
+    os.rename(new_path, os.path.join(directory, LOCK_NAME))
+
+
+def _remove_if_unlocked(lock: Path) -> None:
+    """Remove the directory of a lock file if it is ours and no process holds the lock."""
     try:
         with lock.open("rb") as file:
             if lock.parent.lstat().st_uid == os.getuid():
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(lock.parent)
     except OSError:
-        pass  # in use, or another is removing it
+        pass  # it is in use, or another service removes it at this moment

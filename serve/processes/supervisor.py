@@ -25,10 +25,12 @@ from starlette.middleware.gzip import GZipMiddleware
 from models.cpu_quota import available_cores
 from serve import logs
 from serve.http.app import Front
-from serve.http.protocol import SPARE, Connection
+from serve.http.protocol import Connection
 from serve.metrics import exposition
 from serve.metrics.shared_counters import SharedCounters
-from serve.processes import run_directory
+from serve.processes.ports import is_port_free
+from serve.processes.run_directory import create_run_directory
+from serve.processes.connection_limit import limit_connections
 from serve.processes.http_process import Api, dismiss, run_api
 from serve.processes.litserve_adapter import Quiet
 from serve.settings import Settings
@@ -72,7 +74,7 @@ class Supervisor(litserve.LitServer):
         self.shadows: list[BaseProcess] = []  # one, or none
         self.unusable = False  # a worker could not load the model, and has said why
         for worker in range(settings.workers):
-            self.state.reset(worker)
+            self.state.reset_worker(worker)
 
     # What LitServer.run calls.
 
@@ -122,7 +124,7 @@ class Supervisor(litserve.LitServer):
         threading.Thread(target=self.watch, name="watch", daemon=True).start()
 
     def _perform_graceful_shutdown(self, manager: Any, *args: Any) -> None:
-        self.state.stop()
+        self.state.set_stopping()
         for worker in self.inference_workers:
             worker.kill()  # all that it could answer is answered; what it could not gets 503
         for api in self.apis.values():
@@ -198,7 +200,7 @@ class Supervisor(litserve.LitServer):
         if not process.is_alive():
             return "crash"
         if kind == "worker":
-            silent = self.state.silent_seconds(number, self.threads)
+            silent = self.state.stalled_seconds(number, self.threads)
             if silent > max(
                 self.settings.worker_timeout_seconds, SLOW * self.state.run_seconds(number)
             ):
@@ -215,7 +217,7 @@ class Supervisor(litserve.LitServer):
         elif kind == "shadow":
             self.launch_shadow()
         else:
-            self.state.reset(number)
+            self.state.reset_worker(number)
             self.inference_workers[number] = self.launch_single_inference_worker(
                 self.lit_api, number
             )
@@ -230,7 +232,7 @@ class Supervisor(litserve.LitServer):
         """SIGTERM: no longer ready; say farewell; wait until what was accepted is answered; then end everything."""
         if self.state.draining:
             return
-        self.state.drain()
+        self.state.set_draining()
         self.counters.set("ready", to=0)
         logs.logger.info("draining")
         now = time.monotonic()
@@ -238,9 +240,9 @@ class Supervisor(litserve.LitServer):
         farewell, linger = min(now + FAREWELL, end), min(now + FAREWELL + LINGER, end)
         while time.monotonic() < farewell:
             time.sleep(TICK)
-        self.state.refuse()
+        self.state.set_refusing()
         while time.monotonic() < linger or (
-            self.state.requests(self.settings.api_processes) and time.monotonic() < end
+            self.state.pending_requests(self.settings.api_processes) and time.monotonic() < end
         ):
             time.sleep(TICK)
         raise KeyboardInterrupt  # LitServe's way to end
@@ -278,13 +280,13 @@ def serve(settings: Settings) -> int:
     """Run the service until it is told to end. Returns the exit status."""
     logs.configure(settings)
     for port in (settings.port, settings.metrics_port):
-        if port and not run_directory.free(settings.host, port):
+        if port and not is_port_free(settings.host, port):
             print(
                 f"error: port {port} is in use; stop what uses it or choose another",
                 file=sys.stderr,
             )
             return 2
-    run = run_directory.run_directory()
+    run = create_run_directory()
     try:
         return _serve(settings, run)
     except KeyboardInterrupt:
@@ -295,21 +297,8 @@ def serve(settings: Settings) -> int:
         shutil.rmtree(run, ignore_errors=True)
 
 
-def bound_connections(settings: Settings) -> None:
-    """One connection too many for the system would get no answer; one too many for us gets 503."""
-    rest = OWN_FILES + SPARE
-    room = max(1, run_directory.open_files(settings.max_connections + rest) - rest)
-    if room < settings.max_connections:
-        logs.logger.warning(
-            "max_connections is %d, not %d: the limit of open files (ulimit -n) allows no more",
-            room,
-            settings.max_connections,
-        )
-        settings.max_connections = room
-
-
 def _serve(settings: Settings, run: str) -> int:
-    bound_connections(settings)
+    settings = limit_connections(settings)
     SharedState.create(run)
     threads = settings.threads or max(1, available_cores() // settings.workers)
     supervisor = Supervisor(settings, run, threads)

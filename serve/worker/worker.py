@@ -26,7 +26,7 @@ from models.store import LATEST
 from serve import logs
 from serve.metrics.shared_counters import SharedCounters, WorkerMetrics, tell_served
 from serve.model import Model
-from serve.prediction import heat_map
+from serve.prediction import encode_activation_map
 from serve.settings import Settings
 from serve.shared_state import SharedState
 from serve.wire import (
@@ -122,7 +122,7 @@ class PredictLoop(LitLoop):
                 target=self.predictor, args=(i, metrics), name=f"predictor-{i}", daemon=True
             ).start()
         while os.getppid() == self.parent:  # the supervisor ends this process, or is gone itself
-            self.state.beat(worker_id)
+            self.state.set_heartbeat(worker_id)
             time.sleep(STEP)
         os._exit(1)
 
@@ -149,11 +149,11 @@ class PredictLoop(LitLoop):
 
     def predictors(self, model: Model) -> int:
         """How many threads take batches: one for a light model, the others look again after a swap."""
-        return 1 if model.light else self.api.threads
+        return 1 if model.is_light else self.api.threads
 
     def hello(self) -> bytes:
         model = self.api.model
-        return pack_answer(Answer(MODEL_INFO, 200, model.version, model.hello))
+        return pack_answer(Answer(MODEL_INFO, 200, model.version, model.description))
 
     def swap(self, model: Model) -> None:
         """Serve another model from the next batch on, and tell all HTTP processes."""
@@ -182,7 +182,7 @@ class PredictLoop(LitLoop):
                         [(w, self.failed(w, 500, b"the model failed on this batch")) for w in batch]
                     )
                 finally:
-                    self.state.end(self.number, index)
+                    self.state.set_idle(self.number, index)
         except BaseException:
             logs.logger.exception("a predictor ended")
             os._exit(1)  # better a new worker than one that works with half its cores
@@ -197,10 +197,10 @@ class PredictLoop(LitLoop):
         model, started = self.api.model, time.monotonic()
         taken, pixels, decode_us, refused = [], [], [], []
         for w in batch:  # grows while it is gone through
-            if w.job.deadline < self.state.begin(self.number, index):
+            if w.job.deadline < self.state.set_busy(self.number, index):
                 continue
             if (
-                w.job.flags & CAM and "cam" not in model.explains
+                w.job.flags & CAM and not model.has_activation_maps
             ):  # it was asked of the model before this one
                 refused.append(
                     (w, self.failed(w, 400, b"this model has no heat maps; leave explain away"))
@@ -216,7 +216,7 @@ class PredictLoop(LitLoop):
                 decode_us.append(int((time.perf_counter() - before) * 1e6))
             if w is batch[-1]:
                 batch += self.backlog.more(self.api.settings.max_batch_size - len(batch))
-        now = self.state.begin(self.number, index)
+        now = self.state.set_busy(self.number, index)
         for i in [i for i, w in enumerate(taken) if w.job.deadline < now][
             ::-1
         ]:  # while others were decoded
@@ -254,9 +254,9 @@ class PredictLoop(LitLoop):
         metrics: WorkerMetrics,
     ) -> None:
         """Run the graph on decoded images that want the same outputs, answer, count. If it raises: on each alone."""
-        wanted = (*model.wanted, "cam") if taken[0].job.flags & CAM else model.wanted
+        wanted = (*model.output_names, "cam") if taken[0].job.flags & CAM else model.output_names
         images, before = np.stack(pixels), time.perf_counter()
-        self.state.begin(self.number, index)
+        self.state.set_busy(self.number, index)
         try:
             outputs = model.engine.run(images, wanted, alone)
         except Exception:
@@ -298,14 +298,14 @@ class PredictLoop(LitLoop):
         """uint8 [height, width, channels] of one job. Raises ImageError."""
         spec = model.manifest.input
         if not job.flags & TENSOR:
-            self.state.end(
+            self.state.set_idle(
                 self.number, index
             )  # to wait for one's turn is no hang, to decode for ever is
             return decode(
                 job.body,
                 spec,
                 self.api.settings.max_pixels,
-                lambda: self.state.begin(self.number, index),
+                lambda: self.state.set_busy(self.number, index),
             )
         if len(job.body) != spec.height * spec.width * spec.channels:
             raise Changed(
@@ -320,7 +320,7 @@ class PredictLoop(LitLoop):
 def bodies(model: Model, taken: list[Waiting], outputs: list[np.ndarray]) -> list[bytes]:
     """The content of each answer: a prediction as JSON, with its heat map where there is one, or bare numbers."""
     probabilities, energy = outputs[:2]
-    texts = model.answers.compose(probabilities, energy, [w.job.top_k for w in taken])
+    texts = model.composer.compose(probabilities, energy, [w.job.top_k for w in taken])
     found = []
     for i, (w, text) in enumerate(zip(taken, texts, strict=True)):
         if w.job.flags & ARRAYS:
@@ -328,7 +328,9 @@ def bodies(model: Model, taken: list[Waiting], outputs: list[np.ndarray]) -> lis
             values = np.append(probabilities[i], energy[i]).astype("<f4")
             found.append(LABEL_LENGTH.pack(len(label)) + label + values.tobytes())
         elif w.job.flags & CAM:
-            image = heat_map(outputs[2][i, probabilities[i].argmax()], model.manifest.input)
+            image = encode_activation_map(
+                outputs[2][i, probabilities[i].argmax()], model.manifest.input
+            )
             found.append(f'{text},"cam":"{image}"}}'.encode())
         else:
             found.append(text.encode() + b"}")

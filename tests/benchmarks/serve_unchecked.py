@@ -2,9 +2,10 @@
 
     python serve_unchecked.py FLAGS…    takes the flags of `python -m serve`
 
-What it leaves out stands below; the worker process imports this file as well. The limits of serve/http/protocol.py (heads,
-connections, slow clients) and the one timer of all deadlines stay on: the protocol itself hangs on them. A name that
-the service has no more raises AttributeError, so that nothing is measured against a service that still does it.
+What it leaves out stands below; the worker process imports this file as well. The limits of
+serve/http/protocol.py (heads, connections, slow clients) and the one timer of all deadlines stay
+on: the protocol itself hangs on them. A name that the service has no more raises AttributeError, so
+that nothing is measured against a service that still does it.
 """
 
 import sys
@@ -53,7 +54,7 @@ replace(FeedbackEndpoint, remember=nothing)
 replace(WorkerMetrics, batch=nothing)
 replace(Ask, finish=finish)
 replace(
-    SharedState, end=nothing, begin=lambda self, worker, predictor: 0.0
+    SharedState, set_idle=nothing, set_busy=lambda self, worker, predictor: 0.0
 )  # the time, which no deadline is before
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from support.server import assert_refused, loopback_flags, run_serve
 
 from models.image import InputSpec, decode
 from models.store import Store
-from serve.engines import engine
+from serve.engines import select
+from serve.engines.onnxruntime import OnnxRuntimeEngine
 from serve.model import Model
 from serve.settings import Settings
 
@@ -80,13 +81,16 @@ def test_auto_takes_the_cpu_where_cuda_finds_no_gpu(bundle_store, monkeypatch):
 
 
 def test_auto_takes_the_cpu_where_the_gpu_fails_at_a_run(bundle_store, monkeypatch):
-    class Broken(engine.OnnxRuntime):
-        def run_serve(self, *_):
+    class Broken(OnnxRuntimeEngine):
+        name = "cuda"
+
+        def run(self, *_):
             raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(engine, "makers", lambda *_: [Broken, engine.OnnxRuntime])
+    monkeypatch.setattr(select, "has_cuda_provider", lambda: True)
+    monkeypatch.setattr(select, "CudaEngine", Broken)
     model = Model(Store(bundle_store).open("colours"), Settings(store=str(bundle_store)), 1)
-    assert type(model.engine) is engine.OnnxRuntime
+    assert model.engine.name == "onnxruntime"
 
 
 def test_an_unknown_variant_is_refused_in_one_line(bundle_store):
@@ -120,9 +124,7 @@ def test_auto_serves_the_variant_that_is_right_where_the_faster_one_is_not(start
     server = start(store=tmp_path)
     assert server.http.get("/model").json()["variant"] == "fp32"
     assert server.predict(IMAGES[0]).json()["predictions"][0]["label"] == "red"
-    (line,) = [
-        line for line in server.log.read_text().splitlines() if "a variant is not taken" in line
-    ]
+    (line,) = [line for line in server.log.read_text().splitlines() if "variant not used" in line]
     assert {
         "answers otherwise": "self check of int8 failed",
         "can't be run": "can't run it",
