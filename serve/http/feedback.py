@@ -17,7 +17,7 @@ from typing import NamedTuple
 from serve.http import request_body
 from serve.http.dispatcher import Pool
 from serve.http.responses import Problem, Request, Response, as_json
-from serve.metrics.derived_metrics import BINS
+from serve.metrics.definitions import FEEDBACK_BINS
 from serve.metrics.shared_counters import SharedCounters
 from serve.wire import Answer
 
@@ -90,7 +90,7 @@ def _locate(request_id: str, image: int) -> tuple[int, bytes]:
 class WindowEntry(NamedTuple):
     """One label in the window of the live metrics."""
 
-    bin: int  # of the confidence, 0 <= bin < BINS
+    bin: int  # of the confidence, 0 <= bin < FEEDBACK_BINS
     is_correct: bool
     confidence: float
 
@@ -111,7 +111,7 @@ class FeedbackEndpoint:
         """Start a new window: the metrics describe one version only."""
         self.window.clear()
         for part in ("count", "correct", "confidence"):
-            for i in range(BINS):
+            for i in range(FEEDBACK_BINS):
                 self.counters.set("feedback_window", part, str(i), to=0)
 
     def remember(self, request_id: str, answers: list[Answer]) -> None:
@@ -151,7 +151,7 @@ class FeedbackEndpoint:
         """Count a label and move the window by one."""
         self.counters.add("feedback", "correct" if is_correct else "wrong")
 
-        confidence_bin = min(int(confidence * BINS), BINS - 1)
+        confidence_bin = min(int(confidence * FEEDBACK_BINS), FEEDBACK_BINS - 1)
         entry = WindowEntry(confidence_bin, is_correct, confidence)
         self.window.append(entry)
         self._add_to_window(entry, 1)

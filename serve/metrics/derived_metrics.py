@@ -1,68 +1,83 @@
-"""Metrics that are no sums: computed when somebody scrapes, from counts that were summed over all processes."""
+"""Metrics that are not sums: drift and feedback, computed during a scrape from counts of all processes."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from prometheus_client.core import GaugeMetricFamily, Metric
 
 from models.drift import psi
+from serve.metrics.definitions import FEEDBACK_BINS
 
-HIDDEN = "Counts that another metric is computed from."
-FROM = ("drift_baseline", "drift_window", "feedback_window", "model_info")
-ENOUGH = 10  # images for each bin before an index of drift means anything
-BINS = 15  # of confidence, equally wide, as for the ECE of the bundle
+MIN_IMAGES_PER_BIN = 10  # fewer give a stability index that is mostly noise
 
+# A value for each combination of label values.
 Counts = Mapping[tuple[str, ...], float]
 
 
-def families(counts: Mapping[str, Counts]) -> Iterable[Metric]:
-    digests = {labels[-1] for labels, served in counts["model_info"].items() if served}
-    yield from drift(counts["drift_baseline"], counts["drift_window"], len(digests))
-    yield from feedback(counts["feedback_window"])
+def compute(
+    drift_baseline: Counts, drift_window: Counts, feedback_window: Counts, model_info: Counts
+) -> Iterator[Metric]:
+    """Yield the derived metrics from the summed counts of the metrics that the parameters name."""
+    digests = {labels[-1] for labels, served in model_info.items() if served}
+    yield from compute_drift(drift_baseline, drift_window, len(digests))
+    yield from compute_feedback(feedback_window)
 
 
-def drift(baseline: Counts, window: Counts, models: int) -> Iterable[Metric]:
-    """Metrics from counts by (signal, bin), summed over workers.
+def compute_drift(baseline: Counts, window: Counts, models: int) -> Iterator[Metric]:
+    """Yield the drift metrics from counts by (signal, bin), summed over workers.
 
-    There is no index yet of a window too small for its bins, and none while workers swap one after the other and serve
-    two models. A bin that neither side has anything in says nothing; it may be one of a model before.
+    There is no index while the window is too small for its bins, nor while workers swap models one after the
+    other and `models`, the number of models served, is 2. Bins that are empty on both sides are ignored: they
+    may be those of an earlier model.
     """
     index = GaugeMetricFamily(
         "imago_drift_psi",
-        "Population stability index of the last images against the bundle's "
-        "baseline; above 0.25 much has moved.",
+        "Population stability index of the last images against the bundle's baseline; "
+        "above 0.25 the data has changed considerably.",
         labels=("signal",),
     )
     images = 0.0
-    for signal in sorted({name for name, _ in window}):
-        bins = sorted(int(b) for name, b in window if name == signal)
-        live = np.array([window[signal, str(b)] for b in bins])
+    for signal in sorted({signal for signal, _ in window}):
+        bins = sorted(int(bin_) for name, bin_ in window if name == signal)
+        live = np.array([window[signal, str(bin_)] for bin_ in bins])
+        expected = np.array([baseline.get((signal, str(bin_)), 0.0) for bin_ in bins])
         images = max(images, live.sum())
-        expected = np.array([baseline.get((signal, str(b)), 0.0) for b in bins])
-        used = (expected > 0) | (live > 0)
-        if models == 1 and live.sum() >= ENOUGH * np.count_nonzero(expected) and expected.any():
+
+        min_images = MIN_IMAGES_PER_BIN * np.count_nonzero(expected)
+        if models == 1 and expected.any() and live.sum() >= min_images:
+            used = (expected > 0) | (live > 0)
             index.add_metric((signal,), psi(expected[used], live[used]))
+
     yield index
     yield GaugeMetricFamily(
         "imago_drift_images", "Images in the windows that drift is measured on.", images
     )
 
 
-def feedback(window: Counts) -> Iterable[Metric]:
-    """Accuracy and expected calibration error (Naeini et al. 2015) of the labels in the windows of all processes."""
-    bins = [
-        [window.get((part, str(i)), 0.0) for part in ("count", "correct", "confidence")]
-        for i in range(BINS)
-    ]
-    count = sum(b[0] for b in bins)
+def compute_feedback(window: Counts) -> Iterator[Metric]:
+    """Yield accuracy and expected calibration error of the last labels, summed over processes.
+
+    `window` counts by (part, bin of confidence); the parts are the number of labels, how many of them were
+    correct, and the sum of their confidences. The calibration error is that of Naeini et al. (2015).
+    """
+    total = 0.0
+    correct = 0.0
+    calibration_gap = 0.0
+    for bin_ in range(FEEDBACK_BINS):
+        bin_correct = window.get(("correct", str(bin_)), 0.0)
+        bin_confidence = window.get(("confidence", str(bin_)), 0.0)
+        total += window.get(("count", str(bin_)), 0.0)
+        correct += bin_correct
+        calibration_gap += abs(bin_correct - bin_confidence)
+
     accuracy = GaugeMetricFamily(
-        "imago_feedback_accuracy", "Share of answers that were right, of the last labels."
+        "imago_feedback_accuracy", "Share of correct predictions among the last labels."
     )
     error = GaugeMetricFamily(
-        "imago_feedback_ece", "Expected calibration error of the last labels, 0..1."
+        "imago_feedback_ece", "Expected calibration error of the last labels, 0 to 1."
     )
-    if count:
-        accuracy.add_metric((), sum(b[1] for b in bins) / count)
-        error.add_metric((), sum(abs(b[1] - b[2]) for b in bins) / count)
+    if total:
+        accuracy.add_metric((), correct / total)
+        error.add_metric((), calibration_gap / total)
     yield accuracy
     yield error

@@ -1,4 +1,4 @@
-"""/metrics on a port of its own, answered by the supervisor's process, which does nothing else under load."""
+"""`/metrics` on its own port, answered by threads of the supervisor, which is idle under load."""
 
 import contextlib
 import logging
@@ -7,29 +7,35 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
 from serve import logs
-from serve.metrics.shared_counters import Collector
+from serve.metrics.collector import CounterCollector
 
-MOST = 16  # connections at once
-SECONDS = 10.0  # for one of them, from its beginning to its end
+MAX_CONNECTIONS = 16  # at once
+CONNECTION_SECONDS = 10.0  # after which a connection is closed, answered or not
 
 
-class Handler(BaseHTTPRequestHandler):
-    collector: Collector
+class MetricsHandler(BaseHTTPRequestHandler):
+    """Answers `GET /metrics`, and `GET /` with the same."""
+
+    server: "MetricsServer"
     protocol_version = "HTTP/1.1"
-    server_version, sys_version = "imago", ""
+    server_version = "imago"
+    sys_version = ""
 
     def do_GET(self) -> None:
-        if self.path.split("?")[0] not in ("/metrics", "/"):
-            return self.send_error(404)
-        registry = CollectorRegistry(auto_describe=False)
-        registry.register(self.collector)
+        path = self.path.split("?")[0]
+        if path not in ("/metrics", "/"):
+            self.send_error(404)
+            return
+
         encode, content_type = choose_encoder(self.headers.get("Accept", ""))
-        body = encode(registry)
+        body = encode(self.server.registry)
+
         self.send_response(200)
         self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", str(len(body)))
@@ -38,47 +44,55 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Scrapes are not logged."""
+        """Do nothing: scrapes are not logged."""
 
 
-class Server(ThreadingHTTPServer):
-    """A thread and a request for each connection; few of them, and not for long, whoever is at the other end."""
+class MetricsServer(ThreadingHTTPServer):
+    """One thread and one request per connection, with bounds on their number and on their duration."""
 
     daemon_threads = True
 
-    def __init__(self, host: str, port: int, handler: type[Handler]):
+    def __init__(self, host: str, port: int, run: str):
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self.ends: dict[socket.socket, float] = {}  # of what is open, by time.monotonic
-        super().__init__((host, port), handler)
+        self.registry = CollectorRegistry(auto_describe=False)
+        self.registry.register(CounterCollector(run))
+        # Open connections, and the time.monotonic() at which each is closed.
+        self.deadlines: dict[Any, float] = {}
+        super().__init__((host, port), MetricsHandler)
 
-    def process_request(self, request, client_address) -> None:
-        if len(self.ends) >= MOST:
-            return self.shutdown_request(request)
-        self.ends[request] = time.monotonic() + SECONDS
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer in a thread, or close the connection where too many are open."""
+        if len(self.deadlines) >= MAX_CONNECTIONS:
+            self.shutdown_request(request)
+            return
+        self.deadlines[request] = time.monotonic() + CONNECTION_SECONDS
         super().process_request(request, client_address)
 
-    def shutdown_request(self, request) -> None:
-        self.ends.pop(request, None)
+    def shutdown_request(self, request: Any) -> None:
+        self.deadlines.pop(request, None)
         super().shutdown_request(request)
 
     def service_actions(self) -> None:
-        """Twice a second."""
-        for request, end in list(self.ends.items()):
-            if end < time.monotonic():
-                with contextlib.suppress(OSError):  # it ended just now
+        """Close the connections that took too long. `serve_forever` calls this twice a second."""
+        now = time.monotonic()
+        for request, deadline in list(self.deadlines.items()):
+            if deadline < now:
+                # The connection may have ended since the list was made.
+                with contextlib.suppress(OSError):
                     request.shutdown(socket.SHUT_RDWR)
 
-    def handle_error(self, request, client_address) -> None:
-        """A scraper that leaves early is no fault of ours."""
-        ours = not isinstance(sys.exc_info()[1], ConnectionError)
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Log a failed scrape: as an error, but for a scraper that closed its connection early."""
+        disconnected = isinstance(sys.exc_info()[1], ConnectionError)
         logs.logger.log(
-            logging.ERROR if ours else logging.DEBUG, "a scrape was not answered", exc_info=ours
+            logging.DEBUG if disconnected else logging.ERROR,
+            "a scrape was not answered",
+            exc_info=not disconnected,
         )
 
 
-def start(host: str, port: int, run: str) -> ThreadingHTTPServer:
-    """Listen at once; answer from a thread. Raises OSError where the port is taken."""
-    handler = type("MetricsHandler", (Handler,), {"collector": Collector(run)})
-    server = Server(host, port, handler)
+def start(host: str, port: int, run: str) -> MetricsServer:
+    """Serve the metrics of a run directory from a thread. Raises OSError where the port is taken."""
+    server = MetricsServer(host, port, run)
     threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
     return server

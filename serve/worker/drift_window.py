@@ -15,7 +15,7 @@ import numpy as np
 from models.bundle import Histogram, Manifest
 from models.drift import image_signals
 from models.image import read_header
-from serve.metrics.derived_metrics import ENOUGH
+from serve.metrics.derived_metrics import MIN_IMAGES_PER_BIN
 from serve.wire import TENSOR
 
 AT_ONCE = 4  # images of one batch, at most: the thread that measures is one that could predict
@@ -54,7 +54,9 @@ class Drift:
             self.model, self.seen = model, deque[list[int]]()
             self.edges, self.bins = dict[str, list[float]](), dict[str, list[int]]()
             for name, histogram in manifest.baseline.items():
-                self.edges[name], counts = coarse(histogram, max(2, self.window // ENOUGH))
+                self.edges[name], counts = coarse(
+                    histogram, max(2, self.window // MIN_IMAGES_PER_BIN)
+                )
                 for i, count in enumerate(counts):
                     self.counters.set("drift_baseline", name, str(i), to=count)
                 self.bins[name] = [

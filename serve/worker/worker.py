@@ -24,7 +24,7 @@ from litserve.loops.base import LitLoop
 from models.image import ImageError, decode
 from models.store import LATEST
 from serve import logs
-from serve.metrics.shared_counters import SharedCounters, WorkerMetrics, tell_served
+from serve.metrics.shared_counters import SharedCounters
 from serve.model import Model
 from serve.prediction import encode_activation_map
 from serve.settings import Settings
@@ -43,6 +43,7 @@ from serve.worker import reload
 from serve.worker.batcher import Backlog, Peer, Waiting
 from serve.worker.drift_window import Drift
 from serve.worker.shadow import Shadow
+from serve.worker.worker_metrics import WorkerMetrics, set_served_model
 
 STEP = 0.5  # seconds between two heartbeats
 UNUSABLE = 2  # exit status of a worker that can't serve what it is told to
@@ -111,13 +112,12 @@ class PredictLoop(LitLoop):
             self.hello,
         )
         self.served = SharedCounters(f"{lit_api.run}/worker-{worker_id}-model.metrics")
-        tell_served(self.served, lit_api.model)
+        set_served_model(self.served, lit_api.model)
         self.state.set_run_seconds(worker_id, lit_api.model.run_seconds)
         self.drift: Drift | None = None
         self.observers = self.watchers(lit_api.settings, f"{lit_api.run}/worker-{worker_id}")
         for i in range(lit_api.threads):
-            metrics = WorkerMetrics(f"{lit_api.run}/worker-{worker_id}-{i}.metrics")
-            metrics.serve(lit_api.model)
+            metrics = WorkerMetrics(f"{lit_api.run}/worker-{worker_id}-{i}.metrics", lit_api.model)
             threading.Thread(
                 target=self.predictor, args=(i, metrics), name=f"predictor-{i}", daemon=True
             ).start()
@@ -163,7 +163,7 @@ class PredictLoop(LitLoop):
         self.api.model, self.backlog.predictors = model, self.predictors(model)
         for peer in list(self.backlog.peers):
             peer.send(self.hello())
-        tell_served(self.served, model)
+        set_served_model(self.served, model)
         if self.drift:
             self.drift.start(model)
 
@@ -288,7 +288,7 @@ class PredictLoop(LitLoop):
             )
             answers.append((w, answer))
         reply(answers)
-        metrics.batch(model, outputs, queue_us, decode_us, infer)
+        metrics.count_batch(model, outputs, queue_us, decode_us, infer)
         if self.observers:
             seen = Batch(model, images, outputs, taken)
             for observer in self.observers:

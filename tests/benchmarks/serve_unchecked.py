@@ -19,8 +19,8 @@ from serve.http.dispatcher import Ask
 from serve.http.feedback import FeedbackEndpoint
 from serve.http.predict_endpoint import Place, Predictor
 from serve.http.responses import Request
-from serve.metrics.shared_counters import WorkerMetrics
 from serve.shared_state import SharedState
+from serve.worker.worker_metrics import WorkerMetrics
 
 
 def nothing(*_: object) -> None:
@@ -51,7 +51,7 @@ replace(
     Predictor, enter=lambda self, headers: Place(), hold=nothing, leave=nothing, check_room=nothing
 )
 replace(FeedbackEndpoint, remember=nothing)
-replace(WorkerMetrics, batch=nothing)
+replace(WorkerMetrics, count_batch=nothing)
 replace(Ask, finish=finish)
 replace(
     SharedState, set_idle=nothing, set_busy=lambda self, worker, predictor: 0.0

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from support.manifests import CASES, manifests_of_kind
 
-from serve.metrics.shared_counters import SECONDS
+from serve.metrics.definitions import DURATION_BUCKETS_SECONDS
 
 SHADOW = 'imago_shadow_images_total{namespace="imago",pod="imago-serving-new-a",outcome="%s"}'
 OTHERS = SHADOW.replace("-new-", "-old-")
@@ -137,4 +137,4 @@ def test_thresholds_of_latency_are_edges_of_the_histogram():
         re.findall(r"< ([\d.]+)$", analysis()["p99"]["successCondition"]),
     ]
     for (threshold,) in asked:
-        assert float(threshold) in SECONDS
+        assert float(threshold) in DURATION_BUCKETS_SECONDS

@@ -14,7 +14,7 @@ import yaml
 from support.manifests import CASES, K8S, manifests_of_kind, render_overlay
 
 from serve.http.app import CODES
-from serve.metrics.shared_counters import METRICS
+from serve.metrics.definitions import METRICS
 
 HERE = Path(__file__).parent
 RUNBOOK = (K8S / "README.md").read_text()

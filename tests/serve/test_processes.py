@@ -74,14 +74,14 @@ def test_both_workers_and_both_http_processes_work(fleet):
     """Each has a counting file of its own; all of them grew."""
     runs = [path for path in Path("/dev/shm").glob("imago-*") if owns(fleet, path)]
     assert len(runs) == 1
-    from serve.metrics.shared_counters import entries
+    from serve.metrics.shared_counters import read_entries
 
     for pattern, name in (("api-?", "requests"), ("worker-?-0", "batch_size")):
         counts = []
         for path in sorted(runs[0].glob(f"{pattern}.metrics")):
             data = path.read_bytes()
             values = memoryview(data).cast("d")
-            counts.append(sum(values[at] for found, _, at in entries(data) if found == name))
+            counts.append(sum(values[at] for found, _, at in read_entries(data) if found == name))
         assert len(counts) == 2
         assert min(counts) > 0, f"{pattern}: {counts}"
 

@@ -21,7 +21,7 @@ from support import tiny_bundle
 from support.server import find_free_ports, wait_until
 
 from models.bundle import Calibration
-from serve.metrics.exposition import MOST, SECONDS
+from serve.metrics.exposition import CONNECTION_SECONDS, MAX_CONNECTIONS
 
 PROMETHEUS, PROMTOOL = shutil.which("prometheus"), shutil.which("promtool")
 
@@ -227,14 +227,14 @@ def test_slow_scrapers_are_few_and_are_not_waited_for(start):
     with contextlib.ExitStack() as held:
         scrapers = [
             held.enter_context(socket.create_connection(("127.0.0.1", service.metrics_port), 30))
-            for _ in range(3 * MOST)
+            for _ in range(3 * MAX_CONNECTIONS)
         ]
         wait_until(lambda: threads(service) > before)
         for scraper in scrapers:
             scraper.settimeout(0.1)
-        end = time.monotonic() + 3 * SECONDS
+        end = time.monotonic() + 3 * CONNECTION_SECONDS
         while scrapers:
-            assert threads(service) <= before + MOST
+            assert threads(service) <= before + MAX_CONNECTIONS
             assert time.monotonic() < end, f"{len(scrapers)} are still waited for"
             scrapers = [scraper for scraper in scrapers if not ended(scraper)]
     wait_until(lambda: threads(service) == before)

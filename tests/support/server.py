@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from serve.metrics.shared_counters import METRICS
+from serve.metrics.definitions import METRICS
 from support import ROOT
 
 
