@@ -1,4 +1,4 @@
-"""Sums the counters of all processes for prometheus_client. Runs in the supervisor, once a scrape."""
+"""Sums the counters of all processes for prometheus_client, once per scrape, in the supervisor."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +22,7 @@ Series = dict[tuple[str, ...], np.ndarray]
 
 
 class CounterCollector:
-    """A collector for `prometheus_client.CollectorRegistry` over the counter files of a run directory."""
+    """A prometheus_client collector over the counter files of a run directory."""
 
     def __init__(self, run: str):
         self.run = Path(run)

@@ -1,7 +1,7 @@
-"""What the service counts: name, type, help text, labels and buckets of every metric that is stored.
+"""What the service counts: type, help text, labels and buckets of every metric that is stored.
 
-All processes of the service read these definitions. Metrics that are computed during a scrape are in
-`serve.metrics.derived_metrics`.
+All processes of the service read these definitions. Metrics that are computed during a scrape are
+in `serve.metrics.derived_metrics`.
 """
 
 from typing import Literal, NamedTuple

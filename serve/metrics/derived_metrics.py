@@ -1,4 +1,4 @@
-"""Metrics that are not sums: drift and feedback, computed during a scrape from counts of all processes."""
+"""Drift and feedback: metrics that are not sums, computed in a scrape from the summed counts."""
 
 from collections.abc import Iterator, Mapping
 
@@ -26,9 +26,9 @@ def compute(
 def compute_drift(baseline: Counts, window: Counts, models: int) -> Iterator[Metric]:
     """Yield the drift metrics from counts by (signal, bin), summed over workers.
 
-    There is no index while the window is too small for its bins, nor while workers swap models one after the
-    other and `models`, the number of models served, is 2. Bins that are empty on both sides are ignored: they
-    may be those of an earlier model.
+    There is no index while the window is too small for its bins, nor while workers swap models one
+    after the other and `models`, the number of models served, is 2. Bins that are empty on both
+    sides are ignored: they may be those of an earlier model.
     """
     index = GaugeMetricFamily(
         "imago_drift_psi",
@@ -57,8 +57,9 @@ def compute_drift(baseline: Counts, window: Counts, models: int) -> Iterator[Met
 def compute_feedback(window: Counts) -> Iterator[Metric]:
     """Yield accuracy and expected calibration error of the last labels, summed over processes.
 
-    `window` counts by (part, bin of confidence); the parts are the number of labels, how many of them were
-    correct, and the sum of their confidences. The calibration error is that of Naeini et al. (2015).
+    `window` counts by (part, bin of confidence); the parts are the number of labels, how many of
+    them were correct, and the sum of their confidences. The calibration error is that of Naeini et
+    al. (2015).
     """
     total = 0.0
     correct = 0.0

@@ -48,7 +48,7 @@ class MetricsHandler(BaseHTTPRequestHandler):
 
 
 class MetricsServer(ThreadingHTTPServer):
-    """One thread and one request per connection, with bounds on their number and on their duration."""
+    """One thread and one request per connection; both number and duration are bounded."""
 
     daemon_threads = True
 
@@ -92,7 +92,7 @@ class MetricsServer(ThreadingHTTPServer):
 
 
 def start(host: str, port: int, run: str) -> MetricsServer:
-    """Serve the metrics of a run directory from a thread. Raises OSError where the port is taken."""
+    """Serve the metrics of a run directory from a thread. Raises OSError if the port is taken."""
     server = MetricsServer(host, port, run)
     threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
     return server

@@ -1,13 +1,14 @@
 """The numbers of one writer, in a file in shared memory.
 
-Each thread or process that counts owns one file `<run directory>/<writer>.metrics`. A file has a single
-writer, so counting needs no lock and costs well under a microsecond. A replaced worker continues the file
-of its predecessor, so counters never fall. `serve.metrics.collector` sums over the files.
+Each thread or process that counts owns one file `<run directory>/<writer>.metrics`. A file has a
+single writer, so counting needs no lock and costs well under a microsecond. A replaced worker
+continues the file of its predecessor, so counters never fall. `serve.metrics.collector` sums over
+the files.
 
-Layout, aligned to 8 bytes: an int64 with the bytes in use, then entries. An entry is an int64 with the
-length of its key, the key (JSON `[name, labels]`, padded with spaces), and the numbers as doubles. A counter
-or gauge has one number. A histogram has one count per bucket, one for values above the last bucket, and the
-sum of all values.
+Layout, aligned to 8 bytes: an int64 with the bytes in use, then entries. An entry is an int64 with
+the length of its key, the key (JSON `[name, labels]`, padded with spaces), and the numbers as
+doubles. A counter or gauge has one number. A histogram has one count per bucket, one for values
+above the last bucket, and the sum of all values.
 """
 
 import json
@@ -28,8 +29,8 @@ _INT64 = struct.Struct("<q")
 class SharedCounters:
     """Counts the metrics of `serve.metrics.definitions` in the file of one writer.
 
-    The file grows with its entries. Two maps of one file, of different lengths, share the same memory, so a
-    process may keep using a map that another process has since outgrown.
+    The file grows with its entries. Two maps of one file, of different lengths, share the same
+    memory, so a process may keep using a map that another process has since outgrown.
     """
 
     def __init__(self, path: str):
@@ -54,7 +55,7 @@ class SharedCounters:
         self.values = memoryview(self.map).cast("d")
 
     def slot(self, name: str, *labels: str) -> int:
-        """Return the index of a series' first number in `values`. The first call creates the series.
+        """Return the index of a series' first number in `values`; the first call creates it.
 
         Creating a series may replace `values`, so read that attribute after this call.
         """

@@ -8,7 +8,7 @@ from serve.model import Model
 
 
 def set_served_model(counters: SharedCounters, model: Model) -> None:
-    """Make `model_info` 1 for this model and 0 for all others that this worker or its predecessor served."""
+    """Set `model_info` to 1 for this model, and to 0 for those that this worker served before."""
     for name, labels in list(counters.slots):
         if name == "model_info":
             counters.set(name, *labels, to=0)
@@ -42,8 +42,8 @@ class WorkerMetrics:
     ) -> None:
         """Count a batch of answers.
 
-        `outputs` begins with probabilities [N, K] and energy [N]; `queue_us` and `decode_us` are microseconds
-        per image.
+        `outputs` begins with probabilities [N, K] and energy [N]; `queue_us` and `decode_us` are
+        microseconds per image.
         """
         if model is not self.model:
             self.set_model(model)

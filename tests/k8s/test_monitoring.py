@@ -113,7 +113,7 @@ def test_queries_name_series_and_labels_that_the_service_has():
 def counted() -> dict[str, set[str]]:
     """The label values that each metric is counted under, as the service's source writes them."""
     found = defaultdict(set, requests={str(code) for code in CODES})
-    for path in (K8S.parent / "serve").glob("*.py"):
+    for path in (K8S.parent / "serve").rglob("*.py"):
         for call in ast.walk(ast.parse(path.read_text())):
             if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.args:
                 first, *others = (
