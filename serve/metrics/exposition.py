@@ -28,6 +28,7 @@ class MetricsHandler(BaseHTTPRequestHandler):
     sys_version = ""
 
     def do_GET(self) -> None:
+        """Answer one scrape."""
         path = self.path.split("?")[0]
         if path not in ("/metrics", "/"):
             self.send_error(404)
@@ -69,6 +70,7 @@ class MetricsServer(ThreadingHTTPServer):
         super().process_request(request, client_address)
 
     def shutdown_request(self, request: Any) -> None:
+        """Close a connection and forget its deadline."""
         self.deadlines.pop(request, None)
         super().shutdown_request(request)
 
