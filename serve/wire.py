@@ -61,7 +61,7 @@ class Answer(NamedTuple):
     status: int  # an HTTP status
     version: int  # of the model that answered; 0 where no model did
     body: bytes
-    index: int = 0  # of the predicted class
+    class_index: int = 0  # of the predicted class
     confidence: float = 0.0  # probability of the predicted class
     queue_us: int = 0  # microseconds between arrival in the worker and the start of the batch
     decode_us: int = 0
@@ -81,7 +81,7 @@ def pack_answer(answer: Answer) -> bytes:
         len(answer.body),
         answer.status,
         answer.version,
-        answer.index,
+        answer.class_index,
         answer.confidence,
         min(answer.queue_us, MAX_U32),
         min(answer.decode_us, MAX_U32),

@@ -1,43 +1,53 @@
-"""Answers by the digest of the image: off unless asked for, bounded, and empty again whenever the model changes."""
+"""A cache of answers by the digest of the image. It is off unless `cache_entries` is set."""
 
 import hashlib
 from collections import OrderedDict
+from typing import Any
 
+from serve.metrics.shared_counters import SharedCounters
 from serve.wire import Answer
 
 
-class Cache:
-    """The least recently used answers of one HTTP process. Only predictions are kept, errors never."""
+class AnswerCache:
+    """The most recently used predictions of one HTTP process. Errors are not kept.
 
-    def __init__(self, entries: int, counters):
-        self.entries, self.counters = entries, counters
-        self.kept: OrderedDict[bytes, Answer] = OrderedDict()
-        self.served: dict | None = None
+    The cache belongs to one model, given by the description that its worker sent, and becomes empty
+    when another model is served.
+    """
+
+    def __init__(self, max_entries: int, counters: SharedCounters) -> None:
+        self.max_entries = max_entries
+        self.counters = counters
+        self.answers: OrderedDict[bytes, Answer] = OrderedDict()
+        self.model: dict[str, Any] | None = None
 
     @staticmethod
-    def key(body: bytes, top_k: int, flags: int) -> bytes:
-        """SHA-256, since whoever can make two images collide could plant answers."""
+    def build_key(body: bytes, top_k: int, flags: int) -> bytes:
+        """Return the key of an image and what is asked of it.
+
+        SHA-256, because with a weaker hash a client could plant the answer of another image.
+        """
         return hashlib.sha256(body).digest() + b"%d,%d" % (top_k, flags)
 
-    def get(self, key: bytes, served: dict) -> Answer | None:
-        """`served` is the description of the model that answers now; another than before empties the cache."""
-        if served is not self.served:
-            self.kept.clear()
-            self.served = served
-        answer = self.kept.get(key)
+    def get(self, key: bytes, model: dict[str, Any]) -> Answer | None:
+        """Return the answer that `model` gave to this key, if there is one."""
+        if model is not self.model:
+            self.answers.clear()
+            self.model = model
+
+        answer = self.answers.get(key)
         self.counters.add("cache", "miss" if answer is None else "hit")
         if answer is not None:
-            self.kept.move_to_end(key)
+            self.answers.move_to_end(key)
         return answer
 
-    def put(self, key: bytes, served: dict, answer: Answer) -> None:
-        """Keep an answer that `served` gave, with the times of a hit: none."""
-        if (
-            answer.status != 200
-            or served is not self.served
-            or str(answer.version) != served["version"]
-        ):
+    def put(self, key: bytes, model: dict[str, Any], answer: Answer) -> None:
+        """Keep a prediction of `model`. Its times become 0, as a hit takes none."""
+        if answer.status != 200:
             return
-        self.kept[key] = answer._replace(queue_us=0, decode_us=0, infer_us=0)
-        if len(self.kept) > self.entries:
-            self.kept.popitem(last=False)
+        if model is not self.model or str(answer.version) != model["version"]:
+            return
+
+        self.answers[key] = answer._replace(queue_us=0, decode_us=0, infer_us=0)
+        if len(self.answers) > self.max_entries:
+            self.answers.popitem(last=False)

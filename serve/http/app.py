@@ -1,278 +1,338 @@
-"""The door: a pure ASGI middleware that answers every request before LitServe's own routes could.
+"""The ASGI app of an HTTP process, and the service behind it.
 
-LitServe's app behind it only sees the lifespan events, so none of its endpoints is reachable. POST /predict takes a
-shorter way, `serve.http.predict_request`, and shares what is here. Where to hook in: `Front.routes` maps (method, path) to an async
-handler from Request to Response, `Front.prefixes` a beginning of paths; `Front.finish` sees every request that ended.
-Paths in `PROTECTED` ask for the API key when one is set.
+`ServiceApp` is a pure ASGI middleware around LitServe's app. That app sees only the lifespan
+events, so none of LitServe's own endpoints can be reached. When the lifespan starts, `ServiceApp`
+creates a `Service` and puts it into the lifespan's state. From there `serve.http.protocol` gets it
+for each connection.
+
+To add an endpoint, add its handler to `Service.routes`, which maps (method, path) to an async
+function from Request to Response, or to `Service.prefixes` for all paths with a common start.
+POST /predict is not a route: see `serve.http.predict_request`. `Service.record` sees every request
+that ends. Paths in `PROTECTED_PATHS` require the API key, if one is set.
 """
 
 import asyncio
 import hmac
+import logging
 import os
 import re
 import signal
 import time
 from collections.abc import Awaitable, Callable
-from http import HTTPStatus
 from itertools import count
+from types import FrameType
 from typing import Any
+
+from starlette.types import ASGIApp
 
 from serve import logs
 from serve.http import openapi
-from serve.http.dispatcher import Pool
+from serve.http.dispatcher import Dispatcher
 from serve.http.feedback import FeedbackEndpoint
 from serve.http.open_inference import OpenInference
 from serve.http.page import Page
-from serve.http.predict_endpoint import Predictor
-from serve.http.predict_request import withheld
-from serve.http.protocol import Connection
-from serve.http.responses import Header, Problem, Request, Response, as_json
+from serve.http.predict_endpoint import PredictEndpoint
+from serve.http.responses import (
+    SECURITY_HEADERS,
+    ClientConnection,
+    Problem,
+    Receive,
+    Request,
+    Response,
+    Scope,
+    Send,
+    json_response,
+)
 from serve.http.tracing import Tracing
 from serve.metrics.shared_counters import SharedCounters
 from serve.settings import Settings
 from serve.shared_state import SharedState
 
 Handler = Callable[[Request], Awaitable[Response]]
+
+STATE_KEY = "service"  # of the Service in the lifespan's state
+
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
-PROTECTED, PROBES = ("/predict", "/v2", "/feedback"), "/v2/health/"
-SECURITY: list[Header] = [
-    (b"x-content-type-options", b"nosniff"),
-    (b"cache-control", b"no-store"),
-    (b"cross-origin-resource-policy", b"same-origin"),
-]
-CODES = (200, 400, 401, 408, 413, 415, 422, 429, 500, 503, 504)
-INFER = "/v2/models/"
-SWEEP_SECONDS = 0.5
-LOGS_A_SECOND = (
-    20  # lines on requests; under a flood of failures a log must not become the next problem
-)
+PROTECTED_PATHS = ("/predict", "/v2", "/feedback")
+UNPROTECTED_PATHS = "/v2/health/"
+INFER_PATHS = "/v2/models/"
+
+# Their counters exist from the start; those of other codes are created when they occur.
+EXPECTED_CODES = (200, 400, 401, 408, 413, 415, 422, 429, 500, 503, 504)
+
+TIMEOUT_CHECK_SECONDS = 0.5
+MAX_LOG_LINES_PER_SECOND = 20  # of failed requests, so that a flood of them can't fill the disk
+CLIENT_LEFT = 499  # status in logs and traces of a request that got no response
 
 
-def _status_head(status: int) -> bytes:
-    security = b"".join(b"%b: %b\r\n" % header for header in SECURITY)
-    return b"HTTP/1.1 %d %b\r\n%b" % (status, HTTPStatus(status).phrase.encode(), security)
+class ServiceApp:
+    """The outermost middleware of LitServe's app, in an HTTP process."""
+
+    def __init__(self, app: ASGIApp, settings: Settings, run_directory: str) -> None:
+        """Wrap `app`. The service uses the files in `run_directory`."""
+        self.app = app
+        self.settings = settings
+        self.run_directory = run_directory
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        """Run the lifespan, or answer a request."""
+        if scope["type"] == "lifespan":
+            await self._run_lifespan(scope, receive, send)
+        elif scope["type"] == "http":
+            await scope["state"][STATE_KEY].handle(scope, receive, send)
+
+    async def _run_lifespan(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        """Create the service, and close it when the lifespan ends."""
+        process_number = scope["app"].response_queue_id
+        service = Service(self.settings, self.run_directory, process_number)
+        scope["state"][STATE_KEY] = service
+        await self.app(scope, receive, send)
+        service.close()
 
 
-HEADS = {status.value: _status_head(status.value) for status in HTTPStatus}
+class Service:
+    """Everything that one HTTP process needs to answer requests. Created on its event loop."""
 
+    def __init__(self, settings: Settings, run_directory: str, process_number: int) -> None:
+        """Connect to the workers, whose sockets are in `run_directory`."""
+        logs.configure(settings)
+        self.settings = settings
+        self.api_key = settings.key()
+        self.state = SharedState(run_directory)
+        self.connections: set[ClientConnection] = set()  # the open ones; each adds itself
+        self._request_ids = count()
+        self._request_id_prefix = os.urandom(6).hex()
 
-class Front:
-    """One for each HTTP process; what needs the event loop is made when the lifespan starts."""
+        self.counters = SharedCounters(f"{run_directory}/api-{process_number}.metrics")
+        self._code_slots: dict[int, int] = {}
+        for code in EXPECTED_CODES:
+            self._code_slots[code] = self.counters.slot("requests", str(code))
+        self.tracing = Tracing() if settings.tracing else None
+        self._request_log = RequestLog(settings.access_log)
 
-    def __init__(self, app: Any, settings: Settings, run: str):
-        self.app, self.settings, self.run = app, settings, run
-        self.key = settings.key()
-        self.ids, self.id_start = count(), os.urandom(6).hex()
-        self.log_second, self.logged = 0, 0
-
-    async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
-        if scope["type"] == "http":
-            await self.answer(scope, receive, send)
-        elif scope["type"] == "lifespan":
-            self.start(scope["app"].response_queue_id)
-            await self.app(scope, receive, send)
-            self.sweeper.cancel()
-            self.pool.close()
-            if self.tracing:
-                self.tracing.close()
-
-    def start(self, number: int) -> None:
-        """Make what this HTTP process needs. The supervisor alone decides when it ends."""
-        logs.configure(self.settings)
-        self.number, self.state, self.parent = number, SharedState(self.run), os.getppid()
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        uvicorn_ends = signal.getsignal(signal.SIGTERM)
-        signal.signal(
-            signal.SIGTERM,
-            lambda *args: (
-                uvicorn_ends(*args) if callable(uvicorn_ends) and self.state.stopping else None
-            ),
+        self.dispatcher = Dispatcher(run_directory, settings.workers, self.counters)
+        feedback = FeedbackEndpoint(run_directory, self.counters, self.dispatcher)
+        self.predict_endpoint = PredictEndpoint(
+            settings, self.dispatcher, self.state, self.counters, process_number, feedback
         )
-        self.counters = SharedCounters(f"{self.run}/api-{number}.metrics")
-        self.codes = {code: self.counters.slot("requests", str(code)) for code in CODES}
-        self.pool = Pool(self.run, self.settings.workers, self.counters)
-        feedback = FeedbackEndpoint(self.run, self.counters, self.pool)
-        self.predictor = Predictor(
-            self.settings, self.pool, self.state, self.counters, number, feedback
-        )
-        page, v2 = Page(self.settings, self.pool), OpenInference(self.predictor, self.pool)
-        self.tracing = Tracing() if self.settings.tracing else None
+        open_inference = OpenInference(self.predict_endpoint, self.dispatcher)
+        page = Page(settings, self.dispatcher)
+
         self.routes: dict[tuple[str, str], Handler] = {
-            ("GET", "/model"): self.model,
-            ("GET", "/health/live"): self.live,
-            ("GET", "/health/ready"): self.ready,
+            ("GET", "/model"): self.describe_model,
+            ("GET", "/health/live"): self.report_live,
+            ("GET", "/health/ready"): self.report_ready,
             ("GET", "/docs"): openapi.page,
             ("GET", "/openapi.json"): openapi.openapi,
             ("POST", "/feedback"): feedback,
             ("GET", "/"): page.index,
             ("GET", "/report"): page.report,
-            ("GET", "/v2"): v2,
+            ("GET", "/v2"): open_inference,
         }
         self.prefixes: dict[str, Handler] = {
             "/page/": page.own,
             "/samples/": page.sample,
-            "/v2/": v2,
+            "/v2/": open_inference,
         }
-        self.methods = {"/predict": ["POST"]}
+        self.allowed_methods: dict[str, list[str]] = {"/predict": ["POST"]}
         for method, path in self.routes:
-            self.methods.setdefault(path, []).append(method)
-        Connection.front = self
-        self.sweeper = asyncio.get_running_loop().create_task(self.sweep())
+            self.allowed_methods.setdefault(path, []).append(method)
 
-    async def sweep(self) -> None:
+        _leave_signals_to_the_supervisor(self.state)
+        self._supervisor_pid = os.getppid()
+        self._watch_task = asyncio.get_running_loop().create_task(self._watch())
+
+    async def _watch(self) -> None:
+        """Close connections of clients that are too slow, and exit with the supervisor."""
+        loop = asyncio.get_running_loop()
         while True:
-            await asyncio.sleep(SWEEP_SECONDS)
-            if os.getppid() != self.parent:
+            await asyncio.sleep(TIMEOUT_CHECK_SECONDS)
+            if os.getppid() != self._supervisor_pid:
                 os._exit(1)  # the supervisor was killed
-            Connection.sweep()
+            now = loop.time()
+            for connection in list(self.connections):
+                connection.enforce_timeouts(now)
 
-    async def answer(self, scope: dict, receive: Any, send: Any) -> None:
-        """Every request but POST /predict."""
-        started, path = time.perf_counter(), scope["path"]
-        request = self.request(scope, receive)
+    def close(self) -> None:
+        """Stop the watch, leave the workers, and send the traces that are left."""
+        self._watch_task.cancel()
+        self.dispatcher.close()
+        if self.tracing:
+            self.tracing.close()
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request that came through ASGI: every one except POST /predict."""
+        started = time.perf_counter()
+        path = scope["path"]
+        request = self.build_request(scope, receive)
+        response: Response | None
         try:
-            response = await self.handler(scope["method"], path, request.headers)(request)
+            handler = self.find_handler(scope["method"], path, request.headers)
+            response = await handler(request)
         except Problem as problem:
-            response = self.refused(problem, request.id)
+            response = self.reject(problem, request.id)
         except ConnectionError:
-            response = None  # nobody is there to be answered
+            response = None  # the client left
         except Exception:
-            logs.logger.exception(
-                "a request failed", extra={"fields": {"request_id": request.id, "path": path}}
-            )
-            response = Problem(500, "the service failed on this request", close=True).response(
-                request.id
-            )
+            fields = {"request_id": request.id, "path": path}
+            logs.logger.exception("a request failed", extra={"fields": fields})
+            failure = Problem(500, "the service failed on this request", close=True)
+            response = failure.response(request.id)
+
         if response is not None:
-            await self.send(response, request, send)
-        self.finish(request, response, time.perf_counter() - started)
+            await self._send(response, request, send)
+        self.record(request, response, time.perf_counter() - started)
 
-    def request(self, scope: dict, receive: Any) -> Request:
+    def build_request(self, scope: Scope, receive: Receive) -> Request:
+        """Build the request of an ASGI scope. Its id is the client's, if that is harmless."""
         headers = dict(scope["headers"])
-        given = headers.get(b"x-request-id")
-        number = (
-            given.decode() if given is not None and REQUEST_ID.fullmatch(given) else self.new_id()
-        )
-        return Request(scope, receive, headers, number)
+        client_id = headers.get(b"x-request-id")
+        if client_id is not None and REQUEST_ID.fullmatch(client_id):
+            request_id = client_id.decode()
+        else:
+            request_id = self.new_request_id()
+        return Request(scope, receive, headers, request_id)
 
-    def new_id(self) -> str:
-        return f"{self.id_start}{next(self.ids):08x}"
+    def new_request_id(self) -> str:
+        """Return an id that no other request has."""
+        return f"{self._request_id_prefix}{next(self._request_ids):08x}"
 
-    def handler(self, method: str, path: str, headers: dict[bytes, bytes]) -> Handler:
-        """Raises Problem 401, 404 or 405."""
-        if path.startswith(PROTECTED) and not path.startswith(PROBES):
-            self.authorize(headers)
-        found = self.routes.get(("GET" if method == "HEAD" else method, path))
-        if found is None:
-            found = next(
-                (h for prefix, h in self.prefixes.items() if path.startswith(prefix)), None
-            )
-        if found is None:
-            if path in self.methods:
-                raise Problem(
-                    405,
-                    f"{path} takes {' and '.join(self.methods[path])}, not {method}",
-                    allow=", ".join(self.methods[path]),
-                )
-            raise Problem(404, "there is nothing here; see /docs")
-        return found
+    def find_handler(self, method: str, path: str, headers: dict[bytes, bytes]) -> Handler:
+        """Return the handler of a request. Raises Problem 401, 404 or 405."""
+        if path.startswith(PROTECTED_PATHS) and not path.startswith(UNPROTECTED_PATHS):
+            self.check_api_key(headers)
 
-    def authorize(self, headers: dict[bytes, bytes]) -> None:
-        """Compare the key in constant time. Raises Problem 401."""
-        if self.key is not None:
+        route_method = "GET" if method == "HEAD" else method
+        handler = self.routes.get((route_method, path))
+        if handler is not None:
+            return handler
+        for prefix, prefix_handler in self.prefixes.items():
+            if path.startswith(prefix):
+                return prefix_handler
+
+        if path in self.allowed_methods:
+            methods = self.allowed_methods[path]
+            detail = f"{path} allows {' and '.join(methods)}, not {method}"
+            raise Problem(405, detail, allow=", ".join(methods))
+        raise Problem(404, "there is nothing at this path; see /docs")
+
+    def check_api_key(self, headers: dict[bytes, bytes]) -> None:
+        """Compare the key of a request in constant time. Raises Problem 401."""
+        if self.api_key is None:
+            return
+
+        key = headers.get(b"x-api-key")
+        if not key:
             scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
-            given = headers.get(b"x-api-key") or (
-                token.strip() if scheme.lower() == b"bearer" else b""
-            )
-            if not hmac.compare_digest(given, self.key):
-                raise Problem(
-                    401, "send the API key as X-API-Key, or as Authorization: Bearer", "key"
-                )
+            key = token.strip() if scheme.lower() == b"bearer" else b""
+        if not hmac.compare_digest(key, self.api_key):
+            raise Problem(401, "send the API key as X-API-Key or as Authorization: Bearer", "key")
 
-    def refused(self, problem: Problem, request_id: str) -> Response:
+    def reject(self, problem: Problem, request_id: str) -> Response:
+        """Count a problem, if it has a reason to count, and return it as a response."""
         if problem.reason:
             self.counters.add("rejected", problem.reason)
         return problem.response(request_id)
 
-    def head(self, response: Response, request_id: str, close: bool) -> bytes:
-        """The bytes of a response up to its body."""
-        parts = [HEADS[response.status]]
-        for header in (*Connection.uvicorn.default_headers, *response.headers):
-            parts.append(b"%b: %b\r\n" % header)
-        parts.append(
-            b"content-type: %b\r\ncontent-length: %d\r\nx-request-id: %b\r\n%b\r\n"
-            % (
-                response.content_type,
-                len(response.body),
-                request_id.encode(),
-                b"connection: close\r\n" if close else b"",
-            )
-        )
-        return b"".join(parts)
-
-    async def send(self, response: Response, request: Request, send: Any) -> None:
+    async def _send(self, response: Response, request: Request, send: Send) -> None:
+        """Send a response through ASGI."""
         headers = [
             (b"content-type", response.content_type),
             (b"content-length", b"%d" % len(response.body)),
             (b"x-request-id", request.id.encode()),
-            *SECURITY,
+            *SECURITY_HEADERS,
             *response.headers,
         ]
-        if (
-            response.close
-            or self.state.draining
-            or withheld(request.scope["state"]["connection"].current)
-        ):
+        if response.close or self.state.draining or request.connection.is_body_withheld():
             headers.append((b"connection", b"close"))
         await send({"type": "http.response.start", "status": response.status, "headers": headers})
         await send({"type": "http.response.body", "body": response.body})
 
-    def finish(self, request: Request, response: Response | None, seconds: float) -> None:
-        """Count, trace and log a request that ended; without a response the client left before."""
-        path, status = request.scope["path"], response.status if response else 499
-        asked = request.scope["method"] == "POST" and (path == "/predict" or path.startswith(INFER))
-        if response is not None and asked:
-            self.count(status, seconds)
+    def record(self, request: Request, response: Response | None, seconds: float) -> None:
+        """Count, trace and log a request that has ended, without a response if the client left."""
+        method = request.scope["method"]
+        path = request.scope["path"]
+        status = response.status if response is not None else CLIENT_LEFT
+
+        is_prediction = method == "POST" and (path == "/predict" or path.startswith(INFER_PATHS))
+        if is_prediction and response is not None:
+            self.count_request(status, seconds)
         if self.tracing:
             self.tracing.record(request, response, seconds)
-        if self.settings.access_log or (status in (500, 503, 504) and "/health/" not in path):
-            self.log(request, status, seconds)
+        is_failure = status in (500, 503, 504) and "/health/" not in path
+        if is_failure or self.settings.access_log:
+            self._request_log.write(request, status, seconds)
 
-    def count(self, status: int, seconds: float) -> None:
-        slot = self.codes.get(status)
+    def count_request(self, status: int, seconds: float) -> None:
+        """Count a request for predictions by its status, and the seconds that it took."""
+        slot = self._code_slots.get(status)
         if slot is None:
             slot = self.counters.slot("requests", str(status))
         self.counters.values[slot] += 1
         self.counters.observe("request_duration_seconds", seconds)
 
-    def log(self, request: Request, status: int, seconds: float) -> None:
-        second = int(time.monotonic())
-        if second != self.log_second:
-            if self.logged > LOGS_A_SECOND and not self.settings.access_log:
-                logs.logger.warning("%d more requests failed", self.logged - LOGS_A_SECOND)
-            self.log_second, self.logged = second, 0
-        self.logged += 1
-        if self.logged <= LOGS_A_SECOND or self.settings.access_log:
-            fields = {
-                "request_id": request.id,
-                "method": request.scope["method"],
-                "path": request.scope["path"],
-                "status": status,
-                "ms": round(1000 * seconds, 3),
-            }
-            logs.logger.log(30 if status >= 500 else 20, "request", extra={"fields": fields})
+    async def report_live(self, request: Request) -> Response:
+        """GET /health/live"""
+        return json_response({"status": "live"})
 
-    async def live(self, request: Request) -> Response:
-        return as_json({"status": "live"})
-
-    async def ready(self, request: Request) -> Response:
+    async def report_ready(self, request: Request) -> Response:
+        """GET /health/ready"""
         if self.state.draining:
             raise Problem(503, "the service is shutting down")
-        if not self.pool.ready:
-            raise Problem(503, f"{len(self.pool.usable)} of {self.pool.size} workers are ready")
-        return as_json({"status": "ready"})
+        if not self.dispatcher.is_ready:
+            ready = len(self.dispatcher.ready_workers)
+            raise Problem(503, f"{ready} of {self.dispatcher.worker_count} workers are ready")
+        return json_response({"status": "ready"})
 
-    async def model(self, request: Request) -> Response:
-        if not self.pool.model:
+    async def describe_model(self, request: Request) -> Response:
+        """GET /model"""
+        if not self.dispatcher.model:
             raise Problem(503, "no model is ready yet; try again in a second")
-        return as_json(self.pool.model)
+        return json_response(self.dispatcher.model)
+
+
+class RequestLog:
+    """Writes a line for a request: for each one with `access_log`, else for a limited number."""
+
+    def __init__(self, access_log: bool) -> None:
+        self.access_log = access_log
+        self.second = 0  # of time.monotonic(), in which `lines` were counted
+        self.lines = 0
+
+    def write(self, request: Request, status: int, seconds: float) -> None:
+        """Log a request that took so many seconds."""
+        second = int(time.monotonic())
+        if second != self.second:
+            omitted = self.lines - MAX_LOG_LINES_PER_SECOND
+            if omitted > 0 and not self.access_log:
+                logs.logger.warning("%d more requests failed", omitted)
+            self.second = second
+            self.lines = 0
+
+        self.lines += 1
+        if self.lines > MAX_LOG_LINES_PER_SECOND and not self.access_log:
+            return
+        level = logging.ERROR if status >= 500 else logging.INFO
+        fields = {
+            "request_id": request.id,
+            "method": request.scope["method"],
+            "path": request.scope["path"],
+            "status": status,
+            "ms": round(1000 * seconds, 3),
+        }
+        logs.logger.log(level, "request", extra={"fields": fields})
+
+
+def _leave_signals_to_the_supervisor(state: SharedState) -> None:
+    """Ignore SIGINT, and SIGTERM until the supervisor stops all processes.
+
+    Signals may reach the whole process group, but only the supervisor decides when a process ends.
+    """
+    uvicorn_handler = signal.getsignal(signal.SIGTERM)
+
+    def handle_sigterm(number: int, frame: FrameType | None) -> None:
+        if state.stopping and callable(uvicorn_handler):
+            uvicorn_handler(number, frame)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, handle_sigterm)

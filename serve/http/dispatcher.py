@@ -1,4 +1,9 @@
-"""The HTTP process's side of the workers: a connection to each, who is ready, and who has which job."""
+"""Sends images to the workers and collects their answers, in an HTTP process.
+
+`Dispatcher` holds a connection to each worker (`WorkerConnection`) and knows which of them are
+ready. The images of one request are a `PendingRequest` until each has an answer, or the deadline
+passes. Everything runs by callbacks on the event loop; no request has a task.
+"""
 
 import asyncio
 import json
@@ -6,268 +11,385 @@ import time
 from collections.abc import Callable
 from functools import partial
 from itertools import count
+from typing import Any
 
 from serve import logs
 from serve.metrics.shared_counters import SharedCounters
-from serve.wire import CANCEL, MODEL_INFO, Answer, Job, pack_job, take_answers
+from serve.wire import CANCEL, MAX_U32, MODEL_INFO, Answer, Job, pack_job, take_answers
 
-RETRY_SECONDS = 0.02
-LOST = b"the worker was lost before it answered; try again"
-UNANSWERED = Answer(0, 0, 0, b"")  # stands in the place of an answer until it is there
+RECONNECT_SECONDS = 0.02
+WORKER_LOST = b"the worker stopped before it answered; try again"
+
+# Stands in the list of answers where there is none yet.
+UNANSWERED = Answer(id=0, status=0, version=0, body=b"")
 
 
-class Ask:
-    """The images of one request on their way. `done` is called once: when each has an answer, or at the deadline."""
+class PendingRequest:
+    """The images of one request on their way through the workers.
 
-    __slots__ = ("again", "answers", "asked", "deadline", "done", "expired", "jobs", "left", "pool")
+    `on_done` is called once: when each image has an answer, or when the deadline has passed. After
+    `cancel` it is not called.
+    """
+
+    __slots__ = (
+        "answers",
+        "deadline",
+        "dispatcher",
+        "expired",
+        "jobs",
+        "missing",
+        "on_done",
+        "resend",
+        "submitted",
+    )
 
     def __init__(
-        self, pool: "Pool", answers: list[Answer], deadline: float, done: Callable[["Ask"], None]
-    ):
-        """`deadline`: by time.monotonic."""
-        self.pool, self.answers, self.deadline, self.done, self.expired = (
-            pool,
-            answers,
-            deadline,
-            done,
-            False,
-        )
-        self.asked = [i for i, answer in enumerate(answers) if answer is UNANSWERED]
-        self.left = len(self.asked)
-        self.jobs: list[tuple[Channel, int]] = []
-        self.again: Callable[[list[int]], None] | None = None  # asks for these images once more
+        self,
+        dispatcher: "Dispatcher",
+        answers: list[Answer],
+        deadline: float,
+        on_done: Callable[["PendingRequest"], None],
+    ) -> None:
+        """Wait for the answers that are UNANSWERED.
 
-    def put(self, index: int, answer: Answer) -> None:
+        deadline: in seconds of time.monotonic().
+        """
+        self.dispatcher = dispatcher
+        self.answers = answers
+        self.deadline = deadline
+        self.on_done = on_done
+        self.expired = False
+        self.jobs: list[tuple[WorkerConnection, int]] = []
+
+        # Positions of the images that go to a worker, and how many of them have no answer.
+        self.submitted = [i for i, answer in enumerate(answers) if answer is UNANSWERED]
+        self.missing = len(self.submitted)
+
+        # Sends the images at these positions once more. None where that is no longer possible.
+        self.resend: Callable[[list[int]], None] | None = None
+
+    def set_answer(self, index: int, answer: Answer) -> None:
+        """Store the answer to one image. The last one finishes the request.
+
+        If the model was swapped in between and two versions answered, all images are sent again, at
+        most once.
+        """
         self.answers[index] = answer
-        self.left -= 1
-        if self.left:
+        self.missing -= 1
+        if self.missing:
             return
-        good = [i for i, a in enumerate(self.answers) if a.status == 200] if self.again else []
-        if (
-            self.again and len({self.answers[i].version for i in good}) > 1
-        ):  # the model was swapped between them
-            again, self.again = self.again, None
-            again(good)
-        else:
-            self.finish()
+
+        resend = self.resend
+        if resend is not None:
+            predicted = [i for i, answer in enumerate(self.answers) if answer.status == 200]
+            versions = {self.answers[i].version for i in predicted}
+            if len(versions) > 1:
+                self.resend = None
+                resend(predicted)
+                return
+        self.finish()
 
     def finish(self) -> None:
-        self.again = None  # no ring of references is left
-        self.pool.asks.pop(self, None)
-        for index in self.asked:
-            self.pool.counters.add("images", outcome(self.answers[index].status))
+        """Count the images and call `on_done`."""
+        self.detach()
+        for index in self.submitted:
+            outcome = image_outcome(self.answers[index].status)
+            self.dispatcher.counters.add("images", outcome)
         try:
-            self.done(self)
-        except Exception:  # what is wrong with one request must not reach the others of its worker
-            logs.logger.exception("an answer could not be given")
+            self.on_done(self)
+        except Exception:  # an error in one request must not reach others of the same worker
+            logs.logger.exception("a response could not be sent")
 
     def expire(self) -> None:
+        """Finish at the deadline: `on_done` sees `expired`, and the workers drop the jobs."""
         self.expired = True
         self.cancel()
         self.finish()
 
     def cancel(self) -> None:
-        """Nobody waits any more: what is not done yet is dropped, not done late, and `done` is not called."""
-        self.again = None
-        self.pool.asks.pop(self, None)
-        for channel, number in self.jobs:
-            channel.cancel(number)
+        """Drop the request: workers drop its jobs, and `on_done` is not called."""
+        self.detach()
+        for connection, job_id in self.jobs:
+            connection.cancel(job_id)
+
+    def detach(self) -> None:
+        """Leave the dispatcher, and break the reference cycle through `resend`."""
+        self.resend = None
+        self.dispatcher.pending_requests.pop(self, None)
 
 
-def outcome(status: int) -> str:
-    """What became of an image, by the status of its answer; 0 where there was none in time."""
-    return (
-        "answered"
-        if status == 200
-        else "expired"
-        if not status
-        else "refused"
-        if status < 500
-        else "failed"
-    )
+def image_outcome(status: int) -> str:
+    """Return the label of imago_images_total for the status of an answer, 0 for no answer."""
+    if status == 200:
+        return "answered"
+    if status == 0:
+        return "expired"
+    if status < 500:
+        return "refused"
+    return "failed"
 
 
-class Channel(asyncio.Protocol):
-    """A connection to one worker. What is written in one turn of the event loop leaves in one write."""
+class WorkerConnection(asyncio.Protocol):
+    """The connection to one worker. Jobs of one turn of the event loop leave in one write."""
 
-    def __init__(self, pool: "Pool"):
-        self.pool, self.buffer, self.out = pool, bytearray(), list[bytes]()
-        self.waiting: dict[int, tuple[Ask, int]] = {}
-        self.ids = count(1)
-        self.model: dict | None = None  # what the worker serves; None until it has told
+    def __init__(self, dispatcher: "Dispatcher") -> None:
+        self.dispatcher = dispatcher
+        self.buffer = bytearray()
+        self.outgoing: list[bytes] = []  # frames for the next write
+        self.job_ids = count(1)
+
+        # By job id: the request that waits for the answer, and the position of the image in it.
+        self.pending: dict[int, tuple[PendingRequest, int]] = {}
+
+        self.model: dict[str, Any] | None = None  # None until the worker has described its model
         self.version = 0  # of that model
-        self.closed = asyncio.get_running_loop().create_future()
+        self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # asyncio's base is wider
+    # Implementation of asyncio.Protocol.
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Keep the transport."""
         self.transport = transport
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Every job that the worker had is answered with 503, at once."""
+        """Answer every job of the worker with 503."""
         if not self.closed.done():
             self.closed.set_result(None)
         self.model = None
-        self.pool.look()
-        for number, (ask, index) in list(self.waiting.items()):
-            ask.put(index, Answer(number, 503, 0, LOST))
-        self.waiting.clear()
+        self.dispatcher.refresh_ready_workers()
+
+        for job_id, (request, index) in list(self.pending.items()):
+            request.set_answer(index, Answer(job_id, 503, 0, WORKER_LOST))
+        self.pending.clear()
 
     def data_received(self, data: bytes) -> None:
+        """Take the answers that have arrived."""
         self.buffer += data
         for answer in take_answers(self.buffer):
             if answer.id == MODEL_INFO:
-                self.model = json.loads(answer.body)
+                model = json.loads(answer.body)
+                self.model = model
                 self.version = answer.version
-                self.pool.told(self.model, self.version)
-            elif place := self.waiting.pop(answer.id, None):
-                self.version = (
-                    answer.version or self.version
-                )  # a worker may answer by a model before it tells of it
-                place[0].put(place[1], answer)
+                self.dispatcher.set_model(model, answer.version)
+                continue
 
-    def send(self, job: Job) -> None:
-        if not self.out:
-            self.pool.loop.call_soon(self._flush)
-        self.out.append(pack_job(job))
+            job = self.pending.pop(answer.id, None)
+            if job is None:
+                continue  # cancelled, or past its deadline
+            if answer.version:
+                self.version = answer.version  # may come before the description of the model
+            request, index = job
+            request.set_answer(index, answer)
+
+    def submit(
+        self, request: PendingRequest, index: int, body: bytes, top_k: int, flags: int
+    ) -> None:
+        """Send the image at position `index` of a request as a job."""
+        job_id = next(self.job_ids) & MAX_U32
+        if job_id == MODEL_INFO:
+            job_id = next(self.job_ids) & MAX_U32
+
+        self.pending[job_id] = (request, index)
+        request.jobs.append((self, job_id))
+        self._send(Job(job_id, request.deadline, top_k, flags, body))
+
+    def cancel(self, job_id: int) -> None:
+        """Drop a job, if it is still without an answer."""
+        if self.pending.pop(job_id, None) is not None:
+            self._send(Job(job_id, 0.0, 0, CANCEL, b""))
+
+    def _send(self, job: Job) -> None:
+        if not self.outgoing:
+            self.dispatcher.loop.call_soon(self._flush)
+        self.outgoing.append(pack_job(job))
 
     def _flush(self) -> None:
-        out, self.out = self.out, []
+        frames = self.outgoing
+        self.outgoing = []
         if not self.transport.is_closing():
-            self.transport.writelines(out)
-
-    def ask(
-        self, ask: Ask, index: int, body: bytes, deadline: float, top_k: int, flags: int
-    ) -> None:
-        number = next(self.ids) & 0xFFFFFFFF or next(self.ids) & 0xFFFFFFFF  # never MODEL_INFO
-        self.waiting[number] = (ask, index)
-        ask.jobs.append((self, number))
-        self.send(Job(number, deadline, top_k, flags, body))
-
-    def cancel(self, number: int) -> None:
-        if self.waiting.pop(number, None):
-            self.send(Job(number, 0.0, 0, CANCEL, b""))
+            self.transport.writelines(frames)
 
 
-class Pool:
-    """All workers."""
+class Dispatcher:
+    """The connections of one HTTP process to all workers, and the requests that wait for them."""
 
-    def __init__(self, run: str, workers: int, counters: SharedCounters):
-        self.run, self.size, self.counters, self.tell_ready = (
-            run,
-            workers,
-            counters,
-            counters.setter("ready"),
-        )
+    def __init__(self, run_directory: str, worker_count: int, counters: SharedCounters) -> None:
+        """Connect to `worker_count` workers, whose sockets are in `run_directory`.
+
+        Must be called in a running event loop.
+        """
+        self.run_directory = run_directory
+        self.worker_count = worker_count
+        self.counters = counters
         self.loop = asyncio.get_running_loop()
-        self.channels: list[Channel | None] = [None] * workers
-        self.usable: list[Channel] = []
-        self.model: dict = {}  # what was told last
-        self.version = 0  # of that model
-        self.name = b""  # of the model, as JSON
-        self.on_version: Callable[[], None] = lambda: None  # called when another one is told
-        self.asks: dict[Ask, None] = {}  # those under way, by deadline
-        self.timer: asyncio.TimerHandle | None = (
-            None  # one for all: to make and cancel one costs as much as to parse
-        )
-        self.tasks = [self.loop.create_task(self._keep(i)) for i in range(workers)]
+        self._set_ready_metric = counters.setter("ready")
 
-    async def _keep(self, index: int) -> None:
-        """Stay connected to a worker, whoever takes its place."""
-        path = f"{self.run}/worker-{index}.sock"
+        self.connections: list[WorkerConnection | None] = [None] * worker_count
+        self.ready_workers: list[WorkerConnection] = []
+
+        # The model that a worker described last. Empty until one has.
+        self.model: dict[str, Any] = {}
+        self.version = 0
+        self.model_name_json = b""
+        self._version_callbacks: list[Callable[[], None]] = []
+
+        # In order of their deadlines, as all have the same time. One timer serves them all: to
+        # start and cancel a timer for each request costs as much as to parse it.
+        self.pending_requests: dict[PendingRequest, None] = {}
+        self._deadline_timer: asyncio.TimerHandle | None = None
+
+        self._connect_tasks: list[asyncio.Task[None]] = []
+        for number in range(worker_count):
+            task = self.loop.create_task(self._stay_connected(number))
+            self._connect_tasks.append(task)
+
+    async def _stay_connected(self, number: int) -> None:
+        """Connect to a worker, and to the process that replaces it, until cancelled."""
+        path = f"{self.run_directory}/worker-{number}.sock"
         while True:
             try:
-                _, channel = await self.loop.create_unix_connection(lambda: Channel(self), path)
+                _, connection = await self.loop.create_unix_connection(
+                    lambda: WorkerConnection(self), path
+                )
             except OSError:
-                await asyncio.sleep(RETRY_SECONDS)
+                await asyncio.sleep(RECONNECT_SECONDS)
                 continue
-            self.channels[index] = channel
-            self.look()
-            await channel.closed
-            self.channels[index] = None
 
-    def told(self, model: dict, version: int) -> None:
-        changed, self.model, self.version = version != self.version, model, version
-        self.name = json.dumps(model["name"]).encode()
-        if changed:
-            self.on_version()
-        self.look()
+            self.connections[number] = connection
+            self.refresh_ready_workers()
+            await connection.closed
+            self.connections[number] = None
 
-    def look(self) -> None:
-        """See who can be given work now."""
-        self.usable = [
-            channel
-            for channel in self.channels
-            if channel is not None and channel.model is not None
+    def add_version_callback(self, callback: Callable[[], None]) -> None:
+        """Call `callback` whenever another version of the model is served."""
+        self._version_callbacks.append(callback)
+
+    def set_model(self, model: dict[str, Any], version: int) -> None:
+        """Take the description of a model that a worker serves."""
+        has_changed = version != self.version
+        self.model = model
+        self.version = version
+        self.model_name_json = json.dumps(model["name"]).encode()
+
+        if has_changed:
+            for callback in self._version_callbacks:
+                callback()
+        self.refresh_ready_workers()
+
+    def refresh_ready_workers(self) -> None:
+        """Recompute which workers accept jobs."""
+        self.ready_workers = [
+            connection
+            for connection in self.connections
+            if connection is not None and connection.model is not None
         ]
-        self.tell_ready(self.ready)
+        self._set_ready_metric(self.is_ready)
 
     @property
-    def ready(self) -> bool:
-        return len(self.usable) == self.size
+    def is_ready(self) -> bool:
+        """Whether all workers accept jobs."""
+        return len(self.ready_workers) == self.worker_count
 
-    def ask(
+    def submit(
         self,
         images: list[bytes],
         answers: list[Answer],
-        seconds: float,
+        timeout_seconds: float,
         top_k: int,
         flags: int,
-        done: Callable[[Ask], None],
-    ) -> Ask:
-        """Hand each image without an answer to the worker with the least to do. There must be a usable one.
+        on_done: Callable[[PendingRequest], None],
+    ) -> PendingRequest:
+        """Send each image that is UNANSWERED in `answers` to the worker with the fewest jobs.
 
-        While workers swap one after the other, the images of one request go to those of one version.
+        At least one worker must be ready. `on_done` is not called before this method returns.
         """
-        ask = Ask(self, answers, time.monotonic() + seconds, done)
-        self.asks[ask] = None
-        if self.timer is None:
-            self.timer = self.loop.call_later(seconds, self.expire)
+        deadline = time.monotonic() + timeout_seconds
+        request = PendingRequest(self, answers, deadline, on_done)
+        self.pending_requests[request] = None
+        if self._deadline_timer is None:
+            self._deadline_timer = self.loop.call_later(timeout_seconds, self._expire_overdue)
+
         if len(images) > 1:
-            ask.again = partial(self.ask_again, ask, images, top_k, flags)
-        self.hand_out(ask, images, top_k, flags)
-        if not ask.left:
-            self.loop.call_soon(
-                lambda: ask.finish() if ask in self.asks else None
-            )  # the client may leave first
-        return ask
+            request.resend = partial(self._resend, request, images, top_k, flags)
+        self._send_jobs(request, images, top_k, flags)
+        if not request.missing:
+            self.loop.call_soon(self._finish_if_pending, request)
+        return request
 
-    def hand_out(self, ask: Ask, images: list[bytes], top_k: int, flags: int) -> None:
-        usable = self.usable
-        if len(images) > 1 and len(usable) > 1:
-            usable = [channel for channel in usable if channel.version == self.version] or usable
-        for index, body in enumerate(images):
-            if ask.answers[index] is UNANSWERED:
-                channel = (
-                    usable[0] if len(usable) == 1 else min(usable, key=lambda c: len(c.waiting))
-                )
-                channel.ask(ask, index, body, ask.deadline, top_k, flags)
+    def _finish_if_pending(self, request: PendingRequest) -> None:
+        """Finish a request that needed no worker, unless its client has left."""
+        if request in self.pending_requests:
+            request.finish()
 
-    def ask_again(
-        self, ask: Ask, images: list[bytes], top_k: int, flags: int, indices: list[int]
+    def _send_jobs(
+        self, request: PendingRequest, images: list[bytes], top_k: int, flags: int
     ) -> None:
-        """What two versions answered gets its answers from one, the new."""
-        if not self.usable:
-            return ask.finish()
+        """Send the images without an answer.
+
+        While workers swap their models one after the other, the images of one request go to workers
+        with the same version.
+        """
+        workers = self.ready_workers
+        if len(images) > 1 and len(workers) > 1:
+            same_version = [worker for worker in workers if worker.version == self.version]
+            workers = same_version or workers
+
+        for index, body in enumerate(images):
+            if request.answers[index] is not UNANSWERED:
+                continue
+            worker = workers[0]
+            if len(workers) > 1:
+                worker = min(workers, key=_count_pending_jobs)
+            worker.submit(request, index, body, top_k, flags)
+
+    def _resend(
+        self,
+        request: PendingRequest,
+        images: list[bytes],
+        top_k: int,
+        flags: int,
+        indices: list[int],
+    ) -> None:
+        """Send the images at these positions once more, to get all answers from the new version."""
+        if not self.ready_workers:
+            request.finish()
+            return
         for index in indices:
-            ask.answers[index] = UNANSWERED
-        ask.left = len(indices)
-        self.hand_out(ask, images, top_k, flags)
+            request.answers[index] = UNANSWERED
+        request.missing = len(indices)
+        self._send_jobs(request, images, top_k, flags)
 
-    def expire(self) -> None:
-        """End what is past its deadline, and look again when the next one is due."""
-        asks, now = self.asks, time.monotonic()
-        while (first := next(iter(asks), None)) is not None and first.deadline <= now:
+    def _expire_overdue(self) -> None:
+        """Expire the requests whose deadline has passed, and set the timer for the next one."""
+        now = time.monotonic()
+        while True:
+            first = next(iter(self.pending_requests), None)
+            if first is None:
+                self._deadline_timer = None
+                return
+            if first.deadline > now:
+                break
             first.expire()
-        self.timer = (
-            None if first is None else self.loop.call_later(first.deadline - now, self.expire)
-        )
+        self._deadline_timer = self.loop.call_later(first.deadline - now, self._expire_overdue)
 
-    def unsent(self) -> int:
-        """Bytes of jobs that workers have not taken: a hung one leaves them where they are, past their deadlines."""
-        return sum(channel.transport.get_write_buffer_size() for channel in self.usable)
+    def unsent_bytes(self) -> int:
+        """Return the bytes of jobs that workers have not read.
+
+        A worker that hangs leaves them there, even after their deadlines.
+        """
+        total = 0
+        for worker in self.ready_workers:
+            total += worker.transport.get_write_buffer_size()
+        return total
 
     def close(self) -> None:
-        for task in self.tasks:
+        """Close all connections and stop connecting."""
+        for task in self._connect_tasks:
             task.cancel()
-        for channel in self.channels:
-            if channel is not None:
-                channel.transport.close()
+        for connection in self.connections:
+            if connection is not None:
+                connection.transport.close()
+
+
+def _count_pending_jobs(worker: WorkerConnection) -> int:
+    return len(worker.pending)

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from serve.http import request_body
-from serve.http.dispatcher import Pool
-from serve.http.responses import Problem, Request, Response, as_json
+from serve.http.dispatcher import Dispatcher
+from serve.http.responses import Problem, Request, Response, json_response
 from serve.metrics.definitions import FEEDBACK_BINS
 from serve.metrics.shared_counters import SharedCounters
 from serve.wire import Answer
@@ -35,7 +35,7 @@ class PastAnswer(NamedTuple):
     """What the table keeps of a prediction."""
 
     version: int  # of the model
-    index: int  # of the predicted class
+    class_index: int  # of the predicted class
     confidence: float
 
 
@@ -47,16 +47,18 @@ class AnswerTable:
     moment may mix their entries, which is rare enough for statistics.
     """
 
-    def __init__(self, run: str) -> None:
-        """Open the table of the run directory `run`, or create it."""
-        with open(os.path.join(run, "answers"), "a+b") as file:
+    def __init__(self, run_directory: str) -> None:
+        """Open the table in `run_directory`, or create it."""
+        with open(os.path.join(run_directory, "answers"), "a+b") as file:
             file.truncate(TABLE_SLOTS * _SLOT.size)
             self.map = mmap.mmap(file.fileno(), TABLE_SLOTS * _SLOT.size)
 
     def put(self, request_id: str, image: int, answer: PastAnswer) -> None:
         """Store the answer to one image, given by its position in the request."""
         offset, key = _locate(request_id, image)
-        _SLOT.pack_into(self.map, offset, key, answer.version, answer.index, answer.confidence)
+        _SLOT.pack_into(
+            self.map, offset, key, answer.version, answer.class_index, answer.confidence
+        )
 
     def get(self, request_id: str, image: int) -> PastAnswer | None:
         """Return the answer to one image, or None if it is unknown, replaced or removed."""
@@ -98,14 +100,16 @@ class WindowEntry(NamedTuple):
 class FeedbackEndpoint:
     """Handles POST /feedback in one HTTP process and remembers the predictions that leave it."""
 
-    def __init__(self, run: str, counters: SharedCounters, dispatcher: Pool) -> None:
-        self.table = AnswerTable(run)
+    def __init__(
+        self, run_directory: str, counters: SharedCounters, dispatcher: Dispatcher
+    ) -> None:
+        self.table = AnswerTable(run_directory)
         self.counters = counters
         self.dispatcher = dispatcher
         self.window: deque[WindowEntry] = deque()
 
         self.clear_window()  # the process before this one may have left numbers in the counters
-        dispatcher.on_version = self.clear_window
+        dispatcher.add_version_callback(self.clear_window)
 
     def clear_window(self) -> None:
         """Start a new window: the metrics describe one version only."""
@@ -121,7 +125,7 @@ class FeedbackEndpoint:
                 self.table.put(
                     request_id,
                     image,
-                    PastAnswer(answer.version, answer.index, answer.confidence),
+                    PastAnswer(answer.version, answer.class_index, answer.confidence),
                 )
 
     async def __call__(self, request: Request) -> Response:
@@ -142,10 +146,12 @@ class FeedbackEndpoint:
         if feedback.label not in model["classes"]:
             raise Problem(400, f"the model has no class {feedback.label!r}")
 
-        is_correct = model["classes"].index(feedback.label) == answer.index
+        is_correct = model["classes"].index(feedback.label) == answer.class_index
         if self.table.pop(feedback.request_id, feedback.image) is not None:
             self._count(is_correct, answer.confidence)
-        return as_json({"id": feedback.request_id, "image": feedback.image, "correct": is_correct})
+        return json_response(
+            {"id": feedback.request_id, "image": feedback.image, "correct": is_correct}
+        )
 
     def _count(self, is_correct: bool, confidence: float) -> None:
         """Count a label and move the window by one."""

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from serve.http import request_body
-from serve.http.dispatcher import Pool
-from serve.http.responses import JSON, Problem, Request, Response, as_json
+from serve.http.dispatcher import Dispatcher
+from serve.http.predict_endpoint import PredictEndpoint, PredictInput
+from serve.http.responses import JSON, Problem, Request, Response, json_response
 from serve.wire import ARRAYS, LABEL_LENGTH, TENSOR, Answer
 
 OUTPUTS = ("probabilities", "energy", "label")
@@ -27,8 +28,9 @@ SPARE = 256  # lists and commas of a request besides those of its tensor
 class OpenInference:
     """Handles every path below /v2. Errors are `{"error": "…"}`, as the protocol has it."""
 
-    def __init__(self, predictor, pool: Pool):
-        self.predictor, self.pool = predictor, pool
+    def __init__(self, predict_endpoint: PredictEndpoint, dispatcher: Dispatcher) -> None:
+        self.predict_endpoint = predict_endpoint
+        self.dispatcher = dispatcher
 
     async def __call__(self, request: Request) -> Response:
         try:
@@ -37,8 +39,8 @@ class OpenInference:
             )
         except Problem as problem:
             if problem.reason:
-                self.predictor.counters.add("rejected", problem.reason)
-            response = as_json({"error": problem.detail}, problem.status)
+                self.predict_endpoint.counters.add("rejected", problem.reason)
+            response = json_response({"error": problem.detail}, problem.status)
             response.headers = problem.response(request.id).headers
             return response
 
@@ -62,21 +64,23 @@ class OpenInference:
         return answer()
 
     def server(self) -> Response:
-        return as_json({"name": "imago", "version": "2", "extensions": ["binary_tensor_data"]})
+        return json_response(
+            {"name": "imago", "version": "2", "extensions": ["binary_tensor_data"]}
+        )
 
     def live(self) -> Response:
-        return as_json({"live": True})
+        return json_response({"live": True})
 
     def ready(self) -> Response:
-        ready = self.pool.ready and not self.predictor.state.draining
-        return as_json({"ready": ready}, 200 if ready else 503)
+        ready = self.dispatcher.is_ready and not self.predict_endpoint.state.draining
+        return json_response({"ready": ready}, 200 if ready else 503)
 
     def action(self, name: str, rest: list[str]) -> str:
         """What is asked of the model.
 
         Raises Problem 404 for another model or version than the one that is served, 503 until that is known.
         """
-        model = self.pool.model
+        model = self.dispatcher.model
         if not model:
             raise Problem(
                 503,
@@ -94,9 +98,9 @@ class OpenInference:
         return rest[0] if rest else ""
 
     def metadata(self) -> Response:
-        model = self.pool.model
+        model = self.dispatcher.model
         spec = model["input"]
-        return as_json(
+        return json_response(
             {
                 "name": model["name"],
                 "versions": [model["version"]],
@@ -123,28 +127,30 @@ class OpenInference:
     async def infer(self, request: Request) -> Response:
         asked: dict[str, Any] = {}
 
-        def parse(content: bytes) -> tuple[list[bytes], int, int]:
-            limit = self.predictor.settings.max_images
-            header, images, flags = read(content, request.headers, self.pool.model["input"], limit)
+        def parse(content: bytes) -> PredictInput:
+            limit = self.predict_endpoint.settings.max_images
+            header, images, flags = read(
+                content, request.headers, self.dispatcher.model["input"], limit
+            )
             asked.update(header)
             outputs(header)  # what is wrong with them shows before any work is done
-            return images, 1, flags | ARRAYS
+            return PredictInput(images, 1, flags | ARRAYS)
 
-        answers = await self.predictor.run(request, parse)
+        answers = await self.predict_endpoint.predict(request, parse)
         failed = next((a for a in answers if a.status != 200), None)
         if failed:
             raise Problem(failed.status, failed.body.decode())
         return self.write(request.id, asked, answers)
 
     def write(self, request_id: str, asked: dict[str, Any], answers: list[Answer]) -> Response:
-        model = self.pool.model
+        model = self.dispatcher.model
         ends = [LABEL_LENGTH.size + LABEL_LENGTH.unpack_from(a.body)[0] for a in answers]
         labels = [a.body[LABEL_LENGTH.size : end] for a, end in zip(answers, ends, strict=True)]
         rows = [
             np.frombuffer(a.body, "<f4", offset=end) for a, end in zip(answers, ends, strict=True)
         ]
         values = np.stack(rows)
-        self.predictor.feedback.remember(request_id, answers)
+        self.predict_endpoint.feedback.remember(request_id, answers)
         tensors = {"probabilities": ("FP32", values[:, :-1]), "energy": ("FP32", values[:, -1])}
         described, chunks = [], []
         for name, binary in outputs(asked):

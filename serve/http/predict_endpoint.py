@@ -1,14 +1,19 @@
-"""Predictions in one HTTP process: admission, images, workers, answers. `serve.http.predict_request` and `serve.http.open_inference` call it."""
+"""Predictions in an HTTP process: admission, parsing, dispatch to the workers, and the response.
+
+`PredictEndpoint` has one method a step. `serve.http.predict_request` calls them for POST /predict,
+and `PredictEndpoint.predict` runs them in order for `serve.http.open_inference`.
+"""
 
 import asyncio
 import json
 import re
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 from urllib.parse import parse_qs
 
 from serve.http import request_body
-from serve.http.answer_cache import Cache
-from serve.http.dispatcher import UNANSWERED, Ask, Pool
+from serve.http.answer_cache import AnswerCache
+from serve.http.dispatcher import UNANSWERED, Dispatcher, PendingRequest
 from serve.http.feedback import FeedbackEndpoint
 from serve.http.responses import JSON, Problem, Request, Response, retry_after
 from serve.metrics.shared_counters import SharedCounters
@@ -16,248 +21,330 @@ from serve.settings import Settings
 from serve.shared_state import SharedState
 from serve.wire import CAM, DEFAULT_TOP_K, Answer
 
-QUERY = {b"": (DEFAULT_TOP_K, 0)}  # of most requests
 MAX_TOP_K = 1000
-NUMBER = re.compile("[0-9]{1,9}")  # int() raises for some thousand digits
-Parsed = tuple[
-    Sequence[bytes | Problem], int, int
-]  # images, or what is wrong with one of them; top_k; flags
+NUMBER = re.compile("[0-9]{1,9}")  # int() raises for a number of thousands of digits
 
 
-class Place:
-    """What one request holds of the service's capacity: bytes as they come, images once they are all there.
+class PredictInput(NamedTuple):
+    """The images of a request and what is asked of them."""
 
-    So a client that is slow to send what it announced takes no room from others.
+    images: Sequence[bytes | Problem]  # a Problem stands for an image that is malformed
+    top_k: int
+    flags: int  # of serve.wire.Job
+
+
+class Reservation:
+    """What an admitted request holds of the service's capacity.
+
+    Bytes are reserved as they arrive, and images when the body is complete. So a slow client does
+    not take capacity for what it has announced and not sent.
     """
 
-    __slots__ = ("images", "size")
+    __slots__ = ("bytes", "images")
 
-    def __init__(self):
-        self.images = self.size = 0
+    def __init__(self) -> None:
+        self.images = 0
+        self.bytes = 0
 
 
-class Predictor:
-    """Admits requests, hands their images to the workers and composes the answers."""
+class PredictEndpoint:
+    """Admits requests, sends their images to the workers and builds the responses."""
 
     def __init__(
         self,
         settings: Settings,
-        pool: Pool,
+        dispatcher: Dispatcher,
         state: SharedState,
         counters: SharedCounters,
-        number: int,
+        process_number: int,
         feedback: FeedbackEndpoint,
-    ):
-        self.settings, self.pool, self.state, self.counters, self.number = (
-            settings,
-            pool,
-            state,
-            counters,
-            number,
-        )
-        self.feedback, self.cache = (
-            feedback,
-            Cache(settings.cache_entries, counters) if settings.cache_entries else None,
-        )
-        self.images = self.requests = self.bytes = 0
-        self.pending_slot = counters.slot("pending_images")
-        self.count(0, 0, 0)
+    ) -> None:
+        """Start with nothing reserved. `process_number` is that of this HTTP process."""
+        self.settings = settings
+        self.dispatcher = dispatcher
+        self.state = state
+        self.counters = counters
+        self.process_number = process_number
+        self.feedback = feedback
+        self.cache: AnswerCache | None = None
+        if settings.cache_entries:
+            self.cache = AnswerCache(settings.cache_entries, counters)
 
-    def count(self, images: int, requests: int, size: int) -> None:
-        """Take or give back capacity, seen by all HTTP processes."""
+        # Reserved by the requests of this process.
+        self.images = 0
+        self.requests = 0
+        self.bytes = 0
+        self._pending_slot = counters.slot("pending_images")
+        self._change_reserved(0, 0, 0)
+
+    def _change_reserved(self, images: int, requests: int, size: int) -> None:
+        """Add to what this process has reserved, and publish the sums to all HTTP processes."""
         self.images += images
         self.requests += requests
         self.bytes += size
-        self.state.set_pending(self.number, self.images, self.requests, self.bytes)
-        self.counters.values[self.pending_slot] = self.images
+        self.state.set_pending(self.process_number, self.images, self.requests, self.bytes)
+        self.counters.values[self._pending_slot] = self.images
 
-    def enter(self, headers: dict[bytes, bytes]) -> Place:
-        """Admit a request by its head alone, or raise Problem 413, 415, 429 or 503 before its body is read."""
-        size = int(headers.get(b"content-length", b"0"))
-        if size > self.settings.max_body_bytes:
-            raise Problem(
-                413,
-                f"the body is larger than the {self.settings.max_body_bytes} bytes allowed",
-                "body",
-            )
+    def admit(self, headers: dict[bytes, bytes]) -> Reservation:
+        """Admit a request by its head, before its body is read.
+
+        The reservation must be released when the request ends. Raises Problem 413, 415, 429 or 503.
+        """
+        content_length = int(headers.get(b"content-length", b"0"))
+        self._check_body_size(content_length)
         if headers.get(b"content-encoding", b"identity") != b"identity":
-            raise Problem(415, "compressed bodies are not taken")
+            raise Problem(415, "compressed bodies are not supported; send the body as it is")
         if self.state.refusing:
             raise Problem(503, "the service is shutting down", "draining", close=True)
-        if not self.pool.usable:
-            raise Problem(503, "no model is ready; try again in a second", "not_ready")
-        self.check_room(1, size)
-        self.count(0, 1, 0)
-        return Place()
+        self._check_ready()
+        self.check_capacity(1, content_length)
 
-    def check_room(self, images: int, size: int) -> None:
-        """Raises Problem 429 where there is no room for so much more."""
+        self._change_reserved(0, 1, 0)
+        return Reservation()
+
+    def _check_body_size(self, size: int) -> None:
+        """Raise Problem 413 if a body of `size` bytes is larger than allowed."""
+        limit = self.settings.max_body_bytes
+        if size > limit:
+            raise Problem(413, f"the body is larger than the {limit} bytes allowed", "body")
+
+    def _check_ready(self) -> None:
+        """Raise Problem 503 if no worker accepts jobs."""
+        if not self.dispatcher.ready_workers:
+            raise Problem(503, "no model is ready; try again in a second", "not_ready")
+
+    def check_capacity(self, images: int, size: int) -> None:
+        """Raise Problem 429 if there is no capacity for so many more images and bytes."""
         settings = self.settings
-        if self.state.pending_images(settings.api_processes) + images > settings.max_pending:
+        processes = settings.api_processes
+        if self.state.pending_images(processes) + images > settings.max_pending:
             raise Problem(429, "too many images are waiting; try again in a second", "pending")
-        if (
-            size
-            and max(self.state.pending_bytes(settings.api_processes) + size, self.pool.unsent())
-            > settings.max_pending_bytes
-        ):
+        if not size:
+            return
+        pending_bytes = max(
+            self.state.pending_bytes(processes) + size, self.dispatcher.unsent_bytes()
+        )
+        if pending_bytes > settings.max_pending_bytes:
             raise Problem(429, "too many bytes are waiting; try again in a second", "bytes")
 
-    def hold(self, place: Place, images: int, size: int) -> None:
-        """Let a request hold so many images and bytes of a body. Raises Problem 413, 429."""
-        if size > self.settings.max_body_bytes:
-            raise Problem(
-                413,
-                f"the body is larger than the {self.settings.max_body_bytes} bytes allowed",
-                "body",
-            )
-        more_images, more_bytes = images - place.images, size - place.size
-        self.check_room(more_images, more_bytes)
-        place.images, place.size = images, size
-        self.count(more_images, 0, more_bytes)
+    def reserve(self, reservation: Reservation, images: int, size: int) -> None:
+        """Change a reservation to so many images and bytes of body. Raises Problem 413 or 429."""
+        self._check_body_size(size)
+        more_images = images - reservation.images
+        more_bytes = size - reservation.bytes
+        self.check_capacity(more_images, more_bytes)
 
-    def leave(self, place: Place) -> None:
-        self.count(-place.images, -1, -place.size)
+        reservation.images = images
+        reservation.bytes = size
+        self._change_reserved(more_images, 0, more_bytes)
 
-    def parse(self, request: Request, content: bytes) -> Parsed:
-        """Images, top_k and flags of a request to /predict. Raises Problem 4xx."""
-        top_k, flags = query(request.scope["query_string"])
-        if flags & CAM and "cam" not in self.pool.model["explains"]:
-            raise Problem(400, "this model has no heat maps; leave explain away")
-        kind = request.headers.get(b"content-type", b"")
-        return request_body.images(content, kind, self.settings.max_images), top_k, flags
+    def release(self, reservation: Reservation) -> None:
+        """Give the reserved capacity back, once, when the request ends."""
+        self._change_reserved(-reservation.images, -1, -reservation.bytes)
 
-    def ask(
-        self, given: Sequence[bytes | Problem], top_k: int, flags: int, done: Callable[[Ask], None]
-    ) -> Ask:
-        """Start to answer these images; `done` is called when they are, or at the deadline. Raises Problem 503."""
-        answers = [
-            self.refusal(image) if isinstance(image, Problem) else UNANSWERED for image in given
-        ]
-        images = [b"" if isinstance(image, Problem) else image for image in given]
+    def parse(self, request: Request, content: bytes) -> PredictInput:
+        """Parse the query and the body of a request to /predict. Raises Problem 4xx."""
+        top_k, flags = parse_query(request.scope["query_string"])
+        if flags & CAM and "cam" not in self.dispatcher.model["explains"]:
+            raise Problem(400, "this model has no heat maps; leave explain out")
+
+        content_type = request.headers.get(b"content-type", b"")
+        images = request_body.images(content, content_type, self.settings.max_images)
+        return PredictInput(images, top_k, flags)
+
+    def submit(
+        self, inputs: PredictInput, on_done: Callable[[PendingRequest], None]
+    ) -> PendingRequest:
+        """Send the images to the workers.
+
+        `on_done` is called when they are answered, or at the deadline. Raises Problem 503.
+        """
+        answers: list[Answer] = []
+        images: list[bytes] = []
+        for image in inputs.images:
+            if isinstance(image, Problem):
+                answers.append(self._build_refusal(image))
+                images.append(b"")
+            else:
+                answers.append(UNANSWERED)
+                images.append(image)
+
         if self.cache is not None:
-            done = self.look_up(self.cache, answers, images, top_k, flags, done)
-        if not self.pool.usable:
-            raise Problem(503, "no model is ready; try again in a second", "not_ready")
-        return self.pool.ask(images, answers, self.settings.deadline_ms / 1000, top_k, flags, done)
+            on_done = self._use_cache(self.cache, answers, images, inputs, on_done)
+        self._check_ready()
+        timeout_seconds = self.settings.deadline_ms / 1000
+        return self.dispatcher.submit(
+            images, answers, timeout_seconds, inputs.top_k, inputs.flags, on_done
+        )
 
-    def refusal(self, problem: Problem) -> Answer:
-        """The answer of an image that no worker need see."""
+    def _build_refusal(self, problem: Problem) -> Answer:
+        """Return the answer to an image that goes to no worker."""
         self.counters.add("images", "refused")
-        return Answer(0, problem.status, 0, problem.detail.encode())
+        return Answer(id=0, status=problem.status, version=0, body=problem.detail.encode())
 
-    def look_up(
+    def _use_cache(
         self,
-        cache: Cache,
+        cache: AnswerCache,
         answers: list[Answer],
         images: list[bytes],
-        top_k: int,
-        flags: int,
-        done: Callable[[Ask], None],
-    ) -> Callable[[Ask], None]:
-        """Put in the answers that the cache knows; the others it learns when they are there."""
-        model, keys = self.pool.model, [cache.key(image, top_k, flags) for image in images]
-        missing = []
-        for i, key in enumerate(keys):
-            if answers[i] is UNANSWERED:
-                answers[i] = cache.get(key, model) or UNANSWERED
-            if answers[i] is UNANSWERED:
-                missing.append(i)
+        inputs: PredictInput,
+        on_done: Callable[[PendingRequest], None],
+    ) -> Callable[[PendingRequest], None]:
+        """Fill in the answers that the cache has.
 
-        def learn(ask: Ask) -> None:
-            if not ask.expired:
-                for i in missing:
-                    cache.put(keys[i], model, ask.answers[i])
-            done(ask)
+        Returns an `on_done` that adds the other answers to the cache and calls the one given.
+        """
+        model = self.dispatcher.model
+        missing_keys: dict[int, bytes] = {}
+        for i, image in enumerate(images):
+            if answers[i] is not UNANSWERED:
+                continue
+            key = cache.build_key(image, inputs.top_k, inputs.flags)
+            answer = cache.get(key, model)
+            if answer is None:
+                missing_keys[i] = key
+            else:
+                answers[i] = answer
 
-        return learn
+        def store_answers(pending: PendingRequest) -> None:
+            if not pending.expired:
+                for i, key in missing_keys.items():
+                    cache.put(key, model, pending.answers[i])
+            on_done(pending)
 
-    def result(self, ask: Ask) -> list[Answer]:
-        """The answers of what is done. Raises Problem 504 after its deadline, 503 where two versions answered."""
-        if ask.expired:
+        return store_answers
+
+    def collect_answers(self, pending: PendingRequest) -> list[Answer]:
+        """Return the answers of a request that is done.
+
+        Raises Problem 504 if its deadline passed, 503 if two versions of the model answered.
+        """
+        if pending.expired:
             raise Problem(504, f"no answer within {self.settings.deadline_ms} ms")
-        if len(ask.answers) > 1 and len({a.version for a in ask.answers if a.status == 200}) > 1:
-            raise Problem(503, "the model was changed meanwhile; try again")
-        return ask.answers
 
-    async def run(self, request: Request, parse: Callable[[bytes], Parsed]) -> list[Answer]:
-        """All of the above for a handler that waits. Raises Problem, or ConnectionError when the client left."""
-        place = self.enter(request.headers)
-        connection = request.scope["state"]["connection"]
-        ended = self.pool.loop.create_future()
+        answers = pending.answers
+        if len(answers) > 1:
+            versions = {answer.version for answer in answers if answer.status == 200}
+            if len(versions) > 1:
+                raise Problem(503, "the model was replaced during the request; try again")
+        return answers
+
+    async def predict(
+        self, request: Request, parse: Callable[[bytes], PredictInput]
+    ) -> list[Answer]:
+        """Read, parse and answer a request, for a handler that awaits the answers.
+
+        Raises Problem, and ConnectionError if the client left.
+        """
+        reservation = self.admit(request.headers)
+        done: asyncio.Future[None] = self.dispatcher.loop.create_future()
+
+        def finish(_: PendingRequest) -> None:
+            if not done.done():
+                done.set_result(None)
+
         try:
             content = await request_body.read(
                 request.receive,
                 self.settings.max_body_bytes,
-                lambda size: self.hold(place, 0, size),
+                lambda size: self.reserve(reservation, 0, size),
             )
-            images, top_k, flags = parse(content)
-            self.hold(place, len(images), len(content))
-            ask = self.ask(
-                images, top_k, flags, lambda _: None if ended.done() else ended.set_result(None)
-            )
-            connection.on_lost = ended.cancel
+            inputs = parse(content)
+            self.reserve(reservation, len(inputs.images), len(content))
+            pending = self.submit(inputs, finish)
+            request.connection.set_disconnect_callback(done.cancel)
             try:
-                await ended
+                await done
             except asyncio.CancelledError:
-                ask.cancel()
+                pending.cancel()
                 raise ConnectionError("the client left") from None
-            return self.result(ask)
+            return self.collect_answers(pending)
         finally:
-            connection.on_lost = None
-            self.leave(place)
+            request.connection.set_disconnect_callback(None)
+            self.release(reservation)
 
-    def compose(self, request_id: str, answers: list[Answer]) -> Response:
-        """One answer for all images; an image that failed is an error in its place."""
-        times: Sequence[int]
+    def build_response(self, request_id: str, answers: list[Answer]) -> Response:
+        """Build the response of /predict and remember its predictions for feedback.
+
+        Of many images, one that failed is an error among the predictions, and the status is 200 if
+        any succeeded. Raises Problem where the only image failed.
+        """
         if len(answers) == 1:
-            last = answers[0]
-            if last.status != 200:
-                raise Problem(last.status, last.body.decode())
-            status, content, times = 200, last.body, (last.queue_us, last.decode_us, last.infer_us)
+            answer = answers[0]
+            if answer.status != 200:
+                raise Problem(answer.status, answer.body.decode())
+            status = 200
+            version = answer.version
+            predictions = answer.body
+            times_us = (answer.queue_us, answer.decode_us, answer.infer_us)
         else:
-            last = max(answers, key=lambda a: (a.status == 200, a.version))
-            status = 200 if last.status == 200 else max(a.status for a in answers)
-            content = b",".join([a.body if a.status == 200 else error(a) for a in answers])
-            times = [max(column) for column in list(zip(*answers, strict=True))[6:]]
-        version = last.version or self.pool.version  # an answer that no worker gave has none
-        whole = b'{"id":"%b","model":{"name":%b,"version":"%d"},"predictions":[%b]}' % (
+            counted = [answer for answer in answers if answer.status == 200] or answers
+            status = max(answer.status for answer in counted)
+            version = max(answer.version for answer in counted)
+            predictions = b",".join([encode_prediction(answer) for answer in answers])
+            times_us = (
+                max(answer.queue_us for answer in answers),
+                max(answer.decode_us for answer in answers),
+                max(answer.infer_us for answer in answers),
+            )
+
+        # An answer that came from no worker has no version.
+        version = version or self.dispatcher.version
+        body = b'{"id":"%b","model":{"name":%b,"version":"%d"},"predictions":[%b]}' % (
             request_id.encode(),
-            self.pool.name,
+            self.dispatcher.model_name_json,
             version,
-            content,
+            predictions,
         )
-        timing = b"queue;dur=%.3f, decode;dur=%.3f, infer;dur=%.3f" % tuple(
-            [t / 1000 for t in times]
+        server_timing = b"queue;dur=%.3f, decode;dur=%.3f, infer;dur=%.3f" % (
+            times_us[0] / 1000,
+            times_us[1] / 1000,
+            times_us[2] / 1000,
         )
         self.feedback.remember(request_id, answers)
-        return Response(
-            status,
-            whole,
-            JSON,
-            [
-                (b"x-model-version", b"%d" % version),
-                (b"server-timing", timing),
-                *retry_after(status),
-            ],
-        )
+        headers = [
+            (b"x-model-version", b"%d" % version),
+            (b"server-timing", server_timing),
+            *retry_after(status),
+        ]
+        return Response(status, body, JSON, headers)
 
 
-def query(text: bytes) -> tuple[int, int]:
-    """`top_k` and flags of a query string. Raises Problem 400."""
-    if text in QUERY:
-        return QUERY[text]
-    top_k, flags = DEFAULT_TOP_K, 0
-    for name, values in parse_qs(text.decode("latin-1"), keep_blank_values=True).items():
-        if name == "top_k" and NUMBER.fullmatch(values[-1]) and 1 <= int(values[-1]) <= MAX_TOP_K:
-            top_k = int(values[-1])
-        elif name == "explain" and values[-1] == "cam":
-            flags |= CAM
-        elif name == "top_k":
-            raise Problem(400, f"top_k must be a number from 1 to {MAX_TOP_K}")
+# What most requests have, so it is not parsed.
+_KNOWN_QUERIES = {b"": (DEFAULT_TOP_K, 0)}
+
+
+def parse_query(query: bytes) -> tuple[int, int]:
+    """Return `top_k` and the flags of a query string. Raises Problem 400."""
+    if query in _KNOWN_QUERIES:
+        return _KNOWN_QUERIES[query]
+
+    top_k = DEFAULT_TOP_K
+    flags = 0
+    parameters = parse_qs(query.decode("latin-1"), keep_blank_values=True)
+    for name, values in parameters.items():
+        value = values[-1]
+        if name == "top_k":
+            top_k = parse_top_k(value)
         elif name == "explain":
-            raise Problem(400, "explain can be: cam")
+            if value != "cam":
+                raise Problem(400, "explain can be: cam")
+            flags |= CAM
     return top_k, flags
 
 
-def error(answer: Answer) -> bytes:
-    return json.dumps({"error": Problem(answer.status, answer.body.decode()).members()}).encode()
+def parse_top_k(value: str) -> int:
+    """Return how many classes to list. Raises Problem 400."""
+    if NUMBER.fullmatch(value):
+        top_k = int(value)
+        if 1 <= top_k <= MAX_TOP_K:
+            return top_k
+    raise Problem(400, f"top_k must be a number from 1 to {MAX_TOP_K}")
+
+
+def encode_prediction(answer: Answer) -> bytes:
+    """Return the JSON of one image among many: its prediction, or its error."""
+    if answer.status == 200:
+        return answer.body
+    error: dict[str, Any] = Problem(answer.status, answer.body.decode()).members()
+    return json.dumps({"error": error}).encode()

@@ -1,118 +1,159 @@
-"""One POST /predict from head to answer, by callbacks.
+"""One request to POST /predict, from its head to its response, by callbacks.
 
-An asyncio task and ASGI messages cost as much as all else that an HTTP process does for a request; so the connection
-hands /predict to this class instead of to an ASGI app, and all other paths go to `serve.http.app` as usual.
+An asyncio task and ASGI messages would cost as much as everything else that an HTTP process does
+for a request. So `serve.http.protocol` hands POST /predict to this class, and all other requests to
+the ASGI app.
 """
 
 import time
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from serve import logs
-from serve.http.dispatcher import Ask
-from serve.http.predict_endpoint import Place
-from serve.http.responses import Problem, Response
-
-if TYPE_CHECKING:
-    from serve.http.app import Front
-    from serve.http.protocol import Connection
+from serve.http.app import Service
+from serve.http.dispatcher import PendingRequest
+from serve.http.predict_endpoint import Reservation
+from serve.http.responses import Problem, Response, Scope
 
 
-class Exchange:
-    """`cycle` is uvicorn's request and response; its body fills while the client sends."""
+class PredictConnection(Protocol):
+    """The connection of the request, which is the one that the connection answers now."""
 
-    __slots__ = ("ask", "connection", "cycle", "front", "place", "request", "started")
+    def end_predict_request(self) -> None:
+        """Forget the request: no callback reaches it any more."""
 
-    def __init__(self, front: "Front", connection: "Connection", cycle):
-        self.front, self.connection, self.cycle = front, connection, cycle
-        self.ask: Ask | None = None
-        self.place: Place | None = None  # from its admission to its end
+    def take_body(self) -> bytes:
+        """Return the bytes of the body that have arrived, and free their buffer."""
 
-    def begin(self) -> None:
-        """Admit it by its head."""
-        if self.connection.exchange is not self:
-            return  # the client left first
+    def is_body_complete(self) -> bool:
+        """Return whether the whole body has arrived."""
+
+    def is_body_withheld(self) -> bool:
+        """Return whether the client waits for 100 Continue before it sends the body."""
+
+    def send_continue(self) -> None:
+        """Send 100 Continue."""
+
+    def send_response(self, response: Response, request_id: str, close: bool) -> None:
+        """Send the response, and close the connection after it if `close`, or if it can't stay."""
+
+
+class PredictRequest:
+    """Reserves capacity, submits the images and sends the response.
+
+    The connection calls `start`, then `on_body_grown` any number of times and `on_body_complete`
+    once; `on_disconnect` may come at any time. After the response it calls nothing more.
+    """
+
+    __slots__ = (
+        "connection",
+        "pending",
+        "request",
+        "reservation",
+        "service",
+        "started",
+    )
+
+    def __init__(self, service: Service, connection: PredictConnection, scope: Scope) -> None:
+        """Prepare a request with this ASGI scope; `start` begins to work on it."""
         self.started = time.perf_counter()
-        self.request = self.front.request(self.cycle.scope, None)
+        self.service = service
+        self.connection = connection
+        self.request = service.build_request(scope, _receive_nothing)
+        self.reservation: Reservation | None = None  # from the admission to the end
+        self.pending: PendingRequest | None = None  # while workers have its images
+
+    def start(self) -> None:
+        """Admit the request by its head, or send an error."""
         try:
-            self.front.authorize(self.request.headers)
-            self.place = self.front.predictor.enter(self.request.headers)
+            self.service.check_api_key(self.request.headers)
+            self.reservation = self.service.predict_endpoint.admit(self.request.headers)
         except Problem as problem:
-            return self.fail(problem)
-        if not self.cycle.more_body:
-            self.arrived()
-        elif self.cycle.waiting_for_100_continue:
-            self.cycle.waiting_for_100_continue = False
-            self.connection.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.fail(problem)
+            return
 
-    def grew(self) -> None:
-        """More of the body is there, and not all of it yet."""
-        if self.place is not None:
-            try:
-                self.front.predictor.hold(self.place, 0, len(self.cycle.body))
-            except Problem as problem:
-                self.cycle.body.clear()
-                self.fail(problem)
+        if self.connection.is_body_complete():
+            self.on_body_complete()
+        elif self.connection.is_body_withheld():
+            self.connection.send_continue()
 
-    def arrived(self) -> None:
-        """The body is there."""
-        predictor, place = self.front.predictor, self.place
-        if place is None:
+    def on_body_grown(self, size: int) -> None:
+        """Reserve the `size` bytes of the body that have arrived so far."""
+        if self.reservation is None:
             return
         try:
-            content = bytes(self.cycle.body)
-            self.cycle.body.clear()
-            images, top_k, flags = predictor.parse(self.request, content)
-            predictor.hold(place, len(images), len(content))
-            self.ask = predictor.ask(images, top_k, flags, self.answered)
+            self.service.predict_endpoint.reserve(self.reservation, 0, size)
+        except Problem as problem:
+            self.connection.take_body()
+            self.fail(problem)
+
+    def on_body_complete(self) -> None:
+        """Parse the body and submit its images."""
+        if self.reservation is None:
+            return
+        endpoint = self.service.predict_endpoint
+        try:
+            content = self.connection.take_body()
+            inputs = endpoint.parse(self.request, content)
+            endpoint.reserve(self.reservation, len(inputs.images), len(content))
+            self.pending = endpoint.submit(inputs, self.on_answers)
         except Problem as problem:
             self.fail(problem)
         except Exception:
-            self.broken()
+            self.fail_unexpectedly()
 
-    def answered(self, ask: Ask) -> None:
-        predictor = self.front.predictor
+    def on_answers(self, pending: PendingRequest) -> None:
+        """Send the response: every image has an answer, or the deadline has passed."""
+        endpoint = self.service.predict_endpoint
         try:
-            response = predictor.compose(self.request.id, predictor.result(ask))
+            answers = endpoint.collect_answers(pending)
+            response = endpoint.build_response(self.request.id, answers)
         except Problem as problem:
-            return self.fail(problem)
+            self.fail(problem)
+            return
         except Exception:
-            return self.broken()
+            self.fail_unexpectedly()
+            return
         self.respond(response)
 
     def fail(self, problem: Problem) -> None:
-        problem.close |= withheld(self.cycle)
-        self.respond(self.front.refused(problem, self.request.id))
+        """Send an error."""
+        if self.connection.is_body_withheld():
+            problem.close = True
+        self.respond(self.service.reject(problem, self.request.id))
 
-    def broken(self) -> None:
+    def fail_unexpectedly(self) -> None:
+        """Log the exception that is handled now and send status 500."""
         logs.logger.exception("a request failed", extra={"fields": {"request_id": self.request.id}})
         self.fail(Problem(500, "the service failed on this request", close=True))
 
     def respond(self, response: Response) -> None:
-        self.leave()
-        close = response.close or not self.cycle.keep_alive or self.front.state.draining
-        self.connection.respond(
-            self.cycle, self.front.head(response, self.request.id, close) + response.body, close
-        )
-        self.front.finish(self.request, response, time.perf_counter() - self.started)
+        """Send the response and record the request."""
+        self._release()
+        close = response.close or self.service.state.draining
+        self.connection.send_response(response, self.request.id, close)
+        self.service.record(self.request, response, time.perf_counter() - self.started)
 
-    def lost(self) -> None:
-        """The client went away: its place is free again, and its work is dropped."""
-        if self.ask is not None:
-            self.ask.cancel()
-        begun = self.place is not None
-        self.leave()
-        if begun:
-            self.front.finish(self.request, None, time.perf_counter() - self.started)
+    def on_disconnect(self) -> None:
+        """Drop the request: the client has left."""
+        if self.pending is not None:
+            self.pending.cancel()
+        was_admitted = self.reservation is not None
+        self._release()
+        if was_admitted:
+            self.service.record(self.request, None, time.perf_counter() - self.started)
 
-    def leave(self) -> None:
-        self.connection.exchange = self.ask = (
-            None  # no ring of references is left for the garbage collector to find
-        )
-        if self.place is not None:
-            self.front.predictor.leave(self.place)
-            self.place = None
+    def _release(self) -> None:
+        """Release the capacity and break the reference cycles.
+
+        The garbage collector would find them only much later.
+        """
+        self.connection.end_predict_request()
+        self.pending = None
+        if self.reservation is not None:
+            self.service.predict_endpoint.release(self.reservation)
+            self.reservation = None
 
 
-def withheld(cycle) -> bool:
-    """Whether the client still waits for 100 Continue. It need not send the body now, so we can't tell what comes."""
-    return cycle.waiting_for_100_continue and cycle.more_body
+async def _receive_nothing() -> dict[str, Any]:
+    """Stand for ASGI's receive: the body comes through the connection."""
+    raise RuntimeError("the body of POST /predict does not come through ASGI")

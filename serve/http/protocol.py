@@ -1,301 +1,468 @@
-"""Uvicorn's HTTP protocol with a guard at the door: limits for heads, connections and slow clients; a short way for
-/predict; an ear for clients that go away.
+"""The HTTP protocol of the service: uvicorn's, with limits, timeouts and a short path for /predict.
 
-All connections of a process share one `Front`, which sets `Connection.front` when it starts and calls `sweep` every
-second.
+Limits: the size of heads, the number of connections, and the time that a client takes to send a
+request, to take a response, or to come with its next request. Requests that a client pipelines are
+answered in order, one at a time.
+
+Written for uvicorn 0.54 and httptools 0.9, and the only module that uses their internals. uvicorn
+has no public interface for any of it:
+
+- `HttpToolsProtocol` is subclassed, and its parser callbacks (`on_message_begin`,
+  `on_headers_complete`, `on_body`, `on_message_complete`) are extended: limits must apply while the
+  parser runs.
+- `_start_asgi_task` is overridden. It is where uvicorn begins with a request: POST /predict takes
+  the short path there, and a request waits where a response has not been taken.
+- `on_response_complete` is replaced: uvicorn starts and cancels a keep-alive timer for each
+  request, which costs as much as to parse it. `HttpProtocol.enforce_timeouts` takes the place of
+  the timers.
+- `pipeline`, a deque of (cycle, app), holds the pipelined requests, the oldest at the right end.
+- `flow`, a `FlowControl`, stops and resumes reading and knows when writing is paused.
+- `cycle`, a `RequestResponseCycle`, is the request that the parser is in, or was in last. The short
+  path reads and sets its fields instead of calling its ASGI methods.
+- `server_state.default_headers` holds the Date header of the current second.
+- `app_state` is the state of the lifespan, where `serve.http.app` puts the `Service`.
 """
 
 import asyncio
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+from enum import Enum, auto
+from typing import Any
 
 import httptools
+from uvicorn._types import ASGI3Application
+from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from serve.http.predict_request import Exchange
-from serve.http.responses import Problem
-from serve.settings import Settings
-
-if TYPE_CHECKING:
-    from serve.http.app import Front
+from serve.http import http2_upgrade
+from serve.http.app import STATE_KEY, Service
+from serve.http.predict_request import PredictRequest
+from serve.http.responses import Problem, Response, encode_response
 
 MAX_HEAD_BYTES = 32 << 10
 MAX_HEADERS = 100
-LAST_CALL = (
-    0.1  # seconds, when the process ends, for a request on a connection that has only just come
-)
-SPARE = 16  # connections beyond the bound, for one question about our health each: a crowd is no reason to be killed
-HEALTH = ("/health/", "/v2/health/")
-MAX_DISCARDED_BYTES = (
-    16 << 20
-)  # of a body whose request was answered already; then the connection is cut
+
+# Of a body that comes after the response. Then the connection is aborted.
+MAX_DISCARDED_BYTES = 16 << 20
+
+# A connection above the limit may ask for the health of the service, once, so that an overloaded
+# service is not restarted. So many such connections are accepted.
+EXTRA_CONNECTIONS = 16
+HEALTH_PATHS = ("/health/", "/v2/health/")
+
+# Between the end of the process and the closing of idle connections, for a request on its way.
+SHUTDOWN_GRACE_SECONDS = 0.1
 
 
-class Connection(HttpToolsProtocol):
-    """Handlers find it in the state of the scope; whoever sets `on_lost` is called when the client is gone.
+class Phase(Enum):
+    """Where the parser of a connection is.
 
-    Requests have their turn one after the other (`current`). Those that a client sends ahead wait in `pipeline`, and no
-    more is read from it meanwhile; nor does one begin while the client does not take the answers before it.
+    IDLE -> HEAD    when a request begins
+    HEAD -> BODY    when its head is complete
+    BODY -> IDLE    when its body is complete, also if it has none
+    any -> CLOSED   when the client is refused, a response closes the connection, or it is lost
+
+    The phase says nothing about responses. The parser may be in one request while an earlier one is
+    answered; that one is `HttpProtocol.current`.
     """
 
-    front: ClassVar["Front"]
-    open: ClassVar[set["Connection"]] = set()
-    uvicorn: ClassVar[ServerState]  # keeps the Date header of this second
+    IDLE = auto()  # between two requests
+    HEAD = auto()
+    BODY = auto()
+    CLOSED = auto()  # input is ignored; the connection closes after the responses that are due
 
-    on_lost: Callable[[], None] | None = None
-    exchange: Exchange | None = None
-    current: RequestResponseCycle | None = None  # the request that has its turn
-    farewell: Problem | None = (
-        None  # what the client is told at the end, after the answers that are due
-    )
-    over = False  # nothing that comes is looked at any more
-    in_message = in_head = False  # where the parser is
-    moved = begun = False  # whether this read brought it on, and to another request
-    unfinished = read_bytes = body_bytes = discarded = 0
-    unsent = 0.0  # since when an answer has not been taken
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # asyncio's base is wider
+# In Python 3.11 an attribute of an Enum takes six times as long to read as a global name.
+IDLE = Phase.IDLE
+HEAD = Phase.HEAD
+BODY = Phase.BODY
+CLOSED = Phase.CLOSED
+
+
+class HeadBudget:
+    """Counts the bytes of a head that is not complete, over all reads that it takes.
+
+    Chunk extensions and trailers count as well. They come between the pieces of a body and after
+    it, and the parser reports nothing while it reads them.
+    """
+
+    __slots__ = ("body_bytes", "has_new_head", "has_progress", "pending_bytes", "read_bytes")
+
+    def __init__(self) -> None:
+        self.pending_bytes = 0  # counted so far
+
+        # Of the current read.
+        self.read_bytes = 0
+        self.body_bytes = 0
+        self.has_new_head = False  # a request began
+        self.has_progress = False  # a request began or ended, or a piece of a body came
+
+    def start_read(self, size: int) -> None:
+        """Begin a read of `size` bytes. What the parser finds in it is set in the attributes."""
+        self.read_bytes = size
+        self.body_bytes = 0
+        self.has_new_head = False
+        self.has_progress = False
+
+    def end_read(self, data: bytes, is_in_head: bool) -> None:
+        """Count the read, after which the parser is in a head or not."""
+        if is_in_head and self.has_new_head:
+            # Only the end of the read is this head.
+            after_last_head = data.rpartition(b"\r\n\r\n")[2]
+            self.pending_bytes = min(self.read_bytes - self.body_bytes, len(after_last_head))
+        elif is_in_head or not self.has_progress:
+            self.pending_bytes += self.read_bytes
+        else:
+            self.pending_bytes = 0
+
+    def is_exceeded(self) -> bool:
+        """Return whether the incomplete head is too large."""
+        return self.pending_bytes > MAX_HEAD_BYTES
+
+    def can_exceed(self) -> bool:
+        """Return whether a head that is complete now may be too large and must be measured."""
+        return self.pending_bytes > 0 or self.read_bytes > MAX_HEAD_BYTES
+
+
+class HttpProtocol(HttpToolsProtocol):
+    """The connection of one client. Implements `ClientConnection` and `PredictConnection`.
+
+    `current` is the request that is answered now. Requests that the client pipelines wait in
+    `pipeline`, and reading stops meanwhile. No request begins while the client does not take the
+    responses before it.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        """Called by uvicorn for each connection."""
+        super().__init__(config, server_state, app_state, _loop)
+        self.service: Service = app_state[STATE_KEY]
+
+        self.phase = IDLE
+        self.head_budget = HeadBudget()
+        self.discarded_bytes = 0  # of the body of a request that has its response
+
+        self.current: RequestResponseCycle | None = None
+        self.predict_request: PredictRequest | None = None  # the current one, on the short path
+        self.disconnect_callback: Callable[[], object] | None = None
+        self.final_problem: Problem | None = None  # to be sent after the responses that are due
+
+        # Times of the event loop [s].
+        self.waiting_since = 0.0  # when the service began to wait for the client
+        self.unsent_since = 0.0  # since when a response is not taken; 0 where all are
+
+    # Implementation of asyncio.Protocol.
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Count the connection, and refuse it if there are too many."""
         super().connection_made(transport)
-        self.since = self.loop.time()  # when we last began to wait for the client
-        self.open.add(self)
-        Connection.uvicorn = self.server_state
-        crowd = len(self.open) - self.front.settings.max_connections
-        self.spare = crowd > 0
-        if crowd > SPARE:
-            self.crowded()
+        self.waiting_since = self.loop.time()
+        self.service.connections.add(self)
 
-    def crowded(self) -> None:
-        self.refuse(Problem(503, "too many connections; try again in a second", "connections"))
+        excess = len(self.service.connections) - self.service.settings.max_connections
+        self.is_above_limit = excess > 0
+        if excess > EXTRA_CONNECTIONS:
+            self._refuse_connection()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.open.discard(self)
-        self.over = True
+        """Drop the request that is answered now."""
+        self.service.connections.discard(self)
+        self.phase = CLOSED
         super().connection_lost(exc)
-        if self.exchange is not None:
-            self.exchange.lost()
-        if self.on_lost is not None:
-            self.on_lost()
-
-    def shutdown(self) -> None:
-        """The process ends. Hanging up at once would reset a client whose request is on its way."""
-        self.loop.call_later(LAST_CALL, super().shutdown)
+        if self.predict_request is not None:
+            self.predict_request.on_disconnect()
+        if self.disconnect_callback is not None:
+            self.disconnect_callback()
 
     def resume_writing(self) -> None:
+        """Go on when the client has taken the responses that were sent."""
         super().resume_writing()
-        self.proceed()
+        self._continue()
 
     def data_received(self, data: bytes) -> None:
-        if self.over:
+        """Parse what the client sent, within the limits."""
+        if self.phase is CLOSED:
             return
-        self.moved, self.begun, self.read_bytes, self.body_bytes = False, False, len(data), 0
-        self.feed(data)
-        if self.over:
+        budget = self.head_budget
+        budget.start_read(len(data))
+        self._feed_parser(data)
+        if self.phase is CLOSED:
             return
-        if self.begun and self.in_head:  # only the end of it is this head
-            self.unfinished = min(len(data) - self.body_bytes, len(data.rpartition(b"\r\n\r\n")[2]))
+
+        budget.end_read(data, self.phase is HEAD)
+        if budget.is_exceeded():
+            self._refuse_head()
         elif (
-            self.in_head or not self.moved
-        ):  # a head, or what HTTP has between the pieces of a body, and trailers
-            self.unfinished += len(data)
-        else:
-            self.unfinished = 0
-            if self.exchange is not None and self.own:
-                self.exchange.grew()
-        if self.unfinished > MAX_HEAD_BYTES:
-            self.too_much()
+            budget.has_progress and self.predict_request is not None and self._is_in_current_body()
+        ):
+            self.predict_request.on_body_grown(len(self.cycle.body))
 
-    def feed(self, data: bytes) -> None:
-        try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade as upgrade:
-            self.decline(memoryview(data)[upgrade.args[0] :])
-        except httptools.HttpParserError:
-            self.refuse(Problem(400, "this is not HTTP", "malformed"))
+    def shutdown(self) -> None:
+        """End the connection after a moment.
 
-    def decline(self, rest: memoryview) -> None:
-        """An upgrade to HTTP/2, as Java's client and `curl --http2` ask for in every request. The parser looks at no
-        body then, so it gets the head once more, as if nothing had been asked, then the rest up to the next such one.
+        To close at once would reset the connection of a client that is sending a request.
         """
+        self.loop.call_later(SHUTDOWN_GRACE_SECONDS, super().shutdown)
+
+    # Parsing. The callbacks are called by the parser, in this order.
+
+    def _feed_parser(self, data: bytes) -> None:
+        """Parse what the client sent, or refuse it."""
         try:
-            while not self.over:
-                method = self.parser.get_method()
-                if method == b"CONNECT":
-                    return self.refuse(Problem(400, "this is no proxy", "malformed"))
-                kept = [
-                    header
-                    for header in self.headers
-                    if header[0] not in (b"upgrade", b"connection")
-                ]
-                self.parser = httptools.HttpRequestParser(self)
-                self.parser.set_dangerous_leniencies(
-                    lenient_data_after_close=True
-                )  # as uvicorn has it
-                head = b"".join(b"%b: %b\r\n" % header for header in kept)
-                self.parser.feed_data(b"%b %b HTTP/1.1\r\n%b\r\n" % (method, self.url, head))
-                try:
-                    return self.parser.feed_data(rest)
-                except httptools.HttpParserUpgrade as upgrade:
-                    rest = rest[upgrade.args[0] :]
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:
+                rest = memoryview(data)[upgrade.args[0] :]
+                http2_upgrade.replay_without_upgrade(self, rest)
+        except http2_upgrade.TunnelRequested:
+            self.refuse(Problem(400, "CONNECT is not supported", "malformed"))
         except httptools.HttpParserError:
-            self.refuse(Problem(400, "this is not HTTP", "malformed"))
+            self.refuse(Problem(400, "the request is not valid HTTP", "malformed"))
 
-    def too_much(self) -> None:
-        self.refuse(
-            Problem(
-                431,
-                f"a request may have {MAX_HEADERS} headers of {MAX_HEAD_BYTES} bytes in all",
-                "head",
-            )
-        )
-
-    # What the parser calls, in this order.
+    def restart_parser(self) -> None:
+        """Replace the parser, with the leniency that uvicorn gives it."""
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
 
     def on_message_begin(self) -> None:
-        if self.over:
+        """Begin with the head of a request."""
+        if self.phase is CLOSED:
             return
         super().on_message_begin()
         self.scope["state"]["connection"] = self
         if self.current is None:
-            self.since = self.loop.time()
-        self.in_message = self.in_head = self.moved = self.begun = True
+            self.waiting_since = self.loop.time()
+        self.phase = HEAD
+        self.head_budget.has_new_head = True
+        self.head_budget.has_progress = True
 
     def on_headers_complete(self) -> None:
-        if self.over or self.parser.should_upgrade():
+        """Begin with the body of a request, and answer the request or let it wait."""
+        if self.phase is CLOSED or self.parser.should_upgrade():
             return
-        large = self.unfinished or self.read_bytes > MAX_HEAD_BYTES  # else it can't be too long
-        if len(self.headers) > MAX_HEADERS or (large and self.head_bytes() > MAX_HEAD_BYTES):
-            return self.too_much()
-        self.in_head = False
+        if self._is_head_too_large():
+            self._refuse_head()
+            return
+        self.phase = BODY
         super().on_headers_complete()
 
-    def head_bytes(self) -> int:
-        return len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
-
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        """A request would have its turn, says uvicorn, which does not look at whether answers are taken."""
-        if self.spare:
-            if not cycle.scope["path"].startswith(HEALTH):
-                return self.crowded()
-            cycle.keep_alive = False
-        if self.current is not None or self.flow.write_paused:
-            self.flow.pause_reading()
-            self.pipeline.appendleft((cycle, app))
-            return
-        self.current = cycle
-        if cycle.scope["path"] != "/predict" or cycle.scope["method"] != "POST":
-            return super()._start_asgi_task(cycle, app)
-        self.exchange = Exchange(self.front, self, cycle)
-        if cycle.more_body:
-            self.exchange.begin()
-        else:
-            self.loop.call_soon(
-                self.exchange.begin
-            )  # a long pipeline must not become a deep recursion
+    def _is_head_too_large(self) -> bool:
+        """Check the head that is complete now."""
+        if len(self.headers) > MAX_HEADERS:
+            return True
+        if not self.head_budget.can_exceed():
+            return False
+        size = len(self.url)
+        for name, value in self.headers:
+            size += len(name) + len(value)
+        return size > MAX_HEAD_BYTES
 
     def on_body(self, body: bytes) -> None:
-        if self.over:
+        """Add a piece of a body to its request, or discard it if there is a response already."""
+        if self.phase is CLOSED:
             return
-        self.moved = True
-        self.body_bytes += len(body)
-        if self.exchange is not None and self.own:
+        self.head_budget.has_progress = True
+        self.head_budget.body_bytes += len(body)
+
+        if self.predict_request is not None and self._is_in_current_body():
             self.cycle.body += body
         elif self.cycle.response_complete:
-            self.discarded += len(body)
-            if self.discarded > MAX_DISCARDED_BYTES:
+            self.discarded_bytes += len(body)
+            if self.discarded_bytes > MAX_DISCARDED_BYTES:
                 self.transport.abort()
         else:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        if self.over or self.parser.should_upgrade():
+        """End the body of a request."""
+        if self.phase is CLOSED or self.parser.should_upgrade():
             return
         super().on_message_complete()
-        own = self.own
-        self.in_message, self.moved, self.discarded = False, True, 0
-        if self.exchange is not None and own:
-            self.exchange.arrived()
+        is_current = self._is_in_current_body()
+        self.phase = IDLE
+        self.head_budget.has_progress = True
+        self.discarded_bytes = 0
+        if self.predict_request is not None and is_current:
+            self.predict_request.on_body_complete()
 
-    @property
-    def own(self) -> bool:
-        """Whether what the parser is in belongs to the request that has its turn."""
-        return self.in_message and not self.in_head and self.current is self.cycle
+    def _is_in_current_body(self) -> bool:
+        """Return whether the parser is in the body of the request that is answered now."""
+        return self.phase is BODY and self.current is self.cycle
 
-    # Answers.
+    # Requests and responses.
 
-    def respond(self, cycle: RequestResponseCycle, payload: bytes, close: bool) -> None:
-        """Send a whole response, head and body, as the answer of `cycle`."""
-        cycle.response_started = cycle.response_complete = True
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        """Begin with a request, or let it wait in the pipeline."""
+        path = cycle.scope["path"]
+        if self.is_above_limit:
+            if not path.startswith(HEALTH_PATHS):
+                self._refuse_connection()
+                return
+            cycle.keep_alive = False
+        if self.current is not None or self.flow.write_paused:
+            self.flow.pause_reading()
+            self.pipeline.appendleft((cycle, app))
+            return
+
+        self.current = cycle
+        if path != "/predict" or cycle.scope["method"] != "POST":
+            super()._start_asgi_task(cycle, app)
+            return
+        request = PredictRequest(self.service, self, cycle.scope)
+        self.predict_request = request
+        if cycle.more_body:
+            request.start()
+        else:
+            # Not at once, because a long pipeline would become a deep recursion.
+            self.loop.call_soon(self._start_predict_request, request)
+
+    def _start_predict_request(self, request: PredictRequest) -> None:
+        if self.predict_request is request:  # else the client has left
+            request.start()
+
+    def end_predict_request(self) -> None:
+        """Part of `PredictConnection`."""
+        self.predict_request = None
+
+    def is_body_complete(self) -> bool:
+        """Part of `PredictConnection`."""
+        return self.current is not None and not self.current.more_body
+
+    def is_body_withheld(self) -> bool:
+        """Part of `ClientConnection` and `PredictConnection`.
+
+        After an error such a client may send the body or not, so what follows can't be parsed.
+        """
+        cycle = self.current
+        return cycle is not None and cycle.waiting_for_100_continue and cycle.more_body
+
+    def send_continue(self) -> None:
+        """Part of `PredictConnection`."""
+        if self.current is not None:
+            self.current.waiting_for_100_continue = False
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def take_body(self) -> bytes:
+        """Part of `PredictConnection`."""
+        if self.current is None:
+            return b""
+        body = bytes(self.current.body)
+        self.current.body.clear()
+        return body
+
+    def send_response(self, response: Response, request_id: str, close: bool) -> None:
+        """Part of `PredictConnection`."""
+        cycle = self.current
+        if cycle is None:
+            return
+        cycle.response_started = True
+        cycle.response_complete = True
         if cycle.disconnected or self.transport.is_closing():
             return
-        self.transport.write(payload)
-        if close or not cycle.keep_alive:
-            self.over = True
+
+        close = close or not cycle.keep_alive
+        server_headers = self.server_state.default_headers
+        self.transport.write(encode_response(response, request_id, server_headers, close))
+        if close:
+            self.phase = CLOSED
             self.transport.close()
         cycle.on_response()
 
+    def set_disconnect_callback(self, callback: Callable[[], object] | None) -> None:
+        """Part of `ClientConnection`."""
+        self.disconnect_callback = callback
+
     def on_response_complete(self) -> None:
-        """As uvicorn has it, but idle connections are found by `sweep` instead of by a timer each."""
+        """Go on after a response, as uvicorn does, but without a timer for an idle connection."""
         self.server_state.total_requests += 1
         self.current = None
-        self.since = self.loop.time()
-        self.proceed()
+        self.waiting_since = self.loop.time()
+        self._continue()
 
-    def proceed(self) -> None:
-        """Go on with the request that waits, with reading, or with the farewell."""
+    def _continue(self) -> None:
+        """Begin with the next request of the pipeline, or read on, or send the final problem."""
         if self.current is not None or self.flow.write_paused or self.transport.is_closing():
             return
         if self.pipeline:
-            self._start_asgi_task(*self.pipeline.pop())
-        elif self.farewell is not None:
-            self.part(self.farewell)
+            cycle, app = self.pipeline.pop()
+            self._start_asgi_task(cycle, app)
+        elif self.final_problem is not None:
+            self._send_final_problem(self.final_problem)
         if not self.pipeline:
             self.flow.resume_reading()
 
+    # Refusals.
+
+    def _refuse_connection(self) -> None:
+        self.refuse(Problem(503, "too many connections; try again in a second", "connections"))
+
+    def _refuse_head(self) -> None:
+        detail = f"a request may have {MAX_HEADERS} headers of {MAX_HEAD_BYTES} bytes in all"
+        self.refuse(Problem(431, detail, "head"))
+
     def refuse(self, problem: Problem) -> None:
-        """Look at nothing more from this client: answer what is due, then say why, and hang up."""
-        if self.over or self.transport.is_closing():
+        """Ignore further input, send the responses that are due, then the problem, and close."""
+        if self.phase is CLOSED or self.transport.is_closing():
             return
-        self.over = problem.close = True
-        if self.own and self.exchange is not None:
-            self.exchange.fail(problem)
-        elif self.in_message and not self.in_head and self.cycle.response_started:
-            self.transport.abort()  # it has its answer
-        elif self.own or (self.current is None and not self.pipeline):
-            self.part(problem)
+        is_in_current_body = self._is_in_current_body()
+        is_in_answered_body = self.phase is BODY and self.cycle.response_started
+        self.phase = CLOSED
+        problem.close = True
+
+        if is_in_current_body and self.predict_request is not None:
+            self.predict_request.fail(problem)
+        elif is_in_answered_body:
+            self.transport.abort()
+        elif is_in_current_body or (self.current is None and not self.pipeline):
+            self._send_final_problem(problem)
         else:
-            self.farewell = problem
-            self.proceed()
+            self.final_problem = problem
+            self._continue()
 
-    def part(self, problem: Problem) -> None:
-        number = self.front.new_id()
-        response = self.front.refused(problem, number)
-        self.transport.write(self.front.head(response, number, True) + response.body)
+    def _send_final_problem(self, problem: Problem) -> None:
+        """Send a problem that is the answer to no request, and close the connection."""
+        request_id = self.service.new_request_id()
+        response = self.service.reject(problem, request_id)
+        server_headers = self.server_state.default_headers
+        self.transport.write(encode_response(response, request_id, server_headers, close=True))
         self.transport.close()
-        self.front.count(response.status, 0.0)
+        self.service.count_request(response.status, 0.0)
 
-    # Time.
+    # Timeouts.
 
-    @classmethod
-    def sweep(cls) -> None:
-        """Hang up on clients that are too slow to send, to take, or to come with another request."""
-        now = asyncio.get_running_loop().time()
-        for connection in list(cls.open):
-            connection.look(cls.front.settings, now)
+    def is_closed(self) -> bool:
+        """Part of `UpgradedConnection`."""
+        return self.phase is CLOSED
 
-    def look(self, settings: Settings, now: float) -> None:
+    def enforce_timeouts(self, now: float) -> None:
+        """Part of `ClientConnection`: close a connection whose client is too slow.
+
+        It has `deadline_ms` and `read_timeout_seconds` to take a response, `read_timeout_seconds`
+        to send a request, and `keep_alive_seconds` to begin with the next one.
+        """
+        settings = self.service.settings
         if self.transport.get_write_buffer_size():
-            self.unsent = self.unsent or now
-            if now - self.unsent > settings.deadline_ms / 1000 + settings.read_timeout_seconds:
+            self.unsent_since = self.unsent_since or now
+            timeout_seconds = settings.deadline_ms / 1000 + settings.read_timeout_seconds
+            if now - self.unsent_since > timeout_seconds:
                 self.transport.abort()
             return
-        self.unsent = 0.0
-        if self.current is not None and not self.own:
-            return  # it waits for us
-        begun = self.in_message or self.cycle is None
-        if now - self.since > (
-            settings.read_timeout_seconds if begun else settings.keep_alive_seconds
-        ):
-            if self.in_message:
+        self.unsent_since = 0.0
+
+        if self.current is not None and not self._is_in_current_body():
+            return  # the client waits for the service
+        is_in_request = self.phase is HEAD or self.phase is BODY
+        is_first_request = self.cycle is None
+        if is_in_request or is_first_request:
+            timeout_seconds = settings.read_timeout_seconds
+        else:
+            timeout_seconds = settings.keep_alive_seconds
+        if now - self.waiting_since > timeout_seconds:
+            if is_in_request:
                 self.refuse(Problem(408, "the request did not arrive in time", "slow"))
             self.transport.close()

@@ -1,36 +1,71 @@
-"""Requests and responses of the service, and errors as RFC 9457 problem+json."""
+"""Requests, responses and problems: the types that all HTTP code of the service shares.
+
+Errors are RFC 9457 problem details (application/problem+json).
+"""
 
 import json
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Protocol
 
 Header = tuple[bytes, bytes]
-JSON, PROBLEM = b"application/json", b"application/problem+json"
+Scope = Mapping[str, Any]
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+
+JSON = b"application/json"
+PROBLEM_JSON = b"application/problem+json"
+
+SECURITY_HEADERS: list[Header] = [
+    (b"x-content-type-options", b"nosniff"),
+    (b"cache-control", b"no-store"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+]
+
+
+class ClientConnection(Protocol):
+    """The connection to a client, as the service sees it. `serve.http.protocol` implements it."""
+
+    def set_disconnect_callback(self, callback: Callable[[], object] | None) -> None:
+        """Call `callback` if the client disconnects; None calls nothing."""
+
+    def is_body_withheld(self) -> bool:
+        """Return whether the client of the current request still waits for 100 Continue."""
+
+    def enforce_timeouts(self, now: float) -> None:
+        """Close the connection if its client is too slow. `now` is the event loop's time [s]."""
 
 
 @dataclass(slots=True)
 class Request:
-    """What a handler sees: the ASGI scope and receive, headers by name in lower case, and the request's id."""
+    """A request as handlers see it."""
 
-    scope: dict
-    receive: Any
-    headers: dict[bytes, bytes]
+    scope: Scope  # of ASGI
+    receive: Receive  # of ASGI
+    headers: dict[bytes, bytes]  # by lower-case name
     id: str
+
+    @property
+    def connection(self) -> ClientConnection:
+        """The connection that the request came over."""
+        return self.scope["state"]["connection"]
 
 
 @dataclass(slots=True)
 class Response:
+    """A whole response."""
+
     status: int
     body: bytes
     content_type: bytes = JSON
     headers: list[Header] = field(default_factory=list)
-    close: bool = False  # the connection is not used again
+    close: bool = False  # close the connection after this response
 
 
 class Problem(Exception):
-    """Ends a request with this status; `detail` tells the client what is wrong and what to do."""
+    """Ends a request with an error status."""
 
     def __init__(
         self,
@@ -39,28 +74,35 @@ class Problem(Exception):
         reason: str | None = None,
         close: bool = False,
         allow: str = "",
-    ):
+    ) -> None:
+        """Describe an error.
+
+        detail: tells the client what is wrong and what to do.
+        reason: label of imago_rejected_total, for requests that are rejected before any work.
+        close: whether the connection must be closed, e.g. because the body was not read.
+        allow: with status 405, the methods that the path does allow.
+        """
         super().__init__(detail)
-        self.status, self.detail = status, detail
-        self.reason = reason  # why it was turned away before any work, for rejected_total
-        self.allow = allow  # with 405: the methods that the path does take
-        self.close = (
-            close  # the connection can't be used any more, e.g. since the body was not read
-        )
+        self.status = status
+        self.detail = detail
+        self.reason = reason
+        self.close = close
+        self.allow = allow
 
     def response(self, request_id: str) -> Response:
-        body = b'%b, "request_id": "%b"}' % (
-            _opening(self.status, self.detail),
-            request_id.encode(),
-        )
+        """Return the problem as a response to the request with this id."""
+        members = _problem_members(self.status, self.detail)
+        body = b'%b, "request_id": "%b"}' % (members, request_id.encode())
+
         headers = retry_after(self.status)
         if self.status == 401:
             headers.append((b"www-authenticate", b"Bearer"))
         if self.allow:
             headers.append((b"allow", self.allow.encode()))
-        return Response(self.status, body, PROBLEM, headers, self.close)
+        return Response(self.status, body, PROBLEM_JSON, headers, self.close)
 
     def members(self) -> dict[str, Any]:
+        """Return the members that describe the problem: title, status, detail."""
         return {
             "title": HTTPStatus(self.status).phrase,
             "status": self.status,
@@ -68,16 +110,53 @@ class Problem(Exception):
         }
 
 
-@lru_cache(64)  # under overload it is the same again and again
-def _opening(status: int, detail: str) -> bytes:
-    """The body of a problem without its end."""
-    return json.dumps({"type": "about:blank", **Problem(status, detail).members()}).encode()[:-1]
+@lru_cache(64)  # an overloaded service sends the same problem many times
+def _problem_members(status: int, detail: str) -> bytes:
+    """Return the JSON object of a problem without its closing brace."""
+    problem = {"type": "about:blank", **Problem(status, detail).members()}
+    return json.dumps(problem).encode()[:-1]
 
 
 def retry_after(status: int) -> list[Header]:
-    """The header that tells a client to come back, where that helps."""
+    """Return the Retry-After header for a status that passes with time, else no header."""
     return [(b"retry-after", b"1")] if status in (429, 503) else []
 
 
-def as_json(value: Any, status: int = 200) -> Response:
+def json_response(value: Any, status: int = 200) -> Response:
+    """Return a response with `value` as compact JSON."""
     return Response(status, json.dumps(value, separators=(",", ":")).encode())
+
+
+def _build_head_start(status: HTTPStatus) -> bytes:
+    """Return the status line and the security headers."""
+    lines = [b"HTTP/1.1 %d %b\r\n" % (status.value, status.phrase.encode())]
+    for name, value in SECURITY_HEADERS:
+        lines.append(b"%b: %b\r\n" % (name, value))
+    return b"".join(lines)
+
+
+_HEAD_STARTS = {status.value: _build_head_start(status) for status in HTTPStatus}
+
+
+def encode_response(
+    response: Response, request_id: str, server_headers: list[Header], close: bool
+) -> bytes:
+    """Return the bytes of an HTTP/1.1 response, head and body.
+
+    server_headers: those that every response of the server has, such as Date.
+    close: whether to announce that the connection will be closed.
+    """
+    parts = [_HEAD_STARTS[response.status]]
+    for header in (*server_headers, *response.headers):
+        parts.append(b"%b: %b\r\n" % header)
+    parts.append(
+        b"content-type: %b\r\ncontent-length: %d\r\nx-request-id: %b\r\n%b\r\n"
+        % (
+            response.content_type,
+            len(response.body),
+            request_id.encode(),
+            b"connection: close\r\n" if close else b"",
+        )
+    )
+    parts.append(response.body)
+    return b"".join(parts)

@@ -3,7 +3,7 @@
 import resource
 
 from serve import logs
-from serve.http.protocol import SPARE
+from serve.http.protocol import EXTRA_CONNECTIONS
 from serve.settings import Settings
 
 OTHER_OPEN_FILES = 128  # of a process, besides the connections of clients
@@ -16,7 +16,7 @@ def limit_connections(settings: Settings) -> Settings:
     above `max_connections` gets a response with status 503. One above the system's limit would get
     none.
     """
-    other = OTHER_OPEN_FILES + SPARE
+    other = OTHER_OPEN_FILES + EXTRA_CONNECTIONS
     open_files = raise_open_file_limit(settings.max_connections + other)
     possible = max(1, open_files - other)
     if possible >= settings.max_connections:

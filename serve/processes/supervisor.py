@@ -24,8 +24,8 @@ from starlette.middleware.gzip import GZipMiddleware
 
 from models.cpu_quota import available_cores
 from serve import logs
-from serve.http.app import Front
-from serve.http.protocol import Connection
+from serve.http.app import ServiceApp
+from serve.http.protocol import HttpProtocol
 from serve.metrics import exposition
 from serve.metrics.shared_counters import SharedCounters
 from serve.processes.ports import is_port_free
@@ -58,7 +58,7 @@ class Supervisor(litserve.LitServer):
             accelerator="cpu",
             workers_per_device=settings.workers,
             timeout=False,
-            middlewares=[(Front, {"settings": settings, "run": run})],
+            middlewares=[(ServiceApp, {"settings": settings, "run_directory": run})],
         )
         self.app.user_middleware = [
             m for m in self.app.user_middleware if m.cls is not GZipMiddleware
@@ -318,7 +318,7 @@ def _serve(settings: Settings, run: str) -> int:
             num_api_servers=settings.api_processes,
             generate_client_file=False,
             log_level="warning",
-            http=Connection,
+            http=HttpProtocol,
             ws="none",
             loop="uvloop",
             log_config=None,

@@ -1,11 +1,11 @@
-"""The service without its metrics, limits, request ids and checks, so that others can measure what these cost.
+"""The service without its metrics, limits, request ids and checks, to measure what these cost.
 
     python serve_unchecked.py FLAGS…    takes the flags of `python -m serve`
 
-What it leaves out stands below; the worker process imports this file as well. The limits of
-serve/http/protocol.py (heads, connections, slow clients) and the one timer of all deadlines stay
-on: the protocol itself hangs on them. A name that the service has no more raises AttributeError, so
-that nothing is measured against a service that still does it.
+The calls of `replace` below show all that is left out. Worker processes import this file as well.
+The limits of serve/http/protocol.py (heads, connections, slow clients) and the timer of all
+deadlines stay on, because the protocol depends on them. A name that the service no longer has
+raises AttributeError, so that the benchmark never measures a service that still does the work.
 """
 
 import sys
@@ -14,48 +14,65 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from serve.__main__ import main
-from serve.http.app import Front
-from serve.http.dispatcher import Ask
+from serve.http.app import Service
+from serve.http.dispatcher import PendingRequest
 from serve.http.feedback import FeedbackEndpoint
-from serve.http.predict_endpoint import Place, Predictor
-from serve.http.responses import Request
+from serve.http.predict_endpoint import PredictEndpoint, Reservation
+from serve.http.responses import Receive, Request, Scope
 from serve.shared_state import SharedState
 from serve.worker.worker_metrics import WorkerMetrics
 
 
-def nothing(*_: object) -> None:
-    """Instead of a check or a count."""
+def do_nothing(*_: object) -> None:
+    """Stand for a check or a count."""
 
 
-def replace(owner: type, **others: object) -> None:
-    for name, other in others.items():
+def replace(owner: type, **attributes: object) -> None:
+    """Replace attributes of a class. Raises AttributeError for one that it does not have."""
+    for name, value in attributes.items():
         getattr(owner, name)
-        setattr(owner, name, other)
+        setattr(owner, name, value)
 
 
-def finish(ask: Ask) -> None:
-    """Without a count of its images, and with no care for what fails."""
-    ask.again = None
-    ask.pool.asks.pop(ask, None)
-    ask.done(ask)
+def finish_uncounted(request: PendingRequest) -> None:
+    """Finish a request without counting its images or catching errors."""
+    request.detach()
+    request.on_done(request)
+
+
+def build_request(service: Service, scope: Scope, receive: Receive) -> Request:
+    """Build a request with the same id as all others."""
+    return Request(scope, receive, dict(scope["headers"]), "0")
+
+
+def admit_all(endpoint: PredictEndpoint, headers: dict[bytes, bytes]) -> Reservation:
+    """Admit every request."""
+    return Reservation()
+
+
+def set_busy_untimed(state: SharedState, worker: int, predictor: int) -> float:
+    """Return a time that no deadline is before."""
+    return 0.0
 
 
 replace(
-    Front,
-    authorize=nothing,
-    finish=nothing,
-    count=nothing,
-    request=lambda self, scope, receive: Request(scope, receive, dict(scope["headers"]), "0"),
+    Service,
+    check_api_key=do_nothing,
+    record=do_nothing,
+    count_request=do_nothing,
+    build_request=build_request,
 )
 replace(
-    Predictor, enter=lambda self, headers: Place(), hold=nothing, leave=nothing, check_room=nothing
+    PredictEndpoint,
+    admit=admit_all,
+    reserve=do_nothing,
+    release=do_nothing,
+    check_capacity=do_nothing,
 )
-replace(FeedbackEndpoint, remember=nothing)
-replace(WorkerMetrics, count_batch=nothing)
-replace(Ask, finish=finish)
-replace(
-    SharedState, set_idle=nothing, set_busy=lambda self, worker, predictor: 0.0
-)  # the time, which no deadline is before
+replace(FeedbackEndpoint, remember=do_nothing)
+replace(PendingRequest, finish=finish_uncounted)
+replace(WorkerMetrics, count_batch=do_nothing)
+replace(SharedState, set_idle=do_nothing, set_busy=set_busy_untimed)
 
 if __name__ == "__main__":
     sys.exit(main(["--drift-window", "0", "--reload-seconds", "0", *sys.argv[1:]]))

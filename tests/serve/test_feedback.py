@@ -164,7 +164,7 @@ def test_the_answer_table_is_bounded_and_shared_between_processes(tmp_path):
     first = AnswerTable(str(tmp_path))
     second = AnswerTable(str(tmp_path))
     for i in range(3 * TABLE_SLOTS):
-        first.put(f"request-{i}", 0, PastAnswer(version=1, index=i % 7, confidence=0.5))
+        first.put(f"request-{i}", 0, PastAnswer(version=1, class_index=i % 7, confidence=0.5))
     assert (tmp_path / "answers").stat().st_size < 4 << 20
 
     last = 3 * TABLE_SLOTS - 1

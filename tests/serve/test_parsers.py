@@ -23,7 +23,7 @@ answers = st.builds(
     status=U16,
     version=U32,
     body=st.binary(max_size=200),
-    index=U32,
+    class_index=U32,
     confidence=st.floats(0, 1, width=32),
     queue_us=U32,
     decode_us=U32,

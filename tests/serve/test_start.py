@@ -62,7 +62,8 @@ def test_a_bundle_whose_samples_look_otherwise_here(tmp_path):
     (directory / "samples" / "00.png").write_bytes(tiny_bundle.make_image("green"))
     tiny_bundle.update_checksums(directory)
     assert_refused(
-        run_serve("--store", str(tmp_path), *loopback_flags()), "samples decode differently on this machine"
+        run_serve("--store", str(tmp_path), *loopback_flags()),
+        "samples decode differently on this machine",
     )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from models.bundle import SAMPLES_DIRECTORY, BundleError, resolve_inside
 from models.image import ImageError, read_header
 from models.store import Store
-from serve.http.dispatcher import Pool
+from serve.http.dispatcher import Dispatcher
 from serve.http.responses import Header, Problem, Request, Response
 from serve.settings import Settings
 
@@ -45,10 +45,10 @@ REPORT_GUARD: list[
 class Page:
     """Handlers of one HTTP process."""
 
-    def __init__(self, settings: Settings, pool: Pool):
-        self.store, self.pool, self.seconds = (
+    def __init__(self, settings: Settings, dispatcher: Dispatcher):
+        self.store, self.dispatcher, self.seconds = (
             Store(settings.store),
-            pool,
+            dispatcher,
             settings.deadline_ms / 1000,
         )
 
@@ -71,7 +71,7 @@ class Page:
         _only_get(request)
         number, samples = (
             request.scope["path"].removeprefix("/samples/"),
-            self.pool.model.get("samples", []),
+            self.dispatcher.model.get("samples", []),
         )
         if not (number.isascii() and number.isdecimal()) or int(number[:9]) >= len(samples):
             raise Problem(404, f"there are {len(samples)} samples, from 0")
@@ -90,7 +90,7 @@ class Page:
 
         Raises Problem 404 where it is gone or was never there, 503 where the store does not answer in time.
         """
-        model = self.pool.model
+        model = self.dispatcher.model
         if not model:
             raise Problem(503, "no model is ready yet; try again in a second")
         try:
