@@ -197,10 +197,11 @@ class HttpProtocol(HttpToolsProtocol):
         budget.end_read(data, self.phase is HEAD)
         if budget.is_exceeded():
             self._refuse_head()
-        elif (
-            budget.has_progress and self.predict_request is not None and self._is_in_current_body()
-        ):
-            self.predict_request.on_body_grown(len(self.cycle.body))
+            return
+
+        request = self.predict_request
+        if request is not None and budget.has_progress and self._is_in_current_body():
+            request.on_body_grown(len(self.cycle.body))
 
     def shutdown(self) -> None:
         """End the connection after a moment.

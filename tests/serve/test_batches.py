@@ -1,136 +1,137 @@
-"""How batches form: from what waits, shared by the cores, and by a timer only where that is asked for."""
+"""Batching: waiting images form batches that all threads share, and a timer only on demand."""
 
 from concurrent.futures import ThreadPoolExecutor
 
 import cv2
+import httpx
 import numpy as np
 import pytest
 from support import tiny_bundle
-from support.server import suspended_workers, wait_until
+from support.server import Server, suspended_workers, wait_until
 
 IMAGE = tiny_bundle.make_image("red")
 
 
 @pytest.fixture(scope="module")
-def slow() -> bytes:
-    """An image that takes a tenth of a second or more to decode."""
+def slow_image() -> bytes:
+    """An image that takes at least a tenth of a second to decode."""
     return cv2.imencode(".png", np.zeros((3200, 3200, 4), np.uint8))[1].tobytes()
 
 
-def batches(server) -> tuple[float, float]:
-    """How many there were, and the images in them."""
-    return server.metric("imago_batch_size_count"), server.metric("imago_batch_size_sum")
+def count_batches(server: Server) -> float:
+    return server.metric("imago_batch_size_count")
 
 
-def test_what_waits_becomes_a_batch(start):
-    server = start("--threads", "1", "--max-batch-size", "8")
-    with ThreadPoolExecutor(16) as threads:
+def count_batched_images(server: Server) -> float:
+    return server.metric("imago_batch_size_sum")
+
+
+def predict_together(
+    server: Server, images: list[bytes], min_pending: int | None = None
+) -> list[httpx.Response]:
+    """Send images to suspended workers, so that they find them all at once when they continue.
+
+    The workers continue when `min_pending` images wait for them; by default, all.
+    """
+    if min_pending is None:
+        min_pending = len(images)
+    with ThreadPoolExecutor(len(images)) as threads:
         with suspended_workers(server):
-            sent = [threads.submit(server.predict, IMAGE) for _ in range(16)]
-            wait_until(lambda: server.metric("imago_pending_images") == 16)
-        assert {future.result().status_code for future in sent} == {200}
-    wait_until(lambda: batches(server)[1] == 16)
-    assert batches(server)[0] <= 3
+            futures = [threads.submit(server.predict, image) for image in images]
+            wait_until(lambda: server.metric("imago_pending_images") >= min_pending)
+        return [future.result() for future in futures]
 
 
-def test_the_images_of_a_request_are_shared_by_the_cores(start, tmp_path):
-    tiny_bundle.publish(tmp_path, size=256)  # enough to do for two
+def test_waiting_images_form_a_batch(start):
+    server = start("--threads", "1", "--max-batch-size", "8")
+    responses = predict_together(server, [IMAGE] * 16)
+    assert {response.status_code for response in responses} == {200}
+    wait_until(lambda: count_batched_images(server) == 16)
+    assert count_batches(server) <= 3
+
+
+def test_threads_share_the_images_of_a_request(start, tmp_path):
+    tiny_bundle.publish(tmp_path, size=256)  # enough work for two threads
     server = start("--threads", "2", "--max-batch-size", "16", store=tmp_path)
-    for sent in range(
-        1, 21
-    ):  # a core that is awake first may rightly take what the other has not begun
-        server.http.post("/predict", files=[("f", (f"{i}", IMAGE)) for i in range(16)])
-        wait_until(lambda total=16 * sent: batches(server)[1] == total)
-        if batches(server)[0] > sent:
+    files = [("f", (f"{i}", IMAGE)) for i in range(16)]
+
+    # Several attempts, because a thread that is awake first may take all images.
+    for requests in range(1, 21):
+        server.http.post("/predict", files=files)
+        wait_until(lambda total=16 * requests: count_batched_images(server) == total)
+        if count_batches(server) > requests:
             break
-    assert batches(server)[0] > sent
+    assert count_batches(server) > requests
 
 
-def test_a_lone_request_waits_for_company_only_where_that_is_asked_for(start):
+def test_a_batch_waits_for_more_images_only_on_demand(start):
     server = start("--threads", "1", "--batch-wait-ms", "1000")
     with ThreadPoolExecutor(4) as threads:
-        times = [
-            f.result().headers["server-timing"]
-            for f in [threads.submit(server.predict, IMAGE) for _ in range(4)]
-        ]
-    wait_until(lambda: batches(server)[1] == 4)
-    assert batches(server)[0] <= 2
-    assert max(float(text.split("dur=")[1].split(",")[0]) for text in times) > 500
+        futures = [threads.submit(server.predict, IMAGE) for _ in range(4)]
+        timings = [future.result().headers["server-timing"] for future in futures]
+    wait_until(lambda: count_batched_images(server) == 4)
+    assert count_batches(server) <= 2
+
+    queue_ms = [float(timing.split("dur=")[1].split(",")[0]) for timing in timings]
+    assert max(queue_ms) > 500
 
 
-def test_what_expires_in_a_batch_is_not_done_late(start, slow):
+def test_images_that_expire_in_a_batch_are_dropped(start, slow_image):
     server = start("--threads", "1", "--max-batch-size", "16", "--deadline-ms", "1500")
-    with ThreadPoolExecutor(16) as threads:
-        with suspended_workers(server):
-            sent = [threads.submit(server.predict, slow) for _ in range(16)]
-            wait_until(lambda: server.metric("imago_pending_images") > 12)
-        statuses = [future.result().status_code for future in sent]
+    responses = predict_together(server, [slow_image] * 16, min_pending=13)
+    statuses = [response.status_code for response in responses]
     assert set(statuses) <= {200, 504}
-    wait_until(lambda: server.predict(IMAGE).status_code == 200)  # it rests again
-    done = server.metric("imago_images_total", outcome="answered") - 1
-    assert done == statuses.count(200)
+
+    wait_until(lambda: server.predict(IMAGE).status_code == 200)  # the worker is idle again
+    assert server.metric("imago_images_total", outcome="answered") == statuses.count(200) + 1
     assert server.metric("imago_images_total", outcome="expired") == statuses.count(504)
 
 
-def test_an_image_on_which_the_model_fails_hurts_no_other_of_its_batch(start, tmp_path):
-    tiny_bundle.fail_on_bright_pixels(
-        tiny_bundle.publish(tmp_path)
-    )  # brighter than any of its samples
-    bright = cv2.imencode(".png", np.full((32, 32, 3), 255, np.uint8))[1].tobytes()
+def test_an_image_on_which_the_model_fails_does_not_affect_its_batch(start, tmp_path):
+    tiny_bundle.fail_on_bright_pixels(tiny_bundle.publish(tmp_path))
+    bright_image = cv2.imencode(".png", np.full((32, 32, 3), 255, np.uint8))[1].tobytes()
     server = start("--threads", "1", store=tmp_path)
-    with ThreadPoolExecutor(8) as threads:
-        with suspended_workers(server):
-            sent = [threads.submit(server.predict, bright if i == 3 else IMAGE) for i in range(8)]
-            wait_until(lambda: server.metric("imago_pending_images") == 8)
-        answers = [future.result() for future in sent]
-    assert [answer.status_code for answer in answers] == [500 if i == 3 else 200 for i in range(8)]
-    assert answers[3].json()["detail"] == "the model failed on this image"
-    assert {
-        answer.json()["predictions"][0]["label"] for i, answer in enumerate(answers) if i != 3
-    } == {"red"}
+
+    images = [IMAGE] * 8
+    images[3] = bright_image
+    responses = predict_together(server, images)
+
+    failed = responses.pop(3)
+    assert failed.status_code == 500
+    assert failed.json()["detail"] == "the model failed on this image"
+    for response in responses:
+        assert response.status_code == 200
+        assert response.json()["predictions"][0]["label"] == "red"
     assert server.metric("imago_images_total", outcome="failed") == 1
     assert server.metric("imago_restarts_total", process="worker", reason="crash") == 0
 
 
-def test_a_long_batch_is_no_hang(start, slow):
+def test_a_worker_with_a_long_batch_is_not_restarted(start, slow_image):
     server = start(
-        "--threads",
-        "1",
-        "--max-batch-size",
-        "16",
-        "--worker-timeout-seconds",
-        "2",
-        "--deadline-ms",
-        "60000",
+        *("--threads", "1"),
+        *("--max-batch-size", "16"),
+        *("--worker-timeout-seconds", "2"),
+        *("--deadline-ms", "60000"),
     )
-    with ThreadPoolExecutor(16) as threads:
-        with suspended_workers(server):
-            sent = [threads.submit(server.predict, slow) for _ in range(16)]
-            wait_until(lambda: server.metric("imago_pending_images") > 12)
-        assert {future.result().status_code for future in sent} == {200}
+    responses = predict_together(server, [slow_image] * 16, min_pending=13)
+    assert {response.status_code for response in responses} == {200}
     assert server.metric("imago_restarts_total", process="worker", reason="hang") == 0
 
 
-def test_to_wait_for_the_turn_of_a_large_image_is_no_hang(start, tmp_path):
-    """Only one is decoded at a time, whatever the threads; here the last waits far longer than a worker may hang."""
-    tiny_bundle.publish(tmp_path, size=256)  # enough to do for many
-    large = cv2.imencode(".png", np.zeros((4500, 4500, 4), np.uint8))[1].tobytes()
+def test_a_worker_whose_threads_wait_to_decode_is_not_restarted(start, tmp_path):
+    """One large image is decoded at a time, so the last waits much longer than the timeout."""
+    tiny_bundle.publish(tmp_path, size=256)  # enough work for many threads
+    large_image = cv2.imencode(".png", np.zeros((4500, 4500, 4), np.uint8))[1].tobytes()
     server = start(
-        "--threads",
-        "32",
-        "--max-batch-size",
-        "1",
-        "--worker-timeout-seconds",
-        "4",
-        "--deadline-ms",
-        "120000",
+        *("--threads", "32"),
+        *("--max-batch-size", "1"),
+        *("--worker-timeout-seconds", "4"),
+        *("--deadline-ms", "120000"),
         store=tmp_path,
     )
     server.http.timeout = 120
     with ThreadPoolExecutor(32) as threads:
-        statuses = {
-            future.result().status_code
-            for future in [threads.submit(server.predict, large) for _ in range(32)]
-        }
+        futures = [threads.submit(server.predict, large_image) for _ in range(32)]
+        statuses = {future.result().status_code for future in futures}
     assert statuses == {200}
     assert server.metric("imago_restarts_total", process="worker", reason="hang") == 0

@@ -1,13 +1,12 @@
-"""The response cache: off by default, right when it is on, empty when the model changes."""
-
-import time
+"""The answer cache: off by default, correct when it is on, and empty when the model changes."""
 
 from support import tiny_bundle
+from support.server import wait_until
 
 from models.store import Store
 
 
-def test_off_by_default(server):
+def test_the_cache_is_off_by_default(server):
     before = server.metric("imago_images_total", outcome="answered")
     for _ in range(3):
         server.predict(tiny_bundle.make_image("red", seed=99))
@@ -15,46 +14,57 @@ def test_off_by_default(server):
     assert server.metric("imago_cache_total", outcome="hit") == 0
 
 
-def test_the_same_image_is_answered_from_the_cache(start):
-    service = start("--cache-entries", "2")
-    first, second = (service.predict(tiny_bundle.make_image("red")).json() for _ in range(2))
+def test_a_repeated_image_is_answered_from_the_cache(start):
+    server = start("--cache-entries", "2")
+    red = tiny_bundle.make_image("red")
+    first = server.predict(red).json()
+    second = server.predict(red).json()
     assert first["predictions"] == second["predictions"]
     assert first["id"] != second["id"]
-    assert (
-        service.predict(tiny_bundle.make_image("red"), "?top_k=1").json()["predictions"][0]["top"]
-        == first["predictions"][0]["top"][:1]
-    )
-    for label in ("green", "blue", "red"):  # two others, so the first is gone
-        assert (
-            service.predict(tiny_bundle.make_image(label)).json()["predictions"][0]["label"]
-            == label
-        )
-    assert service.metric("imago_cache_total", outcome="hit") == 1
-    assert service.metric("imago_cache_total", outcome="miss") == 5
-    assert service.metric("imago_images_total", outcome="answered") == 5
+
+    # Another top_k is another entry.
+    top_1 = server.predict(red, "?top_k=1").json()
+    assert top_1["predictions"][0]["top"] == first["predictions"][0]["top"][:1]
+
+    # Two other images take both entries, so red is no longer there.
+    for label in ("green", "blue", "red"):
+        answer = server.predict(tiny_bundle.make_image(label)).json()
+        assert answer["predictions"][0]["label"] == label
+    assert server.metric("imago_cache_total", outcome="hit") == 1
+    assert server.metric("imago_cache_total", outcome="miss") == 5
+    assert server.metric("imago_images_total", outcome="answered") == 5
 
 
-def test_errors_are_not_kept_and_many_images_may_hit_in_part(start):
-    service = start("--cache-entries", "100")
-    assert [service.predict(b"no image").status_code for _ in range(2)] == [415, 415]
-    service.predict(tiny_bundle.make_image("blue"))
-    files = [("f", ("a", tiny_bundle.make_image(label))) for label in ("red", "blue", "green")]
-    answer = service.http.post("/predict", files=files).json()
-    assert [p["label"] for p in answer["predictions"]] == ["red", "blue", "green"]
-    assert service.metric("imago_cache_total", outcome="hit") == 1
+def test_errors_are_not_cached(start):
+    server = start("--cache-entries", "100")
+    assert server.predict(b"no image").status_code == 415
+    assert server.predict(b"no image").status_code == 415
+    assert server.metric("imago_cache_total", outcome="hit") == 0
 
 
-def test_a_new_model_empties_it(start, tmp_path):
+def test_some_images_of_a_request_may_be_cached(start):
+    server = start("--cache-entries", "100")
+    server.predict(tiny_bundle.make_image("blue"))
+
+    labels = ["red", "blue", "green"]
+    files = [("f", ("a", tiny_bundle.make_image(label))) for label in labels]
+    answer = server.http.post("/predict", files=files).json()
+    assert [prediction["label"] for prediction in answer["predictions"]] == labels
+    assert server.metric("imago_cache_total", outcome="hit") == 1
+
+
+def test_a_new_model_empties_the_cache(start, tmp_path):
     tiny_bundle.publish(tmp_path)
-    service = start("--cache-entries", "100", "--reload-seconds", "0.2", store=tmp_path)
-    data = tiny_bundle.make_image("red")
-    before = [service.predict(data).json() for _ in range(2)]
+    server = start("--cache-entries", "100", "--reload-seconds", "0.2", store=tmp_path)
+    red = tiny_bundle.make_image("red")
+    server.predict(red)
+    before = server.predict(red).json()
+
     tiny_bundle.publish(tmp_path, scale=0.5, promote=False)
     Store(tmp_path).promote("colours", 2)
-    end = time.monotonic() + 30
-    while service.http.get("/model").json()["version"] != "2":
-        assert time.monotonic() < end
-        time.sleep(0.05)
-    after = service.predict(data).json()
+    wait_until(lambda: server.http.get("/model").json()["version"] == "2", 30)
+
+    after = server.predict(red).json()
     assert after["model"]["version"] == "2"
-    assert after["predictions"][0]["confidence"] < before[1]["predictions"][0]["confidence"] - 0.05
+    confidence_before = before["predictions"][0]["confidence"]
+    assert after["predictions"][0]["confidence"] < confidence_before - 0.05

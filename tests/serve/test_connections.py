@@ -1,4 +1,4 @@
-"""Connections: which heads are taken, how many there may be, how long they stay, what they carry."""
+"""Connections: which heads are accepted, how many connections there may be, and for how long."""
 
 import re
 import sys
@@ -7,13 +7,20 @@ import time
 import pytest
 from support import tiny_bundle
 from support.raw_http import RawConnection, request_head
-from support.server import wait_until
+from support.server import Server, wait_until
 
 IMAGE = tiny_bundle.make_image("red")
+LIVE = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
+LIVE_AND_CLOSE = b"GET /health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+
+
+def get_status(server: Server, request: bytes) -> int:
+    """Send a request on a connection of its own and return the status."""
+    return RawConnection(server, request).read_response()[0]
 
 
 @pytest.mark.parametrize(
-    ("data", "status"),
+    ("data", "expected"),
     [
         (b"HELLO\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nContent-Length: x\r\n\r\n", 400),
@@ -24,115 +31,93 @@ IMAGE = tiny_bundle.make_image("red")
         (b"POST /predict HTTP/1.1\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
     ],
 )
-def test_heads_that_are_not_taken(server, data, status):
-    connection = RawConnection(server, data)
-    found, text = connection.read_response()
-    assert found == status
+def test_malformed_and_oversized_heads_are_refused(server, data, expected):
+    status, text = RawConnection(server, data).read_response()
+    assert status == expected
     assert "application/problem+json" in text
     assert "uvicorn" not in text.lower()
 
 
-def test_slow_clients_are_cut_and_others_are_not(start):
+def test_slow_clients_are_disconnected_and_others_are_answered(start):
     server = start("--read-timeout-seconds", "1")
-    slow = [
-        RawConnection(server),
-        RawConnection(server, b"POST /pre"),
-        RawConnection(server, request_head(1000) + b"x"),
-    ]
+    silent = RawConnection(server)
+    slow_head = RawConnection(server, b"POST /pre")
+    slow_body = RawConnection(server, request_head(1000) + b"x")
+
     assert server.predict(IMAGE).status_code == 200
     wait_until(lambda: server.metric("imago_rejected_total", reason="slow") == 2)
-    assert slow[0].is_closed()
-    assert [connection.read_response()[0] for connection in slow[1:]] == [408, 408]
+    assert silent.is_closed()
+    assert slow_head.read_response()[0] == 408
+    assert slow_body.read_response()[0] == 408
     assert server.metric("imago_pending_images") == 0
 
 
-def test_idle_connections_are_closed_after_a_while(start):
+def test_idle_connections_are_closed(start):
     server = start("--keep-alive-seconds", "1")
-    connection = RawConnection(server, b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+    connection = RawConnection(server, LIVE)
     began = time.monotonic()
     assert connection.read_response()[0] == 200
     assert connection.is_closed()
     assert time.monotonic() - began < 10
 
 
-def test_connections_are_bounded(start):
+def test_connections_are_limited(start):
     server = start("--max-connections", "3")
     server.http.close()
-    wait_until(
-        lambda: (
-            RawConnection(
-                server, b"GET /health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
-            ).read_response()[0]
-            == 200
-        )
-    )
-    held = [
-        RawConnection(server, b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n") for _ in range(3)
-    ]
-    assert [c.receive(12) for c in held] == [b"HTTP/1.1 200"] * 3
-    assert RawConnection(server, request_head(len(IMAGE)) + IMAGE).read_response()[0] == 503
-    for path in (
-        b"live",
-        b"ready",
-    ):  # a crowd is no reason to restart it, or to send what it has to others
+    wait_until(lambda: get_status(server, LIVE_AND_CLOSE) == 200)
+
+    idle = [RawConnection(server, LIVE) for _ in range(3)]
+    assert [connection.receive(12) for connection in idle] == [b"HTTP/1.1 200"] * 3
+    assert get_status(server, request_head(len(IMAGE)) + IMAGE) == 503
+
+    # Health checks are answered above the limit, so that the service is not restarted for it.
+    for path in (b"live", b"ready"):
         probe = RawConnection(server, b"GET /health/%b HTTP/1.1\r\nHost: x\r\n\r\n" % path)
         assert probe.read_response()[0] == 200
         assert probe.is_closed()
-    spare = [RawConnection(server) for _ in range(16)]
-    wait_until(
-        lambda: RawConnection(server).read_response()[0] == 503
-    )  # it said nothing, and there is room for no more
-    for connection in spare:
+
+    # Without a request, since there is no capacity for another health check either.
+    extra = [RawConnection(server) for _ in range(16)]
+    wait_until(lambda: get_status(server, b"") == 503)
+
+    for connection in extra:
         connection.close()
-    held[0].close()
-    wait_until(
-        lambda: (
-            RawConnection(
-                server, b"GET /health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
-            ).read_response()[0]
-            == 200
-        )
-    )
-
-
-def crowd(server, count: int) -> list[RawConnection]:
-    """Connections that each had one answer and are idle now."""
-    server.http.close()
-    return [
-        RawConnection(server, b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n") for _ in range(count)
-    ]
+    idle[0].close()
+    wait_until(lambda: get_status(server, LIVE_AND_CLOSE) == 200)
 
 
 @pytest.mark.parametrize(
-    ("limit", "flags", "room"),
+    ("ulimit", "flags", "max_connections"),
     [
         ("-Sn 64", ("--max-connections", "300"), 300),
         ("-n 256", (), 112),
     ],
 )
-def test_open_files_allow_the_connections_that_are_promised(start, limit, flags, room):
-    server = start(
-        *flags,
-        command=["sh", "-c", f'ulimit {limit}; exec "$@"', "sh", sys.executable, "-m", "serve"],
-    )
-    held = crowd(server, room + 16)
-    assert {connection.receive(12) for connection in held} == {b"HTTP/1.1 200"}
-    beyond = [RawConnection(server) for _ in range(64)]
-    assert {connection.receive(12) for connection in beyond[32:]} == {b"HTTP/1.1 503"}
-    assert ("max_connections is 112, not 1024" in server.log.read_text()) == (room == 112)
+def test_the_limit_of_open_files_is_raised_or_limits_connections(
+    start, ulimit, flags, max_connections
+):
+    shell = f'ulimit {ulimit}; exec "$@"'
+    server = start(*flags, command=["sh", "-c", shell, "sh", sys.executable, "-m", "serve"])
+    server.http.close()
+
+    accepted = [RawConnection(server, LIVE) for _ in range(max_connections + 16)]
+    assert {connection.receive(12) for connection in accepted} == {b"HTTP/1.1 200"}
+    refused = [RawConnection(server) for _ in range(64)]
+    assert {connection.receive(12) for connection in refused[32:]} == {b"HTTP/1.1 503"}
+
+    is_lowered = "max_connections is 112, not 1024" in server.log.read_text()
+    assert is_lowered == (max_connections == 112)
 
 
 def test_pipelined_requests_are_answered_in_order(server):
-    requests = b"".join(
-        request_head(len(body), f"X-Request-ID: n{i}") + body
-        for i, body in enumerate([IMAGE, b"", tiny_bundle.make_image("blue"), b"hello"])
-    )
-    _, text = RawConnection(
-        server, requests + b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
-    ).read_response()
+    bodies = [IMAGE, b"", tiny_bundle.make_image("blue"), b"hello"]
+    requests = b""
+    for i, body in enumerate(bodies):
+        requests += request_head(len(body), f"X-Request-ID: n{i}") + body
+
+    _, text = RawConnection(server, requests + LIVE).read_response()
     assert re.findall(r"HTTP/1.1 (\d+)", text) == ["200", "400", "200", "415", "200"]
-    ids = [line.split()[1] for line in text.splitlines() if line.startswith("x-request-id")]
-    assert ids[:4] == ["n0", "n1", "n2", "n3"]
+    assert re.findall(r"x-request-id: (\S+)", text)[:4] == ["n0", "n1", "n2", "n3"]
 
 
 def test_expect_100_continue(server):
@@ -143,28 +128,31 @@ def test_expect_100_continue(server):
 
 
 @pytest.mark.parametrize(
-    ("path", "length", "status"),
+    ("path", "length", "expected"),
     [
         (b"/predict", 1 << 30, 413),
         (b"/v2/models/colours/infer", 1 << 30, 413),
         (b"/nothing", 9, 404),
     ],
 )
-def test_refused_before_100_continue(server, path, length, status):
-    """The client may send its body or not. What it sends next must not be taken for one, so the connection ends."""
-    connection = RawConnection(
-        server, request_head(length, "Expect: 100-continue").replace(b"/predict", path)
-    )
-    found, text = connection.read_response()
-    assert (found, "connection: close" in text) == (status, True)
+def test_an_error_instead_of_100_continue_closes_the_connection(server, path, length, expected):
+    """The client may send the body or not, so the server can't tell what follows."""
+    request = request_head(length, "Expect: 100-continue").replace(b"/predict", path)
+    connection = RawConnection(server, request)
+    status, text = connection.read_response()
+    assert status == expected
+    assert "connection: close" in text
     assert connection.is_closed()
 
 
-def test_http_1_0_and_connection_close(server):
-    for request in (
+@pytest.mark.parametrize(
+    "head",
+    [
         request_head(len(IMAGE)).replace(b"HTTP/1.1", b"HTTP/1.0"),
         request_head(len(IMAGE), "Connection: close"),
-    ):
-        connection = RawConnection(server, request + IMAGE)
-        status, text = connection.read_response()
-        assert (status, "connection: close" in text) == (200, True)
+    ],
+)
+def test_http_1_0_and_connection_close(server, head):
+    status, text = RawConnection(server, head + IMAGE).read_response()
+    assert status == 200
+    assert "connection: close" in text

@@ -1,8 +1,9 @@
-"""What an error tells: enough for a client, and nothing of the machine; and what is told while a worker is replaced."""
+"""Errors: they tell a client enough and nothing about the server, also during a restart."""
 
 import base64
 import os
 import signal
+from pathlib import Path
 
 import cv2
 import httpx
@@ -12,107 +13,94 @@ from support import ROOT, tiny_bundle
 from support.blocked_path import BlockedPath
 from support.server import Server, suspended_workers, wait_until
 
-IMAGE, INFER = tiny_bundle.make_image("red"), "/v2/models/colours/infer"
-BRIGHT = cv2.imencode(".png", np.full((32, 32, 3), 255, np.uint8))[1].tobytes()
+IMAGE = tiny_bundle.make_image("red")
+INFER_PATH = "/v2/models/colours/infer"
+
+# The model of `fail_on_bright_pixels` fails on it.
+BRIGHT_IMAGE = cv2.imencode(".png", np.full((32, 32, 3), 255, np.uint8))[1].tobytes()
 
 
-def infer(service: Server, image: bytes) -> httpx.Response:
-    return service.http.post(
-        INFER,
-        json={
-            "inputs": [
-                {
-                    "name": "image",
-                    "datatype": "BYTES",
-                    "shape": [1],
-                    "data": [base64.b64encode(image).decode()],
-                }
-            ]
-        },
-    )
+def infer(server: Server, image: bytes) -> httpx.Response:
+    """Send an image file by the Open Inference Protocol."""
+    text = base64.b64encode(image).decode()
+    tensor = {"name": "image", "datatype": "BYTES", "shape": [1], "data": [text]}
+    return server.http.post(INFER_PATH, json={"inputs": [tensor]})
 
 
-def check_silent(answers: list[httpx.Response], tmp_path) -> None:
-    for answer in answers:
-        assert answer.json().get("detail") or answer.json()["error"]
-        for told in (str(tmp_path), str(ROOT), ".py", ".onnx", "Traceback", "/dev/shm", "/tmp"):
-            assert told not in answer.text, answer.text
+def assert_hides_the_server(response: httpx.Response, store: Path) -> None:
+    """Check that an error has a text, without paths, file names or code of the server."""
+    assert response.json().get("detail") or response.json()["error"]
+    for text in (str(store), str(ROOT), ".py", ".onnx", "Traceback", "/dev/shm", "/tmp"):
+        assert text not in response.text, response.text
 
 
-def test_no_error_tells_of_files_on_the_server(start, tmp_path):
+def test_errors_hide_the_files_of_the_server(start, tmp_path):
     tiny_bundle.fail_on_bright_pixels(tiny_bundle.publish(tmp_path))
-    service = start("--deadline-ms", "1000", store=tmp_path)
-    ask, get, post = service.predict, service.http.get, service.http.post
-    found = [
-        get("/nothing"),
-        get("/predict"),
-        ask(b"no image"),
-        ask(IMAGE[:60]),
-        ask(b""),
-        ask(BRIGHT),
-        get("/report"),
-        get("/samples/99"),
-        get("/samples/..%2f..%2fmanifest.json"),
-        infer(service, b"no image"),
-        infer(service, BRIGHT),
-        post(INFER, json={}),
-        get(INFER),
-        get("/v2/nothing"),
-        get("/v2/models/other"),
+    server = start("--deadline-ms", "1000", store=tmp_path)
+    responses = [
+        (server.http.get("/nothing"), 404),
+        (server.http.get("/predict"), 405),
+        (server.predict(b"no image"), 415),
+        (server.predict(IMAGE[:60]), 422),
+        (server.predict(b""), 400),
+        (server.predict(BRIGHT_IMAGE), 500),
+        (server.http.get("/report"), 404),
+        (server.http.get("/samples/99"), 404),
+        (server.http.get("/samples/..%2f..%2fmanifest.json"), 404),
+        (infer(server, b"no image"), 415),
+        (infer(server, BRIGHT_IMAGE), 500),
+        (server.http.post(INFER_PATH, json={}), 400),
+        (server.http.get(INFER_PATH), 405),
+        (server.http.get("/v2/nothing"), 404),
+        (server.http.get("/v2/models/other"), 404),
     ]
-    with suspended_workers(service):
-        found += [ask(IMAGE), infer(service, IMAGE)]
-    assert [answer.status_code for answer in found] == [
-        404,
-        405,
-        415,
-        422,
-        400,
-        500,
-        404,
-        404,
-        404,
-        415,
-        500,
-        400,
-        405,
-        404,
-        404,
-        504,
-        504,
-    ]
-    check_silent(found, tmp_path)
-    assert service.metric("imago_requests_total", code="504") == 2
-    assert service.metric("imago_images_total", outcome="expired") == 2
+    with suspended_workers(server):
+        responses.append((server.predict(IMAGE), 504))
+        responses.append((infer(server, IMAGE), 504))
+
+    for response, status in responses:
+        assert response.status_code == status, response.text
+        assert_hides_the_server(response, tmp_path)
+    assert server.metric("imago_requests_total", code="504") == 2
+    assert server.metric("imago_images_total", outcome="expired") == 2
 
 
-def test_nothing_is_ready_while_a_killed_worker_is_replaced(start, tmp_path):
-    hang = BlockedPath(tmp_path / "hang", tiny_bundle.publish(tmp_path / "store"))
-    service = start("--reload-seconds", "0", store=tmp_path / "store", env=hang.env)
-    assert service.metric("imago_ready") == 1
-    with hang.blocked():  # so that the next worker does not come up
-        (worker,) = service.workers()
+def test_the_service_is_not_ready_while_a_killed_worker_is_replaced(start, tmp_path):
+    store = tmp_path / "store"
+    blocked_path = BlockedPath(tmp_path / "hang", tiny_bundle.publish(store))
+    server = start("--reload-seconds", "0", store=store, env=blocked_path.env)
+    assert server.metric("imago_ready") == 1
+
+    with blocked_path.blocked():  # so that the next worker does not become ready
+        (worker,) = server.workers()
         os.kill(worker, signal.SIGKILL)
-        wait_until(lambda: not service.is_ready())
-        wait_until(hang.is_reached)
-        found = [service.http.get("/health/ready"), service.predict(IMAGE), infer(service, IMAGE)]
-        check_silent(found, tmp_path)
-        found.append(service.http.get("/v2/health/ready"))
-        assert [answer.status_code for answer in found] == [503] * 4
-        assert service.metric("imago_ready") == 0
-        assert service.is_live()
-    service.wait_ready()
-    assert service.metric("imago_ready") == 1
+        wait_until(lambda: not server.is_ready())
+        wait_until(blocked_path.is_reached)
+
+        for response in (
+            server.http.get("/health/ready"),
+            server.predict(IMAGE),
+            infer(server, IMAGE),
+        ):
+            assert response.status_code == 503
+            assert_hides_the_server(response, tmp_path)
+        assert server.http.get("/v2/health/ready").status_code == 503
+        assert server.metric("imago_ready") == 0
+        assert server.is_live()
+
+    server.wait_ready()
+    assert server.metric("imago_ready") == 1
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])
-def test_the_metric_never_says_ready_before_the_service_does(start, processes):
-    service, seen = start("--api-processes", processes, wait=False), []
-    while not service.is_ready():
+def test_the_ready_metric_is_never_ahead_of_the_health_check(start, processes):
+    server = start("--api-processes", processes, wait=False)
+    seen = set()
+    while not server.is_ready():
         try:
-            told = service.metric("imago_ready")
+            metric = server.metric("imago_ready")
         except httpx.TransportError:
             continue
-        seen.append((told, service.is_ready()))
+        seen.add((metric, server.is_ready()))
     assert (0, False) in seen
     assert (1, False) not in seen

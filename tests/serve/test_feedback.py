@@ -1,132 +1,140 @@
-"""/feedback: true labels become live accuracy and calibration error, right with several processes and bounded."""
+"""/feedback: true labels become live accuracy and calibration error, in any HTTP process."""
 
 import httpx
 import numpy as np
 import pytest
 from support import tiny_bundle
-from support.server import wait_until
+from support.server import Server, wait_until
 
 from models.image import InputSpec, decode
 from serve.http.feedback import TABLE_SLOTS, AnswerTable, PastAnswer
 
+BINS = 15  # of the calibration error
 
-def give(service, request_id: str, label: str, **more):
-    return service.http.post("/feedback", json={"id": request_id, "label": label, **more})
+
+def send_label(server: Server, request_id: str, label: str, **members: int) -> httpx.Response:
+    """Send the true label of an image, e.g. `image=2`, of an earlier request."""
+    content = {"id": request_id, "label": label, **members}
+    return server.http.post("/feedback", json=content)
+
+
+def reconnect(server: Server) -> None:
+    """Open a new connection, which another HTTP process may accept."""
+    server.http.close()
+    server.http = httpx.Client(base_url=server.url, timeout=30)
 
 
 @pytest.fixture
-def service(start):
+def two_processes(start) -> Server:
+    """A server with two HTTP processes."""
     return start("--api-processes", "2")
 
 
-def test_labels_become_accuracy_and_calibration_error(service):
-    assert "imago_feedback_accuracy 0" not in service.metrics()  # no label, no number
-    right, confidence = [], []
+def test_labels_become_accuracy_and_calibration_error(two_processes):
+    server = two_processes
+    assert "imago_feedback_accuracy 0" not in server.metrics()  # absent without labels
+
+    correct = []
+    confidence = []
     for i in range(30):
-        body = service.predict(tiny_bundle.make_image(tiny_bundle.CLASSES[i % 3], seed=i)).json()
-        said = body["predictions"][0]
-        truth = tiny_bundle.CLASSES[i % 3] if i % 5 else tiny_bundle.CLASSES[(i + 1) % 3]
-        service.http.close()  # so that another process may get the next request
-        service.http = type(service.http)(base_url=service.url, timeout=30)
-        answer = give(service, body["id"], truth)
-        assert answer.status_code == 200, answer.text
-        assert answer.json() == {"id": body["id"], "image": 0, "correct": said["label"] == truth}
-        right.append(said["label"] == truth)
-        confidence.append(said["confidence"])
-    right, confidence = np.array(right), np.array(confidence)
-    bins = np.minimum((confidence * 15).astype(int), 14)
-    error = sum(abs(right[bins == b].sum() - confidence[bins == b].sum()) for b in range(15)) / 30
-    assert service.metric("imago_feedback_total", outcome="correct") == right.sum() == 24
-    assert service.metric("imago_feedback_total", outcome="wrong") == 6
-    assert service.metric("imago_feedback_accuracy") == pytest.approx(0.8)
-    assert service.metric("imago_feedback_ece") == pytest.approx(error, abs=1e-5)
+        colour = tiny_bundle.CLASSES[i % 3]
+        label = colour if i % 5 else tiny_bundle.CLASSES[(i + 1) % 3]
+        answer = server.predict(tiny_bundle.make_image(colour, seed=i)).json()
+        prediction = answer["predictions"][0]
+        is_correct = prediction["label"] == label
+
+        reconnect(server)
+        response = send_label(server, answer["id"], label)
+        assert response.status_code == 200, response.text
+        assert response.json() == {"id": answer["id"], "image": 0, "correct": is_correct}
+        correct.append(is_correct)
+        confidence.append(prediction["confidence"])
+
+    bins = np.minimum((np.array(confidence) * BINS).astype(int), BINS - 1)
+    difference = np.array(correct) - np.array(confidence)
+    error = np.abs(np.bincount(bins, difference, minlength=BINS)).sum() / 30
+    assert sum(correct) == 24
+    assert server.metric("imago_feedback_total", outcome="correct") == 24
+    assert server.metric("imago_feedback_total", outcome="wrong") == 6
+    assert server.metric("imago_feedback_accuracy") == pytest.approx(0.8)
+    assert server.metric("imago_feedback_ece") == pytest.approx(error, abs=1e-5)
 
 
-def test_accuracy_is_of_the_version_that_serves(start, tmp_path):
+def test_the_accuracy_is_that_of_the_served_version(start, tmp_path):
     tiny_bundle.publish(tmp_path)
-    service = start("--api-processes", "2", "--reload-seconds", "0.2", store=tmp_path)
+    server = start("--api-processes", "2", "--reload-seconds", "0.2", store=tmp_path)
 
-    def accuracy() -> list[float]:
-        return [
-            float(line.split()[1])
-            for line in service.metrics().splitlines()
-            if line.startswith("imago_feedback_accuracy ")
-        ]
+    def read_accuracy() -> list[float]:
+        name = "imago_feedback_accuracy "
+        lines = server.metrics().splitlines()
+        return [float(line.split()[1]) for line in lines if line.startswith(name)]
 
-    def label(truth: str) -> None:
-        service.http.close()  # so that another process may get the next request
-        service.http = httpx.Client(base_url=service.url, timeout=30)
-        assert (
-            give(
-                service, service.predict(tiny_bundle.make_image("red")).json()["id"], truth
-            ).status_code
-            == 200
-        )
+    def send_red_with_label(label: str) -> None:
+        reconnect(server)
+        request_id = server.predict(tiny_bundle.make_image("red")).json()["id"]
+        assert send_label(server, request_id, label).status_code == 200
 
     for _ in range(10):
-        label("blue")
-    assert accuracy() == [0]
+        send_red_with_label("blue")
+    assert read_accuracy() == [0]
+
     tiny_bundle.publish(tmp_path)
-    wait_until(lambda: service.metric("imago_reloads_total", outcome="ok") == 1, 60)
-    wait_until(lambda: accuracy() == [])
-    label("red")
-    assert accuracy() == [1]
+    wait_until(lambda: server.metric("imago_reloads_total", outcome="ok") == 1, 60)
+    wait_until(lambda: read_accuracy() == [])
+    send_red_with_label("red")
+    assert read_accuracy() == [1]
 
 
-def test_an_answer_takes_one_label(service):
-    request_id = service.predict(
-        tiny_bundle.make_image("red"), **{"X-Request-ID": "only-once"}
-    ).json()["id"]
-    assert (
-        give(service, request_id, "purple").status_code == 400
-    )  # no such class: the label is still to come
-    assert give(service, request_id, "red").status_code == 200
-    assert give(service, request_id, "red").status_code == 404
-    assert give(service, "never-seen", "red").status_code == 404
-    assert service.metric("imago_feedback_total", outcome="unknown") == 2
-    assert service.metric("imago_feedback_total", outcome="correct") == 1
+def test_an_answer_takes_one_label(two_processes):
+    server = two_processes
+    headers = {"X-Request-ID": "only-once"}
+    request_id = server.predict(tiny_bundle.make_image("red"), **headers).json()["id"]
+
+    assert send_label(server, request_id, "purple").status_code == 400  # no class, so no label
+    assert send_label(server, request_id, "red").status_code == 200
+    assert send_label(server, request_id, "red").status_code == 404
+    assert send_label(server, "never-seen", "red").status_code == 404
+    assert server.metric("imago_feedback_total", outcome="unknown") == 2
+    assert server.metric("imago_feedback_total", outcome="correct") == 1
 
 
-def test_each_image_of_a_request_has_its_own(server):
-    files = [
-        ("f", ("a", data))
-        for data in (tiny_bundle.make_image("blue"), b"no image", tiny_bundle.make_image("green"))
-    ]
+def test_each_image_of_a_request_takes_its_own_label(server):
+    images = [tiny_bundle.make_image("blue"), b"no image", tiny_bundle.make_image("green")]
+    files = [("f", ("a", image)) for image in images]
     request_id = server.http.post("/predict", files=files).json()["id"]
-    assert give(server, request_id, "green", image=2).json()["correct"] is True
-    assert give(server, request_id, "green", image=0).json()["correct"] is False
-    assert give(server, request_id, "green", image=1).status_code == 404
-    assert give(server, request_id, "green", image=3).status_code == 404
+
+    assert send_label(server, request_id, "green", image=2).json()["correct"] is True
+    assert send_label(server, request_id, "green", image=0).json()["correct"] is False
+    assert send_label(server, request_id, "green", image=1).status_code == 404
+    assert send_label(server, request_id, "green", image=3).status_code == 404
 
 
-def test_answers_in_the_open_inference_protocol_take_labels(server):
-    pixels = np.stack(
-        [
-            decode(tiny_bundle.make_image(label), InputSpec(height=32, width=32))
-            for label in ("blue", "red")
-        ]
-    )
+def test_answers_of_the_open_inference_protocol_take_labels(server):
+    spec = InputSpec(height=32, width=32)
+    images = [tiny_bundle.make_image("blue"), tiny_bundle.make_image("red")]
+    pixels = np.stack([decode(image, spec) for image in images])
     tensor = {
         "name": "image",
         "datatype": "UINT8",
         "shape": list(pixels.shape),
         "data": pixels.ravel().tolist(),
     }
-    answer = server.http.post("/v2/models/colours/infer", json={"inputs": [tensor]})
-    request_id = answer.headers["x-request-id"]
-    assert give(server, request_id, "blue", image=0).json()["correct"] is True
-    assert give(server, request_id, "green", image=1).json()["correct"] is False
-    assert give(server, request_id, "red", image=1).status_code == 404
+    response = server.http.post("/v2/models/colours/infer", json={"inputs": [tensor]})
+    request_id = response.headers["x-request-id"]
+
+    assert send_label(server, request_id, "blue", image=0).json()["correct"] is True
+    assert send_label(server, request_id, "green", image=1).json()["correct"] is False
+    assert send_label(server, request_id, "red", image=1).status_code == 404
 
 
-def test_labels_with_quotes(start, tmp_path):
+def test_labels_with_characters_that_json_escapes(start, tmp_path):
     classes = ['a","index":9,"confidence":0', "b\\", 'c"']
     tiny_bundle.publish(tmp_path, classes=classes)
-    service = start(store=tmp_path)
+    server = start(store=tmp_path)
     for label, colour in zip(classes, tiny_bundle.CLASSES, strict=True):
-        body = service.predict(tiny_bundle.make_image(colour)).json()
-        assert body["predictions"][0]["label"] == label
-        assert give(service, body["id"], label).json()["correct"] is True
+        answer = server.predict(tiny_bundle.make_image(colour)).json()
+        assert answer["predictions"][0]["label"] == label
+        assert send_label(server, answer["id"], label).json()["correct"] is True
 
 
 @pytest.mark.parametrize(
@@ -153,10 +161,10 @@ def test_malformed_feedback_is_a_400(server, body):
     assert answer.json()["detail"]
 
 
-def test_feedback_is_small_and_needs_the_key(start):
-    service = start("--api-key", "secret")
-    assert give(service, "x", "red").status_code == 401
-    large = service.http.post("/feedback", content=b"x" * 100_000, headers={"X-API-Key": "secret"})
+def test_feedback_is_limited_in_size_and_requires_the_key(start):
+    server = start("--api-key", "secret")
+    assert send_label(server, "x", "red").status_code == 401
+    large = server.http.post("/feedback", content=b"x" * 100_000, headers={"X-API-Key": "secret"})
     assert large.status_code == 413
 
 

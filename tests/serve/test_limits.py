@@ -1,8 +1,9 @@
-"""Bounds: what is too much, too large, too slow or too late is refused, early and with the right status.
+"""Limits: too many, too large and too late requests are refused, early and with the right status.
 
-A worker that is stopped by SIGSTOP stands for one that is busy: what it was sent stays pending.
+`suspended_workers` stands for busy workers: what they were sent stays pending.
 """
 
+import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,7 +17,7 @@ from support.server import suspended_workers, wait_until
 IMAGE = tiny_bundle.make_image("red")
 
 
-def test_pending_images_are_bounded_and_those_accepted_are_answered(start):
+def test_pending_images_are_limited_and_accepted_ones_are_answered(start):
     server = start("--max-pending", "4")
     with ThreadPoolExecutor(8) as threads:
         with suspended_workers(server):
@@ -41,7 +42,7 @@ def test_pending_images_are_bounded_and_those_accepted_are_answered(start):
     assert server.metric("imago_pending_images") == 0
 
 
-def test_pending_bytes_are_bounded(start):
+def test_pending_bytes_are_limited(start):
     server = start("--max-pending-bytes", str(2 * len(IMAGE) + 10))
     with ThreadPoolExecutor(2) as threads:
         with suspended_workers(server):
@@ -52,40 +53,37 @@ def test_pending_bytes_are_bounded(start):
     assert server.metric("imago_rejected_total", reason="bytes") == 1
 
 
-def test_bytes_of_tensors_count_while_they_come(start):
+def test_bytes_of_tensors_are_reserved_as_they_arrive(start):
     server = start("--max-pending-bytes", "100000")
     half = request_head(60_000).replace(b"/predict", b"/v2/models/colours/infer") + b"x" * 59_000
 
-    def room() -> bool:
-        """For 50,000 bytes, of which none is sent."""
-        return (
-            RawConnection(server, request_head(50_000, "Expect: 100-continue")).receive(12)
-            == b"HTTP/1.1 100"
-        )
+    def has_capacity() -> bool:
+        """Ask for the admission of 50,000 bytes, and send none."""
+        connection = RawConnection(server, request_head(50_000, "Expect: 100-continue"))
+        return connection.receive(12) == b"HTTP/1.1 100"
 
-    assert room()
+    assert has_capacity()
     arriving = RawConnection(server, half)
-    wait_until(lambda: not room())
+    wait_until(lambda: not has_capacity())
     assert RawConnection(server, half).read_response()[0] == 429
     arriving.close()
-    wait_until(room)
+    wait_until(has_capacity)
 
 
-def test_what_a_hung_worker_does_not_take_is_bounded(start):
+def test_bytes_that_a_hung_worker_does_not_read_are_limited(start):
     server = start("--deadline-ms", "50", "--max-pending-bytes", "1000000")
     body = tiny_bundle.make_image("red", 200)
     with suspended_workers(server):
-        answers = []
-        while (
-            len(answers) < 200 and 429 not in answers
-        ):  # each gives up, and its bytes stay where they are
-            answers.append(server.predict(body).status_code)
-        assert answers[0] == 504
-        assert answers[-1] == 429
+        # Each request expires, and its bytes stay in the socket.
+        statuses = []
+        while len(statuses) < 200 and 429 not in statuses:
+            statuses.append(server.predict(body).status_code)
+        assert statuses[0] == 504
+        assert statuses[-1] == 429
     wait_until(lambda: server.predict(body).status_code == 200)
 
 
-def test_a_body_too_large(start):
+def test_the_size_of_a_body_is_limited(start):
     server = start("--max-body-bytes", "1000")
     assert RawConnection(server, request_head(1001)).read_response()[0] == 413
     pieces = [b"x" * 400] * 4
@@ -99,7 +97,7 @@ def test_a_body_too_large(start):
     assert server.predict(b"x" * 1000).status_code == 415
 
 
-def test_images_in_a_request_and_pixels_of_an_image_are_bounded(start):
+def test_images_of_a_request_and_pixels_of_an_image_are_limited(start):
     server = start("--max-images", "2", "--max-pixels", "2000")
     files = [("f", ("a.png", IMAGE))] * 3
     assert server.http.post("/predict", files=files).status_code == 413
@@ -107,7 +105,7 @@ def test_images_in_a_request_and_pixels_of_an_image_are_bounded(start):
     assert server.predict(tiny_bundle.make_image("red", 64)).status_code == 413
 
 
-def test_a_deadline_that_passes_is_504_and_the_work_is_not_done_late(start):
+def test_a_missed_deadline_is_504_and_its_job_is_dropped(start):
     server = start("--deadline-ms", "300")
     before = server.metric("imago_images_total", outcome="answered")
     with suspended_workers(server):
@@ -123,7 +121,7 @@ def test_a_deadline_that_passes_is_504_and_the_work_is_not_done_late(start):
     assert server.metric("imago_images_total", outcome="expired") == 1
 
 
-def test_every_image_that_expires_is_counted_once(start):
+def test_every_expired_image_is_counted_once(start):
     server = start("--deadline-ms", "300")
     with suspended_workers(server):
         files = [("f", (f"{i}", IMAGE)) for i in range(3)]
@@ -134,27 +132,23 @@ def test_every_image_that_expires_is_counted_once(start):
 
 
 @pytest.mark.parametrize("path", ["/predict", "/v2/models/colours/infer"])
-def test_a_client_that_goes_away_frees_its_place(start, path):
+def test_a_client_that_disconnects_releases_its_capacity(start, path):
     server = start("--max-pending", "1")
-    body = (
-        IMAGE
-        if path == "/predict"
-        else (
-            b'{"inputs":[{"name":"image","datatype":"UINT8","shape":[1,32,32,3],"data":[%b]}]}'
-            % b",".join([b"1"] * 3072)
-        )
-    )
+    body = IMAGE
+    if path != "/predict":
+        tensor = {"name": "image", "datatype": "UINT8", "shape": [1, 32, 32, 3], "data": [1] * 3072}
+        body = json.dumps({"inputs": [tensor]}).encode()
     request = request_head(len(body)).replace(b"/predict", path.encode()) + body
     with suspended_workers(server):
-        gone = RawConnection(server, request)
+        connection = RawConnection(server, request)
         wait_until(lambda: server.metric("imago_pending_images") == 1)
-        gone.close()
+        connection.close()
         wait_until(lambda: server.metric("imago_pending_images") == 0)
     assert server.predict(IMAGE).status_code == 200
     assert server.metric("imago_images_total", outcome="answered") == 1
 
 
-def test_one_bad_image_does_not_hurt_its_batch(start):
+def test_a_bad_image_does_not_affect_others_of_its_batch(start):
     server = start()
     bodies = [
         IMAGE,
@@ -171,29 +165,31 @@ def test_one_bad_image_does_not_hurt_its_batch(start):
     assert statuses == [200, 415, 200, 422, 200] * 3
 
 
-def test_compressed_bodies_are_not_taken(server):
+def test_compressed_bodies_are_refused(server):
     assert server.predict(IMAGE, **{"Content-Encoding": "gzip"}).status_code == 415
 
 
 @pytest.mark.parametrize("source", ["variable", "file"])
 def test_api_key(start, tmp_path, source):
     (tmp_path / "key").write_text("s3cret\n")
-    server = (
-        start(env={"IMAGO_API_KEY": "s3cret"})
-        if source == "variable"
-        else start("--api-key-file", str(tmp_path / "key"))
-    )
-    for headers in (
+    if source == "variable":
+        server = start(env={"IMAGO_API_KEY": "s3cret"})
+    else:
+        server = start("--api-key-file", str(tmp_path / "key"))
+
+    wrong_keys: list[dict[str, str]] = [
         {},
         {"X-API-Key": "s3cre"},
         {"X-API-Key": "s3cretx"},
         {"Authorization": "Bearer x"},
-    ):
+    ]
+    for headers in wrong_keys:
         refused = server.predict(IMAGE, **headers)
         assert refused.status_code == 401
         assert "www-authenticate" in refused.headers
         assert server.http.get("/v2/models/colours", headers=headers).status_code == 401
         assert server.http.post("/feedback", headers=headers).status_code == 401
+
     assert server.predict(IMAGE, **{"X-API-Key": "s3cret"}).status_code == 200
     assert server.predict(IMAGE, Authorization="Bearer s3cret").status_code == 200
     assert server.http.get("/health/live").status_code == 200
@@ -201,37 +197,32 @@ def test_api_key(start, tmp_path, source):
     assert "s3cret" not in server.log.read_text()
 
 
-def test_nothing_but_the_constant_time_comparison_decides_on_a_key(start, tmp_path):
-    """Where that takes every key for the right one, every key is."""
-    (tmp_path / "own").mkdir()
-    (tmp_path / "own" / "sitecustomize.py").write_text(
+def test_only_a_comparison_in_constant_time_decides_on_a_key(start, tmp_path):
+    """With an hmac.compare_digest that accepts every key, the service accepts every key."""
+    (tmp_path / "patch").mkdir()
+    (tmp_path / "patch" / "sitecustomize.py").write_text(
         "import hmac\nhmac.compare_digest = lambda given, key: True\n"
     )
-    server = start(env={"IMAGO_API_KEY": "s3cret", "PYTHONPATH": str(tmp_path / "own")})
+    server = start(env={"IMAGO_API_KEY": "s3cret", "PYTHONPATH": str(tmp_path / "patch")})
     for key in ("s3cret", "s3cre", "x", "a key that is longer"):
         assert server.predict(IMAGE, **{"X-API-Key": key}).status_code == 200
 
 
-def test_responses_have_security_headers_and_no_banner(server):
-    for answer in (
+def test_responses_have_security_headers_and_name_no_software(server):
+    responses = [
         server.predict(IMAGE),
         server.predict(b""),
         server.http.get("/nothing"),
         server.http.get("/docs"),
-        httpx.get(f"http://127.0.0.1:{server.metrics_port}/metrics"),
-    ):
-        assert (
-            not {"server", "x-powered-by"} & set(answer.headers)
-            or answer.headers["server"].strip() == "imago"
-        )
-    for answer in (
-        server.predict(IMAGE),
-        server.predict(b""),
-        server.http.get("/nothing"),
-        server.http.get("/docs"),
-    ):
-        assert answer.headers["x-content-type-options"] == "nosniff"
-        assert answer.headers["cache-control"] == "no-store"
+    ]
+    for response in responses:
+        assert response.headers["x-content-type-options"] == "nosniff"
+        assert response.headers["cache-control"] == "no-store"
+
+    responses.append(httpx.get(f"http://127.0.0.1:{server.metrics_port}/metrics"))
+    for response in responses:
+        assert response.headers.get("server", "imago").strip() == "imago"
+        assert "x-powered-by" not in response.headers
 
 
 def test_metrics_are_answered_under_overload(start):

@@ -1,4 +1,4 @@
-"""Requests that a client sends ahead, in any pieces: each gets its own answer in order, and none hurts another."""
+"""Pipelined requests, in pieces of any size: each gets its answer in order and affects no other."""
 
 import contextlib
 import re
@@ -15,50 +15,54 @@ IMAGE = tiny_bundle.make_image("red")
 TOO_MANY_HEADERS = b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 101 + b"\r\n"
 
 
-def post(body: bytes, *lines: bytes) -> bytes:
-    return b"\r\n".join(
-        [
-            b"POST /predict HTTP/1.1",
-            b"Host: x",
-            b"Content-Type: image/png",
-            b"Content-Length: %d" % len(body),
-            *lines,
-            b"",
-            body,
-        ]
+def build_post(body: bytes, *lines: bytes) -> bytes:
+    """Build a POST /predict with this body and further header lines."""
+    head = [
+        b"POST /predict HTTP/1.1",
+        b"Host: x",
+        b"Content-Type: image/png",
+        b"Content-Length: %d" % len(body),
+        *lines,
+    ]
+    return b"\r\n".join([*head, b"", body])
+
+
+def build_chunked_post(body: bytes, trailers: bytes = b"") -> bytes:
+    """Build a POST /predict with one chunk, which has an extension, and trailers."""
+    head = (
+        b"POST /predict HTTP/1.1\r\n"
+        b"Host: x\r\n"
+        b"Content-Type: image/png\r\n"
+        b"Transfer-Encoding: chunked\r\n\r\n"
     )
+    return head + b"%x;note=1\r\n%b\r\n0\r\n%b\r\n" % (len(body), body, trailers)
 
 
-def chunked(body: bytes, trailers: bytes = b"") -> bytes:
-    return (
-        b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nTransfer-Encoding: chunked\r\n\r\n"
-        b"%x;note=1\r\n%b\r\n0\r\n%b\r\n" % (len(body), body, trailers)
-    )
-
-
-def get(path: bytes) -> bytes:
-    return b"GET %b HTTP/1.1\r\nHost: x\r\n\r\n" % path
+def build_get(path: bytes, *lines: bytes) -> bytes:
+    """Build a GET with further header lines."""
+    return b"\r\n".join([b"GET %b HTTP/1.1" % path, b"Host: x", *lines, b"", b""])
 
 
 def connect(server: Server) -> socket.socket:
     return socket.create_connection(("127.0.0.1", server.port), timeout=20)
 
 
-def statuses(connection: socket.socket, count: int | None = None) -> list[int]:
-    """Of so many answers, or of all until the server hangs up."""
+def read_statuses(connection: socket.socket, count: int | None = None) -> list[int]:
+    """Return the statuses of `count` responses, or of all until the server closes."""
     data = b""
-    found: list[int] = []
+    statuses: list[int] = []
     with contextlib.suppress(ConnectionResetError):
-        while count is None or len(found) < count:
-            more = connection.recv(1 << 16)
-            if not more:
+        while count is None or len(statuses) < count:
+            received = connection.recv(1 << 16)
+            if not received:
                 break
-            data += more
-            found = [int(s) for s in re.findall(rb"HTTP/1.1 (\d+)", data)]
-    return found
+            data += received
+            statuses = [int(status) for status in re.findall(rb"HTTP/1.1 (\d+)", data)]
+    return statuses
 
 
 def is_reset(connection: socket.socket) -> bool:
+    """Return whether the server has reset the connection."""
     try:
         connection.sendall(b"x")
     except TimeoutError:
@@ -69,24 +73,26 @@ def is_reset(connection: socket.socket) -> bool:
 
 
 REQUESTS = [
-    (post(IMAGE), 200),
-    (post(tiny_bundle.make_image("blue")), 200),
-    (chunked(IMAGE), 200),
-    (post(b"hello"), 415),
-    (post(b""), 400),
-    (get(b"/health/live"), 200),
-    (get(b"/nothing"), 404),
-    (get(b"/model"), 200),
-    (chunked(IMAGE, b"checksum: 1\r\n"), 200),
-    (post(IMAGE, b"Content-Encoding: gzip"), 415),
+    (build_post(IMAGE), 200),
+    (build_post(tiny_bundle.make_image("blue")), 200),
+    (build_chunked_post(IMAGE), 200),
+    (build_post(b"hello"), 415),
+    (build_post(b""), 400),
+    (build_get(b"/health/live"), 200),
+    (build_get(b"/nothing"), 404),
+    (build_get(b"/model"), 200),
+    (build_chunked_post(IMAGE, b"checksum: 1\r\n"), 200),
+    (build_post(IMAGE, b"Content-Encoding: gzip"), 415),
 ]
-ENDS = [
+
+# What follows the requests, and the status of its response. All but the first end the connection.
+LAST_REQUESTS = [
     (b"", None),
     (b"GARBAGE\r\n\r\n", 400),
     (TOO_MANY_HEADERS, 431),
     (b"GET /" + b"b" * 40_000, 431),
-    (post(IMAGE, b"Connection: close") + get(b"/model"), 200),
-]  # what comes after a close is not looked at
+    (build_post(IMAGE, b"Connection: close") + build_get(b"/model"), 200),
+]
 
 
 @settings(
@@ -94,136 +100,153 @@ ENDS = [
 )
 @given(
     requests=st.lists(st.sampled_from(REQUESTS), min_size=1, max_size=6),
-    end=st.sampled_from(ENDS),
-    cuts=st.lists(st.integers(1, 9000), max_size=4),
+    last=st.sampled_from(LAST_REQUESTS),
+    piece_sizes=st.lists(st.integers(1, 9000), max_size=4),
 )
-def test_each_gets_its_answer_in_order(server, requests, end, cuts):
-    data = b"".join(request for request, _ in requests) + end[0]
-    wanted = [status for _, status in requests] + ([end[1]] if end[1] else [])
+def test_each_request_gets_its_answer_in_order(server, requests, last, piece_sizes):
+    data = b""
+    expected = []
+    for request, status in requests:
+        data += request
+        expected.append(status)
+    last_request, last_status = last
+    data += last_request
+    if last_status is not None:
+        expected.append(last_status)
+
     with connect(server) as connection:
-        with contextlib.suppress(
-            BrokenPipeError
-        ):  # it may be refused, and hung up on, before its end is sent
-            for cut in cuts:
-                connection.sendall(data[:cut])
-                data = data[cut:]
+        # The server may refuse the last request, and close, before all of it is sent.
+        with contextlib.suppress(BrokenPipeError):
+            for size in piece_sizes:
+                connection.sendall(data[:size])
+                data = data[size:]
                 time.sleep(0.002)
             connection.sendall(data)
-        assert statuses(connection, None if end[1] else len(wanted)) == wanted
+        count = len(expected) if last_status is None else None
+        assert read_statuses(connection, count) == expected
     assert server.is_ready()
 
 
-def test_a_head_that_is_refused_leaves_the_requests_before_it_and_the_service_alone(server):
-    """Many at once, while clients hang up: what is refused must not touch an answer on its way, or a worker."""
+def test_a_refused_head_does_not_affect_earlier_requests_or_workers(server):
     for _ in range(10):
-        crowd = [connect(server) for _ in range(4)]
-        for connection in crowd:
-            connection.sendall(post(IMAGE) + TOO_MANY_HEADERS)
-        for connection in crowd:
+        connections = [connect(server) for _ in range(4)]
+        for connection in connections:
+            connection.sendall(build_post(IMAGE) + TOO_MANY_HEADERS)
+        for connection in connections:
             connection.close()
+
     with connect(server) as connection:
-        connection.sendall(post(IMAGE) + TOO_MANY_HEADERS)
-        assert statuses(connection) == [200, 431]
+        connection.sendall(build_post(IMAGE) + TOO_MANY_HEADERS)
+        assert read_statuses(connection) == [200, 431]
     assert server.is_ready()
     assert server.predict(IMAGE).status_code == 200
     assert server.metric("imago_restarts_total", process="worker", reason="crash") == 0
     wait_until(lambda: server.metric("imago_pending_images") == 0)
 
 
-def test_a_large_body_before_a_head_is_not_taken_for_one(server):
+def test_a_large_body_does_not_count_as_part_of_the_next_head(server):
+    second = build_post(IMAGE)
     with connect(server) as connection:
-        second = post(IMAGE)
-        connection.sendall(post(tiny_bundle.make_image("red", 400)) + second[:18])
+        connection.sendall(build_post(tiny_bundle.make_image("red", 400)) + second[:18])
         time.sleep(0.1)
         connection.sendall(second[18:])
-        assert statuses(connection, 2) == [200, 200]
+        assert read_statuses(connection, 2) == [200, 200]
 
 
-def test_trailers_and_chunk_extensions_are_bounded(server):
-    for flood in (b"a: b\r\n" * 20_000, b"a: " + b"b" * 100_000):
-        with connect(server) as connection:
-            connection.sendall(chunked(IMAGE)[:-2])
-            time.sleep(0.05)
-            connection.sendall(flood)
-            assert statuses(connection) == [431]
+@pytest.mark.parametrize("trailers", [b"a: b\r\n" * 20_000, b"a: " + b"b" * 100_000])
+def test_trailers_are_limited(server, trailers):
     with connect(server) as connection:
-        connection.sendall(chunked(IMAGE).partition(b"\r\n\r\n")[0] + b"\r\n\r\n")
-        with contextlib.suppress(OSError):  # the server hangs up in between
+        connection.sendall(build_chunked_post(IMAGE)[:-2])
+        time.sleep(0.05)
+        connection.sendall(trailers)
+        assert read_statuses(connection) == [431]
+    assert server.predict(IMAGE).status_code == 200
+
+
+def test_chunk_extensions_are_limited(server):
+    head = build_chunked_post(IMAGE).partition(b"\r\n\r\n")[0]
+    with connect(server) as connection:
+        connection.sendall(head + b"\r\n\r\n")
+        with contextlib.suppress(OSError):  # the server closes in between
             connection.sendall(b"5;")
             for _ in range(20):
                 connection.sendall(b"x" * 10_000)
                 time.sleep(0.02)
-        assert statuses(connection) == [431]
+        assert read_statuses(connection) == [431]
     assert server.predict(IMAGE).status_code == 200
 
 
-def test_a_whole_head_is_bounded_too(server):
+def test_a_head_in_one_piece_is_limited(server):
+    header = b"a: %b\r\n" % (b"b" * 10_000)
     with connect(server) as connection:
-        connection.sendall(
-            b"GET /model HTTP/1.1\r\n" + b"a: %b\r\n" % (b"b" * 10_000) * 4 + b"\r\n"
-        )
-        assert statuses(connection) == [431]
+        connection.sendall(b"GET /model HTTP/1.1\r\n" + header * 4 + b"\r\n")
+        assert read_statuses(connection) == [431]
 
 
-def test_a_client_that_does_not_read_gets_no_more_answers_and_is_cut(start):
+def test_a_client_that_reads_no_answers_is_not_served_and_disconnected(start):
     server = start("--read-timeout-seconds", "1", "--deadline-ms", "500")
     before = server.metric("imago_requests_total", code="400")
+    requests = build_post(b"") * 1000
+    sent = 0
     with connect(server) as connection:
         connection.settimeout(0.2)
-        requests, sent = post(b"") * 1000, 0
         with contextlib.suppress(TimeoutError, ConnectionError):
             while sent < 200:
                 connection.sendall(requests)
                 sent += 1
-        assert sent < 200, "the server goes on to read from a client that takes no answers"
+        assert sent < 200, "the server still reads from a client that reads no answers"
         assert server.metric("imago_requests_total", code="400") - before < 50_000
         wait_until(lambda: is_reset(connection))
     assert server.predict(IMAGE).status_code == 200
 
 
-def test_a_request_sent_ahead_is_not_too_slow_while_it_waits_for_us(start):
+def test_a_pipelined_request_does_not_time_out_while_the_service_works(start):
     server = start("--read-timeout-seconds", "1", "--deadline-ms", "20000")
-    second = post(IMAGE)
+    second = build_post(IMAGE)
     with connect(server) as connection:
         with suspended_workers(server):
-            connection.sendall(post(IMAGE) + second[:-10])
+            connection.sendall(build_post(IMAGE) + second[:-10])
             wait_until(lambda: server.metric("imago_pending_images") == 1)
-            time.sleep(2.5)  # more than a slow client is given
+            time.sleep(2.5)  # longer than the read timeout
         time.sleep(0.3)
         connection.sendall(second[-10:])
-        assert statuses(connection, 2) == [200, 200]
+        assert read_statuses(connection, 2) == [200, 200]
 
 
-@pytest.mark.parametrize("path", [b"/predict", b"/model"])
-def test_an_upgrade_is_not_taken_and_the_request_is_answered(server, path):
-    """As `curl --http2` asks for it."""
-    upgrade = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk"
-    request = (
-        post(IMAGE, upgrade) if path == b"/predict" else get(path)[:-2] + upgrade + b"\r\n\r\n"
-    )
+# What `curl --http2` sends.
+UPGRADE = (
+    b"Connection: Upgrade, HTTP2-Settings",
+    b"Upgrade: h2c",
+    b"HTTP2-Settings: AAMAAABk",
+)
+
+
+@pytest.mark.parametrize(
+    "request_", [build_post(IMAGE, *UPGRADE), build_get(b"/model", *UPGRADE)], ids=["post", "get"]
+)
+def test_a_request_for_an_upgrade_is_answered_over_http_1_1(server, request_):
     with connect(server) as connection:
-        connection.sendall(request + request[:50])
+        connection.sendall(request_ + request_[:50])
         time.sleep(0.05)
-        connection.sendall(request[50:] + request)
-        assert statuses(connection, 3) == [200] * 3
+        connection.sendall(request_[50:] + request_)
+        assert read_statuses(connection, 3) == [200, 200, 200]
 
 
-def test_thousands_of_upgrades_at_once(server):
-    upgrade = (
-        get(b"/health/live")[:-2] + b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n\r\n"
-    )
+def test_thousands_of_pipelined_upgrades(server):
+    request = build_get(b"/health/live", *UPGRADE[:2])
     with connect(server) as connection:
-        connection.sendall(upgrade * 3000)
-        assert statuses(connection, 3000) == [200] * 3000
+        connection.sendall(request * 3000)
+        assert read_statuses(connection, 3000) == [200] * 3000
 
 
-def test_a_tunnel_is_refused(server):
+def test_connect_is_refused(server):
     with connect(server) as connection:
         connection.sendall(b"CONNECT example.com:443 HTTP/1.1\r\nHost: example.com\r\n\r\n")
-        assert statuses(connection) == [400]
+        assert read_statuses(connection) == [400]
 
 
-def test_a_method_that_is_not_taken_says_which_is(server):
-    answer = server.http.get("/predict")
-    assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
+def test_status_405_names_the_allowed_method(server):
+    response = server.http.get("/predict")
+    assert response.status_code == 405
+    assert response.headers["allow"] == "POST"
     assert server.http.post("/model").headers["allow"] == "GET"

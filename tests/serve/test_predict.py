@@ -1,4 +1,4 @@
-"""/predict through a real server process."""
+"""POST /predict: bodies in each format, the answer, and the errors of a request."""
 
 import base64
 
@@ -8,8 +8,8 @@ from support import tiny_bundle
 
 from models.image import InputSpec, decode
 
-SPEC = InputSpec(height=32, width=32)
-CONTENT = (
+INPUT = InputSpec(height=32, width=32)
+MEMBERS = (
     "label",
     "index",
     "confidence",
@@ -28,22 +28,19 @@ def test_raw_bytes(server, label):
     assert answer.status_code == 200
     body = answer.json()
     (prediction,) = body["predictions"]
-    want = tiny_bundle.expected_outputs(decode(data, SPEC)[None], 3)
+    expected = tiny_bundle.expected_outputs(decode(data, INPUT)[None], 3)
     assert prediction["label"] == label
-    assert prediction["confidence"] == pytest.approx(want["probabilities"].max(), abs=1e-5)
-    assert prediction["energy"] == pytest.approx(want["energy"][0], abs=1e-4)
-    assert tuple(prediction) == CONTENT
+    assert prediction["confidence"] == pytest.approx(expected["probabilities"].max(), abs=1e-5)
+    assert prediction["energy"] == pytest.approx(expected["energy"][0], abs=1e-4)
+    assert tuple(prediction) == MEMBERS
     assert body["model"] == {"name": "colours", "version": "1"}
     assert body["id"] == answer.headers["x-request-id"]
     assert answer.headers["x-model-version"] == "1"
-    assert [part.split(";")[0].strip() for part in answer.headers["server-timing"].split(",")] == [
-        "queue",
-        "decode",
-        "infer",
-    ]
+    timings = answer.headers["server-timing"].split(", ")
+    assert [timing.split(";")[0] for timing in timings] == ["queue", "decode", "infer"]
 
 
-def test_multipart_keeps_the_order_and_the_others_when_one_fails(server):
+def test_a_failed_image_is_an_error_among_the_predictions(server):
     files = [
         ("a", ("a.png", tiny_bundle.make_image("blue"))),
         ("b", ("b.txt", b"hello")),
@@ -57,27 +54,27 @@ def test_multipart_keeps_the_order_and_the_others_when_one_fails(server):
 
 
 @pytest.mark.parametrize("flags", [(), ("--cache-entries", "9")])
-def test_an_empty_file_and_one_that_is_no_base64_are_errors_in_their_places(start, flags):
-    service = start(*flags)
+def test_empty_files_and_invalid_base64_are_errors_among_the_predictions(start, flags):
+    server = start(*flags)
     good = tiny_bundle.make_image("blue")
     files = [("f", ("a", b"")), ("f", ("b", good)), ("f", ("c", b""))]
     texts = {"images": ["?", base64.b64encode(good).decode(), "", "é"]}
-    for _ in range(2):  # the second time the cache knows them
+    for _ in range(2):  # the second time they are in the cache
         for request, statuses in (
             ({"files": files}, [422, "blue", 422]),
             ({"json": texts}, [400, "blue", 422, 400]),
         ):
-            answer = service.http.post("/predict", **request)
+            answer = server.http.post("/predict", **request)
             assert answer.status_code == 200
             assert answer.headers["x-model-version"] == "1"
             assert [
                 p["error"]["status"] if "error" in p else p["label"]
                 for p in answer.json()["predictions"]
             ] == statuses
-    assert service.metric("imago_images_total", outcome="refused") == 10
+    assert server.metric("imago_images_total", outcome="refused") == 10
 
 
-def test_when_all_images_fail_the_status_says_so(server):
+def test_the_status_is_an_error_if_all_images_fail(server):
     answer = server.http.post("/predict", files=[("a", ("a", b"hello")), ("b", ("b", b"world"))])
     assert answer.status_code == 415
     assert [p["error"]["status"] for p in answer.json()["predictions"]] == [415, 415]
@@ -158,7 +155,7 @@ def test_bad_requests_are_4xx_problems(server, request_, status):
     assert problem["request_id"] == answer.headers["x-request-id"]
 
 
-def test_request_id_is_taken_where_it_is_harmless(server):
+def test_a_request_id_is_accepted_if_it_is_harmless(server):
     data = tiny_bundle.make_image("red")
     assert server.predict(data, **{"X-Request-ID": "trace-7"}).json()["id"] == "trace-7"
     assert server.predict(data, **{"X-Request-ID": 'x"<script>'}).json()["id"] != 'x"<script>'
@@ -173,7 +170,7 @@ def test_request_id_is_taken_where_it_is_harmless(server):
         ("/model", "name", "colours"),
     ],
 )
-def test_other_doors(server, path, key, value):
+def test_other_endpoints(server, path, key, value):
     answer = server.http.get(path)
     assert answer.status_code == 200
     assert answer.json()[key] == value
@@ -191,13 +188,13 @@ def test_other_doors(server, path, key, value):
         ("GET", "/metrics", 404),
     ],
 )
-def test_nothing_else_is_reachable(server, method, path, status):
+def test_other_paths_and_methods_are_refused(server, method, path, status):
     answer = server.http.request(method, path)
     assert answer.status_code == status
     assert "server" not in answer.headers
 
 
-def test_docs_tell_of_the_same_paths(server):
+def test_docs_list_the_paths_of_the_openapi_document(server):
     paths = server.http.get("/openapi.json").json()["paths"]
     page = server.http.get("/docs").text
     for path in paths:
