@@ -1,4 +1,4 @@
-"""Bundles that are not what was written, at the door that everybody can use: `python -m models verify PATH`."""
+"""Changed, damaged and hostile bundles, through `imago models verify PATH`."""
 
 import json
 import os
@@ -18,19 +18,19 @@ from models.image import InputSpec
 SPEC = InputSpec(height=32, width=32, channels=3)
 
 
-def test_a_good_bundle_passes(bundle, verify):
+def test_a_valid_bundle_passes(bundle, verify):
     assert verify(bundle) == (0, "ok: colours/1 reproduces its expected outputs on this machine")
 
 
-def test_verify_tells_digests_samples_and_latency(bundle, capsys):
+def test_verify_prints_checksums_samples_and_latency(bundle, capsys):
     assert main(["verify", str(bundle)]) == 0
-    said = capsys.readouterr().out
-    assert "checksums match, signed: no; 16 samples" in said
-    assert "100 % same labels; batch 1 " in said
-    assert "batch 8 " in said
+    output = capsys.readouterr().out
+    assert "checksums match, signed: no; 16 samples" in output
+    assert "100 % same labels; batch 1 " in output
+    assert "batch 8 " in output
 
 
-def test_an_answer_that_differs_fails(bundle, verify):
+def test_other_outputs_than_expected_fail(bundle, verify):
     onnx.save(tiny_bundle.build_graph(SPEC, 3, scale=1.01), bundle / "model.onnx")
     tiny_bundle.update_checksums(bundle)
     status, line = verify(bundle)
@@ -38,7 +38,7 @@ def test_an_answer_that_differs_fails(bundle, verify):
     assert line.startswith("FAILED: fp32: probabilities differ by ")
 
 
-def test_samples_that_decode_otherwise_fail(bundle, verify):
+def test_samples_that_decode_differently_fail(bundle, verify):
     (bundle / "samples" / "00.png").write_bytes(tiny_bundle.make_image("green"))
     tiny_bundle.update_checksums(bundle)
     status, line = verify(bundle)
@@ -46,7 +46,7 @@ def test_samples_that_decode_otherwise_fail(bundle, verify):
     assert "samples decode differently on this machine" in line
 
 
-def test_a_sample_that_is_no_image_is_named(bundle, verify):
+def test_a_sample_that_is_not_an_image_is_named(bundle, verify):
     (bundle / "samples" / "03.png").write_bytes(b"nonsense")
     tiny_bundle.update_checksums(bundle)
     status, line = verify(bundle)
@@ -54,7 +54,7 @@ def test_a_sample_that_is_no_image_is_named(bundle, verify):
     assert f"{bundle}/samples/03.png: not a JPEG" in line
 
 
-def test_a_bundle_without_samples_proves_nothing(bundle, verify):
+def test_a_bundle_without_samples_is_refused(bundle, verify):
     tiny_bundle.edit_manifest(bundle, samples=[])
     write_checksums(bundle)
     assert verify(bundle) == (
@@ -88,7 +88,7 @@ def test_a_missing_file_is_named(bundle, verify, name):
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("kept", [0, 0.5])
-def test_a_torn_file_is_named(bundle, verify, name, kept):
+def test_a_truncated_file_is_named(bundle, verify, name, kept):
     data = (bundle / name).read_bytes()
     (bundle / name).write_bytes(data[: int(kept * len(data))])
     status, line = verify(bundle)
@@ -96,12 +96,12 @@ def test_a_torn_file_is_named(bundle, verify, name, kept):
     assert name in line
 
 
-def test_a_file_that_was_added_is_named(bundle, verify):
+def test_an_added_file_is_named(bundle, verify):
     (bundle / "payload.bin").write_bytes(b"x")
     assert verify(bundle) == (1, f"error: {bundle}/payload.bin: not listed in SHA256SUMS")
 
 
-def test_a_bundle_that_was_renamed_in_its_store_is_refused(bundle, tmp_path, verify):
+def test_a_bundle_renamed_in_its_store_is_refused(bundle, tmp_path, verify):
     moved = tmp_path / "colours" / "7"
     moved.parent.mkdir()
     bundle.rename(moved)
@@ -111,7 +111,7 @@ def test_a_bundle_that_was_renamed_in_its_store_is_refused(bundle, tmp_path, ver
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         (
             {"format": 2},
@@ -136,34 +136,34 @@ def test_a_bundle_that_was_renamed_in_its_store_is_refused(bundle, tmp_path, ver
         ),
     ],
 )
-def test_a_wrong_manifest_is_refused(bundle, verify, changes, says):
+def test_an_invalid_manifest_is_refused(bundle, verify, changes, message):
     tiny_bundle.edit_manifest(bundle, **changes)
     write_checksums(bundle)
     status, line = verify(bundle)
     assert status == 1
-    assert says in line
+    assert message in line
 
 
 @pytest.mark.parametrize("text", ["", "[]", "nonsense", "{", "[" * 100_000, "\xff\xfe"])
-def test_a_manifest_that_is_none_is_refused(bundle, verify, text):
+def test_a_file_that_is_not_a_manifest_is_refused(bundle, verify, text):
     (bundle / "manifest.json").write_text(text, encoding="latin-1")
     status, line = verify(bundle)
     assert status == 1
     assert "manifest.json: " in line
 
 
-@pytest.mark.parametrize("place", ["../model.onnx", "/etc/passwd", "samples/../../model.onnx"])
-def test_a_path_that_climbs_out_is_refused(bundle, verify, place):
+@pytest.mark.parametrize("path", ["../model.onnx", "/etc/passwd", "samples/../../model.onnx"])
+def test_a_path_outside_the_bundle_is_refused(bundle, verify, path):
     manifest = json.loads((bundle / "manifest.json").read_text())
-    manifest["variants"]["fp32"]["file"] = place
+    manifest["variants"]["fp32"]["file"] = path
     tiny_bundle.edit_manifest(bundle, variants=manifest["variants"])
     write_checksums(bundle)
     status, line = verify(bundle)
     assert status == 1
-    assert f"the path {place!r} points outside the bundle" in line
+    assert f"the path {path!r} points outside the bundle" in line
 
 
-def test_a_path_that_climbs_out_of_the_digests_is_refused(bundle, verify):
+def test_a_path_outside_the_bundle_in_the_checksums_is_refused(bundle, verify):
     with (bundle / "SHA256SUMS").open("a") as file:
         file.write(f"{'0' * 64}  ../../secret\n")
     status, line = verify(bundle)
@@ -171,7 +171,7 @@ def test_a_path_that_climbs_out_of_the_digests_is_refused(bundle, verify):
     assert "'../../secret' points outside the bundle" in line
 
 
-def test_a_link_out_of_the_bundle_is_refused(bundle, tmp_path, verify):
+def test_a_link_to_a_file_outside_the_bundle_is_refused(bundle, tmp_path, verify):
     shutil.move(bundle / "model.onnx", tmp_path / "elsewhere.onnx")
     os.symlink(tmp_path / "elsewhere.onnx", bundle / "model.onnx")
     status, line = verify(bundle)
@@ -187,7 +187,7 @@ def test_expected_outputs_that_would_run_code_are_refused(bundle, verify):
     assert "expected.npz: unreadable expected outputs" in line
 
 
-def test_a_graph_that_the_manifest_does_not_mean_is_refused(bundle, verify):
+def test_another_graph_than_that_of_the_manifest_is_refused(bundle, verify):
     onnx.save(tiny_bundle.build_graph(SPEC, 3, scale=2), bundle / "model.onnx")
     write_checksums(bundle)
     status, line = verify(bundle)
@@ -195,9 +195,9 @@ def test_a_graph_that_the_manifest_does_not_mean_is_refused(bundle, verify):
     assert "model.onnx: not the fp32 file of manifest.json" in line
 
 
-def test_files_larger_than_any_bundle_has_are_refused(bundle, verify):
+def test_files_that_are_too_large_are_refused(bundle, verify):
     with (bundle / "manifest.json").open("ab") as file:
-        file.truncate(1 << 30)  # sparse: takes no room
+        file.truncate(1 << 30)  # sparse: takes no disk space
     assert "manifest.json: larger than" in verify(bundle)[1]
     shutil.copy(bundle / "SHA256SUMS", bundle / "sums")
     with (bundle / "model.onnx").open("ab") as file:
@@ -206,7 +206,7 @@ def test_files_larger_than_any_bundle_has_are_refused(bundle, verify):
         read_graph(bundle / "model.onnx")
 
 
-def test_the_digest_stands_for_every_file(bundle):
+def test_the_digest_covers_every_file(bundle):
     before = Bundle(bundle).digest
     (bundle / "samples" / "00.png").write_bytes(tiny_bundle.make_image("green"))
     tiny_bundle.update_checksums(bundle)

@@ -1,4 +1,4 @@
-"""Threads follow what the container may use, not what the host has."""
+"""The cores a process may use, from cgroup files and CPU affinity."""
 
 import os
 
@@ -10,7 +10,7 @@ V2 = "0::/kubepods/pod1/box\n"
 V1 = "12:memory:/docker/x\n4:cpu,cpuacct:/docker/x\n"
 
 
-def put(root, path: str, **files: str) -> None:
+def write_cgroup(root, path: str, **files: str) -> None:
     directory = root / path
     directory.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
@@ -18,38 +18,40 @@ def put(root, path: str, **files: str) -> None:
 
 
 def test_version_2(tmp_path):
-    put(tmp_path, "kubepods/pod1/box", cpu__max="150000 100000")
+    write_cgroup(tmp_path, "kubepods/pod1/box", cpu__max="150000 100000")
     assert cpu_quota.read_quota(V2, tmp_path) == 1.5
 
 
-def test_version_2_inside_a_container_sees_its_own_directory_at_the_root(tmp_path):
-    put(tmp_path, ".", cpu__max="50000 100000")
+def test_version_2_inside_a_container_uses_the_root_directory(tmp_path):
+    write_cgroup(tmp_path, ".", cpu__max="50000 100000")
     assert cpu_quota.read_quota("0::/\n", tmp_path) == 0.5
     assert cpu_quota.read_quota("0::/../../elsewhere\n", tmp_path) == 0.5
 
 
-def test_the_least_quota_of_all_parents_counts(tmp_path):
-    put(tmp_path, "kubepods/pod1/box", cpu__max="max 100000")
-    put(tmp_path, "kubepods/pod1", cpu__max="200000 100000")
-    put(tmp_path, "kubepods", cpu__max="800000 100000")
+def test_the_smallest_quota_of_all_parents_counts(tmp_path):
+    write_cgroup(tmp_path, "kubepods/pod1/box", cpu__max="max 100000")
+    write_cgroup(tmp_path, "kubepods/pod1", cpu__max="200000 100000")
+    write_cgroup(tmp_path, "kubepods", cpu__max="800000 100000")
     assert cpu_quota.read_quota(V2, tmp_path) == 2
 
 
 def test_version_1(tmp_path):
-    put(tmp_path, "cpu,cpuacct/docker/x", cpu__cfs_quota_us="300000", cpu__cfs_period_us="100000")
+    write_cgroup(
+        tmp_path, "cpu,cpuacct/docker/x", cpu__cfs_quota_us="300000", cpu__cfs_period_us="100000"
+    )
     assert cpu_quota.read_quota(V1, tmp_path) == 3
-    put(tmp_path, "cpu,cpuacct/docker/x", cpu__cfs_quota_us="-1")
+    write_cgroup(tmp_path, "cpu,cpuacct/docker/x", cpu__cfs_quota_us="-1")
     assert cpu_quota.read_quota(V1, tmp_path) is None
 
 
 def test_version_1_mounted_under_its_short_name(tmp_path):
-    put(tmp_path, "cpu", cpu__cfs_quota_us="100000", cpu__cfs_period_us="100000")
+    write_cgroup(tmp_path, "cpu", cpu__cfs_quota_us="100000", cpu__cfs_period_us="100000")
     assert cpu_quota.read_quota("4:cpu:/docker/x\n", tmp_path) == 1
 
 
 @pytest.mark.parametrize("text", ["", "nonsense", "max", "0 0", "x 100000"])
 def test_without_a_readable_quota_there_is_none(tmp_path, text):
-    put(tmp_path, ".", cpu__max=text)
+    write_cgroup(tmp_path, ".", cpu__max=text)
     assert cpu_quota.read_quota("0::/\n", tmp_path) is None
     assert cpu_quota.read_quota("", tmp_path) is None
 
@@ -57,10 +59,10 @@ def test_without_a_readable_quota_there_is_none(tmp_path, text):
 @pytest.mark.parametrize(
     ("limit", "whole"), [("50000 100000", 1), ("150000 100000", 2), ("6400000 100000", None)]
 )
-def test_cores_are_whole_and_no_more_than_affinity(tmp_path, monkeypatch, limit, whole):
-    put(tmp_path, ".", cpu__max=limit)
-    (tmp_path / "own").write_text("0::/\n")
+def test_cores_are_whole_and_at_most_those_of_the_affinity(tmp_path, monkeypatch, limit, whole):
+    write_cgroup(tmp_path, ".", cpu__max=limit)
+    (tmp_path / "process").write_text("0::/\n")
     monkeypatch.setattr(cpu_quota, "CGROUP_ROOT", tmp_path)
-    monkeypatch.setattr(cpu_quota, "PROCESS_CGROUPS", tmp_path / "own")
+    monkeypatch.setattr(cpu_quota, "PROCESS_CGROUPS", tmp_path / "process")
     usable = len(os.sched_getaffinity(0))
     assert cpu_quota.available_cores() == min(whole or usable, usable)

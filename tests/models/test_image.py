@@ -1,4 +1,4 @@
-"""Every format and mode against Pillow, which shares no code with our way; then shapes, policies, orientation."""
+"""Decoding, against Pillow in every format and mode; resize policies; orientation."""
 
 import io
 
@@ -13,7 +13,7 @@ H, W = 48, 80
 
 
 def picture(channels: int = 3, seed: int = 0) -> np.ndarray:
-    """Smooth uint8 [H, W, channels], another in each corner, so that a wrong turn or channel order shows."""
+    """Smooth uint8 [H, W, channels], different in each corner to show wrong turns or channels."""
     low = np.random.default_rng(seed).integers(0, 256, (4, 5, channels), np.uint8)
     return cv2.resize(low, (W, H), interpolation=cv2.INTER_CUBIC).reshape(H, W, channels)
 
@@ -30,8 +30,8 @@ GRAY16 = Image.fromarray(picture(1)[:, :, 0].astype(np.uint16) * 257)
 NEXT = Image.fromarray(picture(seed=3))
 
 
-def oracle(data: bytes, channels: int) -> np.ndarray:
-    """What Pillow makes of it: first frame, upright, over white, uint8 [H, W, channels]."""
+def decode_with_pillow(data: bytes, channels: int) -> np.ndarray:
+    """Decode with Pillow: first frame, upright, over white, uint8 [H, W, channels]."""
     image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
@@ -115,11 +115,11 @@ TURNED = {
 @pytest.mark.parametrize("name", LOSSLESS | LOSSY | TURNED)
 def test_agrees_with_pillow(name, channels):
     data = (LOSSLESS | LOSSY | TURNED)[name]
-    want = oracle(data, channels)
-    got = decode_full_size(data, channels)
-    assert got.shape == want.shape
-    assert got.dtype == np.uint8
-    difference = np.abs(got.astype(int) - want)
+    expected = decode_with_pillow(data, channels)
+    actual = decode_full_size(data, channels)
+    assert actual.shape == expected.shape
+    assert actual.dtype == np.uint8
+    difference = np.abs(actual.astype(int) - expected)
     lossy = name in LOSSY or name.startswith("JPEG")
     assert difference.max() <= (24 if lossy else 3)
     assert difference.mean() <= (2.0 if lossy else 1.0)
@@ -127,26 +127,29 @@ def test_agrees_with_pillow(name, channels):
 
 @pytest.mark.parametrize("suffix", [".png", ".tiff"])
 @pytest.mark.parametrize("mode", [RGB, RGBA], ids=["rgb", "rgba"])
-def test_sixteen_bit_colour_becomes_eight(suffix, mode):
-    want = oracle(save(mode, "PNG"), 3)
-    got = decode_full_size(ppm16(np.asarray(mode), suffix), 3)
-    assert np.abs(got.astype(int) - want).max() <= 1
+def test_sixteen_bit_colour_is_reduced_to_eight(suffix, mode):
+    expected = decode_with_pillow(save(mode, "PNG"), 3)
+    actual = decode_full_size(ppm16(np.asarray(mode), suffix), 3)
+    assert np.abs(actual.astype(int) - expected).max() <= 1
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "RGB", "LA", "L"])
-def test_a_picture_of_many_strips_agrees_with_the_oracle(mode):
+def test_a_picture_of_many_strips_agrees_with_pillow(mode):
     large = RGBA.resize((997, 811), Image.Resampling.BICUBIC).convert(mode)
     for channels in (3, 1):
         data = save(large, "PNG", exif=exif(6))
         assert (
-            np.abs(decode_full_size(data, channels).astype(int) - oracle(data, channels)).max() <= 1
+            np.abs(
+                decode_full_size(data, channels).astype(int) - decode_with_pillow(data, channels)
+            ).max()
+            <= 1
         )
     if mode.startswith("RGB"):
         deep = decode_full_size(ppm16(np.asarray(large), ".png"), 3)
-        assert np.abs(deep.astype(int) - oracle(save(large, "PNG"), 3)).max() <= 1
+        assert np.abs(deep.astype(int) - decode_with_pillow(save(large, "PNG"), 3)).max() <= 1
 
 
-def test_transparent_pixels_lie_on_white():
+def test_transparent_pixels_are_laid_over_white():
     clear = Image.new("RGBA", (9, 7), (10, 200, 30, 0))
     for kind, options in (("PNG", {}), ("WEBP", {"lossless": True, "exact": True}), ("TIFF", {})):
         assert (decode_full_size(save(clear, kind, **options), 3) == 255).all(), kind
@@ -190,7 +193,7 @@ def test_bmp_run_lengths():
         + (256).to_bytes(4, "little") * 2
     )
     data = head + palette + body
-    assert np.array_equal(decode_full_size(data, 3), oracle(data, 3))
+    assert np.array_equal(decode_full_size(data, 3), decode_with_pillow(data, 3))
 
 
 @pytest.mark.parametrize("turn", [1, 6])
@@ -205,7 +208,7 @@ def test_a_jpeg_decoded_at_a_fraction_agrees_with_the_whole(side, turn):
 
 @pytest.mark.parametrize("policy", ["crop", "stretch", "pad"])
 @pytest.mark.parametrize("size", [(1, 1), (1, 3000), (3000, 1), (32, 32), (31, 500), (97, 64)])
-def test_every_shape_fits(policy, size):
+def test_every_shape_is_resized(policy, size):
     for channels in (1, 3):
         spec = InputSpec(height=32, width=48, channels=channels, resize=policy)
         out = resize_to_input(np.full((*size, channels), 200, np.uint8), spec)
@@ -237,6 +240,6 @@ def test_a_short_side_larger_than_the_size_cuts_the_border():
     ).all()
 
 
-def test_pixels_of_the_right_size_pass_unchanged():
+def test_pixels_of_the_input_size_are_unchanged():
     spec = InputSpec(height=H, width=W)
     assert np.array_equal(decode(LOSSLESS["png rgb"], spec), np.asarray(RGB))

@@ -1,4 +1,4 @@
-"""Bytes that mean harm or are broken: each gets an ImageError with a 4xx status, quickly and in bounded memory."""
+"""Hostile and broken images: each raises an ImageError with a 4xx status, in bounded memory."""
 
 import gzip
 import io
@@ -110,19 +110,19 @@ def zipped() -> bytes:
         "hdr",
     ],
 )
-def test_other_formats_reach_no_decoder(data):
+def test_other_formats_are_refused(data):
     with pytest.raises(UnsupportedFormat) as caught:
         decode(data, SPEC)
     assert caught.value.status == 415
 
 
-def test_nothing_is_undecodable():
+def test_empty_data_is_undecodable():
     with pytest.raises(UndecodableImage, match="empty"):
         decode(b"", SPEC)
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_cut_short_anywhere_is_an_error_and_never_a_gray_picture(name):
+def test_a_truncated_image_is_an_error_and_not_a_gray_picture(name):
     data = FILES[name]
     cuts = {4, 9, 20, 30, len(data) // 4, len(data) // 2, len(data) * 9 // 10, len(data) - 12}
     for cut in sorted(cuts):
@@ -136,7 +136,7 @@ def test_cut_short_anywhere_is_an_error_and_never_a_gray_picture(name):
 @given(
     flips=st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=12)
 )
-def test_damage_gives_pixels_or_an_image_error(name, flips):
+def test_damaged_bytes_give_pixels_or_an_image_error(name, flips):
     data = bytearray(FILES[name])
     for at, value in flips:
         data[at % len(data)] = value
@@ -145,7 +145,7 @@ def test_damage_gives_pixels_or_an_image_error(name, flips):
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(magic=st.sampled_from(MAGIC), rest=st.binary(max_size=400))
-def test_a_magic_number_and_noise(magic, rest):
+def test_noise_after_a_magic_number_gives_pixels_or_an_image_error(magic, rest):
     assert outcome(magic + rest) in ALLOWED
 
 
@@ -166,7 +166,7 @@ def zeros_png(width: int, height: int, depth: int = 8, samples: int = 1) -> byte
 
 
 def tiff(*tags: tuple[int, int, int]) -> bytes:
-    """A little-endian TIFF with these (tag, type, value), one value each, and 64 bytes of picture behind."""
+    """A little-endian TIFF with these (tag, type, value) and 64 bytes of pixels."""
     body = struct.pack("<2sHIH", b"II", 42, 8, len(tags))
     for tag, kind, value in tags:
         body += struct.pack("<HHII", tag, kind, 1, value)
@@ -188,7 +188,7 @@ def gray_tiff(width: int, height: int, **more: int) -> bytes:
 
 
 def with_size(kind: str, width: int, height: int) -> bytes:
-    """A true file whose header is made to state another size."""
+    """A valid file whose header is changed to another size."""
     data = bytearray(FILES[kind])
     if kind == "jpeg":
         at = data.index(b"\xff\xc0")
@@ -238,7 +238,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_files_that_lie_are_refused(name):
+def test_contradictory_files_are_refused(name):
     with pytest.raises(UndecodableImage):
         decode_full_size(HOSTILE[name], 3)
 
@@ -257,7 +257,7 @@ def test_a_thousand_scans_are_refused_of_every_kind(frame):
         decode(jpeg_builder.green_jpeg([[i % 3] for i in range(1000)], 7000, frame), SPEC)
 
 
-def test_a_second_frame_can_not_hide_the_first():
+def test_a_second_frame_is_refused():
     data = jpeg_builder.green_jpeg([[0, 1, 2]])
     at = data.index(b"\xff\xc0")
     for more in (
@@ -280,11 +280,15 @@ def outcome(data):
         return error.status
     return "decoded"
 
-def peak():  # of this process alone; what getrusage tells began with the one that started it
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+def peak():  # of this process; getrusage includes its parent's before the fork
+    for line in open("/proc/self/status"):
+        if line.startswith("VmHWM"):
+            return int(line.split()[1])
 
 outcome(sys.stdin.buffer.read(int(sys.argv[1])))
-before, data, threads = peak(), sys.stdin.buffer.read(), int(sys.argv[2])
+before = peak()
+data = sys.stdin.buffer.read()
+threads = int(sys.argv[2])
 with ThreadPoolExecutor(threads) as pool:
     (ended,) = set(pool.map(outcome, [data] * threads))
 print(ended, peak() - before)
@@ -292,7 +296,10 @@ print(ended, peak() - before)
 
 
 def peak(data: bytes, threads: int = 1) -> tuple[str, float]:
-    """Outcome and MiB that decoding adds to the peak of a fresh process which has decoded one small image before."""
+    """Outcome, and MiB that decoding adds to the peak of a new process.
+
+    The process decodes one small image first.
+    """
     warm = FILES["png"]
     command = [sys.executable, "-c", MEMORY, str(len(warm)), str(threads)]
     out = subprocess.run(command, input=warm + data, capture_output=True, check=True)
@@ -306,8 +313,8 @@ LARGE = {"20000 x 20000 zeros": (20_000, 20_000), "a strip of 36 million": (900_
 @pytest.mark.parametrize("name", [*LARGE, *BOMBS, *HOSTILE])
 def test_memory_stays_bounded(name):
     data = zeros_png(*LARGE[name]) if name in LARGE else (BOMBS | HOSTILE)[name]
-    ended, mib = peak(data)
-    assert mib < 200, (ended, mib)
+    outcome, mib = peak(data)
+    assert mib < 200, (outcome, mib)
 
 
 DEEP = {
@@ -320,11 +327,11 @@ DEEP = {
 
 
 @pytest.mark.parametrize("name", DEEP)
-def test_the_most_pixels_of_any_depth_leave_room_in_a_small_container(name):
-    """49 million in a file of 400 KB or less. OpenCV holds the picture twice for a moment, we no more than that."""
-    depth, samples, outcome = DEEP[name]
-    ended, mib = peak(zeros_png(7000, 7000, depth, samples))
-    assert ended == outcome
+def test_the_largest_allowed_picture_of_any_depth_fits_into_a_small_container(name):
+    """49 million pixels in at most 400 KB. OpenCV itself holds the picture twice for a moment."""
+    depth, samples, expected = DEEP[name]
+    outcome, mib = peak(zeros_png(7000, 7000, depth, samples))
+    assert outcome == expected
     assert mib < 450
 
 
@@ -335,10 +342,10 @@ def test_the_most_pixels_of_any_depth_leave_room_in_a_small_container(name):
 )
 def test_large_pictures_are_decoded_one_at_a_time(data):
     """One of these takes up to 275 MiB."""
-    ended, mib = peak(data, threads=3)
-    assert ended == "decoded"
+    outcome, mib = peak(data, threads=3)
+    assert outcome == "decoded"
     assert mib < 450
 
 
-def test_a_very_long_strip_becomes_a_picture():
+def test_a_very_long_strip_is_decoded():
     assert decode(zeros_png(900_000, 1), SPEC).shape == (32, 32, 3)

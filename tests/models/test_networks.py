@@ -1,4 +1,4 @@
-"""The networks, through the registry: shapes, one pass for all outputs, weights from disk, what can't work."""
+"""The networks by name: shapes, outputs, weights from disk, and errors."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from models import networks
 from models.networks.weights import find_weights_file, load_weights
 
-OWN = list(networks.SMALL_NETWORKS)
+SMALL = list(networks.SMALL_NETWORKS)
 # One model of each family of torchvision, the smallest, and the sizes that it takes.
 FAMILIES = {
     "alexnet": (32, 224),
@@ -41,7 +41,7 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-def check(network: networks.Network, channels: int, size: int, classes: int) -> None:
+def check_outputs(network: networks.Network, channels: int, size: int, classes: int) -> None:
     x = torch.randn(2, channels, size, size)
     with torch.no_grad():
         network.eval()
@@ -59,24 +59,24 @@ def check(network: networks.Network, channels: int, size: int, classes: int) -> 
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("size", [28, 32, 64])
-@pytest.mark.parametrize("name", OWN)
-def test_own_networks(name, size, channels):
-    check(networks.build(name, 5, channels, size), channels, size, 5)
+@pytest.mark.parametrize("name", SMALL)
+def test_small_networks(name, size, channels):
+    check_outputs(networks.build(name, 5, channels, size), channels, size, 5)
 
 
-def test_speednet_takes_what_it_asks_for():
-    check(networks.build("speednet", 5, 1, 9), 1, 9, 5)
-    check(networks.build("speednet", 5, 1, 8, widths=[8, 16]), 1, 8, 5)
+def test_speednet_takes_the_smallest_size_it_names():
+    check_outputs(networks.build("speednet", 5, 1, 9), 1, 9, 5)
+    check_outputs(networks.build("speednet", 5, 1, 8, widths=[8, 16]), 1, 8, 5)
 
 
 @pytest.mark.parametrize(("name", "size"), CASES)
 def test_every_family_of_torchvision(name, size):
-    check(networks.build(name, 7, 3, size), 3, size, 7)
+    check_outputs(networks.build(name, 7, 3, size), 3, size, 7)
 
 
-def test_all_names_are_known():
+def test_all_names_are_listed():
     known = networks.list_networks()
-    assert set(OWN) | {"resnet152", "vit_h_14", "convnext_large", "regnet_y_128gf"} <= set(known)
+    assert set(SMALL) | {"resnet152", "vit_h_14", "convnext_large", "regnet_y_128gf"} <= set(known)
     assert len(known) == len(set(known)) > 80
 
 
@@ -87,7 +87,7 @@ def test_mean_of_the_activation_map_is_the_logit():
     torch.testing.assert_close(outputs["cam"].mean((2, 3)) + network.head.bias, outputs["logits"])
 
 
-def test_a_gray_image_gets_the_answer_that_it_gets_in_rgb(tmp_path):
+def test_a_gray_image_has_the_outputs_of_its_rgb_copy(tmp_path):
     colour = networks.build("resnet18", 4, 3, 224).eval()
     file = tmp_path / "weights.safetensors"
     save_file(colour.state_dict(), file)
@@ -108,14 +108,14 @@ def test_a_gray_image_gets_the_answer_that_it_gets_in_rgb(tmp_path):
         (224, "small", 3, 1, False),
     ],
 )
-def test_stem_follows_the_size(size, stem, kernel, stride, pooled):
+def test_the_stem_depends_on_the_size(size, stem, kernel, stride, pooled):
     model = networks.build("resnet18", 4, 3, size, stem=stem).model
     assert model.conv1.kernel_size == (kernel, kernel)
     assert model.conv1.stride == (stride, stride)
     assert isinstance(model.maxpool, torch.nn.MaxPool2d) == pooled
 
 
-def test_weights_of_torchvision_start_another_head(tmp_path):
+def test_weights_of_torchvision_keep_a_new_head(tmp_path):
     import torchvision
 
     theirs = torchvision.models.resnet18(num_classes=1000)
@@ -127,7 +127,7 @@ def test_weights_of_torchvision_start_another_head(tmp_path):
     torch.testing.assert_close(ours.model.layer3[0].conv1.weight, theirs.layer3[0].conv1.weight)
 
 
-def test_weights_of_a_bundle_keep_the_head_when_the_classes_are_as_many(tmp_path):
+def test_weights_of_a_bundle_set_the_head_for_as_many_classes(tmp_path):
     first, second = networks.build("lenet", 5, 3, 32), networks.build("lenet", 5, 3, 32)
     file = tmp_path / "weights.safetensors"
     save_file(first.state_dict(), file)
@@ -139,7 +139,7 @@ def test_whitened_patches_are_uncorrelated():
     network = networks.build("speednet", 5, 3, 32)
     images = torch.nn.functional.avg_pool2d(
         torch.randn(500, 3, 34, 34), 3, 1
-    )  # neighbours go together, as in photos
+    )  # neighbours are correlated, as in photos
     network.prepare(images)
     assert not network.whiten.weight.requires_grad
     with torch.no_grad():
@@ -148,7 +148,7 @@ def test_whitened_patches_are_uncorrelated():
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "options", "word"),
+    ("name", "size", "options", "message"),
     [
         ("resnet81", 32, {}, "did you mean resnet"),
         ("inception_v3", 32, {}, "give another size"),
@@ -163,21 +163,21 @@ def test_whitened_patches_are_uncorrelated():
         ("resnet18", 32, {"stem": "tiny"}, "stem must be"),
     ],
 )
-def test_what_cannot_be_built_says_why(name, size, options, word):
-    with pytest.raises(ValueError, match=word) as error:
+def test_invalid_arguments_are_explained(name, size, options, message):
+    with pytest.raises(ValueError, match=message) as error:
         networks.build(name, 5, 3, size, **options)
     assert "\n" not in str(error.value)
 
 
-def test_weights_of_imagenet_come_from_the_cache_or_say_how_to_get_them(tmp_path, monkeypatch):
+def test_imagenet_weights_are_taken_from_the_cache(tmp_path, monkeypatch):
     import torchvision
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # no proxy listens there
     with pytest.raises(ValueError, match=r"can't download https://.*fetch it"):
         find_weights_file("imagenet", "squeezenet1_1")
-    place = tmp_path / "hub" / "checkpoints" / "squeezenet1_1-b8a52dc0.pth"
-    torch.save(torchvision.models.squeezenet1_1().state_dict(), place)
+    file = tmp_path / "hub" / "checkpoints" / "squeezenet1_1-b8a52dc0.pth"
+    torch.save(torchvision.models.squeezenet1_1().state_dict(), file)
     network = networks.build("squeezenet1_1", 5, 3, 224)
     assert load_weights(network, find_weights_file("imagenet", "squeezenet1_1")) == [
         "head.weight",
@@ -188,7 +188,7 @@ def test_weights_of_imagenet_come_from_the_cache_or_say_how_to_get_them(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("content", "word"),
+    ("content", "message"),
     [
         (None, "no such file"),
         (b"rubbish", "not a file of weights"),
@@ -196,11 +196,11 @@ def test_weights_of_imagenet_come_from_the_cache_or_say_how_to_get_them(tmp_path
         ([1, 2], "no state dict"),
     ],
 )
-def test_weights_that_do_not_fit_say_why(tmp_path, content, word):
+def test_invalid_weights_are_explained(tmp_path, content, message):
     file = tmp_path / "weights.pt"
     if isinstance(content, bytes):
         file.write_bytes(content)
     elif content is not None:
         torch.save(content, file)
-    with pytest.raises(ValueError, match=word):
+    with pytest.raises(ValueError, match=message):
         load_weights(networks.build("lenet", 5, 3, 32), file)

@@ -1,4 +1,4 @@
-"""Graphs that are not what a bundle promises, refused before any runtime opens them."""
+"""Graphs with another signature or forbidden contents are refused before a runtime opens them."""
 
 import contextlib
 
@@ -39,7 +39,7 @@ def with_external_data_in_a_branch(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-def with_an_operator_of_its_own(model: onnx.ModelProto) -> onnx.ModelProto:
+def with_a_custom_operator(model: onnx.ModelProto) -> onnx.ModelProto:
     model.graph.node[0].domain = "evil.custom"
     return model
 
@@ -75,11 +75,11 @@ def with_training(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "says"),
+    ("change", "message"),
     [
         (with_external_data, "keeps weights in another file"),
         (with_external_data_in_a_branch, "keeps weights in another file"),
-        (with_an_operator_of_its_own, "operator Cast of the unknown domain 'evil.custom'"),
+        (with_a_custom_operator, "operator Cast of the unknown domain 'evil.custom'"),
         (
             with_a_float_input,
             "its input is image float32 [N, 32, 32, 3], not image uint8 [N, 32, 32, 3]",
@@ -91,16 +91,14 @@ def with_training(model: onnx.ModelProto) -> onnx.ModelProto:
         (with_training, "contains training information"),
     ],
 )
-def test_another_graph_than_promised_is_refused_before_any_runtime_opens_it(
-    bundle, verify, spoil, says
-):
-    model = spoil(tiny_bundle.build_graph(SPEC, 3))
+def test_a_graph_that_does_not_fit_the_manifest_is_refused(bundle, verify, change, message):
+    model = change(tiny_bundle.build_graph(SPEC, 3))
     (bundle / "model.onnx").write_bytes(model.SerializeToString())
     tiny_bundle.update_checksums(bundle)
     status, line = verify(bundle)
     assert status == 1
     assert f"{bundle}/model.onnx: " in line
-    assert says in line
+    assert message in line
 
 
 WHOLE = tiny_bundle.build_graph(SPEC, 3).SerializeToString()
@@ -108,12 +106,12 @@ WHOLE = tiny_bundle.build_graph(SPEC, 3).SerializeToString()
 
 @settings(max_examples=300, deadline=None)
 @given(st.data())
-def test_a_damaged_graph_is_read_or_refused_and_nothing_else(tmp_path_factory, data):
-    spoiled = bytearray(WHOLE)
+def test_a_damaged_graph_is_read_or_raises_bundle_error(tmp_path_factory, data):
+    damaged = bytearray(WHOLE)
     for _ in range(data.draw(st.integers(1, 4))):
-        spoiled[data.draw(st.integers(0, len(spoiled) - 1))] = data.draw(st.integers(0, 255))
+        damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
     file = tmp_path_factory.getbasetemp() / "damaged.onnx"
-    file.write_bytes(spoiled[: data.draw(st.integers(1, len(spoiled)))])
+    file.write_bytes(damaged[: data.draw(st.integers(1, len(damaged)))])
     with contextlib.suppress(BundleError):  # anything else fails the test
         read_graph(file)
 
@@ -126,7 +124,7 @@ def test_text_for_an_opset_is_refused(tmp_path):
         read_graph(file)
 
 
-def test_read_back_by_our_own_reader_as_by_onnx(bundle):
+def test_a_graph_is_read_as_the_onnx_package_reads_it(bundle):
     graph, model = read_graph(bundle / "model.onnx"), onnx.load(bundle / "model.onnx")
     assert graph.opset == model.opset_import[0].version
     assert graph.operators == {node.op_type for node in model.graph.node}

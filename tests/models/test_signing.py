@@ -1,4 +1,4 @@
-"""Signed bundles, with keys made here and openssl's PEM files."""
+"""Signed bundles, with generated keys and with PEM files of openssl."""
 
 import subprocess
 from pathlib import Path
@@ -35,7 +35,7 @@ def key_pair(directory: Path, name: str) -> tuple[Path, Path]:
 
 @pytest.fixture
 def signed(tmp_path: Path) -> tuple[Path, Path]:
-    """A signed bundle and the public key."""
+    """Return a signed bundle and the public key."""
     private, public = key_pair(tmp_path, "key")
     bundle = tiny_bundle.publish(tmp_path / "store")
     assert main(["sign", "colours", "--store", str(tmp_path / "store"), "--key", str(private)]) == 0
@@ -50,12 +50,12 @@ def test_a_signed_bundle_passes(signed, capsys):
     assert "signed: yes, not checked" in capsys.readouterr().out
 
 
-def test_it_may_be_moved(signed, tmp_path):
+def test_a_signed_bundle_may_be_moved(signed, tmp_path):
     bundle, public = signed
     verify_signature(bundle.rename(tmp_path / "elsewhere"), public)
 
 
-def refused(bundle: Path, public: Path, capsys: pytest.CaptureFixture) -> str:
+def verify_refused(bundle: Path, public: Path, capsys: pytest.CaptureFixture) -> str:
     assert main(["verify", str(bundle), "--public-key", str(public)]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1
@@ -64,20 +64,20 @@ def refused(bundle: Path, public: Path, capsys: pytest.CaptureFixture) -> str:
 
 def test_a_bundle_without_signature_is_refused(tmp_path, capsys):
     _, public = key_pair(tmp_path, "key")
-    assert "bundle.sig: no such file, so the bundle is not signed" in refused(
+    assert "bundle.sig: no such file, so the bundle is not signed" in verify_refused(
         tiny_bundle.publish(tmp_path), public, capsys
     )
 
 
 def test_another_key_is_refused(signed, tmp_path, capsys):
     bundle, _ = signed
-    assert "bundle.sig: does not match this key and these files" in refused(
+    assert "bundle.sig: does not match this key and these files" in verify_refused(
         bundle, key_pair(tmp_path, "b")[1], capsys
     )
 
 
 @pytest.mark.parametrize(
-    "spoil",
+    "change",
     [
         lambda bundle: (bundle / "model.onnx").write_bytes(b"other"),
         lambda bundle: (bundle / "extra").write_bytes(b"more"),
@@ -86,25 +86,29 @@ def test_another_key_is_refused(signed, tmp_path, capsys):
     ],
     ids=["changed", "added", "hidden", "removed"],
 )
-def test_files_that_changed_after_signing_are_refused_though_the_digests_fit(signed, spoil, capsys):
+def test_changes_after_signing_are_refused_though_checksums_match(signed, change, capsys):
     bundle, public = signed
-    spoil(bundle)
+    change(bundle)
     write_checksums(bundle)
-    assert "bundle.sig: does not match" in refused(bundle, public, capsys)
+    assert "bundle.sig: does not match" in verify_refused(bundle, public, capsys)
 
 
 @pytest.mark.parametrize("content", ["", "{}", "nonsense", '{"mediaType": "x"}'])
-def test_a_signature_that_is_none_is_refused(signed, content, capsys):
+def test_an_invalid_signature_is_refused(signed, content, capsys):
     bundle, public = signed
     (bundle / "bundle.sig").write_text(content)
-    assert "bundle.sig: does not match" in refused(bundle, public, capsys)
+    assert "bundle.sig: does not match" in verify_refused(bundle, public, capsys)
 
 
-def test_a_key_that_is_none_is_refused(signed, tmp_path, capsys):
+def test_an_invalid_key_is_refused(signed, tmp_path, capsys):
     bundle, public = signed
     (tmp_path / "bad.pem").write_text("nonsense")
-    assert "bad.pem: not a usable public key" in refused(bundle, tmp_path / "bad.pem", capsys)
-    assert "none.pem: not a usable public key" in refused(bundle, tmp_path / "none.pem", capsys)
+    assert "bad.pem: not a usable public key" in verify_refused(
+        bundle, tmp_path / "bad.pem", capsys
+    )
+    assert "none.pem: not a usable public key" in verify_refused(
+        bundle, tmp_path / "none.pem", capsys
+    )
     assert (
         main(
             [
@@ -119,7 +123,7 @@ def test_a_key_that_is_none_is_refused(signed, tmp_path, capsys):
         == 2
     )
     assert "bad.pem: not a usable private key" in capsys.readouterr().err
-    verify_signature(bundle, public)  # and the signature that was there still is
+    verify_signature(bundle, public)  # the earlier signature is still there
 
 
 def test_openssl_keys_work(tmp_path):
@@ -137,12 +141,12 @@ def test_openssl_keys_work(tmp_path):
     verify_signature(bundle, public)
 
 
-def test_a_server_that_insists_serves_signed_bundles_only(signed, start, tmp_path):
+def test_a_server_with_a_public_key_serves_signed_bundles_only(signed, start, tmp_path):
     bundle, public = signed
     store = bundle.parents[1]
     server = start("--public-key", str(public), "--version", "1", store=store)
     assert server.predict(tiny_bundle.make_image("red")).status_code == 200
-    tiny_bundle.publish(store)  # a second version, and nobody signed it
+    tiny_bundle.publish(store)  # a second version without a signature
     refused = start("--public-key", str(public), "--version", "2", store=store, wait=False)
     assert refused.process.wait(60) == 2
     assert "bundle.sig: no such file, so the bundle is not signed" in refused.log.read_text()
