@@ -1,4 +1,4 @@
-"""The manifests and the code say the same: settings, ports, paths, flags, recipes, selectors, references."""
+"""Manifests and code agree: settings, ports, arguments, selectors, references."""
 
 import re
 import tomllib
@@ -22,7 +22,7 @@ VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["versi
 
 
 def settings_of(case):
-    """The ConfigMap's settings and each serving container's own variables."""
+    """Return the ConfigMap's settings, and the variables of each serving container."""
     data = next(
         m["data"]
         for m in manifests_of_kind(case, "ConfigMap")
@@ -47,7 +47,7 @@ def test_settings_are_those_of_the_service(case, monkeypatch):
         with monkeypatch.context() as patch:
             for name, value in found.items():
                 patch.setenv(name, value)
-            Settings()  # and their values are taken
+            Settings()  # accepts the values
     for name in set(data) - {k for k in data if k.startswith(PREFIX)}:
         assert "model-from-bucket" in case, name
 
@@ -116,7 +116,7 @@ def test_selectors_find_pods(case):
                 scaled = {d["metadata"]["name"]: d for d in manifests_of_kind(case, kind)}[
                     spec["scaleTargetRef"]["name"]
                 ]
-                assert "replicas" not in scaled["spec"], "each apply would undo the autoscaler"
+                assert "replicas" not in scaled["spec"], "each apply would override the autoscaler"
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -157,7 +157,7 @@ def test_references_resolve(case):
         )
 
 
-def test_the_images_carry_the_version_of_the_project():
+def test_images_have_the_version_of_the_project():
     for case in CASES:
         for _, template in pod_templates(case):
             for container in containers(template):
@@ -167,7 +167,7 @@ def test_the_images_carry_the_version_of_the_project():
                     )
 
 
-def test_the_bounds_outside_are_those_inside():
+def test_limits_of_ingress_and_gateway_fit_the_service():
     (ingress,) = manifests_of_kind("components/ingress", "Ingress")
     notes = ingress["metadata"]["annotations"]
     largest = Settings.model_fields["max_body_bytes"].default
@@ -184,7 +184,7 @@ LAUNCHER = ["python", "-m", "train.runs.launch"]
 
 
 def train_arguments():
-    """Every different command line of training in the manifests, as `python -m train` gets it."""
+    """Return every training command line of the manifests, as `python -m train` gets it."""
     found = set()
     for case in CASES:
         lines = [
@@ -207,7 +207,7 @@ def test_training_takes_the_arguments_of_every_manifest(commands):
         assert "store: /store" in commands.run(*words, "--print_config", cwd=ROOT).text
 
 
-def test_torchrun_is_told_as_many_nodes_as_the_job_has():
+def test_torchrun_gets_the_number_of_nodes_of_the_job():
     (job,) = manifests_of_kind("components/training-multinode", "Job")
     spec, container = job["spec"], job["spec"]["template"]["spec"]["containers"][0]
     assert spec["parallelism"] == spec["completions"]
@@ -222,14 +222,14 @@ def test_torchrun_is_told_as_many_nodes_as_the_job_has():
     assert endpoint.endswith(
         f"={service['metadata']['name']}:{service['spec']['ports'][0]['port']}"
     )
-    assert service["spec"]["clusterIP"] == "None", "its address must be the first pod's own"
+    assert service["spec"]["clusterIP"] == "None", "its address must be that of the first pod"
     assert spec["template"]["spec"]["subdomain"] == service["metadata"]["name"], (
-        "torchrun tells others its full name"
+        "torchrun announces its full name"
     )
     assert service["spec"]["selector"]["batch.kubernetes.io/job-completion-index"] == "0"
 
 
-def test_kubeflow_starts_as_many_processes_as_the_training_counts_with():
+def test_kubeflow_starts_as_many_processes_as_the_trainer_expects():
     (job,) = manifests_of_kind("components/training-kubeflow", "TrainJob")
     (runtime,) = manifests_of_kind("components/training-kubeflow", "TrainingRuntime")
     trainer = job["spec"]["trainer"]
@@ -239,8 +239,8 @@ def test_kubeflow_starts_as_many_processes_as_the_training_counts_with():
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if "multinode" in c or "kubeflow" in c])
-def test_of_several_nodes_the_launcher_tells_how_it_ended(case):
-    """By its status a Job decides; torchrun's own is 1, whatever happened."""
+def test_on_several_nodes_the_launcher_is_used(case):
+    """The Job needs its exit status; torchrun always exits with 1."""
     from torch.distributed import run
 
     started = [m["spec"]["trainer"] for m in manifests_of_kind(case, "TrainJob")] or [
@@ -253,11 +253,11 @@ def test_of_several_nodes_the_launcher_tells_how_it_ended(case):
         assert line["command"] == LAUNCHER
         flags = run.parse_args(line["args"])
         assert (flags.module, flags.training_script, flags.max_restarts) == (True, "train", 3)
-        assert flags.rdzv_backend == "c10d", "with a static one no node takes the place of another"
+        assert flags.rdzv_backend == "c10d", "with a static rendezvous no node can be replaced"
         assert flags.rdzv_endpoint in ("imago-train:29500", "$(PET_MASTER_ADDR):$(PET_MASTER_PORT)")
 
 
-def test_a_cron_job_and_a_canary_are_copies_of_what_they_stand_for():
+def test_a_cron_job_and_a_canary_are_copies_of_the_originals():
     (cron,), (job,) = (
         manifests_of_kind("components/cron-training on local", "CronJob"),
         manifests_of_kind("overlays/local", "Job"),
@@ -274,7 +274,7 @@ def test_a_cron_job_and_a_canary_are_copies_of_what_they_stand_for():
     assert {k: one[k] for k in same} == {k: other[k] for k in same}
 
 
-def test_what_a_canary_adds_leaves_the_rest_of_its_environment():
+def test_a_canary_keeps_the_other_variables_of_its_environment():
     with_gpu = dict(pod_templates("components/gpu-serving,canary-plain on local"))[
         "Deployment/imago-serving-canary"
     ]
@@ -283,7 +283,7 @@ def test_what_a_canary_adds_leaves_the_rest_of_its_environment():
     assert found == {"IMAGO_ENGINE": "cuda", "IMAGO_VERSION": "2", "IMAGO_SHADOW_VERSION": "1"}
 
 
-def test_network_policies_let_pods_reach_the_bucket_their_model_comes_from():
+def test_network_policies_allow_the_bucket_of_the_model():
     case = "components/network-policy,model-from-bucket on local"
     (policy,) = (
         p["spec"]
@@ -297,8 +297,8 @@ def test_network_policies_let_pods_reach_the_bucket_their_model_comes_from():
     assert not labelled(without, policy["podSelector"]["matchLabels"])
 
 
-def test_network_policies_let_pods_ask_whichever_resolver_a_node_has():
-    """A cache of the node or the cloud's resolver is no pod of kube-system: only its address names it."""
+def test_network_policies_allow_the_resolvers_of_nodes():
+    """A DNS cache on the node or a resolver of the cloud is not a pod: only its address selects it."""
     (policy,) = (
         p["spec"]
         for p in manifests_of_kind("overlays/cpu", "NetworkPolicy")
@@ -315,15 +315,15 @@ def test_network_policies_let_pods_ask_whichever_resolver_a_node_has():
     ]
 
 
-def test_serving_on_gpus_takes_the_image_that_can():
+def test_serving_on_gpus_uses_the_cuda_image():
     for case in ("overlays/gpu", "components/gpu-serving on local"):
         template = dict(pod_templates(case))["Deployment/imago-serving"]
         assert all(c["image"].endswith("-cuda") for c in containers(template))
 
 
 @pytest.mark.parametrize("component", ["model-from-bucket", "model-from-image"])
-def test_a_store_that_a_component_brings_is_mounted_whole(component):
-    """An overlay may keep its store in a folder of a volume; what takes the volume's place has no such folder."""
+def test_a_store_of_a_component_is_mounted_without_sub_path(component):
+    """An overlay may use a directory of a volume; the store of a component has none."""
     template = dict(pod_templates(f"components/{component} on local"))["Deployment/imago-serving"]
     mounts = [m for c in containers(template) for m in c["volumeMounts"] if m["name"] == "store"]
     assert len(mounts) == 2
@@ -331,7 +331,7 @@ def test_a_store_that_a_component_brings_is_mounted_whole(component):
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if "model-from-image" in c])
-def test_an_image_that_is_the_store_holds_the_version_that_its_pod_serves(case):
+def test_a_model_image_has_the_version_that_its_pod_serves(case):
     data, _ = settings_of(case)
     for deployment in manifests_of_kind(case, "Deployment"):
         spec = deployment["spec"]["template"]["spec"]
@@ -343,7 +343,7 @@ def test_an_image_that_is_the_store_holds_the_version_that_its_pod_serves(case):
             )
 
 
-def test_the_overlay_that_the_readme_shows_trains_and_serves_ones_own_data():
+def test_the_overlay_in_the_readme_trains_and_serves_the_users_data():
     text = (K8S / "README.md").read_text()
     lines = text[
         text.index("    apiVersion: kustomize") : text.index("Then `make deploy OVERLAY=mine`")
@@ -355,7 +355,7 @@ def test_the_overlay_that_the_readme_shows_trains_and_serves_ones_own_data():
     assert all(m["immutable"] for m in maps)
 
 
-def test_the_volumes_of_the_node_are_claimed_from_whatever_namespace():
+def test_volumes_of_the_node_can_be_claimed_from_any_namespace():
     manifests = render_overlay("{kind: Kustomization, namespace: team, resources: [../local]}")
     assert {m["metadata"]["namespace"] for m in manifests if "namespace" in m["metadata"]} == {
         "team"
@@ -370,7 +370,7 @@ def test_the_volumes_of_the_node_are_claimed_from_whatever_namespace():
     }
     assert volumes.keys() == claims.keys()
     for name, volume in volumes.items():
-        assert "claimRef" not in volume, "it would name a namespace"
+        assert "claimRef" not in volume, "it would fix the namespace"
         assert volume["storageClassName"] == claims[name]["storageClassName"] != "", (
-            "others' claims could take it"
+            "other claims could bind it"
         )

@@ -1,4 +1,4 @@
-"""What the analysis of a canary makes of what the canary and the pods beside it count."""
+"""The analysis of a canary: verdicts on errors, latency and agreement."""
 
 import re
 import shutil
@@ -52,7 +52,7 @@ def analysis() -> dict[str, dict]:
         "nothing",
     ],
 )
-def test_agreement_is_never_taken_for_granted(series, value, verdict, tmp_path):
+def test_agreement_without_comparisons_is_inconclusive(series, value, verdict, tmp_path):
     promtool = shutil.which("promtool") or pytest.skip(
         "promtool is not installed (Debian: apt-get install prometheus)"
     )
@@ -91,7 +91,7 @@ def test_agreement_is_never_taken_for_granted(series, value, verdict, tmp_path):
 
 
 def judged(metric: dict, result: list[float]) -> str:
-    """As Argo Rollouts judges a measurement: inconclusive where neither condition holds."""
+    """Judge a measurement like Argo Rollouts: inconclusive where neither condition holds."""
     well, wrong = (
         eval(
             metric[f"{name}Condition"].replace("||", "or").replace("&&", "and"), {"result": result}
@@ -103,7 +103,7 @@ def judged(metric: dict, result: list[float]) -> str:
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if "canary-rollout" in c])
-def test_the_rollout_gives_the_analysis_what_it_asks_for(case):
+def test_the_rollout_passes_the_arguments_of_the_analysis(case):
     (template,), (rollout,) = (
         manifests_of_kind(case, "AnalysisTemplate"),
         manifests_of_kind(case, "Rollout"),
@@ -124,7 +124,7 @@ def test_the_rollout_gives_the_analysis_what_it_asks_for(case):
 
 
 def test_thresholds_of_latency_are_edges_of_the_histogram():
-    """Between two edges a quantile is a guess."""
+    """Between two edges a quantile is interpolated."""
     (rule,) = (
         r
         for m in manifests_of_kind("components/prometheus-rules", "PrometheusRule")

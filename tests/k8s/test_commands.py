@@ -1,4 +1,4 @@
-"""What make says when it can't deploy: one line, what is wrong and what to do, exit status 2."""
+"""Errors of k8s/cluster: one line that says what is wrong and what to do, exit status 2."""
 
 import re
 import shlex
@@ -11,8 +11,8 @@ from support.manifests import K8S, OVERLAYS, overlay_with_components, render
 
 
 @pytest.fixture
-def nowhere(tmp_path) -> dict[str, str]:
-    """A kubectl that knows a cluster which does not answer."""
+def unreachable_cluster(tmp_path) -> dict[str, str]:
+    """Return settings with which kubectl has a cluster that does not answer."""
     config = tmp_path / "config"
     config.write_text("""{apiVersion: v1, kind: Config, current-context: gone, users: [],
       clusters: [{name: gone, cluster: {server: "https://127.0.0.1:1"}}],
@@ -22,17 +22,17 @@ def nowhere(tmp_path) -> dict[str, str]:
 
 @needs_kubectl
 @pytest.mark.parametrize("verb", ["deploy", "undeploy"])
-def test_a_wrong_overlay(verb):
-    assert "no overlay 'moon'; there are: cpu gpu local" in error_line(
+def test_an_unknown_overlay(verb):
+    assert "no overlay 'moon'; choose one of: cpu gpu local" in error_line(
         run_cluster_script(verb, OVERLAY="moon")
     )
 
 
 @needs_kubectl
 @pytest.mark.parametrize("verb", ["deploy", "undeploy", "logs", "scale"])
-def test_a_missing_cluster(verb, nowhere):
+def test_a_missing_cluster(verb, unreachable_cluster):
     assert "no cluster answers in kubectl's context 'gone'" in error_line(
-        run_cluster_script(verb, N="2", **nowhere)
+        run_cluster_script(verb, N="2", **unreachable_cluster)
     )
 
 
@@ -50,15 +50,15 @@ def test_no_kubectl(verb, tmp_path):
     )
 
 
-def test_the_script_keeps_to_what_a_mac_has():
-    """bash 3.2, to which an empty array is unbound, and BSD's sed, where a command ends at `;` or at the line's end."""
+def test_the_script_works_with_the_tools_of_macos():
+    """In bash 3.2 an empty array is unbound, and BSD's sed needs `;` before `}`."""
     script = (K8S / "cluster").read_text()
     assert not re.findall(r'(?<!\+)"\$\{\w+\[@\]\}"', script)
     assert not re.findall(r"\bsed .*[^;]}'", script)
 
 
 @needs_kubectl
-def test_a_registry_and_a_tag_of_ones_own():
+def test_registry_and_tag_are_set_in_the_images():
     done = run_cluster_script(
         "render", OVERLAY="gpu", REGISTRY="registry.example.com/team", TAG="7"
     )
@@ -70,7 +70,7 @@ def test_a_registry_and_a_tag_of_ones_own():
 
 
 @needs_kubectl
-def test_a_model_that_is_an_image_comes_from_that_registry_by_its_own_tag():
+def test_a_model_image_gets_the_registry_and_keeps_its_tag():
     with overlay_with_components("model-from-image") as name:
         done = run_cluster_script(
             "render", OVERLAY=name, REGISTRY="registry.example.com/team", TAG="7"
@@ -79,21 +79,21 @@ def test_a_model_that_is_an_image_comes_from_that_registry_by_its_own_tag():
 
 
 @needs_kubectl
-def test_make_passes_them_on(nowhere):
+def test_make_prints_the_error(unreachable_cluster):
     done = subprocess.run(
         ["make", "deploy", "OVERLAY=moon"], cwd=Path(K8S).parent, capture_output=True, text=True
     )
     assert done.returncode == 2
-    assert done.stderr.splitlines()[0] == "make: no overlay 'moon'; there are: cpu gpu local"
+    assert done.stderr.splitlines()[0] == "make: no overlay 'moon'; choose one of: cpu gpu local"
 
 
 @pytest.mark.parametrize("verb", ["deploy", "undeploy", "logs", "scale"])
-def test_make_passes_on_what_it_is_given_and_nothing_else(verb):
+def test_make_passes_the_given_variables_and_no_others(verb):
     def passed(**given: str) -> dict[str, str]:
         words = ["make", "-n", verb, *(f"{name}={value}" for name, value in given.items())]
         done = subprocess.run(words, cwd=K8S.parent, capture_output=True, text=True, check=True)
-        *settings, script, told = shlex.split(done.stdout.replace("\\\n", ""))
-        assert (script, told) == ("k8s/cluster", verb)
+        *settings, script, passed_verb = shlex.split(done.stdout.replace("\\\n", ""))
+        assert (script, passed_verb) == ("k8s/cluster", verb)
         return dict(setting.split("=", 1) for setting in settings)
 
     given = {
@@ -107,12 +107,12 @@ def test_make_passes_on_what_it_is_given_and_nothing_else(verb):
     }
     assert passed(**given) == given
     assert passed() == dict.fromkeys(given, "") | {"OVERLAY": "local"}, (
-        "the images that the manifests name"
+        "without REGISTRY and TAG, the images are those of the manifests"
     )
 
 
 def reports(*images: tuple[str, str]) -> str:
-    """A pod's line of what its containers wait for, as k8s/cluster asks for it: the init container, the other."""
+    """Return the states of a pod's two containers, as k8s/cluster queries them."""
     return shlex.join(
         [
             "printf",
@@ -126,7 +126,7 @@ def reports(*images: tuple[str, str]) -> str:
 @pytest.mark.parametrize(
     "reason", ["ErrImagePull", "ImagePullBackOff", "ErrImageNeverPull", "InvalidImageName"]
 )
-def test_an_image_that_is_not_there_is_one_line(reason, cluster):
+def test_a_missing_image_is_one_line(reason, cluster):
     done, _ = cluster(
         "deploy",
         {
@@ -141,7 +141,7 @@ def test_an_image_that_is_not_there_is_one_line(reason, cluster):
 
 
 @needs_kubectl
-def test_a_training_that_fails_while_its_service_waits_is_one_line(cluster, tmp_path):
+def test_a_training_failure_during_the_wait_is_one_line(cluster, tmp_path):
     done, _ = cluster(
         "deploy",
         {
@@ -157,7 +157,7 @@ def test_a_training_that_fails_while_its_service_waits_is_one_line(cluster, tmp_
 
 
 @needs_kubectl
-def test_pods_that_wait_for_something_else_may_go_on_waiting(cluster):
+def test_pods_that_wait_for_something_else_are_waited_for(cluster):
     done, _ = cluster(
         "deploy",
         {
@@ -168,34 +168,34 @@ def test_pods_that_wait_for_something_else_may_go_on_waiting(cluster):
         },
         WAIT="0",
     )
-    assert "not ready after 0 s; look at: kubectl -n imago describe pods" in error_line(done)
+    assert "not ready after 0 s; run: kubectl -n imago describe pods" in error_line(done)
 
 
 @needs_kubectl
-def test_a_service_whose_training_waits_for_its_hour_says_how_to_train_now(cluster):
+def test_with_a_cron_job_the_command_to_train_now_is_printed(cluster):
     with overlay_with_components("cron-training") as name:
         done, _ = cluster("deploy", {"rollout status": "exit 1"}, WAIT="0", OVERLAY=name)
     hint = (
         "train one now: kubectl -n imago create job imago-train-first --from=cronjob/imago-train\n"
     )
-    assert done.stdout.endswith(hint), "without waiting for WAIT"
+    assert done.stdout.endswith(hint), "also before WAIT is over"
     assert error_line(done).startswith("make: not ready after 0 s")
     assert done.stderr.endswith(hint)
 
 
 @needs_kubectl
-def test_an_autoscaler_keeps_its_replicas(cluster):
+def test_scale_refuses_where_an_autoscaler_sets_the_replicas(cluster):
     done, asked = cluster(
         "scale", {"get scaledobject,hpa": "echo horizontalpodautoscaler/imago-serving"}, N="3"
     )
-    said = error_line(done)
-    assert "an autoscaler owns the replicas" in said
-    assert said.endswith("kubectl -n imago edit horizontalpodautoscaler/imago-serving\n")
+    error = error_line(done)
+    assert "an autoscaler sets the replicas" in error
+    assert error.endswith("kubectl -n imago edit horizontalpodautoscaler/imago-serving\n")
     assert "--replicas" not in asked
 
 
 @needs_kubectl
-def test_an_autoscaler_is_found_where_keda_is_unknown(cluster):
+def test_an_autoscaler_is_found_without_keda(cluster):
     done, _ = cluster(
         "scale", {"get scaledobject,hpa": "exit 1", "get hpa": "echo hpa/imago-serving"}, N="3"
     )
@@ -204,7 +204,7 @@ def test_an_autoscaler_is_found_where_keda_is_unknown(cluster):
 
 @needs_kubectl
 @pytest.mark.parametrize("kind", ["deployment", "rollout"])
-def test_scale_changes_whoever_has_the_pods(kind, cluster):
+def test_scale_changes_the_owner_of_the_pods(kind, cluster):
     done, asked = cluster("scale", {} if kind == "rollout" else {"get rollout": "exit 1"}, N="3")
     assert done.returncode == 0, done.stderr
     assert f"-n imago scale {kind}/imago-serving --replicas=3" in asked
@@ -212,7 +212,7 @@ def test_scale_changes_whoever_has_the_pods(kind, cluster):
 
 @needs_kubectl
 @pytest.mark.parametrize("purge", [True, False])
-def test_undeploy_keeps_what_was_stored_unless_it_is_told_to_purge(purge, cluster):
+def test_undeploy_keeps_the_volumes_without_purge(purge, cluster):
     done, asked = cluster("undeploy", {}, **{"PURGE": "1"} if purge else {})
     assert done.returncode == 0, done.stderr
     (deleted,) = (line for line in asked.splitlines() if line.startswith("delete"))
@@ -220,7 +220,7 @@ def test_undeploy_keeps_what_was_stored_unless_it_is_told_to_purge(purge, cluste
     assert ("PURGE=1 deletes them too" in done.stdout) is not purge
 
 
-def test_what_was_stored_is_labelled_so_in_every_overlay():
+def test_storage_is_labelled_in_every_overlay():
     stored = {"Namespace", "PersistentVolume", "PersistentVolumeClaim"}
     for overlay in OVERLAYS:
         for manifest in render(f"overlays/{overlay}"):
@@ -230,7 +230,7 @@ def test_what_was_stored_is_labelled_so_in_every_overlay():
 
 @needs_kubectl
 @pytest.mark.parametrize("follow", [True, False])
-def test_logs_are_those_of_all_our_pods(follow, cluster):
+def test_logs_are_those_of_all_pods_of_imago(follow, cluster):
     done, asked = cluster(
         "logs",
         {"get pods": "echo pod/imago-serving-x", "logs -l": "echo a line"},
@@ -242,6 +242,6 @@ def test_logs_are_those_of_all_our_pods(follow, cluster):
 
 
 @needs_kubectl
-def test_logs_of_nothing_are_one_line(cluster):
+def test_logs_without_pods_are_one_line(cluster):
     done, _ = cluster("logs", {})
-    assert "nothing runs in the namespace 'imago'; deploy first" in error_line(done)
+    assert "no pods in the namespace 'imago'; deploy first" in error_line(done)

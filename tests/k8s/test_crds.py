@@ -1,4 +1,4 @@
-"""Custom resources against their operators' own definitions, with no field that these do not know.
+"""Validate custom resources by their operators' own definitions, without unknown fields.
 
 Opt-in, since the definitions are megabytes that belong to others: IMAGO_TEST_CRDS names a directory that holds those of
 KEDA (config/crd/bases), Argo Rollouts (manifests/crds), Kubeflow Trainer (manifests/base/crds), the Gateway API
@@ -30,7 +30,10 @@ OPEN = ("x-kubernetes-preserve-unknown-fields", "x-kubernetes-embedded-resource"
 
 
 def strict(schema: Any, top: bool = True) -> Any:
-    """A definition's schema as JSON Schema, closed: the cluster would drop the fields that it does not know."""
+    """Return a definition's schema as JSON Schema without additional properties.
+
+    The cluster would silently drop unknown fields.
+    """
     if isinstance(schema, list):
         return [strict(part, top=False) for part in schema]
     if not isinstance(schema, dict):
@@ -57,7 +60,7 @@ def strict(schema: Any, top: bool = True) -> Any:
 
 
 def definitions() -> Iterator[tuple[tuple[str, str], Any]]:
-    """(apiVersion, kind) and the schema of each version of each definition."""
+    """Yield (apiVersion, kind) and the schema of each version of each definition."""
     for file in sorted(Path(PLACE or "").glob("*.yaml")):
         for definition in yaml.load_all(file.read_text(), yaml.CSafeLoader):
             spec = definition["spec"]
@@ -81,7 +84,7 @@ def test_custom_kinds_match_their_definitions(case, validators):
             assert [f"{error.json_path}: {error.message}" for error in errors] == []
 
 
-def test_a_field_that_a_definition_does_not_know_is_found(validators):
+def test_an_unknown_field_is_an_error(validators):
     (scaled,) = (m for m in render("components/keda") if m["kind"] == "ScaledObject")
     known = validators[scaled["apiVersion"], "ScaledObject"]
     assert not known.is_valid({**scaled, "spec": {**scaled["spec"], "maxReplicas": 8}})

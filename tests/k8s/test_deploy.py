@@ -1,4 +1,4 @@
-"""What `make deploy` does to what already runs: what it replaces, whose replicas it keeps, what it leaves."""
+"""`make deploy` on a cluster that runs Imago already: what it replaces, keeps and deletes."""
 
 import re
 import shlex
@@ -14,7 +14,7 @@ JOB = '"imago-train" is invalid: spec.template: Invalid value: core.PodTemplateS
 @needs_kubectl
 @pytest.mark.parametrize(
     "job", ["The Job", "Error from server (Invalid): Job.batch"]
-)  # kubectl has both
+)  # kubectl prints both forms
 def test_a_job_whose_settings_differ_is_replaced(job, cluster):
     done, asked = cluster("deploy", admission_errors(f"{job} {JOB}"))
     error_line(done)
@@ -23,11 +23,11 @@ def test_a_job_whose_settings_differ_is_replaced(job, cluster):
 
 
 @needs_kubectl
-def test_a_job_that_gave_up_is_replaced_though_nothing_differs(cluster, tmp_path):
-    gave_up = f"[ -e {tmp_path}/deleted ] || echo 'the backoff limit is reached'"
+def test_a_failed_job_is_replaced_even_without_changes(cluster, tmp_path):
+    failed = f"[ -e {tmp_path}/deleted ] || echo 'the backoff limit is reached'"
     done, asked = cluster(
         "deploy",
-        {"get job imago-train": gave_up, "delete job imago-train": f"touch {tmp_path}/deleted"},
+        {"get job imago-train": failed, "delete job imago-train": f"touch {tmp_path}/deleted"},
     )
     assert done.returncode == 0, done.stderr
     assert asked.index("delete job imago-train --cascade=foreground") < asked.index("\napply -f -")
@@ -35,7 +35,7 @@ def test_a_job_that_gave_up_is_replaced_though_nothing_differs(cluster, tmp_path
 
 
 @needs_kubectl
-def test_a_job_that_has_not_failed_stays(cluster):
+def test_an_unchanged_job_is_kept(cluster):
     done, asked = cluster("deploy", {})
     assert done.returncode == 0, done.stderr
     assert "delete" not in asked
@@ -54,8 +54,10 @@ spec:
 def deployed(
     cluster, tmp_path, live: int | None, overlay: str, rollout: int | None = None
 ) -> tuple[list, str]:
-    """The replicas that each Deployment and Rollout is applied with where so many run, and what is left as applied
-    before."""
+    """Deploy over `live` replicas.
+
+    Return the replicas of each applied Deployment and Rollout, and the last applied manifest.
+    """
     done, _ = cluster(
         "deploy",
         {
@@ -82,20 +84,20 @@ def deployed(
 @pytest.mark.parametrize(
     "overlay", ["local", "cpu"], ids=["scaled by hand", "under an autoscaler that is new"]
 )
-def test_a_deploy_leaves_the_replicas_that_run(overlay, cluster, tmp_path):
+def test_a_deploy_keeps_the_current_replicas(overlay, cluster, tmp_path):
     replicas, before = deployed(cluster, tmp_path, live=5, overlay=overlay)
     assert replicas == [None]
-    assert "replicas" not in before, "apply would take the field away, and the API server make it 1"
+    assert "replicas" not in before, "apply would remove the field, and the API server set it to 1"
     assert yaml.safe_load(before)["spec"] == {"revisionHistoryLimit": 5}
 
 
 @needs_kubectl
-def test_a_deploy_starts_a_service_that_was_scaled_to_nothing(cluster, tmp_path):
+def test_a_deploy_starts_a_service_that_was_scaled_to_zero(cluster, tmp_path):
     assert deployed(cluster, tmp_path, live=0, overlay="local") == ([2], LAST_APPLIED)
 
 
 @needs_kubectl
-def test_a_deploy_leaves_the_replicas_of_a_canary_to_the_overlay(cluster, tmp_path):
+def test_a_deploy_takes_the_replicas_of_a_canary_from_the_overlay(cluster, tmp_path):
     with overlay_with_components("canary-plain") as name:
         assert deployed(cluster, tmp_path, live=5, overlay=name)[0] == [None, 1]
 
@@ -114,13 +116,13 @@ def test_a_deploy_leaves_the_replicas_of_a_canary_to_the_overlay(cluster, tmp_pa
 def test_a_rollout_takes_the_replicas_over_and_gives_them_back(
     components, live, rollout, applied, cluster, tmp_path
 ):
-    """Without replicas of its own it would have 1, and it scales the Deployment to nothing."""
+    """Without replicas a Rollout would get 1, and it scales the Deployment to 0."""
     with overlay_with_components(*components) as name:
         assert deployed(cluster, tmp_path, live, name, rollout)[0] == applied
 
 
 @needs_kubectl
-def test_a_deploy_leaves_the_replicas_that_a_rollout_has(cluster, tmp_path):
+def test_a_deploy_keeps_the_replicas_of_a_rollout(cluster, tmp_path):
     with overlay_with_components("canary-rollout") as name:
         replicas, before = deployed(cluster, tmp_path, 0, name, rollout=8)
     assert replicas == [None, None]
@@ -128,7 +130,7 @@ def test_a_deploy_leaves_the_replicas_that_a_rollout_has(cluster, tmp_path):
 
 
 @needs_kubectl
-def test_a_deploy_starts_a_service_that_an_autoscaler_leaves_at_nothing(cluster, tmp_path):
+def test_a_deploy_starts_a_service_that_an_autoscaler_leaves_at_zero(cluster, tmp_path):
     with overlay_with_components("keda") as name:
         assert deployed(cluster, tmp_path, live=0, overlay=name)[0] == [1]
 
@@ -137,12 +139,14 @@ def test_a_deploy_starts_a_service_that_an_autoscaler_leaves_at_nothing(cluster,
 @pytest.mark.parametrize(
     ("status", "replaced"),
     [(0, False), (1, True), (2, False)],
-    ids=["nothing differs", "it differs", "nobody knows"],
+    ids=["unchanged", "changed", "diff fails"],
 )
-def test_a_train_job_is_replaced_where_what_it_runs_by_differs(status, replaced, cluster, tmp_path):
+def test_a_train_job_is_replaced_where_it_or_its_runtime_differs(
+    status, replaced, cluster, tmp_path
+):
     with overlay_with_components("training-kubeflow") as name:
         done, asked = cluster(
-            "deploy", {"diff -l": f"cat >{tmp_path}/looked; exit {status}"}, OVERLAY=name
+            "deploy", {"diff -l": f"cat >{tmp_path}/diffed; exit {status}"}, OVERLAY=name
         )
     assert done.returncode == 0, done.stderr
     assert (
@@ -150,16 +154,16 @@ def test_a_train_job_is_replaced_where_what_it_runs_by_differs(status, replaced,
     ) is replaced
     (line,) = (line for line in asked.splitlines() if line.startswith("diff"))
     label = line.split()[2]
-    looked = {
+    diffed_kinds = {
         m["kind"]
-        for m in yaml.safe_load_all((tmp_path / "looked").read_text())
+        for m in yaml.safe_load_all((tmp_path / "diffed").read_text())
         if label in m["metadata"].get("labels", {})
     }
-    assert looked == {"TrainJob", "TrainingRuntime"}
+    assert diffed_kinds == {"TrainJob", "TrainingRuntime"}
 
 
 @needs_kubectl
-def test_a_train_job_that_gave_up_is_replaced(cluster, tmp_path):
+def test_a_train_job_that_failed_is_replaced(cluster, tmp_path):
     with overlay_with_components("training-kubeflow") as name:
         done, asked = cluster(
             "deploy",
@@ -174,7 +178,7 @@ def test_a_train_job_that_gave_up_is_replaced(cluster, tmp_path):
 
 
 @needs_kubectl
-def test_a_train_job_that_cannot_change_is_replaced(cluster):
+def test_a_train_job_that_can_not_be_changed_is_replaced(cluster):
     with overlay_with_components("training-kubeflow") as name:
         _, asked = cluster(
             "deploy",
@@ -197,7 +201,7 @@ LIVE = (
 
 @needs_kubectl
 @pytest.mark.parametrize("verb", ["deploy", "undeploy"])
-def test_what_another_overlay_left_is_named_with_the_command_that_ends_it(verb, cluster):
+def test_objects_of_another_overlay_are_listed_with_the_command_to_delete_them(verb, cluster):
     done, asked = cluster(
         verb,
         {
@@ -207,11 +211,11 @@ def test_what_another_overlay_left_is_named_with_the_command_that_ends_it(verb, 
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(f"kubectl -n imago delete {LIVE[1]} {LIVE[2]} {LIVE[5]}\n") == 1
-    assert "-n imago delete" not in asked, "it is for a person to say"
+    assert "-n imago delete" not in asked, "only a person deletes them"
 
 
 @needs_kubectl
-def test_where_nothing_is_left_nothing_is_said(cluster):
+def test_without_such_objects_nothing_is_printed(cluster):
     done, _ = cluster(
         "deploy",
         {
@@ -220,11 +224,11 @@ def test_where_nothing_is_left_nothing_is_said(cluster):
         },
     )
     assert done.returncode == 0, done.stderr
-    assert "live on" not in done.stdout
+    assert "still in the cluster" not in done.stdout
 
 
 @needs_kubectl
-def test_what_may_be_left_is_every_kind_that_the_manifests_make(cluster):
+def test_every_kind_in_the_manifests_can_be_listed(cluster):
     made = {
         (m["apiVersion"].rpartition("/")[0], m["kind"].lower())
         for case in CASES
@@ -243,7 +247,7 @@ def test_what_may_be_left_is_every_kind_that_the_manifests_make(cluster):
 
 
 @needs_kubectl
-def test_nothing_is_touched_where_a_volume_cannot_become_what_the_overlay_says(cluster):
+def test_nothing_is_changed_where_a_volume_can_not_be_changed(cluster):
     done, asked = cluster(
         "deploy",
         admission_errors(
@@ -268,8 +272,8 @@ MADE = shlex.join(["printf", r"configmap/%s\n", *SETTINGS])
 
 
 @needs_kubectl
-def test_settings_that_nothing_refers_to_are_deleted(cluster):
-    """A ReplicaSet to go back to, a Job or a pod would not start without its own."""
+def test_unused_settings_are_deleted(cluster):
+    """Older ReplicaSets, Jobs and pods would not start without theirs."""
     done, asked = cluster(
         "deploy", {"get configmaps -l": MADE, "get replicasets": f"echo 'name: {SETTINGS[0]}'"}
     )
@@ -277,13 +281,13 @@ def test_settings_that_nothing_refers_to_are_deleted(cluster):
     (deleted,) = (line for line in asked.splitlines() if " delete " in line)
     assert deleted == f"-n imago delete configmaps {SETTINGS[1]} {SETTINGS[2]} --ignore-not-found"
     assert asked.index("\napply -f -") < asked.index(" delete "), (
-        "whatever is applied may still name them before"
+        "objects may refer to them until apply has changed them"
     )
     assert "replicasets,deployments,jobs,cronjobs,pods -o yaml" in asked
 
 
 @needs_kubectl
-def test_settings_that_are_applied_stay(cluster):
+def test_applied_settings_are_kept(cluster):
     applied = [m["metadata"]["name"] for m in render("overlays/local") if m["kind"] == "ConfigMap"]
     _, asked = cluster(
         "deploy", {"get configmaps -l": shlex.join(["printf", r"configmap/%s\n", *applied])}
@@ -293,6 +297,6 @@ def test_settings_that_are_applied_stay(cluster):
 
 
 @needs_kubectl
-def test_no_settings_are_deleted_where_nobody_knows_what_refers_to_them(cluster):
+def test_no_settings_are_deleted_where_their_users_are_unknown(cluster):
     _, asked = cluster("deploy", {"get configmaps -l": MADE, "get replicasets": "exit 1"})
     assert " delete " not in asked

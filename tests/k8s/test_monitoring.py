@@ -1,4 +1,4 @@
-"""Alerts, dashboard, autoscalers and analyses ask for metrics and labels that the service has, and alerts do fire."""
+"""Alerts, dashboard, autoscalers and analyses query existing metrics, and the alerts fire."""
 
 import ast
 import json
@@ -23,13 +23,13 @@ COMPUTED = {
     "imago_drift_images": (),
     "imago_feedback_accuracy": (),
     "imago_feedback_ece": (),
-}  # by serve.metrics.derived_metrics, when somebody scrapes
+}  # computed by serve.metrics.derived_metrics on each scrape
 TARGET = {"namespace", "pod", "job", "container"}  # added by Prometheus
 JOBS = {"job_name"}  # of kube-state-metrics' series on Jobs
 
 
 def series() -> dict[str, tuple[str, ...]]:
-    """Name of every series the service has, with its labels."""
+    """Return the labels of every series of the service, by name."""
     found = dict(COMPUTED)
     for name, definition in METRICS.items():
         full = f"imago_{name}"
@@ -45,7 +45,7 @@ def series() -> dict[str, tuple[str, ...]]:
 
 
 def training() -> set[str]:
-    """Names of the series of a training job."""
+    """Return the names of the series of a training job."""
     from train.runs import monitor
 
     trained = monitor.Monitor(9090)
@@ -70,7 +70,7 @@ def dashboard() -> dict:
 
 
 def queries() -> dict[str, str]:
-    """Every PromQL query of the manifests, by where it stands, with variables filled in."""
+    """Return every PromQL query of the manifests by its place, with variables filled in."""
     found = {r["alert"]: r["expr"] for group in rules() for r in group["rules"]}
     for panel in dashboard()["panels"]:
         for target in panel["targets"]:
@@ -98,7 +98,7 @@ def queries() -> dict[str, str]:
     return found
 
 
-def test_queries_name_series_and_labels_that_the_service_has():
+def test_queries_use_existing_series_and_labels():
     known = series() | dict.fromkeys(training(), ())
     used = set()
     for where, query in queries().items():
@@ -111,7 +111,7 @@ def test_queries_name_series_and_labels_that_the_service_has():
 
 
 def counted() -> dict[str, set[str]]:
-    """The label values that each metric is counted under, as the service's source writes them."""
+    """Return the label values of each metric, read from the source of the service."""
     found = defaultdict(set, requests={str(code) for code in CODES})
     for path in (K8S.parent / "serve").rglob("*.py"):
         for call in ast.walk(ast.parse(path.read_text())):
@@ -132,7 +132,7 @@ def counted() -> dict[str, set[str]]:
     return found
 
 
-def test_queries_ask_for_label_values_that_the_service_counts():
+def test_queries_use_existing_label_values():
     known, asked = counted(), set()
     for where, query in queries().items():
         for name, selector in re.findall(r"\bimago_(\w+?)(?:_total)?\{([^}]*)\}", query):
@@ -146,7 +146,7 @@ def test_queries_ask_for_label_values_that_the_service_counts():
     assert asked == {"code", "outcome"}
 
 
-def test_queries_group_by_labels_that_their_series_have():
+def test_queries_group_by_existing_labels():
     known = series() | dict.fromkeys(training(), ())
     for where, query in queries().items():
         names = set(re.findall(r"\bimago_\w+", query))
@@ -160,7 +160,7 @@ def test_queries_group_by_labels_that_their_series_have():
                 assert {g.strip() for g in grouping.split(",")} <= labels, f"{where}: {grouping}"
 
 
-def test_alerts_on_training_see_the_jobs_that_are_made_by_hand():
+def test_training_alerts_match_jobs_created_by_hand():
     made = re.findall(r"create job (\S+) --from", RUNBOOK + (K8S / "cluster").read_text())
     assert len(made) >= 2
     patterns = {
@@ -172,7 +172,7 @@ def test_alerts_on_training_see_the_jobs_that_are_made_by_hand():
     assert all(re.fullmatch(pattern, name) for pattern in patterns for name in made)
 
 
-def test_the_autoscalers_ask_for_the_same_metric():
+def test_both_autoscalers_use_the_same_metric():
     (hpa,) = manifests_of_kind("components/hpa", "HorizontalPodAutoscaler")
     (pods,) = (m["pods"] for m in hpa["spec"]["metrics"] if m["type"] == "Pods")
     (rule,) = yaml.safe_load((K8S / "components/hpa/prometheus-adapter-values.yaml").read_text())[
@@ -188,15 +188,15 @@ def test_the_autoscalers_ask_for_the_same_metric():
     assert scaled["spec"]["triggers"][1]["metadata"]["containerName"] in containers
 
 
-def test_where_nothing_is_measured_no_replica_is_taken_away():
+def test_missing_metrics_remove_no_replica():
     (scaled,) = manifests_of_kind("components/keda", "ScaledObject")
     assert scaled["spec"]["triggers"][0]["metadata"]["ignoreNullValues"] == "false", (
-        "no series would be no load"
+        "missing series would count as no load"
     )
     assert scaled["spec"]["fallback"]["behavior"] == "currentReplicasIfHigher"
 
 
-def test_with_the_patch_of_the_readme_no_query_asks_for_another_namespace():
+def test_the_patch_in_the_readme_changes_the_namespace_of_the_query():
     (patches,) = re.findall(r"^    (patches:\n.*?)\n\n", RUNBOOK, re.MULTILINE | re.DOTALL)
     manifests = render_overlay(
         "kind: Kustomization\nnamespace: team\nresources: [../local]\n"
@@ -209,7 +209,7 @@ def test_with_the_patch_of_the_readme_no_query_asks_for_another_namespace():
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_autoscalers_add_a_replica_at_seven_tenths_of_the_limit_of_a_pod(case):
+def test_autoscalers_target_seventy_percent_of_the_cpu_limit(case):
     deployment = next(
         d for d in manifests_of_kind(case, "Deployment") if d["metadata"]["name"] == "imago-serving"
     )
@@ -237,7 +237,7 @@ def test_the_autoscalers_add_a_replica_at_seven_tenths_of_the_limit_of_a_pod(cas
     )
 
 
-def test_each_alert_has_its_paragraph_in_the_runbook():
+def test_each_alert_has_an_entry_in_the_runbook():
     for group in rules():
         for rule in group["rules"]:
             anchor = rule["annotations"]["runbook"].removeprefix("k8s/README.md#")
@@ -249,8 +249,8 @@ def test_each_alert_has_its_paragraph_in_the_runbook():
             assert len(section[1]) > 200, rule["alert"]
 
 
-def test_the_readme_lets_prometheus_see_every_object_that_we_make_for_it():
-    """The chart's Prometheus otherwise takes those of its own release alone."""
+def test_the_readme_lets_prometheus_select_every_monitor_and_rule():
+    """By default the chart's Prometheus selects only objects of its own release."""
     kinds = {
         m["kind"]
         for case in CASES
@@ -271,7 +271,7 @@ def promtool() -> str:
     return found or pytest.skip("promtool is not installed (Debian: apt-get install prometheus)")
 
 
-def test_alerts_fire_when_they_should_and_only_then(promtool, tmp_path):
+def test_alerts_fire_only_when_they_should(promtool, tmp_path):
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": rules()}))
     cases = yaml.safe_load((HERE / "alerts.yaml").read_text())
     annotations = {r["alert"]: r["annotations"] for group in rules() for r in group["rules"]}

@@ -1,4 +1,4 @@
-"""Pods as a platform engineer would sign them: the restricted profile, probes, resources, fixed tags, safe updates."""
+"""Policies for pods: restricted profile, probes, resources, fixed tags, safe updates."""
 
 import os
 import re
@@ -19,7 +19,7 @@ VOLUMES = {
     "persistentVolumeClaim",
     "projected",
     "secret",
-}  # what the restricted profile allows
+}  # allowed by the restricted profile
 CHECKOV = Path(os.environ.get("CHECKOV", K8S.parent / ".venv/checkov/bin/checkov"))
 
 
@@ -31,7 +31,7 @@ def all_pods(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_pods_keep_to_the_restricted_profile(case):
+def test_pods_meet_the_restricted_profile(case):
     for name, template in all_pods(case):
         spec = template["spec"]
         context = spec["securityContext"]
@@ -51,14 +51,14 @@ def test_pods_keep_to_the_restricted_profile(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_namespace_enforces_it(case):
+def test_the_namespace_enforces_the_restricted_profile(case):
     (namespace,) = manifests_of_kind(case, "Namespace")
     for mode in ("enforce", "warn", "audit"):
         assert namespace["metadata"]["labels"][f"pod-security.kubernetes.io/{mode}"] == "restricted"
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_pods_hold_no_token(case):
+def test_pods_have_no_token(case):
     for name, template in all_pods(case):
         assert template["spec"]["automountServiceAccountToken"] is False, name
         assert template["spec"]["serviceAccountName"] != "default", name
@@ -68,7 +68,7 @@ def test_pods_hold_no_token(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_containers_have_resources_and_images_a_fixed_tag(case):
+def test_containers_have_resources_and_fixed_image_tags(case):
     for name, template in all_pods(case):
         for container in containers(template):
             resources = container["resources"]
@@ -105,7 +105,7 @@ def test_serving_updates_probes_and_drains(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_training_survives_what_it_should_and_fails_at_once_where_it_should(case):
+def test_training_restarts_after_disruptions_and_not_after_invalid_settings(case):
     jobs = [j["spec"] for j in manifests_of_kind(case, "Job")] + [
         j["spec"]["jobTemplate"]["spec"] for j in manifests_of_kind(case, "CronJob")
     ]
@@ -133,8 +133,8 @@ def test_training_survives_what_it_should_and_fails_at_once_where_it_should(case
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_changed_setting_is_a_new_config_map(case):
-    """So it rolls out and back with its pods. Grafana's sidecar reads the dashboard anew, by the same name."""
+def test_a_changed_setting_makes_a_new_config_map(case):
+    """Then it is rolled out and back with its pods. Only the dashboard keeps its name."""
     settings = [
         m
         for m in manifests_of_kind(case, "ConfigMap")
@@ -147,7 +147,7 @@ def test_a_changed_setting_is_a_new_config_map(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_labels_follow_the_recommended_scheme(case):
+def test_objects_have_the_recommended_labels(case):
     for manifest in render(case):
         labels = manifest["metadata"].get("labels", {})
         if manifest["kind"] not in ("Namespace", "ConfigMap"):

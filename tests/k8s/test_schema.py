@@ -1,5 +1,8 @@
-"""Every manifest is what Kubernetes 1.30 to 1.36 takes, by its schemas, with no field it does not know; and those of
-operators are what our own models of their resources take (crds.py; test_crds.py has the real ones)."""
+"""Manifests are valid for Kubernetes 1.30 to 1.36, without unknown fields.
+
+Custom resources are validated by models in support/crd_models.py; test_crds.py has the operators'
+own definitions.
+"""
 
 import copy
 
@@ -10,7 +13,7 @@ from support.manifests import CASES, render
 
 KINDS = crd_models.custom_resource_models()
 VERSIONS = [f"1.{minor}" for minor in range(30, 37)]
-# Image volumes are newer than 1.30; the component says from when on they work.
+# Image volumes are newer than 1.30; the component names the version they need.
 FROM = {"model-from-image": "1.31"}
 
 
@@ -32,7 +35,7 @@ def test_built_in_kinds_match_the_schema_of_each_kubernetes(case):
 
 
 def built_in(manifest):
-    """What a custom resource holds of the built-in kinds, each as an object of its own."""
+    """Return the built-in kinds inside a custom resource as objects."""
     spec, named = manifest["spec"], {"metadata": manifest["metadata"]}
     match manifest["kind"]:
         case "TrainingRuntime":
@@ -86,7 +89,7 @@ def test_the_check_is_strict():
         ),
     ],
 )
-def test_the_check_looks_into_custom_kinds(kind, path):
+def test_the_check_covers_built_in_kinds_in_custom_ones(kind, path):
     case = "components/keda,gpu-serving,gpu-training,training-kubeflow on local"
     broken = copy.deepcopy(next(m for m in render(case) if m["kind"] == kind))
     inside = broken["spec"]
@@ -98,5 +101,5 @@ def test_the_check_looks_into_custom_kinds(kind, path):
         kubernetes_validate.validate(inner, VERSIONS[-1], strict=True)
 
 
-def test_the_overlay_for_a_bare_cluster_needs_no_custom_kind():
+def test_the_local_overlay_has_no_custom_kind():
     assert not [m["kind"] for m in render("overlays/local") if m["kind"] in KINDS]

@@ -1,4 +1,4 @@
-"""What a serving pod does before there is a model: wait, and go at once when it is told to."""
+"""The init container of a serving pod: it waits for the model, and ends on SIGTERM."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from support.manifests import containers, pod_templates
 
 @pytest.fixture
 def waiting(tmp_path):
-    """The init container's process, which has found no bundle yet."""
+    """Run the init container's process in an empty store."""
     template = dict(pod_templates("overlays/local"))["Deployment/imago-serving"]
     container = next(c for c in containers(template) if c["name"] == "model")
     settings = {"IMAGO_STORE": str(tmp_path), "IMAGO_MODEL": "digits", "IMAGO_VERSION": "latest"}
@@ -25,13 +25,13 @@ def waiting(tmp_path):
         process.kill()
 
 
-def test_it_ends_when_the_model_is_there(waiting, tmp_path):
+def test_it_ends_when_the_model_exists(waiting, tmp_path):
     (tmp_path / "digits/latest").mkdir(parents=True)
     (tmp_path / "digits/latest/manifest.json").touch()
     assert waiting.wait(10) == 0
 
 
-def test_it_hears_a_notice_to_end(waiting):
-    """As the first process of a container, which the kernel spares a signal that it has no handler for."""
+def test_it_ends_on_sigterm(waiting):
+    """Process 1 of a container gets only the signals that it handles."""
     waiting.send_signal(signal.SIGTERM)
     assert waiting.wait(10) == 143

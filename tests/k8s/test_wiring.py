@@ -1,4 +1,4 @@
-"""What one manifest says of another, or of the code: ports, backends, grace, what a GPU takes."""
+"""References between manifests: metrics ports, routes, grace periods, GPUs."""
 
 import pytest
 from support.manifests import CASES, containers, manifests_of_kind, pod_templates
@@ -7,7 +7,7 @@ from train.runs.preemption import SECONDS
 
 
 def trainers(case):
-    """(arguments, ports) of every training container; a TrainJob's arguments stand beside its runtime."""
+    """Return (arguments, ports) of every training container; a TrainJob has the arguments."""
     jobs = manifests_of_kind(case, "TrainJob")
     for _, template in pod_templates(case):
         for container in containers(template):
@@ -17,7 +17,7 @@ def trainers(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_training_exports_its_metrics_where_they_are_scraped(case):
+def test_training_exports_metrics_on_the_scraped_port(case):
     found = list(trainers(case))
     assert found
     for arguments, ports in found:
@@ -25,8 +25,8 @@ def test_training_exports_its_metrics_where_they_are_scraped(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_routes_lead_to_a_port_that_the_service_has(case):
-    """And never to its metrics."""
+def test_routes_lead_to_the_http_port_of_the_service(case):
+    """Not to the metrics port."""
     services = {
         s["metadata"]["name"]: {p["name"]: p["port"] for p in s["spec"]["ports"]}
         for s in manifests_of_kind(case, "Service")
@@ -44,7 +44,7 @@ def test_routes_lead_to_a_port_that_the_service_has(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_training_has_the_time_to_save_what_it_learnt(case):
+def test_training_has_time_to_save_a_checkpoint(case):
     grace = [
         t["spec"]["terminationGracePeriodSeconds"]
         for _, t in pod_templates(case)
@@ -55,7 +55,7 @@ def test_training_has_the_time_to_save_what_it_learnt(case):
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if "gpu" in c])
-def test_pods_on_gpus_ask_for_one_and_for_a_node_that_has_it(case):
+def test_gpu_pods_request_a_gpu_and_select_a_node_with_one(case):
     parts = {
         part: case == "overlays/gpu" or f"gpu-{part}" in case for part in ("serving", "training")
     }
@@ -74,7 +74,7 @@ def test_pods_on_gpus_ask_for_one_and_for_a_node_that_has_it(case):
             assert not {"nodeSelector", "tolerations"} & set(spec), name
 
 
-def test_gpus_are_asked_for_by_every_kind_that_makes_pods():
+def test_gpu_components_change_every_kind_with_pods():
     found = {
         name.partition("/")[0] for case in CASES if "gpu" in case for name, _ in pod_templates(case)
     }
