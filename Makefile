@@ -1,10 +1,11 @@
-# Imago. `make` alone lists the targets. Variables:
-#   DATA    what to train on: digits (default), mnist, fashion-mnist, cifar10, cifar100, or a path to your own images
-#   NAME    the model's name in the store (default: the name of the data)
-#   RECIPE  a file in train/recipes/, or a path (default: the one named for the data, else folder)
-#   ROOT    where torchvision's data sets already lie; nothing is downloaded then
-#   STORE   the bundle store (default artifacts/store)      PORT  the service's port (default 8000)
-#   ARGS    passed through, e.g. ARGS='--trainer.max_epochs 5' or ARGS='--max-batch-size 8'
+# Imago. `make` without a target lists the targets. Variables:
+#   DATA    data to train on: digits (default), mnist, fashion-mnist, cifar10, cifar100, or a path to your images
+#   NAME    name of the model in the store (default: the name of the data)
+#   RECIPE  name in train/recipes/, or a path (default: the recipe with the name of the data, else folder)
+#   ROOT    directory with torchvision's data sets; with it, nothing is downloaded
+#   STORE   directory of the bundles (default: artifacts/store)
+#   PORT    port of the service (default: 8000)
+#   ARGS    more arguments, e.g. ARGS='--trainer.max_epochs 5' or ARGS='--max-batch-size 8'
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -27,27 +28,27 @@ named := $(if $(NAME),--name $(NAME))
 recipe := $(if $(RECIPE),--recipe $(RECIPE))
 root := $(if $(ROOT),--root "$(ROOT)")
 
-##@ The road
+##@ Train and serve
 help: ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} \
 	  /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@awk 'BEGIN {print "\nVariables"} /^#   / {print substr($$0, 3)}' $(firstword $(MAKEFILE_LIST))
 
-setup: $(VENV)/.train.lock ## make the virtual environment (again when the lock changed)
+setup: $(VENV)/.train.lock ## create the virtual environment; update it when the lock file changed
 
-train: setup ## train a model and leave a bundle in the store
+train: setup ## train a model and publish a bundle in the store
 	@$(run) train run "$(data)" --store "$(STORE)" $(named) $(recipe) $(root) $(ARGS)
 
-serve: setup ## serve the store's model; trains the embedded default if the store is empty
+serve: setup ## serve a model of the store; if the store is empty, train the built-in digits first
 	@if ! compgen -G '$(STORE)/$(or $(NAME),*)/latest/manifest.json' >/dev/null; then \
-	  $(if $(NAME),[ '$(origin DATA)' != file ] || { echo "make: $(STORE) has no model '$(NAME)'; train it: make train DATA=<data> NAME=$(NAME)" >&2; exit 2; };) \
+	  $(if $(NAME),[ '$(origin DATA)' != file ] || { echo "make: $(STORE) has no model '$(NAME)'; train it first: make train DATA=<data> NAME=$(NAME)" >&2; exit 2; };) \
 	  $(MAKE) train ARGS=; fi
 	@exec $(run) serve --store "$(STORE)" $(if $(NAME),--model $(NAME)) --port $(PORT) $(ARGS)
 
-audit: setup ## look for broken, duplicate, leaked and mislabelled images: make audit DATA=…
+audit: setup ## find broken, duplicate, leaked and mislabelled images: make audit DATA=…
 	@$(run) train audit "$(data)" $(recipe) $(root) $(ARGS)
 
-models: setup ## list the store
+models: setup ## list the bundles in the store
 	@$(run) models list --store "$(STORE)" $(ARGS)
 
 ##@ Development
@@ -57,7 +58,7 @@ test: dev ## run the quick tests: make test [ARGS='tests/serve -k drain']
 test-slow: dev ## run the slow tests
 	@$(run) pytest -m slow $(ARGS)
 
-lint: dev ## check style, types and the direction of imports
+lint: dev ## check style, types, imports and workflows
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check --quiet . || { echo "make: some files are not formatted; run: make format" >&2; exit 1; }
 	@$(VENV)/bin/lint-imports >/dev/null || $(VENV)/bin/lint-imports
@@ -72,7 +73,7 @@ format: dev ## format the code and sort imports
 
 dev: $(VENV)/.train.lock $(VENV)/.dev.lock
 
-lock: ## write the lock files anew from pyproject.toml: make lock [ARGS=--upgrade]
+lock: ## write the lock files from pyproject.toml: make lock [ARGS=--upgrade]
 	@[ -x $(python) ] || $(PYTHON) -m venv $(VENV)
 	@[ -x $(VENV)/bin/uv ] || $(run) pip install --quiet uv
 	@compile() { $(VENV)/bin/uv pip compile pyproject.toml --universal --python-version 3.11 --no-emit-index-url \
@@ -84,7 +85,7 @@ lock: ## write the lock files anew from pyproject.toml: make lock [ARGS=--upgrad
 	  - <<<'onnxruntime-gpu[cuda,cudnn]>=1.26'; \
 	compile --extra serve -c docker/dev.lock --generate-hashes -o docker/serve-openvino.lock - <<<'openvino>=2025.3'
 
-clean: ## remove the virtual environment and the caches; the store stays
+clean: ## delete the virtual environment and the caches, but not the store
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
 ##@ Containers and Kubernetes
@@ -97,30 +98,30 @@ OVERLAY ?= local
 images: ## build both images with docker or podman: make images [BASE=…] [RUNTIME=cuda] [REGISTRY=…] [TAG=…]
 	@BASE='$(BASE)' RUNTIME='$(RUNTIME)' PREFIX='$(REGISTRY)/imago-' TAG='$(TAG)' docker/build serve train
 
-test-images: dev images ## train in one image, serve from the other, under the restrictions of a cluster
+test-images: dev images ## build both images, train and serve with them, restricted as in a cluster
 	@IMAGO_TEST_IMAGES='$(REGISTRY)/imago-serve:$(TAG)$(addprefix -,$(filter-out cpu,$(RUNTIME))) $(REGISTRY)/imago-train:$(TAG)' \
 	  BASE='$(BASE)' RUNTIME='$(RUNTIME)' $(run) pytest tests/docker -m slow $(ARGS)
 
-checkov: $(VENV)/checkov/bin/checkov ## install the checker of policies, which does not fit beside our packages
+checkov: $(VENV)/checkov/bin/checkov ## install checkov in its own environment; its packages conflict with Imago's
 $(VENV)/checkov/bin/checkov:
 	@$(PYTHON) -m venv $(VENV)/checkov && $(VENV)/checkov/bin/pip install --quiet --disable-pip-version-check 'checkov==3.3.30'
 
-deploy: ## apply an overlay and wait until it serves: make deploy OVERLAY=local [TRAIN=1: train anew]
-undeploy: ## take it away, all but the volumes: make undeploy OVERLAY=local [PURGE=1: the volumes too]
-logs: ## what the pods say: make logs [FOLLOW=1]
-scale: ## make scale N=3
+deploy: ## apply an overlay and wait until it serves: make deploy OVERLAY=local [TRAIN=1: train again]
+undeploy: ## delete an overlay, but keep its volumes: make undeploy OVERLAY=local [PURGE=1: delete them, too]
+logs: ## print the logs of the pods: make logs [FOLLOW=1]
+scale: ## set the number of serving replicas: make scale N=3
 render: ## print the manifests of an overlay: make render OVERLAY=cpu [REGISTRY=…] [TAG=…]
 deploy undeploy logs scale render:
 	@OVERLAY='$(OVERLAY)' N='$(N)' TRAIN='$(TRAIN)' PURGE='$(PURGE)' FOLLOW='$(FOLLOW)' \
 	  REGISTRY='$(filter-out localhost,$(REGISTRY))' TAG='$(if $(filter file,$(origin TAG)),,$(TAG))' k8s/cluster $@
 
-# The stamp is a copy of the lock: a changed lock sets up again, a touched one does not.
+# The stamp is a copy of the lock file: only a changed lock file, not a newer one, installs again.
 $(VENV)/.%.lock: docker/%.lock
 	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "make: $(PYTHON) must be Python 3.11 or newer with the venv module (Debian: apt-get install python3-venv);" \
-	       "name another with PYTHON=…" >&2; exit 2; }
+	       "set another with PYTHON=…" >&2; exit 2; }
 	@[ -x $(python) ] || $(PYTHON) -m venv $(VENV)
-	@cmp -s $< $@ || { echo "Setting up $(VENV) from $<: the first time takes a few minutes"; \
+	@cmp -s $< $@ || { echo "Installing $< into $(VENV); the first time takes a few minutes"; \
 	  $(run) pip install --quiet --disable-pip-version-check -r $<; \
 	  $(run) pip install --quiet --disable-pip-version-check --no-deps --editable .; cp $< $@; }
 	@touch $@

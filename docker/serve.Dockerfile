@@ -1,10 +1,10 @@
-# The service: no torch, no compiler, no pip; a numeric user, a read-only root. Build arguments:
+# The service, without torch, compiler and pip. Runs as a numeric user on a read-only root. Build arguments:
 #   BASE      any Debian with Python 3.11
-#   RUNTIME   cpu; cuda and openvino take their packages from serve-<RUNTIME>.lock
+#   RUNTIME   cpu, cuda or openvino; the last two install serve-<RUNTIME>.lock
 #   VERSION, REVISION, SOURCE   of Imago, for the labels
 ARG BASE=docker.io/library/python:3.11-slim-bookworm
 
-# The packages: by hash, wheels only, in a virtual environment that has no pip.
+# Packages: wheels with checked hashes, in a virtual environment without pip.
 FROM ${BASE} AS packages
 ARG RUNTIME=cpu
 COPY docker/serve*.lock /locks/
@@ -14,14 +14,14 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     python3 -m venv --without-pip /opt/imago \
     && python3 -m pip --python /opt/imago/bin/python install --quiet --no-cache-dir --no-compile --no-deps \
        --only-binary :all: --require-hashes -r "$lock"
-# What no server imports goes. Byte code carries no times: the same lock gives the same layer.
+# Remove what the server does not import. Byte code without times gives the same layer for the same lock.
 WORKDIR /opt/imago/lib/python3.11/site-packages
 RUN find . -type d \( -name tests -o -name include \) -prune -exec rm -r {} + \
     && rm -rf onnxruntime/transformers onnxruntime/quantization onnxruntime/tools onnxruntime/datasets \
     && PYTHONHASHSEED=0 /opt/imago/bin/python -m compileall -q --invalidation-mode unchecked-hash -x 'pygments' .
 
-# The system, less what a server never needs: pip, caches, manuals, legacy encodings. dpkg's list stays, for scanners, and
-# each package's copyright file, which its licence asks for.
+# System without pip, caches, manuals and legacy encodings. dpkg's package list stays for scanners, and the copyright
+# files, which the licences require.
 FROM ${BASE} AS system
 RUN rm -rf /usr/local/lib/python3.*/site-packages/* /usr/local/lib/python3.*/ensurepip /usr/local/bin/pip* \
       /usr/lib/python3/dist-packages/* /usr/lib/python3.*/ensurepip /usr/bin/pip* /usr/share/python-wheels \
@@ -33,7 +33,7 @@ RUN rm -rf /usr/local/lib/python3.*/site-packages/* /usr/local/lib/python3.*/ens
     && find /usr/share/doc \( -xtype l -o -type d -empty \) -delete \
     && mkdir -p /var/lib/apt /var/cache /var/log /store
 
-# Ours, with modes that do not hang on the umask of whoever checked it out.
+# Imago's sources, with file modes that do not depend on the umask of the checkout.
 FROM ${BASE} AS sources
 COPY models/*.py /app/models/
 COPY models/image /app/models/image
@@ -42,7 +42,7 @@ COPY models/store /app/models/store
 COPY serve /app/serve
 RUN chmod -R u=rwX,go=rX /app
 
-# From scratch, so that what was removed above is in no layer at all.
+# From scratch, so that no layer contains the removed files.
 FROM scratch
 # hadolint ignore=DL3067
 COPY --from=system / /
@@ -61,7 +61,7 @@ ENTRYPOINT ["python", "-m", "serve"]
 ARG BASE
 ARG VERSION=0 REVISION=unknown SOURCE=unknown
 LABEL org.opencontainers.image.title="Imago serve" \
-      org.opencontainers.image.description="Images in, predictions out: a batched HTTP service for Imago bundles" \
+      org.opencontainers.image.description="HTTP service that answers images with the predictions of an Imago bundle" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}" \

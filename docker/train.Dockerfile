@@ -1,8 +1,8 @@
-# The training job. On a GPU node the CUDA libraries come with PyPI's torch wheels; the same image runs on CPU nodes.
+# The training job. The CUDA libraries come with PyPI's torch wheels; the same image runs on GPU and CPU nodes.
 # Build arguments:
 #   BASE       any Debian with Python 3.11
-#   COMPILER   1 adds gcc, which `--model.compile` needs at run time (Triton and inductor write C)
-#   VERSION, REVISION, SOURCE   of Imago, for the labels; the revision also goes into the bundle's provenance
+#   COMPILER   1 adds g++, which `--model.compile` needs at run time (Triton and inductor generate C)
+#   VERSION, REVISION, SOURCE   of Imago, for the labels; the revision is also recorded in bundles
 ARG BASE=docker.io/library/python:3.11-slim-bookworm
 
 FROM ${BASE} AS packages
@@ -15,7 +15,7 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     && PYTHONHASHSEED=0 /opt/imago/bin/python -m compileall -q -f --invalidation-mode unchecked-hash -x '/testing/' \
        /opt/imago/lib
 
-# Ours, with modes that do not hang on the umask of whoever checked it out.
+# Imago's sources, with file modes that do not depend on the umask of the checkout.
 FROM ${BASE} AS sources
 COPY models /app/models
 COPY train /app/train
@@ -34,7 +34,7 @@ ENV PATH=/opt/imago/bin:/usr/local/bin:/usr/bin:/bin \
     PYTHONPATH=/app PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 LANG=C.UTF-8 HOME=/tmp \
     NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     IMAGO_REVISION=${REVISION}
-# Relative paths, such as artifacts/, lead to a place that may be written.
+# Relative paths, such as artifacts/, must be writable.
 WORKDIR /tmp
 USER 65532:65532
 STOPSIGNAL SIGTERM
@@ -42,7 +42,7 @@ ENTRYPOINT ["python", "-m", "train"]
 CMD ["run", "digits", "--store=/store"]
 
 LABEL org.opencontainers.image.title="Imago train" \
-      org.opencontainers.image.description="Labelled images in, a bundle for Imago's service out" \
+      org.opencontainers.image.description="Training job that turns labelled images into an Imago bundle" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}" \

@@ -143,7 +143,7 @@ def test_no_engine_is_one_line():
 
 
 def test_an_unknown_runtime_is_one_line():
-    assert "no RUNTIME 'abacus'; there are: cpu" in one_line(
+    assert "unknown RUNTIME 'abacus'; choose one of: cpu" in one_line(
         run("docker/build", "serve", RUNTIME="abacus")
     )
 
