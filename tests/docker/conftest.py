@@ -1,4 +1,4 @@
-"""The container engine of this machine, as docker/engine drives it."""
+"""Fixture: docker or podman, through docker/engine."""
 
 import subprocess
 from pathlib import Path
@@ -10,15 +10,15 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="session")
 def engine():
-    """Runs docker or podman; skips where neither works."""
+    """Return a function that runs docker or podman; skip where neither works."""
 
     def run(
-        *words: str | Path, check: bool = True, timeout: float = 600
+        *arguments: str | Path, check: bool = True, timeout: float = 600
     ) -> subprocess.CompletedProcess:
         done = subprocess.run(
-            [ROOT / "docker/engine", *words], capture_output=True, text=True, timeout=timeout
+            [ROOT / "docker/engine", *arguments], capture_output=True, text=True, timeout=timeout
         )
-        assert not check or done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
+        assert not check or done.returncode == 0, f"{arguments}: {done.stdout}{done.stderr}"
         return done
 
     probe = run("version", check=False)

@@ -1,4 +1,4 @@
-"""The Dockerfiles as text, and what the scripts beside them say when something is missing."""
+"""The Dockerfiles as text, and the errors of the scripts in docker/."""
 
 import json
 import os
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "docker").glob("*.Dockerfile"))
 
 
-def test_hadolint_finds_nothing():
+def test_hadolint_reports_nothing():
     done = subprocess.run(
         [Path(sys.executable).parent / "hadolint", *FILES], capture_output=True, text=True
     )
@@ -24,7 +24,7 @@ def test_hadolint_finds_nothing():
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
-def test_runs_as_a_number_and_from_a_named_base(file):
+def test_images_have_a_numeric_user_and_the_given_base(file):
     text = file.read_text()
     for base in re.findall(r"^FROM (\S+)", text, re.MULTILINE):
         assert base in ("${BASE}", "scratch"), base
@@ -35,7 +35,7 @@ def test_runs_as_a_number_and_from_a_named_base(file):
 
 
 @pytest.mark.parametrize("kind", ["serve", "train"])
-def test_an_image_is_labelled_with_what_it_is_and_was_built_from(kind):
+def test_images_are_labelled_with_version_revision_and_base(kind):
     last = (ROOT / f"docker/{kind}.Dockerfile").read_text().split("\nFROM ")[-1]
     labels = dict(re.findall(r'org\.opencontainers\.image\.([\w.]+)="(.*?)"', last))
     assert labels.pop("description")
@@ -51,36 +51,36 @@ def test_an_image_is_labelled_with_what_it_is_and_was_built_from(kind):
         r"\w+", " ".join(re.findall(r"^ARG (.*)", last.partition("LABEL ")[0], re.MULTILINE))
     )
     assert {"VERSION", "REVISION", "SOURCE", "BASE"} <= set(declared), (
-        "an argument is known in its stage alone"
+        "an argument is known only in its stage"
     )
 
 
-def test_serving_is_installed_by_hash():
+def test_serving_packages_are_installed_by_hash():
     text = (ROOT / "docker/serve.Dockerfile").read_text()
     assert "--require-hashes" in text
     assert "--no-deps" in text
 
 
 @pytest.mark.parametrize(
-    ("status", "well"),
+    ("status", "is_healthy"),
     [(200, True), (503, False), (None, False)],
-    ids=["ready", "not ready", "nobody there"],
+    ids=["ready", "not ready", "no server"],
 )
-def test_the_health_check_asks_whether_the_service_is_ready(status, well):
+def test_the_health_check_queries_readiness(status, is_healthy):
     text = (ROOT / "docker/serve.Dockerfile").read_text()
     (command,) = re.findall(r"^HEALTHCHECK .*\\\n +CMD (\[.*\])$", text, re.MULTILINE)
-    asked = []
+    requests = []
 
-    class Answer(BaseHTTPRequestHandler):
+    class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            asked.append(self.path)
+            requests.append(self.path)
             self.send_response(status)
             self.end_headers()
 
         def log_message(self, *_: object) -> None:
             pass
 
-    with HTTPServer(("127.0.0.1", 0), Answer) as server:
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
         port = server.server_port
         if status:
             threading.Thread(target=server.handle_request).start()
@@ -92,11 +92,11 @@ def test_the_health_check_asks_whether_the_service_is_ready(status, well):
             timeout=20,
             env=os.environ | {"IMAGO_PORT": str(port)},
         )
-    assert (done.returncode == 0) is well, done.stderr
-    assert asked == (["/health/ready"] if status else [])
+    assert (done.returncode == 0) is is_healthy, done.stderr
+    assert requests == (["/health/ready"] if status else [])
 
 
-def test_what_is_copied_may_enter_a_build_and_nothing_else():
+def test_dockerignore_allows_only_what_is_copied():
     allowed = {
         line[1:]
         for line in (ROOT / ".dockerignore").read_text().splitlines()
@@ -118,8 +118,8 @@ def test_what_is_copied_may_enter_a_build_and_nothing_else():
 
 
 @pytest.mark.parametrize("kind", ["serve", "train"])
-def test_no_mode_of_a_file_on_the_building_machine_gets_into_an_image(kind):
-    """Its umask may keep all others out, the image's user among them."""
+def test_file_modes_do_not_depend_on_the_umask(kind):
+    """A strict umask would hide the files from the user of the image."""
     *before, last = (ROOT / f"docker/{kind}.Dockerfile").read_text().split("\nFROM ")
     assert re.findall(r"^COPY (?!--from)", last, re.MULTILINE) == []
     (sources,) = (stage for stage in before if " AS sources\n" in stage)
@@ -150,7 +150,7 @@ def test_an_unknown_runtime_is_one_line():
 
 @pytest.fixture
 def build(tmp_path):
-    """What this engine is told to build with, where `python3` does this."""
+    """Return the arguments of a build by an engine, with a replaced `python3`."""
 
     def build(engine: str, python: str) -> list[str]:
         says = f'[ "$1" = --version ] && echo {engine} version 5 || echo "$*"'
@@ -172,27 +172,27 @@ global.find-links='/tmp'
 END"""
 
 
-def test_docker_gets_pips_settings_as_secrets_and_nothing_that_only_podman_knows(build):
+def test_docker_gets_the_settings_of_pip_as_secrets(build):
     words = build("docker", PIP)
     secrets = [words[i + 1] for i, word in enumerate(words) if word == "--secret"]
     assert [secret.partition(",src=")[0] for secret in secrets] == ["id=pip", "id=ca"]
     assert {word for word in words if word.startswith("-")} == {"--secret"}
 
 
-def test_podman_gets_them_too_and_the_wheels_on_this_disk(build):
+def test_podman_also_gets_the_wheels_on_this_machine(build):
     words = build("podman", PIP)
     assert words.count("--secret") == 2
     assert {"--format", "--network", "--volume", "/tmp:/tmp:ro"} <= set(words)
 
 
 @pytest.mark.parametrize("engine", ["docker", "podman"])
-def test_a_python_without_pip_has_no_settings_to_pass_on(engine, build):
+def test_a_python_without_pip_passes_no_settings(engine, build):
     words = build(engine, "exit 1")
     assert (words[0], words[-1]) == ("build", ".")
 
 
-def test_a_docker_that_cannot_build_gives_way_to_podman(tmp_path):
-    """docker from version 23 on has BuildKit only with its plugin."""
+def test_podman_is_used_where_docker_can_not_build(tmp_path):
+    """From version 23 on docker needs a plugin for BuildKit."""
     docker = {
         "info": "true",
         "buildx": "exit 1",
@@ -214,8 +214,8 @@ def test_a_docker_that_cannot_build_gives_way_to_podman(tmp_path):
     assert run("docker/engine", "images", PATH=path, ENGINE="").stdout == "20.10.24 1\n"
 
 
-def test_an_image_of_changed_sources_says_so(tmp_path):
-    """Only of what may go into it."""
+def test_the_revision_of_changed_sources_is_dirty(tmp_path):
+    """Only sources that the image contains count."""
     calls, tools, root = tmp_path / "calls", tmp_path / "tools", tmp_path / "root"
     for script in ("build", "engine"):
         (root / "docker").mkdir(parents=True, exist_ok=True)
@@ -256,6 +256,6 @@ def test_an_image_of_changed_sources_says_so(tmp_path):
     assert re.fullmatch(r"[0-9a-f]{40}-dirty", passed("REVISION"))
 
 
-def test_a_base_image_that_is_not_there_is_one_line(engine):
-    said = one_line(run("docker/build", "serve", BASE="localhost:1/no/such:image"))
-    assert "the base image localhost:1/no/such:image is not here" in said
+def test_a_missing_base_image_is_one_line(engine):
+    error = one_line(run("docker/build", "serve", BASE="localhost:1/no/such:image"))
+    assert "the base image localhost:1/no/such:image is not here" in error

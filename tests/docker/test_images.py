@@ -1,6 +1,7 @@
-"""Both images for real, under the restrictions of a cluster: read-only root, a number as user, no capabilities, limits.
+"""Both images, run with the restrictions of a cluster: read-only root, numeric user, limits.
 
-IMAGO_TEST_IMAGES names the serving and the training image; `make test-images` builds them and sets it.
+IMAGO_TEST_IMAGES names the serving and the training image; `make test-images` builds them and
+sets it.
 """
 
 import json
@@ -47,11 +48,11 @@ def name(kind: str) -> str:
 
 @pytest.fixture(scope="module")
 def volume(engine, tmp_path_factory) -> Path:
-    """A store that the training image has filled with the embedded default."""
+    """Return a volume whose store the training image has filled with the built-in digits."""
     root = tmp_path_factory.mktemp("volume")
     for part in ("store", "data"):
         (root / part).mkdir()
-        (root / part).chmod(0o777)  # the user of the images is nobody's user here
+        (root / part).chmod(0o777)  # the user of the images does not exist on this machine
     root.chmod(0o755)
     root.parent.chmod(0o755)
     done = engine(
@@ -76,10 +77,13 @@ def volume(engine, tmp_path_factory) -> Path:
 
 
 class Service:
-    """A running container of the serving image; its ports on this machine."""
+    """A running container of the serving image, and its ports on this machine."""
 
     def __init__(self, engine, store: Path, *flags: str, port: int | None = None):
-        """With `port`, it listens there itself: a published port outlives its container, and swallows connections."""
+        """With `port` it uses the network of this machine.
+
+        A published port stays open longer than its container, and loses connections.
+        """
         self.engine = engine
         network = (
             ["--publish=127.0.0.1::8000", "--publish=127.0.0.1::9090"]
@@ -154,7 +158,7 @@ def bundle(volume: Path) -> tuple[Path, dict]:
     return path, json.loads((path / "manifest.json").read_text())
 
 
-def test_training_left_a_bundle_in_the_volume(volume, engine):
+def test_training_writes_a_bundle_into_the_volume(volume, engine):
     path, manifest = bundle(volume)
     revision = 'index .Config.Labels "org.opencontainers.image.revision"'
     label = engine(
@@ -168,11 +172,14 @@ def test_training_left_a_bundle_in_the_volume(volume, engine):
 
 
 def test_serving_has_no_torch_no_compiler_no_pip(engine):
-    look = """import importlib.util, shutil
-modules = [m for m in ("torch", "lightning", "pip", "setuptools", "ensurepip") if importlib.util.find_spec(m)]
-print(modules + [c for c in ("gcc", "cc", "g++", "ld", "make", "pip", "pip3") if shutil.which(c)])"""
+    script = """import importlib.util, shutil
+modules = ("torch", "lightning", "pip", "setuptools", "ensurepip")
+programs = ("gcc", "cc", "g++", "ld", "make", "pip", "pip3")
+found = [name for name in modules if importlib.util.find_spec(name)]
+print(found + [name for name in programs if shutil.which(name)])
+"""
     for options in ((), ("--entrypoint=/usr/bin/env",)):
-        words = ["python3", "-c", look] if options else ["-c", look]
+        words = ["python3", "-c", script] if options else ["-c", script]
         entry = options or ("--entrypoint=python",)
         assert (
             engine("run", "--rm", *RESTRICTED, *entry, name("serve"), *words).stdout.strip() == "[]"
@@ -185,12 +192,12 @@ print(modules + [c for c in ("gcc", "cc", "g++", "ld", "make", "pip", "pip3") if
 
 
 @pytest.mark.parametrize("kind", ["serve", "train"])
-def test_each_package_of_the_system_comes_with_its_licence(engine, kind):
-    look = """for package in $(dpkg-query -W -f '${Package} '); do
+def test_each_debian_package_has_its_licence(engine, kind):
+    script = """for package in $(dpkg-query -W -f '${Package} '); do
   [ -e "/usr/share/doc/$package/copyright" ] || echo "$package"
 done
 ls -d /usr/share/doc/dpkg"""
-    found = engine("run", "--rm", *RESTRICTED, "--entrypoint=sh", name(kind), "-c", look).stdout
+    found = engine("run", "--rm", *RESTRICTED, "--entrypoint=sh", name(kind), "-c", script).stdout
     assert found.split() == ["/usr/share/doc/dpkg"]
 
 
@@ -201,7 +208,7 @@ def test_serving_is_small(engine):
 
 
 @pytest.mark.parametrize("kind", ["serve", "train"])
-def test_images_say_what_they_are(engine, kind):
+def test_images_have_user_stop_signal_and_labels(engine, kind):
     (image,) = json.loads(engine("image", "inspect", name(kind)).stdout)
     config = image["Config"]
     assert config["User"] == "65532:65532"
@@ -219,7 +226,7 @@ def test_images_say_what_they_are(engine, kind):
     assert not re.search(r"password|secret|token|index|://", environment)
 
 
-def test_no_layer_remembers_the_index(engine):
+def test_no_layer_contains_the_package_index(engine):
     for kind in ("serve", "train"):
         history = engine("history", "--no-trunc", name(kind)).stdout
         assert "extra-index" not in history
@@ -230,7 +237,7 @@ def test_no_layer_remembers_the_index(engine):
 
 @pytest.mark.parametrize("kind", ["serve", "train"])
 def test_a_second_build_gives_the_same_layers(engine, kind):
-    """From nothing, not from the cache."""
+    """Build without the cache."""
     if "Podman" not in engine("version").stdout:
         pytest.skip("docker keeps the times of files")
     flags = os.environ.get("BUILD_FLAGS", "")
@@ -254,11 +261,11 @@ def test_a_second_build_gives_the_same_layers(engine, kind):
     assert first == second
 
 
-def test_serves_what_training_left(volume, serve):
+def test_the_trained_bundle_is_served(volume, serve):
     path, manifest = bundle(volume)
     with serve(
         volume / "store", "--env=IMAGO_MODEL=digits", "--user=12345:54321"
-    ) as service:  # whoever it may be
+    ) as service:  # any user
         service.wait_ready()
         right = 0
         for sample in manifest["samples"]:
@@ -291,8 +298,8 @@ def test_the_health_check_of_the_image(volume, serve, engine):
         assert engine("exec", service.id, *health_check(engine)).returncode == 0
 
 
-def test_the_health_check_fails_where_the_bundle_is_wrong(spoiled, engine):
-    """The service ends over it; its container, kept for the question, is not well."""
+def test_the_health_check_fails_with_a_damaged_bundle(damaged, engine):
+    """The service exits; a shell keeps its container for the health check."""
     script = 'python -m serve; echo "ended with $?"; exec "$@"'
     done = engine(
         "run",
@@ -301,7 +308,7 @@ def test_the_health_check_fails_where_the_bundle_is_wrong(spoiled, engine):
         "--memory=1g",
         "--cpus=1",
         "--volume",
-        f"{spoiled}:/store:ro",
+        f"{damaged}:/store:ro",
         "--entrypoint=sh",
         name("serve"),
         "-c",
@@ -314,7 +321,7 @@ def test_the_health_check_fails_where_the_bundle_is_wrong(spoiled, engine):
     assert done.returncode == 1, done.stderr
 
 
-def test_sigterm_under_load_loses_nothing(volume, serve, engine):
+def test_sigterm_under_load_loses_no_request(volume, serve, engine):
     path, manifest = bundle(volume)
     image = (path / "samples" / manifest["samples"][0]["file"]).read_bytes()
     with serve(volume / "store", port=find_free_ports(1)[0]) as service:
@@ -331,18 +338,18 @@ def test_sigterm_under_load_loses_nothing(volume, serve, engine):
 
 
 @pytest.fixture
-def spoiled(volume, tmp_path) -> Path:
-    """A store whose bundle is not as it was written."""
+def damaged(volume, tmp_path) -> Path:
+    """Return a store with a damaged bundle."""
     shutil.copytree(volume / "store", tmp_path / "store", symlinks=True)
     tmp_path.chmod(0o755)
     graph = tmp_path / "store/digits/1/model.onnx"
     graph.chmod(0o644)
-    graph.write_bytes(graph.read_bytes()[:-8] + b"spoilt!!")
+    graph.write_bytes(graph.read_bytes()[:-8] + b"damaged!")
     return tmp_path / "store"
 
 
-def test_a_wrong_bundle_never_becomes_ready(spoiled, serve):
-    with serve(spoiled, port=find_free_ports(1)[0]) as service:
+def test_a_damaged_bundle_never_becomes_ready(damaged, serve):
+    with serve(damaged, port=find_free_ports(1)[0]) as service:
         end = time.monotonic() + 15
         answered = set()
         while time.monotonic() < end:

@@ -1,4 +1,4 @@
-"""The table of licences in docker/README.md names what is installed for serving, and by the licence it has."""
+"""The table in docker/README.md lists the packages of the serving image and their licences."""
 
 import re
 from importlib.metadata import PackageNotFoundError, metadata
@@ -24,7 +24,7 @@ IMAGE = {
 
 
 def installed(lock: str) -> set[str]:
-    """The packages of a lock file that get into an image."""
+    """Return the packages of a lock file that an image contains."""
     found = set()
     for line in re.findall(r"^[a-z].*?(?= \\$|$)", (DOCKER / lock).read_text(), re.MULTILINE):
         requirement = Requirement(line)
@@ -34,7 +34,7 @@ def installed(lock: str) -> set[str]:
 
 
 def table() -> dict[str, str]:
-    """Licence of each package, as the table has it."""
+    """Return the licence of each package in the table."""
     found: dict[str, str] = {}
     for licence, packages in re.findall(r"^\| ([A-Z][\w.-]+) \| (.+) \|$", SECTION, re.MULTILINE):
         for package in re.sub(r" \([^)]*\)", "", packages).split(", "):
@@ -45,11 +45,11 @@ def table() -> dict[str, str]:
     return found
 
 
-def test_the_table_has_every_package_that_is_installed_and_no_other():
+def test_the_table_lists_exactly_the_installed_packages():
     assert table().keys() == installed("serve.lock")
 
 
-def test_what_another_runtime_adds_is_named_below_the_table():
+def test_packages_of_other_runtimes_are_listed_below_the_table():
     for lock in sorted(DOCKER.glob("serve-*.lock")):
         for package in installed(lock.name) - installed("serve.lock"):
             named = "NVIDIA" if package.startswith("nvidia-") else package
@@ -57,18 +57,18 @@ def test_what_another_runtime_adds_is_named_below_the_table():
 
 
 @pytest.mark.parametrize(("package", "licence"), sorted(table().items()))
-def test_a_package_has_the_licence_that_the_table_gives(package, licence):
+def test_a_package_has_the_licence_in_the_table(package, licence):
     try:
         about = metadata(package)
     except PackageNotFoundError:
         pytest.skip("not installed here")
-    said = [
+    licence_fields = [
         about.get("License-Expression"),
         about.get("License"),
         *(about.get_all("Classifier") or []),
     ]
     assert any(
         licence.partition("-")[0] in one
-        for one in said
+        for one in licence_fields
         if one and not one.startswith("Programming")
     )

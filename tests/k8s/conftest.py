@@ -1,4 +1,4 @@
-"""The cluster of the opt-in tests (see cluster.py), and the one that stands in for it in the others (standin.py)."""
+"""Fixtures: a real cluster for the opt-in tests, and a fake kubectl for the others."""
 
 import os
 import subprocess
@@ -14,11 +14,12 @@ CLEAN = ["sh", "-c", "rm -rf /store/* /data/runs"]
 
 @pytest.fixture(scope="module")
 def deployed() -> Iterator[None]:
+    """Deploy the local overlay to the real cluster, and remove it after the tests."""
     subprocess.run(["kubectl", "config", "use-context", CONTEXT], check=True, capture_output=True)
     make("deploy", "OVERLAY=local")
     yield
     if not os.environ.get("IMAGO_TEST_KEEP"):
-        # What lies on the node outlives its claim, and the next run would serve it.
+        # Files on the node outlive their claim, and the next run would serve them.
         kubectl("delete", "job", "imago-train", "--ignore-not-found", "--cascade=foreground")
         kubectl(
             "apply",
@@ -32,4 +33,5 @@ def deployed() -> Iterator[None]:
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> RunCluster:
+    """Return a function that runs k8s/cluster with a fake kubectl."""
     return make_fake_cluster(tmp_path)

@@ -298,7 +298,7 @@ def test_network_policies_allow_the_bucket_of_the_model():
 
 
 def test_network_policies_allow_the_resolvers_of_nodes():
-    """A DNS cache on the node or a resolver of the cloud is not a pod: only its address selects it."""
+    """Only an address selects a DNS cache on the node or a resolver of the cloud."""
     (policy,) = (
         p["spec"]
         for p in manifests_of_kind("overlays/cpu", "NetworkPolicy")

@@ -12,7 +12,10 @@ from serve.metrics.definitions import DURATION_BUCKETS_SECONDS
 
 SHADOW = 'imago_shadow_images_total{namespace="imago",pod="imago-serving-new-a",outcome="%s"}'
 OTHERS = SHADOW.replace("-new-", "-old-")
-MODEL = 'imago_model_info{namespace="imago",pod="%s",name="digits",version="%s",variant="fp32",digest="%s"}'
+MODEL = (
+    'imago_model_info{namespace="imago",pod="%s",name="digits",version="%s",'
+    'variant="fp32",digest="%s"}'
+)
 TWO = {
     MODEL % ("imago-serving-old-a", 1, "d1"): "1x20",
     MODEL % ("imago-serving-new-a", 2, "d2"): "1x20",

@@ -1,4 +1,4 @@
-"""The local overlay on a real cluster (cluster.py says on which): what only running it can show."""
+"""The local overlay on a real cluster; support/live_cluster.py says on which."""
 
 import json
 import subprocess
@@ -39,7 +39,7 @@ def test_a_second_deploy_changes_nothing():
     assert kubectl("get", "pods", "-o", "jsonpath={.items[*].metadata.uid}") == before
 
 
-def test_an_image_that_is_not_there_is_one_line():
+def test_a_missing_image_is_one_line():
     done = subprocess.run(
         ["make", "deploy", "TAG=no-such"], cwd=ROOT, capture_output=True, text=True
     )
@@ -75,7 +75,7 @@ def test_scaling_loses_no_request():
     assert_no_request_lost(account)
 
 
-SPOIL = """
+MAKE_DAMAGED_VERSION = """
 import pathlib, shutil
 store = pathlib.Path("/store/digits")
 shutil.rmtree(store / "99", ignore_errors=True)
@@ -83,19 +83,21 @@ shutil.copytree(store / "1", store / "99")
 manifest = store / "99/manifest.json"
 manifest.write_text(manifest.read_text().replace('"version": 1,', '"version": 99,'))
 graph = store / "99/model.onnx"
-graph.write_bytes(graph.read_bytes()[:-8] + b"spoilt!!")
+graph.write_bytes(graph.read_bytes()[:-8] + b"damaged!")
 """
 
 
-def test_a_bad_version_gets_no_traffic():
+def test_a_damaged_version_gets_no_traffic():
     kubectl(
         "apply",
         "-f",
         "-",
-        stdin=pod_manifest("spoil", image_of("serve"), ["python", "-c", SPOIL], "imago-store"),
+        stdin=pod_manifest(
+            "damage", image_of("serve"), ["python", "-c", MAKE_DAMAGED_VERSION], "imago-store"
+        ),
     )
-    kubectl("wait", "--for=jsonpath={.status.phase}=Succeeded", "pod/spoil", "--timeout=60s")
-    kubectl("delete", "pod", "spoil")
+    kubectl("wait", "--for=jsonpath={.status.phase}=Succeeded", "pod/damage", "--timeout=60s")
+    kubectl("delete", "pod", "damage")
     with sustained_load() as account:
         kubectl("set", "env", "deployment/imago-serving", "IMAGO_VERSION=99")
         new = None
@@ -115,7 +117,7 @@ def test_a_bad_version_gets_no_traffic():
             status = (new or {"status": {}})["status"].get("containerStatuses", [{}])[0]
             return bool(status.get("started") or status.get("restartCount"))
 
-        wait_for("the bad pod to start", started)
+        wait_for("the new pod to start", started)
         time.sleep(15)
         name = new["metadata"]["name"]
         status = json.loads(kubectl("get", "pod", name, "-o", "json"))["status"][
@@ -138,8 +140,8 @@ def train_pods() -> list[dict]:
     )["items"]
 
 
-def again(*args: str) -> None:
-    """The training Job anew, with these arguments instead of its own."""
+def restart_training(*args: str) -> None:
+    """Replace the training Job by one with additional arguments."""
     kubectl("delete", "job", "imago-train", "--ignore-not-found", "--wait=true")
     rendered = subprocess.run(
         [K8S / "cluster", "render"], capture_output=True, text=True, check=True
@@ -149,8 +151,8 @@ def again(*args: str) -> None:
     kubectl("apply", "-f", "-", stdin=json.dumps(job))
 
 
-def test_a_wrong_setting_fails_at_once():
-    again("--trainer.max_epochs=none-at-all")
+def test_an_invalid_setting_fails_at_once():
+    restart_training("--trainer.max_epochs=none-at-all")
     kubectl("wait", "--for=condition=Failed", "job/imago-train", "--timeout=120s")
     assert len(train_pods()) == 1
     assert "max_epochs" in kubectl("logs", "job/imago-train").splitlines()[-1]
@@ -159,8 +161,8 @@ def test_a_wrong_setting_fails_at_once():
     )
 
 
-def test_an_evicted_pod_goes_on_where_it_was():
-    again("--trainer.max_epochs=60", "--name=resumed")
+def test_training_resumes_after_an_eviction():
+    restart_training("--trainer.max_epochs=60", "--name=resumed")
     wait_for(
         "some epochs",
         lambda: (

@@ -1,4 +1,4 @@
-"""Components on the local overlay of a real cluster (cluster.py says on which): what only running them can show."""
+"""Components on the local overlay of a real cluster; support/live_cluster.py says on which."""
 
 import json
 import time
@@ -30,8 +30,8 @@ def replicas() -> int:
     )
 
 
-# Waiting images alone, since CPU needs metrics-server, and a fall that a test can wait for.
-QUICK = {
+# Only pending images, because CPU needs metrics-server, and a short stabilization window.
+QUICK_SCALE_DOWN = {
     "target": {"kind": "HorizontalPodAutoscaler"},
     "patch": json.dumps(
         [
@@ -50,7 +50,7 @@ QUICK = {
 }
 
 
-def test_waiting_images_bring_replicas_and_take_them_away():
+def test_replicas_follow_pending_images():
     if "v1beta1.custom.metrics.k8s.io" not in kubectl("get", "apiservices", "-o", "name"):
         pytest.skip("the cluster has no custom metrics API (prometheus-adapter)")
     scraped = (
@@ -58,19 +58,19 @@ def test_waiting_images_bring_replicas_and_take_them_away():
         if "podmonitors.monitoring.coreos.com" in kubectl("get", "crds", "-o", "name")
         else []
     )
-    with applied_components("hpa", *scraped, patches=(QUICK,)):
+    with applied_components("hpa", *scraped, patches=(QUICK_SCALE_DOWN,)):
         wait_for("one replica without load", lambda: len(serving_pods()) == 1, 300)
         with sustained_load(
             clients=64, pause=0, side=1500
-        ) as busy:  # 64 wait: 16 for each of 4, which is 1 more than allowed
+        ) as load:  # 64 pending images are enough for 4 replicas; 3 are allowed
             wait_for("3 replicas", lambda: replicas() == 3, 300)
-        assert_no_request_lost(busy)
-        with sustained_load() as calm:
+        assert_no_request_lost(load)
+        with sustained_load() as load:
             wait_for("one replica after it", lambda: len(serving_pods()) == 1, 300)
-        assert_no_request_lost(calm)
+        assert_no_request_lost(load)
 
 
-SECOND = """
+MAKE_SECOND_VERSION = """
 import pathlib, shutil
 from models.bundle import checksums
 store = pathlib.Path("/store/digits")
@@ -84,12 +84,14 @@ METRICS = (
 )
 
 
-def test_a_canary_gets_its_share_and_loses_nothing():
+def test_a_canary_gets_its_share_and_loses_no_request():
     kubectl(
         "apply",
         "-f",
         "-",
-        stdin=pod_manifest("second", image_of("serve"), ["python", "-c", SECOND], "imago-store"),
+        stdin=pod_manifest(
+            "second", image_of("serve"), ["python", "-c", MAKE_SECOND_VERSION], "imago-store"
+        ),
     )
     kubectl("wait", "--for=jsonpath={.status.phase}=Succeeded", "pod/second", "--timeout=60s")
     kubectl("delete", "pod", "second")
@@ -106,7 +108,7 @@ def test_a_canary_gets_its_share_and_loses_nothing():
     assert "imago_shadow_images_total{" in metrics
 
 
-def test_a_drain_takes_one_pod_at_a_time():
+def test_a_drain_evicts_one_pod_at_a_time():
     with applied_components("pdb"), sustained_load() as account:
         kubectl(
             "wait",
@@ -138,7 +140,7 @@ def test_the_cron_job_trains():
 
 def test_two_pods_train_one_model():
     if not dns():
-        pytest.skip("the cluster has no DNS, by which the pods find each other")
+        pytest.skip("the cluster has no DNS, which the pods need to find each other")
     kubectl("delete", "job", "imago-train", "--cascade=foreground")
     try:
         apply(render_with_components("training-multinode"))

@@ -147,7 +147,9 @@ def test_a_training_failure_during_the_wait_is_one_line(cluster, tmp_path):
         {
             "rollout status": "exit 1",
             "apply -f -": f"touch {tmp_path}/applied",
-            "get job imago-train": f"[ ! -e {tmp_path}/applied ] || echo 'Container train exited with 2'",
+            "get job imago-train": (
+                f"[ ! -e {tmp_path}/applied ] || echo 'Container train exited with 2'"
+            ),
         },
     )
     assert (

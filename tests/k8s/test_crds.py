@@ -1,9 +1,10 @@
 """Validate custom resources by their operators' own definitions, without unknown fields.
 
-Opt-in, since the definitions are megabytes that belong to others: IMAGO_TEST_CRDS names a directory that holds those of
-KEDA (config/crd/bases), Argo Rollouts (manifests/crds), Kubeflow Trainer (manifests/base/crds), the Gateway API
-(config/crd/standard) and the Prometheus operator (example/prometheus-operator-crd), each as its repository has them.
-Without it, test_schema.py compares with models of our own.
+Opt-in, because the definitions are large and not part of Imago. IMAGO_TEST_CRDS names a directory
+with those of KEDA (config/crd/bases), Argo Rollouts (manifests/crds), Kubeflow Trainer
+(manifests/base/crds), the Gateway API (config/crd/standard) and the Prometheus operator
+(example/prometheus-operator-crd), each as in its repository. Without it, only test_schema.py
+validates custom resources.
 """
 
 import os

@@ -8,7 +8,10 @@ import yaml
 from support.fake_kubectl import admission_errors, error_line, needs_kubectl
 from support.manifests import CASES, overlay_with_components, render
 
-JOB = '"imago-train" is invalid: spec.template: Invalid value: core.PodTemplateSpec{}: field is immutable'
+JOB = (
+    '"imago-train" is invalid: spec.template: '
+    "Invalid value: core.PodTemplateSpec{}: field is immutable"
+)
 
 
 @needs_kubectl
@@ -227,6 +230,11 @@ def test_without_such_objects_nothing_is_printed(cluster):
     assert "still in the cluster" not in done.stdout
 
 
+def plural(kind: str) -> str:
+    kind = re.sub("y$", "ie", kind)
+    return f"{kind}es" if kind.endswith("s") else f"{kind}s"
+
+
 @needs_kubectl
 def test_every_kind_in_the_manifests_can_be_listed(cluster):
     made = {
@@ -235,10 +243,7 @@ def test_every_kind_in_the_manifests_can_be_listed(cluster):
         for m in render(case)
     }
     kept = {("", "namespace"), ("", "persistentvolume"), ("", "persistentvolumeclaim")}
-    names = {
-        f"{re.sub('y$', 'ie', kind)}{'es' if kind.endswith('s') else 's'}{'.' if group else ''}{group}"
-        for group, kind in made - kept
-    }
+    names = {f"{plural(kind)}.{group}".rstrip(".") for group, kind in made - kept}
     _, asked = cluster(
         "deploy", {"api-resources": shlex.join(["printf", r"%s\n", *names, "secrets", "pods"])}
     )

@@ -9,7 +9,10 @@ from support.manifests import K8S, Manifest, overlay_with_components, temporary_
 
 OLD = "registry.example.com/imago-train:old"
 FAILED = '"Failed"'
-IMMUTABLE = 'The Job "imago-train" is invalid: spec.template: Invalid value: core.PodTemplateSpec{}: field is immutable'
+IMMUTABLE = (
+    'The Job "imago-train" is invalid: spec.template: '
+    "Invalid value: core.PodTemplateSpec{}: field is immutable"
+)
 
 
 def existing_job(state: str) -> dict[str, str]:
@@ -20,7 +23,10 @@ def existing_job(state: str) -> dict[str, str]:
     }
 
 
-DONE, RUNNING, NEW, WAITING = "True- 0", "- 1", "- ", "- 0"
+DONE = "True- 0"
+RUNNING = "- 1"
+NEW = "- "
+WAITING = "- 0"
 
 
 @pytest.fixture
