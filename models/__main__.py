@@ -139,7 +139,8 @@ def _parse_positive(text: str) -> int:
 def run_list(options: Options) -> int:
     """Print a table of all versions. A broken bundle is a row that says why."""
     store = Store(options.store)
-    rows = [("NAME", "VERSION", "CREATED", "NETWORK", "ACCURACY", "VARIANTS", "")]
+    header = ("NAME", "VERSION", "CREATED", "NETWORK", "ACCURACY", "VARIANTS", "")
+    rows: list[tuple[str, ...]] = [header]
     for name in store.names():
         latest = store.latest(name)
         for version in store.versions(name):

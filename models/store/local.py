@@ -106,17 +106,13 @@ class Store:
         next free one; no two writers get the same. Raises BundleError where `version` exists or
         is being written.
         """
-        parent = self.ensure_writable(name)
+        self.ensure_writable(name)
         if version is None:
-            version, directory = self._claim_next(name)
+            number, directory = self._claim_next(name)
         else:
-            directory = self._claim(name, version)
-            if directory is None:
-                raise BundleError(
-                    f"{parent / str(version)}: exists already, or another job is writing it"
-                )
+            number, directory = self._claim_one(name, version)
         try:
-            yield StagedVersion(self, name, version, directory)
+            yield StagedVersion(self, name, number, directory)
         finally:
             shutil.rmtree(directory, ignore_errors=True)
 
@@ -128,6 +124,15 @@ class Store:
             if directory is not None:
                 return version, directory
             version += 1
+
+    def _claim_one(self, name: str, version: int) -> tuple[int, Path]:
+        """Claim one version, or raise BundleError where it is taken."""
+        directory = self._claim(name, version)
+        if directory is None:
+            raise BundleError(
+                f"{self.root / name / str(version)}: exists already, or another job is writing it"
+            )
+        return version, directory
 
     def _claim(self, name: str, version: int) -> Path | None:
         """Create the staging directory of a version, or return None where it is taken.
@@ -193,7 +198,7 @@ class Store:
         deleted = [version for version in versions if version not in kept]
         for version in deleted:
             trash = self.root / name / f"{STAGING_PREFIX}{version}.deleted"
-            os.rename(self.root / name / str(version), trash)  # nobody sees half a version
+            os.rename(self.root / name / str(version), trash)  # never visible in part
             shutil.rmtree(trash)
         for directory in (self.root / name).glob(f"{STAGING_PREFIX}*"):
             if directory.stat().st_mtime < time.time() - ABANDONED_SECONDS:

@@ -118,13 +118,15 @@ def test_the_stem_depends_on_the_size(size, stem, kernel, stride, pooled):
 def test_weights_of_torchvision_keep_a_new_head(tmp_path):
     import torchvision
 
-    theirs = torchvision.models.resnet18(num_classes=1000)
+    pretrained = torchvision.models.resnet18(num_classes=1000)
     file = tmp_path / "resnet18.pth"
-    torch.save(theirs.state_dict(), file)
-    ours = networks.build("resnet18", 6, 3, 224)
-    kept = load_weights(ours, file)
+    torch.save(pretrained.state_dict(), file)
+    network = networks.build("resnet18", 6, 3, 224)
+    kept = load_weights(network, file)
     assert sorted(kept) == ["head.bias", "head.weight"]
-    torch.testing.assert_close(ours.model.layer3[0].conv1.weight, theirs.layer3[0].conv1.weight)
+    torch.testing.assert_close(
+        network.model.layer3[0].conv1.weight, pretrained.layer3[0].conv1.weight
+    )
 
 
 def test_weights_of_a_bundle_set_the_head_for_as_many_classes(tmp_path):
