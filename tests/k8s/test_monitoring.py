@@ -13,7 +13,8 @@ import pytest
 import yaml
 from support.manifests import CASES, K8S, manifests_of_kind, render_overlay
 
-from serve.http.app import CODES
+from serve.http.dispatcher import image_outcome
+from serve.http.openapi import OPENAPI
 from serve.metrics.definitions import METRICS
 
 HERE = Path(__file__).parent
@@ -110,30 +111,34 @@ def test_queries_use_existing_series_and_labels():
     assert len(used) > 15
 
 
-def counted() -> dict[str, set[str]]:
-    """Return the label values of each metric, read from the source of the service."""
-    found = defaultdict(set, requests={str(code) for code in CODES})
+def label_values() -> dict[str, set[str]]:
+    """Return the label values of each metric, from the OpenAPI document and the calls of `add`."""
+    values: defaultdict[str, set[str]] = defaultdict(set)
+    for operations in OPENAPI["paths"].values():
+        for operation in operations.values():
+            values["requests"] |= set(operation["responses"])
+    values["images"] = {image_outcome(status) for status in (0, 200, 422, 500)}
+
     for path in (K8S.parent / "serve").rglob("*.py"):
         for call in ast.walk(ast.parse(path.read_text())):
-            if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.args:
-                first, *others = (
-                    [
-                        n.value
-                        for n in ast.walk(argument)
-                        if isinstance(n, ast.Constant) and isinstance(n.value, str)
-                    ]
-                    for argument in call.args
-                )
-                if call.func.attr in ("add", "slot") and len(first) == 1:
-                    found[first[0]] |= {value for words in others for value in words}
-            if isinstance(call, ast.FunctionDef) and call.name == "outcome":
-                constants = (n.value for n in ast.walk(call) if isinstance(n, ast.Constant))
-                found["images"] |= {value for value in constants if isinstance(value, str)}
-    return found
+            is_add = isinstance(call, ast.Call) and getattr(call.func, "attr", None) == "add"
+            if not is_add or not call.args:
+                continue
+            metric, *labels = call.args
+            if isinstance(metric, ast.Constant) and isinstance(metric.value, str):
+                for label in labels:
+                    values[metric.value] |= string_constants(label)
+    return values
+
+
+def string_constants(node: ast.AST) -> set[str]:
+    constants = (child.value for child in ast.walk(node) if isinstance(child, ast.Constant))
+    return {value for value in constants if isinstance(value, str)}
 
 
 def test_queries_use_existing_label_values():
-    known, asked = counted(), set()
+    known = label_values()
+    asked = set()
     for where, query in queries().items():
         for name, selector in re.findall(r"\bimago_(\w+?)(?:_total)?\{([^}]*)\}", query):
             for label, _, value in re.findall(r'(\w+)\s*(=~|!~|!=|=)\s*"([^"]*)"', selector):
