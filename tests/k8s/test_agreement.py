@@ -28,18 +28,18 @@ def settings_of(case):
         for m in manifests_of_kind(case, "ConfigMap")
         if m["metadata"]["name"].startswith("imago-serving")
     )
-    own = [
+    overrides = [
         {e["name"]: e["value"] for e in c.get("env", []) if e["name"].startswith(PREFIX)}
         for d in manifests_of_kind(case, "Deployment")
         for c in d["spec"]["template"]["spec"]["containers"]
     ]
-    return data, own
+    return data, overrides
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_settings_are_those_of_the_service(case, monkeypatch):
-    data, own = settings_of(case)
-    for extra in own:
+    data, overrides = settings_of(case)
+    for extra in overrides:
         found = {k: v for k, v in {**data, **extra}.items() if k.startswith(PREFIX)}
         assert found
         for name in found:
@@ -93,12 +93,12 @@ def test_selectors_find_pods(case):
                 for constraint in spec["template"]["spec"]["topologySpreadConstraints"]:
                     assert labelled(spec["template"], constraint["labelSelector"]["matchLabels"])
             case "Service":
-                own = {
+                wanted = {
                     k: v
                     for k, v in spec["selector"].items()
                     if not k.startswith("batch.kubernetes.io/")
                 }
-                assert any(labelled(t, own) for t in templates)
+                assert any(labelled(t, wanted) for t in templates)
             case "PodDisruptionBudget" | "PodMonitor":
                 assert any(labelled(t, spec["selector"]["matchLabels"]) for t in templates)
             case "ServiceMonitor":

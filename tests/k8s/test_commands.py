@@ -187,13 +187,13 @@ def test_with_a_cron_job_the_command_to_train_now_is_printed(cluster):
 
 @needs_kubectl
 def test_scale_refuses_where_an_autoscaler_sets_the_replicas(cluster):
-    done, asked = cluster(
+    done, calls = cluster(
         "scale", {"get scaledobject,hpa": "echo horizontalpodautoscaler/imago-serving"}, N="3"
     )
     error = error_line(done)
     assert "an autoscaler sets the replicas" in error
     assert error.endswith("kubectl -n imago edit horizontalpodautoscaler/imago-serving\n")
-    assert "--replicas" not in asked
+    assert "--replicas" not in calls
 
 
 @needs_kubectl
@@ -207,17 +207,17 @@ def test_an_autoscaler_is_found_without_keda(cluster):
 @needs_kubectl
 @pytest.mark.parametrize("kind", ["deployment", "rollout"])
 def test_scale_changes_the_owner_of_the_pods(kind, cluster):
-    done, asked = cluster("scale", {} if kind == "rollout" else {"get rollout": "exit 1"}, N="3")
+    done, calls = cluster("scale", {} if kind == "rollout" else {"get rollout": "exit 1"}, N="3")
     assert done.returncode == 0, done.stderr
-    assert f"-n imago scale {kind}/imago-serving --replicas=3" in asked
+    assert f"-n imago scale {kind}/imago-serving --replicas=3" in calls
 
 
 @needs_kubectl
 @pytest.mark.parametrize("purge", [True, False])
 def test_undeploy_keeps_the_volumes_without_purge(purge, cluster):
-    done, asked = cluster("undeploy", {}, **{"PURGE": "1"} if purge else {})
+    done, calls = cluster("undeploy", {}, **{"PURGE": "1"} if purge else {})
     assert done.returncode == 0, done.stderr
-    (deleted,) = (line for line in asked.splitlines() if line.startswith("delete"))
+    (deleted,) = (line for line in calls.splitlines() if line.startswith("delete"))
     assert ("-l app.kubernetes.io/component!=storage" in deleted) is not purge
     assert ("PURGE=1 deletes them too" in done.stdout) is not purge
 
@@ -233,14 +233,14 @@ def test_storage_is_labelled_in_every_overlay():
 @needs_kubectl
 @pytest.mark.parametrize("follow", [True, False])
 def test_logs_are_those_of_all_pods_of_imago(follow, cluster):
-    done, asked = cluster(
+    done, calls = cluster(
         "logs",
         {"get pods": "echo pod/imago-serving-x", "logs -l": "echo a line"},
         **{"FOLLOW": "1"} if follow else {},
     )
     assert (done.returncode, done.stdout) == (0, "a line\n")
-    assert "logs -l app.kubernetes.io/part-of=imago --all-containers" in asked
-    assert ("--follow" in asked) is follow
+    assert "logs -l app.kubernetes.io/part-of=imago --all-containers" in calls
+    assert ("--follow" in calls) is follow
 
 
 @needs_kubectl

@@ -19,29 +19,29 @@ JOB = (
     "job", ["The Job", "Error from server (Invalid): Job.batch"]
 )  # kubectl prints both forms
 def test_a_job_whose_settings_differ_is_replaced(job, cluster):
-    done, asked = cluster("deploy", admission_errors(f"{job} {JOB}"))
+    done, calls = cluster("deploy", admission_errors(f"{job} {JOB}"))
     error_line(done)
-    assert "-n imago delete job imago-train --cascade=foreground" in asked
-    assert "\napply -f -" in asked
+    assert "-n imago delete job imago-train --cascade=foreground" in calls
+    assert "\napply -f -" in calls
 
 
 @needs_kubectl
 def test_a_failed_job_is_replaced_even_without_changes(cluster, tmp_path):
     failed = f"[ -e {tmp_path}/deleted ] || echo 'the backoff limit is reached'"
-    done, asked = cluster(
+    done, calls = cluster(
         "deploy",
         {"get job imago-train": failed, "delete job imago-train": f"touch {tmp_path}/deleted"},
     )
     assert done.returncode == 0, done.stderr
-    assert asked.index("delete job imago-train --cascade=foreground") < asked.index("\napply -f -")
+    assert calls.index("delete job imago-train --cascade=foreground") < calls.index("\napply -f -")
     assert "Serving." in done.stdout
 
 
 @needs_kubectl
 def test_an_unchanged_job_is_kept(cluster):
-    done, asked = cluster("deploy", {})
+    done, calls = cluster("deploy", {})
     assert done.returncode == 0, done.stderr
-    assert "delete" not in asked
+    assert "delete" not in calls
 
 
 LAST_APPLIED = """
@@ -148,14 +148,14 @@ def test_a_train_job_is_replaced_where_it_or_its_runtime_differs(
     status, replaced, cluster, tmp_path
 ):
     with overlay_with_components("training-kubeflow") as name:
-        done, asked = cluster(
+        done, calls = cluster(
             "deploy", {"diff -l": f"cat >{tmp_path}/diffed; exit {status}"}, OVERLAY=name
         )
     assert done.returncode == 0, done.stderr
     assert (
-        "-n imago delete trainjob imago-train --cascade=foreground --ignore-not-found\n" in asked
+        "-n imago delete trainjob imago-train --cascade=foreground --ignore-not-found\n" in calls
     ) is replaced
-    (line,) = (line for line in asked.splitlines() if line.startswith("diff"))
+    (line,) = (line for line in calls.splitlines() if line.startswith("diff"))
     label = line.split()[2]
     diffed_kinds = {
         m["kind"]
@@ -168,7 +168,7 @@ def test_a_train_job_is_replaced_where_it_or_its_runtime_differs(
 @needs_kubectl
 def test_a_train_job_that_failed_is_replaced(cluster, tmp_path):
     with overlay_with_components("training-kubeflow") as name:
-        done, asked = cluster(
+        done, calls = cluster(
             "deploy",
             {
                 "get trainjob imago-train": f"[ -e {tmp_path}/deleted ] || echo 'jobset failed'",
@@ -177,19 +177,19 @@ def test_a_train_job_that_failed_is_replaced(cluster, tmp_path):
             OVERLAY=name,
         )
     assert done.returncode == 0, done.stderr
-    assert asked.index("delete trainjob imago-train") < asked.index("\napply -f -")
+    assert calls.index("delete trainjob imago-train") < calls.index("\napply -f -")
 
 
 @needs_kubectl
 def test_a_train_job_that_can_not_be_changed_is_replaced(cluster):
     with overlay_with_components("training-kubeflow") as name:
-        _, asked = cluster(
+        _, calls = cluster(
             "deploy",
             admission_errors('The TrainJob.trainer.kubeflow.org "imago-train" is invalid: spec'),
             OVERLAY=name,
         )
-    assert "delete trainjob imago-train" in asked
-    assert "\napply -f -" in asked
+    assert "delete trainjob imago-train" in calls
+    assert "\napply -f -" in calls
 
 
 LIVE = (
@@ -205,7 +205,7 @@ LIVE = (
 @needs_kubectl
 @pytest.mark.parametrize("verb", ["deploy", "undeploy"])
 def test_objects_of_another_overlay_are_listed_with_the_command_to_delete_them(verb, cluster):
-    done, asked = cluster(
+    done, calls = cluster(
         verb,
         {
             "api-resources": "printf '%s\\n' deployments.apps pods configmaps",
@@ -214,7 +214,7 @@ def test_objects_of_another_overlay_are_listed_with_the_command_to_delete_them(v
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(f"kubectl -n imago delete {LIVE[1]} {LIVE[2]} {LIVE[5]}\n") == 1
-    assert "-n imago delete" not in asked, "only a person deletes them"
+    assert "-n imago delete" not in calls, "only a person deletes them"
 
 
 @needs_kubectl
@@ -244,16 +244,16 @@ def test_every_kind_in_the_manifests_can_be_listed(cluster):
     }
     kept = {("", "namespace"), ("", "persistentvolume"), ("", "persistentvolumeclaim")}
     names = {f"{plural(kind)}.{group}".rstrip(".") for group, kind in made - kept}
-    _, asked = cluster(
+    _, calls = cluster(
         "deploy", {"api-resources": shlex.join(["printf", r"%s\n", *names, "secrets", "pods"])}
     )
-    (listed,) = re.findall(r"get (\S+) -l app.kubernetes.io/name=imago -o go-template", asked)
+    (listed,) = re.findall(r"get (\S+) -l app.kubernetes.io/name=imago -o go-template", calls)
     assert set(listed.split(",")) == names
 
 
 @needs_kubectl
 def test_nothing_is_changed_where_a_volume_can_not_be_changed(cluster):
-    done, asked = cluster(
+    done, calls = cluster(
         "deploy",
         admission_errors(
             'The PersistentVolumeClaim "imago-store" is invalid: spec: Forbidden: immutable',
@@ -263,8 +263,8 @@ def test_nothing_is_changed_where_a_volume_can_not_be_changed(cluster):
     assert done.returncode == 2
     assert "make: nothing was changed" in done.stderr.splitlines()[-1]
     assert 'PersistentVolumeClaim "imago-store" is invalid' in done.stderr
-    assert "delete" not in asked
-    assert "\napply -f -" not in asked
+    assert "delete" not in calls
+    assert "\napply -f -" not in calls
 
 
 SETTINGS = (
@@ -279,29 +279,29 @@ MADE = shlex.join(["printf", r"configmap/%s\n", *SETTINGS])
 @needs_kubectl
 def test_unused_settings_are_deleted(cluster):
     """Older ReplicaSets, Jobs and pods would not start without theirs."""
-    done, asked = cluster(
+    done, calls = cluster(
         "deploy", {"get configmaps -l": MADE, "get replicasets": f"echo 'name: {SETTINGS[0]}'"}
     )
     assert done.returncode == 0, done.stderr
-    (deleted,) = (line for line in asked.splitlines() if " delete " in line)
+    (deleted,) = (line for line in calls.splitlines() if " delete " in line)
     assert deleted == f"-n imago delete configmaps {SETTINGS[1]} {SETTINGS[2]} --ignore-not-found"
-    assert asked.index("\napply -f -") < asked.index(" delete "), (
+    assert calls.index("\napply -f -") < calls.index(" delete "), (
         "objects may refer to them until apply has changed them"
     )
-    assert "replicasets,deployments,jobs,cronjobs,pods -o yaml" in asked
+    assert "replicasets,deployments,jobs,cronjobs,pods -o yaml" in calls
 
 
 @needs_kubectl
 def test_applied_settings_are_kept(cluster):
     applied = [m["metadata"]["name"] for m in render("overlays/local") if m["kind"] == "ConfigMap"]
-    _, asked = cluster(
+    _, calls = cluster(
         "deploy", {"get configmaps -l": shlex.join(["printf", r"configmap/%s\n", *applied])}
     )
     assert len(applied) == 2
-    assert " delete " not in asked
+    assert " delete " not in calls
 
 
 @needs_kubectl
 def test_no_settings_are_deleted_where_their_users_are_unknown(cluster):
-    _, asked = cluster("deploy", {"get configmaps -l": MADE, "get replicasets": "exit 1"})
-    assert " delete " not in asked
+    _, calls = cluster("deploy", {"get configmaps -l": MADE, "get replicasets": "exit 1"})
+    assert " delete " not in calls

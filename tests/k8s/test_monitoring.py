@@ -138,17 +138,17 @@ def string_constants(node: ast.AST) -> set[str]:
 
 def test_queries_use_existing_label_values():
     known = label_values()
-    asked = set()
+    used_labels = set()
     for where, query in queries().items():
         for name, selector in re.findall(r"\bimago_(\w+?)(?:_total)?\{([^}]*)\}", query):
             for label, _, value in re.findall(r'(\w+)\s*(=~|!~|!=|=)\s*"([^"]*)"', selector):
                 if label not in TARGET:
-                    asked.add(label)
+                    used_labels.add(label)
                     for one in value.split("|"):
                         assert any(re.fullmatch(one, counts) for counts in known[name]), (
                             f"{where}: {label} {one}"
                         )
-    assert asked == {"code", "outcome"}
+    assert used_labels == {"code", "outcome"}
 
 
 def test_queries_group_by_existing_labels():

@@ -42,11 +42,11 @@ def test_pods_meet_the_restricted_profile(case):
         for volume in spec["volumes"]:
             assert set(volume) - {"name"} <= VOLUMES, name
         for container in containers(template):
-            own = container["securityContext"]
-            assert own["allowPrivilegeEscalation"] is False, name
-            assert own["readOnlyRootFilesystem"] is True, name
-            assert own["capabilities"] == {"drop": ["ALL"]}, name
-            assert "privileged" not in own, name
+            security_context = container["securityContext"]
+            assert security_context["allowPrivilegeEscalation"] is False, name
+            assert security_context["readOnlyRootFilesystem"] is True, name
+            assert security_context["capabilities"] == {"drop": ["ALL"]}, name
+            assert "privileged" not in security_context, name
             assert not any("hostPort" in port for port in container.get("ports", [])), name
 
 
@@ -159,7 +159,7 @@ def test_objects_have_the_recommended_labels(case):
 
 def test_checkov_finds_nothing(tmp_path):
     if not CHECKOV.exists():
-        pytest.skip(f"{CHECKOV} is not there; `make checkov` installs it, CHECKOV= names another")
+        pytest.skip(f"{CHECKOV} is not installed; run make checkov, or set CHECKOV")
     for case in CASES:
         (tmp_path / f"{re.sub('[^a-z]+', '-', case)[:80]}.yaml").write_text(
             yaml.safe_dump_all(render(case))

@@ -34,13 +34,13 @@ def deploy(cluster, tmp_path):
     """Deploy TAG=new. Return the result, the calls of kubectl and the applied manifests."""
 
     def run(answers: dict[str, str], **env: str) -> tuple:
-        done, asked = cluster(
+        done, calls = cluster(
             "deploy", {"apply -f -": f"cat >{tmp_path}/applied"} | answers, TAG="new", **env
         )
         applied = tmp_path / "applied"
         return (
             done,
-            asked,
+            calls,
             list(yaml.safe_load_all(applied.read_text())) if applied.exists() else [],
         )
 
@@ -64,12 +64,12 @@ def training_line(done) -> str:
 @needs_kubectl
 @pytest.mark.parametrize(("state", "what"), [(DONE, "completed"), (RUNNING, "runs"), (NEW, "runs")])
 def test_a_new_tag_updates_serving_and_not_training(state, what, deploy):
-    done, asked, applied = deploy(existing_job(state))
+    done, calls, applied = deploy(existing_job(state))
     assert what in training_line(done)
     assert training_line(done).endswith(
         "to train again: make deploy OVERLAY=local TAG=new TRAIN=1"
     ), "the same tag"
-    assert "delete" not in asked
+    assert "delete" not in calls
     assert image(applied, "Job") == OLD, "the cluster refuses another image"
     assert image(applied, "Deployment") == "localhost/imago-serve:new"
 
@@ -77,11 +77,11 @@ def test_a_new_tag_updates_serving_and_not_training(state, what, deploy):
 @needs_kubectl
 def test_a_job_that_has_not_started_gets_the_new_image(deploy):
     """The old image may be what it waits for."""
-    done, asked, applied = deploy(
+    done, calls, applied = deploy(
         existing_job(WAITING) | {"--dry-run": admission_errors(IMMUTABLE)["--dry-run"]}
     )
     assert "has not started" in training_line(done)
-    assert "delete job imago-train --cascade=foreground" in asked
+    assert "delete job imago-train --cascade=foreground" in calls
     assert image(applied, "Job") == "localhost/imago-train:new"
 
 
@@ -103,17 +103,17 @@ def test_a_job_that_has_not_started_gets_the_new_image(deploy):
 )
 def test_training_is_replaced_and_the_reason_printed(state, answers, env, why, deploy, tmp_path):
     gone = {"delete job": f"touch {tmp_path}/gone"}
-    answers = {asked: f"[ -e {tmp_path}/gone ] || {does}" for asked, does in answers.items()}
-    done, asked, applied = deploy(answers | gone | existing_job(state), **env)
+    answers = {words: f"[ -e {tmp_path}/gone ] || {action}" for words, action in answers.items()}
+    done, calls, applied = deploy(answers | gone | existing_job(state), **env)
     assert why in training_line(done)
-    assert asked.index("delete job imago-train --cascade=foreground") < asked.index("\napply -f -")
+    assert calls.index("delete job imago-train --cascade=foreground") < calls.index("\napply -f -")
     if "--dry-run" not in answers:
         assert image(applied, "Job") == "localhost/imago-train:new"
 
 
 @needs_kubectl
 def test_a_running_job_is_not_stopped_without_train_1(deploy):
-    done, asked, applied = deploy(
+    done, calls, applied = deploy(
         existing_job(RUNNING) | {"--dry-run": admission_errors(IMMUTABLE)["--dry-run"]}
     )
     assert (
@@ -121,7 +121,7 @@ def test_a_running_job_is_not_stopped_without_train_1(deploy):
         in error_line(done)
     )
     assert "make deploy OVERLAY=local TAG=new TRAIN=1" in done.stderr
-    assert "delete" not in asked
+    assert "delete" not in calls
     assert applied == []
 
 
@@ -151,9 +151,9 @@ def test_a_job_of_the_user_keeps_its_image(deploy):
 
 @needs_kubectl
 def test_without_a_job_training_starts(deploy):
-    done, asked, applied = deploy({})
+    done, calls, applied = deploy({})
     assert training_line(done) == "Training: starts"
-    assert "delete" not in asked
+    assert "delete" not in calls
     assert image(applied, "Job") == "localhost/imago-train:new"
 
 
@@ -162,11 +162,11 @@ def test_without_a_job_training_starts(deploy):
 def test_a_new_tag_does_not_restart_a_train_job(state, deploy, tmp_path):
     """Its image is in the runtime, which `make deploy` compares with the cluster."""
     with overlay_with_components("training-kubeflow") as name:
-        done, asked, applied = deploy(
+        done, calls, applied = deploy(
             existing_job(state) | {"diff -l": f"cat >{tmp_path}/diffed"}, OVERLAY=name
         )
     training_line(done)
-    assert "delete" not in asked
+    assert "delete" not in calls
     assert image(applied, "TrainingRuntime") == OLD
     assert (
         image(list(yaml.safe_load_all((tmp_path / "diffed").read_text())), "TrainingRuntime") == OLD
@@ -176,10 +176,10 @@ def test_a_new_tag_does_not_restart_a_train_job(state, deploy, tmp_path):
 @needs_kubectl
 def test_a_cron_job_gets_the_new_image(deploy):
     with overlay_with_components("cron-training") as name:
-        done, asked, applied = deploy(existing_job(DONE), OVERLAY=name, TRAIN="1")
+        done, calls, applied = deploy(existing_job(DONE), OVERLAY=name, TRAIN="1")
     assert done.returncode == 0, done.stderr
     assert "Training waits for its schedule" in done.stdout
-    assert "delete" not in asked, "the Job of the earlier overlay is listed for a person to delete"
+    assert "delete" not in calls, "the Job of the earlier overlay is listed for a person to delete"
     (cron,) = (m for m in applied if m["kind"] == "CronJob")
     assert (
         image([cron["spec"]["jobTemplate"] | {"kind": "Job"}], "Job") == "localhost/imago-train:new"
