@@ -148,7 +148,7 @@ def serving(image: str, root: Path, body: bytes, clients: int, *settings: str) -
         await_ready(port, container)
         with LoadGenerator(port, body, clients) as load:
             while load.statuses.total() < REQUESTS:
-                assert not load.lost, load.lost[0]
+                assert not load.unanswered, load.unanswered[0]
                 time.sleep(0.05)
         assert set(load.statuses) <= {200, 429, 504}, load.statuses  # bounds may be reached
         return peak.bytes

@@ -9,7 +9,7 @@ from support.live_cluster import (
     applied_components,
     apply,
     assert_no_request_lost,
-    dns,
+    has_dns,
     evict,
     image_of,
     kubectl,
@@ -61,7 +61,7 @@ def test_replicas_follow_pending_images():
     with applied_components("hpa", *scraped, patches=(QUICK_SCALE_DOWN,)):
         wait_for("one replica without load", lambda: len(serving_pods()) == 1, 300)
         with sustained_load(
-            clients=64, pause=0, side=1500
+            clients=64, rate=None, side=1500
         ) as load:  # 64 pending images are enough for 4 replicas; 3 are allowed
             wait_for("3 replicas", lambda: replicas() == 3, 300)
         assert_no_request_lost(load)
@@ -139,7 +139,7 @@ def test_the_cron_job_trains():
 
 
 def test_two_pods_train_one_model():
-    if not dns():
+    if not has_dns():
         pytest.skip("the cluster has no DNS, which the pods need to find each other")
     kubectl("delete", "job", "imago-train", "--cascade=foreground")
     try:

@@ -7,7 +7,7 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from support import tiny_bundle
-from support.server import s3_server
+from support.s3_server import s3_server
 
 from models.__main__ import main
 from models.bundle import Bundle

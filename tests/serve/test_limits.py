@@ -236,4 +236,4 @@ def test_metrics_are_answered_under_overload(start):
         assert server.http.get("/health/live").status_code == 200
     assert all('imago_rejected_total{reason="pending"}' in page for page in pages)
     assert load.statuses[200]
-    assert not load.lost
+    assert not load.unanswered

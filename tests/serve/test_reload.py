@@ -7,23 +7,27 @@ import time
 import httpx
 import pytest
 from support import tiny_bundle
-from support.hot_reload import FAST_RELOAD, load, served_version
+from support.hot_reload import FAST_RELOAD, served_version
+from support.load_generator import LoadGenerator
 from support.server import wait_until
 
 from models.store import Store
+
+IMAGE = tiny_bundle.make_image("red")
 
 
 def test_a_new_version_is_swapped_in_under_load_and_back(start, tmp_path):
     tiny_bundle.publish(tmp_path)
     service = start(*FAST_RELOAD, store=tmp_path)
     assert served_version(service) == "1"
-    with load(service) as answers:
+    with LoadGenerator(service.port, IMAGE, clients=4) as load:
         tiny_bundle.publish(tmp_path, scale=0.5)
-        wait_until(lambda: answers and answers[-1][1] == "2")
+        wait_until(lambda: load.responses and load.responses[-1].version == "2")
         Store(tmp_path).promote("colours", 1)
-        wait_until(lambda: answers[-1][1] == "1")
-    assert {status for status, _ in answers} == {200}
-    assert {number for _, number in answers} == {"1", "2"}
+        wait_until(lambda: load.responses[-1].version == "1")
+    assert set(load.statuses) == {200}
+    assert set(load.versions) == {"1", "2"}
+    assert load.unanswered == []
     assert service.metric("imago_reloads_total", outcome="ok") == 2
     info = [line for line in service.metrics().splitlines() if line.startswith("imago_model_info{")]
     assert len(info) == 1
@@ -119,13 +123,13 @@ def test_a_tensor_that_was_right_when_it_was_sent_is_no_fault_of_the_client(star
 def test_every_worker_swaps(start, tmp_path):
     tiny_bundle.publish(tmp_path)
     service = start(*FAST_RELOAD, "--workers", "2", store=tmp_path)
-    with load(service, clients=2) as answers:
+    with LoadGenerator(service.port, IMAGE, clients=2) as load:
         tiny_bundle.publish(tmp_path)
         wait_until(lambda: service.metric("imago_reloads_total", outcome="ok") == 2)
-        seen = len(answers)
-        wait_until(lambda: len(answers) > seen + 50)
-    assert {status for status, _ in answers} == {200}
-    assert {number for _, number in answers[seen + 10 :]} == {"2"}
+        before = len(load.responses)
+        wait_until(lambda: len(load.responses) > before + 50)
+    assert set(load.statuses) == {200}
+    assert {response.version for response in load.responses[before + 10 :]} == {"2"}
 
 
 def told(service) -> list[str]:

@@ -14,7 +14,8 @@ import onnx
 import pytest
 from support import tiny_bundle
 from support.blocked_path import BlockedPath
-from support.hot_reload import FAST_RELOAD, check_processes, load, replace_worker, served_version
+from support.hot_reload import FAST_RELOAD, check_processes, replace_worker, served_version
+from support.load_generator import LoadGenerator
 from support.server import wait_until
 
 from models.bundle import write_checksums
@@ -61,11 +62,12 @@ def spoiled(store, how: str) -> None:
 def test_a_bad_version_is_refused_and_the_old_serves_on(start, tmp_path, how):
     tiny_bundle.publish(tmp_path)
     service = start(*FAST_RELOAD, store=tmp_path)
-    with load(service, clients=1) as answers:
+    with LoadGenerator(service.port, tiny_bundle.make_image("red"), clients=1) as load:
         spoiled(tmp_path, how)
         wait_until(lambda: service.metric("imago_reloads_total", outcome="refused") == 1)
         time.sleep(1)
-    assert set(answers) == {(200, "1")}
+    assert set(load.statuses) == {200}
+    assert set(load.versions) == {"1"}
     assert service.is_ready()
     assert service.metric("imago_reloads_total", outcome="refused") == 1, (
         "it is not tried again and again"

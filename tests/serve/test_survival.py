@@ -34,8 +34,8 @@ def check_kills(server, times: int) -> None:
         kill_workers(server, times)
         before = load.statuses[200]
         wait_until(lambda: load.statuses[200] > before + 50)
-    assert load.lost == []
-    assert load.refused == 0
+    assert load.unanswered == []
+    assert load.refused_connections == 0
     assert set(load.statuses) <= {200, 503}
     assert server.metric("imago_restarts_total", process="worker", reason="crash") == times
     wait_until(lambda: server.metric("imago_pending_images") == 0)
@@ -67,14 +67,14 @@ def test_a_worker_that_hangs_is_replaced_and_its_requests_get_503(start):
         wait_until(lambda: server.is_ready() and server.workers() != [pid])
         before = load.statuses[200]
         wait_until(lambda: load.statuses[200] > before + 20)
-    assert load.lost == []
+    assert load.unanswered == []
     assert set(load.statuses) == {200, 503}
     assert server.metric("imago_restarts_total", process="worker", reason="hang") == 1
 
 
 def test_a_predictor_that_hangs_in_the_graph_is_replaced_before_the_deadline(start, tmp_path):
     """With the settings as they come; the worker's heart beats on."""
-    tiny_bundle.loop_forever(tiny_bundle.publish(tmp_path), where_bright=True)
+    tiny_bundle.loop_forever_on_white(tiny_bundle.publish(tmp_path))
     server = start(store=tmp_path)
     bright = cv2.imencode(".png", np.full((32, 32, 3), 255, np.uint8))[1].tobytes()
     with ThreadPoolExecutor(1) as other:
@@ -88,7 +88,7 @@ def test_a_predictor_that_hangs_in_the_graph_is_replaced_before_the_deadline(sta
 
 
 def test_a_graph_that_takes_long_for_every_batch_is_no_hang(start, tmp_path):
-    tiny_bundle.slow_down(tiny_bundle.publish(tmp_path, size=4, samples=2), turns=300_000)
+    tiny_bundle.slow_down(tiny_bundle.publish(tmp_path, size=4, samples=2), iterations=300_000)
     server = start(
         "--threads", "1", "--max-batch-size", "1", "--worker-timeout-seconds", "0.1", store=tmp_path
     )
@@ -125,7 +125,7 @@ def test_one_of_two_workers_dies(start):
         before = load.statuses[200]
         wait_until(lambda: load.statuses[200] > before + 20)
         wait_until(server.is_ready)
-    assert load.lost == []
+    assert load.unanswered == []
     assert set(load.statuses) <= {200, 503}
 
 
@@ -151,7 +151,7 @@ def test_sigterm_under_load_loses_nothing(start):
         server.process.send_signal(signal.SIGTERM)
         wait_until(lambda: load.statuses[503] > 0 or server.process.poll() is not None)
         assert server.process.wait(21) == 0
-    assert load.lost == []
+    assert load.unanswered == []
     assert set(load.statuses) == {200, 503}
     assert "Traceback" not in server.log.read_text()
 
@@ -169,11 +169,11 @@ def test_what_is_queued_at_sigterm_is_answered(start):
         time.sleep(1.2)  # a farewell to those who keep a connection
         assert server.predict(IMAGE).status_code == 503
         assert server.process.poll() is None
-        load.over.set()
+        load.stop_sending()
         os.kill(pid, signal.SIGCONT)
         assert server.process.wait(21) == 0
     assert load.statuses == {200: 8}
-    assert load.lost == []
+    assert load.unanswered == []
 
 
 @pytest.mark.parametrize("seconds", [2, 3])
@@ -182,13 +182,13 @@ def test_a_drain_that_can_not_finish_ends_in_time_and_answers(start, seconds):
     suspend_processes(server.workers())
     with LoadGenerator(server.port, IMAGE, clients=2) as load:
         wait_until(lambda: server.metric("imago_pending_images") == 2)
-        load.over.set()
+        load.stop_sending()
         began = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(30) == 0
         assert time.monotonic() - began < seconds + 1  # where others keep the cores busy
     assert load.statuses == {503: 2}
-    assert load.lost == []
+    assert load.unanswered == []
 
 
 def test_sigterm_before_it_is_ready(start):
@@ -218,7 +218,7 @@ def test_signals_to_the_whole_group_end_it_cleanly(bundle_store, start):
             wait_until(lambda load=load: load.statuses[200] > 20)
             os.killpg(server.process.pid, number)
             assert server.process.wait(21) == 0
-        assert load.lost == []
+        assert load.unanswered == []
         assert "Traceback" not in server.log.read_text()
 
 

@@ -1,50 +1,59 @@
-"""A place on disk that hangs or fails, as a network file system does whose server is away."""
+"""Paths that block or fail for a process, as on a network file system that is unreachable."""
 
-import os
+import contextlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-HOOK = """
+# An audit hook in the child process: `open`, `listdir` and `scandir` poll while the flag exists.
+SITECUSTOMIZE = """
 import os, sys, time
 
-def hook(event, given):
-    if event in ("open", "os.listdir", "os.scandir") and isinstance(given[0], (str, os.PathLike)):
-        while os.fspath(given[0]).startswith(os.environ["HANGS"]) and os.path.exists(os.environ["HANGS_WHILE"]):
-            open(os.environ["HANGS_WHILE"] + "-reached", "w").close()
-            if os.environ.get("FAILS_WITH"):
-                raise OSError(int(os.environ["FAILS_WITH"]), os.strerror(int(os.environ["FAILS_WITH"])))
-            time.sleep(0.02)
+PATH = os.environ["BLOCKED_PATH"]
+FLAG = os.environ["BLOCKED_FLAG"]
+ERRNO = int(os.environ["BLOCKED_ERRNO"])
 
-sys.addaudithook(hook)
+def block(event, arguments):
+    if event not in ("open", "os.listdir", "os.scandir"):
+        return
+    path = arguments[0]
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path).startswith(PATH):
+        return
+    while os.path.exists(FLAG):
+        open(FLAG + "-reached", "w").close()
+        if ERRNO:
+            raise OSError(ERRNO, os.strerror(ERRNO))
+        time.sleep(0.02)
+
+sys.addaudithook(block)
 """
 
 
 class BlockedPath:
-    """In a process with `env`, to open or list what begins with `place` takes until `blocked()` ends.
+    """A path prefix that a process started with `env` cannot open or list within `blocked()`.
 
-    Where `error` is given, an errno, it fails with that until then.
+    The call waits until the block ends, or fails at once where `error`, an errno, is given.
     """
 
-    def __init__(self, directory: Path, place: Path, error: int | None = None):
+    def __init__(self, directory: Path, path: Path, error: int | None = None) -> None:
+        """`directory` is created for the hook and its flag."""
         directory.mkdir()
-        (directory / "sitecustomize.py").write_text(HOOK)
-        self.flag = directory / "hangs"
+        (directory / "sitecustomize.py").write_text(SITECUSTOMIZE)
+        self.flag = directory / "blocked"
         self.env = {
             "PYTHONPATH": str(directory),
-            "HANGS": str(place),
-            "HANGS_WHILE": str(self.flag),
-            **({"FAILS_WITH": str(error)} if error else {}),
+            "BLOCKED_PATH": str(path),
+            "BLOCKED_FLAG": str(self.flag),
+            "BLOCKED_ERRNO": str(error or 0),
         }
 
     def is_reached(self) -> bool:
-        """Whether anyone has come to hang there."""
-        return Path(f"{self.flag}-reached").exists()
+        """Whether a process has tried to open or list the path within `blocked()`."""
+        return self.flag.with_name("blocked-reached").exists()
 
-    @contextmanager
+    @contextlib.contextmanager
     def blocked(self) -> Iterator[None]:
         self.flag.touch()
         try:
             yield
         finally:
-            os.unlink(self.flag)
+            self.flag.unlink()

@@ -1,9 +1,10 @@
-"""Models of the operators' resources, written by hand: of the fields that these manifests use, and of no other.
+"""Pydantic models of the operators' custom resources: of the fields that the manifests use only.
 
-They are not the CustomResourceDefinitions. They were read off those of KEDA 2.20, Prometheus operator 0.93 and Gateway
-API 1.6, Argo Rollouts 1.10 and Kubeflow Trainer 2.3: names, types, enumerations, patterns
-and what is required. So they find a misspelt or misplaced field, not one that an operator has changed since, nor what
-its webhooks ask for; `kubectl apply --dry-run=server` on a cluster with the operators does.
+They are not the CustomResourceDefinitions. They were written by hand from those of KEDA 2.20,
+Prometheus operator 0.93, Gateway API 1.6, Argo Rollouts 1.10 and Kubeflow Trainer 2.3: names,
+types, enumerations, patterns and required fields. They find a misspelt or misplaced field, not one
+that an operator has changed since, nor what its webhooks reject; `kubectl apply --dry-run=server`
+on a cluster with the operators does.
 """
 
 from typing import Annotated, Any, Literal
@@ -113,9 +114,7 @@ class Fallback(Strict):
 
 
 class Advanced(Strict):
-    horizontalPodAutoscalerConfig: dict[
-        str, Any
-    ]  # that of an autoscaling/v2 HPA: test_schema.py looks at it
+    horizontalPodAutoscalerConfig: dict[str, Any]  # an autoscaling/v2 HPA; test_schema.py checks it
 
 
 class ScaledObjectSpec(Strict):
@@ -233,7 +232,7 @@ class Strategy(Strict):
 
 
 class RolloutSpec(Strict):
-    replicas: int | None = None  # an autoscaler's, where there is one
+    replicas: int | None = None  # unset where an autoscaler sets it
     revisionHistoryLimit: int
     progressDeadlineSeconds: int
     progressDeadlineAbort: bool
@@ -285,7 +284,7 @@ class AnalysisTemplate(Resource):
 
 
 class Torch(Strict):
-    """How many processes a node has is said by the TrainJob alone, from 2.2 on."""
+    """Empty: from 2.2 on the TrainJob alone sets the processes per node."""
 
 
 class MLPolicy(Strict):
@@ -295,7 +294,7 @@ class MLPolicy(Strict):
 
 class JobTemplate(Strict):
     metadata: dict[str, dict[str, str]]
-    spec: dict[str, Any]  # that of a batch/v1 Job: test_schema.py looks at it
+    spec: dict[str, Any]  # a batch/v1 Job; test_schema.py checks it
 
 
 class ReplicatedJob(Strict):
@@ -345,5 +344,5 @@ class TrainJob(Resource):
 
 
 def custom_resource_models() -> dict[str, type[Resource]]:
-    """The model of each custom kind."""
+    """The model of each custom resource by its kind."""
     return {model.__name__: model for model in Resource.__subclasses__()}

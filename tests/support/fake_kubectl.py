@@ -1,4 +1,4 @@
-"""k8s/cluster as `make` runs it, with a kubectl that stands in for a cluster's."""
+"""k8s/cluster as `make` runs it, with a kubectl on PATH that answers as a cluster would."""
 
 import os
 import shlex
@@ -12,47 +12,60 @@ import pytest
 from support.manifests import K8S
 
 needs_kubectl = pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl is not installed")
-RunCluster = Callable[..., tuple[subprocess.CompletedProcess, str]]
+
+RunCluster = Callable[..., tuple[subprocess.CompletedProcess[str], str]]
+
+KUBECTL = """#!/bin/sh
+echo "$*" >>"$0.calls"
+case "$*" in
+  kustomize*) exec {kubectl} "$@" ;;
+  {answers}
+esac
+"""
 
 
-def run_cluster_script(verb: str, **env: str) -> subprocess.CompletedProcess:
+def run_cluster_script(verb: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run `k8s/cluster VERB` with these variables in its environment."""
     return subprocess.run(
         [K8S / "cluster", verb], capture_output=True, text=True, env={**os.environ, **env}
     )
 
 
-def error_line(done: subprocess.CompletedProcess) -> str:
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert done.stderr.startswith("make: ")
-    assert done.stderr.count("\n") == 1, done.stderr
-    return done.stderr
+def error_line(result: subprocess.CompletedProcess[str]) -> str:
+    """The one line that the script prints when it exits with 2."""
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert result.stderr.startswith("make: ")
+    assert result.stderr.count("\n") == 1, result.stderr
+    return result.stderr
 
 
-def make_fake_cluster(place: Path) -> RunCluster:
-    """Runs a verb where a cluster does this when it is asked something with these words; also all that it was asked.
+def make_fake_cluster(directory: Path) -> RunCluster:
+    """Return a function that runs a verb against a fake kubectl in `directory`.
 
-    Anything else it leaves without an answer: what is not named is not there.
+    It takes the verb and the cluster's answers: for a command line that contains the key, the fake
+    runs the value as shell; every other call prints nothing. It returns the result and the command
+    lines of all calls.
     """
 
-    def run_there(
+    def run(
         verb: str, answers: dict[str, str], **env: str
-    ) -> tuple[subprocess.CompletedProcess, str]:
-        kubectl = place / "kubectl"
-        cases = "".join(f"*'{words}'*) {does} ;;\n" for words, does in answers.items())
-        kubectl.write_text(f"""#!/bin/sh
-          echo "$*" >>"$0.calls"
-          case "$*" in
-            kustomize*) exec {shutil.which("kubectl")} "$@" ;;
-            {cases}
-          esac""")
+    ) -> tuple[subprocess.CompletedProcess[str], str]:
+        cases = [f"*'{words}'*) {command} ;;" for words, command in answers.items()]
+        kubectl = directory / "kubectl"
+        kubectl.write_text(
+            KUBECTL.format(kubectl=shutil.which("kubectl"), answers="\n  ".join(cases))
+        )
         kubectl.chmod(0o755)
-        done = run_cluster_script(verb, **env, PATH=f"{place}:{os.environ['PATH']}")
-        return done, (place / "kubectl.calls").read_text()
 
-    return run_there
+        path = f"{directory}:{os.environ['PATH']}"
+        result = run_cluster_script(verb, **env, PATH=path)
+        return result, (directory / "kubectl.calls").read_text()
+
+    return run
 
 
 def admission_errors(*reasons: str) -> dict[str, str]:
+    """Answers of a cluster that rejects the manifests with these lines."""
     return {
         "--dry-run": f"printf '%s\\n' {shlex.join(reasons)} >&2; exit 1",
         "apply -f -": "exit 1",

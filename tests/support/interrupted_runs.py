@@ -1,4 +1,4 @@
-"""Runs that the tests kill: how they are started, and what is left of them."""
+"""Training runs that tests interrupt: how they start, and what must not differ afterwards."""
 
 from pathlib import Path
 from typing import Any
@@ -7,11 +7,19 @@ import torch
 
 from support.train_commands import TrainCommand, TrainCommands
 
-EPOCHS, STEPS = 3, 11  # with batches of 120
-# Dropout, EMA and random crops: all that draws random numbers or keeps a state of its own.
+EPOCHS = 3
+STEPS = 11
+"""Steps per epoch, with batches of 120."""
+
+# Dropout, EMA and random crops: everything that draws random numbers or keeps a state of its own.
 RECIPE = f"""
 seed_everything: 3
-data: {{source: digits, size: 16, batch_size: 120, eval_batch_size: 60, augment: {{crop_padding: 1, rotation: 10}}}}
+data:
+  source: digits
+  size: 16
+  batch_size: 120
+  eval_batch_size: 60
+  augment: {{crop_padding: 1, rotation: 10}}
 model:
   network: lenet
   optimizer: {{name: muon, lr: 0.02, others: adamw, others_lr: 0.01}}
@@ -19,7 +27,10 @@ model:
   label_smoothing: 0.1
 ema: {{decay: 0.9}}
 early_stopping: {{patience: 20}}
-trainer: {{max_epochs: {EPOCHS}, log_every_n_steps: 4, callbacks: [support.interruption_callbacks.SendSignal]}}
+trainer:
+  max_epochs: {EPOCHS}
+  log_every_n_steps: 4
+  callbacks: [support.interruption_callbacks.SendSignal]
 logger: csv
 progress: {{quiet: true}}
 export: {{enabled: false}}
@@ -27,43 +38,62 @@ audit: {{enabled: false}}
 resume: {{every_minutes: 0}}
 """
 
+REPRODUCED_STATE = (
+    "state_dict",
+    "optimizer_states",
+    "lr_schedulers",
+    "resume",
+    "global_step",
+    "epoch",
+)
+
 
 def start_run(
-    commands: TrainCommands, place: Path, *more: object, kill: str = "", **how: Any
+    commands: TrainCommands, runs: Path, *flags: object, kill: str = "", **options: Any
 ) -> TrainCommand:
-    place.mkdir(exist_ok=True)
-    recipe = commands.place / "recipe.yaml"
+    """Start a run of RECIPE below `runs`; `kill` is the SEND_SIGNAL of `SendSignal`."""
+    runs.mkdir(exist_ok=True)
+    recipe = commands.directory / "recipe.yaml"
     recipe.write_text(RECIPE)
-    return commands.start(
-        "fit",
-        "--config",
-        recipe,
-        "--trainer.default_root_dir",
-        place,
-        *more,
-        env={"SEND_SIGNAL": kill},
-        **how,
-    )
+    settings = ("--config", recipe, "--trainer.default_root_dir", runs)
+    return commands.start("fit", *settings, *flags, env={"SEND_SIGNAL": kill}, **options)
 
 
-def finish_run(commands: TrainCommands, place: Path, *more: object, **how: Any) -> TrainCommand:
-    command = start_run(commands, place, *more, **how)
+def finish_run(commands: TrainCommands, runs: Path, *flags: object, **options: Any) -> TrainCommand:
+    """Start or resume the run and wait until it ends with exit status 0."""
+    command = start_run(commands, runs, *flags, **options)
     assert command.status() == 0, command.text
     return command
 
 
-def find_run_directory(place: Path) -> Path:
-    """The one run in `place`."""
-    (run,) = (place / "digits").iterdir()
-    return run
+def find_run_directory(runs: Path) -> Path:
+    """The directory of the one run below `runs`."""
+    (directory,) = (runs / "digits").iterdir()
+    return directory
 
 
-def load_last_checkpoint(place: Path) -> dict[str, Any]:
-    return torch.load(find_run_directory(place) / "last.ckpt", weights_only=True)
+def load_last_checkpoint(runs: Path) -> dict[str, Any]:
+    return torch.load(find_run_directory(runs) / "last.ckpt", weights_only=True)
+
+
+def reproducible_state(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The part of a checkpoint that interruptions must not change.
+
+    Weights, optimizer, schedule, random numbers and metrics; not times and paths.
+    """
+    callbacks = dict(checkpoint["callbacks"])
+    for name in checkpoint["callbacks"]:
+        if "ModelCheckpoint" in name:
+            del callbacks[name]
+    for row in callbacks["History"]["rows"]:
+        del row["seconds"]
+
+    state = {name: checkpoint[name] for name in REPRODUCED_STATE}
+    return {**state, "callbacks": callbacks}
 
 
 def assert_equal(one: Any, other: Any, path: str = "") -> None:
-    """Equal to the last bit, at any depth."""
+    """Assert equality to the last bit, at any depth; `path` names the place in the message."""
     if isinstance(one, torch.Tensor):
         assert torch.equal(one, other), path
     elif isinstance(one, dict):
@@ -76,16 +106,3 @@ def assert_equal(one: Any, other: Any, path: str = "") -> None:
             assert_equal(left, right, f"{path}/{i}")
     else:
         assert one == other, path
-
-
-def reproducible_state(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """What must not depend on kills: weights, optimizer, schedule, random numbers, metrics; not times and paths."""
-    callbacks = {
-        name: state
-        for name, state in checkpoint["callbacks"].items()
-        if "ModelCheckpoint" not in name
-    }
-    for row in callbacks["History"]["rows"]:
-        del row["seconds"]
-    kept = ("state_dict", "optimizer_states", "lr_schedulers", "resume", "global_step", "epoch")
-    return {name: checkpoint[name] for name in kept} | {"callbacks": callbacks}

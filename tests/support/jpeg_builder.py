@@ -1,45 +1,69 @@
-"""JPEGs that no encoder at hand writes: any frame, any number of scans."""
+"""JPEG files that no encoder writes: any frame type, any number and order of scans."""
 
 import struct
 
-DC = 512  # of the green below: Y 192, Cb and Cr 64, each 64 from the middle
+BASELINE = 0xC0
+PROGRESSIVE = (0xC2, 0xCA)
+
+# DC coefficient of flat green: Y is 192, Cb and Cr are 64; each lies 64 from the middle.
+DC = 512
+COEFFICIENT_BITS = 10
 
 
 def segment(marker: int, content: bytes) -> bytes:
     return struct.pack(">BBH", 0xFF, marker, len(content) + 2) + content
 
 
-def green_jpeg(scans: list[list[int]], side: int = 32, frame: int = 0xC0) -> bytes:
-    """A flat green JPEG; `scans` says which components each of them holds.
+def green_jpeg(scans: list[list[int]], side: int = 32, frame: int = BASELINE) -> bytes:
+    """A flat green JPEG; `scans` lists the components of each scan.
 
-    Only a scan of one component in a small baseline picture has content; decoders take gray for what is missing.
+    Only a scan of one component in a baseline image of at most 64 pixels has content; decoders take
+    gray for what is missing.
     """
-    components = max(map(max, scans)) + 1
-    parts = [b"\xff\xd8", segment(0xDB, b"\0" + b"\1" * 64)]
-    parts.append(
-        segment(
-            frame,
-            struct.pack(">BHHB", 8, side, side, components)
-            + b"".join(bytes((c, 0x11, 0)) for c in range(components)),
-        )
-    )
-    codes = {
-        0x00: b"\0\x0a",
-        0x10: b"\0",
-    }  # DC: `0` for no difference, `10` for one of ten bits; AC: `0` for no more
-    for table, values in codes.items():
-        lengths = [1, len(values) - 1]
-        parts.append(segment(0xC4, bytes([table, *lengths, *bytes(14)]) + values))
-    last = 0 if frame in (0xC2, 0xCA) else 63  # progressive: only DC
+    component_count = max(max(scan) for scan in scans) + 1
+    parts = [
+        b"\xff\xd8",
+        segment(0xDB, b"\0" + b"\1" * 64),
+        segment(frame, frame_header(component_count, side)),
+        *huffman_tables(),
+    ]
     for scan in scans:
-        parts.append(
-            segment(0xDA, bytes([len(scan), *(b for c in scan for b in (c, 0)), 0, last, 0]))
-        )
-        if len(scan) == 1 and frame == 0xC0 and side <= 64:
-            value = (
-                DC if scan[0] in (0, 3) else 1023 - DC
-            )  # a negative one is stored as its complement
-            bits = f"10{value:010b}0" + "00" * ((side + 7 >> 3) ** 2 - 1)
-            bits += "1" * (-len(bits) % 8)
-            parts.append(int(bits, 2).to_bytes(len(bits) // 8, "big").replace(b"\xff", b"\xff\0"))
-    return b"".join((*parts, b"\xff\xd9"))
+        parts.append(segment(0xDA, scan_header(scan, frame)))
+        if len(scan) == 1 and frame == BASELINE and side <= 64:
+            parts.append(scan_data(scan[0], side))
+    parts.append(b"\xff\xd9")
+    return b"".join(parts)
+
+
+def frame_header(component_count: int, side: int) -> bytes:
+    """Eight bits a sample, no subsampling."""
+    components = b"".join(bytes((component, 0x11, 0)) for component in range(component_count))
+    return struct.pack(">BHHB", 8, side, side, component_count) + components
+
+
+def huffman_tables() -> list[bytes]:
+    """DC: `0` for no difference, `10` for one of ten bits. AC: `0` for the end of the block."""
+    tables = []
+    for table, values in ((0x00, bytes([0, COEFFICIENT_BITS])), (0x10, b"\0")):
+        counts = bytes([1, len(values) - 1, *bytes(14)])
+        tables.append(segment(0xC4, bytes([table]) + counts + values))
+    return tables
+
+
+def scan_header(scan: list[int], frame: int) -> bytes:
+    components = b"".join(bytes((component, 0)) for component in scan)
+    last_coefficient = 0 if frame in PROGRESSIVE else 63  # a progressive one holds DC only
+    return bytes([len(scan)]) + components + bytes([0, last_coefficient, 0])
+
+
+def scan_data(component: int, side: int) -> bytes:
+    """The entropy-coded blocks of one component: the first holds its DC, the others no change."""
+    is_positive = component in (0, 3)
+    complement = (1 << COEFFICIENT_BITS) - 1 - DC  # how JPEG stores a negative coefficient
+    value = DC if is_positive else complement
+
+    block_count = ((side + 7) // 8) ** 2
+    bits = f"10{value:010b}0" + "00" * (block_count - 1)
+    bits += "1" * (-len(bits) % 8)
+    data = int(bits, 2).to_bytes(len(bits) // 8, "big")
+    return data.replace(b"\xff", b"\xff\0")

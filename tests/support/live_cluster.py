@@ -1,8 +1,8 @@
-"""A real cluster, for the tests of what only running on one can show.
+"""A real cluster, for the tests that need one.
 
-Opt-in, so that nobody's cluster is touched by chance: IMAGO_TEST_CONTEXT names the kubectl context of a one-node
-cluster that holds the images of `make images`. The namespace imago is made and, at the end, deleted; so is what the
-tests trained on the node.
+Opt-in, so that no cluster is changed by accident: IMAGO_TEST_CONTEXT names the kubectl context of a
+one-node cluster that holds the images of `make images`. The tests create the namespace imago and
+delete it at the end, with everything they trained on the node.
 """
 
 import json
@@ -10,136 +10,143 @@ import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import yaml
 
+from support import ROOT, load_generator
 from support.manifests import K8S, Manifest
 
-ROOT = K8S.parent
 CONTEXT = os.environ.get("IMAGO_TEST_CONTEXT")
 MARKS = [
     pytest.mark.slow,
     pytest.mark.timeout(1500),
     pytest.mark.usefixtures("deployed"),
-    pytest.mark.skipif(not CONTEXT, reason="IMAGO_TEST_CONTEXT names no cluster to test on"),
+    pytest.mark.skipif(not CONTEXT, reason="IMAGO_TEST_CONTEXT does not name a cluster"),
 ]
 SELECTOR = "app.kubernetes.io/component=serving"
 
 
 def kubectl(*words: str, stdin: str | None = None) -> str:
-    done = subprocess.run(
+    """Run kubectl in the namespace imago and return what it prints."""
+    result = subprocess.run(
         ["kubectl", "--context", CONTEXT, "-n", "imago", *words],
         input=stdin,
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, f"kubectl {' '.join(words)}: {done.stderr}"
-    return done.stdout
+    assert result.returncode == 0, f"kubectl {' '.join(words)}: {result.stderr}"
+    return result.stdout
 
 
 def make(*words: str) -> None:
-    done = subprocess.run(["make", *words], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    result = subprocess.run(["make", *words], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
-def wait_for(what: str, true, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, f"waited {seconds} s for {what}:\n{kubectl('get', 'pods')}"
+def wait_for(description: str, condition: Callable[[], object], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        in_time = time.monotonic() < deadline
+        assert in_time, f"waited {seconds} s for {description}:\n{kubectl('get', 'pods')}"
         time.sleep(0.5)
 
 
 def pod_manifest(name: str, image: str, command: list[str], *claims: str) -> str:
-    """The manifest of a pod that runs once under the restricted profile."""
-    return json.dumps(
+    """The manifest of a pod that runs once under the restricted profile.
+
+    Each claim, e.g. imago-store, is mounted at the path of its last part, e.g. /store.
+    """
+    mounts = [
         {
-            "apiVersion": "v1",
-            "kind": "Pod",
-            "metadata": {"name": name},
-            "spec": {
-                "restartPolicy": "Never",
-                "automountServiceAccountToken": False,
-                "terminationGracePeriodSeconds": 60,
-                "securityContext": {
-                    "runAsNonRoot": True,
-                    "runAsUser": 65532,
-                    "seccompProfile": {"type": "RuntimeDefault"},
-                },
-                "volumes": [{"name": c, "persistentVolumeClaim": {"claimName": c}} for c in claims],
-                "containers": [
-                    {
-                        "name": "c",
-                        "image": image,
-                        "command": command,
-                        "volumeMounts": [
-                            {
-                                "name": c,
-                                "mountPath": f"/{c.removeprefix('imago-')}",
-                                "subPath": c.replace("-", "/"),
-                            }
-                            for c in claims
-                        ],
-                        "resources": {
-                            "requests": {"cpu": "250m", "memory": "64Mi"}
-                        },  # a client must not wait for its server
-                        "securityContext": {
-                            "allowPrivilegeEscalation": False,
-                            "capabilities": {"drop": ["ALL"]},
-                        },
-                    }
-                ],
-            },
+            "name": claim,
+            "mountPath": f"/{claim.removeprefix('imago-')}",
+            "subPath": claim.replace("-", "/"),
         }
-    )
+        for claim in claims
+    ]
+    container = {
+        "name": "c",
+        "image": image,
+        "command": command,
+        "volumeMounts": mounts,
+        # Few, so that a client is scheduled beside the server it calls.
+        "resources": {"requests": {"cpu": "250m", "memory": "64Mi"}},
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "capabilities": {"drop": ["ALL"]},
+        },
+    }
+    pod = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": name},
+        "spec": {
+            "restartPolicy": "Never",
+            "automountServiceAccountToken": False,
+            "terminationGracePeriodSeconds": 60,
+            "securityContext": {
+                "runAsNonRoot": True,
+                "runAsUser": 65532,
+                "seccompProfile": {"type": "RuntimeDefault"},
+            },
+            "volumes": [
+                {"name": claim, "persistentVolumeClaim": {"claimName": claim}} for claim in claims
+            ],
+            "containers": [container],
+        },
+    }
+    return json.dumps(pod)
 
 
 def image_of(kind: str) -> str:
-    path = "deployment/imago-serving" if kind == "serve" else "job/imago-train"
-    return kubectl("get", path, "-o", "jsonpath={.spec.template.spec.containers[0].image}")
+    """The image that the cluster runs, of "serve" or "train"."""
+    workload = "deployment/imago-serving" if kind == "serve" else "job/imago-train"
+    return kubectl("get", workload, "-o", "jsonpath={.spec.template.spec.containers[0].image}")
 
 
 @contextmanager
-def sustained_load(clients: int = 4, pause: float = 0.02, side: int = 8) -> Iterator[dict]:
-    """Clients in a pod of their own, with images of so many pixels a side; the account is there after the block."""
-    account: dict = {}
-    script = (Path(__file__).parent / "cluster_load.py").read_text()
-    kubectl(
-        "apply",
-        "-f",
-        "-",
-        stdin=pod_manifest(
-            "load",
-            image_of("serve"),
-            [
-                "python",
-                "-c",
-                script,
-                "imago-serving.imago" if dns() else service_address(),
-                str(clients),
-                str(pause),
-                str(side),
-            ],
-        ),
-    )
+def sustained_load(
+    clients: int = 4, rate: float | None = 150, side: int = 8
+) -> Iterator[dict[str, object]]:
+    """Run the load generator in a pod of its own within the block.
+
+    `rate`: requests per second, None for as many as the clients can; `side`: pixels a side of the
+    image. The dict is filled with the counts after the block.
+    """
+    host = "imago-serving.imago" if has_dns() else service_address()
+    script = Path(load_generator.__file__).read_text()
+    command = ["python", "-c", script, f"{host}:80", f"--clients={clients}", f"--side={side}"]
+    if rate is not None:
+        command.append(f"--rate={rate}")
+
+    counts: dict[str, object] = {}
+    kubectl("apply", "-f", "-", stdin=pod_manifest("load", image_of("serve"), command))
     kubectl("wait", "--for=condition=Ready", "pod/load", "--timeout=60s")
     wait_for("the load to start", lambda: "started" in kubectl("logs", "load"))
-    time.sleep(2)
+    time.sleep(2)  # requests before and after what the block does
     try:
-        yield account
+        yield counts
         time.sleep(2)
         kubectl("exec", "load", "--", "python", "-c", "import os; os.kill(1, 15)")
-        wait_for("the account", lambda: "lost" in kubectl("logs", "load"))
-        account.update(json.loads(kubectl("logs", "load").splitlines()[-1]))
-        print(account)
+        wait_for("the counts", lambda: "unanswered" in kubectl("logs", "load"))
+        counts.update(json.loads(kubectl("logs", "load").splitlines()[-1]))
+        print(counts)
     finally:
         kubectl("delete", "pod", "load", "--grace-period=1", "--wait=true")
 
 
-def dns() -> bool:
+def assert_no_request_lost(counts: dict) -> None:
+    """Assert that every request was answered with 200, and that there were some."""
+    assert counts["unanswered_count"] == 0, counts["unanswered"]
+    assert set(counts["statuses"]) == {"200"}, counts["statuses"]
+    assert counts["statuses"]["200"] > 100
+
+
+def has_dns() -> bool:
     return bool(kubectl("get", "pods", "-n", "kube-system", "-l", "k8s-app=kube-dns", "-o", "name"))
 
 
@@ -152,24 +159,22 @@ def wait_for_rollout(name: str = "imago-serving", seconds: int = 180) -> None:
 
 
 def serving_pods() -> list[str]:
+    """The serving pods as `pod/NAME`."""
     return kubectl("get", "pods", "-l", SELECTOR, "-o", "name").split()
 
 
 def render_with_components(*components: str, patches: tuple[Manifest, ...] = ()) -> list[Manifest]:
-    """The local overlay with these components, as an overlay would list them."""
+    """Render the local overlay with these components, as an overlay would list them."""
+    kustomization = {
+        "apiVersion": "kustomize.config.k8s.io/v1beta1",
+        "kind": "Kustomization",
+        "namespace": "imago",
+        "resources": ["../local"],
+        "components": [f"../../components/{name}" for name in components],
+        "patches": list(patches),
+    }
     with tempfile.TemporaryDirectory(dir=K8S / "overlays", prefix=".test-") as directory:
-        (Path(directory) / "kustomization.yaml").write_text(
-            yaml.safe_dump(
-                {
-                    "apiVersion": "kustomize.config.k8s.io/v1beta1",
-                    "kind": "Kustomization",
-                    "namespace": "imago",
-                    "resources": ["../local"],
-                    "components": [f"../../components/{name}" for name in components],
-                    "patches": list(patches),
-                }
-            )
-        )
+        (Path(directory) / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
         return list(yaml.safe_load_all(kubectl("kustomize", directory)))
 
 
@@ -179,42 +184,38 @@ def apply(manifests: list[Manifest]) -> None:
 
 @contextmanager
 def applied_components(*components: str, patches: tuple[Manifest, ...] = ()) -> Iterator[None]:
-    """The local overlay with these components; afterwards without."""
-    before, after = render_with_components(), render_with_components(*components, patches=patches)
-
-    def named(manifests: list[Manifest]) -> dict[str, Manifest]:
-        return {f"{m['kind']}/{m['metadata']['name']}": m for m in manifests}
+    """Apply the local overlay with these components within the block, and without them after."""
+    before = render_with_components()
+    after = render_with_components(*components, patches=patches)
+    added = _manifest_names(after) - _manifest_names(before)
 
     apply(after)
     try:
         yield
     finally:
-        kubectl("delete", *sorted(named(after).keys() - named(before)))
+        kubectl("delete", *sorted(added))
         apply(before)
         wait_for_rollout()
 
 
+def _manifest_names(manifests: list[Manifest]) -> set[str]:
+    return {f"{manifest['kind']}/{manifest['metadata']['name']}" for manifest in manifests}
+
+
 def evict(pod: str) -> bool:
-    """Ask for the eviction of `pod/NAME`; whether it was granted."""
+    """Request the eviction of `pod/NAME`; return whether the disruption budget allowed it."""
     name = pod.removeprefix("pod/")
     path = f"/api/v1/namespaces/imago/pods/{name}/eviction"
-    done = subprocess.run(
+    eviction = {
+        "apiVersion": "policy/v1",
+        "kind": "Eviction",
+        "metadata": {"name": name, "namespace": "imago"},
+    }
+    result = subprocess.run(
         ["kubectl", "--context", CONTEXT, "create", "--raw", path, "-f", "-"],
-        input=json.dumps(
-            {
-                "apiVersion": "policy/v1",
-                "kind": "Eviction",
-                "metadata": {"name": name, "namespace": "imago"},
-            }
-        ),
+        input=json.dumps(eviction),
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0 or "disruption budget" in done.stderr, done.stderr
-    return done.returncode == 0
-
-
-def assert_no_request_lost(account: dict) -> None:
-    assert account["count"] == 0, account["lost"]
-    assert set(account["statuses"]) == {"200"}, account["statuses"]
-    assert account["statuses"]["200"] > 100
+    assert result.returncode == 0 or "disruption budget" in result.stderr, result.stderr
+    return result.returncode == 0

@@ -1,7 +1,8 @@
-"""A real server process under test, as a client, an operator and Prometheus see it."""
+"""A real `python -m serve` process under test, as a client, an operator and Prometheus see it."""
 
 import contextlib
 import os
+import random
 import re
 import signal
 import socket
@@ -10,53 +11,62 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
-import pytest
 
 from serve.metrics.definitions import METRICS
 from support import ROOT
 
+FIRST_PORT = 18000
+PORTS_PER_WORKER = 100
+SERVE = [sys.executable, "-m", "serve"]
+
 
 def find_free_ports(count: int) -> list[int]:
-    """Ports of 127.0.0.1 from 18000 up that nobody listens on; each process of pytest-xdist has its own hundred."""
-    first = 18000 + 100 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    found: list[int] = []
-    with contextlib.ExitStack() as held:
-        for port in sorted(
-            range(first, first + 100), key=lambda p: hash((p, os.getpid(), time.monotonic_ns()))
-        ):
-            probe = held.enter_context(socket.socket())
+    """Return ports of 127.0.0.1 on which no process listens.
+
+    Each worker of pytest-xdist draws from its own hundred, from 18000 up, so that two workers never
+    take the same port between this call and the server's bind.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    first = FIRST_PORT + PORTS_PER_WORKER * worker
+    candidates = random.SystemRandom().sample(
+        range(first, first + PORTS_PER_WORKER), PORTS_PER_WORKER
+    )
+
+    ports: list[int] = []
+    with contextlib.ExitStack() as probes:
+        for port in candidates:
+            probe = probes.enter_context(socket.socket())
             try:
                 probe.bind(("127.0.0.1", port))
             except OSError:
                 continue
-            found.append(port)
-            if len(found) == count:
-                return found
-    raise RuntimeError("no free port")
+            ports.append(port)
+            if len(ports) == count:
+                return ports
+    raise RuntimeError(f"no {count} free ports from {first} up")
 
 
 def loopback_flags() -> list[str]:
-    """Flags of a server that only this machine reaches, on free ports."""
+    """Flags of a server that listens on free ports of 127.0.0.1 only."""
     port, metrics_port = find_free_ports(2)
     return ["--host", "127.0.0.1", "--port", str(port), "--metrics-port", str(metrics_port)]
 
 
-def run_serve(*flags: str, **env: str) -> subprocess.CompletedProcess:
-    """`python -m serve` with no environment but `env`, until it ends."""
+def run_serve(*flags: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run `python -m serve` to its end, with `env` as its whole environment beside PATH."""
     return subprocess.run(
-        [sys.executable, "-m", "serve", *flags],
+        [*SERVE, *flags],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         env={"PATH": "/usr/bin", **env},
     )
 
 
-def assert_refused(result: subprocess.CompletedProcess, *words: str) -> None:
-    """Exit status 2 and one line with these words."""
+def assert_refused(result: subprocess.CompletedProcess[str], *words: str) -> None:
+    """Assert exit status 2 and one line on stderr that holds these words."""
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1, result.stderr
     assert "Traceback" not in result.stderr
@@ -64,22 +74,30 @@ def assert_refused(result: subprocess.CompletedProcess, *words: str) -> None:
         assert word in result.stderr
 
 
+def wait_until(condition: Callable[[], object], seconds: float = 120) -> None:
+    """Poll until the condition holds; fail after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"the condition did not hold within {seconds} s"
+        time.sleep(0.02)
+
+
 def suspend_processes(pids: list[int]) -> None:
-    """By SIGSTOP, and wait until each of their threads rests."""
+    """Send SIGSTOP and wait until every thread of the processes has stopped."""
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
-    wait_until(
-        lambda: all(
-            stat.read_text().rpartition(")")[2].split()[0] == "T"
-            for pid in pids
-            for stat in Path(f"/proc/{pid}/task").glob("*/stat")
-        )
-    )
+    wait_until(lambda: all(_is_suspended(pid) for pid in pids))
+
+
+def _is_suspended(pid: int) -> bool:
+    threads = Path(f"/proc/{pid}/task").glob("*/stat")
+    states = [stat.read_text().rpartition(")")[2].split()[0] for stat in threads]
+    return all(state == "T" for state in states)
 
 
 @contextlib.contextmanager
 def suspended_workers(server: "Server") -> Iterator[None]:
-    """Its workers by SIGSTOP: what they were sent stays pending meanwhile."""
+    """Suspend the server's workers: requests that reach them stay pending within the block."""
     workers = server.workers()
     try:
         suspend_processes(workers)
@@ -89,37 +107,8 @@ def suspended_workers(server: "Server") -> Iterator[None]:
             os.kill(pid, signal.SIGCONT)
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 120) -> None:
-    """Until the condition holds."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it never happened"
-        time.sleep(0.02)
-
-
-@contextlib.contextmanager
-def s3_server(bucket: str) -> Iterator[Any]:
-    """An S3 that runs here, which the environment names meanwhile, with an empty bucket; gives boto3's client of it."""
-    boto3, moto = pytest.importorskip("boto3"), pytest.importorskip("moto.server")
-    running = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    running.start()
-    host, port = running.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (
-            ("AWS_ACCESS_KEY_ID", "test"),
-            ("AWS_SECRET_ACCESS_KEY", "test"),
-            ("AWS_DEFAULT_REGION", "us-east-1"),
-            ("AWS_ENDPOINT_URL", f"http://{host}:{port}"),
-        ):
-            patch.setenv(name, value)
-        client = boto3.client("s3")
-        client.create_bucket(Bucket=bucket)
-        yield client
-    running.stop()
-
-
 class Server:
-    """A `python -m serve` process on free ports. `log` holds what it wrote."""
+    """A `python -m serve` process on free ports. `log` holds its output."""
 
     def __init__(
         self,
@@ -128,23 +117,18 @@ class Server:
         *flags: str,
         env: dict[str, str] | None = None,
         command: list[str] | None = None,
-    ):
+    ) -> None:
+        """`command` replaces `python -m serve`; the flags follow it."""
         self.port, self.metrics_port = find_free_ports(2)
-        self.url, self.log = f"http://127.0.0.1:{self.port}", log
-        self.http = httpx.Client(base_url=self.url, timeout=30)
-        own = [
-            "--store",
-            str(store),
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(self.port),
-            "--metrics-port",
-            str(self.metrics_port),
-        ]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = log
+        self.http = httpx.Client(base_url=self.url, timeout=60)
+
+        address = ["--host", "127.0.0.1", "--port", str(self.port)]
+        metrics = ["--metrics-port", str(self.metrics_port)]
         with log.open("ab") as output:
             self.process = subprocess.Popen(
-                [*(command or [sys.executable, "-m", "serve"]), *own, *flags],
+                [*(command or SERVE), "--store", str(store), *address, *metrics, *flags],
                 cwd=ROOT,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -157,23 +141,23 @@ class Server:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def wait_ready(self, seconds: float = 60) -> "Server":
-        end = time.monotonic() + seconds
+    def wait_ready(self, seconds: float = 120) -> "Server":
+        deadline = time.monotonic() + seconds
         while not self.is_ready():
             assert self.process.poll() is None, f"the server ended: {self.log.read_text()}"
-            assert time.monotonic() < end, f"not ready after {seconds} s: {self.log.read_text()}"
-            time.sleep(0.05)
+            assert time.monotonic() < deadline, f"not ready in time: {self.log.read_text()}"
+            time.sleep(0.02)
         return self
 
     def is_ready(self) -> bool:
-        try:
-            return self.http.get("/health/ready").status_code == 200
-        except httpx.TransportError:
-            return False
+        return self._has_health("ready")
 
     def is_live(self) -> bool:
+        return self._has_health("live")
+
+    def _has_health(self, probe: str) -> bool:
         try:
-            return self.http.get("/health/live").status_code == 200
+            return self.http.get(f"/health/{probe}").status_code == 200
         except httpx.TransportError:
             return False
 
@@ -184,46 +168,46 @@ class Server:
         )
 
     def workers(self) -> list[int]:
-        """Process ids of the workers."""
-        return [
-            pid
-            for pid in self.children()
-            if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        ]
+        """Process ids of the inference workers."""
+        pids = self.children()
+        return [pid for pid in pids if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
     def children(self) -> list[int]:
-        """Process ids of all processes that the first one has started."""
-        threads = Path(f"/proc/{self.process.pid}/task").glob("*/children")
-        return [int(pid) for thread in threads for pid in thread.read_text().split()]
+        """Process ids of all processes that the supervisor started."""
+        pids: list[int] = []
+        for thread in Path(f"/proc/{self.process.pid}/task").glob("*/children"):
+            pids += [int(pid) for pid in thread.read_text().split()]
+        return pids
 
     def metrics(self) -> str:
-        return httpx.get(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=30).text
+        """The text of the metrics page."""
+        return httpx.get(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=60).text
 
     def metric(self, name: str, **labels: str) -> float:
-        """The value of one series, e.g. metric("imago_requests_total", code="200"); 0 where there is none yet.
+        """The value of one series, e.g. metric("imago_requests_total", code="200").
 
-        Raises AssertionError for one that can never be: no such metric, or other names of labels.
+        Returns 0 for a series without a sample yet. Raises AssertionError for a metric or label
+        names that the server does not define.
         """
-        page, short = (
-            self.metrics(),
-            re.sub("_(total|bucket|sum|count)$", "", name.removeprefix("imago_")),
-        )
-        assert re.search(rf"^# TYPE ({name}|imago_{short}) ", page, re.MULTILINE), (
-            f"there is no metric {name}"
-        )
-        names = {
-            *(METRICS[short].labels if short in METRICS else ()),
-            *(["le"] if name.endswith("_bucket") else []),
-        }
-        assert set(labels) == names, f"{name} has the labels {sorted(names)}"
-        text = ",".join(f'{key}="{value}"' for key, value in sorted(labels.items()))
-        start = f"{name}{{{text}}} " if text else f"{name} "
-        return next(
-            (float(line[len(start) :]) for line in page.splitlines() if line.startswith(start)), 0.0
-        )
+        page = self.metrics()
+        family = re.sub("_(total|bucket|sum|count)$", "", name.removeprefix("imago_"))
+        declared = re.search(rf"^# TYPE ({name}|imago_{family}) ", page, re.MULTILINE)
+        assert declared, f"there is no metric {name}"
 
-    def stop(self, seconds: float = 40) -> int:
-        """SIGTERM; the exit status."""
+        label_names = set(METRICS[family].labels) if family in METRICS else set()
+        if name.endswith("_bucket"):
+            label_names.add("le")
+        assert set(labels) == label_names, f"{name} has the labels {sorted(label_names)}"
+
+        pairs = ",".join(f'{key}="{value}"' for key, value in sorted(labels.items()))
+        series = f"{name}{{{pairs}}} " if pairs else f"{name} "
+        for line in page.splitlines():
+            if line.startswith(series):
+                return float(line.removeprefix(series))
+        return 0.0
+
+    def stop(self, seconds: float = 60) -> int:
+        """Send SIGTERM, wait for the end and return the exit status."""
         self.http.close()
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)

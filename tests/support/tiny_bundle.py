@@ -1,6 +1,8 @@
-"""A bundle small enough to be written in milliseconds: colours, told apart by a graph of a few nodes.
+"""A bundle that is written in milliseconds: it classifies colours with a graph of a few nodes.
 
-The graph has the signature of a real one. Its expected outputs are computed here with numpy, not by a runtime.
+The graph has the inputs and outputs of a trained one. The expected outputs of its samples are
+computed here with numpy, not by a runtime. The second half of the file alters a bundle: new
+checksums, a second variant, a graph that fails, hangs or is slow.
 """
 
 import json
@@ -27,24 +29,39 @@ from models.image import InputSpec, decode
 from models.store import Store
 
 CLASSES = ["red", "green", "blue"]
-WEIGHT = 8.0  # of a pixel's own channel in its class
+CHANNEL_WEIGHT = 8.0
+"""How much a pixel's own channel counts for its class."""
+OUTPUTS = ["probabilities", "energy", "embedding", "cam"]
+ENDLESS = 2**62
+"""Iterations of a loop that ends in no test's time."""
 
 
 def make_image(label: str, size: int = 32, kind: str = ".png", seed: int = 0) -> bytes:
-    """A noisy picture of one colour as a file's bytes."""
+    """The bytes of an image file: noise over the colour of the class."""
     pixels = np.random.default_rng(seed).integers(0, 60, (size, size, 3), np.uint8)
     pixels[:, :, 2 - CLASSES.index(label)] += 150  # cv2 writes BGR
     return cv2.imencode(kind, pixels)[1].tobytes()
 
 
+def class_weights(classes: int, channels: int, scale: float) -> np.ndarray:
+    """float32 [classes, channels]: class i looks at channel i modulo the channels."""
+    identity = np.eye(channels, dtype=np.float32)
+    return np.resize(identity, (classes, channels)) * CHANNEL_WEIGHT * scale
+
+
 def build_graph(spec: InputSpec, classes: int, scale: float = 1.0) -> onnx.ModelProto:
-    """Mean colour times a matrix, softmax. `scale` multiplies the logits: another value gives other answers."""
-    weights = (
-        np.resize(np.eye(spec.channels, dtype=np.float32), (classes, spec.channels))
-        * WEIGHT
-        * scale
-    )
-    shape = ["N", spec.height, spec.width, spec.channels]
+    """Build the graph: mean colour times a matrix, softmax.
+
+    `scale` multiplies the logits, so that two graphs with different scales give different outputs.
+    """
+    weights = class_weights(classes, spec.channels, scale)
+    constants = {
+        "scale": np.float32(255),
+        "space": np.array([2, 3]),
+        "last": np.array([1]),
+        "weights": weights,
+        "kernels": weights[:, :, None, None],
+    }
     nodes = [
         helper.make_node("Cast", ["image"], ["floats"], to=TensorProto.FLOAT),
         helper.make_node("Div", ["floats", "scale"], ["unit"]),
@@ -56,42 +73,37 @@ def build_graph(spec: InputSpec, classes: int, scale: float = 1.0) -> onnx.Model
         helper.make_node("Neg", ["free"], ["energy"]),
         helper.make_node("Conv", ["features", "kernels"], ["cam"]),
     ]
-    constants = {
-        "scale": np.float32(255),
-        "space": np.array([2, 3]),
-        "last": np.array([1]),
-        "weights": weights,
-        "kernels": weights[:, :, None, None],
-    }
-    outputs = {
+    input_shape = ["N", spec.height, spec.width, spec.channels]
+    output_shapes = {
         "probabilities": ["N", classes],
         "energy": ["N"],
         "embedding": ["N", spec.channels],
         "cam": ["N", classes, spec.height, spec.width],
     }
-    made = helper.make_graph(
+    graph = helper.make_graph(
         nodes,
         "tiny",
-        [helper.make_tensor_value_info("image", TensorProto.UINT8, shape)],
+        [helper.make_tensor_value_info("image", TensorProto.UINT8, input_shape)],
         [
-            helper.make_tensor_value_info(name, TensorProto.FLOAT, dims)
-            for name, dims in outputs.items()
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+            for name, shape in output_shapes.items()
         ],
         [numpy_helper.from_array(value, name) for name, value in constants.items()],
     )
-    return helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
 
 
 def expected_outputs(images: np.ndarray, classes: int, scale: float = 1.0) -> dict[str, np.ndarray]:
-    """What the graph gives, by numpy: uint8 [N,H,W,C] to its outputs."""
+    """The outputs of the graph for uint8 [N,H,W,C] images, computed with numpy."""
     unit = images.astype(np.float64) / 255
-    weights = np.resize(np.eye(images.shape[3]), (classes, images.shape[3])) * WEIGHT * scale
+    weights = class_weights(classes, images.shape[3], scale).astype(np.float64)
+
     embedding = unit.mean((1, 2))
     logits = embedding @ weights.T
-    free = np.log(np.exp(logits).sum(1))
+    free_energy = np.log(np.exp(logits).sum(1))
     return {
-        "probabilities": np.exp(logits - free[:, None]).astype(np.float32),
-        "energy": (-free).astype(np.float32),
+        "probabilities": np.exp(logits - free_energy[:, None]).astype(np.float32),
+        "energy": (-free_energy).astype(np.float32),
         "embedding": embedding.astype(np.float32),
         "cam": np.einsum("nhwc,kc->nkhw", unit, weights).astype(np.float32),
     }
@@ -109,39 +121,33 @@ def publish(
     samples: int = 16,
     files: list[bytes] | None = None,
 ) -> Path:
-    """Publish a version of a tiny model; returns its directory."""
+    """Publish the next version of a tiny model and return its directory.
+
+    `files` are the samples' images; without them `samples` images of the three colours are made.
+    """
     classes = classes or CLASSES
+    files = files or [make_image(CLASSES[i % 3], size, seed=i) for i in range(samples)]
     spec = InputSpec(height=size, width=size, channels=3, resize="crop")
-    place = Store(store)
-    with place.stage(name) as staged:
-        directory, version = staged.path, staged.version
-        onnx.save(build_graph(spec, len(classes), scale), directory / "model.onnx")
-        (directory / "samples").mkdir()
-        files = files or [make_image(CLASSES[i % 3], size, seed=i) for i in range(samples)]
-        for i, data in enumerate(files):
-            (directory / "samples" / f"{i:02d}.png").write_bytes(data)
-        pixels = np.stack([decode(data, spec) for data in files])
-        np.savez(
-            directory / "samples" / "expected.npz",
-            pixels=pixels,
-            **expected_outputs(pixels, len(classes), scale),
-        )
-        file = directory / "model.onnx"
-        Manifest(
+
+    with Store(store).stage(name) as staged:
+        model = staged.path / "model.onnx"
+        onnx.save(build_graph(spec, len(classes), scale), model)
+        _write_samples(staged.path / "samples", files, spec, len(classes), scale)
+        manifest = Manifest(
             name=name,
-            version=version,
+            version=staged.version,
             created=datetime.now(UTC),
             network="tiny",
             classes=classes,
             input=spec,
-            outputs=["probabilities", "energy", "embedding", "cam"],
+            outputs=OUTPUTS,
             variants={
                 "fp32": Variant(
                     file="model.onnx",
                     precision="fp32",
-                    sha256=file_sha256(file),
+                    sha256=file_sha256(model),
                     opset=18,
-                    bytes=file.stat().st_size,
+                    bytes=model.stat().st_size,
                 )
             },
             samples=[Sample(file=f"{i:02d}.png", label=i % 3) for i in range(samples)],
@@ -152,67 +158,79 @@ def publish(
                 device="cpu",
                 seed=0,
             ),
-        ).write(directory)
-        write_checksums(directory)
+        )
+        manifest.write(staged.path)
+        write_checksums(staged.path)
         staged.publish(promote)
-    return store / name / str(version)
+        return store / name / str(staged.version)
+
+
+def _write_samples(
+    directory: Path, files: list[bytes], spec: InputSpec, classes: int, scale: float
+) -> None:
+    directory.mkdir()
+    for i, data in enumerate(files):
+        (directory / f"{i:02d}.png").write_bytes(data)
+    pixels = np.stack([decode(data, spec) for data in files])
+    outputs = expected_outputs(pixels, classes, scale)
+    np.savez(directory / "expected.npz", pixels=pixels, **outputs)
 
 
 def edit_manifest(bundle: Path, **changes: object) -> None:
-    """Set fields of the manifest; the digests fit no more."""
-    manifest = json.loads((bundle / "manifest.json").read_text())
-    (bundle / "manifest.json").write_text(json.dumps(manifest | changes))
+    """Set fields of the manifest; SHA256SUMS no longer matches it."""
+    file = bundle / "manifest.json"
+    manifest = json.loads(file.read_text())
+    file.write_text(json.dumps(manifest | changes))
 
 
 def update_checksums(bundle: Path) -> None:
-    """Make the digests fit again, as one would who means harm."""
+    """Make all checksums match the files again, as an attacker would."""
     manifest = json.loads((bundle / "manifest.json").read_text())
     for variant in manifest["variants"].values():
-        if (file := bundle / variant["file"]).is_file():
+        file = bundle / variant["file"]
+        if file.is_file():
             variant["sha256"] = file_sha256(file)
     edit_manifest(bundle, variants=manifest["variants"])
     write_checksums(bundle)
 
 
 def add_int8(bundle: Path, scale: float = 1.0) -> None:
-    """A second variant, by its name in 8 bits; with another scale its answers are not those of the samples."""
+    """Add a variant named int8; with another scale its outputs are not those of the samples."""
     manifest = json.loads((bundle / "manifest.json").read_text())
-    onnx.save(
-        build_graph(InputSpec(**manifest["input"]), len(manifest["classes"]), scale),
-        bundle / "model.int8.onnx",
-    )
-    first = manifest["variants"]["fp32"]
-    edit_manifest(
-        bundle,
-        variants={"fp32": first, "int8": first | {"file": "model.int8.onnx", "precision": "int8"}},
-    )
+    spec = InputSpec(**manifest["input"])
+    onnx.save(build_graph(spec, len(manifest["classes"]), scale), bundle / "model.int8.onnx")
+
+    fp32 = manifest["variants"]["fp32"]
+    int8 = fp32 | {"file": "model.int8.onnx", "precision": "int8"}
+    edit_manifest(bundle, variants={"fp32": fp32, "int8": int8})
     update_checksums(bundle)
 
 
 def insert_nodes(
     bundle: Path, *nodes: onnx.NodeProto, file: str = "model.onnx", **constants: np.ndarray
 ) -> None:
-    """Put nodes into the graph, which make "unit", the input in 0..1, from "given"; the digests fit again."""
+    """Insert nodes that compute "unit", the pixels in 0..1, from "given"; update the checksums."""
     model = onnx.load(bundle / file)
-    at = next(i for i, node in enumerate(model.graph.node) if node.output[0] == "unit")
-    model.graph.node[at].output[0] = "given"
-    for i, node in enumerate(nodes):
-        model.graph.node.insert(at + 1 + i, node)
-    model.graph.initializer.extend(
-        numpy_helper.from_array(value, name) for name, value in constants.items()
-    )
+    graph = model.graph
+    index = next(i for i, node in enumerate(graph.node) if node.output[0] == "unit")
+    graph.node[index].output[0] = "given"
+    for offset, node in enumerate(nodes):
+        graph.node.insert(index + 1 + offset, node)
+    for name, value in constants.items():
+        graph.initializer.append(numpy_helper.from_array(value, name))
+
     onnx.save(model, bundle / file)
     update_checksums(bundle)
 
 
 def fail_on_bright_pixels(bundle: Path, least: float = 1.0, file: str = "model.onnx") -> None:
-    """Make the graph look up a place that isn't there where a pixel is as bright as `least`, 0..1."""
+    """Make the graph index out of a table's range where a pixel is at least this bright, 0..1."""
     insert_nodes(
         bundle,
         helper.make_node("ReduceMax", ["given"], ["brightest"], keepdims=0),
         helper.make_node("Div", ["brightest", "least"], ["share"]),
-        helper.make_node("Cast", ["share"], ["place"], to=TensorProto.INT64),
-        helper.make_node("Gather", ["table", "place"], ["one"]),
+        helper.make_node("Cast", ["share"], ["index"], to=TensorProto.INT64),
+        helper.make_node("Gather", ["table", "index"], ["one"]),
         helper.make_node("Mul", ["given", "one"], ["unit"]),
         file=file,
         least=np.float32(least),
@@ -220,43 +238,45 @@ def fail_on_bright_pixels(bundle: Path, least: float = 1.0, file: str = "model.o
     )
 
 
-def loop_forever(bundle: Path, where_bright: bool = False) -> None:
-    """Make the graph go round for ever; or only where a pixel is as bright as can be, as none of the samples is."""
-    if where_bright:
-        insert_nodes(
-            bundle,
-            helper.make_node("ReduceMax", ["given"], ["brightest"], keepdims=0),
-            helper.make_node("Cast", ["brightest"], ["bright"], to=TensorProto.INT64),
-            helper.make_node("Mul", ["bright", "often"], ["turns"]),
-            *_loop("turns"),
-            often=np.array(2**62),
-            true=np.array(True),
-        )
-    else:
-        insert_nodes(bundle, *_loop("often"), often=np.array(2**62), true=np.array(True))
+def loop_forever(bundle: Path) -> None:
+    """Make the graph loop endlessly for every image."""
+    insert_nodes(bundle, _loop("count"), count=np.array(ENDLESS), true=np.array(True))
 
 
-def slow_down(bundle: Path, file: str = "model.onnx", turns: int = 3000) -> None:
-    """Make a graph go round some milliseconds; its answers stay the same."""
-    insert_nodes(bundle, *_loop("often"), file=file, often=np.array(turns), true=np.array(True))
+def loop_forever_on_white(bundle: Path) -> None:
+    """Make the graph loop endlessly for an image with a white pixel; no sample has one."""
+    insert_nodes(
+        bundle,
+        helper.make_node("ReduceMax", ["given"], ["brightest"], keepdims=0),
+        helper.make_node("Cast", ["brightest"], ["is_white"], to=TensorProto.INT64),
+        helper.make_node("Mul", ["is_white", "count"], ["iterations"]),
+        _loop("iterations"),
+        count=np.array(ENDLESS),
+        true=np.array(True),
+    )
 
 
-def _loop(turns: str) -> list[onnx.NodeProto]:
-    """Makes "unit" from "given", which it does not change."""
-    turn = helper.make_graph(
+def slow_down(bundle: Path, file: str = "model.onnx", iterations: int = 3000) -> None:
+    """Make the graph loop for some milliseconds; its outputs stay the same."""
+    insert_nodes(bundle, _loop("count"), file=file, count=np.array(iterations), true=np.array(True))
+
+
+def _loop(iterations: str) -> onnx.NodeProto:
+    """A Loop node that computes "unit" from "given" without changing it."""
+    body = helper.make_graph(
         [
-            helper.make_node("Identity", ["on"], ["goes_on"]),
+            helper.make_node("Identity", ["continue"], ["continue_next"]),
             helper.make_node("Abs", ["before"], ["after"]),
         ],
-        "turn",
+        "body",
         [
-            helper.make_tensor_value_info("number", TensorProto.INT64, []),
-            helper.make_tensor_value_info("on", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("iteration", TensorProto.INT64, []),
+            helper.make_tensor_value_info("continue", TensorProto.BOOL, []),
             helper.make_tensor_value_info("before", TensorProto.FLOAT, None),
         ],
         [
-            helper.make_tensor_value_info("goes_on", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("continue_next", TensorProto.BOOL, []),
             helper.make_tensor_value_info("after", TensorProto.FLOAT, None),
         ],
     )
-    return [helper.make_node("Loop", [turns, "true", "given"], ["unit"], body=turn)]
+    return helper.make_node("Loop", [iterations, "true", "given"], ["unit"], body=body)

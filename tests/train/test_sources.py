@@ -22,7 +22,7 @@ from support.sample_images import (
     make_png,
     write_image_folder,
 )
-from support.server import s3_server
+from support.s3_server import s3_server
 
 from models.image import decode
 from train.data import DataError, ImageData
