@@ -213,14 +213,14 @@ def test_the_report_needs_no_network_and_tells_what_it_should(bundle):
     assert all(link.startswith("data:image/") for link in Links.found)
     assert not re.search(r"url\(|@import|<script|http", text)
     for heading in (
-        "What it is for",
+        "Intended use",
         "Data",
         "Training",
-        "Where it is right",
-        "Its most confident mistakes",
-        "What its confidence means",
+        "Results",
+        "Most confident mistakes",
+        "Calibration",
         "Variants",
-        "Where it comes from",
+        "Provenance",
     ):
         assert heading in text
     m = bundle.manifest

@@ -63,15 +63,15 @@ def run(spoiled: Path, target: Path, max_loss: float) -> QuantizationResult:
 def test_what_hurts_is_left_in_float_until_the_gate_is_passed(spoiled, tmp_path):
     assert accuracy(spoiled) > 0.9
     found = run(spoiled, tmp_path / "int8.onnx", 2.0)
-    assert found.tried[0][1] > 10  # what all layers in int8 would have lost
+    assert found.attempts[0].lost_points > 10  # what all layers in int8 would have lost
     assert found.passed
-    assert found.lost == pytest.approx(100 * (accuracy(spoiled) - accuracy(tmp_path / "int8.onnx")))
-    assert found.lost <= 2.0
-    assert f"with {len(found.left_in_float)} layers left in float" in found.describe(2.0)
+    assert found.lost_points == pytest.approx(100 * (accuracy(spoiled) - accuracy(tmp_path / "int8.onnx")))
+    assert found.lost_points <= 2.0
+    assert f"with {len(found.float_layers)} layers left in float" in found.describe(2.0)
 
 
 def test_nothing_is_left_behind_where_no_form_passes(spoiled, tmp_path):
     found = run(spoiled, tmp_path / "int8.onnx", -100.0)
     assert not found.passed
-    assert [share for share, _ in found.tried] == [0.0, 0.1, 0.25, 0.5]
+    assert [attempt.float_share for attempt in found.attempts] == [0.0, 0.1, 0.25, 0.5]
     assert list(tmp_path.iterdir()) == []

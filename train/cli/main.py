@@ -24,7 +24,8 @@ from train.cli import validate_config
 from train.cli.audit_command import look
 from train.cli.tuner import find_batch_size, find_lr
 from train.data import ImageData
-from train.export.pipeline import ExportConfig, export_bundle
+from train.export.config import ExportConfig
+from train.export.pipeline import export_bundle
 from train.failures import Diverged, OutOfMemory, is_out_of_memory
 from train.learning import lightning_speed
 from train.learning.ema import WeightAverage

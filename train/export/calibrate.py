@@ -1,4 +1,7 @@
-"""Calibration on validation data: what a confidence means, when to abstain, which classes to name."""
+"""Calibration on validation data: temperature, abstaining, prediction sets, energy threshold.
+
+What is fitted on validation data is measured on test data, and both go into the manifest.
+"""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -7,18 +10,25 @@ import numpy as np
 import torch
 
 from models.bundle import Calibration
+from train.export.scores import Scores, energy, negative_log_likelihood, softmax
 
-BINS = 15
+BINS = 15  # of confidence, for the expected calibration error
+LOWEST_TEMPERATURE = 0.05
+HIGHEST_TEMPERATURE = 20.0
 
 
 @dataclass
 class CalibrateConfig:
-    """
+    """How confidences are calibrated, and which thresholds are fitted.
+
     Args:
-        temperature: divide the logits by a number fitted on validation data, so that confidence matches accuracy.
-        abstain_accuracy: answers with too little confidence abstain, so that this share of the others is right.
+        temperature: divide the logits by a number fitted on validation data, so that confidence
+            matches accuracy.
+        abstain_accuracy: predictions with too little confidence abstain, so that this share of the
+            others is correct.
         conformal_level: share of images whose prediction set holds the true class.
-        energy_kept: share of validation images that the energy threshold takes for in distribution.
+        energy_kept: share of validation images that the energy threshold accepts as in
+            distribution.
     """
 
     temperature: bool = True
@@ -28,159 +38,169 @@ class CalibrateConfig:
 
     def __post_init__(self) -> None:
         for name in ("abstain_accuracy", "conformal_level", "energy_kept"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"calibrate.{name}: {getattr(self, name)} is not between 0 and 1")
+            value = getattr(self, name)
+            if not 0 < value < 1:
+                raise ValueError(f"calibrate.{name}: {value} is not between 0 and 1")
 
 
-def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
-    """[N,K] to probabilities [N,K], float64."""
-    scaled = logits.astype(np.float64) / temperature
-    exponent = np.exp(scaled - scaled.max(1, keepdims=True))
-    return exponent / exponent.sum(1, keepdims=True)
+def calibrate(val: Scores, test: Scores, config: CalibrateConfig) -> Calibration:
+    """Fit on validation scores and measure the outcome on test scores."""
+    temperature = fit_temperature(val.logits, val.labels) if config.temperature else 1.0
+    uncalibrated = softmax(val.logits)
+    calibrated = softmax(val.logits, temperature)
+    threshold, coverage = fit_abstain_threshold(calibrated, val.labels, config.abstain_accuracy)
+    quantile = fit_conformal_quantile(calibrated, val.labels, config.conformal_level)
 
+    test_probabilities = softmax(test.logits, temperature)
+    is_answered = test_probabilities.max(1) >= threshold
+    answered_correct = (test_probabilities.argmax(1) == test.labels)[is_answered]
 
-def energy(logits: np.ndarray) -> np.ndarray:
-    """[N,K] to -logsumexp [N]: high where the network has seen nothing like it (Liu et al., 2020)."""
-    top = logits.max(1)
-    return -(top + np.log(np.exp(logits - top[:, None]).sum(1)))
-
-
-def nll(logits: np.ndarray, labels: np.ndarray, temperature: float = 1.0) -> float:
-    """Mean negative log-likelihood of the true class."""
-    true = logits[np.arange(len(labels)), labels].astype(np.float64)
-    return float((-energy(logits.astype(np.float64) / temperature) - true / temperature).mean())
+    return Calibration(
+        temperature=temperature,
+        nll_before=negative_log_likelihood(val.logits, val.labels),
+        nll_after=negative_log_likelihood(val.logits, val.labels, temperature),
+        ece_before=expected_calibration_error(uncalibrated, val.labels),
+        ece_after=expected_calibration_error(calibrated, val.labels),
+        abstain_threshold=threshold,
+        abstain_accuracy=config.abstain_accuracy,
+        abstain_coverage=coverage,
+        abstain_test_accuracy=float(answered_correct.mean()) if len(answered_correct) else None,
+        abstain_test_coverage=float(is_answered.mean()),
+        conformal_level=config.conformal_level,
+        conformal_quantile=quantile,
+        conformal_coverage=conformal_coverage(test_probabilities, test.labels, quantile),
+        energy_threshold=float(np.quantile(energy(val.logits), config.energy_kept)),
+    )
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """The T that minimises the NLL of softmax(logits / T), by LBFGS on log T.
+    """Return the T that minimizes the NLL of softmax(logits / T), by LBFGS on log T.
 
-    Guo et al., "On calibration of modern neural networks", 2017. Where every validation image is right the NLL would
-    fall for ever as T goes to 0; then, as Platt did ("Probabilistic outputs for support vector machines", 1999), one
-    image more than there are is taken to be wrong.
+    Guo et al., "On calibration of modern neural networks", 2017. Where every validation image is
+    classified correctly, the NLL falls without end as T approaches 0. Then one image more than
+    there are is assumed to be wrong, as Platt did ("Probabilistic outputs for support vector
+    machines", 1999).
     """
-    x, y = torch.from_numpy(logits).double(), torch.from_numpy(labels)
-    doubt = 1 / (len(labels) + 2) if (x.argmax(1) == y).all() else 0.0
-    log_t = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    solver = torch.optim.LBFGS([log_t], max_iter=100, line_search_fn="strong_wolfe")
+    x = torch.from_numpy(logits).double()
+    y = torch.from_numpy(labels)
+    smoothing = 0.0
+    if (x.argmax(1) == y).all():
+        smoothing = 1 / (len(labels) + 2)
+
+    log_temperature = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    solver = torch.optim.LBFGS([log_temperature], max_iter=100, line_search_fn="strong_wolfe")
 
     def loss() -> torch.Tensor:
         solver.zero_grad()
-        value = torch.nn.functional.cross_entropy(x / log_t.exp(), y, label_smoothing=doubt)
+        scaled = x / log_temperature.exp()
+        value = torch.nn.functional.cross_entropy(scaled, y, label_smoothing=smoothing)
         value.backward()
         return value
 
     solver.step(loss)
-    return float(np.clip(log_t.detach().exp().item(), 0.05, 20.0))
+    temperature = log_temperature.detach().exp().item()
+    return float(np.clip(temperature, LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE))
 
 
-class Bin(NamedTuple):
+class ReliabilityBin(NamedTuple):
     """One bar of a reliability diagram."""
 
     confidence: float  # mean, 0..1
-    accuracy: float
+    accuracy: float  # 0..1
     images: int
 
 
-def reliability(probabilities: np.ndarray, labels: np.ndarray, bins: int = BINS) -> list[Bin]:
-    """Bins of equal width over the confidence; empty ones are left out."""
-    confidence, right = probabilities.max(1), probabilities.argmax(1) == labels
-    place = np.minimum((confidence * bins).astype(int), bins - 1)
-    return [
-        Bin(
-            float(confidence[place == b].mean()),
-            float(right[place == b].mean()),
-            int((place == b).sum()),
+def reliability_bins(
+    probabilities: np.ndarray, labels: np.ndarray, bins: int = BINS
+) -> list[ReliabilityBin]:
+    """Group predictions into bins of equal width over the confidence; empty bins are left out."""
+    confidence = probabilities.max(1)
+    is_correct = probabilities.argmax(1) == labels
+    bin_of_image = np.minimum((confidence * bins).astype(int), bins - 1)
+
+    result: list[ReliabilityBin] = []
+    for number in np.unique(bin_of_image):
+        members = bin_of_image == number
+        result.append(
+            ReliabilityBin(
+                confidence=float(confidence[members].mean()),
+                accuracy=float(is_correct[members].mean()),
+                images=int(members.sum()),
+            )
         )
-        for b in np.unique(place)
-    ]
+    return result
 
 
-def ece(probabilities: np.ndarray, labels: np.ndarray, bins: int = BINS) -> float:
-    """Expected calibration error: mean |confidence - accuracy| over the bins, weighted by their counts."""
-    found = reliability(probabilities, labels, bins)
-    return sum(b.images * abs(b.confidence - b.accuracy) for b in found) / len(labels)
+def expected_calibration_error(
+    probabilities: np.ndarray, labels: np.ndarray, bins: int = BINS
+) -> float:
+    """Return the mean |confidence - accuracy| over the bins, weighted by their images."""
+    total = 0.0
+    for each in reliability_bins(probabilities, labels, bins):
+        total += each.images * abs(each.confidence - each.accuracy)
+    return total / len(labels)
 
 
 def coverage_curve(
     probabilities: np.ndarray, labels: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Thresholds [M] falling, and the share answered [M] and its accuracy [M] with each.
+    """Return falling thresholds [M], and with each the share answered [M] and its accuracy [M].
 
-    One row a distinct confidence: images that are equally sure are answered together or not at all.
+    There is one row for each distinct confidence: images of equal confidence are answered together
+    or not at all.
     """
     confidence = probabilities.max(1)
     order = np.argsort(-confidence, kind="stable")
-    right = np.cumsum((probabilities.argmax(1) == labels)[order])
-    last = np.append(np.diff(confidence[order]) != 0, True)
-    answered = np.flatnonzero(last) + 1
-    return confidence[order][last], answered / len(labels), right[last] / answered
+    confidence = confidence[order]
+    correct = np.cumsum((probabilities.argmax(1) == labels)[order])
+
+    is_last_of_confidence = np.append(np.diff(confidence) != 0, True)
+    answered = np.flatnonzero(is_last_of_confidence) + 1
+    thresholds = confidence[is_last_of_confidence]
+    return thresholds, answered / len(labels), correct[is_last_of_confidence] / answered
 
 
-def abstain_threshold(
+def fit_abstain_threshold(
     probabilities: np.ndarray, labels: np.ndarray, accuracy: float
 ) -> tuple[float, float]:
-    """The threshold that answers most with at least this accuracy, and the share it answers.
+    """Return the threshold that answers most images with at least this accuracy, and their share.
 
-    0 where all may be answered; where no threshold is enough, 1 and a share of 0.
+    The threshold is 0 where all images may be answered. Where no threshold is enough, it is 1 and
+    the share is 0.
     """
     thresholds, answered, accuracies = coverage_curve(probabilities, labels)
-    enough = np.flatnonzero(accuracies >= accuracy)
-    if not len(enough):
+    sufficient = np.flatnonzero(accuracies >= accuracy)
+    if not len(sufficient):
         return 1.0, 0.0
-    best = enough[-1]
-    return (0.0 if best == len(thresholds) - 1 else float(thresholds[best])), float(answered[best])
+
+    best = sufficient[-1]
+    share = float(answered[best])
+    if best == len(thresholds) - 1:
+        return 0.0, share
+    return float(thresholds[best]), share
 
 
-def conformal_quantile(probabilities: np.ndarray, labels: np.ndarray, level: float) -> float:
-    """Split conformal: the q for which {k: 1 - p_k <= q} holds the true class of a new image with probability `level`.
+def fit_conformal_quantile(probabilities: np.ndarray, labels: np.ndarray, level: float) -> float:
+    """Return the q for which the set {k: 1 - p_k <= q} holds the true class with this probability.
 
-    Sadinle et al., "Least ambiguous set-valued classifiers with bounded error levels", 2019. 1, all classes, where
-    there are too few images to promise less.
+    Split conformal prediction; Sadinle et al., "Least ambiguous set-valued classifiers with bounded
+    error levels", 2019. The result is 1, which means all classes, where there are too few images.
     """
-    scores = np.sort(1 - probabilities[np.arange(len(labels)), labels])
-    rank = int(np.ceil((len(scores) + 1) * level))
-    return float(scores[rank - 1]) if rank <= len(scores) else 1.0
+    nonconformity = np.sort(1 - probabilities[np.arange(len(labels)), labels])
+    rank = int(np.ceil((len(labels) + 1) * level))
+    return float(nonconformity[rank - 1]) if rank <= len(labels) else 1.0
 
 
 def conformal_coverage(probabilities: np.ndarray, labels: np.ndarray, quantile: float) -> float:
-    """Share of images whose prediction set holds the true class."""
-    return float((1 - probabilities[np.arange(len(labels)), labels] <= quantile).mean())
+    """Return the share of images whose prediction set holds the true class."""
+    nonconformity = 1 - probabilities[np.arange(len(labels)), labels]
+    return float((nonconformity <= quantile).mean())
 
 
 def coverage_error(level: float, calibrated_on: int, tested_on: int) -> float:
-    """Standard error of the coverage seen: that of the test images and that of the images the quantile is from."""
-    return float(np.sqrt(level * (1 - level) * (1 / calibrated_on + 1 / tested_on)))
+    """Return the standard error of a measured coverage.
 
-
-Scored = tuple[np.ndarray, np.ndarray]  # logits float32 [N,K], labels int64 [N]
-
-
-def calibrate(val: Scored, test: Scored, config: CalibrateConfig) -> Calibration:
-    """Fit on `val`; what it then does on `test` stands beside it."""
-    logits, labels = val
-    temperature = fit_temperature(logits, labels) if config.temperature else 1.0
-    before, after, unseen = (
-        softmax(logits),
-        softmax(logits, temperature),
-        softmax(test[0], temperature),
-    )
-    threshold, coverage = abstain_threshold(after, labels, config.abstain_accuracy)
-    quantile = conformal_quantile(after, labels, config.conformal_level)
-    answered = unseen.max(1) >= threshold
-    right = (unseen.argmax(1) == test[1])[answered]
-    return Calibration(
-        temperature=temperature,
-        nll_before=nll(logits, labels),
-        nll_after=nll(logits, labels, temperature),
-        ece_before=ece(before, labels),
-        ece_after=ece(after, labels),
-        abstain_threshold=threshold,
-        abstain_accuracy=config.abstain_accuracy,
-        abstain_coverage=coverage,
-        abstain_test_accuracy=float(right.mean()) if len(right) else None,
-        abstain_test_coverage=float(answered.mean()),
-        conformal_level=config.conformal_level,
-        conformal_quantile=quantile,
-        conformal_coverage=conformal_coverage(unseen, test[1], quantile),
-        energy_threshold=float(np.quantile(energy(logits), config.energy_kept)),
-    )
+    It comes from both the images that the quantile is fitted on and those it is tested on.
+    """
+    variance = level * (1 - level) * (1 / calibrated_on + 1 / tested_on)
+    return float(np.sqrt(variance))

@@ -1,150 +1,207 @@
-"""Charts as inline SVG: a report that opens anywhere needs no library to be drawn."""
+"""Charts as inline SVG, so that the report opens anywhere without a drawing library.
+
+Colors come from the page's style sheet and follow its light and dark scheme.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
 
 from markupsafe import Markup, escape
 
-Points = Sequence[tuple[float, float]]
-WIDTH, HEIGHT = 420, 240
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 12, 34
+Point = tuple[float, float]
+Range = tuple[float, float]
+
+# Of a chart, in SVG units.
+WIDTH = 420
+HEIGHT = 240
+LEFT = 46
+RIGHT = 12
+TOP = 12
+BOTTOM = 34
+
+MAX_NAME_CHARACTERS = 14  # of a class in the confusion matrix
+MIN_CELL = 14
+MAX_CELL = 40
+MIN_CELL_WITH_COUNT = 22
+MATRIX_WIDTH = 560
 
 
-class Frame:
-    """Axes from data to pixels. Colours come from the page's style, so that light and dark both work."""
+class Chart:
+    """One pair of axes with lines, bars and dots, in the units of the data."""
 
-    def __init__(self, x: tuple[float, float], y: tuple[float, float], x_label: str, y_label: str):
-        self.x, self.y = _widen(*x), _widen(*y)
-        self.parts: list[str] = []
-        self._axes(x_label, y_label)
+    def __init__(self, x_range: Range, y_range: Range, x_label: str, y_label: str):
+        self.x_range = _widen_if_empty(x_range)
+        self.y_range = _widen_if_empty(y_range)
+        self._parts: list[str] = []
+        self._draw_axes(x_label, y_label)
 
-    def at(self, x: float, y: float) -> tuple[float, float]:
-        (x0, x1), (y0, y1) = self.x, self.y
+    def to_pixels(self, x: float, y: float) -> Point:
+        """Return the position of a point in SVG units."""
+        x0, x1 = self.x_range
+        y0, y1 = self.y_range
         return (
             LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT),
             HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM),
         )
 
-    def line(self, points: Points, style: str) -> None:
-        path = " ".join(f"{px:.1f},{py:.1f}" for px, py in (self.at(x, y) for x, y in points))
-        self.parts.append(f'<polyline class="{style}" points="{path}"/>')
+    def draw_line(self, points: Sequence[Point], style: str) -> None:
+        """Draw a line through points; `style` names classes of the style sheet."""
+        coordinates: list[str] = []
+        for point in points:
+            x, y = self.to_pixels(*point)
+            coordinates.append(f"{x:.1f},{y:.1f}")
+        self._parts.append(f'<polyline class="{style}" points="{" ".join(coordinates)}"/>')
 
-    def bar(self, x0: float, x1: float, y: float, style: str, title: str) -> None:
-        (left, top), (right, bottom) = self.at(x0, y), self.at(x1, self.y[0])
-        self.parts.append(
-            f'<rect class="{style}" x="{left + 0.5:.1f}" y="{top:.1f}" width="{right - left - 1:.1f}" '
-            f'height="{max(bottom - top, 0):.1f}"><title>{escape(title)}</title></rect>'
+    def draw_bar(self, x0: float, x1: float, y: float, style: str, title: str) -> None:
+        """Draw a bar from the bottom to y; `title` appears as a tooltip."""
+        left, top = self.to_pixels(x0, y)
+        right, bottom = self.to_pixels(x1, self.y_range[0])
+        self._parts.append(
+            f'<rect class="{style}" x="{left + 0.5:.1f}" y="{top:.1f}" '
+            f'width="{right - left - 1:.1f}" height="{max(bottom - top, 0):.1f}">'
+            f"<title>{escape(title)}</title></rect>"
         )
 
-    def dot(self, x: float, y: float, text: str) -> None:
-        px, py = self.at(x, y)
-        anchor, below = ("end" if px > WIDTH / 2 else "start"), (18 if py < HEIGHT / 2 else -10)
-        self.parts.append(
-            f'<circle class="dot" cx="{px:.1f}" cy="{py:.1f}" r="4"/><text class="note" x="{px:.1f}" '
-            f'y="{py + below:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+    def draw_dot(self, x: float, y: float, text: str) -> None:
+        """Draw a dot with a text, on the side where there is space for it."""
+        left, top = self.to_pixels(x, y)
+        anchor = "end" if left > WIDTH / 2 else "start"
+        text_offset = 18 if top < HEIGHT / 2 else -10
+        self._parts.append(
+            f'<circle class="dot" cx="{left:.1f}" cy="{top:.1f}" r="4"/>'
+            f'<text class="note" x="{left:.1f}" y="{top + text_offset:.1f}" '
+            f'text-anchor="{anchor}">{escape(text)}</text>'
         )
 
-    def legend(self, names: dict[str, str]) -> None:
-        for i, (name, style) in enumerate(names.items()):
-            x, y = LEFT + 10 + 90 * i, TOP + 8
-            self.parts.append(
+    def draw_legend(self, styles: Mapping[str, str]) -> None:
+        """Draw the legend: name to style."""
+        y = TOP + 8
+        for i, (name, style) in enumerate(styles.items()):
+            x = LEFT + 10 + 90 * i
+            self._parts.append(
                 f'<line class="{style}" x1="{x}" x2="{x + 16}" y1="{y}" y2="{y}"/>'
                 f'<text x="{x + 21}" y="{y + 4}">{escape(name)}</text>'
             )
 
-    def svg(self, title: str) -> Markup:
+    def to_svg(self, title: str) -> Markup:
+        """Return the chart; screen readers read the title."""
         return Markup(
-            f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
-            f"{''.join(self.parts)}</svg>"
+            f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+            f'aria-label="{escape(title)}">{"".join(self._parts)}</svg>'
         )
 
-    def _axes(self, x_label: str, y_label: str) -> None:
-        for tick in ticks(*self.y):
-            y = self.at(self.x[0], tick)[1]
-            self.parts.append(
+    def _draw_axes(self, x_label: str, y_label: str) -> None:
+        for tick in choose_ticks(*self.y_range):
+            _, y = self.to_pixels(self.x_range[0], tick)
+            self._parts.append(
                 f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
                 f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>'
             )
-        whole = self.x[1] - self.x[0] >= 5 or x_label != "epoch"  # there is no epoch 1.5
-        for tick in ticks(*self.x) if whole else self.x:
-            x = self.at(tick, self.y[0])[0]
-            self.parts.append(
+
+        x_ticks = choose_ticks(*self.x_range)
+        if x_label == "epoch" and self.x_range[1] - self.x_range[0] < 5:
+            x_ticks = [*self.x_range]  # epochs are whole numbers
+        for tick in x_ticks:
+            x, _ = self.to_pixels(tick, self.y_range[0])
+            self._parts.append(
                 f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{tick:g}</text>'
             )
-        self.parts.append(
-            f'<text class="label" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" '
+
+        x_center = (LEFT + WIDTH - RIGHT) / 2
+        y_center = (TOP + HEIGHT - BOTTOM) / 2
+        self._parts.append(
+            f'<text class="label" x="{x_center}" y="{HEIGHT - 4}" '
             f'text-anchor="middle">{escape(x_label)}</text>'
-            f'<text class="label" transform="translate(11 {(TOP + HEIGHT - BOTTOM) / 2}) rotate(-90)" '
+            f'<text class="label" transform="translate(11 {y_center}) rotate(-90)" '
             f'text-anchor="middle">{escape(y_label)}</text>'
         )
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers within low..high, about `count` of them: steps of 1, 2 or 5 times a power of ten."""
-    rough = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+def choose_ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Return about `count` round numbers in low..high.
+
+    They are steps of 1, 2 or 5 times a power of ten.
+    """
+    rough_step = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough_step))
+    step = next(multiple * power for multiple in (1, 2, 5, 10) if multiple * power >= rough_step)
+
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
     return [round(step * i, 10) for i in range(first, last + 1)]
 
 
-def _widen(low: float, high: float) -> tuple[float, float]:
+def _widen_if_empty(value_range: Range) -> Range:
+    low, high = value_range
     return (low, high) if high > low else (low - 0.5, high + 0.5)
 
 
-def curves(series: Mapping[str, Points], x_label: str, y_label: str) -> Markup:
-    """Up to four lines over one pair of axes."""
-    points = [p for line in series.values() for p in line]
-    ys = [y for _, y in points]
-    room = 0.18 * (max(ys) - min(ys))  # for the legend
-    frame = Frame(
-        (min(x for x, _ in points), max(x for x, _ in points)),
-        (min(ys), max(ys) + room),
-        x_label,
-        y_label,
-    )
+def draw_curves(series: Mapping[str, Sequence[Point]], x_label: str, y_label: str) -> Markup:
+    """Return up to four lines over one pair of axes."""
+    xs: list[float] = []
+    ys: list[float] = []
+    for points in series.values():
+        for x, y in points:
+            xs.append(x)
+            ys.append(y)
+
+    legend_space = 0.18 * (max(ys) - min(ys))
+    chart = Chart((min(xs), max(xs)), (min(ys), max(ys) + legend_space), x_label, y_label)
     styles = {name: f"line s{i}" for i, name in enumerate(series)}
-    for name, line in series.items():
-        frame.line(line, styles[name])
-    frame.legend(styles)
-    return frame.svg(f"{y_label} over {x_label}")
+    for name, points in series.items():
+        chart.draw_line(points, styles[name])
+    chart.draw_legend(styles)
+    return chart.to_svg(f"{y_label} over {x_label}")
 
 
-def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> Markup:
-    """A heat map, rows the true class; each row's shade is its share."""
-    n = len(classes)
-    cell = max(14, min(40, 560 // n))
-    room = 10 + min(14, max(map(len, classes))) * 7
-    size = room + n * cell + 4
-    parts = []
+def draw_confusion_matrix(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> Markup:
+    """Return a heat map: rows are the true class; the shade is the share of the row."""
+    cell = max(MIN_CELL, min(MAX_CELL, MATRIX_WIDTH // len(classes)))
+    longest_name = max(len(name) for name in classes)
+    label_space = 10 + min(MAX_NAME_CHARACTERS, longest_name) * 7
+    size = label_space + len(classes) * cell + 4
+
+    parts: list[str] = []
     for i, row in enumerate(matrix):
-        total = max(sum(row), 1)
+        name = escape(_shorten(classes[i]))
+        center = f"{label_space + i * cell + cell / 2 + 4:.1f}"
+        edge = label_space - 5
         parts.append(
-            f'<text x="{room - 5}" y="{room + i * cell + cell / 2 + 4:.1f}" text-anchor="end">'
-            f'{escape(_short(classes[i]))}</text><text text-anchor="start" '
-            f'transform="translate({room + i * cell + cell / 2 + 4:.1f} {room - 5}) rotate(-90)">'
-            f"{escape(_short(classes[i]))}</text>"
+            f'<text x="{edge}" y="{center}" text-anchor="end">{name}</text>'
+            f'<text text-anchor="start" transform="translate({center} {edge}) rotate(-90)">'
+            f"{name}</text>"
         )
+        row_images = max(sum(row), 1)
         for j, count in enumerate(row):
-            share = count / total
+            share = count / row_images
+            title = f"{classes[i]} predicted as {classes[j]}: {count} ({share:.1%})"
             style = "right" if i == j else "wrong"
-            number = (
-                f'<text class="count{" strong" if share > 0.5 else ""}" text-anchor="middle" '
-                f'x="{room + j * cell + cell / 2:.1f}" y="{room + i * cell + cell / 2 + 4:.1f}">{count}</text>'
-                if count and cell >= 22
-                else ""
-            )
-            parts.append(
-                f'<rect class="cell" x="{room + j * cell}" y="{room + i * cell}" width="{cell}" height="{cell}"/>'
-                f'<rect class="{style}" x="{room + j * cell}" y="{room + i * cell}" width="{cell - 1}" '
-                f'height="{cell - 1}" opacity="{share**0.5:.2f}"><title>{escape(classes[i])} taken for '
-                f"{escape(classes[j])}: {count} ({share:.1%})</title></rect>{number}"
-            )
+            x = label_space + j * cell
+            y = label_space + i * cell
+            parts.append(_draw_matrix_cell(x, y, cell, count, share, style, title))
+
     return Markup(
         f'<svg class="matrix" viewBox="0 0 {size} {size}" style="max-width:{size}px" role="img" '
         f'aria-label="confusion matrix">{"".join(parts)}</svg>'
     )
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= 14 else name[:13] + "…"
+def _draw_matrix_cell(
+    x: int, y: int, cell: int, count: int, share: float, style: str, title: str
+) -> str:
+    svg = (
+        f'<rect class="cell" x="{x}" y="{y}" width="{cell}" height="{cell}"/>'
+        f'<rect class="{style}" x="{x}" y="{y}" width="{cell - 1}" height="{cell - 1}" '
+        f'opacity="{share**0.5:.2f}"><title>{escape(title)}</title></rect>'
+    )
+    if count and cell >= MIN_CELL_WITH_COUNT:
+        text_style = "count strong" if share > 0.5 else "count"
+        svg += (
+            f'<text class="{text_style}" text-anchor="middle" x="{x + cell / 2:.1f}" '
+            f'y="{y + cell / 2 + 4:.1f}">{count}</text>'
+        )
+    return svg
+
+
+def _shorten(name: str) -> str:
+    return name if len(name) <= MAX_NAME_CHARACTERS else name[: MAX_NAME_CHARACTERS - 1] + "…"

@@ -1,98 +1,140 @@
-"""What the best weights say of the validation and the test part, and how good that is."""
+"""Evaluation of the best weights on the validation and the test part."""
 
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from models.bundle import ClassMetrics, Metrics
 from train.data import ImageData
 from train.data.pixels import pixels_of
-from train.export.calibrate import ece, nll, softmax
+from train.export.calibrate import expected_calibration_error
 from train.export.onnx_graph import InferenceGraph
-from train.learning.test_time_augmentation import augmented_views
+from train.export.scores import Scores, negative_log_likelihood, softmax
+from train.learning.test_time_augmentation import TestTimeAugmentation, augmented_views
 
-CONFUSION_CLASSES = 256  # the most that get a confusion matrix, whose size is the square of it
+MAX_CONFUSION_CLASSES = 256  # the matrix grows with the square of the classes
 
 
 @dataclass(frozen=True)
-class Scores:
-    """Of one part, in the order of the data's index."""
+class PartScores:
+    """Scores of the parts that a model is evaluated on."""
 
-    logits: np.ndarray  # float32 [N,K]
-    labels: np.ndarray  # int64 [N]
+    val: Scores
+    test: Scores
+    test_augmented: Scores | None  # with test-time augmentation, where the recipe asks for it
 
-    def without(self, rows: np.ndarray) -> "Scores":
-        return Scores(np.delete(self.logits, rows, 0), np.delete(self.labels, rows))
+
+def evaluate_parts(
+    graph: InferenceGraph, data: ImageData, device: torch.device, tta: TestTimeAugmentation
+) -> PartScores:
+    """Score the validation and the test part in float32 on the device."""
+    val = score_part(graph, data, "val", device)
+    test = score_part(graph, data, "test", device)
+    test_augmented = None
+    if tta != "none":
+        test_augmented = score_part(graph, data, "test", device, tta)
+    return PartScores(val, test, test_augmented)
 
 
 @torch.inference_mode()
-def score(
-    served: InferenceGraph, data: ImageData, part: str, device: torch.device, tta: str = "none"
+def score_part(
+    graph: InferenceGraph,
+    data: ImageData,
+    part: str,
+    device: torch.device,
+    tta: TestTimeAugmentation = "none",
 ) -> Scores:
-    """Logits of a whole part, in float32 on the device; their mean over all views with test-time augmentation."""
-    served = served.to(device).eval()
-    logits, labels = [], []
-    for images, truth in data.whole(part):
-        seen = [
-            served.logits(view.permute(0, 2, 3, 1)).float()
-            for view in augmented_views(images.to(device), tta)
-        ]
-        logits.append(torch.stack(seen).mean(0).cpu())
-        labels.append(truth.cpu())
+    """Return the logits of a whole part, their mean over all views of test-time augmentation."""
+    graph = graph.to(device).eval()
+    logits: list[Tensor] = []
+    labels: list[Tensor] = []
+    for images, image_labels in data.whole(part):
+        view_logits: list[Tensor] = []
+        for view in augmented_views(images.to(device), tta):
+            view_logits.append(graph.logits(view.permute(0, 2, 3, 1)).float())
+        logits.append(torch.stack(view_logits).mean(0).cpu())
+        labels.append(image_labels.cpu())
     return Scores(torch.cat(logits).numpy(), torch.cat(labels).numpy())
 
 
-def metrics(scores: Scores, temperature: float) -> Metrics:
-    """With the temperature applied, as the graph does."""
-    logits, labels = scores.logits, scores.labels
+def compute_all_metrics(
+    scores: PartScores, leaked_test_rows: np.ndarray, temperature: float
+) -> dict[str, Metrics]:
+    """Return the metrics by part, as the manifest keeps them.
+
+    `test_unleaked` leaves out the test images that have a duplicate in another part; `test_tta` is
+    with test-time augmentation.
+    """
+    scores_by_part = {"val": scores.val, "test": scores.test}
+    if 0 < len(leaked_test_rows) < len(scores.test.labels):
+        scores_by_part["test_unleaked"] = scores.test.without(leaked_test_rows)
+    if scores.test_augmented is not None:
+        scores_by_part["test_tta"] = scores.test_augmented
+    return {part: compute_metrics(each, temperature) for part, each in scores_by_part.items()}
+
+
+def compute_metrics(scores: Scores, temperature: float) -> Metrics:
+    """Return the metrics of one part, with the temperature applied as in the graph."""
+    logits = scores.logits
+    labels = scores.labels
     classes = logits.shape[1]
     predicted = logits.argmax(1)
-    true, support, answered = (
-        np.bincount(of, minlength=classes)
-        for of in (labels[predicted == labels], labels, predicted)
-    )
-    precision, recall = _ratio(true, answered), _ratio(true, support)
-    f1 = _ratio(2 * precision * recall, precision + recall)
-    rank = (logits > logits[np.arange(len(labels)), labels][:, None]).sum(1)
+
+    images_of_class = np.bincount(labels, minlength=classes)
+    predicted_as_class = np.bincount(predicted, minlength=classes)
+    true_positives = np.bincount(labels[predicted == labels], minlength=classes)
+    precision = _divide(true_positives, predicted_as_class)
+    recall = _divide(true_positives, images_of_class)
+    f1 = _divide(2 * precision * recall, precision + recall)
+
+    per_class: list[ClassMetrics] = []
+    for k in range(classes):
+        per_class.append(
+            ClassMetrics(
+                precision=precision[k], recall=recall[k], f1=f1[k], support=int(images_of_class[k])
+            )
+        )
+
+    top5 = None
+    if classes > 5:
+        true_logits = logits[np.arange(len(labels)), labels]
+        rank = (logits > true_logits[:, None]).sum(1)
+        top5 = float((rank < 5).mean())
+
     return Metrics(
         images=len(labels),
         accuracy=float((predicted == labels).mean()),
-        top5=float((rank < 5).mean()) if classes > 5 else None,
-        nll=nll(logits, labels, temperature),
-        ece=ece(softmax(logits, temperature), labels),
-        confusion=_confusion(labels, predicted, classes),
-        per_class=[
-            ClassMetrics(precision=p, recall=r, f1=f, support=int(s))
-            for p, r, f, s in zip(precision, recall, f1, support, strict=True)
-        ],
+        top5=top5,
+        nll=negative_log_likelihood(logits, labels, temperature),
+        ece=expected_calibration_error(softmax(logits, temperature), labels),
+        confusion=_confusion_matrix(labels, predicted, classes),
+        per_class=per_class,
     )
 
 
-def _confusion(labels: np.ndarray, predicted: np.ndarray, classes: int) -> list[list[int]]:
-    """Images by true class and answer; nothing where the manifest would be made of little else."""
-    if classes > CONFUSION_CLASSES:
+def _confusion_matrix(labels: np.ndarray, predicted: np.ndarray, classes: int) -> list[list[int]]:
+    """Return images by true and predicted class; empty with many classes."""
+    if classes > MAX_CONFUSION_CLASSES:
         return []
-    return (
-        np.bincount(classes * labels + predicted, minlength=classes**2)
-        .reshape(classes, classes)
-        .tolist()
-    )
+    counts = np.bincount(classes * labels + predicted, minlength=classes**2)
+    return counts.reshape(classes, classes).tolist()
 
 
-def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """a / b, and 0 where b is 0."""
+def _divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return a / b, and 0 where b is 0."""
     return np.divide(a, b, out=np.zeros(len(a)), where=b > 0)
 
 
-def images(data: ImageData, part: str, rows: np.ndarray) -> np.ndarray:
-    """What the network is fed for some images of a part, uint8 [n,H,W,C]."""
+def load_images(data: ImageData, part: str, rows: np.ndarray) -> np.ndarray:
+    """Return the network's input for some images of a part, uint8 [n,H,W,C]."""
     index = data.index[part][rows]
     if data.place != "stream":
         return np.ascontiguousarray(data.known.pixels[index])
     return np.stack([pixels_of(data.found.items, i, data.input) for i in index.tolist()])
 
 
-def evenly_spaced(count: int, most: int) -> np.ndarray:
-    """At most `most` of `count` rows, evenly spaced."""
-    return np.unique(np.linspace(0, count - 1, min(count, most), dtype=np.int64))
+def evenly_spaced_rows(count: int, limit: int) -> np.ndarray:
+    """Return at most `limit` of `count` rows, evenly spaced, int64."""
+    return np.unique(np.linspace(0, count - 1, min(count, limit), dtype=np.int64))

@@ -1,4 +1,8 @@
-"""The network as the service runs it, and its ONNX file: pixels in, everything that depends on weights inside."""
+"""The network as it is served, and its export to ONNX.
+
+Pixels go in; everything that depends on the weights is inside: normalization, network, temperature,
+softmax.
+"""
 
 import copy
 import logging
@@ -15,13 +19,16 @@ from models.bundle.onnx_screening import check_graph
 from models.image import InputSpec
 from models.networks.base import Network
 
-OPSET = 20  # the first with GroupNormalization that can be told its type, Gelu and opset-wide float8: engines know it
+# The first opset with Gelu and with a GroupNormalization that takes a type; engines support it.
+OPSET = 20
 
 
 class InferenceGraph(nn.Module):
-    """uint8 [N,H,W,C] to what a bundle's graph gives: normalise, network, temperature, softmax.
+    """uint8 [N,H,W,C] to the outputs of a bundle's graph.
 
-    `energy` is -logsumexp of the uncalibrated logits (Liu et al., "Energy-based out-of-distribution detection", 2020).
+    Outputs: `probabilities` [N,K], with the temperature applied; `energy` [N], -logsumexp of the
+    logits without temperature (Liu et al., "Energy-based out-of-distribution detection", 2020);
+    `embedding` [N,D]; and `cam` [N,K,h,w], class activation maps, where the network has them.
     """
 
     mean: Tensor
@@ -34,66 +41,74 @@ class InferenceGraph(nn.Module):
         std: Sequence[float],
         temperature: float = 1.0,
     ):
-        """`mean`, `std`: of each channel, in 0..255."""
+        """`mean` and `std`: of each channel, in 0..255."""
         super().__init__()
-        self.network, self.temperature = network, temperature
+        self.network = network
+        self.temperature = temperature
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
         self.register_buffer("scale", 1 / torch.tensor(std).view(1, -1, 1, 1))
 
-    def names(self) -> list[str]:
-        return ["probabilities", "energy", "embedding", *(["cam"] if self.network.spatial else [])]
+    def output_names(self) -> list[str]:
+        """Return the names of the outputs, in the order of `forward`."""
+        names = ["probabilities", "energy", "embedding"]
+        if self.network.spatial:
+            names.append("cam")
+        return names
 
-    def logits(self, image: Tensor) -> Tensor:
-        return self.network(self.normalise(image))
-
-    def normalise(self, image: Tensor) -> Tensor:
+    def normalize(self, image: Tensor) -> Tensor:
+        """Return float32 [N,C,H,W]."""
         return (image.permute(0, 3, 1, 2).float() - self.mean) * self.scale
 
+    def logits(self, image: Tensor) -> Tensor:
+        """Return logits [N,K] without temperature."""
+        return self.network(self.normalize(image))
+
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        found = self.network.outputs(self.normalise(image))
-        logits = found["logits"]
-        found["probabilities"] = torch.softmax(logits / self.temperature, 1)
-        found["energy"] = -torch.logsumexp(logits, 1)
-        return tuple(found[name] for name in self.names())
+        outputs = self.network.outputs(self.normalize(image))
+        logits = outputs["logits"]
+        outputs["probabilities"] = torch.softmax(logits / self.temperature, 1)
+        outputs["energy"] = -torch.logsumexp(logits, 1)
+        return tuple(outputs[name] for name in self.output_names())
 
 
 def export_onnx(
-    served: InferenceGraph, spec: InputSpec, classes: int, path: Path, opset: int = OPSET
+    graph: InferenceGraph, spec: InputSpec, classes: int, path: Path, opset: int = OPSET
 ) -> int:
-    """Write the graph as one ONNX file with a dynamic batch; returns the opset read back from it.
+    """Write the graph as one ONNX file with a dynamic batch; return the opset read back from it.
 
-    Raises BundleError where what was written is not what a bundle's reader accepts, or of another opset.
+    Raises BundleError where a reader of bundles would not accept the file, or where it has another
+    opset.
     """
-    served = copy.deepcopy(served).cpu().eval()
-    example = torch.zeros(
-        2, spec.height, spec.width, spec.channels, dtype=torch.uint8
-    )  # 1 would be baked in
-    with _quiet():
+    graph = copy.deepcopy(graph).cpu().eval()
+    # A batch of 2, as the exporter would take a batch of 1 for a constant.
+    example = torch.zeros(2, spec.height, spec.width, spec.channels, dtype=torch.uint8)
+
+    with _silence_exporter():
         program = torch.onnx.export(
-            served,
+            graph,
             (example,),
             dynamo=True,
             opset_version=opset,
             input_names=["image"],
-            output_names=served.names(),
+            output_names=graph.output_names(),
             dynamic_shapes={"image": {0: torch.export.Dim("N", min=1)}},
             external_data=False,
             verbose=False,
         )
         assert program is not None  # with dynamo there always is one
         program.save(path, external_data=False)
-    graph = check_graph(path, spec, classes, served.names())
-    if graph.opset != opset:
-        raise BundleError(f"{path}: asked for opset {opset}, got {graph.opset}")
-    return graph.opset
+
+    written = check_graph(path, spec, classes, graph.output_names())
+    if written.opset != opset:
+        raise BundleError(f"{path}: has opset {written.opset} instead of {opset}")
+    return written.opset
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter logs and warns about its own affairs."""
-    loggers = [
-        logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")
-    ]
+def _silence_exporter() -> Iterator[None]:
+    """Hide what the exporter logs and warns about its own implementation."""
+    names = ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:

@@ -1,4 +1,4 @@
-"""The certificate: how far each ONNX file is from the torch network, and how fast it is here."""
+"""Parity: how far an ONNX file is from the torch network, and how fast it is on this machine."""
 
 import time
 from functools import partial
@@ -12,72 +12,90 @@ from models.cpu_quota import available_cores
 from train.export.onnx_graph import InferenceGraph
 from train.export.provenance import cpu_name
 
-BATCH_SIZES = (1, 2, 7, 64)
-TOLERANCE = 1e-4  # of a probability, for fp32
-LATENCY_SIZES = (1, 8, 16)
-ROUNDS, PATIENCE = 4, 5.0  # no further round once so many seconds have passed
+FP32_TOLERANCE = 1e-4  # of a probability
+PARITY_BATCH_SIZES = (1, 2, 7, 64)
+BATCHES_PER_SIZE = 8
+
+LATENCY_BATCH_SIZES = (1, 8, 16)
+LATENCY_ROUNDS = 4
+LATENCY_BUDGET_SECONDS = 5.0  # after which no further round starts
 
 
-def torch_outputs(served: InferenceGraph, images: np.ndarray) -> dict[str, np.ndarray]:
-    """What the torch network gives for uint8 [N,H,W,C], by output name."""
+def run_torch(graph: InferenceGraph, images: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the outputs of the torch network by name, for images uint8 [N,H,W,C]."""
     with torch.inference_mode():
-        outputs = served(torch.from_numpy(images))
-    return {name: value.numpy() for name, value in zip(served.names(), outputs, strict=True)}
+        outputs = graph(torch.from_numpy(images))
+    values = [output.numpy() for output in outputs]
+    return dict(zip(graph.output_names(), values, strict=True))
 
 
-def parity(
-    run: Runner, served: InferenceGraph, images: np.ndarray, tolerance: float = TOLERANCE
+def measure_parity(
+    run: Runner, graph: InferenceGraph, images: np.ndarray, tolerance: float = FP32_TOLERANCE
 ) -> Parity:
-    """Compare ONNX with torch on real images, uint8 [n,H,W,C], at several batch sizes.
+    """Compare an ONNX file with the torch network on real images, uint8 [n,H,W,C].
 
-    A batch size b gets the first 8 b images, so that small batches, which cost most an image, don't take most of the
-    time. Where the two best classes of an image lie within twice the tolerance, either label is right: a tie.
+    Several batch sizes are compared, each on its first 8 batches, as small batches take most time
+    for an image. Where the two best classes of an image lie within twice the tolerance, either
+    label is correct: the image counts as a tie.
     """
-    expected = torch_outputs(served, images)["probabilities"]
-    difference, same = 0.0, np.ones(len(images), bool)
-    for size in BATCH_SIZES:
-        for start in range(0, min(8 * size, len(images)), size):
+    max_difference = 0.0
+    is_same_label = np.ones(len(images), bool)
+    for size in PARITY_BATCH_SIZES:
+        for start in range(0, min(BATCHES_PER_SIZE * size, len(images)), size):
             rows = slice(start, start + size)
-            found, wanted = (
-                run(images[rows])["probabilities"],
-                torch_outputs(served, images[rows])["probabilities"],
-            )
-            difference = max(difference, float(np.abs(found - wanted).max()))
-            same[rows] &= found.argmax(1) == wanted.argmax(1)
-    best = np.sort(expected, 1)
-    ties = np.flatnonzero(best[:, -1] - best[:, -2] <= 2 * tolerance)
-    same[ties] = True
+            actual = run(images[rows])["probabilities"]
+            expected = run_torch(graph, images[rows])["probabilities"]
+            max_difference = max(max_difference, float(np.abs(actual - expected).max()))
+            is_same_label[rows] &= actual.argmax(1) == expected.argmax(1)
+
+    probabilities = np.sort(run_torch(graph, images)["probabilities"], 1)
+    margin = probabilities[:, -1] - probabilities[:, -2]
+    ties = np.flatnonzero(margin <= 2 * tolerance)
+    is_same_label[ties] = True
+
     return Parity(
         images=len(images),
-        batch_sizes=list(BATCH_SIZES),
-        max_abs_diff=difference,
-        agreement=float(same.mean()),
+        batch_sizes=list(PARITY_BATCH_SIZES),
+        max_abs_diff=max_difference,
+        agreement=float(is_same_label.mean()),
         ties=ties.tolist(),
     )
 
 
-def latencies(
-    runs: dict[str, Runner], images: np.ndarray, seconds: float = 0.05, patience: float = PATIENCE
+def measure_latencies(
+    runners: dict[str, Runner],
+    images: np.ndarray,
+    seconds: float = 0.05,
+    budget_seconds: float = LATENCY_BUDGET_SECONDS,
 ) -> dict[str, Latency]:
-    """Time the variants in turn, several rounds, and keep each one's best round: whatever else the machine does then
-    slows none of them alone."""
-    best = {name: dict.fromkeys(LATENCY_SIZES, float("inf")) for name in runs}
-    began = time.monotonic()
-    for turn in range(ROUNDS):
-        if turn and time.monotonic() - began > patience:
+    """Time the variants in turn, over several rounds, and keep the best round of each one.
+
+    As they take turns, other load on the machine slows down all variants and not one of them.
+    `seconds` is the time for each variant and batch size in a round.
+    """
+    best_ms: dict[str, dict[int, float]] = {}
+    for name in runners:
+        best_ms[name] = dict.fromkeys(LATENCY_BATCH_SIZES, float("inf"))
+
+    started = time.monotonic()
+    for round_number in range(LATENCY_ROUNDS):
+        if round_number > 0 and time.monotonic() - started > budget_seconds:
             break
-        for name, run in runs.items():
-            for size in LATENCY_SIZES:
+        for name, run in runners.items():
+            for size in LATENCY_BATCH_SIZES:
                 batch = np.resize(images, (size, *images.shape[1:]))
-                best[name][size] = min(
-                    best[name][size], measure_latency_ms(partial(run, batch), seconds)
-                )
-    return {
-        name: Latency(
-            device=cpu_name(),
-            threads=available_cores(),
-            batch_ms=found,
-            images_per_second=max(1000 * size / ms for size, ms in found.items()),
-        )
-        for name, found in best.items()
-    }
+                milliseconds = measure_latency_ms(partial(run, batch), seconds)
+                best_ms[name][size] = min(best_ms[name][size], milliseconds)
+
+    return {name: _as_latency(batch_ms) for name, batch_ms in best_ms.items()}
+
+
+def _as_latency(batch_ms: dict[int, float]) -> Latency:
+    """Return the manifest entry for milliseconds by batch size."""
+    throughputs = [1000 * size / milliseconds for size, milliseconds in batch_ms.items()]
+    return Latency(
+        device=cpu_name(),
+        threads=available_cores(),
+        batch_ms=batch_ms,
+        images_per_second=max(throughputs),
+    )

@@ -1,4 +1,9 @@
-"""After the fit: test, calibrate, export, quantize, certify, report, publish."""
+"""The steps from a finished fit to a published bundle, in the order in which they run.
+
+    best weights -> test -> calibrate -> export -> quantize -> certify -> report -> publish
+
+They run after the fit, in the first process only.
+"""
 
 import copy
 import json
@@ -7,12 +12,11 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -21,366 +25,332 @@ from safetensors.torch import save_file
 from models.bundle import (
     EXPECTED_FILE,
     SAMPLES_DIRECTORY,
-    BundleError,
     Calibration,
     DataInfo,
     Histogram,
     Manifest,
-    Metrics,
     Sample,
     Variant,
-    file_sha256,
     write_checksums,
 )
-from models.bundle.verify import compare_outputs, load_runner
 from models.image import decode
 from models.networks.base import Network
 from models.store import StagedVersion, Store
 from train.data import ImageData
-from train.export import evaluate
-from train.export import parity as parity_check
-from train.export.calibrate import CalibrateConfig, calibrate, coverage_error
-from train.export.drift_baseline import MAX_IMAGES, baseline
-from train.export.onnx_graph import InferenceGraph, export_onnx
-from train.export.provenance import provenance
-from train.export.quantize import QuantizeConfig, quantize
+from train.export.calibrate import calibrate, coverage_error
+from train.export.config import ExportConfig
+from train.export.drift_baseline import MAX_BASELINE_IMAGES, build_drift_baseline
+from train.export.evaluate import (
+    PartScores,
+    compute_all_metrics,
+    evaluate_parts,
+    evenly_spaced_rows,
+    load_images,
+)
+from train.export.onnx_graph import InferenceGraph
+from train.export.parity import run_torch
+from train.export.provenance import build_provenance
+from train.export.report import write_report
+from train.export.scores import Scores
+from train.export.variants import (
+    certify_variants,
+    describe_speedup,
+    export_fp32,
+    quantize_int8,
+)
 from train.learning.system import Classifier
+from train.learning.test_time_augmentation import TestTimeAugmentation
 from train.runs.history import History
 from train.runs.trainer import ImageTrainer
 
-CERTIFIED = 64  # validation images that parity is measured on
-INT8_TOLERANCE = 0.02  # of a probability: the least that other kernels' rounding may change
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """The best weights of a run, in float32 on the CPU, and how their network was made."""
+
+    network_name: str
+    options: dict[str, Any]  # of the network
+    mean: list[float]  # of each channel, in 0..255
+    std: list[float]  # of each channel, in 0..255
+    tta: TestTimeAugmentation
+    graph: InferenceGraph
 
 
-@dataclass
-class ExportConfig:
-    """What follows the fit.
+@dataclass(frozen=True)
+class RunRecord:
+    """What a bundle records of the run that it comes from."""
 
-    Args:
-        enabled: test the best weights and write a bundle.
-        samples: validation images that go into the bundle, for every server to check itself on.
-        calibrate: temperature, abstaining, prediction sets.
-        quantize: the int8 variant and its gate.
-        report: write report.html and README.md.
-        purpose: what the model is for, in a sentence, for the report.
-        limits: what it is not for, in a sentence, for the report.
-        license: of the model, as Hugging Face spells it, for README.md.
-        sign_key: PEM file of an elliptic curve private key that signs the bundle; needs the extra `signing`.
-        promote: make the new version the latest.
-    """
+    recipe: dict[str, Any]  # all settings as plain values
+    device: torch.device
+    history: list[dict[str, float]]  # one row an epoch
 
-    enabled: bool = True
-    samples: int = 16
-    calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
-    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
-    report: bool = True
-    purpose: str | None = None
-    limits: str | None = None
-    license: str = "unknown"
-    sign_key: str | None = None
-    promote: bool = True
+    @property
+    def fit_seconds(self) -> float:
+        """Seconds of all epochs, also of those before a resume."""
+        return sum(row["seconds"] for row in self.history)
 
-    def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise ValueError(f"export.samples: {self.samples} is less than 1")
-        if self.sign_key and not Path(self.sign_key).is_file():
-            raise ValueError(f"export.sign_key: {self.sign_key}: no such file")
+
+@dataclass(frozen=True)
+class BundleSamples:
+    """Validation images in the bundle, and the outputs of the torch network for them."""
+
+    entries: list[Sample]
+    expected: dict[str, np.ndarray]  # by output name, and the decoded `pixels`
+
+
+@dataclass(frozen=True)
+class BundleContents:
+    """The results that the manifest and the report are made of."""
+
+    model: TrainedModel
+    scores: PartScores
+    calibration: Calibration
+    samples: list[Sample]
+    variants: dict[str, Variant]
+    notes: list[str]
+
+
+class StepTimes:
+    """Seconds of each step of a run, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def add(self, step: str, seconds: float) -> None:
+        """Record a step that was timed elsewhere."""
+        self.seconds[step] = round(seconds, 3)
+
+    @contextmanager
+    def measure(self, step: str) -> Iterator[None]:
+        """Record the time of a block."""
+        started = time.monotonic()
+        yield
+        self.add(step, time.monotonic() - started)
 
 
 def export_bundle(
     trainer: ImageTrainer,
     system: Classifier,
     data: ImageData,
-    export: ExportConfig,
+    config: ExportConfig,
     store: str,
     name: str,
     recipe: dict[str, Any],
 ) -> Path | None:
-    """Publish the best weights as the next version of `name` and print one line; returns its directory.
+    """Publish the best weights as the next version of `name`; return its directory.
 
-    In the first process alone; in others it does nothing and returns None.
+    Prints one line that says how good the model is and how to serve it. Processes other than the
+    first one do nothing and return None.
     """
     if not trainer.is_global_zero:
         return None
-    history = next((c.rows for c in trainer.callbacks if isinstance(c, History)), [])
-    seconds = {
-        "fit": round(sum(row["seconds"] for row in history), 3)
-    }  # also what was done before a resume
-    device = trainer.strategy.root_device
-    # As it was trained and validated: weights from elsewhere may bring moments of their own.
-    network, mean, std = (
-        best_network(trainer, system),
-        system.mean.flatten().tolist(),
-        system.std.flatten().tolist(),
-    )
-    served = InferenceGraph(network, mean, std)
-    with timed(seconds, "test"):
-        val, test = (evaluate.score(served, data, part, device) for part in ("val", "test"))
-        augmented = (
-            evaluate.score(served, data, "test", device, system.tta)
-            if system.tta != "none"
-            else None
-        )
-    with timed(seconds, "calibrate"):
-        calibration = calibrate(
-            (val.logits, val.labels), (test.logits, test.labels), export.calibrate
-        )
-    served = served.cpu().requires_grad_(False)
-    served.temperature = calibration.temperature
-    with Store(store).stage(name) as staged:
-        about = {"network": system.name, "options": system.options, "mean": mean, "std": std}
-        save_file(
-            {k: v.contiguous() for k, v in served.network.state_dict().items()},
-            staged.path / "weights.safetensors",
-            {key: json.dumps(value) for key, value in about.items()},
-        )
-        samples, expected = write_samples(staged.path, served, data, export.samples)
-        variants, notes = make_variants(
-            staged.path,
-            served,
-            data,
-            expected,
-            {"val": val, "test": test},
-            export.quantize,
-            seconds,
-        )
-        info = DataInfo(source=str(data.source), digest=data.digest, counts=data.counts)
-        manifest = Manifest(
-            name=name,
-            version=staged.version,
-            created=datetime.now(UTC),
-            network=system.name,
-            classes=data.classes,
-            input=data.input,
-            outputs=served.names(),
-            variants=variants,
-            calibration=calibration,
-            samples=samples,
-            baseline=drift_baseline(data, val, calibration),
-            metrics=score_all(data, val, test, augmented, calibration),
-            notes=notes + doubts(calibration, data.counts),
-            provenance=provenance(device, info, recipe["seed_everything"], recipe, seconds),
-        )
-        if export.report:
-            with timed(seconds, "report"):
-                from train.export.report import write_report
 
-                write_report(staged.path, manifest, served, data, val, test, history, export)
-        path = seal(staged, manifest, seconds, export)
-    tested = manifest.metrics["test"]
-    print(
-        f"{path}: test accuracy {tested.accuracy:.4f} on {tested.images} images; "
-        f"serve it: {interpreter()} -m serve --store {store} --model {name}"
-    )
+    run = RunRecord(recipe, trainer.strategy.root_device, read_history(trainer))
+    times = StepTimes()
+    times.add("fit", run.fit_seconds)
+
+    model = load_best_model(trainer, system)
+    with times.measure("test"):
+        scores = evaluate_parts(model.graph, data, run.device, model.tta)
+    with times.measure("calibrate"):
+        calibration = calibrate(scores.val, scores.test, config.calibrate)
+        set_temperature(model, calibration)
+
+    with Store(store).stage(name) as staged:
+        write_weights(staged.path, model)
+        samples = write_samples(staged.path, model, data, config.samples)
+        with times.measure("export"):
+            fp32 = export_fp32(staged.path, model.graph, data, scores)
+
+        files = [fp32]
+        notes: list[str] = []
+        if config.quantize.enabled:
+            with times.measure("quantize"):
+                int8, note = quantize_int8(fp32, data, scores, config.quantize)
+            notes.append(note)
+            if int8 is not None:
+                files.append(int8)
+
+        with times.measure("certify"):
+            variants = certify_variants(files, model.graph, data, samples.expected)
+        notes += describe_speedup(variants)
+        notes += describe_missed_targets(calibration, data.counts)
+
+        contents = BundleContents(model, scores, calibration, samples.entries, variants, notes)
+        manifest = build_manifest(staged, contents, data, run, times)
+        if config.report:
+            with times.measure("report"):
+                write_report(staged.path, manifest, model.graph, data, scores, run.history, config)
+        path = publish(staged, manifest, times, config)
+
+    print(describe_bundle(path, manifest, store, name))
     return path
 
 
-def interpreter() -> str:
-    """This Python as it is called from here: `.venv/bin/python` in a clone."""
-    return sys.executable.removeprefix(f"{Path.cwd()}{os.sep}")
+def read_history(trainer: ImageTrainer) -> list[dict[str, float]]:
+    """Return the rows of the trainer's History callback, if it has one."""
+    for callback in trainer.callbacks:
+        if isinstance(callback, History):
+            return callback.rows
+    return []
 
 
-def seal(
-    staged: StagedVersion, manifest: Manifest, seconds: dict[str, float], export: ExportConfig
-) -> Path:
-    """Manifest, digests, signature; then it becomes visible."""
-    manifest.provenance.seconds = seconds
-    manifest.write(staged.path)
-    write_checksums(staged.path)
-    if export.sign_key:
-        from models.bundle.signing import sign_bundle
+def load_best_model(trainer: ImageTrainer, system: Classifier) -> TrainedModel:
+    """Return the weights of the best checkpoint, or the current ones where none is kept.
 
-        sign_bundle(staged.path, Path(export.sign_key))
-    return staged.publish(export.promote).path
+    Mean and deviation are the system's: weights from elsewhere may bring their own.
+    """
+    # Converted before the weights are loaded: the best weights may be an average in float32.
+    network = copy.deepcopy(system.network).cpu().float()
+    checkpoint_callback = trainer.checkpoint_callback
+    if isinstance(checkpoint_callback, ModelCheckpoint) and checkpoint_callback.monitor:
+        _load_network_weights(network, checkpoint_callback.best_model_path)
+    network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # torch's overloads leave it out
+    network.eval()
+
+    mean = system.mean.flatten().tolist()
+    std = system.std.flatten().tolist()
+    return TrainedModel(
+        network_name=system.name,
+        options=system.options,
+        mean=mean,
+        std=std,
+        tta=system.tta,
+        graph=InferenceGraph(network, mean, std),
+    )
 
 
-def best_network(trainer: L.Trainer, system: Classifier) -> Network:
-    """A float32 copy on the CPU with the weights of the best checkpoint, or those at hand where there is none."""
-    network = (
-        copy.deepcopy(system.network).cpu().float()
-    )  # first: the best weights may be a precise average
-    keeper = trainer.checkpoint_callback
-    if isinstance(keeper, ModelCheckpoint) and keeper.monitor and (best := keeper.best_model_path):
-        state = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
-        network.load_state_dict(
-            {k.removeprefix("network."): v for k, v in state.items() if k.startswith("network.")}
-        )
-    return network.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]  # see system
+def _load_network_weights(network: Network, checkpoint_path: str) -> None:
+    """Load the network's part of a checkpoint; an empty path means that there is none."""
+    if not checkpoint_path:
+        return
+    state = torch.load(checkpoint_path, map_location="cpu", weights_only=True)["state_dict"]
+    prefix = "network."
+    weights = {
+        name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)
+    }
+    network.load_state_dict(weights)
+
+
+def set_temperature(model: TrainedModel, calibration: Calibration) -> None:
+    """Put the temperature into the graph, and the graph on the CPU, where it is exported."""
+    model.graph.cpu().requires_grad_(False)
+    model.graph.temperature = calibration.temperature
+
+
+def write_weights(directory: Path, model: TrainedModel) -> None:
+    """Write weights.safetensors, with the network's name, options, mean and deviation."""
+    metadata = {
+        "network": model.network_name,
+        "options": model.options,
+        "mean": model.mean,
+        "std": model.std,
+    }
+    state = model.graph.network.state_dict()
+    tensors = {name: value.contiguous() for name, value in state.items()}
+    encoded = {key: json.dumps(value) for key, value in metadata.items()}
+    save_file(tensors, directory / "weights.safetensors", encoded)
 
 
 def write_samples(
-    directory: Path, served: InferenceGraph, data: ImageData, count: int
-) -> tuple[list[Sample], dict]:
-    """Real validation images as files, and what the torch network gives for them."""
-    (directory / SAMPLES_DIRECTORY).mkdir()
-    samples = data.samples(count)
-    for file, content, _ in samples:
-        (directory / SAMPLES_DIRECTORY / file).write_bytes(content)
-    pixels = np.stack([decode(content, data.input) for _, content, _ in samples])
-    expected = parity_check.torch_outputs(served, pixels) | {"pixels": pixels}
-    np.savez_compressed(
-        directory / SAMPLES_DIRECTORY / EXPECTED_FILE, allow_pickle=False, **expected
-    )
-    return [Sample(file=file, label=label) for file, _, label in samples], expected
+    directory: Path, model: TrainedModel, data: ImageData, count: int
+) -> BundleSamples:
+    """Write validation images as files, and the torch network's outputs for them as a .npz file."""
+    samples_directory = directory / SAMPLES_DIRECTORY
+    samples_directory.mkdir()
+
+    entries: list[Sample] = []
+    decoded: list[np.ndarray] = []
+    for file, content, label in data.samples(count):
+        (samples_directory / file).write_bytes(content)
+        decoded.append(decode(content, data.input))
+        entries.append(Sample(file=file, label=label))
+
+    pixels = np.stack(decoded)
+    expected = run_torch(model.graph, pixels)
+    expected["pixels"] = pixels
+    np.savez_compressed(samples_directory / EXPECTED_FILE, allow_pickle=False, **expected)
+    return BundleSamples(entries, expected)
 
 
-def make_variants(
-    directory: Path,
-    served: InferenceGraph,
-    data: ImageData,
-    expected: dict[str, np.ndarray],
-    scores: dict[str, evaluate.Scores],
-    config: QuantizeConfig,
-    seconds: dict[str, float],
-) -> tuple[dict[str, Variant], list[str]]:
-    """model.onnx and, where it passes its gate, model.int8.onnx, certified and timed; and notes for the manifest."""
-    files, accuracy, notes = {"fp32": directory / "model.onnx"}, {}, []
-    with timed(seconds, "export"):
-        opset = export_onnx(served, data.input, len(data.classes), files["fp32"])
-    accuracy["fp32"] = float((scores["test"].logits.argmax(1) == scores["test"].labels).mean())
-    if config.enabled:
-        with timed(seconds, "quantize"):
-            target = directory / "model.int8.onnx"
-            tested, note = make_int8(files["fp32"], target, data, scores, config)
-        notes.append(note)
-        if tested is not None:
-            files["int8"], accuracy["int8"] = target, tested
-    with timed(seconds, "certify"):
-        runs = {name: load_runner(file) for name, file in files.items()}
-        images = evaluate.images(data, "val", evaluate.evenly_spaced(data.counts["val"], CERTIFIED))
-        parity = {name: parity_check.parity(run, served, images) for name, run in runs.items()}
-        if parity["fp32"].max_abs_diff > parity_check.TOLERANCE or parity["fp32"].agreement < 1:
-            raise BundleError(
-                f"{files['fp32'].name}: its probabilities differ from the torch network's by "
-                f"{parity['fp32'].max_abs_diff:.2g}, and {parity_check.TOLERANCE} is allowed"
-            )
-        latency = parity_check.latencies(runs, images)
-        tolerance = {
-            name: parity_check.TOLERANCE
-            if name == "fp32"
-            else max(
-                INT8_TOLERANCE,
-                2 * compare_outputs(run(expected["pixels"]), expected, 1.0).max_abs_diff,
-            )
-            for name, run in runs.items()
-        }
-    variants = {
-        name: Variant(
-            file=file.name,
-            precision=name,
-            sha256=file_sha256(file),
-            bytes=file.stat().st_size,
-            opset=opset,
-            accuracy=accuracy[name],
-            latency=latency[name],
-            parity=parity[name],
-            tolerance=tolerance[name],
-        )
-        for name, file in files.items()
-    }
-    if "int8" in latency:
-        ratio = latency["int8"].images_per_second / latency["fp32"].images_per_second
-        notes.append(
-            f"int8 runs {ratio:.2f} times as many images a second as fp32 on {latency['fp32'].device}"
-        )
-    return variants, notes
-
-
-def make_int8(
-    source: Path,
-    target: Path,
-    data: ImageData,
-    scores: dict[str, evaluate.Scores],
-    config: QuantizeConfig,
-) -> tuple[float | None, str]:
-    """Its accuracy on the test part, or None where it is not shipped; and a note that says how it went. Its gate is
-    of validation images: what is left in float is chosen by it."""
-    rows = {
-        part: evaluate.evenly_spaced(len(of.labels), config.gate_images)
-        for part, of in scores.items()
-    }
-
-    def accuracy(file: Path, part: str) -> float:
-        run = load_runner(file)
-        right = [
-            run(evaluate.images(data, part, some))["probabilities"].argmax(1)
-            == scores[part].labels[some]
-            for some in np.array_split(rows[part], -(-len(rows[part]) // 64))
-        ]
-        return float(np.concatenate(right).mean())
-
-    reference = {
-        part: float((of.logits.argmax(1) == of.labels)[rows[part]].mean())
-        for part, of in scores.items()
-    }
-    training = evaluate.images(
-        data, "train", evaluate.evenly_spaced(data.counts["train"], config.images)
-    )
-    try:
-        found = quantize(
-            source, target, training, lambda file: accuracy(file, "val"), reference["val"], config
-        )
-    except Exception as error:  # a network may hold what onnxruntime's quantizer does not know, and raises anything
-        target.unlink(missing_ok=True)
-        cause = " ".join(str(error).split())[:200]
-        return None, f"int8 is not shipped: onnxruntime can't quantize this network ({cause})"
-    if not found.passed:
-        return None, found.describe(config.max_loss)
-    tested = accuracy(target, "test")
-    return (
-        tested,
-        f"{found.describe(config.max_loss)}; of test accuracy it loses {100 * (reference['test'] - tested):.2f}",
+def build_manifest(
+    staged: StagedVersion, contents: BundleContents, data: ImageData, run: RunRecord, times: StepTimes
+) -> Manifest:
+    """Return the manifest of a staged version."""
+    model = contents.model
+    calibration = contents.calibration
+    data_info = DataInfo(source=str(data.source), digest=data.digest, counts=data.counts)
+    return Manifest(
+        name=staged.name,
+        version=staged.version,
+        created=datetime.now(UTC),
+        network=model.network_name,
+        classes=data.classes,
+        input=data.input,
+        outputs=model.graph.output_names(),
+        variants=contents.variants,
+        calibration=calibration,
+        samples=contents.samples,
+        baseline=_measure_baseline(data, contents.scores.val, calibration),
+        metrics=compute_all_metrics(contents.scores, data.leaked_test, calibration.temperature),
+        notes=contents.notes,
+        provenance=build_provenance(run.device, data_info, run.recipe, times.seconds),
     )
 
 
-def score_all(
-    data: ImageData,
-    val: evaluate.Scores,
-    test: evaluate.Scores,
-    augmented: evaluate.Scores | None,
-    calibration: Calibration,
-) -> dict[str, Metrics]:
-    """Metrics of each part, and of the test part without what the audit found in the others and with augmentation."""
-    scored = {"val": val, "test": test}
-    if 0 < len(data.leaked_test) < len(test.labels):
-        scored["test_unleaked"] = test.without(data.leaked_test)
-    if augmented is not None:
-        scored["test_tta"] = augmented
-    return {part: evaluate.metrics(of, calibration.temperature) for part, of in scored.items()}
-
-
-def drift_baseline(
-    data: ImageData, val: evaluate.Scores, calibration: Calibration
+def _measure_baseline(
+    data: ImageData, val: Scores, calibration: Calibration
 ) -> dict[str, Histogram]:
-    """Of validation data. Widths and heights are those of the files, before they were made to fit."""
+    """Return the drift baseline of the validation part.
+
+    Widths and heights are those of the files, before they were resized.
+    """
     facts = data.known.facts[data.index["val"]]
-    images = evaluate.images(data, "val", evaluate.evenly_spaced(len(val.labels), MAX_IMAGES))
-    return baseline(
-        val.logits, calibration.temperature, images, np.stack([facts["width"], facts["height"]], 1)
-    )
+    sizes = np.stack([facts["width"], facts["height"]], 1)
+    rows = evenly_spaced_rows(len(val.labels), MAX_BASELINE_IMAGES)
+    images = load_images(data, "val", rows)
+    return build_drift_baseline(val.logits, calibration.temperature, images, sizes)
 
 
-def doubts(calibration: Calibration, counts: dict[str, int]) -> list[str]:
-    """What a reader should know of the promises that test data did not confirm."""
-    found = []
-    level, seen = calibration.conformal_level, calibration.conformal_coverage
-    if (
-        level is not None
-        and seen is not None
-        and (abs(seen - level) > 2 * coverage_error(level, counts["val"], counts["test"]))
-    ):
-        found.append(
-            f"prediction sets hold the true class of {seen:.1%} of the test images; {level:.0%} was asked for"
-        )
+def describe_missed_targets(calibration: Calibration, counts: dict[str, int]) -> list[str]:
+    """Return notes on the targets of calibration that the test data does not confirm."""
+    notes: list[str] = []
+    level = calibration.conformal_level
+    coverage = calibration.conformal_coverage
+    if level is not None and coverage is not None:
+        allowed = 2 * coverage_error(level, counts["val"], counts["test"])
+        if abs(coverage - level) > allowed:
+            notes.append(
+                f"prediction sets hold the true class of {coverage:.1%} of the test images; the "
+                f"target is {level:.0%}"
+            )
     if calibration.abstain_coverage == 0:
-        found.append(
-            f"no threshold reaches {calibration.abstain_accuracy:.1%} accuracy, so every answer abstains"
+        notes.append(
+            f"no threshold reaches {calibration.abstain_accuracy:.1%} accuracy, so every "
+            "prediction abstains"
         )
-    return found
+    return notes
 
 
-@contextmanager
-def timed(seconds: dict[str, float], step: str) -> Iterator[None]:
-    began = time.monotonic()
-    yield
-    seconds[step] = round(time.monotonic() - began, 3)
+def publish(staged: StagedVersion, manifest: Manifest, times: StepTimes, config: ExportConfig) -> Path:
+    """Write manifest, digests and signature, make the version visible; return its directory."""
+    manifest.provenance.seconds = times.seconds
+    manifest.write(staged.path)
+    write_checksums(staged.path)
+    if config.sign_key:
+        # Imported here, as it needs the extra `signing`.
+        from models.bundle.signing import sign_bundle
+
+        sign_bundle(staged.path, Path(config.sign_key))
+    return staged.publish(config.promote).path
+
+
+def describe_bundle(path: Path, manifest: Manifest, store: str, name: str) -> str:
+    """Return one line: how good the model is, and the command that serves it."""
+    test = manifest.metrics["test"]
+    # As it is called from here: `.venv/bin/python` in a clone.
+    python = sys.executable.removeprefix(f"{Path.cwd()}{os.sep}")
+    return (
+        f"{path}: test accuracy {test.accuracy:.4f} on {test.images} images; "
+        f"serve it: {python} -m serve --store {store} --model {name}"
+    )

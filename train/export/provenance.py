@@ -1,4 +1,4 @@
-"""Where a bundle comes from."""
+"""Provenance of a bundle: code, packages, device, data and settings that it was made with."""
 
 import os
 import platform
@@ -23,75 +23,102 @@ PACKAGES = (
     "opencv-python-headless",
     "imago",
 )
+GIT_TIMEOUT_SECONDS = 30
 
 
-def provenance(
+def build_provenance(
     device: torch.device,
     data: DataInfo,
-    seed: int,
     recipe: dict[str, Any],
     seconds: dict[str, float],
 ) -> Provenance:
-    commit, dirty = revision()
-    packages = {"python": platform.python_version()} | {
-        p: v for p in PACKAGES if (v := _version(p))
-    }
+    """Return the provenance for the manifest.
+
+    `recipe` holds all settings as plain values, among them `seed_everything`; `seconds` the time of
+    each step.
+    """
+    commit, is_dirty = read_revision()
+    packages = {"python": platform.python_version()}
+    for package in PACKAGES:
+        package_version = _read_version(package)
+        if package_version is not None:
+            packages[package] = package_version
+
     return Provenance(
         git_commit=commit,
-        git_dirty=dirty,
+        git_dirty=is_dirty,
         data=data,
         packages=packages,
         device=device_name(device),
-        seed=seed,
+        seed=recipe["seed_everything"],
         recipe=recipe,
         seconds=seconds,
     )
 
 
-def revision() -> tuple[str | None, bool | None]:
-    """The commit of this code, and whether it was changed since; None where nobody knows."""
-    if commit := _git("rev-parse", "HEAD"):
-        status = _git("status", "--porcelain")
-        return commit, None if status is None else bool(status)
-    told = os.environ.get(
-        "IMAGO_REVISION", "unknown"
-    )  # an image has no repository: docker/build told it
-    commit = told.removesuffix("-dirty")
-    return (None, None) if commit == "unknown" else (commit, commit != told)
+def read_revision() -> tuple[str | None, bool | None]:
+    """Return the git commit of this code and whether files differ from it; None where unknown.
+
+    A container image has no repository. Its build writes the commit into IMAGO_REVISION, with
+    "-dirty" at the end for changed files.
+    """
+    commit = _run_git("rev-parse", "HEAD")
+    if commit:
+        changes = _run_git("status", "--porcelain")
+        return commit, None if changes is None else bool(changes)
+
+    revision = os.environ.get("IMAGO_REVISION", "unknown")
+    commit = revision.removesuffix("-dirty")
+    if commit == "unknown":
+        return None, None
+    return commit, revision.endswith("-dirty")
 
 
 def device_name(device: torch.device) -> str:
+    """Return the name of the GPU or the CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
 
 def cpu_name() -> str:
-    """The CPU's name, what of int8 it has in hardware, and the cores this process may use."""
-    name, flags = platform.machine(), ""
+    """Return the CPU's name, whether it has int8 instructions, and the cores of this process."""
+    name = platform.machine()
+    vnni = ""
+    facts = _read_cpuinfo()
+    if facts:
+        name = facts.get("model name", name)
+        flags = set(facts.get("flags", "").split())
+        if flags & {"avx512_vnni", "avx_vnni"}:
+            vnni = ", VNNI"
+    return f"{name}{vnni}, {available_cores()} cores"
+
+
+def _read_cpuinfo() -> dict[str, str]:
+    """Return the fields of /proc/cpuinfo; empty where there is no such file (not Linux)."""
+    facts: dict[str, str] = {}
     try:
         with open("/proc/cpuinfo") as file:
-            facts = {key.strip(): value for key, _, value in (line.partition(":") for line in file)}
-        name = facts.get("model name", name).strip()
-        flags = (
-            ", VNNI" if {"avx512_vnni", "avx_vnni"} & set(facts.get("flags", "").split()) else ""
-        )
+            for line in file:
+                key, _, value = line.partition(":")
+                facts[key.strip()] = value.strip()
     except OSError:
-        pass  # not Linux
-    return f"{name}{flags}, {available_cores()} cores"
+        return {}
+    return facts
 
 
-def _version(package: str) -> str | None:
+def _read_version(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:
         return None
 
 
-def _git(*words: str) -> str | None:
-    """What git says of this code; None where it is no git repository."""
+def _run_git(*arguments: str) -> str | None:
+    """Return what git prints about this code; None where it is not in a git repository."""
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
     try:
-        git = ["git", "-C", str(Path(__file__).parent), *words]
-        return subprocess.run(
-            git, capture_output=True, text=True, check=True, timeout=30
-        ).stdout.strip()
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=GIT_TIMEOUT_SECONDS
+        )
     except (OSError, subprocess.SubprocessError):
         return None
+    return done.stdout.strip()

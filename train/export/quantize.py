@@ -1,4 +1,8 @@
-"""Static int8 through onnxruntime: QDQ, per channel, u8 activations and s8 weights; what hurts is left in float."""
+"""Static int8 quantization with onnxruntime.
+
+QDQ format, per-channel weights, u8 activations and s8 weights. Layers that cost too much accuracy
+stay in float.
+"""
 
 import logging
 import warnings
@@ -13,8 +17,9 @@ import onnxruntime
 
 from models.cpu_quota import available_cores
 
-# What int8 makes faster, and what lies between two such layers; other elementwise operators cost more to convert than
-# they gain. Seen with these: ResNet-18 3.4x of fp32, EfficientNet-B0 0.8x (tests/benchmarks/bundle_export.json).
+# Operators that int8 makes faster, and those between two of them. Other elementwise operators cost
+# more to convert than they gain. Measured with these: ResNet-18 3.4 times as fast as fp32,
+# EfficientNet-B0 0.8 times (tests/benchmarks/bundle_export.json).
 OPERATORS = [
     "Conv",
     "MatMul",
@@ -26,18 +31,21 @@ OPERATORS = [
     "AveragePool",
     "GlobalAveragePool",
 ]
-DAMAGE_IMAGES = 4  # every tensor in between is held for them at once
-FRACTIONS = (0.0, 0.1, 0.25, 0.5)  # of the layers left in float, tried in this order
+NOISE_IMAGES = 4  # all intermediate tensors are held in memory for them at once
+FLOAT_SHARES = (0.0, 0.1, 0.25, 0.5)  # of the layers that stay in float, tried in this order
+CALIBRATION_BATCH_SIZE = 16
 
 
 @dataclass
 class QuantizeConfig:
-    """
+    """Whether and how the int8 variant is made.
+
     Args:
         enabled: make an int8 variant and ship it if it passes the gate.
         images: training images that set the ranges of activations.
         max_loss: points of validation accuracy that int8 may cost.
-        gate_images: validation images that the gate counts, at most; and test images that the outcome is measured on.
+        gate_images: validation images for the gate, at most; and test images for measuring the
+            outcome.
     """
 
     enabled: bool = True
@@ -51,27 +59,44 @@ class QuantizeConfig:
 
 
 @dataclass(frozen=True)
-class QuantizationResult:
-    """How quantization ended. `lost`: points of accuracy on the gate's images; negative where int8 is better."""
+class QuantizationAttempt:
+    """One int8 form of the graph and what it costs."""
 
-    lost: float
-    left_in_float: list[str]
+    float_share: float  # of the layers that stay in float, 0..1
+    lost_points: float  # of accuracy on the gate's images; negative where int8 is better
+
+
+@dataclass(frozen=True)
+class QuantizationResult:
+    """The outcome of a quantization."""
+
     passed: bool
-    tried: list[tuple[float, float]]  # share of layers left in float, points lost
+    attempts: list[QuantizationAttempt]  # the last one is the one that passed, if any
+    float_layers: list[str]  # names of the layers that stayed in float in the last attempt
+
+    @property
+    def lost_points(self) -> float:
+        """Points of accuracy that the last attempt lost on the gate's images."""
+        return self.attempts[-1].lost_points
 
     def describe(self, max_loss: float) -> str:
-        """One line for people: what happened and why."""
-        if not self.passed:
-            tries = ", ".join(
-                f"{lost:.2f} with {share:.0%} of the layers left in float"
-                for share, lost in self.tried
+        """Return one line for the report: what was shipped, or why nothing was."""
+        if self.passed:
+            line = f"int8 loses {self.lost_points:.2f} points of validation accuracy "
+            line += f"({max_loss} allowed)"
+            if self.float_layers:
+                line += f", with {len(self.float_layers)} layers left in float"
+            return line
+
+        losses: list[str] = []
+        for attempt in self.attempts:
+            losses.append(
+                f"{attempt.lost_points:.2f} with {attempt.float_share:.0%} of the layers left in "
+                "float"
             )
-            return f"int8 is not shipped: it loses more than {max_loss} points of validation accuracy ({tries})"
-        left = (
-            f", with {len(self.left_in_float)} layers left in float" if self.left_in_float else ""
-        )
         return (
-            f"int8 loses {self.lost:.2f} points of validation accuracy ({max_loss} allowed){left}"
+            f"int8 is not shipped: it loses more than {max_loss} points of validation accuracy "
+            f"({', '.join(losses)})"
         )
 
 
@@ -79,116 +104,153 @@ def quantize(
     source: Path,
     target: Path,
     images: np.ndarray,
-    accuracy: Callable[[Path], float],
-    reference: float,
+    measure_accuracy: Callable[[Path], float],
+    fp32_accuracy: float,
     config: QuantizeConfig,
 ) -> QuantizationResult:
-    """Write the int8 form of `source` with as few layers left in float as pass the gate; none is left where none does.
+    """Write the int8 form of `source` with as few layers in float as the gate allows.
 
-    `images` uint8 [n,H,W,C]: real training images, whose activations set the ranges. `accuracy` of a file and
-    `reference`, that of fp32, are shares of the same images.
+    No file is left where no form passes. `images`, uint8 [n,H,W,C], are training images whose
+    activations set the ranges. `measure_accuracy` of a file and `fp32_accuracy` are shares, 0..1,
+    of the same images.
     """
     prepared = target.with_suffix(".prepared")
-    order: list[str] = []
-    tried = []
+    ranked_layers: list[str] = []
+    attempts: list[QuantizationAttempt] = []
     try:
         layers = _prepare(source, prepared)
-        for share in FRACTIONS:
-            if share and not order:
-                order = by_damage(prepared, images[:DAMAGE_IMAGES], layers)
-            left = order[: max(1, round(share * len(layers)))] if share else []
-            _write(prepared, target, images, left)
-            lost = 100 * (reference - accuracy(target))
-            tried.append((share, lost))
-            if lost <= config.max_loss:
-                return QuantizationResult(lost, left, True, tried)
+        for share in FLOAT_SHARES:
+            float_layers: list[str] = []
+            if share > 0:
+                if not ranked_layers:
+                    ranked_layers = rank_layers_by_noise(prepared, images[:NOISE_IMAGES], layers)
+                count = max(1, round(share * len(layers)))
+                float_layers = ranked_layers[:count]
+
+            _write_int8(prepared, target, images, float_layers)
+            lost_points = 100 * (fp32_accuracy - measure_accuracy(target))
+            attempts.append(QuantizationAttempt(share, lost_points))
+            if lost_points <= config.max_loss:
+                return QuantizationResult(True, attempts, float_layers)
     finally:
         prepared.unlink(missing_ok=True)
+
     target.unlink()
-    return QuantizationResult(lost, left, False, tried)
+    return QuantizationResult(False, attempts, float_layers)
 
 
 def _prepare(source: Path, target: Path) -> list[str]:
-    """Fold constants, fuse and infer shapes as onnxruntime's quantizer wants it; returns the names of the layers."""
+    """Fold constants, fuse and infer shapes, as onnxruntime's quantizer needs it.
+
+    Returns the names of the layers that can be quantized.
+    """
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    with _quiet():
+    with _silence_quantizer():
         quant_pre_process(str(source), str(target), skip_symbolic_shape=True)
     nodes = onnx.load(target, load_external_data=False).graph.node
     return [node.name for node in nodes if node.op_type in OPERATORS]
 
 
-def _write(prepared: Path, target: Path, images: np.ndarray, left_in_float: list[str]) -> None:
-    from onnxruntime import quantization as ort
+def _write_int8(prepared: Path, target: Path, images: np.ndarray, float_layers: list[str]) -> None:
+    from onnxruntime import quantization
 
-    with _quiet():
-        ort.quantize_static(
+    with _silence_quantizer():
+        quantization.quantize_static(
             str(prepared),
             str(target),
-            Batches(images),
-            quant_format=ort.QuantFormat.QDQ,
+            CalibrationBatches(images),
+            quant_format=quantization.QuantFormat.QDQ,
             per_channel=True,
-            activation_type=ort.QuantType.QUInt8,
-            weight_type=ort.QuantType.QInt8,
+            activation_type=quantization.QuantType.QUInt8,
+            weight_type=quantization.QuantType.QInt8,
             op_types_to_quantize=OPERATORS,
-            nodes_to_exclude=left_in_float,
-            calibrate_method=ort.CalibrationMethod.MinMax,
+            nodes_to_exclude=float_layers,
+            calibrate_method=quantization.CalibrationMethod.MinMax,
         )
 
 
-def by_damage(prepared: Path, images: np.ndarray, layers: list[str]) -> list[str]:
-    """Layers, worst first, by the damage that one scale for all channels does to what they read or write.
+def rank_layers_by_noise(prepared: Path, images: np.ndarray, layers: list[str]) -> list[str]:
+    """Return the layers, worst first, by the quantization noise in their inputs and outputs.
 
-    The damage to a tensor is the mean over its channels of n / (n + v): n the variance of rounding to 255 steps of the
-    whole tensor's range, v that of the channel. A channel that is faint beside others has nothing left, and counts 1.
+    A layer counts as much as its worst tensor; see `quantization_noise`.
     """
     model = onnx.load(prepared, load_external_data=False)
+    tensors_of_layer = _activations_of_layers(model, layers)
+    values = _run_for_tensors(model, images, tensors_of_layer)
+
+    noise_of_layer: dict[str, float] = {}
+    for layer, tensors in tensors_of_layer.items():
+        noises = [quantization_noise(values[tensor]) for tensor in tensors]
+        noise_of_layer[layer] = max(noises, default=0.0)
+    return sorted(layers, key=lambda layer: -noise_of_layer[layer])
+
+
+def quantization_noise(values: np.ndarray) -> float:
+    """Return the share of noise in a tensor whose channels share one int8 scale, 0..1.
+
+    It is the mean over the channels of n / (n + v): n is the variance of rounding to 255 steps of
+    the whole tensor's range, v that of the channel. A channel that is faint in comparison with
+    others loses all of its values and counts 1.
+    """
+    if values.ndim < 2 or values.dtype != np.float32:
+        return 0.0
+    rounding_variance = (np.ptp(values) / 255) ** 2 / 12 + 1e-30
+
+    # Images have their channels second, tokens have them last.
+    channel_axis = 1 if values.ndim == 4 else values.ndim - 1
+    other_axes = tuple(axis for axis in range(values.ndim) if axis != channel_axis)
+    channel_variance = values.var(other_axes)
+    return float((rounding_variance / (rounding_variance + channel_variance)).mean())
+
+
+def _activations_of_layers(model: onnx.ModelProto, layers: list[str]) -> dict[str, list[str]]:
+    """Return the names of the tensors that each layer reads or writes, without its weights."""
     weights = {tensor.name for tensor in model.graph.initializer}
-    touched = {
-        node.name: [t for t in [*node.input, *node.output] if t and t not in weights]
-        for node in model.graph.node
-        if node.name in layers
-    }
-    tensors = sorted({t for names in touched.values() for t in names})
+    tensors_of_layer: dict[str, list[str]] = {}
+    for node in model.graph.node:
+        if node.name in layers:
+            tensors = [*node.input, *node.output]
+            tensors_of_layer[node.name] = [t for t in tensors if t and t not in weights]
+    return tensors_of_layer
+
+
+def _run_for_tensors(
+    model: onnx.ModelProto, images: np.ndarray, tensors_of_layer: dict[str, list[str]]
+) -> dict[str, np.ndarray]:
+    """Run the model and return the values of these tensors by name."""
+    names: set[str] = set()
+    for tensors in tensors_of_layer.values():
+        names.update(tensors)
+    outputs = sorted(names)
+
     model.graph.ClearField("output")
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in tensors)
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = available_cores()
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    found = dict(zip(tensors, session.run(tensors, {"image": images}), strict=True))
-
-    def damage(values: np.ndarray) -> float:
-        if values.ndim < 2 or values.dtype != np.float32:
-            return 0.0
-        noise = (np.ptp(values) / 255) ** 2 / 12 + 1e-30
-        axis = (
-            1 if values.ndim == 4 else values.ndim - 1
-        )  # images have their channels second, tokens last
-        spread = values.var(tuple(i for i in range(values.ndim) if i != axis))
-        return float((noise / (noise + spread)).mean())
-
-    worst = {
-        name: max((damage(found[t]) for t in names), default=0.0) for name, names in touched.items()
-    }
-    return sorted(layers, key=lambda name: -worst[name])
+    values = session.run(outputs, {"image": images})
+    return dict(zip(outputs, values, strict=True))
 
 
-class Batches:
-    """Calibration data as onnxruntime wants it: one feed a call, then None."""
+class CalibrationBatches:
+    """Calibration images as onnxruntime reads them: one feed a call, then None."""
 
-    def __init__(self, images: np.ndarray, size: int = 16):
-        self.batches: Iterator[np.ndarray] = iter(np.split(images, range(size, len(images), size)))
+    def __init__(self, images: np.ndarray, batch_size: int = CALIBRATION_BATCH_SIZE):
+        starts = range(batch_size, len(images), batch_size)
+        self._batches: Iterator[np.ndarray] = iter(np.split(images, starts))
 
     def get_next(self) -> dict[str, np.ndarray] | None:
-        batch = next(self.batches, None)
+        """Return the next feed; the name is onnxruntime's."""
+        batch = next(self._batches, None)
         return None if batch is None else {"image": batch}
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """onnxruntime's quantizer tells the root logger what it thinks of a model."""
+def _silence_quantizer() -> Iterator[None]:
+    """Hide the advice that onnxruntime's quantizer logs to the root logger."""
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():

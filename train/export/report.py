@@ -1,8 +1,10 @@
-"""The report: one page that tells a person what this model is, how good it is, and where it fails."""
+"""The report of a bundle, report.html, and its short form, README.md.
+
+It says what the model is for, how good it is, and where it fails.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -11,56 +13,78 @@ from markupsafe import Markup
 from models.bundle import Manifest
 from train.audit import summary
 from train.data import ImageData
-from train.export import charts, evaluate
-from train.export.calibrate import coverage_curve, reliability, softmax
+from train.export import charts
+from train.export.calibrate import coverage_curve, reliability_bins
+from train.export.config import ExportConfig
+from train.export.evaluate import PartScores, evenly_spaced_rows, load_images
 from train.export.onnx_graph import InferenceGraph
-from train.export.parity import torch_outputs
-from train.export.report_images import overlay, png
+from train.export.parity import run_torch
+from train.export.report_images import encode_data_url, overlay_activation_map
+from train.export.scores import Scores, softmax
 
-MISTAKES = 12
-MATRIX_CLASSES = 40  # more would be a grey square
+MAX_MISTAKES = 12
+MAX_CONFUSED_PAIRS = 8
+MAX_MATRIX_CLASSES = 40  # with more, no cell can be told from another
+MAX_NAMED_CLASSES = 12
+DIAGRAM_BINS = 10
+MIN_CURVE_COVERAGE = 0.02  # the accuracy of fewer images is noise
+MAX_CURVE_POINTS = 400
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A test image that is classified wrongly."""
+
+    image: str  # data URL
+    activation_map: str | None  # data URL
+    true_class: str
+    predicted_class: str
+    confidence: float  # 0..1
 
 
 def write_report(
     directory: Path,
     manifest: Manifest,
-    served: InferenceGraph,
+    graph: InferenceGraph,
     data: ImageData,
-    val: evaluate.Scores,
-    test: evaluate.Scores,
+    scores: PartScores,
     history: list[dict[str, float]],
-    export: Any,
+    config: ExportConfig,
 ) -> None:
-    """Write report.html and README.md. `export`: the options, for purpose, limits and license."""
-    m, temperature = manifest, manifest.calibration.temperature
-    probabilities = softmax(test.logits, temperature)
-    page = {
-        "m": m,
-        "test": m.metrics["test"],
-        "val": m.metrics["val"],
-        "c": m.calibration,
-        "p": m.provenance,
-        "purpose": export.purpose or _purpose(m),
-        "limits": export.limits or _limits(m),
-        "license": export.license,
-        "parameters": sum(p.numel() for p in served.network.parameters()),
-        "cam": served.network.spatial,
-        "curves": training_curves(history),
-        "confusion": _matrix(m),
-        "confused": most_confused(test, m.classes),
-        "per_class": sorted(
-            zip(m.classes, m.metrics["test"].per_class, strict=True), key=lambda row: row[1].f1
+    """Write report.html and README.md into a directory."""
+    calibration = manifest.calibration
+    test = manifest.metrics["test"]
+    val_probabilities = softmax(scores.val.logits, calibration.temperature)
+    test_probabilities = softmax(scores.test.logits, calibration.temperature)
+    in_prediction_set = 1 - test_probabilities <= (calibration.conformal_quantile or 0)
+    weakest_first = sorted(
+        zip(manifest.classes, test.per_class, strict=True), key=lambda pair: pair[1].f1
+    )
+
+    variables = {
+        "manifest": manifest,
+        "test": test,
+        "calibration": calibration,
+        "provenance": manifest.provenance,
+        "fp32": manifest.variants["fp32"],
+        "purpose": config.purpose or _default_purpose(manifest),
+        "limits": config.limits or _default_limits(),
+        "license": config.license,
+        "parameters": sum(p.numel() for p in graph.network.parameters()),
+        "has_activation_maps": graph.network.spatial,
+        "curves": draw_training_curves(history),
+        "confusion": _draw_confusion_matrix(manifest),
+        "confused": find_confused_pairs(scores.test, manifest.classes),
+        "per_class": weakest_first,
+        "mistakes": find_mistakes(graph, data, scores.test, test_probabilities, manifest.classes),
+        "reliability": draw_reliability(
+            softmax(scores.val.logits), val_probabilities, scores.val.labels
         ),
-        "mistakes": mistakes(served, data, test, probabilities, m.classes),
-        "reliability": reliability_diagram(
-            softmax(val.logits), softmax(val.logits, temperature), val.labels
-        ),
-        "coverage": coverage_diagram(probabilities, test.labels, m),
-        "set_size": float(
-            (1 - probabilities <= (m.calibration.conformal_quantile or 0)).sum(1).mean()
-        ),
-        "audit": audit_lines(data),
+        "coverage": draw_coverage(test_probabilities, scores.test.labels, manifest),
+        "mean_set_size": float(in_prediction_set.sum(1).mean()),
+        "audit": describe_audit(data),
     }
+
     environment = Environment(
         loader=PackageLoader("train.export"),
         autoescape=True,
@@ -68,162 +92,181 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "megabytes": megabytes}
-    (directory / "report.html").write_text(environment.get_template("report.html").render(page))
+    environment.filters["percent"] = format_percent
+    environment.filters["megabytes"] = format_megabytes
+    page = environment.get_template("report.html").render(variables)
+    (directory / "report.html").write_text(page)
+
     environment.autoescape = False
-    (directory / "README.md").write_text(environment.get_template("readme.md").render(page))
+    card = environment.get_template("readme.md").render(variables)
+    (directory / "README.md").write_text(card)
 
 
-def percent(share: float | None, digits: int = 2) -> str:
+def format_percent(share: float | None, digits: int = 2) -> str:
+    """Format a share, 0..1, as percent; a dash stands for None."""
     return "-" if share is None else f"{100 * share:.{digits}f} %"
 
 
-def megabytes(count: int) -> str:
+def format_megabytes(count: int) -> str:
+    """Format a number of bytes."""
     return f"{count / 1e6:.2f} MB" if count < 1e8 else f"{count / 1e6:.0f} MB"
 
 
-def _purpose(m: Manifest) -> str:
-    few = m.classes if len(m.classes) <= 12 else [*m.classes[:10], f"{len(m.classes) - 10} more"]
-    names = ", ".join(few[:-1]) + f" or {few[-1]}"
+def _default_purpose(manifest: Manifest) -> str:
+    classes = manifest.classes
+    names = classes
+    if len(classes) > MAX_NAMED_CLASSES:
+        names = [*classes[:10], f"{len(classes) - 10} more"]
+    listed = ", ".join(names[:-1]) + f" or {names[-1]}"
+    kind = "grayscale" if manifest.input.channels == 1 else "color"
+    return f"Classifies a {kind} image as one of {len(classes)} classes: {listed}."
+
+
+def _default_limits() -> str:
     return (
-        f"Tells which of {len(m.classes)} classes a {'grey' if m.input.channels == 1 else 'colour'} image shows: "
-        f"{names}."
+        "Images unlike the training images: the model assigns one of its classes to any image. "
+        "Monitor the energy, which is high for unusual images, and the drift signals, which "
+        "compare many images with the validation data. Where a mistake can cause harm, have a "
+        "person review the predictions."
     )
 
 
-def _limits(m: Manifest) -> str:
-    return (
-        "Images unlike those it was trained on: whatever it is shown, it answers with one of its classes. Watch "
-        "the energy, which says how unlike an image is, and the drift signals, which say it of many. Where a "
-        "mistake would harm somebody, let a person decide."
-    )
-
-
-def training_curves(history: list[dict[str, float]]) -> dict[str, Markup]:
-    """Loss, and accuracy in percent, over the epochs; nothing where fewer than two were seen."""
+def draw_training_curves(history: list[dict[str, float]]) -> dict[str, Markup]:
+    """Return charts of loss and accuracy over the epochs, by title; none for a single epoch."""
     if len(history) < 2:
         return {}
 
-    def line(key: str, scale: float = 1.0) -> list[tuple[float, float]]:
-        return [(row["epoch"], scale * row[key]) for row in history if key in row]
-
-    loss = {name: found for name in ("train", "val") if (found := line(f"{name}/loss"))}
-    accuracy = {
-        name: found for name in ("train", "val") if (found := line(f"{name}/accuracy", 100))
-    }
-    return {
-        name: charts.curves(series, "epoch", label)
-        for name, series, label in (("Loss", loss, "loss"), ("Accuracy", accuracy, "accuracy, %"))
-        if series
-    }
+    charts_by_title: dict[str, Markup] = {}
+    loss = _collect_series(history, "loss")
+    if loss:
+        charts_by_title["Loss"] = charts.draw_curves(loss, "epoch", "loss")
+    accuracy = _collect_series(history, "accuracy", scale=100)
+    if accuracy:
+        charts_by_title["Accuracy"] = charts.draw_curves(accuracy, "epoch", "accuracy, %")
+    return charts_by_title
 
 
-def _matrix(m: Manifest) -> Markup | None:
-    return (
-        charts.confusion(m.metrics["test"].confusion, m.classes)
-        if len(m.classes) <= MATRIX_CLASSES
-        else None
-    )
+def _collect_series(
+    history: list[dict[str, float]], metric: str, scale: float = 1.0
+) -> dict[str, list[charts.Point]]:
+    """Return (epoch, value) of a metric for the training and the validation part, if logged."""
+    series: dict[str, list[charts.Point]] = {}
+    for part in ("train", "val"):
+        key = f"{part}/{metric}"
+        points = [(row["epoch"], scale * row[key]) for row in history if key in row]
+        if points:
+            series[part] = points
+    return series
 
 
-def most_confused(
-    test: evaluate.Scores, classes: list[str], count: int = 8
+def _draw_confusion_matrix(manifest: Manifest) -> Markup | None:
+    if len(manifest.classes) > MAX_MATRIX_CLASSES:
+        return None
+    return charts.draw_confusion_matrix(manifest.metrics["test"].confusion, manifest.classes)
+
+
+def find_confused_pairs(
+    test: Scores, classes: list[str], limit: int = MAX_CONFUSED_PAIRS
 ) -> list[tuple[str, str, int]]:
-    """(true class, predicted class, images), most first."""
+    """Return (true class, predicted class, images), most images first."""
     predicted = test.logits.argmax(1)
-    wrong = predicted != test.labels
-    pairs, images = np.unique(
-        np.stack([test.labels, predicted], 1)[wrong], axis=0, return_counts=True
-    )
-    order = np.argsort(-images, kind="stable")[:count]
-    return [
-        (classes[i], classes[j], int(n))
-        for (i, j), n in zip(pairs[order], images[order], strict=True)
-    ]
+    label_pairs = np.stack([test.labels, predicted], 1)[~test.correct]
+    pairs, images = np.unique(label_pairs, axis=0, return_counts=True)
+
+    result: list[tuple[str, str, int]] = []
+    for row in np.argsort(-images, kind="stable")[:limit]:
+        true_class, predicted_class = pairs[row]
+        result.append((classes[true_class], classes[predicted_class], int(images[row])))
+    return result
 
 
-@dataclass(frozen=True)
-class Mistake:
-    picture: str  # data URL
-    map: str | None
-    true: str
-    predicted: str
-    confidence: float
-
-
-def mistakes(
-    served: InferenceGraph,
+def find_mistakes(
+    graph: InferenceGraph,
     data: ImageData,
-    test: evaluate.Scores,
+    test: Scores,
     probabilities: np.ndarray,
     classes: list[str],
 ) -> list[Mistake]:
-    """The test images it was most sure of and wrong about, and where it looked."""
+    """Return the wrong predictions of highest confidence, with their class activation maps."""
+    confidence = probabilities.max(1)
     predicted = probabilities.argmax(1)
     wrong = np.flatnonzero(predicted != test.labels)
-    rows = wrong[np.argsort(-probabilities[wrong].max(1), kind="stable")][:MISTAKES]
+    by_confidence = np.argsort(-confidence[wrong], kind="stable")
+    rows = wrong[by_confidence][:MAX_MISTAKES]
     if not len(rows):
         return []
-    pixels = evaluate.images(data, "test", rows)
-    cams = torch_outputs(served, pixels).get("cam", [None] * len(rows))
-    return [
-        Mistake(
-            png(image),
-            None if cam is None else png(overlay(image, cam[predicted[row]])),
-            classes[test.labels[row]],
-            classes[predicted[row]],
-            float(probabilities[row].max()),
+
+    images = load_images(data, "test", rows)
+    maps = run_torch(graph, images).get("cam")
+    mistakes: list[Mistake] = []
+    for i, row in enumerate(rows):
+        activation_map = None
+        if maps is not None:
+            overlay = overlay_activation_map(images[i], maps[i][predicted[row]])
+            activation_map = encode_data_url(overlay)
+        mistakes.append(
+            Mistake(
+                image=encode_data_url(images[i]),
+                activation_map=activation_map,
+                true_class=classes[test.labels[row]],
+                predicted_class=classes[predicted[row]],
+                confidence=float(confidence[row]),
+            )
         )
-        for row, image, cam in zip(rows, pixels, cams, strict=True)
-    ]
+    return mistakes
 
 
-def reliability_diagram(before: np.ndarray, after: np.ndarray, labels: np.ndarray) -> Markup:
-    """Accuracy of the answers at each confidence: bars after calibration, a line before."""
-    frame = charts.Frame((0, 1), (0, 1), "confidence", "accuracy")
-    for b in reliability(after, labels, 10):
-        left = min(int(b.confidence * 10), 9) / 10
-        frame.bar(
-            left,
-            left + 0.1,
-            b.accuracy,
-            "bar",
-            f"{b.images} images: confidence {b.confidence:.3f}, accuracy {b.accuracy:.3f}",
+def draw_reliability(before: np.ndarray, after: np.ndarray, labels: np.ndarray) -> Markup:
+    """Return accuracy over confidence: bars after calibration, a line before.
+
+    `before` and `after`: probabilities [N,K] without and with the temperature.
+    """
+    chart = charts.Chart((0, 1), (0, 1), "confidence", "accuracy")
+    for each in reliability_bins(after, labels, DIAGRAM_BINS):
+        left = min(int(each.confidence * DIAGRAM_BINS), DIAGRAM_BINS - 1) / DIAGRAM_BINS
+        title = (
+            f"{each.images} images: confidence {each.confidence:.3f}, accuracy {each.accuracy:.3f}"
         )
-    frame.line([(0, 0), (1, 1)], "line ideal")
-    frame.line([(b.confidence, b.accuracy) for b in reliability(before, labels, 10)], "line s1")
-    frame.legend({"before": "line s1", "after": "line thick", "ideal": "line ideal"})
-    return frame.svg("reliability on validation data")
+        chart.draw_bar(left, left + 1 / DIAGRAM_BINS, each.accuracy, "bar", title)
+
+    chart.draw_line([(0, 0), (1, 1)], "line ideal")
+    uncalibrated = reliability_bins(before, labels, DIAGRAM_BINS)
+    chart.draw_line([(each.confidence, each.accuracy) for each in uncalibrated], "line s1")
+    chart.draw_legend({"before": "line s1", "after": "line thick", "ideal": "line ideal"})
+    return chart.to_svg("reliability on validation data")
 
 
-def coverage_diagram(probabilities: np.ndarray, labels: np.ndarray, m: Manifest) -> Markup:
-    """Accuracy of what is answered, over the share that is answered, on test data."""
+def draw_coverage(probabilities: np.ndarray, labels: np.ndarray, manifest: Manifest) -> Markup:
+    """Return accuracy over the share of images that is answered, on test data."""
     _, answered, accuracy = coverage_curve(probabilities, labels)
-    keep = answered >= 0.02  # a handful of images makes no accuracy
-    some = np.flatnonzero(keep)[evaluate.evenly_spaced(int(keep.sum()), 400)]
-    points = [(100 * answered[i], 100 * accuracy[i]) for i in some]
+    usable = np.flatnonzero(answered >= MIN_CURVE_COVERAGE)
+    rows = usable[evenly_spaced_rows(len(usable), MAX_CURVE_POINTS)]
+    points = [(100 * answered[row], 100 * accuracy[row]) for row in rows]
+
     lowest = min(y for _, y in points)
-    frame = charts.Frame(
-        (0, 100), (lowest - 0.05 * (100 - lowest) - 0.1, 100), "answered, %", "accuracy, %"
-    )
-    frame.line(points, "line s0")
-    c = m.calibration
-    if c.abstain_test_accuracy is not None and c.abstain_test_coverage is not None:
-        frame.dot(
-            100 * c.abstain_test_coverage,
-            100 * c.abstain_test_accuracy,
-            f"threshold {c.abstain_threshold:.3f}",
-        )
-    return frame.svg("accuracy over coverage on test data")
+    bottom = lowest - 0.05 * (100 - lowest) - 0.1
+    chart = charts.Chart((0, 100), (bottom, 100), "answered, %", "accuracy, %")
+    chart.draw_line(points, "line s0")
+
+    calibration = manifest.calibration
+    test_coverage = calibration.abstain_test_coverage
+    test_accuracy = calibration.abstain_test_accuracy
+    if test_coverage is not None and test_accuracy is not None:
+        text = f"threshold {calibration.abstain_threshold:.3f}"
+        chart.draw_dot(100 * test_coverage, 100 * test_accuracy, text)
+    return chart.to_svg("accuracy over coverage on test data")
 
 
-def audit_lines(data: ImageData) -> list[str]:
-    """What the audit found, a line each."""
-    found = (
-        [f"{len(data.unreadable)} files can't be read and were left out"] if data.unreadable else []
-    )
+def describe_audit(data: ImageData) -> list[str]:
+    """Return the findings of the audit, one line each."""
+    lines: list[str] = []
+    if data.unreadable:
+        lines.append(f"{len(data.unreadable)} files are unreadable and were left out")
     if data.findings is None:
-        return [*found, "the data was not audited"]
-    return [*found, *summary(data.findings)] or [
-        "no duplicates, no leakage, no odd images, no doubtful labels found"
-    ]
+        lines.append("the data was not audited")
+        return lines
+
+    lines += summary(data.findings)
+    if not lines:
+        lines.append("no duplicates, leaks, unusual images or suspicious labels found")
+    return lines

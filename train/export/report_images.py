@@ -1,31 +1,46 @@
-"""Pictures for the report: what was seen, and where the network looked."""
+"""Images for the report: test images and class activation maps, as data URLs."""
 
 import base64
 
 import cv2
 import numpy as np
 
-SIDE = 144  # pixels of a picture in the report
+SIDE_PIXELS = 144  # the longer side of an image in the report
+CAM_OPACITY = 0.55
 
 
-def png(pixels: np.ndarray) -> str:
-    """uint8 [H,W,C] as a data URL, enlarged or shrunk to the report's size."""
-    sharp = max(pixels.shape[:2]) < SIDE
-    side = SIDE / max(pixels.shape[:2])
-    size = (max(1, round(pixels.shape[1] * side)), max(1, round(pixels.shape[0] * side)))
-    resized = cv2.resize(pixels, size, interpolation=cv2.INTER_NEAREST if sharp else cv2.INTER_AREA)
-    bgr = resized[..., ::-1] if resized.ndim == 3 and resized.shape[2] == 3 else resized
-    data = cv2.imencode(".png" if sharp else ".jpg", bgr)[1].tobytes()
-    return f"data:image/{'png' if sharp else 'jpeg'};base64,{base64.b64encode(data).decode()}"
+def encode_data_url(pixels: np.ndarray) -> str:
+    """Return uint8 [H,W,C] as a data URL, enlarged or shrunk to the report's size.
 
-
-def overlay(pixels: np.ndarray, cam: np.ndarray) -> np.ndarray:
-    """uint8 [H,W,C] in RGB with the positive part of a class activation map, float [h,w], laid over it."""
+    Small images stay sharp and lossless; large ones become JPEG files.
+    """
     height, width = pixels.shape[:2]
-    heat = cv2.resize(
-        np.maximum(cam, 0).astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR
-    )
+    scale = SIDE_PIXELS / max(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+
+    is_enlarged = scale > 1
+    interpolation = cv2.INTER_NEAREST if is_enlarged else cv2.INTER_AREA
+    resized = cv2.resize(pixels, size, interpolation=interpolation)
+    if resized.ndim == 3 and resized.shape[2] == 3:
+        resized = resized[..., ::-1]  # OpenCV encodes BGR
+
+    extension = ".png" if is_enlarged else ".jpg"
+    media_type = "image/png" if is_enlarged else "image/jpeg"
+    content = cv2.imencode(extension, resized)[1].tobytes()
+    return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
+
+
+def overlay_activation_map(pixels: np.ndarray, cam: np.ndarray) -> np.ndarray:
+    """Return RGB uint8 [H,W,3] with the positive part of a class activation map on top.
+
+    `pixels` uint8 [H,W,C] in gray or RGB; `cam` float [h,w].
+    """
+    height, width = pixels.shape[:2]
+    positive = np.maximum(cam, 0).astype(np.float32)
+    heat = cv2.resize(positive, (width, height), interpolation=cv2.INTER_LINEAR)
     heat = (255 * heat / max(float(heat.max()), 1e-9)).astype(np.uint8)
-    colour = cv2.applyColorMap(heat, cv2.COLORMAP_INFERNO)[..., ::-1]
+    colors = cv2.applyColorMap(heat, cv2.COLORMAP_INFERNO)[..., ::-1]
+
     base = pixels if pixels.shape[2] == 3 else np.repeat(pixels, 3, 2)
-    return np.ascontiguousarray((0.45 * base + 0.55 * colour).astype(np.uint8))
+    mixed = (1 - CAM_OPACITY) * base + CAM_OPACITY * colors
+    return np.ascontiguousarray(mixed.astype(np.uint8))

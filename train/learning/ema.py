@@ -1,4 +1,7 @@
-"""Exponential moving average of the weights: validated, checkpointed and kept in place of the last ones."""
+"""Exponential moving average of the weights, which is validated, checkpointed and exported.
+
+The average takes the place of the trained weights wherever they are evaluated or kept.
+"""
 
 from typing import Any
 
@@ -9,12 +12,15 @@ from torch import Tensor
 
 
 class WeightAverage(Callback):
-    """Average of the weights over about the last 1 / (1 - decay) steps (Polyak and Juditsky, 1992).
+    """Average of the weights over about the last 1 / (1 - decay) steps.
 
-    The first steps weigh more (decay at step t is at most (1 + t) / (10 + t)), so a short run is not held back by its
-    random start. Buffers, the norms' statistics, are averaged alike. Lightning's own callback swaps before its
-    first update (Lightning-AI/pytorch-lightning#21724); here nothing is swapped until there is an average. It is held
-    in float32 at least: in bfloat16 a step of less than 1/256 would be rounded away.
+    Polyak and Juditsky, "Acceleration of stochastic approximation by averaging", 1992. The decay at
+    update t is at most (1 + t) / (10 + t), so that the random start does not slow down a short run.
+    Floating-point buffers, such as the statistics of norms, are averaged too. The average is held
+    in float32 at least: bfloat16 would round a change of less than 1/256 away.
+
+    Lightning's own callback swaps before its first update (Lightning-AI/pytorch-lightning#21724);
+    this one swaps nothing until there is an average.
     """
 
     def __init__(self, decay: float = 0.0, every_steps: int = 1):
@@ -25,20 +31,22 @@ class WeightAverage(Callback):
         """
         if not 0 <= decay < 1 or every_steps < 1:
             raise ValueError(
-                f"ema: decay must be in 0..1, not {decay}, and every_steps 1 or more, not {every_steps}"
+                f"ema: decay must be in 0..1, not {decay}, and every_steps 1 or more, not "
+                f"{every_steps}"
             )
-        self.decay, self.every_steps = decay, every_steps
+        self.decay = decay
+        self.every_steps = every_steps
+        self.updates = 0
         self.average: dict[str, Tensor] = {}
-        self._current: dict[str, Tensor] = {}
-        self._kept: dict[str, Tensor] = {}  # what was trained, while the average is in its place
-        self.updates, self._last_step = 0, 0
-        self._swapped = False
+        self._current: dict[str, Tensor] = {}  # the module's own tensors
+        self._trained: dict[str, Tensor] = {}  # copies of them, while the average is in their place
+        self._is_swapped = False
+        self._last_step = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._current = _tensors(pl_module)
-        self.average = {
-            name: value.to(self._current[name].device) for name, value in self.average.items()
-        }
+        self._current = _averaged_tensors(pl_module)
+        for name, value in self.average.items():
+            self.average[name] = value.to(self._current[name].device)
 
     def on_train_batch_end(
         self,
@@ -57,24 +65,16 @@ class WeightAverage(Callback):
     @torch.no_grad()
     def _update(self, current: dict[str, Tensor]) -> None:
         if not self.average:
-            self.average = {name: _precise(value) for name, value in current.items()}
+            self.average = {name: _copy_in_float32(value) for name, value in current.items()}
+
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        averages = list(self.average.values())
-        values = [
-            value.to(average.dtype)
-            for value, average in zip(current.values(), averages, strict=True)
-        ]
-        torch._foreach_lerp_(averages, values, 1 - decay)
 
-    @torch.no_grad()
-    def _swap(self, pl_module: L.LightningModule) -> None:
-        current = _tensors(pl_module)
-        found = self._kept if self._swapped else self.average
-        self._kept = {} if self._swapped else {name: current[name].clone() for name in found}
-        for name, value in found.items():
-            current[name].copy_(value)
-        self._swapped = not self._swapped
+        averages = list(self.average.values())
+        values: list[Tensor] = []
+        for value, average in zip(current.values(), averages, strict=True):
+            values.append(value.to(average.dtype))
+        torch._foreach_lerp_(averages, values, 1 - decay)
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._swap(pl_module)
@@ -85,45 +85,68 @@ class WeightAverage(Callback):
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        if self._swapped:  # in a validation that was cut short
+        if self._is_swapped:  # the exception came within a validation
             self._swap(pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leave the average in place of the trained weights."""
         self._swap(pl_module)
-        self.average, self._kept, self._swapped = {}, {}, False
+        self.average = {}
+        self._trained = {}
+        self._is_swapped = False
+
+    @torch.no_grad()
+    def _swap(self, pl_module: L.LightningModule) -> None:
+        """Put the average in place of the trained weights, or the trained weights back."""
+        current = _averaged_tensors(pl_module)
+        if self._is_swapped:
+            replacement = self._trained
+            self._trained = {}
+        else:
+            replacement = self.average
+            self._trained = {name: current[name].clone() for name in self.average}
+
+        for name, value in replacement.items():
+            current[name].copy_(value)
+        self._is_swapped = not self._is_swapped
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """The average becomes the checkpoint's weights, as it is what was validated; the others lie beside it."""
-        if self.average:
-            checkpoint["ema"] = {
-                "updates": self.updates,
-                "last_step": self._last_step,
-                "current": {name: checkpoint["state_dict"][name] for name in self.average},
-            }
-            checkpoint["state_dict"] = checkpoint["state_dict"] | self.average
+        """Save the average, which was validated, as the weights; add the trained ones as `ema`."""
+        if not self.average:
+            return
+        trained = checkpoint["state_dict"]
+        checkpoint["ema"] = {
+            "updates": self.updates,
+            "last_step": self._last_step,
+            "current": {name: trained[name] for name in self.average},
+        }
+        checkpoint["state_dict"] = trained | self.average
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Called after the weights were loaded: to go on training, take back those that were trained."""
-        if self.decay and "ema" in checkpoint and trainer.state.fn == "fit":
-            found = checkpoint["ema"]
-            self.updates, self._last_step = found["updates"], found["last_step"]
-            self.average = {
-                name: _precise(checkpoint["state_dict"][name]) for name in found["current"]
-            }
-            pl_module.load_state_dict(found["current"], strict=False)
+        """Restore average and trained weights, to continue training.
+
+        Lightning calls this after it has loaded the checkpoint's weights into the module.
+        """
+        if not self.decay or "ema" not in checkpoint or trainer.state.fn != "fit":
+            return
+        state = checkpoint["ema"]
+        weights = checkpoint["state_dict"]
+        self.updates = state["updates"]
+        self._last_step = state["last_step"]
+        self.average = {name: _copy_in_float32(weights[name]) for name in state["current"]}
+        pl_module.load_state_dict(state["current"], strict=False)
 
 
-def _precise(value: Tensor) -> Tensor:
-    """A copy in float32 at least."""
+def _copy_in_float32(value: Tensor) -> Tensor:
+    """Copy a tensor; the copy has float32 at least."""
     return value.to(torch.promote_types(value.dtype, torch.float32), copy=True)
 
 
-def _tensors(pl_module: L.LightningModule) -> dict[str, Tensor]:
-    """What is averaged, by its name in the state dict: floating-point weights and buffers."""
-    return {
-        name: value for name, value in pl_module.state_dict().items() if value.is_floating_point()
-    }
+def _averaged_tensors(pl_module: L.LightningModule) -> dict[str, Tensor]:
+    """Return the tensors that are averaged: floating-point weights and buffers, by name."""
+    state = pl_module.state_dict()
+    return {name: value for name, value in state.items() if value.is_floating_point()}

@@ -66,7 +66,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # torch declares two overloads
-        """Update all parameters that have a gradient; return the closure's loss, if one is given."""
+        """Update all parameters that have a gradient; return the closure's loss, if given."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -1,6 +1,6 @@
-"""Learning-rate schedules over the steps of a run: constant, linear, cosine and step, each with a warm-up.
+"""Learning-rate schedules over the steps of a run: constant, linear, cosine, step; with a warm-up.
 
-The system builds its scheduler from `ScheduleConfig`; Lightning calls it after each optimizer step.
+The system builds its scheduler from `ScheduleConfig`; Lightning calls it after each step.
 """
 
 import math

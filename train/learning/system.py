@@ -2,7 +2,6 @@
 
 import math
 import sys
-from dataclasses import asdict
 from typing import Any, Literal
 
 import lightning as L
@@ -15,27 +14,38 @@ from models import networks
 from models.networks.weights import find_weights_file, load_weights, read_normalization
 from train.data import ImageData
 from train.failures import Diverged
-from train.learning import training_images
+from train.learning.epoch_sums import EpochSums
 from train.learning.lightning_loop_state import LightningLoopState
 from train.learning.optimizers import OptimizerConfig, build_optimizer
 from train.learning.schedules import ScheduleConfig
-from train.learning.test_time_augmentation import augmented_views
+from train.learning.test_time_augmentation import TestTimeAugmentation, augmented_views
+from train.learning.training_images import (
+    check_no_training_image_is_scored,
+    describe_training_images,
+)
 
-Batch = tuple[
-    Tensor, Tensor
-]  # images uint8 or float 0..255 [B,C,H,W]; labels int64 [B] or shares [B,K]
-ADAMW, CONSTANT = OptimizerConfig(), ScheduleConfig()
-# Of each epoch, by the names they are logged by, and whether less or more is better.
+# Images uint8, or float in 0..255, [B,C,H,W]; labels int64 [B], or the shares of classes [B,K].
+Batch = tuple[Tensor, Tensor]
+
+# Metrics of each epoch by the name they are logged under, and whether less or more is better.
 METRICS = {"val/loss": "min", "val/accuracy": "max", "train/loss": "min", "train/accuracy": "max"}
-PREPARE_IMAGES = 5000  # training images that a network which fixes a layer from data gets to see
+
+PREPARE_IMAGES = 5000  # training images for networks that compute a layer from data
+LISTED_NAMES = 4  # tensors that a message lists by name
+
+ADAMW = OptimizerConfig()
+CONSTANT_RATE = ScheduleConfig()
 
 
 class Classifier(L.LightningModule):
-    """Images in 0..255 to logits [B,K]; the network is built in `setup`, when the data says what it needs."""
+    """Images in 0..255 to logits [B,K].
+
+    The network is built in `setup`, when the number of classes and the size of images are known.
+    """
 
     network: networks.Network
-    mean: Tensor  # float [1,C,1,1] in 0..255, as `std`
-    std: Tensor
+    mean: Tensor  # float [1,C,1,1] in 0..255
+    std: Tensor  # float [1,C,1,1] in 0..255
     class_weights: Tensor | None  # float [K]
 
     def __init__(
@@ -44,43 +54,50 @@ class Classifier(L.LightningModule):
         options: dict[str, Any] | None = None,
         weights: str | None = None,
         optimizer: OptimizerConfig = ADAMW,
-        schedule: ScheduleConfig = CONSTANT,
+        schedule: ScheduleConfig = CONSTANT_RATE,
         label_smoothing: float = 0.0,
         weigh_classes: bool = False,
         channels_last: bool = False,
         compile: Literal["off", "default", "reduce-overhead", "max-autotune"] = "off",
-        tta: Literal["none", "flip", "shift"] = "none",
+        tta: TestTimeAugmentation = "none",
     ):
         """
         Args:
-            network: name of the network: lenet, convnet, convnet4, speednet or any classification model of torchvision.
+            network: name of the network: lenet, convnet, convnet4, speednet or any classification
+                model of torchvision.
             options: passed to the network, e.g. {widths: [64, 256, 256]} for speednet.
-            weights: file of weights to start from: a bundle's weights.safetensors or a torch state dict; imagenet for
-                torchvision's, downloaded once.
-            optimizer: which one, and its learning rates.
+            weights: file of weights to start from: a bundle's weights.safetensors or a torch state
+                dict; imagenet for torchvision's, downloaded once.
+            optimizer: which optimizer, and its learning rates.
             schedule: learning rate over the steps.
-            label_smoothing: share of the label that goes to all classes alike, in training.
+            label_smoothing: share of the label that is spread over all classes, in training.
             weigh_classes: weigh the loss by the inverse frequency of each class, in training.
-            channels_last: memory layout that convolutions like best.
+            channels_last: use the memory layout in which convolutions are fastest.
             compile: torch.compile the network, in this mode.
-            tta: test-time augmentation, reported beside the plain figures: flip adds the mirror image, shift adds
-                four crops moved by one pixel as well.
+            tta: test-time augmentation, reported in addition to the plain figures: flip adds the
+                mirror image, shift adds four crops moved by one pixel as well.
         """
         super().__init__()
         networks.check_name(network)
         if not 0 <= label_smoothing <= 1:
             raise ValueError(
-                f"model.label_smoothing: {label_smoothing} is not in 0..1; it is a share of the label"
+                f"model.label_smoothing: {label_smoothing} is not in 0..1; it is a share of the "
+                "label"
             )
-        self.save_hyperparameters(
-            ignore=["weights", "channels_last", "compile", "tta"]
-        )  # those are not the model's
-        self.name, self.options, self.weights = network, options or {}, weights
-        self.optimizer, self.schedule = optimizer, schedule
-        self.label_smoothing, self.weigh_classes = label_smoothing, weigh_classes
+
+        # Left out: what does not change the model.
+        self.save_hyperparameters(ignore=["weights", "channels_last", "compile", "tta"])
+        self.name = network
+        self.options = options or {}
+        self.weights = weights
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.label_smoothing = label_smoothing
+        self.weigh_classes = weigh_classes
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
-        self.compile_mode, self.tta = compile, tta
-        self.sums: dict[str, EpochSums] = {}  # by part
+        self.compile_mode = compile
+        self.tta = tta
+        self.sums: dict[str, EpochSums] = {}  # by part, of the current epoch
 
     @property
     def data(self) -> ImageData:
@@ -98,6 +115,7 @@ class Classifier(L.LightningModule):
         self.schedule = schedule
 
     def setup(self, stage: str) -> None:
+        """Build the network for the data and load or prepare its weights."""
         if hasattr(self, "network"):
             return
         data = self.data
@@ -106,58 +124,73 @@ class Classifier(L.LightningModule):
             raise ValueError(
                 f"data.size: networks take square images, not {spec.width}x{spec.height}"
             )
+
         self.network = networks.build(
             self.name, len(data.classes), spec.channels, spec.height, **self.options
         )
         self.register_buffer("mean", torch.tensor(data.mean).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(data.std).view(1, -1, 1, 1))
-        weights = data.class_weights if self.weigh_classes else None
-        self.register_buffer("class_weights", weights, persistent=False)
+        class_weights = data.class_weights if self.weigh_classes else None
+        self.register_buffer("class_weights", class_weights, persistent=False)
+
+        is_training = stage == "fit"
         if self.weights:
-            self._load(self.weights, training=stage == "fit")
-        elif stage == "fit" and self.network.prepare:
+            self._load_weights(self.weights, is_training)
+        elif is_training and self.network.prepare:
             self.network.prepare(self.normalize(data.examples(PREPARE_IMAGES)))
+
         self.network.to(memory_format=self.layout)  # type: ignore[call-overload]  # torch's overloads leave it out
         if self.compile_mode != "off":
-            self.network.compile(
-                mode=self.compile_mode
-            )  # the network, not this module: self.log breaks inside
+            # The network and not this module, as self.log does not work in a compiled module.
+            self.network.compile(mode=self.compile_mode)
 
-    def _load(self, weights: str, training: bool) -> None:
-        """From a file. Raises ValueError where tensors that it lacks, or has in other shapes, would be scored."""
+    def _load_weights(self, weights: str, is_training: bool) -> None:
+        """Load a file of weights, and the mean and deviation of its training, if it has them.
+
+        Raises ValueError where tensors are missing or of another shape and nothing trains them.
+        """
         file = find_weights_file(weights, self.name)
-        lacking = [
-            name
-            for name in load_weights(self.network, file)
-            if not name.endswith("num_batches_tracked")
-        ]  # which no answer depends on
-        known = read_normalization(file)
-        if (
-            known and len(known[0]) == self.mean.numel()
-        ):  # the weights go with what they were trained on
-            for buffer, values in zip((self.mean, self.std), known, strict=True):
-                buffer.copy_(torch.tensor(values).view_as(buffer))
-        if not lacking:
+        missing: list[str] = []
+        for name in load_weights(self.network, file):
+            if not name.endswith("num_batches_tracked"):  # which changes no prediction
+                missing.append(name)
+
+        normalization = read_normalization(file)
+        if normalization and len(normalization[0]) == self.mean.numel():
+            mean, std = normalization
+            self.mean.copy_(torch.tensor(mean).view_as(self.mean))
+            self.std.copy_(torch.tensor(std).view_as(self.std))
+
+        if not missing:
             return
-        names = ", ".join(lacking[:4]) + (
-            f" and {len(lacking) - 4} more" if len(lacking) > 4 else ""
-        )
-        if not training:
+        names = ", ".join(missing[:LISTED_NAMES])
+        if len(missing) > LISTED_NAMES:
+            names += f" and {len(missing) - LISTED_NAMES} more"
+        if not is_training:
             raise ValueError(
-                f"model.weights: {weights} has no {names} that fit, so those would be random; give the "
-                "data (classes, size, channels) that it was trained with"
+                f"model.weights: {weights} has no {names} that fit, so those would be random; give "
+                "the data (classes, size, channels) that it was trained with"
             )
         if self.trainer.is_global_zero:
             print(
-                f"train: {weights}: all but {names} is taken from there; these begin at random",
+                f"train: {weights}: loaded all but {names}, which start with random values",
                 file=sys.stderr,
             )
 
     def normalize(self, images: Tensor) -> Tensor:
+        """Subtract the mean and divide by the deviation of each channel."""
         return ((images - self.mean) / self.std).contiguous(memory_format=self.layout)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network(self.normalize(images))
+
+    def forward_augmented(self, images: Tensor) -> Tensor:
+        """Return the mean logits [B,K] over the views of test-time augmentation."""
+        logits: list[Tensor] = []
+        for view in augmented_views(images, self.tta):
+            # Copied, as with compile: reduce-overhead the next call overwrites the result.
+            logits.append(self(view).clone())
+        return torch.stack(logits).mean(0)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, labels = batch
@@ -165,173 +198,127 @@ class Classifier(L.LightningModule):
         loss = cross_entropy(
             logits, labels, weight=self.class_weights, label_smoothing=self.label_smoothing
         )
-        self._count("train", loss.detach(), logits, labels, batch_idx)
+        self._add_step("train", loss.detach(), logits, labels)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         images, labels = batch
         logits = self(images)
-        self._count("val", cross_entropy(logits, labels), logits, labels, batch_idx)
+        self._add_step("val", cross_entropy(logits, labels), logits, labels)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         images, labels = batch
         logits = self(images)
-        self._count("test", cross_entropy(logits, labels), logits, labels, batch_idx)
+        self._add_step("test", cross_entropy(logits, labels), logits, labels)
+
         leaked = self.data.leaked(batch_idx)
         if leaked is not None and not leaked.all():
-            own, truth = logits[~leaked], labels[~leaked]
-            self._count("test_unleaked", cross_entropy(own, truth), own, truth, batch_idx)
+            clean_logits = logits[~leaked]
+            clean_labels = labels[~leaked]
+            loss = cross_entropy(clean_logits, clean_labels)
+            self._add_step("test_unleaked", loss, clean_logits, clean_labels)
+
         if self.tta != "none":
-            logits = self.augmented(images)
-            self._count("test_tta", cross_entropy(logits, labels), logits, labels, batch_idx)
+            logits = self.forward_augmented(images)
+            self._add_step("test_tta", cross_entropy(logits, labels), logits, labels)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Probabilities [B,K]."""
+        """Return probabilities [B,K]."""
         return self(batch[0]).softmax(1)
 
-    def augmented(self, images: Tensor) -> Tensor:
-        """Mean logits over the views of test-time augmentation."""
-        # Copies, as with compile: reduce-overhead each answer lies where the next one will be written.
-        return torch.stack([self(view).clone() for view in augmented_views(images, self.tta)]).mean(
-            0
-        )
-
-    def _count(self, part: str, loss: Tensor, logits: Tensor, labels: Tensor, step: int) -> None:
-        """Add to the part's sums on the device. Nothing waits for the device here, save where a step is logged."""
-        right = (
-            logits.detach().argmax(1) == (labels.argmax(1) if labels.ndim == 2 else labels)
-        ).sum()
+    def _add_step(self, part: str, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Add a step to the sums of a part. Only a step that is logged waits for the device."""
+        true_classes = labels.argmax(1) if labels.ndim == 2 else labels
+        correct = (logits.detach().argmax(1) == true_classes).sum()
         if part not in self.sums:
-            self.sums[part] = EpochSums(torch.zeros(4, dtype=torch.float64, device=logits.device))
-        self.sums[part].add(loss, right, len(logits))
-        is_logged = LightningLoopState(self.trainer).is_step_logged()
-        if is_logged and not self.trainer.sanity_checking:
+            self.sums[part] = EpochSums.zeros(logits.device)
+        self.sums[part].add(loss, correct, len(logits))
+
+        if LightningLoopState(self.trainer).is_step_logged() and not self.trainer.sanity_checking:
             self.log_dict(
-                {f"{part}/loss_step": loss, f"{part}/accuracy_step": right / len(logits)},
+                {f"{part}/loss_step": loss, f"{part}/accuracy_step": correct / len(logits)},
                 on_step=True,
                 on_epoch=False,
             )
             self.check_finite(part)
 
     def check_finite(self, part: str) -> None:
-        """Raise Diverged, naming the step, when a loss of this epoch was no number. This waits for the device."""
+        """Raise Diverged, naming the step, when a loss of this epoch is not finite.
+
+        This waits for the device.
+        """
         if part in self.sums:
-            own = self.sums[part].totals()
-            self._check(part, float(own[0]), own)
+            totals = self.sums[part].totals()
+            self._check_finite(part, float(totals[0]), totals)
 
-    def _check(self, part: str, loss: float, own: Tensor) -> None:
-        """`own`: the totals of this process."""
-        if not math.isfinite(loss):
-            where = f"the {part} loss of epoch {self.trainer.current_epoch + 1}"
-            if part == "train":
-                where += f" from step {int(own[3]) + 1} on"
-            raise Diverged(where, self.optimizer.lr)
+    def _check_finite(self, part: str, loss: float, process_totals: Tensor) -> None:
+        """Raise Diverged for a loss that is not finite.
 
-    def _report(self, part: str) -> None:
-        """Log loss and accuracy of the epoch, over all processes."""
-        sums = self.sums.pop(part, None)
-        if sums is not None:
-            own = sums.totals()
-            total = self.trainer.strategy.reduce(own.clone(), reduce_op="sum")
-            loss, right, count, _ = total.cpu().tolist()
-            self._check(part, loss, own)  # then all processes stop, or none
-            if count:
-                self.log_dict({f"{part}/loss": loss / count, f"{part}/accuracy": right / count})
+        `process_totals`, float64 [4]: the sums of this process, which tell the step.
+        """
+        if math.isfinite(loss):
+            return
+        place = f"the {part} loss of epoch {self.trainer.current_epoch + 1}"
+        if part == "train":
+            place += f" from step {int(process_totals[3]) + 1} on"
+        raise Diverged(place, self.optimizer.lr)
 
     def on_train_epoch_end(self) -> None:
-        self._report("train")
+        self._log_epoch("train")
 
     def on_validation_epoch_end(self) -> None:
-        self._report("val")
+        self._log_epoch("val")
 
     def on_test_epoch_end(self) -> None:
-        self._report("test")
-        if len(self.data.leaked_test):  # all processes sum up, also one whose images are all leaked
-            self.sums.setdefault(
-                "test_unleaked", EpochSums(torch.zeros(4, dtype=torch.float64, device=self.device))
-            )
-        self._report("test_unleaked")
-        self._report("test_tta")
+        self._log_epoch("test")
+        if len(self.data.leaked_test):
+            # All processes take part in the sum, also one that has leaked images only.
+            self.sums.setdefault("test_unleaked", EpochSums.zeros(self.device))
+        self._log_epoch("test_unleaked")
+        self._log_epoch("test_tta")
+
+    def _log_epoch(self, part: str) -> None:
+        """Log loss and accuracy of the epoch, over all processes."""
+        sums = self.sums.pop(part, None)
+        if sums is None:
+            return
+        process_totals = sums.totals()
+        totals = self.trainer.strategy.reduce(process_totals.clone(), reduce_op="sum")
+        loss, correct, images, _ = totals.cpu().tolist()
+
+        # After the reduction, so that all processes stop or none does.
+        self._check_finite(part, loss, process_totals)
+        if images:
+            self.log_dict({f"{part}/loss": loss / images, f"{part}/accuracy": correct / images})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["lineage"] = training_images.describe(self.data)
+        checkpoint["lineage"] = describe_training_images(self.data)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         command = self.trainer.state.fn
         if "lineage" in checkpoint and command is not None:
-            training_images.check(checkpoint["lineage"], self.data, command.value)
+            check_no_training_image_is_scored(checkpoint["lineage"], self.data, command.value)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        # A fused optimizer unscales gradients in its step, too late for clipping: under a mixed precision Lightning
-        # refuses the two together.
-        clips = bool(self.trainer.gradient_clip_val) and self.trainer.precision in (
-            "16-mixed",
-            "bf16-mixed",
-        )
-        optimizer = build_optimizer(self.network, self.optimizer, fused=not clips)
+        # A fused optimizer unscales gradients within its step, too late for clipping: under a mixed
+        # precision Lightning refuses the two together.
+        is_clipping = bool(self.trainer.gradient_clip_val)
+        is_mixed = self.trainer.precision in ("16-mixed", "bf16-mixed")
+        fused = not (is_clipping and is_mixed)
+        optimizer = build_optimizer(self.network, self.optimizer, fused)
+
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             if self.schedule.name != "constant" or self.schedule.warmup:
                 raise ValueError(
-                    "model.schedule: a run that only time ends has no shares of steps; give "
-                    "--trainer.max_epochs or --trainer.max_steps beside --trainer.max_time, or "
+                    "model.schedule: the number of steps is unknown, as only --trainer.max_time "
+                    "ends the run; give --trainer.max_epochs or --trainer.max_steps as well, or "
                     "--model.schedule.name constant with --model.schedule.warmup 0"
                 )
-            steps = 0  # the constant rate asks for none
+            steps = 0  # a constant rate does not depend on it
+
         scheduler = self.schedule.build_scheduler(optimizer, int(steps))
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
-
-    def recipe(self) -> dict[str, Any]:
-        """What was asked for, as plain values, for the record."""
-        return {
-            "network": self.name,
-            "options": self.options,
-            "optimizer": asdict(self.optimizer),
-            "schedule": asdict(self.schedule),
-            "label_smoothing": self.label_smoothing,
-            "weights": self.weights,
-        }
-
-
-class EpochSums:
-    """What an epoch comes to so far, summed up on the device.
-
-    A step only keeps what it has; some dozens are added up at once, in their order. Adding each by itself takes
-    fifteen small operations a step, which a small network feels.
-    """
-
-    AT_ONCE = 64
-
-    def __init__(self, totals: Tensor):
-        """`totals`, float64 [4]: what there is already, see `totals()`."""
-        self._totals, self._size = totals, 0
-        self._steps: list[tuple[Tensor, Tensor]] = []
-
-    def add(self, loss: Tensor, right: Tensor, size: int) -> None:
-        """A step's mean loss [] and number of right answers [] among `size` images."""
-        if size != self._size or len(self._steps) == self.AT_ONCE:
-            self.totals()
-        self._size = size
-        self._steps.append((loss, right))
-
-    def totals(self) -> Tensor:
-        """float64 [4]: loss, right answers, images, and steps while the loss was finite."""
-        if self._steps:
-            losses, right = (
-                torch.stack(values).double() for values in zip(*self._steps, strict=True)
-            )
-            terms, count = torch.cat([self._totals[:1], losses * self._size]), len(self._steps)
-            # One by one on the CPU, which makes it the same whenever it is asked for. A GPU has no such sum that is
-            # deterministic.
-            loss = (
-                terms.cumsum(0)[-1:] if terms.device.type == "cpu" else terms.sum(0, keepdim=True)
-            )
-            bad = terms.isfinite().logical_not().int()
-            finite = torch.where(bad.any(), bad.argmax().sub(1).clamp_min(0), count).double()
-            added = torch.stack([right.sum(), torch.full_like(finite, self._size * count), finite])
-            self._totals = torch.cat([loss, self._totals[1:] + added])
-            self._steps.clear()
-        return self._totals

@@ -1,17 +1,33 @@
-"""Test-time augmentation: the augmented_views of an image whose logits are averaged."""
+"""Test-time augmentation: views of an image whose logits are averaged.
+
+As in airbench (Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU", 2024).
+"""
+
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+TestTimeAugmentation = Literal["none", "flip", "shift"]
 
-def augmented_views(images: Tensor, tta: str) -> list[Tensor]:
-    """What test-time augmentation looks at, of images [B,C,H,W]: nothing else for none; for flip the mirror images as
-    well; for shift both also moved by one pixel towards each corner."""
-    found = [images]
-    if tta == "shift":
-        padded = torch.nn.functional.pad(images.float(), (1, 1, 1, 1), mode="reflect").to(
-            images.dtype
-        )
+
+def augmented_views(images: Tensor, augmentation: str) -> list[Tensor]:
+    """Return the views of images [B,C,H,W] that are evaluated; the first one is the images.
+
+    none: the images alone; flip: also their mirror images; shift: also four crops that are moved by
+    one pixel towards each corner, and the mirror images of all five.
+    """
+    if augmentation == "none":
+        return [images]
+
+    views = [images]
+    if augmentation == "shift":
+        padded = torch.nn.functional.pad(images.float(), (1, 1, 1, 1), mode="reflect")
+        padded = padded.to(images.dtype)
         height, width = images.shape[2:]
-        found += [padded[:, :, y : y + height, x : x + width] for y in (0, 2) for x in (0, 2)]
-    return found if tta == "none" else found + [view.flip(3) for view in found]
+        for y in (0, 2):
+            for x in (0, 2):
+                views.append(padded[:, :, y : y + height, x : x + width])
+
+    mirrored = [view.flip(3) for view in views]
+    return views + mirrored

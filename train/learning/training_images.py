@@ -1,4 +1,7 @@
-"""Which images a checkpoint was trained on, so that no figure is given of them as of images that it never saw."""
+"""Which images a checkpoint was trained on, so that none of them is scored as an unseen image.
+
+The system writes the record into each checkpoint and checks it when a checkpoint is loaded.
+"""
 
 import hashlib
 from typing import Any
@@ -9,16 +12,20 @@ import torch
 from train.data import DataError, ImageData
 from train.data.source import PARTS, say
 
-SCORED = {
+# The parts of the data that each command scores.
+SCORED_PARTS = {
     "fit": ("val", "test"),
     "validate": ("val",),
     "test": ("test",),
     "predict": ("test",),
-}  # parts, by command
+}
 
 
-def describe(data: ImageData) -> dict[str, Any]:
-    """What a checkpoint keeps of the data: `seen`, int64 [N], is the beginning of each training image's sha256."""
+def describe_training_images(data: ImageData) -> dict[str, Any]:
+    """Return what a checkpoint keeps of the data.
+
+    `seen`, int64 [N], holds the first eight bytes of the sha256 of each training image.
+    """
     flags = (
         f"--data.val_fraction {data.val_fraction} --data.test_fraction {data.test_fraction} "
         f"--seed_everything {data.seed}"
@@ -26,46 +33,63 @@ def describe(data: ImageData) -> dict[str, Any]:
     return {
         "source": data.source,
         "digest": data.digest,
-        "split": _split(data),
+        "split": _split_digest(data),
         "flags": flags,
-        "seen": torch.from_numpy(_keys(data, "train")),
+        "seen": torch.from_numpy(_image_keys(data, "train")),
     }
 
 
-def check(kept: dict[str, Any], data: ImageData, command: str) -> None:
-    """Say where the data or its split is not what the checkpoint was trained with; raise DataError where images that
-    it was trained on would be scored."""
-    if (kept["digest"], kept["split"]) == (data.digest, _split(data)):
+def check_no_training_image_is_scored(
+    record: dict[str, Any], data: ImageData, command: str
+) -> None:
+    """Raise DataError where `command` would score images that the checkpoint was trained on.
+
+    Print a warning where the data or its split differ from those of the checkpoint and share no
+    image that would be scored.
+    """
+    is_same_data = record["digest"] == data.digest
+    if is_same_data and record["split"] == _split_digest(data):
         return
-    same = kept["digest"] == data.digest
-    for part in SCORED[command]:
-        seen = np.flatnonzero(np.isin(_keys(data, part), kept["seen"].numpy()))
-        if len(seen):
-            cure = (
-                f"the split is another; give the recipe it was trained with, or {kept['flags']}"
-                if same
-                else f"its images, labels or classes are not those of {kept['source']} as it was trained on; put those "
-                "back, or give data that shares none of them"
+
+    for part in SCORED_PARTS[command]:
+        seen = np.isin(_image_keys(data, part), record["seen"].numpy())
+        seen_rows = np.flatnonzero(seen)
+        if not len(seen_rows):
+            continue
+
+        if is_same_data:
+            advice = (
+                f"the split is another; give the recipe it was trained with, or {record['flags']}"
             )
-            first = data.found.items.name(int(data.index[part][seen[0]]))
-            raise DataError(
-                f"{data.source}: the checkpoint was trained on {len(seen)} of the {data.counts[part]} "
-                f"{part} images, such as {first}: {cure}"
+        else:
+            advice = (
+                f"its images, labels or classes are not those of {record['source']} at the time of "
+                "training; restore those, or give data that shares none of them"
             )
+        example = data.found.items.name(int(data.index[part][seen_rows[0]]))
+        raise DataError(
+            f"{data.source}: the checkpoint was trained on {len(seen_rows)} of the "
+            f"{data.counts[part]} {part} images, such as {example}: {advice}"
+        )
+
+    difference = "another split" if is_same_data else "other data"
+    parts = " and ".join(SCORED_PARTS[command])
     say(
-        f"WARNING: {'another split' if same else 'other data'} than the checkpoint was trained with ({kept['source']}, "
-        f"{kept['flags']}); none of the {' and '.join(SCORED[command])} images is one of those it was trained on"
+        f"WARNING: {difference} than the checkpoint was trained with ({record['source']}, "
+        f"{record['flags']}); none of the {parts} images was used to train it"
     )
 
 
-def _keys(data: ImageData, part: str) -> np.ndarray:
-    """int64 [N]: enough of each image's sha256 to tell it from all others."""
-    return np.ascontiguousarray(data.known.facts["sha256"][data.index[part]][:, :8]).view(np.int64)[
-        :, 0
-    ]
+def _image_keys(data: ImageData, part: str) -> np.ndarray:
+    """Return int64 [N]: enough of each image's sha256 to tell it from all others."""
+    digests = data.known.facts["sha256"][data.index[part]]
+    first_bytes = np.ascontiguousarray(digests[:, :8])
+    return first_bytes.view(np.int64)[:, 0]
 
 
-def _split(data: ImageData) -> str:
-    return hashlib.sha256(
-        b"".join(np.append(data.index[part], -1).tobytes() for part in PARTS)
-    ).hexdigest()
+def _split_digest(data: ImageData) -> str:
+    """Return the sha256 of which image is in which part."""
+    digest = hashlib.sha256()
+    for part in PARTS:
+        digest.update(np.append(data.index[part], -1).tobytes())
+    return digest.hexdigest()

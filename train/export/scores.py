@@ -1,0 +1,47 @@
+"""Logits of one part of the data with their labels, and what is computed from logits."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Logits and labels of one part, in the order of the data module's index."""
+
+    logits: np.ndarray  # float32 [N,K]
+    labels: np.ndarray  # int64 [N]
+
+    @property
+    def correct(self) -> np.ndarray:
+        """Which images are classified correctly, bool [N]."""
+        return self.logits.argmax(1) == self.labels
+
+    def without(self, rows: np.ndarray) -> "Scores":
+        """Return the scores of all images but these rows, int64 [n]."""
+        return Scores(np.delete(self.logits, rows, 0), np.delete(self.labels, rows))
+
+
+def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+    """Return probabilities [N,K], float64, of logits [N,K]."""
+    scaled = logits.astype(np.float64) / temperature
+    exponent = np.exp(scaled - scaled.max(1, keepdims=True))
+    return exponent / exponent.sum(1, keepdims=True)
+
+
+def energy(logits: np.ndarray) -> np.ndarray:
+    """Return -logsumexp [N] of logits [N,K]: high for images unlike the training data.
+
+    Liu et al., "Energy-based out-of-distribution detection", 2020.
+    """
+    top = logits.max(1)
+    return -(top + np.log(np.exp(logits - top[:, None]).sum(1)))
+
+
+def negative_log_likelihood(
+    logits: np.ndarray, labels: np.ndarray, temperature: float = 1.0
+) -> float:
+    """Return the mean negative log-likelihood of the true classes."""
+    scaled_true = logits[np.arange(len(labels)), labels].astype(np.float64) / temperature
+    log_partition = -energy(logits.astype(np.float64) / temperature)
+    return float((log_partition - scaled_true).mean())

@@ -1,0 +1,159 @@
+"""The variants of a bundle's graph: fp32 and int8, one function each, and their certification."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from models.bundle import BundleError, Variant, file_sha256
+from models.bundle.verify import Runner, compare_outputs, load_runner
+from train.data import ImageData
+from train.export.evaluate import PartScores, evenly_spaced_rows, load_images
+from train.export.onnx_graph import InferenceGraph, export_onnx
+from train.export.parity import FP32_TOLERANCE, measure_latencies, measure_parity
+from train.export.quantize import QuantizeConfig, quantize
+from train.export.scores import Scores
+
+FP32_FILE = "model.onnx"
+INT8_FILE = "model.int8.onnx"
+PARITY_IMAGES = 64  # validation images
+GATE_BATCH_SIZE = 64
+# Of a probability: the least that the rounding of other CPUs' int8 kernels may change.
+MIN_INT8_TOLERANCE = 0.02
+SHOWN_ERROR_CHARACTERS = 200
+
+
+@dataclass(frozen=True)
+class VariantFile:
+    """An ONNX file that is written but not certified yet."""
+
+    precision: str  # fp32 or int8
+    path: Path
+    opset: int
+    accuracy: float  # on the test part, 0..1
+
+
+def export_fp32(
+    directory: Path, graph: InferenceGraph, data: ImageData, scores: PartScores
+) -> VariantFile:
+    """Write model.onnx, the graph in float32."""
+    path = directory / FP32_FILE
+    opset = export_onnx(graph, data.input, len(data.classes), path)
+    return VariantFile("fp32", path, opset, accuracy=float(scores.test.correct.mean()))
+
+
+def quantize_int8(
+    fp32: VariantFile, data: ImageData, scores: PartScores, config: QuantizeConfig
+) -> tuple[VariantFile | None, str]:
+    """Write model.int8.onnx if it passes its accuracy gate.
+
+    Returns the file, or None where it is not shipped, and a note for the report. The gate uses
+    validation images, as it chooses the layers that stay in float; the accuracy is then measured on
+    test images.
+    """
+    target = fp32.path.with_name(INT8_FILE)
+    training_rows = evenly_spaced_rows(data.counts["train"], config.images)
+    val_rows = evenly_spaced_rows(len(scores.val.labels), config.gate_images)
+    test_rows = evenly_spaced_rows(len(scores.test.labels), config.gate_images)
+
+    def measure_val_accuracy(file: Path) -> float:
+        return _measure_accuracy(file, data, "val", scores.val, val_rows)
+
+    try:
+        result = quantize(
+            fp32.path,
+            target,
+            load_images(data, "train", training_rows),
+            measure_val_accuracy,
+            float(scores.val.correct[val_rows].mean()),
+            config,
+        )
+    except Exception as error:
+        # The network may hold what onnxruntime's quantizer does not support; it raises anything.
+        target.unlink(missing_ok=True)
+        cause = " ".join(str(error).split())[:SHOWN_ERROR_CHARACTERS]
+        return None, f"int8 is not shipped: onnxruntime can't quantize this network ({cause})"
+
+    note = result.describe(config.max_loss)
+    if not result.passed:
+        return None, note
+
+    accuracy = _measure_accuracy(target, data, "test", scores.test, test_rows)
+    fp32_accuracy = float(scores.test.correct[test_rows].mean())
+    note += f"; it loses {100 * (fp32_accuracy - accuracy):.2f} points of test accuracy"
+    return VariantFile("int8", target, fp32.opset, accuracy), note
+
+
+def _measure_accuracy(
+    file: Path, data: ImageData, part: str, scores: Scores, rows: np.ndarray
+) -> float:
+    """Return the share of these images of a part that an ONNX file classifies correctly, 0..1."""
+    run = load_runner(file)
+    batches = np.array_split(rows, -(-len(rows) // GATE_BATCH_SIZE))
+    is_correct: list[np.ndarray] = []
+    for batch_rows in batches:
+        probabilities = run(load_images(data, part, batch_rows))["probabilities"]
+        is_correct.append(probabilities.argmax(1) == scores.labels[batch_rows])
+    return float(np.concatenate(is_correct).mean())
+
+
+def certify_variants(
+    files: list[VariantFile],
+    graph: InferenceGraph,
+    data: ImageData,
+    expected: dict[str, np.ndarray],
+) -> dict[str, Variant]:
+    """Measure parity with the torch network and latency; return the manifest's entries by name.
+
+    `expected`: pixels and outputs of the bundle's samples. Raises BundleError where the fp32 file
+    differs from the torch network.
+    """
+    runners = {file.precision: load_runner(file.path) for file in files}
+    rows = evenly_spaced_rows(data.counts["val"], PARITY_IMAGES)
+    images = load_images(data, "val", rows)
+    parity = {name: measure_parity(run, graph, images) for name, run in runners.items()}
+
+    fp32 = parity["fp32"]
+    if fp32.max_abs_diff > FP32_TOLERANCE or fp32.agreement < 1:
+        raise BundleError(
+            f"{FP32_FILE}: its probabilities differ from the torch network's by "
+            f"{fp32.max_abs_diff:.2g}, and {FP32_TOLERANCE} is allowed"
+        )
+
+    latencies = measure_latencies(runners, images)
+    variants: dict[str, Variant] = {}
+    for file in files:
+        name = file.precision
+        tolerance = FP32_TOLERANCE
+        if name == "int8":
+            tolerance = _choose_int8_tolerance(runners[name], expected)
+        variants[name] = Variant(
+            file=file.path.name,
+            precision=name,
+            sha256=file_sha256(file.path),
+            bytes=file.path.stat().st_size,
+            opset=file.opset,
+            accuracy=file.accuracy,
+            latency=latencies[name],
+            parity=parity[name],
+            tolerance=tolerance,
+        )
+    return variants
+
+
+def _choose_int8_tolerance(run: Runner, expected: dict[str, np.ndarray]) -> float:
+    """Return the difference of a probability that servers allow: twice that seen on the samples."""
+    difference = compare_outputs(run(expected["pixels"]), expected, tolerance=1.0).max_abs_diff
+    return max(MIN_INT8_TOLERANCE, 2 * difference)
+
+
+def describe_speedup(variants: dict[str, Variant]) -> list[str]:
+    """Return a note on the speed of int8, if there is an int8 variant."""
+    if "int8" not in variants:
+        return []
+    fp32 = variants["fp32"].latency
+    int8 = variants["int8"].latency
+    assert fp32 is not None
+    assert int8 is not None
+    ratio = int8.images_per_second / fp32.images_per_second
+    return [f"int8 runs {ratio:.2f} times as many images a second as fp32 on {fp32.device}"]
