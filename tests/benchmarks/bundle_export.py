@@ -1,16 +1,19 @@
-"""What a bundle costs and gives: seconds to export, bytes, latency and throughput of each variant.
+"""Cost of a bundle: seconds to export, file sizes, latency and throughput of each variant.
 
     python tests/benchmarks/bundle_export.py [--networks resnet18 …] [--out bundle_export.json]
 
-Each network has random weights and is exported, quantized and timed as after a fit, on the CPU, at the size it is used
-at. fp32 and int8 are timed in turn in the same process; their ratio is what counts, milliseconds are this machine's.
+Each network has random weights and is exported, quantized and timed as after a fit, on the CPU, at
+its usual input size. fp32 and int8 are timed in turn in one process: their ratio is the result, as
+milliseconds depend on the machine.
 """
 
 import argparse
 import json
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import bare  # noqa: F401  (first: it puts the repository on the path)
 import numpy as np
@@ -19,11 +22,12 @@ import torch
 from models import networks
 from models.bundle.verify import load_runner
 from models.image import InputSpec
-from train.export import parity as parity_check
 from train.export.onnx_graph import InferenceGraph, export_onnx
+from train.export.parity import measure_latencies, measure_parity
 from train.export.provenance import cpu_name
 from train.export.quantize import QuantizeConfig, quantize
 
+# Network -> (side in pixels, channels).
 SIZES = {
     "lenet": (28, 1),
     "convnet": (8, 1),
@@ -37,64 +41,93 @@ SIZES = {
     "vit_b_16": (224, 3),
 }
 IMAGES = 16
+CLASSES = 10
+SECONDS_PER_TIMING = 0.15
+LATENCY_BUDGET_SECONDS = 15
+
+Result = dict[str, Any]
 
 
-def measure(name: str, directory: Path) -> dict:
+def build_graph(name: str) -> InferenceGraph:
+    """Return a network with random weights as a bundle's graph."""
     size, channels = SIZES[name]
     torch.manual_seed(0)
-    network = (
-        networks.build(name, classes=10, channels=channels, size=size).eval().requires_grad_(False)
-    )
-    torch.nn.init.normal_(
-        network.head.weight, std=0.1
-    )  # some start at zero, and then every answer is the same
-    served = InferenceGraph(network, [127.0] * channels, [60.0] * channels)
+    network = networks.build(name, classes=CLASSES, channels=channels, size=size)
+    network.eval().requires_grad_(False)
+    # Some heads start at zero, which makes all outputs the same.
+    torch.nn.init.normal_(network.head.weight, std=0.1)
+    return InferenceGraph(network, [127.0] * channels, [60.0] * channels)
+
+
+def measure(name: str, directory: Path) -> Result:
+    """Export, quantize and time one network."""
+    size, channels = SIZES[name]
+    graph = build_graph(name)
     images = np.random.default_rng(0).integers(0, 256, (IMAGES, size, size, channels), np.uint8)
-    files = {"fp32": directory / f"{name}.onnx", "int8": directory / f"{name}.int8.onnx"}
-    began = time.perf_counter()
-    export_onnx(served, InputSpec(height=size, width=size, channels=channels), 10, files["fp32"])
+    fp32 = directory / f"{name}.onnx"
+    int8 = directory / f"{name}.int8.onnx"
+
+    started = time.perf_counter()
+    export_onnx(graph, InputSpec(height=size, width=size, channels=channels), CLASSES, fp32)
     exported = time.perf_counter()
-    quantize(files["fp32"], files["int8"], images, lambda file: 1.0, 1.0, QuantizeConfig())
+    quantize(fp32, int8, images, lambda file: 1.0, 1.0, QuantizeConfig())
     quantized = time.perf_counter()
-    runs = {variant: load_runner(file) for variant, file in files.items()}
-    parity = parity_check.parity(runs["fp32"], served, images)
-    timed = parity_check.latencies(runs, images, seconds=0.15, patience=15)
-    speed = {variant: found.images_per_second for variant, found in timed.items()}
+
+    runners = {"fp32": load_runner(fp32), "int8": load_runner(int8)}
+    parity = measure_parity(runners["fp32"], graph, images)
+    latencies = measure_latencies(runners, images, SECONDS_PER_TIMING, LATENCY_BUDGET_SECONDS)
+    batch_ms: dict[str, dict[int, float]] = {}
+    images_per_second: dict[str, float] = {}
+    for variant, latency in latencies.items():
+        batch_ms[variant] = {n: round(ms, 3) for n, ms in latency.batch_ms.items()}
+        images_per_second[variant] = latency.images_per_second
+
     return {
         "network": name,
         "input": [size, size, channels],
-        "export_seconds": round(exported - began, 2),
+        "export_seconds": round(exported - started, 2),
         "quantize_seconds": round(quantized - exported, 2),
         "max_abs_diff": parity.max_abs_diff,
-        "bytes": {v: file.stat().st_size for v, file in files.items()},
-        "batch_ms": {
-            v: {n: round(ms, 3) for n, ms in found.batch_ms.items()} for v, found in timed.items()
-        },
-        "images_per_second": {v: round(s, 1) for v, s in speed.items()},
-        "int8_over_fp32": round(speed["int8"] / speed["fp32"], 2),
+        "bytes": {"fp32": fp32.stat().st_size, "int8": int8.stat().st_size},
+        "batch_ms": batch_ms,
+        "images_per_second": {v: round(rate, 1) for v, rate in images_per_second.items()},
+        "int8_over_fp32": round(images_per_second["int8"] / images_per_second["fp32"], 2),
     }
 
 
-def table(rows: list[dict]) -> str:
+def format_table(results: list[Result]) -> str:
+    """Format the results as a Markdown table."""
     lines = [
-        "| network | input | export s | int8 s | MB fp32 / int8 | ms, 1 image | images/s | int8 : fp32 |",
+        "| network | input | export s | int8 s | MB fp32 / int8 | ms, 1 image | images/s "
+        "| int8 : fp32 |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for r in rows:
-        megabytes, one, speed = (
-            {v: of(r, v) for v in ("fp32", "int8")}
-            for of in (
-                lambda r, v: f"{r['bytes'][v] / 1e6:.2f}",
-                lambda r, v: f"{r['batch_ms'][v][1]:.2f}",
-                lambda r, v: f"{r['images_per_second'][v]:,.0f}",
-            )
-        )
-        pairs = [f"{pair['fp32']} / {pair['int8']}" for pair in (megabytes, one, speed)]
+    for result in results:
+        shape = "x".join(str(number) for number in result["input"])
+        megabytes = format_pair(result, lambda r, v: f"{r['bytes'][v] / 1e6:.2f}")
+        milliseconds = format_pair(result, lambda r, v: f"{r['batch_ms'][v][1]:.2f}")
+        speed = format_pair(result, lambda r, v: f"{r['images_per_second'][v]:,.0f}")
         lines.append(
-            f"| {r['network']} | {'x'.join(map(str, r['input']))} | {r['export_seconds']:.1f} | "
-            f"{r['quantize_seconds']:.1f} | {' | '.join(pairs)} | {r['int8_over_fp32']:.2f} |"
+            f"| {result['network']} | {shape} | {result['export_seconds']:.1f} "
+            f"| {result['quantize_seconds']:.1f} | {megabytes} | {milliseconds} | {speed} "
+            f"| {result['int8_over_fp32']:.2f} |"
         )
     return "\n".join(lines)
+
+
+def format_pair(result: Result, format_value: Callable[[Result, str], str]) -> str:
+    """Format a value of fp32 and of int8."""
+    return f"{format_value(result, 'fp32')} / {format_value(result, 'int8')}"
+
+
+def write_results(file: Path, results: list[Result]) -> None:
+    """Write results into a JSON file; results of other networks in it stay."""
+    old_results = json.loads(file.read_text())["networks"] if file.exists() else []
+    measured = {result["network"] for result in results}
+    kept = [result for result in old_results if result["network"] not in measured]
+    order = list(SIZES)
+    merged = sorted(kept + results, key=lambda result: order.index(result["network"]))
+    file.write_text(json.dumps({"device": cpu_name(), "networks": merged}, indent=1) + "\n")
 
 
 def main() -> None:
@@ -102,20 +135,17 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    rows = []
+
+    results: list[Result] = []
     with tempfile.TemporaryDirectory() as directory:
         for name in options.networks:
-            rows.append(measure(name, Path(directory)))
-            print(json.dumps(rows[-1]), flush=True)
-    print(f"\n{cpu_name()}\n\n{table(rows)}")
+            result = measure(name, Path(directory))
+            results.append(result)
+            print(json.dumps(result), flush=True)
+
+    print(f"\n{cpu_name()}\n\n{format_table(results)}")
     if options.out:
-        known = json.loads(options.out.read_text())["networks"] if options.out.exists() else []
-        kept = [row for row in known if row["network"] not in options.networks]
-        order = list(SIZES)
-        rows = sorted(kept + rows, key=lambda row: order.index(row["network"]))
-        options.out.write_text(
-            json.dumps({"device": cpu_name(), "networks": rows}, indent=1) + "\n"
-        )
+        write_results(options.out, results)
 
 
 if __name__ == "__main__":

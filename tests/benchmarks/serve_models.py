@@ -57,7 +57,7 @@ def make(store: Path, case: str) -> None:
     import torch
 
     from models import networks
-    from train.export.drift_baseline import baseline
+    from train.export.drift_baseline import build_drift_baseline
     from train.export.onnx_graph import InferenceGraph, export_onnx
     from train.export.quantize import QuantizeConfig, quantize
 
@@ -86,7 +86,7 @@ def make(store: Path, case: str) -> None:
         np.savez(
             root / "samples" / "expected.npz",
             pixels=images,
-            **{key: value.numpy() for key, value in zip(served.names(), outputs, strict=True)},
+            **{key: value.numpy() for key, value in zip(served.output_names(), outputs, strict=True)},
         )
         Manifest(
             name=case,
@@ -95,7 +95,7 @@ def make(store: Path, case: str) -> None:
             network=name,
             input=spec,
             classes=[f"class {i}" for i in range(CLASSES)],
-            outputs=served.names(),
+            outputs=served.output_names(),
             variants={
                 kind: Variant(
                     file=file,
@@ -111,7 +111,7 @@ def make(store: Path, case: str) -> None:
             calibration=Calibration(
                 abstain_threshold=0.5, conformal_quantile=0.9, energy_threshold=0.0
             ),
-            baseline=baseline(
+            baseline=build_drift_baseline(
                 logits, 1.0, images, np.array([[2 * size, size * 3 // 2]] * len(images))
             ),
             provenance=Provenance(

@@ -1,4 +1,4 @@
-"""Calibration on data whose truth is known because it was drawn from it."""
+"""Calibration on synthetic data: labels are drawn from the probabilities, so the truth is known."""
 
 import numpy as np
 import pytest
@@ -6,128 +6,151 @@ import torch
 
 from train.export.calibrate import (
     CalibrateConfig,
-    abstain_threshold,
     calibrate,
     conformal_coverage,
-    conformal_quantile,
     coverage_curve,
     coverage_error,
-    ece,
-    energy,
+    expected_calibration_error,
+    fit_abstain_threshold,
+    fit_conformal_quantile,
     fit_temperature,
-    nll,
-    reliability,
-    softmax,
+    reliability_bins,
 )
+from train.export.scores import Scores, energy, negative_log_likelihood, softmax
 
 
-def drawn(
+def draw_scores(
     images: int, classes: int = 10, sharpness: float = 3.0, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Logits [N,K], and labels drawn from their softmax: calibrated by construction."""
+    """Return logits [N,K] and labels drawn from their softmax: calibrated by construction."""
     random = np.random.default_rng(seed)
     logits = random.normal(scale=sharpness, size=(images, classes)).astype(np.float32)
-    chosen = (softmax(logits).cumsum(1) > random.random((images, 1))).argmax(1)
-    return logits, chosen
+    labels = (softmax(logits).cumsum(1) > random.random((images, 1))).argmax(1)
+    return logits, labels
 
 
 @pytest.mark.parametrize("factor", [0.3, 1.0, 4.0])
-def test_the_temperature_undoes_what_was_done_to_calibrated_logits(factor):
-    logits, labels = drawn(20_000)
-    temperature = fit_temperature(factor * logits, labels)
+def test_temperature_recovers_the_scale_of_calibrated_logits(factor):
+    logits, labels = draw_scores(20_000)
+    scaled = factor * logits
+
+    temperature = fit_temperature(scaled, labels)
+
     assert temperature == pytest.approx(factor, rel=0.05)
-    assert nll(factor * logits, labels, temperature) <= nll(factor * logits, labels) + 1e-6
-    assert ece(softmax(factor * logits, temperature), labels) < 0.02
+    before = negative_log_likelihood(scaled, labels)
+    assert negative_log_likelihood(scaled, labels, temperature) <= before + 1e-6
+    assert expected_calibration_error(softmax(scaled, temperature), labels) < 0.02
 
 
-def test_it_is_the_minimum():
-    logits, labels = drawn(2000)
-    found = fit_temperature(2 * logits, labels)
-    around = [nll(2 * logits, labels, found * f) for f in (0.9, 1.0, 1.1)]
-    assert min(around) == around[1]
+def test_temperature_minimizes_the_negative_log_likelihood():
+    logits, labels = draw_scores(2000)
+    best = fit_temperature(2 * logits, labels)
+
+    losses = []
+    for factor in (0.9, 1.0, 1.1):
+        losses.append(negative_log_likelihood(2 * logits, labels, best * factor))
+
+    assert min(losses) == losses[1]
 
 
-def test_a_perfect_validation_part_does_not_make_it_certain_of_everything():
+def test_temperature_stays_moderate_when_all_validation_images_are_correct():
     labels = np.arange(100) % 10
-    logits = 5 * np.eye(10, dtype=np.float32)[labels] + drawn(100, sharpness=0.1)[0]
+    noise, _ = draw_scores(100, sharpness=0.1)
+    logits = 5 * np.eye(10, dtype=np.float32)[labels] + noise
+
     confidence = softmax(logits, fit_temperature(logits, labels)).max(1).mean()
+
     assert confidence == pytest.approx(1 - 1 / 102, abs=0.003)
 
 
-def test_nll_and_energy_are_those_of_torch():
-    logits, labels = drawn(50)
+def test_negative_log_likelihood_and_energy_agree_with_torch():
+    logits, labels = draw_scores(50)
     x = torch.from_numpy(logits).double()
-    assert nll(logits, labels, 1.7) == pytest.approx(
-        torch.nn.functional.cross_entropy(x / 1.7, torch.from_numpy(labels)).item()
-    )
+    expected = torch.nn.functional.cross_entropy(x / 1.7, torch.from_numpy(labels)).item()
+    assert negative_log_likelihood(logits, labels, 1.7) == pytest.approx(expected)
     assert energy(logits) == pytest.approx(-x.logsumexp(1).numpy(), rel=1e-5)
 
 
 def test_calibration_error_of_a_known_case():
     probabilities = np.array([[0.9, 0.1]] * 10 + [[0.3, 0.7]] * 10)
-    labels = np.array([0] * 8 + [1] * 2 + [1] * 5 + [0] * 5)  # 80 % right at 0.9, 50 % right at 0.7
-    assert ece(probabilities, labels) == pytest.approx(0.5 * 0.1 + 0.5 * 0.2)
-    assert [b.images for b in reliability(probabilities, labels)] == [10, 10]
+    # 80 % correct at a confidence of 0.9, 50 % correct at 0.7.
+    labels = np.array([0] * 8 + [1] * 2 + [1] * 5 + [0] * 5)
+    error = expected_calibration_error(probabilities, labels)
+    assert error == pytest.approx(0.5 * 0.1 + 0.5 * 0.2)
+    assert [each.images for each in reliability_bins(probabilities, labels)] == [10, 10]
 
 
-@pytest.mark.parametrize("wanted", [0.7, 0.9, 0.99])
-def test_the_threshold_keeps_its_word_and_answers_as_many_as_it_can(wanted):
-    logits, labels = drawn(5000)
+@pytest.mark.parametrize("accuracy", [0.7, 0.9, 0.99])
+def test_abstain_threshold_reaches_the_accuracy_and_answers_most_images(accuracy):
+    logits, labels = draw_scores(5000)
     probabilities = softmax(logits)
-    threshold, coverage = abstain_threshold(probabilities, labels, wanted)
-    answered = probabilities.max(1) >= threshold
-    assert (probabilities.argmax(1) == labels)[answered].mean() >= wanted
-    assert answered.mean() == pytest.approx(coverage)
+
+    threshold, coverage = fit_abstain_threshold(probabilities, labels, accuracy)
+
+    is_answered = probabilities.max(1) >= threshold
+    is_correct = probabilities.argmax(1) == labels
+    assert is_correct[is_answered].mean() >= accuracy
+    assert is_answered.mean() == pytest.approx(coverage)
     _, shares, accuracies = coverage_curve(probabilities, labels)
-    assert not (accuracies[shares > coverage] >= wanted).any()
+    assert not (accuracies[shares > coverage] >= accuracy).any()
 
 
-def test_the_threshold_where_all_or_nothing_will_do():
+def test_abstain_threshold_answers_all_or_nothing_at_equal_confidence():
     probabilities = np.array([[0.8, 0.2]] * 4)
-    assert abstain_threshold(probabilities, np.zeros(4, int), 0.99) == (0.0, 1.0)
-    assert abstain_threshold(probabilities, np.array([0, 0, 0, 1]), 0.99) == (
-        1.0,
-        0.0,
-    )  # all equally sure
+    all_correct = np.zeros(4, int)
+    one_wrong = np.array([0, 0, 0, 1])
+    assert fit_abstain_threshold(probabilities, all_correct, 0.99) == (0.0, 1.0)
+    assert fit_abstain_threshold(probabilities, one_wrong, 0.99) == (1.0, 0.0)
 
 
 @pytest.mark.parametrize("level", [0.8, 0.95])
-def test_prediction_sets_cover_new_images_as_promised(level):
-    logits, labels = drawn(20_000)
-    covered = []
+def test_prediction_sets_reach_their_coverage_on_new_images(level):
+    logits, labels = draw_scores(20_000)
+    probabilities = softmax(logits)
+    error = coverage_error(level, 1000, 4000)
+    coverages = []
     for seed in range(20):
         order = np.random.default_rng(seed).permutation(len(labels))
-        here, there = order[:1000], order[1000:5000]
-        quantile = conformal_quantile(softmax(logits[here]), labels[here], level)
-        covered.append(conformal_coverage(softmax(logits[there]), labels[there], quantile))
-        assert abs(covered[-1] - level) <= 4 * coverage_error(level, 1000, 4000)
-    assert np.mean(covered) == pytest.approx(
-        level, abs=2 * coverage_error(level, 1000, 4000) / 20**0.5
-    )
+        fitted = order[:1000]
+        tested = order[1000:5000]
+        quantile = fit_conformal_quantile(probabilities[fitted], labels[fitted], level)
+        coverage = conformal_coverage(probabilities[tested], labels[tested], quantile)
+        assert abs(coverage - level) <= 4 * error
+        coverages.append(coverage)
+    assert np.mean(coverages) == pytest.approx(level, abs=2 * error / 20**0.5)
 
 
-def test_too_few_images_promise_nothing():
-    logits, labels = drawn(10)
-    assert conformal_quantile(softmax(logits), labels, 0.95) == 1.0
+def test_prediction_sets_hold_all_classes_when_there_are_too_few_images():
+    logits, labels = draw_scores(10)
+    assert fit_conformal_quantile(softmax(logits), labels, 0.95) == 1.0
 
 
-def test_all_of_it_together():
-    val, test = drawn(4000, seed=1), drawn(4000, seed=2)
-    val, test = (3 * val[0], val[1]), (3 * test[0], test[1])
-    found = calibrate(val, test, CalibrateConfig())
-    assert found.temperature == pytest.approx(3, rel=0.05)
-    assert found.ece_after < found.ece_before
-    assert found.nll_after < found.nll_before
-    assert found.abstain_test_accuracy == pytest.approx(0.99, abs=0.02)
-    assert abs(found.conformal_coverage - 0.95) <= 2 * coverage_error(0.95, 4000, 4000)
-    assert (energy(val[0]) <= found.energy_threshold).mean() == pytest.approx(0.95, abs=0.001)
-    plain = calibrate(val, test, CalibrateConfig(temperature=False))
-    assert plain.temperature == 1
-    assert plain.nll_after == plain.nll_before
+def test_calibrate_fits_on_validation_and_measures_on_test_scores():
+    val_logits, val_labels = draw_scores(4000, seed=1)
+    test_logits, test_labels = draw_scores(4000, seed=2)
+    val = Scores(3 * val_logits, val_labels)
+    test = Scores(3 * test_logits, test_labels)
+
+    result = calibrate(val, test, CalibrateConfig())
+
+    assert result.temperature == pytest.approx(3, rel=0.05)
+    assert result.ece_after < result.ece_before
+    assert result.nll_after < result.nll_before
+    assert result.abstain_test_accuracy == pytest.approx(0.99, abs=0.02)
+    assert abs(result.conformal_coverage - 0.95) <= 2 * coverage_error(0.95, 4000, 4000)
+    kept = (energy(val.logits) <= result.energy_threshold).mean()
+    assert kept == pytest.approx(0.95, abs=0.001)
+
+
+def test_calibrate_without_temperature_leaves_the_logits_unscaled():
+    val = Scores(*draw_scores(100, seed=1))
+    result = calibrate(val, val, CalibrateConfig(temperature=False))
+    assert result.temperature == 1
+    assert result.nll_after == result.nll_before
 
 
 @pytest.mark.parametrize("name", ["abstain_accuracy", "conformal_level", "energy_kept"])
 @pytest.mark.parametrize("value", [0, 1, 95])
-def test_shares_that_are_none_are_refused(name, value):
+def test_shares_outside_of_0_to_1_are_refused(name, value):
     with pytest.raises(ValueError, match=f"calibrate.{name}: {value} is not between 0 and 1"):
         CalibrateConfig(**{name: value})

@@ -1,16 +1,16 @@
-"""What a bundle says of the code it comes from where there is no repository, as in an image."""
+"""The code revision in a bundle where there is no git repository, as in a container image."""
 
 import pytest
 import torch
 
 from models.bundle import DataInfo
-from train.export.provenance import provenance
+from train.export.provenance import build_provenance
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.mark.parametrize(
-    ("told", "commit", "dirty"),
+    ("revision", "commit", "is_dirty"),
     [
         (COMMIT, COMMIT, False),
         (f"{COMMIT}-dirty", COMMIT, True),
@@ -18,14 +18,15 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
         (None, None, None),
     ],
 )
-def test_an_image_knows_its_revision_as_its_build_told_it(
-    told, commit, dirty, monkeypatch, tmp_path
+def test_revision_comes_from_the_environment_without_a_repository(
+    revision, commit, is_dirty, monkeypatch, tmp_path
 ):
     monkeypatch.setenv("GIT_DIR", str(tmp_path))
     monkeypatch.delenv("IMAGO_REVISION", raising=False)
-    if told:
-        monkeypatch.setenv("IMAGO_REVISION", told)
-    found = provenance(
-        torch.device("cpu"), DataInfo(source="digits", digest="", counts={}), 0, {}, {}
-    )
-    assert (found.git_commit, found.git_dirty) == (commit, dirty)
+    if revision:
+        monkeypatch.setenv("IMAGO_REVISION", revision)
+
+    data = DataInfo(source="digits", digest="", counts={})
+    provenance = build_provenance(torch.device("cpu"), data, {"seed_everything": 0}, {})
+
+    assert (provenance.git_commit, provenance.git_dirty) == (commit, is_dirty)

@@ -64,6 +64,7 @@ class InferenceGraph(nn.Module):
         return self.network(self.normalize(image))
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Return the outputs in the order of `output_names`."""
         outputs = self.network.outputs(self.normalize(image))
         logits = outputs["logits"]
         outputs["probabilities"] = torch.softmax(logits / self.temperature, 1)

@@ -274,7 +274,11 @@ def write_samples(
 
 
 def build_manifest(
-    staged: StagedVersion, contents: BundleContents, data: ImageData, run: RunRecord, times: StepTimes
+    staged: StagedVersion,
+    contents: BundleContents,
+    data: ImageData,
+    run: RunRecord,
+    times: StepTimes,
 ) -> Manifest:
     """Return the manifest of a staged version."""
     model = contents.model
@@ -332,7 +336,9 @@ def describe_missed_targets(calibration: Calibration, counts: dict[str, int]) ->
     return notes
 
 
-def publish(staged: StagedVersion, manifest: Manifest, times: StepTimes, config: ExportConfig) -> Path:
+def publish(
+    staged: StagedVersion, manifest: Manifest, times: StepTimes, config: ExportConfig
+) -> Path:
     """Write manifest, digests and signature, make the version visible; return its directory."""
     manifest.provenance.seconds = times.seconds
     manifest.write(staged.path)

@@ -44,6 +44,7 @@ class WeightAverage(Callback):
         self._last_step = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep references to the weights, and put a restored average on their device."""
         self._current = _averaged_tensors(pl_module)
         for name, value in self.average.items():
             self.average[name] = value.to(self._current[name].device)
@@ -56,6 +57,7 @@ class WeightAverage(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
+        """Update the average after every `every_steps` optimizer steps."""
         step = trainer.global_step
         if not self.decay or step == self._last_step or step % self.every_steps:
             return
@@ -77,15 +79,18 @@ class WeightAverage(Callback):
         torch._foreach_lerp_(averages, values, 1 - decay)
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Validate with the average."""
         self._swap(pl_module)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Train on with the trained weights."""
         self._swap(pl_module)
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        if self._is_swapped:  # the exception came within a validation
+        """Restore the trained weights where a validation was interrupted."""
+        if self._is_swapped:
             self._swap(pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -54,6 +54,7 @@ class PrecisionNotice(Callback):
         self.used = used
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Print the line, in the first process."""
         if not trainer.is_global_zero:
             return
         reason = "GPU has no bfloat16 units"

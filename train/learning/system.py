@@ -182,6 +182,7 @@ class Classifier(L.LightningModule):
         return ((images - self.mean) / self.std).contiguous(memory_format=self.layout)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Return logits [B,K] of images [B,C,H,W] in 0..255."""
         return self.network(self.normalize(images))
 
     def forward_augmented(self, images: Tensor) -> Tensor:
@@ -193,6 +194,7 @@ class Classifier(L.LightningModule):
         return torch.stack(logits).mean(0)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the loss of a training batch."""
         images, labels = batch
         logits = self(images)
         loss = cross_entropy(
@@ -202,11 +204,13 @@ class Classifier(L.LightningModule):
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add a validation batch to the metrics of the epoch."""
         images, labels = batch
         logits = self(images)
         self._add_step("val", cross_entropy(logits, labels), logits, labels)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add a test batch to the metrics, also without leaked images and with augmentation."""
         images, labels = batch
         logits = self(images)
         self._add_step("test", cross_entropy(logits, labels), logits, labels)
@@ -264,12 +268,15 @@ class Classifier(L.LightningModule):
         raise Diverged(place, self.optimizer.lr)
 
     def on_train_epoch_end(self) -> None:
+        """Log the training metrics of the epoch."""
         self._log_epoch("train")
 
     def on_validation_epoch_end(self) -> None:
+        """Log the validation metrics of the epoch."""
         self._log_epoch("val")
 
     def on_test_epoch_end(self) -> None:
+        """Log the test metrics."""
         self._log_epoch("test")
         if len(self.data.leaked_test):
             # All processes take part in the sum, also one that has leaked images only.
@@ -292,14 +299,17 @@ class Classifier(L.LightningModule):
             self.log_dict({f"{part}/loss": loss / images, f"{part}/accuracy": correct / images})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Record which images the checkpoint is trained on."""
         checkpoint["lineage"] = describe_training_images(self.data)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that no image the checkpoint was trained on is scored."""
         command = self.trainer.state.fn
         if "lineage" in checkpoint and command is not None:
             check_no_training_image_is_scored(checkpoint["lineage"], self.data, command.value)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """Build the optimizer and a schedule that changes the rate after each step."""
         # A fused optimizer unscales gradients within its step, too late for clipping: under a mixed
         # precision Lightning refuses the two together.
         is_clipping = bool(self.trainer.gradient_clip_val)
