@@ -1,9 +1,11 @@
-"""The bare PyTorch loop that Lightning's is measured against, as a person would write it.
+"""A bare PyTorch loop to compare Lightning's with, and what the training benchmarks share.
 
-Importing this first also puts the repository on the path, so that a script beside it runs from anywhere.
+Importing this first also puts the repository on the path, so that a script in this folder runs from
+any directory.
 """
 
 import json
+import resource
 import sys
 import time
 from collections.abc import Iterable
@@ -19,39 +21,56 @@ from torch.nn.functional import cross_entropy  # noqa: E402
 
 from train.learning.system import Classifier  # noqa: E402
 
+Batches = Iterable[tuple[Tensor, Tensor]]
 
-class Pace:
-    """Images a second of wall time and of processor time, from its making to `stop`."""
+
+class Stopwatch:
+    """Wall time, processor time and images, from its creation to `stop`."""
 
     def __init__(self, device: torch.device):
-        self.device, self.images = device, 0
-        self.began = self._now()
+        self.device = device
+        self.images = 0
+        self.seconds = 0.0  # of wall time
+        self.cpu_seconds = 0.0  # of processor time, of this process
+        self._wall_start, self._cpu_start = self._read_clocks()
 
-    def _now(self) -> tuple[float, float]:
+    @property
+    def images_per_second(self) -> float:
+        """Images a second of wall time."""
+        return self.images / self.seconds
+
+    @property
+    def images_per_cpu_second(self) -> float:
+        """Images a second of processor time."""
+        return self.images / self.cpu_seconds
+
+    def stop(self) -> "Stopwatch":
+        """Set `seconds` and `cpu_seconds`; return the stopwatch."""
+        wall, cpu = self._read_clocks()
+        self.seconds = wall - self._wall_start
+        self.cpu_seconds = cpu - self._cpu_start
+        return self
+
+    def _read_clocks(self) -> tuple[float, float]:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter(), time.process_time()
 
-    def stop(self) -> "Pace":
-        self.seconds, self.cpu_seconds = (
-            end - begin for begin, end in zip(self.began, self._now(), strict=True)
-        )
-        self.wall, self.cpu = self.images / self.seconds, self.images / self.cpu_seconds
-        return self
 
-
-def epoch(
+def train_epoch(
     network: nn.Module,
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
-    loader: Iterable[tuple[Tensor, Tensor]],
+    loader: Batches,
     system: Classifier,
     bf16: bool,
-) -> Pace:
-    """One epoch; mean, deviation, layout and smoothing are those of `system`."""
-    device, mean, std = system.device, system.mean, system.std
+) -> Stopwatch:
+    """Train one epoch; mean, deviation, memory layout and label smoothing are those of `system`."""
+    device = system.device
+    mean = system.mean
+    std = system.std
     network.train()
-    pace = Pace(device)
+    stopwatch = Stopwatch(device)
     for pixels, labels in loader:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             x = ((pixels - mean) / std).contiguous(memory_format=system.layout)
@@ -60,28 +79,45 @@ def epoch(
         loss.backward()
         optimizer.step()
         schedule.step()
-        pace.images += len(pixels)
-    return pace.stop()
-
-
-def keep(script: str, result: dict[str, Any], same: tuple[str, ...]) -> None:
-    """Write a result into the JSON file beside the script, in place of an earlier one with the `same` values."""
-    file = Path(script).with_suffix(".json")
-    everything = json.loads(file.read_text()) if file.exists() else []
-    everything = [old for old in everything if any(old[key] != result[key] for key in same)] + [
-        result
-    ]
-    file.write_text(json.dumps(everything, indent=1) + "\n")
+        stopwatch.images += len(pixels)
+    return stopwatch.stop()
 
 
 @torch.no_grad()
-def accuracy(
-    network: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], system: Classifier, bf16: bool
-) -> float:
+def measure_accuracy(network: nn.Module, loader: Batches, system: Classifier, bf16: bool) -> float:
+    """Return the share of images that are classified correctly."""
     network.eval()
-    right, count = torch.zeros((), device=system.device), 0
+    correct = torch.zeros((), device=system.device)
+    images = 0
     for pixels, labels in loader:
         with torch.autocast(system.device.type, torch.bfloat16, enabled=bf16):
-            right += (network(system.normalize(pixels)).argmax(1) == labels).sum()
-        count += len(labels)
-    return float(right) / count
+            correct += (network(system.normalize(pixels)).argmax(1) == labels).sum()
+        images += len(labels)
+    return float(correct) / images
+
+
+def describe_device() -> str:
+    """Return the GPU's name, or the number of CPU threads."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"cpu, {torch.get_num_threads()} threads"
+
+
+def peak_memory_mb() -> int:
+    """Return the peak memory in MB so far, of the GPU or else of this process."""
+    if torch.cuda.is_available():
+        peak_bytes = torch.cuda.max_memory_allocated()
+    else:
+        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return round(peak_bytes / 1e6)
+
+
+def write_result(script: str, result: dict[str, Any], keys: tuple[str, ...]) -> None:
+    """Write a result into the JSON file of a script.
+
+    It replaces an earlier result that has the same values for all `keys`.
+    """
+    file = Path(script).with_suffix(".json")
+    old_results = json.loads(file.read_text()) if file.exists() else []
+    kept = [old for old in old_results if any(old[key] != result[key] for key in keys)]
+    file.write_text(json.dumps([*kept, result], indent=1) + "\n")

@@ -1,19 +1,21 @@
-"""Runs a recipe over several seeds.
+"""Accuracy and time of a recipe over several seeds.
 
     python tests/benchmarks/train_recipes.py digits
-    python tests/benchmarks/train_recipes.py cifar10-94 [--data DIR] [--root DIR] [--seeds 5] [--twin] [--keep] [flag …]
+    python tests/benchmarks/train_recipes.py cifar10-94 [--data DIR] [--root DIR] [--seeds 5]
+        [--bare] [--keep] [flag …]
 
-Prints one JSON line a seed; --keep writes what came out into train_recipes.json beside this script as well.
---twin also trains a bare PyTorch loop by the same recipe afterwards, to compare the wall time with; it refuses recipes
-with options that the loop has not. Seconds are those of training, validation included; all up to the end of the first
-step (data, set-up, compiling) is counted apart, for the twin as well. Processor seconds tell more than wall time where
-a machine is shared. The peak of memory is that of all seeds up to then, and of their twins.
+Prints one JSON line for each seed; --keep also writes the results into train_recipes.json in this
+folder. --bare also trains a bare PyTorch loop with the same recipe, to compare the time with. It
+refuses recipes with options that the loop does not have.
+
+Seconds are those of training and validation. Everything up to the end of the first step (data,
+set-up, compiling) counts as set-up, for the bare loop too. Where a machine is shared, processor
+seconds are more reliable than wall time. The peak memory is that of all runs so far.
 """
 
 import argparse
 import json
 import platform
-import resource
 import statistics
 import sys
 import tempfile
@@ -24,6 +26,7 @@ from typing import Any
 import bare  # first: it puts the repository on the path
 import lightning as L
 import torch
+import yaml
 from lightning.pytorch.callbacks import Callback
 
 from models import networks
@@ -31,125 +34,134 @@ from train.cli import main
 from train.learning.optimizers import build_optimizer
 from train.learning.system import PREPARE_IMAGES
 
-clocks: list["Clock"] = []
+Result = dict[str, Any]
+
+timers: list["TrainingTimer"] = []  # of all runs so far
 
 
-class Clock(Callback):
-    """Times the run from the end of its first step."""
+class TrainingTimer(Callback):
+    """Times a run from the end of its first step."""
 
-    def __init__(self):
-        self.pace: bare.Pace | None = None
-        clocks.append(self)
+    def __init__(self) -> None:
+        self.stopwatch: bare.Stopwatch | None = None
+        timers.append(self)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        if self.pace is None:
-            self.pace = bare.Pace(pl_module.device)
+        if self.stopwatch is None:
+            self.stopwatch = bare.Stopwatch(pl_module.device)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.pace.stop()
+        self.stopwatch.stop()
 
 
-class Mirrored(Callback):
-    """Ends the program before the first step of a recipe that `twin` would not follow."""
+class BareLoopCheck(Callback):
+    """Ends the program before the first step of a recipe that the bare loop can't follow."""
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        averages, stops = (
-            next(c for c in trainer.callbacks if isinstance(c, kind))
-            for kind in (main.WeightAverage, main.EarlyStopping)
-        )
-        asked = {
-            "ema.decay": averages.decay,
-            "early_stopping.patience": stops.patience < 10**9,
-            "trainer.gradient_clip_val": trainer.gradient_clip_val,
+        average = find_callback(trainer, main.WeightAverage)
+        early_stopping = find_callback(trainer, main.EarlyStopping)
+        is_used = {
+            "ema.decay": average.decay > 0,
+            "early_stopping.patience": early_stopping.patience < 10**9,
+            "trainer.gradient_clip_val": bool(trainer.gradient_clip_val),
             "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches > 1,
             "model.weigh_classes": pl_module.weigh_classes,
-            "model.weights": pl_module.weights,
+            "model.weights": bool(pl_module.weights),
         }
-        if names := ", ".join(name for name, value in asked.items() if value):
+        names = [name for name, used in is_used.items() if used]
+        if names:
             sys.exit(
-                f"train_recipes: --twin: the bare loop has no {names}; turn it off by a flag, or leave out --twin"
+                f"train_recipes: --bare: the bare loop has no {', '.join(names)}; turn it off by a "
+                "flag, or omit --bare"
             )
 
 
-def one(recipe: str, seed: int, asked: argparse.Namespace, flags: list[str]) -> dict[str, Any]:
-    """One run and its test; with --twin the bare loop after it."""
-    began = time.perf_counter()
+def find_callback(trainer: L.Trainer, kind: type[Callback]) -> Any:
+    return next(callback for callback in trainer.callbacks if isinstance(callback, kind))
+
+
+def measure_seed(recipe: str, seed: int, options: argparse.Namespace, flags: list[str]) -> Result:
+    """Train and test a recipe with one seed; with --bare the bare loop too."""
+    started = time.perf_counter()
     with tempfile.TemporaryDirectory() as runs:
-        words = [
-            "run",
-            asked.data or recipe_source(recipe),
-            "--recipe",
-            recipe,
-            "--seed_everything",
-            str(seed),
-            "--name",
-            "recipe",
-            "--export.enabled",
-            "false",
-            "--trainer.default_root_dir",
-            runs,
-            "--trainer.callbacks+=train_recipes.Clock",
+        arguments = [
+            *["run", options.data or read_source(recipe), "--recipe", recipe],
+            *["--seed_everything", str(seed), "--name", "recipe", "--export.enabled", "false"],
+            *["--trainer.default_root_dir", runs],
+            "--trainer.callbacks+=train_recipes.TrainingTimer",
             *flags,
         ]
-        if asked.twin:
-            words.append("--trainer.callbacks+=train_recipes.Mirrored")
-        found = main.run(words + (["--root", asked.root] if asked.root else []))
-        pace = clocks[-1].pace
-        total = time.perf_counter() - began
-        kept = found.trainer.checkpoint_callback
-        best = kept.best_model_path if kept.monitor else None
-        tested = found.trainer.test(
-            found.model, datamodule=found.datamodule, ckpt_path=best, verbose=False
+        if options.bare:
+            arguments.append("--trainer.callbacks+=train_recipes.BareLoopCheck")
+        if options.root:
+            arguments += ["--root", options.root]
+        cli = main.run(arguments)
+        stopwatch = timers[-1].stopwatch
+        total_seconds = time.perf_counter() - started
+
+        checkpoint = cli.trainer.checkpoint_callback
+        best_path = checkpoint.best_model_path if checkpoint.monitor else None
+        tested = cli.trainer.test(
+            cli.model, datamodule=cli.datamodule, ckpt_path=best_path, verbose=False
         )[0]
+
     result = {
         "seed": seed,
         "accuracy": tested["test/accuracy"],
-        "seconds": round(pace.seconds, 2),
-        "cpu_seconds": round(pace.cpu_seconds, 1),
-        "setup_seconds": round(total - pace.seconds, 2),
+        "seconds": round(stopwatch.seconds, 2),
+        "cpu_seconds": round(stopwatch.cpu_seconds, 1),
+        "setup_seconds": round(total_seconds - stopwatch.seconds, 2),
     }
     if "test_tta/accuracy" in tested:
         result["accuracy_tta"] = tested["test_tta/accuracy"]
-    return result | (twin(found) if asked.twin else {})
+    if options.bare:
+        result |= measure_bare_loop(cli)
+    return result
 
 
-def twin(found: main.CLI) -> dict[str, Any]:
-    """The same recipe in a bare loop: its accuracy, and its seconds after set-up and compiling, which stand apart."""
-    began = time.perf_counter()
-    data, system, trainer = found.datamodule, found.model, found.trainer
+def measure_bare_loop(cli: main.CLI) -> Result:
+    """Train the same recipe in a bare loop and test it."""
+    started = time.perf_counter()
+    data = cli.datamodule
+    system = cli.model
+    trainer = cli.trainer
     bf16 = trainer.precision == "bf16-mixed"
+    device = trainer.strategy.root_device
     loader = data.train_dataloader()
+
     network = networks.build(
         system.name, len(data.classes), data.input.channels, data.input.height, **system.options
     )
     if network.prepare:
         network.prepare(system.cpu().normalize(data.examples(PREPARE_IMAGES)))
-    device = trainer.strategy.root_device
     system.to(device)
     network.to(device, memory_format=system.layout)
     if system.compile_mode != "off":
         network.compile(mode=system.compile_mode)
     optimizer = build_optimizer(network, system.optimizer)
-    schedule = system.schedule.build_scheduler(optimizer, len(loader) * trainer.max_epochs)
+    steps = len(loader) * trainer.max_epochs
+    schedule = system.schedule.build_scheduler(optimizer, steps)
     warm_up(network, next(iter(loader)), system, bf16)
-    setup = time.perf_counter() - began
-    whole = bare.Pace(device)
+    setup_seconds = time.perf_counter() - started
+
+    stopwatch = bare.Stopwatch(device)
     for epoch in range(trainer.max_epochs):
         loader.sampler.set_epoch(epoch)
-        bare.epoch(network, optimizer, schedule, loader, system, bf16)
-    whole.stop()
+        bare.train_epoch(network, optimizer, schedule, loader, system, bf16)
+    stopwatch.stop()
+    accuracy = bare.measure_accuracy(network, data.test_dataloader(), system, bf16)
     return {
-        "twin_seconds": round(whole.seconds, 2),
-        "twin_cpu_seconds": round(whole.cpu_seconds, 1),
-        "twin_setup_seconds": round(setup, 2),
-        "twin_accuracy": bare.accuracy(network, data.test_dataloader(), system, bf16),
+        "bare_seconds": round(stopwatch.seconds, 2),
+        "bare_cpu_seconds": round(stopwatch.cpu_seconds, 1),
+        "bare_setup_seconds": round(setup_seconds, 2),
+        "bare_accuracy": accuracy,
     }
 
 
 def warm_up(
     network: networks.Network, batch: tuple[torch.Tensor, torch.Tensor], system: Any, bf16: bool
 ) -> None:
-    """Forward and backward once, so that compiling and the choice of kernels are not counted; changes no weight."""
+    """Run one step that changes no weight, so that compiling and kernel selection are not timed."""
     state = {name: value.clone() for name, value in network.state_dict().items()}
     with torch.autocast(system.device.type, torch.bfloat16, enabled=bf16):
         network(system.normalize(batch[0])).float().sum().backward()
@@ -157,67 +169,56 @@ def warm_up(
     network.load_state_dict(state)
 
 
-def recipe_source(recipe: str) -> str:
-    import yaml
-
-    return yaml.safe_load((main.RECIPES / f"{recipe}.yaml").read_text())["data"]["source"]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("recipe")
-    parser.add_argument("--data", help="in place of the recipe's source")
-    parser.add_argument("--root", help="where a data set of torchvision lies")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--twin", action="store_true")
-    parser.add_argument(
-        "--keep", action="store_true", help="write the results beside this script, too"
-    )
-    parser.add_argument(
-        "--note", default="", help="kept beside the figures, e.g. what else the machine did"
-    )
-    asked, flags = parser.parse_known_args()
-    sys.modules["train_recipes"] = sys.modules[
-        "__main__"
-    ]  # the command line imports the callback by this name
-    runs: list[dict[str, Any]] = []
-    for seed in range(asked.seeds):
-        runs.append(one(asked.recipe, seed, asked, flags))
-        print(json.dumps(runs[-1]), flush=True)
-        result = summary(asked.recipe, flags, asked.note, runs)
-        if asked.keep:  # after each seed: the next one may take hours
-            bare.keep(__file__, result, ("recipe", "flags", "device"))
-    print(
-        f"{asked.recipe}: {result['mean_accuracy']:.4f} ± {result['sd'] or 0:.4f} over {len(runs)} seeds"
-    )
+def read_source(recipe: str) -> str:
+    """Return the data source of a recipe."""
+    settings = yaml.safe_load((main.RECIPES / f"{recipe}.yaml").read_text())
+    return settings["data"]["source"]
 
 
-def summary(recipe: str, flags: list[str], note: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The runs so far, and on what."""
+def summarize(recipe: str, flags: list[str], note: str, runs: list[Result]) -> Result:
+    """Return the runs so far with their mean, the device and the versions."""
     accuracies = [run["accuracy"] for run in runs]
-    cuda = torch.cuda.is_available()
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "lightning"):
+        versions[package] = version(package)
     return {
         "recipe": recipe,
         "flags": flags,
-        "device": torch.cuda.get_device_name()
-        if cuda
-        else f"cpu, {torch.get_num_threads()} threads",
-        "versions": {"python": platform.python_version()}
-        | {p: version(p) for p in ("torch", "lightning")},
+        "device": bare.describe_device(),
+        "versions": versions,
         "mean_accuracy": statistics.mean(accuracies),
         "sd": statistics.stdev(accuracies) if len(runs) > 1 else None,
-        "peak_memory_mb": round(
-            (
-                torch.cuda.max_memory_allocated()
-                if cuda
-                else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            )
-            / 1e6
-        ),
+        "peak_memory_mb": bare.peak_memory_mb(),
         "note": note,
         "runs": runs,
     }
 
 
+def run_benchmark() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipe")
+    parser.add_argument("--data", help="data instead of the recipe's source")
+    parser.add_argument("--root", help="directory of a torchvision data set")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--bare", action="store_true", help="also train a bare PyTorch loop")
+    parser.add_argument("--keep", action="store_true", help="write the results to a file as well")
+    parser.add_argument("--note", default="", help="kept with the results, e.g. other load")
+    options, flags = parser.parse_known_args()
+
+    # The command line imports the callbacks under this name.
+    sys.modules["train_recipes"] = sys.modules["__main__"]
+    runs: list[Result] = []
+    for seed in range(options.seeds):
+        runs.append(measure_seed(options.recipe, seed, options, flags))
+        print(json.dumps(runs[-1]), flush=True)
+        summary = summarize(options.recipe, flags, options.note, runs)
+        if options.keep:  # after each seed, as the next one may take hours
+            bare.write_result(__file__, summary, ("recipe", "flags", "device"))
+    print(
+        f"{options.recipe}: {summary['mean_accuracy']:.4f} ± {summary['sd'] or 0:.4f} "
+        f"over {len(runs)} seeds"
+    )
+
+
 if __name__ == "__main__":
-    main()
+    run_benchmark()

@@ -1,4 +1,4 @@
-"""The recipes of the tutorials say what the tutorials do."""
+"""The recipes from tutorials have the network, optimizer and data of the tutorials."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from train.data.split import split
 from train.learning.optimizers import OptimizerConfig, build_optimizer
 
 
-def recipe(name: str) -> dict[str, Any]:
+def load_recipe(name: str) -> dict[str, Any]:
     return yaml.safe_load((main.RECIPES / "seeds" / f"{name}.yaml").read_text())
 
 
@@ -50,14 +50,18 @@ def recipe(name: str) -> dict[str, Any]:
 def test_network_and_optimizer(
     name, source, channels, size, convolutions, linear, optimizer, settings
 ):
-    said = recipe(name)
-    assert said["data"]["source"] == source
-    model = said["model"]
-    assert "weights" not in model  # from scratch
+    recipe = load_recipe(name)
+    assert recipe["data"]["source"] == source
+    model = recipe["model"]
+    assert "weights" not in model  # it trains from random weights
+
     network = networks.build(model["network"], 10, channels, size, **model.get("options", {}))
-    kinds = [type(module) for module in network.modules()]
-    assert (kinds.count(nn.Conv2d), kinds.count(nn.Linear)) == (convolutions, linear)
-    assert next(m for m in network.modules() if isinstance(m, nn.Conv2d)).in_channels == channels
+    layers = [type(module) for module in network.modules()]
+    assert layers.count(nn.Conv2d) == convolutions
+    assert layers.count(nn.Linear) == linear
+    first_convolution = next(m for m in network.modules() if isinstance(m, nn.Conv2d))
+    assert first_convolution.in_channels == channels
+
     built = build_optimizer(network, OptimizerConfig(**model["optimizer"]))
     assert type(built) is optimizer
     for group in built.param_groups:
@@ -65,21 +69,22 @@ def test_network_and_optimizer(
         assert not group["weight_decay"]
 
 
-def test_four_convolutions_train_on_45_000_in_batches_of_32_and_stop_early_with_pictures_in_the_log():
-    said = recipe("convnet4-cifar10")
+def test_convnet4_trains_on_45_000_images_with_early_stopping_and_sample_predictions():
+    recipe = load_recipe("convnet4-cifar10")
     labels = np.arange(60_000) % 10
     parts = np.repeat(["train", "test"], [50_000, 10_000])
-    cifar = Source(
-        "cifar10", list("abcdefghij"), Arrays(np.zeros((60_000, 1, 1, 1), np.uint8)), labels, parts
-    )
-    index = split(
-        cifar, np.ones(60_000, bool), said["data"]["val_fraction"], 0.2, said["seed_everything"]
-    )
+    items = Arrays(np.zeros((60_000, 1, 1, 1), np.uint8))
+    cifar10 = Source("cifar10", list("abcdefghij"), items, labels, parts)
+    usable = np.ones(60_000, bool)
+
+    val_fraction = recipe["data"]["val_fraction"]
+    index = split(cifar10, usable, val_fraction, 0.2, recipe["seed_everything"])
+
     assert [len(index[part]) for part in ("train", "val", "test")] == [45_000, 5_000, 10_000]
-    assert said["data"]["batch_size"] == 32
-    assert said["early_stopping"]["patience"] > 0
-    assert said["samples"]["images"] > 0
+    assert recipe["data"]["batch_size"] == 32
+    assert recipe["early_stopping"]["patience"] > 0
+    assert recipe["samples"]["images"] > 0
 
 
-def test_clothes_are_turned_by_up_to_20_degrees():
-    assert recipe("resnet18-fashion-mnist")["data"]["augment"]["rotation"] == 20
+def test_resnet18_for_fashion_mnist_rotates_images_by_up_to_20_degrees():
+    assert load_recipe("resnet18-fashion-mnist")["data"]["augment"]["rotation"] == 20

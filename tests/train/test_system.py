@@ -1,4 +1,4 @@
-"""Knobs of the training that a run would not miss at once: each does what it says."""
+"""Settings of the system and the precision: each has the effect that its description promises."""
 
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,17 @@ def photos(tmp_path_factory) -> Path:
     return root
 
 
-class Losses(L.Callback):
-    """The loss of each step, and the logits and labels that it is made of."""
+class StepRecorder(L.Callback):
+    """Records the loss of each step, and the logits and labels that it is computed from."""
 
     def __init__(self) -> None:
         self.steps: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, _: int
+    ) -> None:
+        with torch.no_grad():
+            self.logits = pl_module(batch[0])
 
     def on_train_batch_end(
         self,
@@ -44,23 +50,9 @@ class Losses(L.Callback):
     ) -> None:
         self.steps.append((outputs["loss"], self.logits, batch[1]))
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, _: int
-    ) -> None:
-        with torch.no_grad():
-            self.logits = pl_module(batch[0])
 
-
-def train(
-    photos: Path,
-    batch_size: int = 8,
-    steps: int = 1,
-    trainer: dict[str, Any] | None = None,
-    **model: Any,
-) -> tuple[Classifier, L.Trainer, Losses]:
-    L.seed_everything(0, verbose=False)
-    seen = Losses()
-    run = L.Trainer(
+def make_trainer(steps: int, **settings: Any) -> L.Trainer:
+    return L.Trainer(
         accelerator="cpu",
         max_steps=steps,
         limit_val_batches=0,
@@ -68,36 +60,47 @@ def train(
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[seen],
-        **trainer or {},
+        **settings,
     )
-    system = Classifier(**{"network": "convnet", "optimizer": SGD} | model)
-    run.fit(system, datamodule=ImageData(str(photos), batch_size=batch_size, cache="", workers=0))
-    return system, run, seen
 
 
-def test_the_loss_weighs_classes_and_smooths_labels(photos):
-    system, _, seen = train(photos, steps=3, label_smoothing=0.2, weigh_classes=True)
-    weights = torch.tensor(32 / 3) / torch.tensor(
-        [14.0, 14, 4]
-    )  # images a class on average, over its own
+def fit(
+    photos: Path,
+    batch_size: int = 8,
+    steps: int = 1,
+    trainer_settings: dict[str, Any] | None = None,
+    **model_settings: Any,
+) -> tuple[Classifier, L.Trainer, StepRecorder]:
+    L.seed_everything(0, verbose=False)
+    recorder = StepRecorder()
+    trainer = make_trainer(steps, callbacks=[recorder], **trainer_settings or {})
+    system = Classifier(**{"network": "convnet", "optimizer": SGD} | model_settings)
+    data = ImageData(str(photos), batch_size=batch_size, cache="", workers=0)
+    trainer.fit(system, datamodule=data)
+    return system, trainer, recorder
+
+
+def test_loss_weighs_classes_and_smooths_labels(photos):
+    system, _, recorder = fit(photos, steps=3, label_smoothing=0.2, weigh_classes=True)
+
+    images_of_class = torch.tensor([14.0, 14, 4])
+    weights = images_of_class.mean() / images_of_class
     assert system.class_weights.tolist() == pytest.approx(weights.tolist())
-    for loss, logits, labels in seen.steps:
-        wanted = 0.8 * torch.eye(3)[labels] + 0.2 / 3
-        each = -(wanted * weights * logits.log_softmax(1)).sum(1)
-        assert loss.item() == pytest.approx((each.sum() / weights[labels].sum()).item(), rel=1e-5)
+    for loss, logits, labels in recorder.steps:
+        targets = 0.8 * torch.eye(3)[labels] + 0.2 / 3
+        losses = -(targets * weights * logits.log_softmax(1)).sum(1)
+        expected = losses.sum() / weights[labels].sum()
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("chosen", [True, False])
-def test_convolutions_lie_in_memory_as_asked(photos, chosen):
-    system, *_ = train(photos, channels_last=chosen)
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_channels_last_sets_the_layout_of_kernels_and_images(photos, channels_last):
+    system, *_ = fit(photos, channels_last=channels_last)
     kernel = system.network.layers[3].weight
-    assert kernel.is_contiguous(memory_format=torch.channels_last) == chosen
-    assert kernel.is_contiguous() != chosen
-    assert (
-        system.normalize(torch.zeros(2, 3, 8, 8)).is_contiguous(memory_format=torch.channels_last)
-        == chosen
-    )
+    images = system.normalize(torch.zeros(2, 3, 8, 8))
+    assert kernel.is_contiguous(memory_format=torch.channels_last) == channels_last
+    assert kernel.is_contiguous() != channels_last
+    assert images.is_contiguous(memory_format=torch.channels_last) == channels_last
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
@@ -110,74 +113,72 @@ def test_convolutions_lie_in_memory_as_asked(photos, chosen):
         ({"gradient_clip_val": 1.0, "precision": "bf16-mixed"}, False),
     ],
 )
-def test_optimizers_are_fused_but_where_lightning_must_clip_before(photos, name, settings, fused):
-    _, run, _ = train(photos, trainer=settings, optimizer=OptimizerConfig(name))
-    assert run.optimizers[0].defaults["fused"] == fused
+def test_optimizers_are_fused_except_when_clipping_in_mixed_precision(
+    photos, name, settings, fused
+):
+    _, trainer, _ = fit(photos, trainer_settings=settings, optimizer=OptimizerConfig(name))
+    assert trainer.optimizers[0].defaults["fused"] == fused
 
 
-def test_two_small_batches_are_one_large_one(photos):
-    once, *_ = train(photos, batch_size=16)
-    twice, run, seen = train(photos, batch_size=8, trainer={"accumulate_grad_batches": 2})
-    assert (run.global_step, len(seen.steps)) == (1, 2)
-    first, *_ = train(photos, batch_size=8)
-    for name, value in once.state_dict().items():
-        torch.testing.assert_close(twice.state_dict()[name], value)
-    assert not torch.equal(first.network.head.weight, once.network.head.weight)
+def test_two_accumulated_batches_equal_one_large_batch(photos):
+    large, *_ = fit(photos, batch_size=16)
+    accumulated, trainer, recorder = fit(
+        photos, batch_size=8, trainer_settings={"accumulate_grad_batches": 2}
+    )
+    small, *_ = fit(photos, batch_size=8)
+
+    assert trainer.global_step == 1
+    assert len(recorder.steps) == 2
+    for name, value in large.state_dict().items():
+        torch.testing.assert_close(accumulated.state_dict()[name], value)
+    assert not torch.equal(small.network.head.weight, large.network.head.weight)
 
 
 @pytest.mark.parametrize(("tta", "count"), [("none", 1), ("flip", 2), ("shift", 10)])
-def test_test_time_augmentation_looks_so_many_times(tta, count):
+def test_augmented_views_are_distinct_and_as_described(tta, count):
     images = torch.arange(2 * 3 * 6 * 6, dtype=torch.uint8).view(2, 3, 6, 6)
-    found = augmented_views(images, tta)
-    assert len({view.numpy().tobytes() for view in found}) == len(found) == count
-    assert torch.equal(found[0], images)
-    half = found[: max(1, count // 2)]
-    assert all(
-        torch.equal(view.flip(3), other)
-        for view, other in zip(half, found[len(half) :], strict=False)
-    )
-    for view, (y, x) in zip(half[1:], [(-1, -1), (-1, 1), (1, -1), (1, 1)], strict=False):
+
+    views = augmented_views(images, tta)
+
+    assert len({view.numpy().tobytes() for view in views}) == len(views) == count
+    assert torch.equal(views[0], images)
+    originals = views[: max(1, count // 2)]
+    mirrored = views[len(originals) :]
+    for original, mirror in zip(originals, mirrored, strict=False):
+        assert torch.equal(original.flip(3), mirror)
+    corners = [(-1, -1), (-1, 1), (1, -1), (1, 1)]
+    for view, (y, x) in zip(originals[1:], corners, strict=False):
         assert torch.equal(view[:, :, 1:5, 1:5], images[:, :, 1 + y : 5 + y, 1 + x : 5 + x])
 
 
 @pytest.mark.parametrize(
     "augment", [Augmentation(), Augmentation(random_resized_crop=0.35, mixup=0.4, cutout=12)]
 )
-def test_the_whitening_is_of_images_as_they_are(tmp_path, augment):
-    """Whatever training shows of them: patches come out uncorrelated, with variance one."""
-    data = ImageData(
-        str(write_image_folder(tmp_path / "photos", 100)),
-        batch_size=50,
-        cache="",
-        workers=0,
-        augment=augment,
-    )
+def test_whitening_is_computed_from_images_without_augmentation(tmp_path, augment):
+    """The whitened patches are uncorrelated, with variance one."""
+    photos = write_image_folder(tmp_path / "photos", 100)
+    data = ImageData(str(photos), batch_size=50, cache="", workers=0, augment=augment)
     system = Classifier(
-        network="speednet", options={"widths": [8, 8]}, optimizer=OptimizerConfig("sgd", lr=1e-12)
+        network="speednet",
+        options={"widths": [8, 8]},
+        optimizer=OptimizerConfig("sgd", lr=1e-12),
     )
-    L.Trainer(
-        accelerator="cpu",
-        max_steps=1,
-        limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    ).fit(system, datamodule=data)
+    make_trainer(steps=1).fit(system, datamodule=data)
+
     with torch.no_grad():
         images = system.normalize(data.examples(10**6))
-        answers = system.network.whiten(images)[:, :12].permute(1, 0, 2, 3).reshape(12, -1)
+        patches = system.network.whiten(images)[:, :12].permute(1, 0, 2, 3).reshape(12, -1)
+
     assert len(images) == data.counts["train"]
-    covariance = torch.cov(answers)
-    large = covariance.diag() > 0.5  # what hardly varies is not blown up to one
+    covariance = torch.cov(patches)
+    large = covariance.diag() > 0.5  # directions that hardly vary are not scaled up to one
     assert large.sum() > 6
-    torch.testing.assert_close(
-        covariance[large][:, large], torch.eye(int(large.sum())), atol=0.3, rtol=0
-    )
+    expected = torch.eye(int(large.sum()))
+    torch.testing.assert_close(covariance[large][:, large], expected, atol=0.3, rtol=0)
 
 
 @pytest.mark.parametrize(
-    ("asked", "accelerator", "given"),
+    ("requested", "accelerator", "used"),
     [
         ("bf16-mixed", "auto", "16-mixed"),
         ("bf16-mixed", "gpu", "16-mixed"),
@@ -186,14 +187,14 @@ def test_the_whitening_is_of_images_as_they_are(tmp_path, augment):
         (None, "auto", None),
     ],
 )
-def test_a_gpu_that_would_emulate_bfloat16_computes_in_float16(
-    monkeypatch, asked, accelerator, given
+def test_float16_replaces_bfloat16_on_a_gpu_without_bfloat16_units(
+    monkeypatch, requested, accelerator, used
 ):
-    for place, name in ((torch.accelerator, "is_available"), (torch.cuda, "is_available")):
-        monkeypatch.setattr(place, name, lambda: True)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(
         torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation
     )
     precision.gpu_has_bfloat16.cache_clear()
-    assert precision.choose_precision(asked, accelerator) == given
+    assert precision.choose_precision(requested, accelerator) == used
     precision.gpu_has_bfloat16.cache_clear()
