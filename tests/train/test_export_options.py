@@ -1,4 +1,4 @@
-"""What the settings of the export make of a bundle, and what is refused before anything is trained."""
+"""Export settings: their effect on the bundle, and what is refused before training starts."""
 
 import json
 import subprocess
@@ -11,98 +11,75 @@ from support.sample_images import make_png
 from models.bundle import Bundle
 from train.cli.main import main
 
+ONE_CONVNET_EPOCH = ["--trainer.max_epochs", "1", "--model.network", "convnet"]
+NO_INT8 = ["--export.quantize.enabled", "false"]
 
-def test_every_step_can_be_told_otherwise(fitted, tmp_path):
+
+def test_each_step_can_be_configured(fitted, tmp_path):
     bundle = fitted(
         tmp_path,
-        "--trainer.max_epochs",
-        "1",
-        "--model.network",
-        "convnet",
-        "--export.quantize.enabled",
-        "false",
-        "--export.report",
-        "false",
-        "--export.samples",
-        "5",
-        "--export.calibrate.temperature",
-        "false",
-        "--export.calibrate.conformal_level",
-        "0.8",
-        "--export.promote",
-        "true",
+        *ONE_CONVNET_EPOCH,
+        *NO_INT8,
+        *["--export.report", "false"],
+        *["--export.samples", "5"],
+        *["--export.calibrate.temperature", "false"],
+        *["--export.calibrate.conformal_level", "0.8"],
+        *["--export.promote", "true"],
     )
-    m = bundle.manifest
-    assert list(m.variants) == ["fp32"]
+    manifest = bundle.manifest
+    assert list(manifest.variants) == ["fp32"]
     assert not (bundle.path / "report.html").exists()
-    assert len(m.samples) == 5
-    assert (m.calibration.temperature, m.calibration.conformal_level) == (1.0, 0.8)
-    assert m.outputs == [
-        "probabilities",
-        "energy",
-        "embedding",
-    ]  # it ends in more than pooling: no exact map
+    assert len(manifest.samples) == 5
+    assert manifest.calibration.temperature == 1.0
+    assert manifest.calibration.conformal_level == 0.8
+    # No `cam`: the network's head is more than pooling and one linear layer.
+    assert manifest.outputs == ["probabilities", "energy", "embedding"]
 
 
-def test_many_classes_make_no_manifest_too_large_to_read(commands, tmp_path):
-    """1,500 of them, which a confusion matrix a part would make 36 MB of."""
+def test_manifest_of_1500_classes_stays_small(commands, tmp_path):
+    """The confusion matrices would take 36 MB, so they are left out."""
     (tmp_path / "image.png").write_bytes(make_png(0, 0, 8))
-    rows = [f"image.png,c{k:04d},{part}" for k in range(1500) for part in ("train", "val", "test")]
-    (tmp_path / "many.csv").write_text("\n".join(["path,label,split", *rows]) + "\n")
+    rows = ["path,label,split"]
+    for k in range(1500):
+        for part in ("train", "val", "test"):
+            rows.append(f"image.png,c{k:04d},{part}")
+    (tmp_path / "many.csv").write_text("\n".join(rows) + "\n")
     commands.run(
-        "fit",
-        "--data.source",
-        tmp_path / "many.csv",
-        "--name",
-        "many",
-        "--store",
-        tmp_path / "store",
-        "--trainer.default_root_dir",
-        tmp_path / "runs",
-        "--model.network",
-        "convnet",
-        "--trainer.max_epochs",
-        1,
-        "--samples.images",
-        0,
-        "--audit.enabled",
-        "false",
-        "--export.quantize.enabled",
-        "false",
+        *["fit", "--data.source", tmp_path / "many.csv", "--name", "many"],
+        *["--store", tmp_path / "store", "--trainer.default_root_dir", tmp_path / "runs"],
+        *ONE_CONVNET_EPOCH,
+        *NO_INT8,
+        *["--samples.images", 0, "--audit.enabled", "false"],
     )
+
     bundle = Bundle(tmp_path / "store/many/1")
+    classes = bundle.manifest.classes
     test = bundle.manifest.metrics["test"]
     assert len(test.per_class) == test.images == 1500
     assert test.confusion == []
-    answer = next(
-        name for name, of in zip(bundle.manifest.classes, test.per_class, strict=True) if of.recall
-    )
-    confused = [name for name in bundle.manifest.classes if name != answer][
-        :8
-    ]  # all images are the same to it
-    text = (bundle.path / "report.html").read_text()
-    assert all(f"{name} → {answer} <b>1</b>" in text for name in confused)
+
+    # All images are the same, so that all have the same prediction.
+    recalls = [metrics.recall for metrics in test.per_class]
+    predicted = classes[recalls.index(1.0)]
+    confused = [name for name in classes if name != predicted][:8]
+    report = (bundle.path / "report.html").read_text()
+    assert all(f"{name} → {predicted} <b>1</b>" in report for name in confused)
 
 
 def test_int8_that_loses_too_much_is_not_shipped_and_the_report_says_why(fitted, tmp_path):
     bundle = fitted(
         tmp_path,
-        "--trainer.max_epochs",
-        "1",
-        "--model.network",
-        "convnet",
-        "--export.quantize.max_loss",
-        "-100",
-        "--export.purpose",
-        "Reads <digits> & such.",
+        *ONE_CONVNET_EPOCH,
+        *["--export.quantize.max_loss", "-100"],
+        *["--export.purpose", "Reads <digits> & such."],
     )
     assert list(bundle.manifest.variants) == ["fp32"]
     assert not list(bundle.path.glob("*int8*"))
     note = bundle.manifest.notes[0]
     assert note.startswith("int8 is not shipped: it loses more than -100")
-    text = (bundle.path / "report.html").read_text()
-    assert note in text
-    assert "Reads &lt;digits&gt; &amp; such." in text
+    report = (bundle.path / "report.html").read_text()
+    assert note in report
+    assert "Reads &lt;digits&gt; &amp; such." in report
     assert note in (bundle.path / "README.md").read_text()
 
 
@@ -110,7 +87,7 @@ def test_int8_that_loses_too_much_is_not_shipped_and_the_report_says_why(fitted,
     "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"
 )  # of Lightning's CLI
 @pytest.mark.parametrize(
-    ("flag", "value", "says"),
+    ("flag", "value", "message"),
     [
         (
             "--export.calibrate.conformal_level",
@@ -122,45 +99,34 @@ def test_int8_that_loses_too_much_is_not_shipped_and_the_report_says_why(fitted,
         ("--export.quantize.images", "0", "quantize.images"),
     ],
 )
-def test_bad_options_are_refused_before_training_in_one_line(tmp_path, capsys, flag, value, says):
-    assert (
-        main(["fit", "--data.source", "digits", "--store", str(tmp_path / "store"), flag, value])
-        == 2
-    )
+def test_invalid_settings_are_refused_before_training_in_one_line(
+    tmp_path, capsys, flag, value, message
+):
+    store = str(tmp_path / "store")
+    assert main(["fit", "--data.source", "digits", "--store", store, flag, value]) == 2
     error = capsys.readouterr().err
-    assert says in error
+    assert message in error
     assert error.count("\n") == 1
 
 
-def test_a_signed_bundle(fitted, tmp_path):
+def test_sign_key_signs_the_bundle(fitted, tmp_path):
     pytest.importorskip("model_signing", reason="the optional extra `signing` is not installed")
-    key, public = tmp_path / "key.pem", tmp_path / "key.pub"
-    subprocess.run(
-        ["openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", key], check=True
+    key = tmp_path / "key.pem"
+    public_key = tmp_path / "key.pub"
+    generate = ["openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", key]
+    subprocess.run(generate, check=True)
+    extract = ["openssl", "ec", "-in", key, "-pubout", "-out", public_key]
+    subprocess.run(extract, check=True, capture_output=True)
+
+    bundle = fitted(tmp_path, *ONE_CONVNET_EPOCH, *NO_INT8, "--export.sign_key", str(key))
+
+    verify = [sys.executable, "-m", "models", "verify", str(bundle.path)]
+    done = subprocess.run(
+        [*verify, "--public-key", str(public_key)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    subprocess.run(
-        ["openssl", "ec", "-in", key, "-pubout", "-out", public], check=True, capture_output=True
-    )
-    bundle = fitted(
-        tmp_path,
-        "--trainer.max_epochs",
-        "1",
-        "--model.network",
-        "convnet",
-        "--export.sign_key",
-        str(key),
-        "--export.quantize.enabled",
-        "false",
-    )
-    command = [
-        sys.executable,
-        "-m",
-        "models",
-        "verify",
-        str(bundle.path),
-        "--public-key",
-        str(public),
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert "signed: yes, by the given key" in done.stdout, done.stderr
     assert json.loads((bundle.path / "manifest.json").read_text())["version"] == 1

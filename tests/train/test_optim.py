@@ -1,5 +1,6 @@
 """The optimizers' mathematics, and the parameter groups they treat differently."""
 
+import copy
 import math
 
 import pytest
@@ -105,7 +106,7 @@ def test_muon_continues_exactly_from_its_state_dict(others):
     resumed_kernel = torch.nn.Parameter(kernel.detach().clone())
     resumed_vector = torch.nn.Parameter(vector.detach().clone())
     resumed = build(resumed_kernel, resumed_vector)
-    resumed.load_state_dict(muon.state_dict())
+    resumed.load_state_dict(copy.deepcopy(muon.state_dict()))
 
     run(muon, range(3, 6))
     run(resumed, range(3, 6))
