@@ -31,7 +31,7 @@ _SLOT = struct.Struct("<8sIIf")
 _EMPTY_SLOT = bytes(_SLOT.size)
 
 
-class PastAnswer(NamedTuple):
+class PastPrediction(NamedTuple):
     """What the table keeps of a prediction."""
 
     version: int  # of the model
@@ -44,7 +44,7 @@ class AnswerTable:
 
     The hash of the request id and the image selects the one slot of an answer, and a later answer
     with the same slot replaces it. There is no lock. Two processes that write one slot at the same
-    moment may mix their entries, which is rare enough for statistics.
+    moment may mix their entries, which is rare and harmless for statistics.
     """
 
     def __init__(self, run_directory: str) -> None:
@@ -53,25 +53,23 @@ class AnswerTable:
             file.truncate(TABLE_SLOTS * _SLOT.size)
             self.map = mmap.mmap(file.fileno(), TABLE_SLOTS * _SLOT.size)
 
-    def put(self, request_id: str, image: int, answer: PastAnswer) -> None:
-        """Store the answer to one image, given by its position in the request."""
+    def put(self, request_id: str, image: int, answer: Answer) -> None:
+        """Store the prediction for one image, given by its position in the request."""
         offset, key = _locate(request_id, image)
         _SLOT.pack_into(
             self.map, offset, key, answer.version, answer.class_index, answer.confidence
         )
 
-    def get(self, request_id: str, image: int) -> PastAnswer | None:
-        """Return the answer to one image, or None if it is unknown, replaced or removed."""
+    def get(self, request_id: str, image: int) -> PastPrediction | None:
+        """Return the prediction for one image, or None if it is unknown, replaced or removed."""
         offset, key = _locate(request_id, image)
-        stored_key, version, index, confidence = _SLOT.unpack_from(self.map, offset)
+        stored_key, version, class_index, confidence = _SLOT.unpack_from(self.map, offset)
         if stored_key != key:
             return None
-        if not 0 <= confidence <= 1:
-            return None  # a mixed entry
-        return PastAnswer(version, index, confidence)
+        return PastPrediction(version, class_index, confidence)
 
-    def pop(self, request_id: str, image: int) -> PastAnswer | None:
-        """Return the answer to one image and remove it."""
+    def pop(self, request_id: str, image: int) -> PastPrediction | None:
+        """Return the prediction for one image and remove it."""
         answer = self.get(request_id, image)
         if answer is not None:
             offset, _ = _locate(request_id, image)
@@ -122,11 +120,7 @@ class FeedbackEndpoint:
         """Store the predictions of a request."""
         for image, answer in enumerate(answers):
             if answer.status == 200:
-                self.table.put(
-                    request_id,
-                    image,
-                    PastAnswer(answer.version, answer.class_index, answer.confidence),
-                )
+                self.table.put(request_id, image, answer)
 
     async def __call__(self, request: Request) -> Response:
         """Compare a label with the stored prediction and count the result, once for each image."""

@@ -7,7 +7,8 @@ from support import tiny_bundle
 from support.server import Server, wait_until
 
 from models.image import InputSpec, decode
-from serve.http.feedback import TABLE_SLOTS, AnswerTable, PastAnswer
+from serve.http.feedback import TABLE_SLOTS, AnswerTable
+from serve.wire import Answer
 
 BINS = 15  # of the calibration error
 
@@ -172,7 +173,8 @@ def test_the_answer_table_is_bounded_and_shared_between_processes(tmp_path):
     first = AnswerTable(str(tmp_path))
     second = AnswerTable(str(tmp_path))
     for i in range(3 * TABLE_SLOTS):
-        first.put(f"request-{i}", 0, PastAnswer(version=1, class_index=i % 7, confidence=0.5))
+        answer = Answer(id=1, status=200, version=1, body=b"", class_index=i % 7, confidence=0.5)
+        first.put(f"request-{i}", 0, answer)
     assert (tmp_path / "answers").stat().st_size < 4 << 20
 
     last = 3 * TABLE_SLOTS - 1
