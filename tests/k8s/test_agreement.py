@@ -8,6 +8,7 @@ from support.manifests import (
     CASES,
     HAND_MADE_SECRETS,
     K8S,
+    Manifest,
     containers,
     manifests_of_kind,
     pod_templates,
@@ -21,40 +22,40 @@ ROOT = K8S.parent
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 
 
-def settings_of(case):
-    """Return the ConfigMap's settings, and the variables of each serving container."""
-    data = next(
-        m["data"]
-        for m in manifests_of_kind(case, "ConfigMap")
-        if m["metadata"]["name"].startswith("imago-serving")
-    )
-    overrides = [
-        {e["name"]: e["value"] for e in c.get("env", []) if e["name"].startswith(PREFIX)}
-        for d in manifests_of_kind(case, "Deployment")
-        for c in d["spec"]["template"]["spec"]["containers"]
-    ]
-    return data, overrides
+def serving_settings(case: str) -> dict[str, str]:
+    """Return the data of the serving ConfigMap."""
+    for config_map in manifests_of_kind(case, "ConfigMap"):
+        if config_map["metadata"]["name"].startswith("imago-serving"):
+            return config_map["data"]
+    raise AssertionError(f"{case} has no ConfigMap imago-serving")
+
+
+def is_setting(name: str) -> bool:
+    return name.startswith(PREFIX)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_settings_are_those_of_the_service(case, monkeypatch):
-    data, overrides = settings_of(case)
-    for extra in overrides:
-        found = {k: v for k, v in {**data, **extra}.items() if k.startswith(PREFIX)}
-        assert found
-        for name in found:
-            assert name.removeprefix(PREFIX).lower() in Settings.model_fields, name
-        with monkeypatch.context() as patch:
-            for name, value in found.items():
-                patch.setenv(name, value)
-            Settings()  # accepts the values
-    for name in set(data) - {k for k in data if k.startswith(PREFIX)}:
-        assert "model-from-bucket" in case, name
+    data = serving_settings(case)
+    for deployment in manifests_of_kind(case, "Deployment"):
+        for container in deployment["spec"]["template"]["spec"]["containers"]:
+            variables = {e["name"]: e["value"] for e in container.get("env", [])}
+            settings = {k: v for k, v in (data | variables).items() if is_setting(k)}
+            assert settings
+            for name in settings:
+                assert name.removeprefix(PREFIX).lower() in Settings.model_fields, name
+            with monkeypatch.context() as patch:
+                for name, value in settings.items():
+                    patch.setenv(name, value)
+                Settings()  # accepts the values
+
+    for name in data:
+        assert is_setting(name) or "model-from-bucket" in case, name
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_ports_agree(case):
-    data, _ = settings_of(case)
+    data = serving_settings(case)
     wanted = {"http": int(data["IMAGO_PORT"]), "metrics": int(data["IMAGO_METRICS_PORT"])}
     for deployment in manifests_of_kind(case, "Deployment"):
         (serve,) = deployment["spec"]["template"]["spec"]["containers"]
@@ -183,28 +184,35 @@ def test_limits_of_ingress_and_gateway_fit_the_service():
 LAUNCHER = ["python", "-m", "train.runs.launch"]
 
 
-def train_arguments():
+def train_arguments() -> list[tuple[str, ...]]:
     """Return every training command line of the manifests, as `python -m train` gets it."""
-    found = set()
+    command_lines = set()
     for case in CASES:
-        lines = [
-            c for _, t in pod_templates(case) for c in containers(t) if "imago-train:" in c["image"]
-        ]
-        lines += [m["spec"]["trainer"] for m in manifests_of_kind(case, "TrainJob")]
-        for line in lines:
-            words = line["args"]
-            if line.get("command") == LAUNCHER:
-                words = words[words.index("train") + 1 :]
-            assert "$(DATA)" in words
-            found.add(tuple("digits" if word == "$(DATA)" else word for word in words))
-    return sorted(found)
+        for container in train_containers(case):
+            arguments = container["args"]
+            if container.get("command") == LAUNCHER:
+                arguments = arguments[arguments.index("train") + 1 :]
+            assert "$(DATA)" in arguments
+            command_lines.add(tuple(arguments))
+    return sorted(command_lines)
+
+
+def train_containers(case: str) -> list[Manifest]:
+    """Return the training containers; a TrainJob has command and arguments in `trainer`."""
+    found = [trainjob["spec"]["trainer"] for trainjob in manifests_of_kind(case, "TrainJob")]
+    for _, template in pod_templates(case):
+        for container in containers(template):
+            if "imago-train:" in container["image"]:
+                found.append(container)
+    return found
 
 
 def test_training_takes_the_arguments_of_every_manifest(commands):
-    found = train_arguments()
-    assert len(found) >= 2
-    for words in found:
-        assert "store: /store" in commands.run(*words, "--print_config", cwd=ROOT).text
+    command_lines = train_arguments()
+    assert len(command_lines) >= 2
+    for command_line in command_lines:
+        arguments = ["digits" if word == "$(DATA)" else word for word in command_line]
+        assert "store: /store" in commands.run(*arguments, "--print_config", cwd=ROOT).text
 
 
 def test_torchrun_gets_the_number_of_nodes_of_the_job():
@@ -243,15 +251,10 @@ def test_on_several_nodes_the_launcher_is_used(case):
     """The Job needs its exit status; torchrun always exits with 1."""
     from torch.distributed import run
 
-    started = [m["spec"]["trainer"] for m in manifests_of_kind(case, "TrainJob")] or [
-        c
-        for _, template in pod_templates(case)
-        for c in containers(template)
-        if "imago-train:" in c["image"]
-    ]
-    for line in started:
-        assert line["command"] == LAUNCHER
-        flags = run.parse_args(line["args"])
+    started = [m["spec"]["trainer"] for m in manifests_of_kind(case, "TrainJob")]
+    for container in started or train_containers(case):
+        assert container["command"] == LAUNCHER
+        flags = run.parse_args(container["args"])
         assert (flags.module, flags.training_script, flags.max_restarts) == (True, "train", 3)
         assert flags.rdzv_backend == "c10d", "with a static rendezvous no node can be replaced"
         assert flags.rdzv_endpoint in ("imago-train:29500", "$(PET_MASTER_ADDR):$(PET_MASTER_PORT)")
@@ -332,7 +335,7 @@ def test_a_store_of_a_component_is_mounted_without_sub_path(component):
 
 @pytest.mark.parametrize("case", [c for c in CASES if "model-from-image" in c])
 def test_a_model_image_has_the_version_that_its_pod_serves(case):
-    data, _ = settings_of(case)
+    data = serving_settings(case)
     for deployment in manifests_of_kind(case, "Deployment"):
         spec = deployment["spec"]["template"]["spec"]
         (reference,) = (v["image"]["reference"] for v in spec["volumes"] if "image" in v)
