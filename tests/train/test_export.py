@@ -66,7 +66,7 @@ def run_torch_network(bundle: Bundle, images: np.ndarray) -> dict[str, np.ndarra
 
 
 def decode_samples(bundle: Bundle) -> np.ndarray:
-    return np.stack([decode(data, bundle.manifest.input) for data in bundle.sample_bytes()])
+    return np.stack([decode(data, bundle.manifest.input) for data in bundle.read_samples()])
 
 
 def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -98,7 +98,7 @@ def test_mean_of_a_class_activation_map_is_the_logit_without_bias(bundle):
 
 def test_expected_npz_holds_the_torch_outputs_for_the_samples(bundle):
     images = decode_samples(bundle)
-    expected = bundle.expected()
+    expected = bundle.read_expected()
     outputs = run_torch_network(bundle, images)
     assert (expected["pixels"] == images).all()
     for name in ("probabilities", "energy", "embedding", "cam"):
