@@ -1,1 +1,1 @@
-"""From the best weights to a bundle in the store."""
+"""Everything between the best weights of a run and a bundle in the store."""

@@ -24,7 +24,7 @@ from train.export.scores import Scores, softmax
 
 MAX_MISTAKES = 12
 MAX_CONFUSED_PAIRS = 8
-MAX_MATRIX_CLASSES = 40  # with more, no cell can be told from another
+MAX_MATRIX_CLASSES = 40  # with more, the cells are too small to read
 MAX_NAMED_CLASSES = 12
 DIAGRAM_BINS = 10
 MIN_CURVE_COVERAGE = 0.02  # the accuracy of fewer images is noise

@@ -142,7 +142,7 @@ def certify_variants(
 
 
 def _choose_int8_tolerance(run: Runner, expected: dict[str, np.ndarray]) -> float:
-    """Return the difference of a probability that servers allow: twice that seen on the samples."""
+    """Return the allowed difference of a probability: twice the one measured on the samples."""
     difference = compare_outputs(run(expected["pixels"]), expected, tolerance=1.0).max_abs_diff
     return max(MIN_INT8_TOLERANCE, 2 * difference)
 

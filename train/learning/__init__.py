@@ -1,1 +1,1 @@
-"""The LightningModule and what it learns with: optimizers, schedules, averages, precision."""
+"""The LightningModule, its optimizers and schedules, weight averaging and precision."""

@@ -1,6 +1,6 @@
 """Exponential moving average of the weights, which is validated, checkpointed and exported.
 
-The average takes the place of the trained weights wherever they are evaluated or kept.
+The average replaces the trained weights where they are evaluated or saved.
 """
 
 from typing import Any
@@ -39,7 +39,7 @@ class WeightAverage(Callback):
         self.updates = 0
         self.average: dict[str, Tensor] = {}
         self._current: dict[str, Tensor] = {}  # the module's own tensors
-        self._trained: dict[str, Tensor] = {}  # copies of them, while the average is in their place
+        self._trained: dict[str, Tensor] = {}  # copies of them, while the average replaces them
         self._is_swapped = False
         self._last_step = 0
 
@@ -102,7 +102,7 @@ class WeightAverage(Callback):
 
     @torch.no_grad()
     def _swap(self, pl_module: L.LightningModule) -> None:
-        """Put the average in place of the trained weights, or the trained weights back."""
+        """Replace the trained weights by their average, or the average by the trained weights."""
         current = _averaged_tensors(pl_module)
         if self._is_swapped:
             replacement = self._trained

@@ -44,8 +44,8 @@ class EpochSums:
         steps = len(self._steps)
         terms = torch.cat([self._totals[:1], losses * self._batch_size])
 
-        # On the CPU one by one, so that the sum is the same whenever it is asked for, as a resumed
-        # run needs. A GPU has no cumulative sum that is deterministic.
+        # On the CPU one by one, so that the sum does not depend on when it is computed; a resumed
+        # run needs that. A GPU has no cumulative sum that is deterministic.
         if terms.device.type == "cpu":
             loss_sum = terms.cumsum(0)[-1:]
         else:

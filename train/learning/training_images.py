@@ -52,9 +52,9 @@ def check_no_training_image_is_scored(
         return
 
     for part in SCORED_PARTS[command]:
-        seen = np.isin(_image_keys(data, part), record["seen"].numpy())
-        seen_rows = np.flatnonzero(seen)
-        if not len(seen_rows):
+        is_trained_on = np.isin(_image_keys(data, part), record["seen"].numpy())
+        rows = np.flatnonzero(is_trained_on)
+        if not len(rows):
             continue
 
         if is_same_data:
@@ -66,9 +66,9 @@ def check_no_training_image_is_scored(
                 f"its images, labels or classes are not those of {record['source']} at the time of "
                 "training; restore those, or give data that shares none of them"
             )
-        example = data.found.items.name(int(data.index[part][seen_rows[0]]))
+        example = data.found.items.name(int(data.index[part][rows[0]]))
         raise DataError(
-            f"{data.source}: the checkpoint was trained on {len(seen_rows)} of the "
+            f"{data.source}: the checkpoint was trained on {len(rows)} of the "
             f"{data.counts[part]} {part} images, such as {example}: {advice}"
         )
 
