@@ -1,13 +1,16 @@
-"""The job: labelled images in, a bundle out."""
+"""The training job: labelled images in, a bundle out."""
 
 import os
 import signal
 import sys
 
-if sys.argv[0] == "-m":  # as a command, `python -m train`; __main__.py comes after the imports
-    # They take seconds, and a container's first process does not get a signal that it has no handler for. There is
-    # nothing to save yet; train/runs/preemption.py takes over.
+# The imports below take seconds, and the first process of a container ignores a signal for which it
+# has no handler. Nothing is worth saving yet, so a command ends at once on SIGTERM.
+# train/runs/preemption.py replaces this handler. While `python -m train` imports this package,
+# sys.argv[0] is "-m".
+if sys.argv[0] == "-m" or os.path.basename(sys.argv[0]) == "imago":
     signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
 
-# First: it declares what torchvision, and so lightning, needs beside a CPU torch.
+# Before torchvision and lightning are imported: declares the operators they miss beside a CPU
+# torch.
 import models.networks  # noqa: F401

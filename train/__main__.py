@@ -1,14 +1,32 @@
-"""`python -m train run|fit|validate|test|predict|audit|find-lr|find-batch-size …`"""
+"""`python -m train COMMAND …` and `imago train COMMAND …`; `--help` lists the commands."""
 
 import os
+import sys
+from collections.abc import Sequence
 
 import torch
 
 from models.cpu_quota import available_cores
-from train.cli.main import main
-from train.runs.distributed import leave
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command of the command line and return the exit status of the process."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+
+    # Dispatched before the imports below, which take seconds that a launcher does not need.
+    if arguments[:1] == ["launch"]:
+        from train.runs.launch import launch
+
+        return launch(arguments[1:])
+
+    from train.cli.main import main as run_command
+    from train.runs.distributed import run_process
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        # torch does not know the CPU quota of a container.
+        torch.set_num_threads(min(torch.get_num_threads(), available_cores()))
+    return run_process(lambda: run_command(arguments))
+
 
 if __name__ == "__main__":
-    if "OMP_NUM_THREADS" not in os.environ:  # torch by itself knows of no CPU quota
-        torch.set_num_threads(min(torch.get_num_threads(), available_cores()))
-    leave(main)
+    sys.exit(main())

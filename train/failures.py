@@ -1,64 +1,95 @@
-"""What can go wrong in a run that is set up right, in words that say what to try."""
+"""Exit statuses of the training commands, and failures of a run whose settings are valid.
+
+Errors in settings and input are ValueError or OSError; train/cli/main.py maps all of them to an
+exit status.
+"""
+
+from enum import IntEnum
 
 import torch
 
 
-class Diverged(RuntimeError):
-    """The loss is no number any more."""
+class ExitStatus(IntEnum):
+    """How a training command ends. Kubernetes decides by it whether to start the job again."""
 
-    def __init__(self, where: str, rate: float):
+    DONE = 0
+    FAILED = 1  # the loss diverged, memory was too small, the disk is full
+    INVALID = 2  # a setting or the input is wrong; the same command fails again
+    INTERRUPTED = 130  # by Ctrl-C; the same command resumes
+    TERMINATED = 143  # by SIGTERM; the same command resumes
+
+
+EXIT_STATUS_HELP = (
+    "Exit status: 0 done; 1 the run failed (the loss diverged, memory was too small, the disk is "
+    "full); 2 invalid setting or input; 143 or 130 interrupted by SIGTERM or Ctrl-C, run the same "
+    "command again to resume."
+)
+
+
+class Diverged(RuntimeError):
+    """The loss is not a finite number."""
+
+    def __init__(self, where: str, learning_rate: float):
         super().__init__(
-            f"{where} is not finite: the training diverged; try a lower --model.optimizer.lr (it is "
-            f"{rate:g}), a longer --model.schedule.warmup, or --trainer.gradient_clip_val 1"
+            f"{where} is not finite: the training diverged; try a lower --model.optimizer.lr (it "
+            f"is {learning_rate:g}), a longer --model.schedule.warmup, or "
+            "--trainer.gradient_clip_val 1"
         )
 
 
 class OutOfMemory(RuntimeError):
-    """A batch was too large for the memory."""
+    """The memory of the device, or of the host, is too small."""
 
-    def __init__(self, batch_size: int, device: torch.device, evaluating: bool):
-        flag = "--data.eval_batch_size" if evaluating else "--data.batch_size"
-        where = "validation and test" if evaluating else "training"
-        if batch_size > 1:
-            advice = f"try {flag} {batch_size // 2}"
-            advice += (
-                ""
-                if evaluating
-                else (
-                    ", with --trainer.accumulate_grad_batches 2 for the same steps, or ask "
-                    "python -m train find-batch-size"
-                )
-            )
-        else:
-            advice = "try a smaller --data.size or another --model.network"
+
+class BatchOutOfMemory(OutOfMemory):
+    """A batch is too large for the memory."""
+
+    def __init__(self, batch_size: int, device: torch.device, is_evaluation: bool):
+        part = "validation and test" if is_evaluation else "training"
+        advice = _smaller_batch_advice(batch_size, is_evaluation)
         super().__init__(
-            f"out of memory on {device} with batches of {batch_size} in {where}; {advice}"
+            f"out of memory on {device} with batches of {batch_size} in {part}; {advice}"
         )
 
 
 class AuditOutOfMemory(OutOfMemory):
-    """The data is too much for the audit, whatever the batches."""
+    """The data is too large for the audit, whatever the batch size."""
 
     def __init__(self, device: torch.device):
-        RuntimeError.__init__(
-            self,
+        super().__init__(
             f"out of memory on {device} in the data audit; try a smaller --data.size, or train "
-            "without it: --audit.enabled false",
+            "without it: --audit.enabled false"
         )
 
 
+def _smaller_batch_advice(batch_size: int, is_evaluation: bool) -> str:
+    if batch_size == 1:
+        return "try a smaller --data.size or another --model.network"
+    if is_evaluation:
+        return f"try --data.eval_batch_size {batch_size // 2}"
+    return (
+        f"try --data.batch_size {batch_size // 2}, with --trainer.accumulate_grad_batches 2 for "
+        "the same steps, or ask python -m train find-batch-size"
+    )
+
+
+OUT_OF_MEMORY_TEXTS = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    # Libraries of CUDA that find too little memory left do not always say so.
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "unable to find an engine to execute this",
+    "Unable to find a valid cuDNN algorithm",
+)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Also torch's on the CPU, which is a plain RuntimeError."""
-    words = (
-        "DefaultCPUAllocator: can't allocate memory",
-        "not enough memory",
-        "out of memory",
-        # What is left is too little for the library, which does not always say so.
-        "CUBLAS_STATUS_ALLOC_FAILED",
-        "CUDNN_STATUS_ALLOC_FAILED",
-        "unable to find an engine to execute this",
-        "Unable to find a valid cuDNN algorithm",
-    )
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-    )
+    """Whether an error is a lack of memory; torch raises a plain RuntimeError on the CPU."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    if not isinstance(error, RuntimeError):
+        return False
+    message = str(error)
+    return any(text in message for text in OUT_OF_MEMORY_TEXTS)

@@ -31,8 +31,12 @@ from lightning.pytorch.callbacks import Callback
 
 from models import networks
 from train.cli import main
+from train.cli.command_line import CommandLine
+from train.cli.recipes import RECIPES
+from train.learning.ema import WeightAverage
 from train.learning.optimizers import build_optimizer
 from train.learning.system import PREPARE_IMAGES
+from train.runs.early_stopping import EarlyStopping
 
 Result = dict[str, Any]
 
@@ -58,8 +62,8 @@ class BareLoopCheck(Callback):
     """Ends the program before the first step of a recipe that the bare loop can't follow."""
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        average = find_callback(trainer, main.WeightAverage)
-        early_stopping = find_callback(trainer, main.EarlyStopping)
+        average = find_callback(trainer, WeightAverage)
+        early_stopping = find_callback(trainer, EarlyStopping)
         is_used = {
             "ema.decay": average.decay > 0,
             "early_stopping.patience": early_stopping.patience < 10**9,
@@ -119,7 +123,7 @@ def measure_seed(recipe: str, seed: int, options: argparse.Namespace, flags: lis
     return result
 
 
-def measure_bare_loop(cli: main.CLI) -> Result:
+def measure_bare_loop(cli: CommandLine) -> Result:
     """Train the same recipe in a bare loop and test it."""
     started = time.perf_counter()
     data = cli.datamodule
@@ -171,7 +175,7 @@ def warm_up(
 
 def read_source(recipe: str) -> str:
     """Return the data source of a recipe."""
-    settings = yaml.safe_load((main.RECIPES / f"{recipe}.yaml").read_text())
+    settings = yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text())
     return settings["data"]["source"]
 
 

@@ -181,7 +181,7 @@ def test_limits_of_ingress_and_gateway_fit_the_service():
     assert int(route["spec"]["rules"][0]["timeouts"]["request"].removesuffix("s")) > deadline
 
 
-LAUNCHER = ["python", "-m", "train.runs.launch"]
+LAUNCHER = ["python", "-m", "train", "launch"]
 
 
 def train_arguments() -> list[tuple[str, ...]]:

@@ -3,7 +3,7 @@
 import pytest
 from support.manifests import CASES, containers, manifests_of_kind, pod_templates
 
-from train.runs.preemption import SECONDS
+from train.runs.preemption import SHUTDOWN_SECONDS
 
 
 def trainers(case):
@@ -51,7 +51,7 @@ def test_training_has_time_to_save_a_checkpoint(case):
         if any("imago-train:" in c["image"] for c in containers(t))
     ]
     assert grace
-    assert min(grace) > SECONDS
+    assert min(grace) > SHUTDOWN_SECONDS
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if "gpu" in c])

@@ -169,7 +169,7 @@ def test_two_processes_stopped_and_resumed_are_as_good_as_one(one, tmp_path):
     finished = torchrun(tmp_path, "--data.batch_size", "32")
     log = (tmp_path / "log").read_text()
     assert finished.returncode == 0, log
-    assert log.count("going on from step") == 1
+    assert log.count("resuming from step") == 1
     assert_alike(tmp_path, one)
 
 

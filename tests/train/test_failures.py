@@ -87,39 +87,39 @@ QUIET = "--logger", "none", "--progress.quiet", "true", "--audit.enabled", "fals
             2,
             "depth: 'two' is no whole number",
         ),
-        (("--ckpt_path", __file__), 2, "no checkpoint, or a damaged one"),
+        (("--ckpt_path", __file__), 2, "not a checkpoint, or damaged"),
         (
             ("--data.sampling", "balanced", "--model.weigh_classes", "true"),
             2,
-            "both do it twice; choose one",
+            "both compensate for rare classes; choose one",
         ),
         (
             ("--early_stopping.monitor", "val/los"),
             2,
-            "early_stopping.monitor: 'val/los' is none of val/loss, val/accuracy",
+            "early_stopping.monitor: 'val/los' is not one of val/loss, val/accuracy",
         ),
         (
             ("--checkpoint.monitor", "val/acuracy"),
             2,
-            "train: checkpoint.monitor: 'val/acuracy' is none of val/loss, val/accuracy, null",
+            "train: checkpoint.monitor: 'val/acuracy' is not one of val/loss, val/accuracy, null",
         ),
         (
             ("--checkpoint.monitor", "train/loss"),
             2,
-            "'train/loss' is none of val/loss, val/accuracy, null",
+            "'train/loss' is not one of val/loss, val/accuracy, null",
         ),
         (
             ("--checkpoint.mode", "max"),
             2,
-            "checkpoint.mode: max would take the worst val/loss for the best",
+            "checkpoint.mode: max would prefer the worst val/loss",
         ),
         (
             ("--early_stopping.mode", "max"),
             2,
-            "early_stopping.mode: max would take the worst val/loss for the best",
+            "early_stopping.mode: max would prefer the worst val/loss",
         ),
-        (("--checkpoint.save_top_k", 2), 2, "checkpoint.save_top_k: 2 is neither 1"),
-        (("--checkpoint.save_top_k", -1), 2, "checkpoint.save_top_k: -1 is neither 1"),
+        (("--checkpoint.save_top_k", 2), 2, "checkpoint.save_top_k: 2 is not supported"),
+        (("--checkpoint.save_top_k", -1), 2, "checkpoint.save_top_k: -1 is not supported"),
         (("--trainer.max_epochs", 0), 2, "trainer.max_epochs: 0 trains nothing"),
     ],
 )
@@ -134,8 +134,11 @@ def test_one_line(commands, tmp_path, settings, status, words):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ((), "train: no command is given; there are run, audit, find-lr,"),
-        (("trian", "digits"), "train: 'trian' is no command; there are run, audit, find-lr,"),
+        ((), "train: no command given; the commands are run, audit, find-lr,"),
+        (
+            ("trian", "digits"),
+            "train: 'trian' is not a command; the commands are run, audit, find-lr,",
+        ),
         (
             ("find-lr",),
             "train: find-lr: name the data first, e.g. python -m train find-lr digits, or",
@@ -165,8 +168,8 @@ def test_the_traceback_is_shown_where_it_is_asked_for(commands, tmp_path):
 def test_weights_that_are_none_are_not_scored(commands, tmp_path, subcommand):
     (tmp_path / "rubbish.ckpt").write_bytes(b"PK no checkpoint")
     for flags, words in (
-        ((), f"train: {subcommand}: the weights would be random ones; give --ckpt_path"),
-        (("--ckpt_path", "rubbish.ckpt"), "train: --ckpt_path rubbish.ckpt: no checkpoint, or a"),
+        ((), f"train: {subcommand}: the weights would be random; give --ckpt_path"),
+        (("--ckpt_path", "rubbish.ckpt"), "train: --ckpt_path rubbish.ckpt: not a checkpoint, or"),
         (("--ckpt_path", "nowhere.ckpt"), "nowhere.ckpt"),
     ):
         command = commands.start(

@@ -49,6 +49,6 @@ def test_a_checkpoint_is_not_searched_from(commands, tmp_path):
     refused = commands.start("find-lr", "digits", "--ckpt_path", tmp_path / "none.ckpt")
     assert refused.status() == 2
     assert refused.text.strip() == (
-        "train: ckpt_path: what looks for something trains from --model.weights, or from "
-        "random ones"
+        "train: --ckpt_path: find-lr does not take a checkpoint; leave it out (--model.weights "
+        "gives weights to start from)"
     )

@@ -11,6 +11,8 @@ import torch
 from torch.nn.modules.module import register_module_forward_hook
 
 from train.cli import main
+from train.cli.command_line import CommandLine
+from train.cli.recipes import RECIPES as RECIPES_DIRECTORY
 from train.learning.precision import has_bfloat16
 
 pytestmark = [
@@ -22,7 +24,7 @@ pytestmark = [
 ]
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(
-    str(p.relative_to(main.RECIPES).with_suffix("")) for p in main.RECIPES.rglob("*.yaml")
+    str(p.relative_to(RECIPES_DIRECTORY).with_suffix("")) for p in RECIPES_DIRECTORY.rglob("*.yaml")
 )
 QUICK = ["--export.enabled", "false", "--samples.images", "0", "--progress.quiet", "true"]
 
@@ -48,7 +50,7 @@ def photos(tmp_path_factory):
     return root
 
 
-def fit(tmp_path: Path, *flags: str, data: str = "digits", epochs: int = 1) -> main.CLI:
+def fit(tmp_path: Path, *flags: str, data: str = "digits", epochs: int = 1) -> CommandLine:
     return main.run(
         [
             "run",
@@ -70,7 +72,7 @@ def test_a_checkpoint_is_validated_tested_and_predicted_from(tmp_path, capsys):
     checkpoint = next((tmp_path / "runs").rglob("best.ckpt"))
     recipe = [
         "--config",
-        str(main.RECIPES / "digits.yaml"),
+        str(RECIPES_DIRECTORY / "digits.yaml"),
         "--ckpt_path",
         str(checkpoint),
         "--progress.quiet",
@@ -128,11 +130,11 @@ def test_every_recipe_makes_a_step(tmp_path, photos, recipe):
 
 def test_every_recipe_explains_itself():
     for recipe in RECIPES:
-        text = (main.RECIPES / f"{recipe}.yaml").read_text()
+        text = (RECIPES_DIRECTORY / f"{recipe}.yaml").read_text()
         assert text.startswith("# "), recipe
 
 
-def weights(found: main.CLI) -> torch.Tensor:
+def weights(found: CommandLine) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in found.model.network.parameters()])
 
 
@@ -465,7 +467,7 @@ def test_a_recipe_as_config_ends_in_a_bundle(commands, tmp_path):
     commands.run(
         "fit",
         "--config",
-        main.RECIPES / "digits.yaml",
+        RECIPES_DIRECTORY / "digits.yaml",
         "--store",
         tmp_path / "store",
         "--trainer.max_epochs",

@@ -50,7 +50,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         with open(tmp_path / f"log-{len(launchers)}", "wb") as log:
             launchers.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "train.runs.launch", *map(str, words)],
+                    [sys.executable, "-m", "train", "launch", *map(str, words)],
                     cwd=tmp_path,
                     env=environment,
                     stdout=log,

@@ -107,7 +107,7 @@ def test_steps_before_the_first_checkpoint_are_not_there_twice(commands, tmp_pat
         run / "finished"
     ).unlink()  # as if it had been killed, with all it had logged on disk, and no checkpoint yet
     (run / "last.ckpt").unlink()
-    assert "no whole checkpoint" in commands.run(*settings, cwd=tmp_path).text
+    assert "no complete checkpoint" in commands.run(*settings, cwd=tmp_path).text
     found = EventAccumulator(str(run / "tensorboard"))
     found.Reload()
     assert [event.step for event in found.Scalars("train/loss_step")] == list(range(13))

@@ -32,7 +32,7 @@ def test_a_run_goes_on_where_it_was_moved_to(commands, tmp_path):
     )
     assert start_run(commands, place, *settings, kill="TERM:end:0").status() == 143
     place.rename(moved)
-    assert "going on from step" in finish_run(commands, moved, *settings).text
+    assert "resuming from step" in finish_run(commands, moved, *settings).text
     best = torch.load(find_run_directory(moved) / "best.ckpt", weights_only=True)["state_dict"]
     kept = load_file(tmp_path / "store/digits/1/weights.safetensors")
     assert_equal(kept, {name.removeprefix("network."): best[f"network.{name}"] for name in kept})
@@ -57,7 +57,7 @@ def test_a_run_goes_on_on_a_node_with_less_memory(commands, tmp_path):
         commands, tmp_path / "killed", *settings, "--data.memory_share", 1e-9, "--data.workers", 1
     )
     assert "streamed by workers" in going_on.text
-    assert "going on from step 3:" in going_on.text
+    assert "resuming from step 3:" in going_on.text
     assert_equal(
         reproducible_state(load_last_checkpoint(tmp_path / "killed")),
         reproducible_state(load_last_checkpoint(tmp_path / "whole")),

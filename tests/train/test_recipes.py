@@ -9,14 +9,14 @@ import yaml
 from torch import nn
 
 from models import networks
-from train.cli import main
+from train.cli.recipes import RECIPES
 from train.data.source import Arrays, Source
 from train.data.split import split
 from train.learning.optimizers import OptimizerConfig, build_optimizer
 
 
 def load_recipe(name: str) -> dict[str, Any]:
-    return yaml.safe_load((main.RECIPES / "seeds" / f"{name}.yaml").read_text())
+    return yaml.safe_load((RECIPES / "seeds" / f"{name}.yaml").read_text())
 
 
 @pytest.mark.parametrize(

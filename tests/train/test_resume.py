@@ -67,7 +67,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(commands, undisturbed, tmp_p
     assert start_run(commands, place, kill=f"TERM:{kill}").status() == 143
     finished = finish_run(commands, place)
     if kill != "epoch:1":  # where there is nothing to go on from
-        assert "going on from step" in finished.text
+        assert "resuming from step" in finished.text
     assert_equal(
         reproducible_state(load_last_checkpoint(place)),
         reproducible_state(load_last_checkpoint(undisturbed)),
@@ -91,7 +91,7 @@ def test_a_run_killed_over_and_over_ends_as_one_that_never_was(commands, undistu
             start_run(commands, place, "--resume.every_steps", 4, kill=kill).status() == expected
         ), kill
     finished = finish_run(commands, place)
-    assert f"going on from step {EPOCHS * STEPS}" in finished.text
+    assert f"resuming from step {EPOCHS * STEPS}" in finished.text
     assert_equal(
         reproducible_state(load_last_checkpoint(place)),
         reproducible_state(load_last_checkpoint(undisturbed)),
@@ -138,8 +138,8 @@ def test_a_damaged_checkpoint_is_passed_over(commands, undisturbed, tmp_path):
     last.write_bytes(last.read_bytes()[:-1000])
     (find_run_directory(place) / ".step-000000012.ckpt.tmp").write_bytes(b"PK half of a checkpoint")
     finished = finish_run(commands, place)
-    assert f"{last}: damaged, so it is passed over" in finished.text
-    assert "going on from step 4:" in finished.text
+    assert f"{last}: damaged, skipped" in finished.text
+    assert "resuming from step 4:" in finished.text
     assert_equal(
         reproducible_state(load_last_checkpoint(place)),
         reproducible_state(load_last_checkpoint(undisturbed)),
@@ -148,15 +148,15 @@ def test_a_damaged_checkpoint_is_passed_over(commands, undisturbed, tmp_path):
 
 
 def test_a_checkpoint_with_any_byte_of_its_directory_flipped_is_told(tmp_path):
-    file = checkpoints.place(tmp_path, 3)
+    file = checkpoints.checkpoint_path(tmp_path, 3)
     torch.save({"state_dict": {"w": torch.arange(1000.0)}, "epoch": 2}, file)
     sound = file.read_bytes()
-    assert checkpoints.newest(tmp_path) == file
+    assert checkpoints.newest_checkpoint(tmp_path) == file
     for place in range(sound.rindex(b"PK\x01\x02", 0, -200) - 400, len(sound)):
         damaged = bytearray(sound)
         damaged[place] ^= 0xFF
         file.write_bytes(damaged)
-        if checkpoints.newest(tmp_path):  # some of its bytes say nothing, such as a date
+        if checkpoints.newest_checkpoint(tmp_path):  # some of its bytes say nothing, such as a date
             assert torch.load(file, weights_only=True)["state_dict"]["w"].tolist() == list(
                 range(1000)
             )
@@ -168,11 +168,11 @@ def test_a_full_disk_stops_with_a_word_and_costs_no_checkpoint(commands, undistu
     full = start_run(commands, place, "--resume.every_steps", 4, limits={"RLIMIT_FSIZE": 100_000})
     assert full.status() == 1
     assert (
-        "no checkpoint of step 8 could be written (File too large); the last one is of step 4"
+        "can't write the checkpoint of step 8 (File too large); the last one is of step 4"
         in full.text
     )
     assert "Traceback" not in full.text
-    assert "going on from step 4:" in finish_run(commands, place).text
+    assert "resuming from step 4:" in finish_run(commands, place).text
     assert_equal(
         reproducible_state(load_last_checkpoint(place)),
         reproducible_state(load_last_checkpoint(undisturbed)),
@@ -216,11 +216,11 @@ def test_settings_that_decide_nothing_may_change_and_others_are_named(
         1,
     )
     assert (
-        f"train: {place}/digits/1: unfinished, but begun with other settings (data.batch_size, model.optimizer.lr, "
-        "trainer.max_epochs), so a new run begins"
+        f"train: {place}/digits/1: unfinished, but started with other settings (data.batch_size, model.optimizer.lr, "
+        "trainer.max_epochs); starts a new run"
     ) in fresh.text
     (place / "digits/2").rename(tmp_path / "2")
-    assert "going on from step 9:" in finish_run(commands, place).text
+    assert "resuming from step 9:" in finish_run(commands, place).text
     assert_equal(
         reproducible_state(load_last_checkpoint(place)),
         reproducible_state(load_last_checkpoint(undisturbed)),
@@ -247,7 +247,7 @@ def test_a_run_does_not_go_on_with_other_data(commands, tmp_path):
     refused = start_run(commands, place, *settings)
     assert refused.status() == 2
     assert refused.text.splitlines()[-1].startswith(
-        f"train: {find_run_directory(place)}: begun on other images, labels or classes"
+        f"train: {find_run_directory(place)}: started on other images, labels or classes"
     )
     assert "--fresh" in refused.text.splitlines()[-1]
     shutil.rmtree(photos / "yellow")
@@ -255,7 +255,7 @@ def test_a_run_does_not_go_on_with_other_data(commands, tmp_path):
     (photos / "red" / "000.png").unlink()
     assert start_run(commands, place, *settings).status() == 2
     (photos / "red" / "000.png").write_bytes(removed)
-    assert "going on from step 3:" in finish_run(commands, place, *settings).text
+    assert "resuming from step 3:" in finish_run(commands, place, *settings).text
 
 
 def test_a_finished_run_s_checkpoint_is_trained_on(commands, undisturbed, tmp_path):
@@ -269,10 +269,7 @@ def test_a_finished_run_s_checkpoint_is_trained_on(commands, undisturbed, tmp_pa
     name = "network.head.weight"
     assert not torch.equal(before["state_dict"][name], after["state_dict"][name])
     again = finish_run(commands, tmp_path / "again", "--ckpt_path", last)
-    assert (
-        f"{last}: nothing was trained, as its {EPOCHS} epochs are all that was asked for"
-        in again.text
-    )
+    assert f"{last}: nothing was trained, its {EPOCHS} epochs are done already" in again.text
 
 
 @pytest.mark.slow
@@ -292,7 +289,7 @@ def test_every_random_number_is_restored(commands, tmp_path):
     )
     finish_run(commands, tmp_path / "undisturbed", *network)
     assert start_run(commands, tmp_path / "killed", *network, kill="TERM:step:9").status() == 143
-    assert "going on from step 5:" in finish_run(commands, tmp_path / "killed", *network).text
+    assert "resuming from step 5:" in finish_run(commands, tmp_path / "killed", *network).text
     assert_equal(
         reproducible_state(load_last_checkpoint(tmp_path / "killed")),
         reproducible_state(load_last_checkpoint(tmp_path / "undisturbed")),
@@ -321,7 +318,7 @@ def test_whatever_is_drawn_is_drawn_again(commands, tmp_path):
         == 143
     )
     assert (
-        f"going on from step {STEPS + 6}:" in finish_run(commands, tmp_path / "killed", *drawn).text
+        f"resuming from step {STEPS + 6}:" in finish_run(commands, tmp_path / "killed", *drawn).text
     )
     assert_equal(
         reproducible_state(load_last_checkpoint(tmp_path / "killed")),
@@ -346,7 +343,7 @@ def test_gradients_that_wait_for_more_are_not_left_out(commands, tmp_path):
     assert (
         start_run(commands, tmp_path / "killed", *halves, kill="TERM:validation:1").status() == 143
     )
-    assert "going on from step 2:" in finish_run(commands, tmp_path / "killed", *halves).text
+    assert "resuming from step 2:" in finish_run(commands, tmp_path / "killed", *halves).text
     assert_equal(
         reproducible_state(load_last_checkpoint(tmp_path / "killed")),
         reproducible_state(load_last_checkpoint(tmp_path / "undisturbed")),
@@ -370,7 +367,7 @@ def test_a_stream_goes_on_where_it_was(commands, tmp_path):
     finish_run(commands, tmp_path / "undisturbed", *stream)
     assert start_run(commands, tmp_path / "killed", *stream, kill="TERM:step:3").status() == 143
     assert start_run(commands, tmp_path / "killed", *stream, kill="GROUP:step:11").status() == 143
-    assert "going on from step 11:" in finish_run(commands, tmp_path / "killed", *stream).text
+    assert "resuming from step 11:" in finish_run(commands, tmp_path / "killed", *stream).text
     assert_equal(
         reproducible_state(load_last_checkpoint(tmp_path / "killed")),
         reproducible_state(load_last_checkpoint(tmp_path / "undisturbed")),
@@ -402,7 +399,7 @@ def test_a_step_that_does_not_end_is_not_waited_for(commands, tmp_path):
     command.signal(signal.SIGTERM)
     assert command.status() == 143
     assert time.monotonic() - began < 10
-    assert "going on from step 4:" in finish_run(commands, tmp_path).text
+    assert "resuming from step 4:" in finish_run(commands, tmp_path).text
 
 
 @pytest.mark.slow
@@ -411,5 +408,5 @@ def test_killed_while_the_bundle_is_written_the_next_start_writes_it(commands, t
     assert start_run(commands, tmp_path, *more, kill="TERM:export:5").status() == 143
     assert not list((tmp_path / "store").glob("digits/[0-9]*"))
     finished = finish_run(commands, tmp_path, *more)
-    assert f"going on from step {EPOCHS * STEPS}:" in finished.text
+    assert f"resuming from step {EPOCHS * STEPS}:" in finished.text
     assert [p.name for p in (tmp_path / "store/digits").iterdir() if p.name[0].isdigit()] == ["1"]

@@ -229,7 +229,8 @@ def test_litdata_is_whole_in_each_of_two_processes(optimized, tmp_path):
         [
             sys.executable,
             "-m",
-            "train.runs.launch",
+            "train",
+            "launch",
             "--standalone",
             "--nproc-per-node",
             "2",

@@ -1,31 +1,37 @@
-"""Look at the data that training would take, and train nothing.
+"""Audit the data that training would use, without training.
 
 python -m train audit DATA [--recipe R] [--out DIR] [fit flags]
 """
 
 from pathlib import Path
-from typing import Any
 
 from train import audit
 from train.data import DataError, ImageData
 
-REPORTS = "artifacts/audit"
+REPORTS = Path("artifacts/audit")
 
 
-def look(settings: dict[str, Any], system: Any, data: ImageData, out: str | None = None) -> None:
-    """Write the report to `out` and say where it is. Raises DataError with one line for data that can't be used;
-    where files can't be read, the report lists them nevertheless."""
-    data.max_unreadable = 1.0  # they are what is looked for
-    place = Path(out or f"{REPORTS}/{data.found.name}")
+def run_audit_command(data: ImageData, report_directory: str | None) -> None:
+    """Write the report and print where it is.
+
+    Raises DataError, in one line, for data that can't be used; where files can't be read, the
+    report lists them nevertheless.
+    """
+    data.allow_unreadable(1.0)  # the report lists them
+    directory = Path(report_directory or REPORTS / data.dataset.name)
     try:
         data.setup()
     except DataError as error:
-        if getattr(
-            data, "unreadable", None
-        ):  # which may be why, and then they are what one wants to see
-            audit.refused(data, str(error), place)
-            print(f"audit: {place / 'index.html'} and {place / 'audit.json'}")
+        if data.unreadable:
+            audit.write_refusal(data, str(error), directory)
+            _print_paths(directory)
         raise
-    if not audit.summary(audit.run(data, place)):
-        print("audit: nothing found")
-    print(f"audit: {place / 'index.html'} and {place / 'audit.json'}")
+
+    findings = audit.run_audit(data, directory)
+    if not audit.summarize(findings):
+        print("audit: no findings")
+    _print_paths(directory)
+
+
+def _print_paths(directory: Path) -> None:
+    print(f"audit: {directory / 'index.html'} and {directory / 'audit.json'}")

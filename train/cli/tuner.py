@@ -1,4 +1,4 @@
-"""A learning rate and a batch size to begin with, found by short trials with the settings of a recipe.
+"""Short trials with the settings of a recipe that suggest a learning rate and a batch size.
 
 python -m train find-lr DATA [--recipe R] [fit flags]
 python -m train find-batch-size DATA [--recipe R] [fit flags]
@@ -13,21 +13,31 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Callback
 
 from train.data import ImageData
 from train.failures import Diverged, is_out_of_memory
 from train.learning.schedules import ScheduleConfig
 from train.learning.system import Classifier
-from train.learning.trainer import ours
 
-LOWEST, HIGHEST, SWEEP = 1e-6, 10.0, 120  # learning rates, and steps from one to the other
-SMOOTHING = 0.9  # of the losses, as a moving average
-DIVERGED = 3.0  # times the least loss
-SMALLEST, WARM_UP, TIMED = 16, 3, 8  # batch size, and steps of a trial
-ENOUGH = 0.95  # of the best speed: the smallest batch size that has it is proposed
-# of the trainer's settings:
-KEPT = (
+# The learning-rate sweep
+LOWEST_RATE = 1e-6
+HIGHEST_RATE = 10.0
+SWEEP_STEPS = 120  # from the lowest rate to the highest
+MIN_FINITE_STEPS = 10  # with fewer, there is no curve to read a rate from
+SMOOTHING = 0.9  # of the losses, as an exponential moving average
+DIVERGENCE_FACTOR = 3.0  # a loss this many times the lowest one ends the sweep
+CHECK_EVERY_STEPS = 10  # steps between checks for divergence
+
+# The batch sizes
+SMALLEST_BATCH = 16
+WARM_UP_STEPS = 3
+TIMED_STEPS = 8
+SUFFICIENT_SPEED = 0.95  # of the highest one: the smallest such batch size is suggested
+
+# What trials take from the settings of the trainer
+TRIAL_SETTINGS = (
     "accelerator",
     "precision",
     "gradient_clip_val",
@@ -38,23 +48,25 @@ KEPT = (
 
 
 @dataclass
-class Sweep(ScheduleConfig):
-    """Rises by the same factor at each step, for all groups of parameters alike."""
+class RateSweep(ScheduleConfig):
+    """A learning rate that rises by the same factor in each step, for all parameter groups."""
 
-    peak: float = 1.0  # the rate that shares are of
+    base_rate: float = 1.0  # the optimizer's learning rate, which factors multiply
 
     def rate(self, step: int) -> float:
-        return LOWEST * (HIGHEST / LOWEST) ** (step / (SWEEP - 1))
+        """Return the learning rate of a step."""
+        return LOWEST_RATE * (HIGHEST_RATE / LOWEST_RATE) ** (step / (SWEEP_STEPS - 1))
 
     def factor(self, step: int, total_steps: int) -> float:
-        return self.rate(step) / self.peak
+        """Return what the base rate is multiplied by in a step."""
+        return self.rate(step) / self.base_rate
 
 
-class Losses(Callback):
-    """Keeps the loss of each step, and ends the trial when it has clearly left the least behind."""
+class LossRecorder(Callback):
+    """Records the loss of each step, and ends the trial when the loss has clearly diverged."""
 
     def __init__(self) -> None:
-        self.losses: list[torch.Tensor] = []
+        self._losses: list[torch.Tensor] = []
 
     def on_train_batch_end(
         self,
@@ -64,23 +76,28 @@ class Losses(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        self.losses.append(outputs["loss"].detach().clone())
-        if len(self.losses) % 10 == 0:
-            smooth = smoothed(self.values())
-            trainer.should_stop = not smooth[-1] < DIVERGED * smooth.min()
+        """Record the loss and check for divergence."""
+        self._losses.append(outputs["loss"].detach().clone())
+        if len(self._losses) % CHECK_EVERY_STEPS == 0:
+            losses = smooth(self.finite_losses())
+            trainer.should_stop = not losses[-1] < DIVERGENCE_FACTOR * losses.min()
 
-    def values(self) -> np.ndarray:
-        """float64 [steps], up to the first that is no number."""
-        values = torch.stack(self.losses).double().cpu().numpy()
-        bad = np.flatnonzero(~np.isfinite(values))
-        return values[: bad[0]] if len(bad) else values
+    def finite_losses(self) -> np.ndarray:
+        """Return the losses up to the first that is not finite, float64 [steps]."""
+        losses = torch.stack(self._losses).double().cpu().numpy()
+        bad_steps = np.flatnonzero(~np.isfinite(losses))
+        return losses[: bad_steps[0]] if len(bad_steps) else losses
 
 
-class Speed(Callback):
-    """Images a second after the first steps."""
+class SpeedMeter(Callback):
+    """Measures images a second after the first steps."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.step, self.images, self.seconds = 0, 0, math.inf
+        """Start a measurement."""
+        self._step = 0
+        self._images = 0
+        self._started = 0.0
+        self._seconds = math.inf
 
     def on_train_batch_end(
         self,
@@ -90,103 +107,145 @@ class Speed(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        self.step += 1
-        ours(
-            trainer
-        ).lightning_module.sums.clear()  # no loss ends a trial: steps take as long with NaN
-        if self.step == WARM_UP:
-            self._began = _now(pl_module.device)
-        elif self.step > WARM_UP:
-            self.images += len(batch[0])
-        if self.step == WARM_UP + TIMED:
-            self.seconds = _now(pl_module.device) - self._began
+        """Count the images after the warm-up."""
+        assert isinstance(pl_module, Classifier)
+        # A loss that is not finite would end the trial, and costs a step no time.
+        pl_module.sums.clear()
+
+        self._step += 1
+        if self._step == WARM_UP_STEPS:
+            self._started = _synchronized_time(pl_module.device)
+        elif self._step > WARM_UP_STEPS:
+            self._images += len(batch[0])
+        if self._step == WARM_UP_STEPS + TIMED_STEPS:
+            self._seconds = _synchronized_time(pl_module.device) - self._started
+
+    def images_per_second(self) -> float:
+        """Return the measured speed."""
+        return self._images / self._seconds
 
 
-def _now(device: torch.device) -> float:
+def _synchronized_time(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
-def smoothed(values: np.ndarray) -> np.ndarray:
-    """Moving average, corrected for its start at zero."""
-    out, mean = np.empty(len(values)), 0.0
+def smooth(values: np.ndarray) -> np.ndarray:
+    """Return the exponential moving average, corrected for its start at zero."""
+    smoothed = np.empty(len(values))
+    average = 0.0
     for i, value in enumerate(values):
-        mean = SMOOTHING * mean + (1 - SMOOTHING) * value
-        out[i] = mean / (1 - SMOOTHING ** (i + 1))
-    return out
+        average = SMOOTHING * average + (1 - SMOOTHING) * value
+        smoothed[i] = average / (1 - SMOOTHING ** (i + 1))
+    return smoothed
 
 
-def find_lr(settings: dict[str, Any], system: Classifier, data: ImageData) -> None:
-    """Raise the rate from step to step (Smith, 2017) and print where the loss falls fastest."""
-    config, sweep, watch = system.optimizer, Sweep(peak=system.optimizer.lr), Losses()
-    system.schedule = sweep
-    with contextlib.suppress(Diverged):  # here that is no failure
-        trial(settings, watch, SWEEP).fit(system, datamodule=data)
-    losses = smoothed(watch.values())
-    if len(losses) < 10:
+def find_learning_rate(trainer_settings: Namespace, system: Classifier, data: ImageData) -> None:
+    """Raise the learning rate from step to step and print the one at which the loss falls fastest.
+
+    The learning-rate range test of Smith, "Cyclical Learning Rates for Training Neural Networks"
+    (2017).
+    """
+    sweep = RateSweep(base_rate=system.optimizer.lr)
+    recorder = LossRecorder()
+    system.use_schedule(sweep)
+    with contextlib.suppress(Diverged):  # high rates are expected to diverge
+        build_trial_trainer(trainer_settings, recorder, SWEEP_STEPS).fit(system, datamodule=data)
+
+    losses = smooth(recorder.finite_losses())
+    if len(losses) < MIN_FINITE_STEPS:
         raise ValueError(
-            f"find-lr: the loss is no number after {len(losses)} steps with the lowest rates; "
-            "look at the data and at trainer.precision"
+            f"find-lr: the loss is not finite after {len(losses)} steps at the lowest rates; check "
+            "the data and --trainer.precision"
         )
     rates = np.array([sweep.rate(step) for step in range(len(losses))])
-    least = int(losses.argmin())
-    slopes = np.gradient(losses, np.log(rates))
-    steepest = int(slopes[: max(least, 2)].argmin())
+    _print_sweep(rates, losses, system)
+
+
+def _print_sweep(rates: np.ndarray, losses: np.ndarray, system: Classifier) -> None:
     print("learning rate      loss")
     for step in range(4, len(losses), 8):
         print(f"{rates[step]:13.1e} {losses[step]:9.4f}")
-    found = f"--model.optimizer.lr {rates[steepest]:.1e}"
-    if config.name == "muon":
-        found += (
-            f" --model.optimizer.others_lr {config.others_lr * rates[steepest] / config.lr:.1e}"
-        )
+
+    lowest = int(losses.argmin())
+    slopes = np.gradient(losses, np.log(rates))
+    steepest = int(slopes[: max(lowest, 2)].argmin())
+
+    optimizer = system.optimizer
+    flags = f"--model.optimizer.lr {rates[steepest]:.1e}"
+    if optimizer.name == "muon":
+        others_rate = optimizer.others_lr * rates[steepest] / optimizer.lr
+        flags += f" --model.optimizer.others_lr {others_rate:.1e}"
     print(
-        f"{found}  (the loss falls fastest there and is least at {rates[least]:.1e}; the recipe has {config.lr:.1e})"
+        f"{flags}  (the loss falls fastest there and is lowest at {rates[lowest]:.1e}; the recipe "
+        f"has {optimizer.lr:.1e})"
     )
 
 
-def find_batch_size(settings: dict[str, Any], system: Classifier, data: ImageData) -> None:
-    """Double the batch until the memory ends, the data ends or it brings no more, and print the smallest that is
-    about as fast as the fastest."""
-    speeds: dict[int, float] = {}
-    size, why = SMALLEST, "the data ends"
+def find_batch_size(trainer_settings: Namespace, system: Classifier, data: ImageData) -> None:
+    """Double the batch size until memory or data end, or the speed does not rise; print the best.
+
+    The best one is the smallest that is about as fast as the fastest.
+    """
     print("batch size    images/s   memory")
+    speeds: dict[int, float] = {}  # images a second, by batch size
+    size = SMALLEST_BATCH
+    reason = "the data ends"
     while not speeds or size <= data.counts["train"]:
-        data.batch_size, watch = size, Speed()
-        try:
-            trial(settings, watch, WARM_UP + TIMED).fit(system, datamodule=data)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            why = "memory ends"
+        speed = _measure_speed(trainer_settings, system, data, size)
+        if speed is None:
+            reason = "the memory ends"
             break
-        speeds[size] = watch.images / watch.seconds
-        print(f"{size:10} {speeds[size]:11,.0f}   {_memory()}", flush=True)
-        if (
-            len(speeds) > 2
-            and max(list(speeds.values())[-2:]) < max(list(speeds.values())[:-2]) / ENOUGH
-        ):
-            why = "larger is not faster"
+        speeds[size] = speed
+        print(f"{size:10} {speed:11,.0f}   {_peak_memory()}", flush=True)
+        if _has_stopped_rising(list(speeds.values())):
+            reason = "larger is not faster"
             break
         size *= 2
+
     if not speeds:
         raise ValueError(
-            f"find-batch-size: not even batches of {SMALLEST} fit; try a smaller --data.size or network"
+            f"find-batch-size: not even batches of {SMALLEST_BATCH} fit into memory; try a smaller "
+            "--data.size or network"
         )
-    best = next(size for size, speed in speeds.items() if speed >= ENOUGH * max(speeds.values()))
+    sufficient = SUFFICIENT_SPEED * max(speeds.values())
+    best = min(size for size, speed in speeds.items() if speed >= sufficient)
     print(
-        f"--data.batch_size {best}  (tried to {max(speeds)}: {why}; another batch size wants another learning rate: "
-        "find-lr)"
+        f"--data.batch_size {best}  (tried up to {max(speeds)}: {reason}; another batch size needs "
+        "another learning rate: find-lr)"
     )
 
 
-def trial(settings: dict[str, Any], callback: Callback, steps: int) -> L.Trainer:
-    """A trainer for some steps on one device that leaves nothing behind."""
+def _measure_speed(
+    trainer_settings: Namespace, system: Classifier, data: ImageData, batch_size: int
+) -> float | None:
+    """Return images a second with a batch size, or None where the memory is too small."""
+    data.use_batch_size(batch_size)
+    meter = SpeedMeter()
+    trainer = build_trial_trainer(trainer_settings, meter, WARM_UP_STEPS + TIMED_STEPS)
+    try:
+        trainer.fit(system, datamodule=data)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
+    return meter.images_per_second()
+
+
+def _has_stopped_rising(speeds: list[float]) -> bool:
+    """Whether the last two batch sizes gain less than 5 % over the best one before them."""
+    if len(speeds) <= 2:
+        return False
+    return max(speeds[-2:]) < max(speeds[:-2]) / SUFFICIENT_SPEED
+
+
+def build_trial_trainer(trainer_settings: Namespace, callback: Callback, steps: int) -> L.Trainer:
+    """Build a trainer for some steps on one device that writes nothing."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     return L.Trainer(
-        **{name: settings[name] for name in KEPT},
+        **{name: trainer_settings[name] for name in TRIAL_SETTINGS},
         devices=1,
         max_steps=steps,
         max_epochs=-1,
@@ -201,9 +260,7 @@ def trial(settings: dict[str, Any], callback: Callback, steps: int) -> L.Trainer
     )
 
 
-def _memory() -> str:
-    return (
-        f"{torch.cuda.max_memory_allocated() / 2**20:,.0f} MiB"
-        if torch.cuda.is_available()
-        else "-"
-    )
+def _peak_memory() -> str:
+    if not torch.cuda.is_available():
+        return "-"
+    return f"{torch.cuda.max_memory_allocated() / 2**20:,.0f} MiB"

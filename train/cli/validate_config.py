@@ -1,66 +1,83 @@
-"""What was asked for and can't be done or helps nobody, said before anything is begun."""
+"""Checks of settings that are valid each by itself but not together, before anything starts."""
 
 from pathlib import Path
 
 from jsonargparse import Namespace
 
 from train.learning.system import METRICS
-from train.runs import checkpoints
+from train.runs.checkpoints import is_complete_checkpoint
+
+# The best weights are chosen right after a validation, when the training metrics are those of the
+# epoch before. None keeps the last weights.
+CHECKPOINT_METRICS: list[str | None] = ["val/loss", "val/accuracy", None]
+RECORDING_MODES = ("reduce-overhead", "max-autotune")  # of torch.compile
 
 
-def check(subcommand: str, config: Namespace) -> None:
-    """Raise ValueError, in one line that says what to do, for settings of one subcommand that can't be or don't go
-    together; fill in the modes that follow from what is monitored."""
-    model, trainer, keeper = config.model, config.trainer, config.checkpoint
-    # Where the best weights are kept, after a validation, the metrics of training are those of the epoch before.
-    keeper.mode = _mode("checkpoint", keeper, ["val/loss", "val/accuracy", None])
-    config.early_stopping.mode = _mode("early_stopping", config.early_stopping, [*METRICS])
-    if keeper.save_top_k not in (0, 1):
+def validate_config(command: str, config: Namespace) -> None:
+    """Raise ValueError, in one line that says what to do, for settings that do not fit together.
+
+    Fills in `checkpoint.mode` and `early_stopping.mode`, which follow from the metric.
+    """
+    config.checkpoint.mode = _choose_mode("checkpoint", config.checkpoint, CHECKPOINT_METRICS)
+    config.early_stopping.mode = _choose_mode("early_stopping", config.early_stopping, [*METRICS])
+    _check_training(config)
+    _check_start(command, config)
+
+
+def _check_training(config: Namespace) -> None:
+    if config.checkpoint.save_top_k not in (0, 1):
         raise ValueError(
-            f"checkpoint.save_top_k: {keeper.save_top_k} is neither 1, for best.ckpt, nor 0, for none; a "
-            "run keeps the weights of one epoch"
+            f"checkpoint.save_top_k: {config.checkpoint.save_top_k} is not supported; give 1 to "
+            "keep the weights of the best epoch as best.ckpt, or 0 for none"
         )
-    if model.weigh_classes and config.data.sampling == "balanced":
+
+    if config.model.weigh_classes and config.data.sampling == "balanced":
         raise ValueError(
-            "model.weigh_classes and data.sampling: balanced each make up for rare classes, and both do "
-            "it twice; choose one"
+            "model.weigh_classes and data.sampling: balanced both compensate for rare classes; "
+            "choose one"
         )
-    if trainer.accumulate_grad_batches > 1 and model.compile in ("reduce-overhead", "max-autotune"):
+
+    mode = config.model.compile
+    if config.trainer.accumulate_grad_batches > 1 and mode in RECORDING_MODES:
         raise ValueError(
-            f"model.compile: {model.compile} replays a recorded step, in which gradients can't add up "
-            "over trainer.accumulate_grad_batches; choose default"
+            f"model.compile: {mode} replays a recorded step, which can't accumulate gradients over "
+            "trainer.accumulate_grad_batches; choose default"
         )
-    if not config.ckpt_path and not model.weights:
-        if subcommand != "fit":
-            raise ValueError(
-                f"{subcommand}: the weights would be random ones; give --ckpt_path, such as "
-                "artifacts/runs/NAME/1/best.ckpt, or --model.weights"
-            )
+
+
+def _check_start(command: str, config: Namespace) -> None:
+    """Check what the weights start from."""
+    has_weights = bool(config.ckpt_path or config.model.weights)
+    if not has_weights and command != "fit":
+        raise ValueError(
+            f"{command}: the weights would be random; give --ckpt_path, such as "
+            "artifacts/runs/NAME/1/best.ckpt, or --model.weights"
+        )
+    if not has_weights:
         for name in ("max_epochs", "max_steps", "limit_train_batches"):
-            if trainer[name] == 0:
+            if config.trainer[name] == 0:
                 raise ValueError(
                     f"trainer.{name}: 0 trains nothing; give 1 or more, or --model.weights"
                 )
-    if (
-        config.ckpt_path
-        and Path(config.ckpt_path).is_file()
-        and not checkpoints.whole(Path(config.ckpt_path))
-    ):
+
+    checkpoint = Path(config.ckpt_path or "")
+    if checkpoint.is_file() and not is_complete_checkpoint(checkpoint):
         raise ValueError(
-            f"--ckpt_path {config.ckpt_path}: no checkpoint, or a damaged one; a run keeps best.ckpt and "
-            "last.ckpt in its directory (--model.weights takes files of weights only)"
+            f"--ckpt_path {checkpoint}: not a checkpoint, or damaged; give best.ckpt or last.ckpt "
+            "of a run (files of weights only are for --model.weights)"
         )
 
 
-def _mode(owner: str, settings: Namespace, choices: list[str | None]) -> str:
-    """min or max, as the metric that is monitored wants it."""
-    if settings.monitor not in choices:
-        there = ", ".join(name or "null" for name in choices)
-        raise ValueError(f"{owner}.monitor: {settings.monitor!r} is none of {there}")
-    wanted = METRICS.get(settings.monitor, "max")
-    if settings.monitor and settings.mode not in ("auto", wanted):
+def _choose_mode(section: str, settings: Namespace, metrics: list[str | None]) -> str:
+    """Return min or max, as the monitored metric needs it."""
+    if settings.monitor not in metrics:
+        known = ", ".join(name or "null" for name in metrics)
+        raise ValueError(f"{section}.monitor: {settings.monitor!r} is not one of {known}")
+
+    mode = METRICS.get(settings.monitor, "max")
+    if settings.monitor and settings.mode not in ("auto", mode):
         raise ValueError(
-            f"{owner}.mode: {settings.mode} would take the worst {settings.monitor} for the best; leave "
-            f"it out or give {wanted}"
+            f"{section}.mode: {settings.mode} would prefer the worst {settings.monitor}; leave it "
+            f"out or give {mode}"
         )
-    return wanted
+    return mode

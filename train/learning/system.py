@@ -114,6 +114,11 @@ class Classifier(L.LightningModule):
         """Train with another learning-rate schedule from the next `fit` on."""
         self.schedule = schedule
 
+    def restore_sums(self, totals: dict[str, Tensor]) -> None:
+        """Continue an epoch with the sums of each part that a checkpoint holds."""
+        for part, values in totals.items():
+            self.sums[part] = EpochSums(values.to(self.device))
+
     def setup(self, stage: str) -> None:
         """Build the network for the data and load or prepare its weights."""
         if hasattr(self, "network"):

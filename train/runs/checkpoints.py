@@ -1,4 +1,4 @@
-"""Checkpoint files that are whole or not there, and the newest whole one of a directory."""
+"""Checkpoint files of a run directory: written completely or not at all, numbered by step."""
 
 import os
 import sys
@@ -10,38 +10,42 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 
-PREFIX, SUFFIX = "step-", ".ckpt"
-UNFINISHED = ".tmp"
+PREFIX = "step-"
+SUFFIX = ".ckpt"
+UNFINISHED_SUFFIX = ".tmp"
 
 
-class WholeFiles(TorchCheckpointIO):
-    """Writes beside the place, flushes to disk and renames: a reader never sees half a checkpoint, nor does the next
-    start after a kill, a full disk or a power cut. A file that was there stays until its successor is whole."""
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a temporary file, flushes it to disk and renames it.
+
+    Readers never see half a checkpoint, nor does the next start after a kill, a full disk or a
+    power cut. An older file of the same name stays until the new one is complete.
+    """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
+        """Write a checkpoint. Raises OSError where the disk refuses it."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        written = path.with_name(f".{path.name}{UNFINISHED}")
+        unfinished = path.with_name(f".{path.name}{UNFINISHED_SUFFIX}")
         try:
-            with written.open("wb") as file:
+            with unfinished.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            written.replace(path)
-            _flush(path.parent)
+            unfinished.replace(path)
+            _flush_directory(path.parent)
         except BaseException as error:
-            written.unlink(missing_ok=True)
-            reason = (
-                error.__context__ if isinstance(error, RuntimeError) else error
-            )  # torch's writer may hide it
-            if isinstance(reason, OSError):
-                raise OSError(reason.errno, reason.strerror, str(path)) from error
+            unfinished.unlink(missing_ok=True)
+            # torch's writer may hide the cause behind a RuntimeError.
+            cause = error.__context__ if isinstance(error, RuntimeError) else error
+            if isinstance(cause, OSError):
+                raise OSError(cause.errno, cause.strerror, str(path)) from error
             raise
 
 
-def _flush(directory: Path) -> None:
+def _flush_directory(directory: Path) -> None:
     handle = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -49,51 +53,63 @@ def _flush(directory: Path) -> None:
         os.close(handle)
 
 
-def place(directory: Path, step: int) -> Path:
+def checkpoint_path(directory: Path, step: int) -> Path:
+    """Return the file for the checkpoint of an optimizer step."""
     return directory / f"{PREFIX}{step:09d}{SUFFIX}"
 
 
-def step_of(path: Path) -> int:
+def checkpoint_step(path: Path) -> int:
+    """Return the optimizer step of a checkpoint file."""
     return int(path.name.removeprefix(PREFIX).removesuffix(SUFFIX))
 
 
-def found(directory: Path) -> list[Path]:
-    """The checkpoints to go on from, newest first."""
+def list_checkpoints(directory: Path) -> list[Path]:
+    """Return the numbered checkpoints of a run, newest first."""
     return sorted(directory.glob(f"{PREFIX}*{SUFFIX}"), reverse=True)
 
 
-def newest(directory: Path) -> Path | None:
-    """The newest checkpoint that is whole; names those that are not."""
-    for path in found(directory):
-        if whole(path):
+def newest_checkpoint(directory: Path) -> Path | None:
+    """Return the newest complete checkpoint of a run; print the names of damaged ones."""
+    for path in list_checkpoints(directory):
+        if is_complete_checkpoint(path):
             return path
-        print(f"train: {path}: damaged, so it is passed over", file=sys.stderr)
+        print(f"train: {path}: damaged, skipped", file=sys.stderr)
     return None
 
 
-def whole(path: Path) -> bool:
-    """Whether all of a checkpoint reads back: torch writes zip files, with a CRC for each part.
+def is_complete_checkpoint(path: Path) -> bool:
+    """Whether all of a checkpoint reads back.
 
-    The CRCs do not cover the zip's own directory, so each part is read as torch finds it there, and the whole is opened
-    (mapped: no tensor is copied). Parts are not compressed: where the two sizes differ, torch leaves part of the memory
-    as it was, which may hold the right bytes of another reading.
+    torch writes zip files with a CRC for each record. The CRCs do not cover the zip's own
+    directory, so each record is read as torch finds it there, and the checkpoint is opened as a
+    whole (memory mapped, so that no tensor is copied).
     """
     try:
-        reader = torch._C.PyTorchFileReader(str(path))
-        with zipfile.ZipFile(path) as archive:
-            sound = all(
-                part.compress_size == part.file_size
-                and zlib.crc32(reader.get_record(part.filename.partition("/")[2])) == part.CRC
-                for part in archive.infolist()
-            )
-        return sound and "state_dict" in torch.load(
-            path, map_location="cpu", mmap=True, weights_only=True
-        )
-    except Exception:  # the zip and pickle readers raise anything for flipped bytes
+        if not _records_match_checksums(path):
+            return False
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        return "state_dict" in checkpoint
+    except Exception:  # the zip and pickle readers raise anything for changed bytes
         return False
 
 
-def prune(directory: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and what a killed process left half-written."""
-    for path in [*found(directory)[keep:], *directory.glob(f".*{UNFINISHED}")]:
+def _records_match_checksums(path: Path) -> bool:
+    reader = torch._C.PyTorchFileReader(str(path))
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            # Records are not compressed. Where the two sizes differ, torch fills only a part of the
+            # memory, and the rest may still hold the right bytes of an earlier reading.
+            if entry.compress_size != entry.file_size:
+                return False
+            record = reader.get_record(entry.filename.partition("/")[2])
+            if zlib.crc32(record) != entry.CRC:
+                return False
+    return True
+
+
+def delete_old_checkpoints(directory: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints, and files that a killed process left."""
+    old = list_checkpoints(directory)[keep:]
+    unfinished = directory.glob(f".*{UNFINISHED_SUFFIX}")
+    for path in [*old, *unfinished]:
         path.unlink(missing_ok=True)

@@ -1,7 +1,8 @@
-"""Several processes: what torchrun says is what the trainer does, and what one decides holds for all.
+"""Training in several processes: torchrun's settings, and work that one process does for all.
 
-python -m train.runs.launch --nproc-per-node 2 -m train run DATA
-python -m train.runs.launch --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:PORT -m train run DATA
+python -m train launch --nproc-per-node 2 -m train run DATA
+python -m train launch --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:PORT \
+    -m train run DATA
 """
 
 import atexit
@@ -13,123 +14,165 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from itertools import chain
 from typing import Any, NoReturn
 
 import lightning as L
 import torch
 from jsonargparse import Namespace
-from lightning.fabric.utilities.distributed import _destroy_dist_connection
 
+from train.failures import ExitStatus
+from train.learning.lightning_loop_state import LightningLoopState, keep_process_group_at_exit
 from train.runs.preemption import NOTICE, Preempted
 
-PATIENCE = timedelta(days=7)  # an audit or a bundle takes what it takes
-CHOSEN = "IMAGO_TRAIN_CHOSEN"  # carries the choice to processes that Lightning starts itself
+WORK_TIMEOUT = timedelta(days=7)  # an audit or a bundle may take hours
+POLL_SECONDS = 0.05
+CHOICE_VARIABLE = "IMAGO_TRAIN_CHOSEN"  # carries a choice to the processes that Lightning starts
 
 
-def follow_launcher(trainer: Namespace) -> None:
-    """Set the trainer's devices and nodes to what torchrun started, where they are not set."""
+def follow_launcher(trainer_settings: Namespace) -> None:
+    """Set the number of devices and nodes to what torchrun has started, where they are not set."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
-    local, world = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
-    if trainer.devices == "auto":
-        trainer.devices = local
-    if trainer.num_nodes == 1:
-        trainer.num_nodes = world // local
+    processes_on_node = int(os.environ["LOCAL_WORLD_SIZE"])
+    processes = int(os.environ["WORLD_SIZE"])
+    if trainer_settings.devices == "auto":
+        trainer_settings.devices = processes_on_node
+    if trainer_settings.num_nodes == 1:
+        trainer_settings.num_nodes = processes // processes_on_node
 
 
-def agree(trainer: L.Trainer, choose: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What the first process chooses (plain values), in all processes."""
+def connect_processes(trainer: L.Trainer) -> None:
+    """Join the process group, where a launcher has started all processes.
+
+    Otherwise this is the only process, or Lightning starts the others in `fit`.
+    """
+    loop_state = LightningLoopState(trainer)
+    if trainer.world_size > 1 and loop_state.processes_start_externally():
+        loop_state.connect_processes()
+
+
+def share_choice(trainer: L.Trainer, choose: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return what the first process chooses (plain values), in all processes.
+
+    Call it after `connect_processes` and before `fit`.
+    """
     if trainer.world_size == 1:
         return choose()
-    if CHOSEN in os.environ:  # in a process that Lightning started
-        return json.loads(os.environ[CHOSEN])
-    environment = trainer._accelerator_connector.cluster_environment
-    if environment.creates_processes_externally:  # all are here: the trainer meets them later
-        trainer.strategy.setup_environment()
+    if CHOICE_VARIABLE in os.environ:  # Lightning has started this process
+        choice: dict[str, Any] = json.loads(os.environ[CHOICE_VARIABLE])
+        return choice
+    if is_connected():
         return trainer.strategy.broadcast(choose() if trainer.is_global_zero else {})
-    chosen = choose()
-    os.environ[CHOSEN] = json.dumps(chosen)
-    return chosen
+    choice = choose()
+    os.environ[CHOICE_VARIABLE] = json.dumps(choice)
+    return choice
 
 
-def gather(trainer: L.Trainer, rows: list[Any]) -> list[Any]:
-    """The rows (plain values) of all processes, those of the first one first."""
+def gather_rows(trainer: L.Trainer, rows: list[Any]) -> list[Any]:
+    """Return the rows (plain values) of all processes, in the order of the processes."""
     if trainer.world_size == 1:
         return rows
-    found: list[list[Any]] = [[]] * trainer.world_size
-    torch.distributed.all_gather_object(found, rows)
-    return list(chain.from_iterable(found))
+    rows_by_process: list[list[Any]] = [[]] * trainer.world_size
+    torch.distributed.all_gather_object(rows_by_process, rows)
+    all_rows: list[Any] = []
+    for process_rows in rows_by_process:
+        all_rows += process_rows
+    return all_rows
 
 
-def wait_for(trainer: L.Trainer, work: Callable[[], Any]) -> Any:
-    """What the first process makes of something that may take long (plain values), in all processes.
+def run_once_per_node(trainer: L.Trainer, work: Callable[[], None]) -> None:
+    """Run something in the first process of each node; the others continue when it is done."""
+    if trainer.local_rank == 0:
+        work()
+    if is_connected():
+        group = torch.distributed.new_group(backend="gloo", timeout=WORK_TIMEOUT)
+        try:
+            _wait(torch.distributed.all_reduce(torch.zeros(1), group=group, async_op=True))
+        except RuntimeError as error:
+            _exit_without_first_process(error)
+        torch.distributed.destroy_process_group(group)
 
-    The others wait without the device, which would lose patience after half an hour, and hear signals meanwhile. They
-    end as not finished where the first one goes.
+
+def run_in_first_process(trainer: L.Trainer, work: Callable[[], Any]) -> Any:
+    """Run something long in the first process; return its result (plain values) in all.
+
+    The others wait on the CPU, as a wait on the GPU times out after half an hour, and handle
+    signals meanwhile. Where the first process ends, they end as interrupted. Processes that are not
+    connected, as before Lightning has started the others, return None unless they are the first.
     """
-    if not _together():
-        return work()
-    group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+    if not is_connected():
+        return work() if trainer.is_global_zero else None
+
+    group = torch.distributed.new_group(backend="gloo", timeout=WORK_TIMEOUT)
     content = json.dumps(work()).encode() if trainer.is_global_zero else b""
     size = torch.tensor(len(content))
     try:
         _broadcast(size, group)
-        letters = torch.frombuffer(bytearray(content or int(size)), dtype=torch.uint8)
-        _broadcast(letters, group)
+        content_bytes = torch.frombuffer(bytearray(content or int(size)), dtype=torch.uint8)
+        _broadcast(content_bytes, group)
     except RuntimeError as error:
-        print(
-            f"train: the first process has gone: {str(error).splitlines()[0]}",
-            file=sys.stderr,
-            flush=True,
-        )
-        raise Preempted(NOTICE.signum or signal.SIGTERM) from error
+        _exit_without_first_process(error)
     torch.distributed.destroy_process_group(group)
-    return json.loads(letters.numpy().tobytes())
+    return json.loads(content_bytes.numpy().tobytes())
 
 
-def _broadcast(tensor: torch.Tensor, group: torch.distributed.ProcessGroup | None) -> None:
-    work = torch.distributed.broadcast(tensor, 0, group, async_op=True)
+def _broadcast(tensor: torch.Tensor, group: Any) -> None:
+    _wait(torch.distributed.broadcast(tensor, 0, group, async_op=True))
+
+
+def _wait(work: Any) -> None:
+    """Wait for a collective operation, and let Python handle signals meanwhile."""
     while not work.is_completed():
-        time.sleep(0.05)
+        time.sleep(POLL_SECONDS)
     work.wait()
 
 
-def leave(command: Callable[[], int]) -> NoReturn:
-    """End this process with the status of a command.
+def _exit_without_first_process(error: RuntimeError) -> NoReturn:
+    reason = str(error).splitlines()[0]
+    print(f"train: lost the connection to the first process: {reason}", file=sys.stderr, flush=True)
+    raise Preempted(NOTICE.signum or signal.SIGTERM) from error
 
-    One that fails while others are in the midst of something doesn't wait for them: Lightning would have it take down
-    NCCL at its exit, which the others' next collective never lets it do, so that nobody ends for half an hour.
+
+def run_process(command: Callable[[], int]) -> int:
+    """Run a command and return the status that this process has to end with.
+
+    A process that fails while it is connected to others ends at once and does not return: Lightning
+    would take down NCCL at its exit, which waits for the others' next collective operation, so that
+    no process would end for half an hour.
     """
     try:
         status = command()
-    except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
     except BaseException:
-        if not _together():
+        if not is_connected():
             raise
         traceback.print_exc()
-        status = 1
-    if status and _together():
-        atexit.unregister(_destroy_dist_connection)
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    if _together():  # all are done
-        torch.distributed.destroy_process_group()
-    sys.exit(status)
+        status = ExitStatus.FAILED
+
+    if not is_connected():
+        return status
+    if status != ExitStatus.DONE:
+        _exit_at_once(status)
+    torch.distributed.destroy_process_group()
+    return status
 
 
-def _together() -> bool:
+def _exit_at_once(status: int) -> NoReturn:
+    keep_process_group_at_exit()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def is_connected() -> bool:
+    """Whether this process is a member of a process group."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def own_signals(trainer: L.Trainer) -> None:
-    """Keep Lightning's hands off SIGTERM: it would end with status 0, and with several processes its handler
-    broadcasts from within a signal and each step waits for a word from the first process."""
-    NOTICE.forward = getattr(
-        trainer.strategy.launcher, "kill", None
-    )  # to processes that Lightning starts
-    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+def take_over_signals(trainer: L.Trainer) -> None:
+    """Handle SIGTERM here instead of in Lightning, also for the processes that Lightning starts."""
+    loop_state = LightningLoopState(trainer)
+    NOTICE.forward_with(loop_state.signal_sender())
+    loop_state.disable_signal_handling()

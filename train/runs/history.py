@@ -1,4 +1,4 @@
-"""What each epoch came to, for the curves of the report; kept through checkpoints."""
+"""Metrics of each epoch, for the curves of the report; kept in checkpoints."""
 
 import time
 from typing import Any
@@ -8,59 +8,74 @@ from lightning.pytorch.callbacks import Callback
 
 
 class History(Callback):
-    """One row an epoch: `epoch`, `seconds`, `lr`, what training came to, and validation in an epoch that had one."""
+    """One row an epoch: `epoch`, `seconds`, `lr`, the metrics of training and of a validation."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
-        self._began: float | None = None
-        self._validated: dict[
-            str, float
-        ] = {}  # in the epoch under way; Lightning shows the last one for ever
+        self._epoch = 0  # the current one, from 0
+        self._epoch_started: float | None = None  # None when its row is written
+        # Of the current epoch: Lightning keeps the metrics of an older validation.
+        self._validation_metrics: dict[str, float] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._began, self._epoch = (
-            time.monotonic(),
-            trainer.current_epoch,
-        )  # also of an epoch that is resumed
+        """Start the clock of the first epoch."""
+        # A resumed epoch has no on_train_epoch_start.
+        self._epoch_started = time.monotonic()
+        self._epoch = trainer.current_epoch
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the row of the last epoch, whose metrics are complete now."""
+        # The metrics of an epoch are complete when the next one begins.
         if trainer.current_epoch > self._epoch:
-            self._close(trainer)  # the metrics of an epoch are all there once the next one begins
-        self._began, self._epoch = time.monotonic(), trainer.current_epoch
+            self._write_row(trainer)
+        self._epoch_started = time.monotonic()
+        self._epoch = trainer.current_epoch
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._validated = {
-                name: float(value)
-                for name, value in trainer.callback_metrics.items()
-                if name.startswith("val/")
-            }
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._close(trainer)
-
-    def _close(self, trainer: L.Trainer) -> None:
-        if self._began is None:
+        """Keep the metrics of the validation for the row of this epoch."""
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        found = {
+        self._validation_metrics = {
             name: float(value)
             for name, value in trainer.callback_metrics.items()
-            if not name.endswith("_step") and not name.startswith(("lr-", "val/"))
+            if name.startswith("val/")
         }
-        rates = [
-            group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups
-        ]
-        self.rows = [row for row in self.rows if row["epoch"] < self._epoch + 1]
-        about = {
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the row of the last epoch."""
+        self._write_row(trainer)
+
+    def _write_row(self, trainer: L.Trainer) -> None:
+        if self._epoch_started is None:
+            return
+        row: dict[str, float] = {
             "epoch": self._epoch + 1,
-            "seconds": time.monotonic() - self._began,
-            "lr": max(rates),
+            "seconds": time.monotonic() - self._epoch_started,
+            "lr": _learning_rate(trainer),
         }
-        self.rows.append(about | found | self._validated)
-        self._began, self._validated = None, {}
+        for name, value in trainer.callback_metrics.items():
+            if not name.endswith("_step") and not name.startswith(("lr-", "val/")):
+                row[name] = float(value)
+        row |= self._validation_metrics
+
+        self.rows = [old for old in self.rows if old["epoch"] < self._epoch + 1]
+        self.rows.append(row)
+        self._epoch_started = None
+        self._validation_metrics = {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rows": self.rows, "validated": self._validated}
+        """Return what a checkpoint keeps."""
+        return {"rows": self.rows, "validated": self._validation_metrics}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.rows, self._validated = state["rows"], state["validated"]
+        """Continue the rows of a checkpoint."""
+        self.rows = state["rows"]
+        self._validation_metrics = state["validated"]
+
+
+def _learning_rate(trainer: L.Trainer) -> float:
+    """The highest learning rate of all parameter groups."""
+    rates: list[float] = []
+    for optimizer in trainer.optimizers:
+        rates += [group["lr"] for group in optimizer.param_groups]
+    return max(rates)

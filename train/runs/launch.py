@@ -1,13 +1,15 @@
-"""torchrun that ends as its processes did: `python -m train.runs.launch --nnodes 2 … -m train run DATA`.
+"""`python -m train launch --nnodes 2 … -m train run DATA`: torchrun with honest exit statuses.
 
-torchrun itself ends with 1 whatever happened. Kubernetes has to tell a wrong setting (2), which stays wrong, and "not
-finished" (143), which goes on later, from what failed. So here a process's own status comes through, and 143 stands
-for other nodes that have gone too: why they went, they say themselves.
+torchrun itself ends with 1 whatever happened. Kubernetes must tell an invalid setting (2), which
+stays invalid, and an interruption (143), after which the job resumes, from a failure. So the
+launcher ends with the status of the first process that failed, and with 143 where other nodes have
+gone: they report their own reason.
 """
 
 import os
 import signal
 import sys
+from collections.abc import Sequence
 
 from torch.distributed import DistNetworkError, DistStoreError, run
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -17,25 +19,28 @@ from torch.distributed.elastic.rendezvous.api import (
     RendezvousConnectionError,
 )
 
-GONE = (RendezvousClosedError, RendezvousConnectionError, DistNetworkError, DistStoreError)
+from train.failures import ExitStatus
+
+LOST_NODES = (RendezvousClosedError, RendezvousConnectionError, DistNetworkError, DistStoreError)
 
 
-def main() -> int:
-    # torch 2.13 tells the address of a store that it keeps to those of the first round alone: a node that takes the
-    # place of one that was lost waits for it in vain.
+def launch(arguments: Sequence[str]) -> int:
+    """Run torchrun with these arguments and return the exit status of its processes."""
+    # torch 2.13 tells the address of a shared store only to the nodes of the first round. A node
+    # that replaces a lost one would wait for the address forever.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     try:
-        run.main()
+        run.main(list(arguments))
     except SignalException as error:
         return 128 + error.sigval
     except ChildFailedError as error:
-        status = error.get_first_failure()[1].exitcode
-        return status if status > 0 else 128 - status  # below 0: the signal that killed it
-    except GONE as error:
-        print(f"train: the other nodes have gone, or are not there yet: {error}", file=sys.stderr)
+        return _shell_status(error.get_first_failure()[1].exitcode)
+    except LOST_NODES as error:
+        print(f"train: the other nodes are gone or have not started yet: {error}", file=sys.stderr)
         return 128 + signal.SIGTERM
-    return 0
+    return ExitStatus.DONE
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _shell_status(exit_code: int) -> int:
+    """Return 128 plus the number of the signal that killed a process, or else its own status."""
+    return exit_code if exit_code > 0 else 128 - exit_code

@@ -1,4 +1,4 @@
-"""Loggers by name, in the directory of the run. One that is resumed goes on where its checkpoint was made."""
+"""Loggers by name, in the run directory. A resumed run continues the logs at its checkpoint."""
 
 import csv
 import logging
@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
 from netrc import NetrcParseError, netrc
+from pathlib import Path
 
 from lightning.pytorch.loggers import (
     CSVLogger,
@@ -19,97 +20,125 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from train.runs.run_directory import Run
 
+OPTIONAL_PACKAGES = ("wandb", "mlflow")  # loggers whose package is an extra of the same name
 
-def make(names: str, run: Run) -> list[Logger]:
-    """Loggers for a comma-separated list of names. Raises ValueError for one that is unknown or not installed."""
-    chosen = [name.strip() for name in names.split(",") if name.strip() not in ("", "none")]
-    if unknown := [name for name in chosen if name not in LOGGERS]:
-        raise ValueError(
-            f"--logger {unknown[0]}: not one of {', '.join(LOGGERS)}, none (several with commas between)"
-        )
+
+def build_loggers(names: str, run: Run) -> list[Logger]:
+    """Build the loggers of a comma-separated list of names.
+
+    Raises ValueError for a name that is unknown or whose package is not installed.
+    """
+    chosen: list[str] = []
+    for name in names.split(","):
+        name = name.strip()
+        if name not in ("", "none"):
+            chosen.append(name)
+
     for name in chosen:
-        if name in ("wandb", "mlflow") and find_spec(name) is None:
+        if name not in LOGGERS:
+            known = ", ".join(LOGGERS)
+            raise ValueError(
+                f"--logger {name}: not one of {known}, none (several are separated by commas)"
+            )
+    for name in chosen:
+        if name in OPTIONAL_PACKAGES and find_spec(name) is None:
             raise ValueError(f"--logger {name}: not installed; pip install 'imago[{name}]'")
     return [LOGGERS[name](run) for name in chosen]
 
 
-def _first() -> bool:
-    """Whether this is the first process."""
-    return rank_zero_only.rank == 0  # type: ignore[attr-defined]  # Lightning keeps it on the function
+def _is_first_process() -> bool:
+    return rank_zero_only.rank == 0  # type: ignore[attr-defined]  # Lightning sets it on the function
 
 
-def tensorboard(run: Run) -> Logger:
-    """What was logged after the checkpoint, or by a start that was killed before its first one, is purged."""
+def build_tensorboard_logger(run: Run) -> Logger:
+    """TensorBoard. Purges what was logged after the checkpoint that the run resumes from."""
     return TensorBoardLogger(run.path, name=None, version="tensorboard", purge_step=run.step)
 
 
-def comma_separated(run: Run) -> Logger:
-    """metrics.csv; what was logged after the checkpoint is logged again, so it is cut off."""
-    file = run.path / "csv" / "metrics.csv"
-    rows = []
-    if file.is_file():
-        with file.open(newline="") as lines:
-            rows = [
-                row
-                for row in csv.DictReader(lines)
-                if (row.get("step") or "").isdigit() and int(row["step"]) < run.step
-            ]
+def build_csv_logger(run: Run) -> Logger:
+    """metrics.csv. Rows after the checkpoint are removed, as the resumed run logs them again."""
+    rows = _rows_before_step(run.path / "csv" / "metrics.csv", run.step)
     logger = CSVLogger(run.path, name="", version="csv")
-    if _first():
+    if _is_first_process():
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*exists and is not empty")
             writer = logger.experiment
-        writer.metrics = [{key: value for key, value in row.items() if value} for row in rows]
+        writer.metrics = rows
         writer.save()
     return logger
 
 
-def wandb(run: Run) -> Logger:
-    """As WANDB_MODE says; else online where there is a key, and offline where not: `wandb sync` sends the run later."""
-    mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
+def _rows_before_step(file: Path, step: int) -> list[dict[str, str]]:
+    """Read the rows of metrics.csv up to a step, without their empty columns."""
+    if not file.is_file():
+        return []
+    rows: list[dict[str, str]] = []
+    with file.open(newline="") as lines:
+        for row in csv.DictReader(lines):
+            row_step = row.get("step") or ""
+            if row_step.isdigit() and int(row_step) < step:
+                rows.append({key: value for key, value in row.items() if value})
+    return rows
+
+
+def build_wandb_logger(run: Run) -> Logger:
+    """Weights & Biases: online where there is an API key, else offline; WANDB_MODE overrides.
+
+    `wandb sync` uploads an offline run later.
+    """
+    default_mode = "online" if _has_wandb_key() else "offline"
     return WandbLogger(
         project=run.path.parent.name,
         name=run.title,
         id=run.key,
         save_dir=run.path,
-        mode=mode,
+        mode=os.environ.get("WANDB_MODE") or default_mode,
         resume="allow",
     )
 
 
 def _has_wandb_key() -> bool:
+    """Whether the environment or ~/.netrc, where `wandb login` writes it, holds a key."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:
-        return any("wandb" in host for host in netrc().hosts)  # where `wandb login` writes it
+        return any("wandb" in host for host in netrc().hosts)
     except (OSError, NetrcParseError):
         return False
 
 
-def mlflow(run: Run) -> Logger:
-    """Where MLFLOW_TRACKING_URI says, else a local store beside the runs: `mlflow ui --backend-store-uri sqlite:///…`."""
-    place, noted = run.path.parent.parent / "mlflow", run.path / "mlflow-run"
-    remote = os.environ.get("MLFLOW_TRACKING_URI")
-    if not remote:
-        place.mkdir(exist_ok=True)
-        logging.getLogger("alembic").setLevel(
-            logging.WARNING
-        )  # it tells how it lays out a new database
+def build_mlflow_logger(run: Run) -> Logger:
+    """MLflow at MLFLOW_TRACKING_URI, else a local store next to the runs.
+
+    `mlflow ui --backend-store-uri sqlite:///…/mlflow.db` shows the local store.
+    """
+    tracking_uri = os.environ.get("MLFLOW_TRACKING_URI")
+    artifacts: str | None = None
+    if not tracking_uri:
+        store = run.path.parent.parent / "mlflow"
+        store.mkdir(exist_ok=True)
+        tracking_uri = f"sqlite:///{store / 'mlflow.db'}"
+        artifacts = store.as_uri()
+        # It reports each table of a new database.
+        logging.getLogger("alembic").setLevel(logging.WARNING)
+
+    run_id_file = run.path / "mlflow-run"
+    is_resumed = bool(run.step) and run_id_file.is_file()
     logger = MLFlowLogger(
         experiment_name=run.path.parent.name,
         run_name=run.title,
-        tracking_uri=remote or f"sqlite:///{place / 'mlflow.db'}",
-        artifact_location=None if remote else place.as_uri(),
-        run_id=noted.read_text() if run.step and noted.is_file() else None,
+        tracking_uri=tracking_uri,
+        artifact_location=artifacts,
+        run_id=run_id_file.read_text() if is_resumed else None,
     )
-    if _first() and logger.run_id:
-        noted.write_text(logger.run_id)
+    if _is_first_process() and logger.run_id:
+        run_id_file.write_text(logger.run_id)
     return logger
 
 
 LOGGERS: dict[str, Callable[[Run], Logger]] = {
-    "tensorboard": tensorboard,
-    "csv": comma_separated,
-    "wandb": wandb,
-    "mlflow": mlflow,
+    "tensorboard": build_tensorboard_logger,
+    "csv": build_csv_logger,
+    "wandb": build_wandb_logger,
+    "mlflow": build_mlflow_logger,
 }

@@ -1,7 +1,8 @@
-"""How the training is doing, for Prometheus, on a port of its own while the job runs.
+"""Prometheus metrics of a training run, on a port of their own while the job runs.
 
-Nothing is computed for it in a step: a scrape reads Python's own counters. The loss and accuracy of the epoch so far
-come from the system's sums, which are copied from the device without waiting every `log_every_n_steps`.
+Nothing is computed for them in a step: a scrape reads Python's own counters. Loss and accuracy of
+the current epoch come from the system's sums, which are copied from the device without waiting
+every `log_every_n_steps` steps.
 """
 
 import time
@@ -15,36 +16,45 @@ from prometheus_client import CollectorRegistry, ProcessCollector, start_http_se
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from train.learning.trainer import ours
+from train.learning.system import Classifier
+from train.runs.trainer import ImageTrainer
 
 PREFIX = "imago_train_"
 
 
 class Monitor(Callback, Collector):
-    """Serves the metrics of each node's first process, which stand for those beside it: they take the same steps."""
+    """Serves the metrics of the first process of each node.
+
+    It stands for the other processes of the node, which take the same steps.
+    """
 
     def __init__(self, port: int | None = None, host: str = "0.0.0.0"):
         """
         Args:
-            port: where Prometheus finds the metrics of the training, at /metrics; none by default.
-            host: the address to listen on.
+            port: port of the Prometheus metrics of the training, at /metrics; none by default.
+            host: address to listen on.
         """
         if port is not None and not 0 < port < 65536:
             raise ValueError(f"monitor.port: {port} is not between 1 and 65535")
-        self.port, self.host = port, host
-        self._trainer: L.Trainer | None = None
-        self._images, self._sums = 0, torch.zeros(4, dtype=torch.float64)
-        self._speed, self._since = 0.0, (time.monotonic(), 0)
-        self._metrics: dict[str, float] = {}
-        self._fitting = False
+        self.port = port
+        self.host = host
+        self._trainer: ImageTrainer | None = None
+        self._is_fitting = False
+        self._images = 0  # trained on by this node since this start
+        self._sums = torch.zeros(4, dtype=torch.float64)  # see EpochSums.totals
+        self._images_per_second = 0.0
+        self._measured_at = time.monotonic()
+        self._measured_images = 0  # `_images` at that time
+        self._validation_metrics: dict[str, float] = {}
 
-    def start(self, trainer: L.Trainer) -> None:
-        """Serve from now on. Raises ValueError where the port is taken."""
+    def start(self, trainer: ImageTrainer) -> None:
+        """Serve metrics from now on. Raises ValueError where the port is taken."""
         if self.port is None or trainer.local_rank:
             return
         self._trainer = trainer
         if trainer.strategy.root_device.type == "cuda":
             self._sums = self._sums.pin_memory()
+
         registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         registry.register(self)
@@ -56,11 +66,13 @@ class Monitor(Callback, Collector):
             ) from error
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._since = time.monotonic(), self._images
-        self._fitting = True
+        """Start to measure the speed."""
+        self._start_measuring()
+        self._is_fitting = True
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._fitting = False
+        """Note that no epoch runs any more."""
+        self._is_fitting = False
 
     def on_train_batch_end(
         self,
@@ -70,39 +82,58 @@ class Monitor(Callback, Collector):
         batch: Any,
         batch_idx: int,
     ) -> None:
+        """Count the images, and copy the sums of the epoch every few steps."""
         if self._trainer is None:
             return
         self._images += len(batch[0]) * trainer.world_size // trainer.num_nodes
-        every = ours(trainer).log_every_n_steps  # 0 for never, save at the end of an epoch
+
+        every = self._trainer.log_every_n_steps  # 0 for at the end of an epoch only
         if trainer.is_last_batch or (every and (batch_idx + 1) % every == 0):
-            self._sums.copy_(
-                ours(trainer).lightning_module.sums["train"].totals(), non_blocking=True
-            )
-            then, images = self._since
-            self._since = now, _ = time.monotonic(), self._images
-            self._speed = (self._images - images) / (now - then)
+            assert isinstance(pl_module, Classifier)
+            self._sums.copy_(pl_module.sums["train"].totals(), non_blocking=True)
+            self._measure_speed()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep the metrics of the validation."""
         if self._trainer is not None:
-            self._metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        self._since = time.monotonic(), self._images  # a validation does not count as slow training
+            metrics = trainer.callback_metrics
+            self._validation_metrics = {name: float(value) for name, value in metrics.items()}
+        # The time of a validation does not count as training.
+        self._start_measuring()
+
+    def _start_measuring(self) -> None:
+        self._measured_at = time.monotonic()
+        self._measured_images = self._images
+
+    def _measure_speed(self) -> None:
+        seconds = time.monotonic() - self._measured_at
+        self._images_per_second = (self._images - self._measured_images) / seconds
+        self._start_measuring()
 
     def collect(self) -> Iterator[Metric]:
+        """Yield all metrics; called in a thread of the metrics server."""
         trainer = self._trainer
-        assert trainer is not None  # `start` has registered this
-        loss, right, images, _ = self._sums.tolist()
-        epochs = (
-            trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else float("inf")
-        )
+        assert trainer is not None  # set in `start`, before the registry can ask
+        yield from self._collect_progress(trainer)
+        yield from self._collect_quality()
+        if trainer.optimizers:
+            learning_rate = trainer.optimizers[0].param_groups[0]["lr"]
+            yield _gauge(
+                "learning_rate", "Learning rate of the first parameter group.", learning_rate
+            )
+        yield from _collect_gpu_memory(trainer.strategy.root_device)
+
+    def _collect_progress(self, trainer: ImageTrainer) -> Iterator[Metric]:
+        has_epochs = bool(trainer.max_epochs and trainer.max_epochs > 0)
+        epochs = float(trainer.max_epochs or 0) if has_epochs else float("inf")
         yield _gauge(
             "fitting",
-            "1 from the first epoch to the last; 0 in the audit before and in making the bundle "
-            "after.",
-            self._fitting,
+            "1 while epochs run; 0 in the audit before and while the bundle is written.",
+            self._is_fitting,
         )
-        yield _gauge("epoch", "Epoch under way, from 1.", min(trainer.current_epoch + 1, epochs))
+        yield _gauge("epoch", "Current epoch, from 1.", min(trainer.current_epoch + 1, epochs))
         yield _gauge(
-            "epochs", "Epochs asked for; infinite where steps or time end the run.", epochs
+            "epochs", "Epochs of the run; infinite where steps or time end the run.", epochs
         )
         yield _gauge("step", "Optimizer steps done.", trainer.global_step)
         yield CounterMetricFamily(
@@ -110,33 +141,35 @@ class Monitor(Callback, Collector):
             "Images trained on by this node since this start.",
             value=self._images,
         )
-        yield _gauge("images_per_second", "Speed of training over the last steps.", self._speed)
+        yield _gauge(
+            "images_per_second", "Training speed over the last steps.", self._images_per_second
+        )
+
+    def _collect_quality(self) -> Iterator[Metric]:
+        loss, correct, images, _ = self._sums.tolist()
         if images:
-            yield _gauge("loss", "Mean loss of the epoch so far.", loss / images)
-            yield _gauge("accuracy", "Training accuracy of the epoch so far.", right / images)
-        for name, about in (
-            ("val/loss", "Loss of the last validation."),
-            ("val/accuracy", "Accuracy there."),
-        ):
-            if name in self._metrics:
-                yield _gauge(name.replace("/", "_"), about, self._metrics[name])
-        if trainer.optimizers:
-            rate = trainer.optimizers[0].param_groups[0]["lr"]
-            yield _gauge("learning_rate", "Of the first group of parameters.", rate)
-        device = trainer.strategy.root_device
-        if device.type == "cuda":
-            yield _gauge(
-                "gpu_memory_bytes",
-                "Memory of the GPU taken by tensors.",
-                torch.cuda.memory_allocated(device),
-            )
-            yield _gauge(
-                "gpu_memory_peak_bytes", "The most so far.", torch.cuda.max_memory_allocated(device)
-            )
+            yield _gauge("loss", "Mean loss of the current epoch.", loss / images)
+            yield _gauge("accuracy", "Training accuracy of the current epoch.", correct / images)
+        if "val/loss" in self._validation_metrics:
+            loss = self._validation_metrics["val/loss"]
+            yield _gauge("val_loss", "Loss of the last validation.", loss)
+        if "val/accuracy" in self._validation_metrics:
+            accuracy = self._validation_metrics["val/accuracy"]
+            yield _gauge("val_accuracy", "Accuracy of the last validation.", accuracy)
 
     def describe(self) -> list[Metric]:
-        return []  # so that registering does not collect yet
+        """Return nothing, so that registering does not collect yet."""
+        return []
 
 
-def _gauge(name: str, about: str, value: float) -> Metric:
-    return GaugeMetricFamily(PREFIX + name, about, value=value)
+def _collect_gpu_memory(device: torch.device) -> Iterator[Metric]:
+    if device.type != "cuda":
+        return
+    allocated = torch.cuda.memory_allocated(device)
+    peak = torch.cuda.max_memory_allocated(device)
+    yield _gauge("gpu_memory_bytes", "GPU memory in use by tensors.", allocated)
+    yield _gauge("gpu_memory_peak_bytes", "Highest GPU memory in use by tensors.", peak)
+
+
+def _gauge(name: str, description: str, value: float) -> Metric:
+    return GaugeMetricFamily(PREFIX + name, description, value=value)

@@ -1,9 +1,10 @@
-"""What becomes of a notice to end: SIGTERM, as a node that is taken away sends it, or Ctrl-C.
+"""Shutdown notices: SIGTERM, as a spot node or Kubernetes sends it, and Ctrl-C.
 
-While the network trains, the notice is noted and the loop stops between two steps with a checkpoint (train/runs/resume.py).
-At any other time there is nothing to save, as all that is written appears whole or not at all: the process ends at
-once. Either way it does so within `SECONDS`, with the status 143 (130 after Ctrl-C) that says "not finished", and the
-same command goes on later. Ended while the bundle is written, it goes on with the bundle.
+While the network trains, a notice is noted; the loop stops between two steps and writes a
+checkpoint (train/runs/resume.py). At any other time there is nothing to save, as every file appears
+complete or not at all, and the process ends at once. In both cases it ends within
+`SHUTDOWN_SECONDS` and with status 143 (130 after Ctrl-C). The same command resumes; a run that was
+interrupted while it wrote its bundle resumes with the bundle.
 """
 
 import os
@@ -13,52 +14,67 @@ import threading
 from collections.abc import Callable
 from types import FrameType
 
-SECONDS = 9.0  # from the notice to the end, whatever happens
+SHUTDOWN_SECONDS = 9.0  # from the notice to the end of the process, whatever happens
 
 
 class Preempted(SystemExit):
-    """Ends the process with the status of the signal."""
+    """Ends the process with the status of a signal."""
 
     def __init__(self, signum: int):
         super().__init__(128 + signum)
 
 
-class Notice:
-    """The notice to end that this process got, if any."""
+class ShutdownNotice:
+    """The shutdown notice that this process has received, if any."""
 
     def __init__(self) -> None:
+        self.signum = 0  # of the first signal; 0 without a notice
+        self._is_deferred = False
+        self._send_signal: Callable[[int], None] | None = None
+
+    def install_handlers(self) -> None:
+        """Handle SIGTERM and SIGINT from now on, in this process."""
         self.signum = 0
-        self.training = False  # whether someone looks at `signum` between steps
-        self.forward: Callable[[int], None] | None = None  # tells processes that this one started
-
-    def listen(self) -> None:
-        """From now on, in this process."""
-        self.signum, self.training = 0, False
+        self._is_deferred = False
         for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, self._heard)
+            signal.signal(signum, self._handle)
 
-    def _heard(self, signum: int, frame: FrameType | None) -> None:
-        if self.signum == signal.SIGINT == signum:
-            os._exit(128 + signum)  # Ctrl-C again: a person who can't wait
-        first, self.signum = not self.signum, self.signum or signum
-        if not first:
+    def forward_with(self, send_signal: Callable[[int], None] | None) -> None:
+        """Pass signals on to the processes that this one has started."""
+        self._send_signal = send_signal
+
+    def defer(self) -> None:
+        """From now on only note a notice: the training loop checks `signum` between steps."""
+        self._is_deferred = True
+
+    def stop_deferring(self) -> None:
+        """From now on a notice ends the process at once."""
+        self._is_deferred = False
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if self.signum == signal.SIGINT and signum == signal.SIGINT:
+            os._exit(128 + signum)  # a second Ctrl-C does not wait for the end of the step
+
+        if self.signum:
             return
-        watch = threading.Timer(SECONDS, self._late)
-        watch.daemon = True
-        watch.start()
-        if self.forward is not None:
-            self.forward(signum)
-        if not self.training:
+        self.signum = signum
+
+        timer = threading.Timer(SHUTDOWN_SECONDS, self._exit_late)
+        timer.daemon = True
+        timer.start()
+        if self._send_signal is not None:
+            self._send_signal(signum)
+        if not self._is_deferred:
             raise Preempted(signum)
 
-    def _late(self) -> None:
+    def _exit_late(self) -> None:
         print(
-            f"train: no end of the step within {SECONDS:.0f} s of the notice; the next start goes on from the last "
-            "checkpoint",
+            f"train: the step did not end within {SHUTDOWN_SECONDS:.0f} s of the signal; the next "
+            "start resumes from the last checkpoint",
             file=sys.stderr,
             flush=True,
         )
         os._exit(128 + self.signum)
 
 
-NOTICE = Notice()  # signals are the process's, and so is this
+NOTICE = ShutdownNotice()  # one a process, as signal handlers are

@@ -1,113 +1,124 @@
-"""Checkpoints to go on from: a run that was killed and started again ends with the weights of one that never was.
+"""Checkpoints to resume from: an interrupted run ends with the weights of an uninterrupted one.
 
-Order and augmentation are functions of (seed, epoch, step), so what a checkpoint must hold beside Lightning's own
-(weights, optimizer, schedule, loops, callbacks) is where the epoch stands, each process's random numbers and its
-running sums, and the digest of the data, which must not change. A checkpoint is made at one of four stages, each of
-which Lightning can start from:
+Order and augmentation of the images are functions of (seed, epoch, step). Lightning's checkpoint
+holds weights, optimizer, schedule, loops and callbacks. This module adds the position within the
+epoch, the random numbers and running sums of each process, and the digest of the data, which must
+not change. A checkpoint is written at one of four stages, from each of which Lightning can start:
 
-    step        after a step, where neither a validation nor the epoch's end comes next
-    validation  before a validation that was cut short; all of it is done again
+    step        after a step that neither a validation nor the end of the epoch follows
+    validation  before a validation that was interrupted; it runs again completely
     epoch       before the first step of an epoch
-    end         after the last step, so that a run killed while its bundle is written need not train again
+    end         after the last step, so that a run that is interrupted while it writes its bundle
+                does not train again
 """
 
 import signal
 import sys
 import time
+from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint
 
-from train.data import DataError, ImageData
-from train.learning.system import Classifier, EpochSums
-from train.learning.trainer import ours
-from train.runs import checkpoints
+from train.data import DataError
+from train.learning.lightning_loop_state import (
+    LightningLoopState,
+    complete_epoch,
+    restart_validation,
+)
+from train.learning.system import Classifier
+from train.runs.checkpoints import (
+    checkpoint_path,
+    checkpoint_step,
+    delete_old_checkpoints,
+    list_checkpoints,
+)
 from train.runs.preemption import NOTICE, Preempted
 
-SAVE, STOP = 1, 2  # what is wanted at the next stage; more goes before less
+BETWEEN_EPOCHS = ("epoch", "end")  # stages at which no epoch is under way
 
 
-class Resume(
-    Checkpoint
-):  # this base makes it the last of the callbacks, when the others have their states ready
-    """Writes a checkpoint every so often, and when the process is told to end."""
+class Request(IntEnum):
+    """What to do at the next stage; the greater one wins between processes."""
+
+    NOTHING = 0
+    SAVE = 1
+    STOP = 2  # save and end the process
+
+
+@dataclass(frozen=True)
+class DataState:
+    """What a checkpoint records of the data that its run trains on."""
+
+    digest: str | None  # sha256 of images, labels and classes
+    normalization: tuple[list[float], list[float]] | None  # mean and std, in 0..255
+
+
+def read_data_state(checkpoint: Path) -> DataState:
+    """Read what a checkpoint of this module records of the data."""
+    state = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)["resume"]
+    return DataState(state.get("digest"), state.get("moments"))
+
+
+class ResumeCheckpoint(Checkpoint):
+    """Writes a checkpoint every few minutes or steps, and when the process is told to end.
+
+    Its base class makes it the last callback, so that the others have updated their states.
+    """
 
     def __init__(self, every_minutes: float = 5.0, every_steps: int = 0, keep: int = 2):
         """
         Args:
             every_minutes: time between checkpoints; 0 for none by time.
             every_steps: steps between checkpoints; 0 for none by steps.
-            keep: how many of the newest are kept, so that a damaged one costs little.
+            keep: number of newest checkpoints to keep, so that a damaged one costs little.
         """
         if every_minutes < 0 or every_steps < 0 or keep < 1:
             raise ValueError(
                 "resume: every_minutes and every_steps must be 0 or more, and keep 1 or more"
             )
-        self.every_seconds, self.every_steps, self.keep = (
-            every_minutes * 60 or float("inf"),
-            every_steps,
-            keep,
-        )
-        self.directory: Path | None = (
-            None  # set by the command line; without one nothing is written
-        )
-        self.begun: Path | None = (
-            None  # the checkpoint there to go on from, if any; set by the command line too
-        )
-        self._wanted, self._saved_step = 0, -1
-        self._next = float("inf")
-        self._stage: str | None = None
-        self._loaded: dict[str, Any] | None = None
-        self._start = -1  # the step of the checkpoint that was loaded
-        self._group: Any = None  # of CPU messages between processes
-        self._asked: Any = None
+        self.every_seconds = every_minutes * 60 or float("inf")
+        self.every_steps = every_steps
+        self.keep = keep
+
+        self._directory: Path | None = None  # None writes no checkpoints
+        self._is_resumed = False  # from a checkpoint of the same run
+        self._request = Request.NOTHING
+        self._saved_step = -1
+        self._next_save_time = float("inf")  # of time.monotonic()
+        self._stage: str | None = None  # of the checkpoint that is being written
+        self._loaded_state: dict[str, Any] | None = None  # to restore when training starts
+        self._loaded_step = -1
+        # Between processes: the group, and the request that is on its way with its operation.
+        self._group: Any = None
+        self._pending: tuple[Any, torch.Tensor] | None = None
+
+    def write_to(self, directory: Path, is_resumed: bool) -> None:
+        """Write checkpoints to the run directory; `is_resumed`: `fit` starts from one of them."""
+        self._directory = directory
+        self._is_resumed = is_resumed
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Create the group of processes that requests are exchanged in."""
         if stage == "fit" and trainer.world_size > 1 and self._group is None:
             self._group = torch.distributed.new_group(backend="gloo")
-        if (
-            stage == "fit" and self.begun
-        ):  # here, as Lightning loads the weights before it asks callbacks
-            self._take_up(self.begun, ours(trainer).datamodule)
 
-    def _take_up(self, begun: Path, data: ImageData) -> None:
-        """Normalise as before: less free memory may have the data streamed now, and a sample of it measured.
-
-        Raises DataError where the data is not what it was: neither order nor weights would fit.
-        """
-        state = torch.load(begun, map_location="cpu", mmap=True, weights_only=True)["resume"]
-        if state.get("digest", data.digest) != data.digest:
-            raise DataError(
-                f"{self.directory}: begun on other images, labels or classes than {data.source} holds now; "
-                "put those back to go on, or begin anew: with --fresh, or by removing that directory where "
-                "the same command is retried by itself"
-            )
-        data.mean, data.std = state.get("moments", (data.mean, data.std))
+    # When to save
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        NOTICE.training = self.directory is not None
-        self._next = time.monotonic() + self.every_seconds
+        """Restore what a checkpoint holds, and defer shutdown notices to the end of a step."""
+        if self._directory is not None:
+            NOTICE.defer()
+        self._next_save_time = time.monotonic() + self.every_seconds
         self._saved_step = trainer.global_step
-        if self._loaded is not None:
-            us, states = ours(trainer), self._loaded["processes"]
-            alike = len(states) == trainer.world_size
-            if self._loaded["stage"] not in ("epoch", "end"):
-                steps = self._loaded.get("steps", len(us.train_dataloader))
-                if not alike or steps != len(us.train_dataloader):
-                    raise DataError(
-                        f"{trainer.ckpt_path}: saved within an epoch of {steps} steps by {len(states)} "
-                        "processes, so it is gone on from with as many of both; for other batches or other "
-                        "processes give a checkpoint of an epoch's end, or its file as --model.weights"
-                    )
-            us.train_dataloader.load_state_dict(
-                self._loaded["data"]
-            )  # Lightning may have made it too early
-            if alike:
-                _restore(states[trainer.global_rank], us.lightning_module)
-            self._loaded = None
+        if self._loaded_state is not None:
+            assert isinstance(pl_module, Classifier)
+            self._restore(self._loaded_state, trainer, pl_module)
+            self._loaded_state = None
 
     def on_train_batch_end(
         self,
@@ -117,13 +128,14 @@ class Resume(
         batch: Any,
         batch_idx: int,
     ) -> None:
-        self._look(trainer)
-        if self._wanted:
-            loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
-            assert fetcher is not None  # within an epoch
-            waits = loop.batch_progress.is_last_batch or loop._should_check_val_fx(fetcher)
-            if not waits and not loop._should_accumulate():
-                self._act(trainer, "step")
+        """Save or stop, unless a validation or the end of the epoch comes next."""
+        self._update_request(trainer)
+        if not self._request:
+            return
+        loop_state = LightningLoopState(trainer)
+        if loop_state.is_epoch_end_or_validation_next() or loop_state.is_accumulating():
+            return
+        self._fulfil_request(trainer, pl_module, "step")
 
     def on_validation_batch_end(
         self,
@@ -134,184 +146,212 @@ class Resume(
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._look(trainer)
-            if (
-                self._wanted == STOP and not trainer.fit_loop.epoch_loop._should_accumulate()
-            ):  # gradients are not saved
-                raise _preempted()  # on_exception saves, when the callbacks before have put their things in order
+        """Interrupt the validation where the process is told to end."""
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        self._update_request(trainer)
+        if self._request == Request.STOP and not LightningLoopState(trainer).is_accumulating():
+            # on_exception saves, after the other callbacks have left the validation.
+            raise _preempted()
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._look(trainer)
-        if self._wanted and trainer.global_step > self._saved_step:
-            self._act(trainer, "epoch")
+        """Save or stop before the first step of an epoch."""
+        self._update_request(trainer)
+        if self._request and trainer.global_step > self._saved_step:
+            self._fulfil_request(trainer, pl_module, "epoch")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._save(trainer, "end")
-        NOTICE.training = False
+        """Save the end of the training."""
+        self._save(trainer, pl_module, "end")
+        NOTICE.stop_deferring()
         if NOTICE.signum:
             raise _preempted()
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        NOTICE.training = False
-        if isinstance(exception, Preempted) and trainer.validating and self._wanted == STOP:
-            self._save(trainer, "validation")
+        """Save before a validation that was interrupted."""
+        NOTICE.stop_deferring()
+        is_stopped = isinstance(exception, Preempted) and self._request == Request.STOP
+        if is_stopped and trainer.validating:
+            self._save(trainer, pl_module, "validation")
 
-    def _look(self, trainer: L.Trainer) -> None:
-        """What is wanted now. Between processes the word goes round without waiting: all hear it a step later."""
-        mine = 0
-        if NOTICE.signum:
-            mine = STOP
-        elif time.monotonic() > self._next or (
-            self.every_steps
-            and trainer.global_step % self.every_steps == 0
-            and trainer.global_step > self._saved_step
-        ):
-            mine = SAVE
+    def _update_request(self, trainer: L.Trainer) -> None:
+        """Decide what to do at the next stage, the same in all processes."""
+        request = self._local_request(trainer)
         if self._group is not None:
-            heard = 0
-            if self._asked is not None:
-                work, word = self._asked
-                work.wait()
-                heard = int(word)
-            word = torch.tensor(mine)
-            self._asked = (
-                torch.distributed.all_reduce(
-                    word, torch.distributed.ReduceOp.MAX, self._group, async_op=True
-                ),
-                word,
-            )
-            mine = heard
-        self._wanted = max(self._wanted, mine)
+            request = self._exchange_request(request)
+        self._request = max(self._request, request)
 
-    def _act(self, trainer: L.Trainer, stage: str) -> None:
-        wanted, self._wanted = self._wanted, 0
-        self._save(trainer, stage)
-        if wanted == STOP:
+    def _local_request(self, trainer: L.Trainer) -> Request:
+        if NOTICE.signum:
+            return Request.STOP
+        if time.monotonic() > self._next_save_time:
+            return Request.SAVE
+        is_due = self.every_steps and trainer.global_step % self.every_steps == 0
+        if is_due and trainer.global_step > self._saved_step:
+            return Request.SAVE
+        return Request.NOTHING
+
+    def _exchange_request(self, request: Request) -> Request:
+        """Send this process's request and return the greatest one that was sent a step ago.
+
+        The delay of one step lets the processes exchange requests without waiting for each other.
+        """
+        received = Request.NOTHING
+        if self._pending is not None:
+            operation, value = self._pending
+            operation.wait()
+            received = Request(int(value))
+
+        value = torch.tensor(int(request))
+        operation = torch.distributed.all_reduce(
+            value, torch.distributed.ReduceOp.MAX, self._group, async_op=True
+        )
+        self._pending = (operation, value)
+        return received
+
+    # Save
+
+    def _fulfil_request(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        request = self._request
+        self._request = Request.NOTHING
+        self._save(trainer, pl_module, stage)
+        if request == Request.STOP:
             if stage == "step":
-                trainer._logger_connector.update_train_step_metrics()  # which Lightning would send to the loggers next
+                LightningLoopState(trainer).flush_step_metrics()
             raise _preempted()
 
-    def _save(self, trainer: L.Trainer, stage: str) -> None:
-        """Write a checkpoint. Where that fails, the run goes on with the one before."""
-        self._next = time.monotonic() + self.every_seconds
-        if self.directory is None:
+    def _save(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Write a checkpoint. If the disk is full, training continues with the earlier one."""
+        self._next_save_time = time.monotonic() + self.every_seconds
+        if self._directory is None:
             return
-        ours(trainer).lightning_module.check_finite(
-            "train"
-        )  # before good weights give place to bad ones
-        self._stage, self._saved_step = stage, trainer.global_step
+        assert isinstance(pl_module, Classifier)
+        pl_module.check_finite("train")  # before good weights are replaced by bad ones
+
+        self._stage = stage
+        self._saved_step = trainer.global_step
         try:
-            trainer.save_checkpoint(checkpoints.place(self.directory, trainer.global_step))
+            trainer.save_checkpoint(checkpoint_path(self._directory, trainer.global_step))
         except OSError as error:
-            trainer.strategy.barrier("Trainer.save_checkpoint")  # where the other processes are
-            last = checkpoints.found(self.directory)
-            left = (
-                f"the last one is of step {checkpoints.step_of(last[0])}"
-                if last
-                else "there is none before"
-            )
-            print(
-                f"train: {self.directory}: no checkpoint of step {trainer.global_step} could be written "
-                f"({error.strerror or error}); {left}",
-                file=sys.stderr,
-                flush=True,
-            )
+            # Where the other processes wait.
+            trainer.strategy.barrier("Trainer.save_checkpoint")
+            _report_failed_save(self._directory, trainer.global_step, error)
         finally:
             self._stage = None
         if trainer.is_global_zero:
-            checkpoints.prune(self.directory, self.keep)
+            delete_old_checkpoints(self._directory, self.keep)
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        """Add the position, random numbers and sums of all processes."""
         if self._stage is None:
-            return  # the best weights, which nobody goes on from
-        us = ours(trainer)
-        processes = [_state(us.lightning_module)]
+            return  # the best weights, from which no run resumes
+        assert isinstance(pl_module, Classifier)
+        process_states = [_process_state(pl_module)]
         if self._group is not None:
-            processes *= trainer.world_size
-            torch.distributed.all_gather_object(processes, processes[0], group=self._group)
+            process_states *= trainer.world_size
+            torch.distributed.all_gather_object(
+                process_states, process_states[0], group=self._group
+            )
+
+        loader: Any = trainer.train_dataloader
+        data = pl_module.data
         checkpoint["resume"] = {
             "stage": self._stage,
-            "data": us.train_dataloader.state_dict(),
-            "digest": us.datamodule.digest,
-            "moments": (us.datamodule.mean, us.datamodule.std),
-            "steps": len(us.train_dataloader),
-            "processes": processes,
+            "data": loader.state_dict(),
+            "digest": data.digest,
+            "moments": (data.mean, data.std),
+            "steps": len(loader),
+            "processes": process_states,
         }
         loops = checkpoint["loops"]["fit_loop"]
         if self._stage == "validation":
-            loops["epoch_loop.val_loop.batch_progress"] |= {
-                "total": {"ready": 1, "started": 1, "processed": 0, "completed": 0},
-                "current": {"ready": 0, "started": 0, "processed": 0, "completed": 0},
-            }
-        elif self._stage in ("epoch", "end"):
-            for count in loops["epoch_progress"].values():
-                count.update(dict.fromkeys(count, count["completed"]))
+            restart_validation(loops)
+        elif self._stage in BETWEEN_EPOCHS:
+            complete_epoch(loops)
+
+    # Load
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        """Keep what the checkpoint holds until training starts."""
         if trainer.state.fn != "fit":
             return
-        self._start = checkpoint["global_step"]
-        if self.begun:
-            _move(checkpoint["callbacks"], trainer)
+        self._loaded_step = checkpoint["global_step"]
         if "resume" not in checkpoint:
             return
-        self._loaded = checkpoint["resume"]
-        if self._loaded["stage"] in ("epoch", "end"):  # no epoch is under way, so none is restarted
-            loop = trainer.fit_loop
-            loop.load_state_dict(checkpoint.pop("loops")["fit_loop"])
-            loop._restarting = loop.epoch_loop.restarting = False
-        if (
-            self._loaded["stage"] == "end" and self.begun
-        ):  # another run's checkpoint is there to be trained on
-            trainer.should_stop = True  # also when it had stopped early
+        self._loaded_state = checkpoint["resume"]
+        stage = self._loaded_state["stage"]
+        if stage in BETWEEN_EPOCHS:
+            LightningLoopState(trainer).start_at_next_epoch(checkpoint.pop("loops")["fit_loop"])
+        if stage == "end" and self._is_resumed:
+            # Also where early stopping ended the run. A checkpoint of another run trains on.
+            trainer.should_stop = True
+
+    def _restore(self, state: dict[str, Any], trainer: L.Trainer, system: Classifier) -> None:
+        """Restore the position in the epoch, the random numbers and the running sums."""
+        loader: Any = trainer.train_dataloader
+        process_states = state["processes"]
+        has_same_processes = len(process_states) == trainer.world_size
+        steps = state.get("steps", len(loader))
+        has_same_steps = has_same_processes and steps == len(loader)
+        if state["stage"] not in BETWEEN_EPOCHS and not has_same_steps:
+            raise DataError(
+                f"{trainer.ckpt_path}: saved within an epoch of {steps} steps by "
+                f"{len(process_states)} processes, so it resumes with the same numbers only; give "
+                "a checkpoint of the end of an epoch, or this file as --model.weights"
+            )
+
+        loader.load_state_dict(state["data"])
+        if has_same_processes:
+            _restore_process_state(process_states[trainer.global_rank], system)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.global_step == self._start and not self.begun and trainer.is_global_zero:
+        """Print a warning where there was nothing to train."""
+        is_untrained = trainer.global_step == self._loaded_step
+        if is_untrained and not self._is_resumed and trainer.is_global_zero:
             print(
-                f"train: {trainer.ckpt_path}: nothing was trained, as its {trainer.current_epoch} epochs are all "
-                "that was asked for; its weights stay as they are (more --trainer.max_epochs to go on)",
+                f"train: {trainer.ckpt_path}: nothing was trained, its {trainer.current_epoch} "
+                "epochs are done already; set a higher --trainer.max_epochs to train on",
                 file=sys.stderr,
             )
 
 
-def _move(states: dict[str, Any], trainer: L.Trainer) -> None:
-    """Let ModelCheckpoint look for the best weights where the run lies now, not where it lay when it was saved."""
-    for keeper in trainer.checkpoint_callbacks:
-        if isinstance(keeper, ModelCheckpoint) and (state := states.get(keeper.state_key)):
-            was, now = state["dirpath"], str(keeper.dirpath)
-            for name in ("best_model_path", "kth_best_model_path", "last_model_path"):
-                state[name] = state[name].replace(was, now, 1)
-            state["best_k_models"] = {
-                path.replace(was, now, 1): score for path, score in state["best_k_models"].items()
-            }
-            state["dirpath"] = now
-
-
 def _preempted() -> Preempted:
-    return Preempted(
-        NOTICE.signum or signal.SIGTERM
-    )  # the notice may have come to another process only
+    """The exception that ends this process; another process may have received the signal."""
+    return Preempted(NOTICE.signum or signal.SIGTERM)
 
 
-def _state(system: Classifier) -> dict[str, Any]:
-    sums = {part: sums.totals().cpu() for part, sums in system.sums.items() if part == "train"}
-    state = {"random": torch.get_rng_state(), "sums": sums}
+def _report_failed_save(directory: Path, step: int, error: OSError) -> None:
+    checkpoints = list_checkpoints(directory)
+    rest = "there is no earlier one"
+    if checkpoints:
+        rest = f"the last one is of step {checkpoint_step(checkpoints[0])}"
+    print(
+        f"train: {directory}: can't write the checkpoint of step {step} "
+        f"({error.strerror or error}); {rest}",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def _process_state(system: Classifier) -> dict[str, Any]:
+    """Random numbers and running sums of this process."""
+    sums: dict[str, torch.Tensor] = {}
+    if "train" in system.sums:
+        sums["train"] = system.sums["train"].totals().cpu()
+    state: dict[str, Any] = {"random": torch.get_rng_state(), "sums": sums}
     if system.device.type == "cuda":
         state["cuda_random"] = torch.cuda.get_rng_state(system.device)
     return state
 
 
-def _restore(state: dict[str, Any], system: Classifier) -> None:
-    system.sums.update(
-        {part: EpochSums(totals.to(system.device)) for part, totals in state["sums"].items()}
-    )
+def _restore_process_state(state: dict[str, Any], system: Classifier) -> None:
+    system.restore_sums(state["sums"])
     torch.set_rng_state(state["random"])
     if "cuda_random" in state and system.device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda_random"], system.device)

@@ -1,7 +1,8 @@
-"""One directory a run, `<root>/<name>/<number>/`: its settings, logs, best weights and checkpoints to go on from.
+"""The directory of a run, `<root>/<name>/<number>/`: settings, logs, best weights and checkpoints.
 
-A start looks for the newest run of the same settings: unfinished, it is gone on with; finished, or in the hands of
-another process, a new run begins. A run is finished when its bundle is published.
+A start looks at the newest run of the same settings. It resumes an unfinished one. Where that run
+is finished, or another process works on it, a new run starts. A run is finished when its bundle is
+published.
 """
 
 import hashlib
@@ -14,15 +15,22 @@ from typing import Any
 import lightning as L
 import yaml
 from filelock import FileLock, Timeout
-from lightning.pytorch.callbacks import ModelCheckpoint
 
-from train.runs import checkpoints
-from train.runs.distributed import agree
-from train.runs.resume import Resume
+from train.runs.checkpoints import (
+    checkpoint_step,
+    delete_old_checkpoints,
+    list_checkpoints,
+    newest_checkpoint,
+)
+from train.runs.distributed import share_choice
 
-SETTINGS, FINISHED = "settings.json", "finished"
-# Settings that decide what is learnt. A run whose other settings change, such as its logger, is still the same run.
-DECISIVE = (
+SETTINGS_FILE = "settings.json"
+FINISHED_FILE = "finished"
+LOCK_FILE = ".lock"
+
+# Settings that decide the result. A run whose other settings change, such as its logger, is still
+# the same run.
+DECISIVE_SETTINGS = (
     "seed_everything",
     "data",
     "model",
@@ -33,8 +41,9 @@ DECISIVE = (
     "ckpt_path",
     "processes",
 )
-# eval_batch_size may have to shrink after the last step, where the bundle's figures did not fit into memory.
-INDIFFERENT = {
+# Settings within these that decide nothing. eval_batch_size may have to shrink after the last step,
+# where the metrics of the bundle do not fit into memory.
+INDIFFERENT_SETTINGS = {
     "trainer": ("logger", "default_root_dir", "profiler", "enable_progress_bar"),
     "data": ("eval_batch_size", "workers", "cache", "memory", "memory_share"),
 }
@@ -42,160 +51,170 @@ INDIFFERENT = {
 
 @dataclass(frozen=True)
 class Run:
-    """A run that this process works on. `checkpoint`: the one to go on from, if any."""
+    """A run that this process works on."""
 
     path: Path
-    checkpoint: Path | None = None
+    checkpoint: Path | None = None  # the one to resume from, if any
 
     @property
     def title(self) -> str:
+        """A short name for people, such as digits-3."""
         return f"{self.path.parent.name}-{self.path.name}"
 
     @property
     def key(self) -> str:
-        """Names the run among all of its maker's, for services that keep runs of many."""
+        """A unique name, for services that keep the runs of many users."""
         digest = hashlib.sha256(f"{self.path} {self.path.stat().st_ino}".encode()).hexdigest()
         return f"{self.title}-{digest[:12]}"
 
     @property
     def step(self) -> int:
-        """Optimizer steps that were done before this start."""
-        return checkpoints.step_of(self.checkpoint) if self.checkpoint else 0
+        """Optimizer steps done before this start."""
+        return checkpoint_step(self.checkpoint) if self.checkpoint else 0
 
     def finish(self) -> None:
-        """Not to be gone on with: only the last checkpoint stays, as last.ckpt."""
-        (self.path / FINISHED).touch()
-        left = checkpoints.found(self.path)
-        if left:
-            left[0].replace(self.path / "last.ckpt")
-        checkpoints.prune(self.path, 0)
+        """Mark the run as finished, and keep only its last checkpoint, as last.ckpt."""
+        (self.path / FINISHED_FILE).touch()
+        checkpoints = list_checkpoints(self.path)
+        if checkpoints:
+            checkpoints[0].replace(self.path / "last.ckpt")
+        delete_old_checkpoints(self.path, keep=0)
 
 
-def begin(trainer: L.Trainer, root: Path, name: str, config: dict[str, Any], fresh: bool) -> Run:
-    """The run to go on with, or a new one; the same in all processes. Callbacks write to its directory from now on."""
+def open_run(
+    trainer: L.Trainer, root: Path, name: str, settings: dict[str, Any], fresh: bool
+) -> Run:
+    """Return the run to resume, or a new one; the same in all processes. Writes config.yaml to it.
+
+    `settings` are all settings of the command as plain values; `fresh` never resumes.
+    """
 
     def choose() -> dict[str, Any]:
-        run = claim(root, name, config, trainer.world_size, fresh)
-        (run.path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-        return {
-            "path": str(run.path),
-            "checkpoint": str(run.checkpoint) if run.checkpoint else None,
-        }
+        run = claim_run(root, name, settings, trainer.world_size, fresh)
+        (run.path / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+        checkpoint = str(run.checkpoint) if run.checkpoint else None
+        return {"path": str(run.path), "checkpoint": checkpoint}
 
-    chosen = agree(trainer, choose)
-    run = Run(Path(chosen["path"]), Path(chosen["checkpoint"]) if chosen["checkpoint"] else None)
-    trainer.strategy.checkpoint_io = checkpoints.WholeFiles()
-    for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, Resume):
-            callback.directory, callback.begun = run.path, run.checkpoint
-        elif isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
-            callback.dirpath = str(run.path)
-    return run
+    choice = share_choice(trainer, choose)
+    checkpoint = Path(choice["checkpoint"]) if choice["checkpoint"] else None
+    return Run(Path(choice["path"]), checkpoint)
 
 
-def claim(root: Path, name: str, config: dict[str, Any], processes: int, fresh: bool) -> Run:
-    """The same for one process. The run is this process's until it ends, however it ends."""
-    settings = json.loads(json.dumps(_decisive(config | {"processes": processes}), default=str))
-    parent = (root / name).resolve()
-    parent.mkdir(parents=True, exist_ok=True)
-    there = _numbered(parent)
-    same = [path for path in there if _settings(path) == settings]
-    if same and not fresh and not (same[-1] / FINISHED).exists() and _lock(same[-1]):
-        return _going_on(same[-1])
-    if there and not fresh:
-        _tell_of_other(there[-1], settings)
-    number = int(there[-1].name) + 1 if there else 1
+def claim_run(root: Path, name: str, settings: dict[str, Any], processes: int, fresh: bool) -> Run:
+    """Choose a run and lock it. The lock holds until this process ends, however it ends."""
+    settings = _decisive_settings(settings | {"processes": processes})
+    settings = json.loads(json.dumps(settings, default=str))
+    directory = (root / name).resolve()
+    directory.mkdir(parents=True, exist_ok=True)
+    runs = _list_runs(directory)
+
+    same_runs = [path for path in runs if _read_settings(path) == settings]
+    if same_runs and not fresh:
+        newest = same_runs[-1]
+        if not _is_finished(newest) and _try_lock(newest):
+            return _resume(newest)
+
+    if runs and not fresh:
+        _report_other_settings(runs[-1], settings)
+    first_number = int(runs[-1].name) + 1 if runs else 1
+    return _start_new_run(directory, first_number, settings)
+
+
+def _start_new_run(directory: Path, number: int, settings: dict[str, Any]) -> Run:
+    """Create the first directory from `number` on that no other process takes."""
     while True:
-        path = parent / str(number)
+        path = directory / str(number)
         try:
             path.mkdir()
         except FileExistsError:
             number += 1
             continue
-        if _lock(path):
-            (path / SETTINGS).write_text(json.dumps(settings, indent=1, sort_keys=True))
+        if _try_lock(path):
+            (path / SETTINGS_FILE).write_text(json.dumps(settings, indent=1, sort_keys=True))
             return Run(path)
 
 
-def _going_on(path: Path) -> Run:
-    checkpoint = checkpoints.newest(path)
+def _resume(path: Path) -> Run:
+    checkpoint = newest_checkpoint(path)
     if checkpoint is None:
-        print(
-            f"train: {path}: begun before, with no whole checkpoint, so it begins again",
-            file=sys.stderr,
-        )
+        print(f"train: {path}: no complete checkpoint yet, starts from step 0", file=sys.stderr)
     else:
         print(
-            f"train: going on from step {checkpoints.step_of(checkpoint):,}: {checkpoint} (--fresh to begin anew)",
+            f"train: resuming from step {checkpoint_step(checkpoint):,}: {checkpoint} "
+            "(--fresh starts over)",
             file=sys.stderr,
         )
     return Run(path, checkpoint)
 
 
-def _tell_of_other(path: Path, settings: dict[str, Any]) -> None:
-    """Say so where a run that could be gone on with is not, as its settings are others."""
-    differing = _differing(_settings(path) or settings, settings)
-    if (
-        differing
-        and checkpoints.found(path)
-        and not (path / FINISHED).exists()
-        and not _held_by_another(path)
-    ):
-        print(
-            f"train: {path}: unfinished, but begun with other settings ({', '.join(differing)}), so a new run begins",
-            file=sys.stderr,
-        )
-
-
-def _decisive(config: dict[str, Any]) -> dict[str, Any]:
-    kept = {key: config.get(key) for key in DECISIVE}
-    return kept | {
-        owner: {k: v for k, v in config[owner].items() if k not in names}
-        for owner, names in INDIFFERENT.items()
-    }
-
-
-def _differing(one: Any, other: Any, name: str = "") -> list[str]:
-    """The settings that are not the same in both, as flags name them."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        return [
-            found
-            for key in sorted(one.keys() | other.keys())
-            for found in _differing(one.get(key), other.get(key), f"{name}.{key}" if name else key)
-        ]
-    return [] if one == other else [name]
-
-
-def _numbered(parent: Path) -> list[Path]:
-    return sorted(
-        (p for p in parent.iterdir() if p.name.isdecimal() and p.is_dir()),
-        key=lambda p: int(p.name),
+def _report_other_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Print why an unfinished run is not resumed, where the settings differ."""
+    differences = _list_differences(_read_settings(path) or settings, settings)
+    if not differences or not list_checkpoints(path):
+        return
+    if _is_finished(path) or _is_locked_by_another(path):
+        return
+    print(
+        f"train: {path}: unfinished, but started with other settings ({', '.join(differences)}); "
+        "starts a new run",
+        file=sys.stderr,
     )
 
 
-def _settings(path: Path) -> dict[str, Any] | None:
+def _decisive_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    decisive = {key: settings.get(key) for key in DECISIVE_SETTINGS}
+    for section, indifferent in INDIFFERENT_SETTINGS.items():
+        decisive[section] = {
+            key: value for key, value in settings[section].items() if key not in indifferent
+        }
+    return decisive
+
+
+def _list_differences(one: Any, other: Any, name: str = "") -> list[str]:
+    """Return the settings that differ, by their names as flags."""
+    if not isinstance(one, dict) or not isinstance(other, dict):
+        return [] if one == other else [name]
+    differences: list[str] = []
+    for key in sorted(one.keys() | other.keys()):
+        key_name = f"{name}.{key}" if name else key
+        differences += _list_differences(one.get(key), other.get(key), key_name)
+    return differences
+
+
+def _list_runs(directory: Path) -> list[Path]:
+    """Return the directories whose name is a number, in the order of the numbers."""
+    runs = [path for path in directory.iterdir() if path.name.isdecimal() and path.is_dir()]
+    return sorted(runs, key=lambda path: int(path.name))
+
+
+def _read_settings(path: Path) -> dict[str, Any] | None:
+    """Return the settings of a run, or None where they are incomplete or of another format."""
     try:
-        return _decisive(json.loads((path / SETTINGS).read_text()))
-    except (OSError, ValueError, KeyError, AttributeError):  # being made, or made by somebody else
+        return _decisive_settings(json.loads((path / SETTINGS_FILE).read_text()))
+    except (OSError, ValueError, KeyError, AttributeError):
         return None
 
 
-_held: list[FileLock] = []  # the kernel lets go of them when the process ends
+def _is_finished(path: Path) -> bool:
+    return (path / FINISHED_FILE).exists()
 
 
-def _lock(path: Path) -> bool:
-    lock = FileLock(path / ".lock")
+_locks: list[FileLock] = []  # held by this process; the kernel releases them when it ends
+
+
+def _try_lock(path: Path) -> bool:
+    lock = FileLock(path / LOCK_FILE)
     try:
         lock.acquire(timeout=0)
     except Timeout:
         return False
-    _held.append(lock)
+    _locks.append(lock)
     return True
 
 
-def _held_by_another(path: Path) -> bool:
+def _is_locked_by_another(path: Path) -> bool:
     try:
-        with FileLock(path / ".lock", timeout=0):
+        with FileLock(path / LOCK_FILE, timeout=0):
             return False
     except Timeout:
         return True

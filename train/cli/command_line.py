@@ -1,0 +1,244 @@
+"""The command line of fit, validate, test and predict: parsing, and building of the objects.
+
+LightningCLI, of lightning 2.6, adds the arguments of the trainer, the system, the data module and
+the callbacks, reads recipes and creates the objects. It does not run anything here: what happens in
+which order is written in run.py and the other modules of the commands.
+"""
+
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from jsonargparse import Namespace
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from train.cli.recipes import UsageError, default_model_name
+from train.cli.run import TrainingJob
+from train.cli.validate_config import validate_config
+from train.data import ImageData
+from train.export.config import ExportConfig
+from train.failures import EXIT_STATUS_HELP
+from train.learning.ema import WeightAverage
+from train.learning.lightning_speed import NoProfiler
+from train.learning.precision import Precision, PrecisionNotice, choose_precision
+from train.learning.system import Classifier
+from train.runs.checkpoints import AtomicCheckpointIO
+from train.runs.data_audit import Audit
+from train.runs.distributed import follow_launcher, take_over_signals
+from train.runs.early_stopping import EarlyStopping
+from train.runs.history import History
+from train.runs.model_checkpoint import ModelCheckpoint
+from train.runs.monitor import Monitor
+from train.runs.progress_bar import ProgressBar
+from train.runs.resume import ResumeCheckpoint
+from train.runs.sample_predictions import SamplePredictions
+from train.runs.trainer import ImageTrainer
+
+RUNS = Path("artifacts/runs")
+DESCRIPTION = (
+    "run DATA trains with the recipe named like the data, as fit does, and publishes a bundle. "
+    "audit DATA [--out DIR] reports broken, duplicate and leaked images. find-lr DATA and "
+    "find-batch-size DATA suggest a learning rate and a batch size. launch runs several processes, "
+    "as torchrun does. The commands below are Lightning's, each with all flags. " + EXIT_STATUS_HELP
+)
+
+
+class CommandLineParser(LightningArgumentParser):
+    """Raises errors in the arguments as one line, instead of printing the usage and exiting."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise UsageError, with the message in one line."""
+        raise UsageError(" ".join(str(message).split())) from ex
+
+
+class CommandLine(LightningCLI):
+    """Parses the arguments of one command and builds its trainer, system and data module."""
+
+    trainer: ImageTrainer
+    model: Classifier
+    datamodule: ImageData
+    subcommand: str
+
+    def __init__(self, arguments: list[str]):
+        """`arguments`: the command, one of fit, validate, test and predict, and its flags.
+
+        Raises UsageError, ValueError or OSError in one line for what the user can correct.
+        """
+        super().__init__(
+            Classifier,
+            ImageData,
+            args=arguments,
+            trainer_class=ImageTrainer,
+            parser_class=CommandLineParser,
+            auto_configure_optimizers=False,
+            save_config_callback=None,
+            trainer_defaults={
+                "num_sanity_val_steps": 0,
+                "enable_model_summary": False,
+                "max_epochs": 10,
+            },
+            parser_kwargs={"prog": "python -m train", "description": DESCRIPTION},
+        )
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run nothing. Lightning 2.6 calls this private method at the end of its constructor."""
+
+    @property
+    def settings(self) -> Namespace:
+        """The settings of the command, with objects in place of the sections that describe one."""
+        settings: Namespace = self.config_init[self.subcommand]
+        return settings
+
+    # Arguments
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the seed."""
+        parser.add_argument(
+            "--seed_everything",
+            type=int,
+            default=0,
+            help="seed of weights, split, batch order and augmentation",
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add what Lightning does not: store, name, loggers, export and callbacks."""
+        parser.add_argument(
+            "--store",
+            default="artifacts/store",
+            help="store of the bundle: a directory or an object-store URL",
+        )
+        parser.add_argument(
+            "--name",
+            type=str | None,
+            default=None,
+            help="name of the model in the store; by default that of the data",
+        )
+        parser.add_argument(
+            "--logger",
+            default="tensorboard",
+            help="tensorboard, csv, wandb, mlflow or none; several are separated by commas",
+        )
+        parser.add_argument(
+            "--fresh",
+            action="store_true",
+            help="start a new run where an unfinished one could be resumed",
+        )
+        parser.add_class_arguments(ExportConfig, "export")
+        self._add_callbacks(parser)
+        parser.link_arguments("seed_everything", "data.seed")
+
+    def _add_callbacks(self, parser: LightningArgumentParser) -> None:
+        """Add the callbacks in the order in which Lightning calls them."""
+        parser.add_lightning_class_args(ProgressBar, "progress")
+        parser.add_lightning_class_args(SamplePredictions, "samples")
+        parser.add_lightning_class_args(EarlyStopping, "early_stopping")
+        # After SamplePredictions, which needs the averaged weights at the end of a validation.
+        parser.add_lightning_class_args(WeightAverage, "ema")
+        parser.add_lightning_class_args(LearningRateMonitor, "lr_monitor")
+        parser.add_lightning_class_args(History, "history")
+        parser.add_lightning_class_args(Audit, "audit")
+        parser.add_lightning_class_args(Monitor, "monitor")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(ResumeCheckpoint, "resume")
+        parser.set_defaults(
+            {
+                "lr_monitor.logging_interval": "epoch",
+                "checkpoint.monitor": "val/accuracy",
+                "checkpoint.mode": "auto",
+                "checkpoint.filename": "best",
+                "checkpoint.enable_version_counter": False,
+                "checkpoint.auto_insert_metric_name": False,
+            }
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:  # type: ignore[override]
+        """Parse and check the settings."""
+        # Lightning's own accepts more types than the list that the constructor passes.
+        self.config = parser.parse_args(args)
+        config = self.config[self.config.subcommand]
+        validate_config(self.config.subcommand, config)
+        if config.weights_only is None:
+            # Lightning would load a checkpoint with pickle, and run the code that it holds.
+            config.weights_only = True
+
+    # Objects
+
+    def before_instantiate_classes(self) -> None:
+        """Fill in the settings that follow from the machine, the launcher and the data."""
+        config = self.config[self.subcommand]
+        self.model_name = config.name or default_model_name(config.data.source)
+
+        if config.trainer.logger is None:
+            # `--logger` names the loggers, and the directory of the run is not known yet.
+            config.trainer.logger = False
+        if config.trainer.enable_progress_bar is False:
+            # Lightning refuses False beside a progress bar among the callbacks.
+            config.trainer.enable_progress_bar = None
+            config.progress.quiet = True
+        follow_launcher(config.trainer)
+
+        self.requested_precision: Precision = config.trainer.precision
+        precision = choose_precision(self.requested_precision, config.trainer.accelerator)
+        config.trainer.precision = precision
+        if precision != self.requested_precision:
+            notice = PrecisionNotice(self.requested_precision, precision)
+            self.trainer_defaults["callbacks"] = [notice]
+
+    def instantiate_trainer(self, **kwargs: Any) -> ImageTrainer:
+        """Build the trainer, with atomic checkpoints and our signal handling."""
+        settings = self.settings.trainer
+        trainer: ImageTrainer = super().instantiate_trainer(
+            plugins=_add_checkpoint_io(settings.plugins),
+            profiler=settings.profiler or NoProfiler(),
+            **kwargs,
+        )
+        take_over_signals(trainer)
+        return trainer
+
+    def training_job(self) -> TrainingJob:
+        """What `fit` needs to train and publish."""
+        settings = self.settings
+        return TrainingJob(
+            trainer=self.trainer,
+            system=self.model,
+            data=self.datamodule,
+            name=self.model_name,
+            store=settings.store,
+            runs=Path(settings.trainer.default_root_dir or RUNS),
+            is_fresh=settings.fresh,
+            loggers=settings.logger,
+            start_checkpoint=settings.ckpt_path,
+            weights_only=settings.weights_only,
+            audit=settings.audit,
+            monitor=settings.monitor,
+            model_checkpoint=settings.checkpoint,
+            resume_checkpoint=settings.resume,
+            export=settings.export,
+            recipe=self.plain_settings(),
+            requested_recipe=self.plain_settings(requested=True),
+        )
+
+    def plain_settings(self, requested: bool = False) -> dict[str, Any]:
+        """Return all settings as plain values, as the manifest records them.
+
+        `requested`: with the requested precision, as a run directory records them. Another node may
+        resume the run, and compute in another precision.
+        """
+        text = self.parser.dump(self.config, skip_none=False, format="yaml")
+        settings: dict[str, Any] = yaml.safe_load(text)[self.subcommand]
+        if requested:
+            settings["trainer"]["precision"] = self.requested_precision
+        return settings
+
+
+def _add_checkpoint_io(plugins: Any) -> list[Any]:
+    """Return the trainer's plugins with one that writes checkpoints atomically."""
+    if plugins is None:
+        plugins = []
+    if not isinstance(plugins, list):
+        plugins = [plugins]
+    if any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+        return plugins
+    return [*plugins, AtomicCheckpointIO()]

@@ -1,0 +1,81 @@
+"""Recipes by name, and `run DATA [--recipe R] [--root DIR] [fit flags]` as arguments of `fit`."""
+
+from pathlib import Path
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+DEFAULT_RECIPE = RECIPES / "folder.yaml"
+MAX_NAME_LENGTH = 63  # of a model in the store
+
+
+class UsageError(ValueError):
+    """A command that cannot be run as given; the message is one line: what is wrong, what to do."""
+
+
+def expand_data_command(command: str, arguments: list[str]) -> list[str]:
+    """Return `DATA [--recipe R] [--root DIR] [fit flags]` as the arguments of `fit`.
+
+    Without --recipe, the recipe named like the data is taken, or else the one for folders.
+    `command` is named in messages. Raises UsageError.
+    """
+    if arguments[:1] in (["-h"], ["--help"]):
+        return ["fit", "--help"]
+    if not arguments or arguments[0].startswith("-"):
+        raise UsageError(
+            f"{command}: name the data first, e.g. python -m train {command} digits, or a folder "
+            "of class folders"
+        )
+
+    data = arguments[0]
+    recipe, rest = extract_flag(arguments[1:], "--recipe")
+    root, rest = extract_flag(rest, "--root")
+
+    fit_arguments = ["fit", "--config", str(find_recipe(recipe, data)), "--data.source", data]
+    if root:
+        fit_arguments += ["--data.root", root]
+    return fit_arguments + rest
+
+
+def find_recipe(recipe: str | None, data: str) -> Path:
+    """Return the file of a recipe given by path or name; by default the one for the data."""
+    if recipe is None:
+        named_like_data = RECIPES / f"{data}.yaml"
+        return named_like_data if named_like_data.is_file() else DEFAULT_RECIPE
+    if Path(recipe).is_file():
+        return Path(recipe)
+
+    named = RECIPES / f"{recipe.removesuffix('.yaml')}.yaml"
+    if not named.is_file():
+        raise UsageError(
+            f"--recipe {recipe}: no such recipe or file; there are {', '.join(list_recipes())}"
+        )
+    return named
+
+
+def list_recipes() -> list[str]:
+    """Return the names of all recipes."""
+    files = RECIPES.rglob("*.yaml")
+    return sorted(str(file.relative_to(RECIPES).with_suffix("")) for file in files)
+
+
+def extract_flag(arguments: list[str], flag: str) -> tuple[str | None, list[str]]:
+    """Return the value of `--flag VALUE` or `--flag=VALUE`, and the other arguments."""
+    for i, argument in enumerate(arguments):
+        if argument == flag:
+            if i + 1 == len(arguments):
+                raise UsageError(f"{flag}: needs a value")
+            return arguments[i + 1], arguments[:i] + arguments[i + 2 :]
+        if argument.startswith(flag + "="):
+            return argument.partition("=")[2], arguments[:i] + arguments[i + 1 :]
+    return None, arguments
+
+
+def default_model_name(source: str) -> str:
+    """Return a valid model name: that of the data, or of the last directory of its path."""
+    is_path = "/" in source or source in (".", "..")
+    name = Path(source).expanduser().resolve().name if is_path else source
+
+    characters: list[str] = []
+    for character in name.lower():
+        is_allowed = character.isascii() and (character.isalnum() or character in "._-")
+        characters.append(character if is_allowed else "-")
+    return "".join(characters).strip("._-")[:MAX_NAME_LENGTH] or "model"
