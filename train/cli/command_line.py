@@ -212,6 +212,7 @@ class CommandLine(LightningCLI):
             start_checkpoint=settings.ckpt_path,
             weights_only=settings.weights_only,
             audit=settings.audit,
+            history=settings.history,
             monitor=settings.monitor,
             model_checkpoint=settings.checkpoint,
             resume_checkpoint=settings.resume,

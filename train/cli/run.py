@@ -1,7 +1,10 @@
 """One training run, from the data to the published bundle: `run` and `fit`.
 
-`run_training` is the whole job in the order in which it happens. With several processes, each of
-them calls it.
+    open data -> audit -> fit
+    -> test -> calibrate -> export -> quantize -> certify -> report -> publish
+
+`run_training` and `publish_bundle` are the whole job in the order in which it happens. With several
+processes each of them calls `run_training`; the first one publishes.
 """
 
 from dataclasses import dataclass
@@ -12,12 +15,34 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 
 from models.store import Store
 from train.data import DataError, ImageData
+from train.export.calibrate import calibrate
 from train.export.config import ExportConfig
-from train.export.pipeline import export_bundle
+from train.export.evaluate import evaluate_parts
+from train.export.pipeline import (
+    BundleContents,
+    RunRecord,
+    StepTimes,
+    build_manifest,
+    describe_bundle,
+    describe_missed_targets,
+    load_best_model,
+    publish,
+    set_temperature,
+    write_samples,
+    write_weights,
+)
+from train.export.report import write_report
+from train.export.variants import (
+    certify_variants,
+    describe_speedup,
+    export_fp32,
+    quantize_int8,
+)
 from train.learning.lightning_speed import keep_freed_memory, skip_unused_hooks
 from train.learning.system import Classifier
 from train.runs.data_audit import Audit, audit_data
 from train.runs.distributed import connect_processes, run_in_first_process, run_once_per_node
+from train.runs.history import History
 from train.runs.loggers import build_loggers
 from train.runs.model_checkpoint import ModelCheckpoint
 from train.runs.monitor import Monitor
@@ -44,6 +69,7 @@ class TrainingJob:
     weights_only: bool  # whether to load that checkpoint without pickle
 
     audit: Audit
+    history: History
     monitor: Monitor
     model_checkpoint: ModelCheckpoint
     resume_checkpoint: ResumeCheckpoint
@@ -71,7 +97,67 @@ def run_training(job: TrainingJob) -> None:
     restore_normalization(job, run)
     audit(job, run)
     fit(job, run)
-    publish(job, run)
+
+    # The others wait: if one of them ended, a launcher would end the first process as well.
+    run_in_first_process(job.trainer, lambda: complete_run(job, run))
+
+
+def complete_run(job: TrainingJob, run: Run) -> None:
+    """Publish the bundle and mark the run as finished."""
+    if job.export.enabled:
+        publish_bundle(job)
+    run.finish()
+
+
+def publish_bundle(job: TrainingJob) -> None:
+    """Test the best weights and publish them as the next version of the model.
+
+    The bundle appears in the store complete or not at all. Prints one line that says how good the
+    model is and how to serve it.
+    """
+    data = job.data
+    config = job.export
+    record = RunRecord(job.recipe, job.trainer.strategy.root_device, job.history.rows)
+    times = StepTimes()
+    times.add("fit", record.fit_seconds)
+
+    model = load_best_model(job.trainer, job.system)
+    with times.measure("test"):
+        scores = evaluate_parts(model.graph, data, record.device, model.tta)
+    with times.measure("calibrate"):
+        calibration = calibrate(scores.val, scores.test, config.calibrate)
+        set_temperature(model, calibration)
+
+    with Store(job.store).stage(job.name) as staged:
+        write_weights(staged.path, model)
+        samples = write_samples(staged.path, model, data, config.samples)
+        with times.measure("export"):
+            fp32 = export_fp32(staged.path, model.graph, data, scores)
+
+        files = [fp32]
+        notes: list[str] = []
+        if config.quantize.enabled:
+            with times.measure("quantize"):
+                int8, note = quantize_int8(fp32, data, scores, config.quantize)
+            notes.append(note)
+            if int8 is not None:
+                files.append(int8)
+
+        with times.measure("certify"):
+            variants = certify_variants(files, model.graph, data, samples.expected)
+        notes += describe_speedup(variants)
+        notes += describe_missed_targets(calibration, data.counts)
+
+        contents = BundleContents(model, scores, calibration, samples.entries, variants, notes)
+        manifest = build_manifest(staged, contents, data, record, times)
+        if config.report:
+            with times.measure("report"):
+                write_report(
+                    staged.path, manifest, model.graph, data, scores, record.history, config
+                )
+        path = publish(staged, manifest, times, config)
+
+    print(describe_bundle(path, manifest, job.store, job.name))
 
 
 def check_store(job: TrainingJob) -> None:
@@ -148,19 +234,3 @@ def fit(job: TrainingJob, run: Run | None = None) -> None:
         keep_freed_memory()
 
     trainer.fit(job.system, datamodule=job.data, ckpt_path=checkpoint, weights_only=weights_only)
-
-
-def publish(job: TrainingJob, run: Run) -> None:
-    """Publish the bundle and finish the run, in the first process.
-
-    The other processes wait: if one of them ended, a launcher would end the first one as well.
-    """
-
-    def publish_in_first_process() -> None:
-        if job.export.enabled:
-            export_bundle(
-                job.trainer, job.system, job.data, job.export, job.store, job.name, job.recipe
-            )
-        run.finish()
-
-    run_in_first_process(job.trainer, publish_in_first_process)

@@ -302,6 +302,14 @@ class ImageData(L.LightningDataModule):
         self.mean = mean
         self.std = std
 
+    def attach_trainer(self, trainer: L.Trainer) -> None:
+        """Follow a trainer's device and processes before its `fit` does so."""
+        self.trainer = trainer
+
+    def allow_unreadable(self, share: float) -> None:
+        """Accept this share of unreadable images, 0..1, in `setup`."""
+        self.max_unreadable = share
+
     def use_batch_size(self, batch_size: int) -> None:
         """Train with batches of this size from the next data loader on."""
         self.batch_size = batch_size

@@ -1,8 +1,7 @@
-"""The steps from a finished fit to a published bundle, in the order in which they run.
+"""The steps from a finished fit to a published bundle.
 
-    best weights -> test -> calibrate -> export -> quantize -> certify -> report -> publish
-
-They run after the fit, in the first process only.
+train/cli/run.py calls them in order, in the first process only. Longer steps are in files of their
+own: calibrate.py, variants.py, report.py.
 """
 
 import copy
@@ -35,32 +34,23 @@ from models.bundle import (
 )
 from models.image import decode
 from models.networks.base import Network
-from models.store import StagedVersion, Store
+from models.store import StagedVersion
 from train.data import ImageData
-from train.export.calibrate import calibrate, coverage_error
+from train.export.calibrate import coverage_error
 from train.export.config import ExportConfig
 from train.export.drift_baseline import MAX_BASELINE_IMAGES, build_drift_baseline
 from train.export.evaluate import (
     PartScores,
     compute_all_metrics,
-    evaluate_parts,
     evenly_spaced_rows,
     load_images,
 )
 from train.export.onnx_graph import InferenceGraph
 from train.export.parity import run_torch
 from train.export.provenance import build_provenance
-from train.export.report import write_report
 from train.export.scores import Scores
-from train.export.variants import (
-    certify_variants,
-    describe_speedup,
-    export_fp32,
-    quantize_int8,
-)
 from train.learning.system import Classifier
 from train.learning.test_time_augmentation import TestTimeAugmentation
-from train.runs.history import History
 from train.runs.trainer import ImageTrainer
 
 
@@ -126,73 +116,6 @@ class StepTimes:
         started = time.monotonic()
         yield
         self.add(step, time.monotonic() - started)
-
-
-def export_bundle(
-    trainer: ImageTrainer,
-    system: Classifier,
-    data: ImageData,
-    config: ExportConfig,
-    store: str,
-    name: str,
-    recipe: dict[str, Any],
-) -> Path | None:
-    """Publish the best weights as the next version of `name`; return its directory.
-
-    Prints one line that says how good the model is and how to serve it. Processes other than the
-    first one do nothing and return None.
-    """
-    if not trainer.is_global_zero:
-        return None
-
-    run = RunRecord(recipe, trainer.strategy.root_device, read_history(trainer))
-    times = StepTimes()
-    times.add("fit", run.fit_seconds)
-
-    model = load_best_model(trainer, system)
-    with times.measure("test"):
-        scores = evaluate_parts(model.graph, data, run.device, model.tta)
-    with times.measure("calibrate"):
-        calibration = calibrate(scores.val, scores.test, config.calibrate)
-        set_temperature(model, calibration)
-
-    with Store(store).stage(name) as staged:
-        write_weights(staged.path, model)
-        samples = write_samples(staged.path, model, data, config.samples)
-        with times.measure("export"):
-            fp32 = export_fp32(staged.path, model.graph, data, scores)
-
-        files = [fp32]
-        notes: list[str] = []
-        if config.quantize.enabled:
-            with times.measure("quantize"):
-                int8, note = quantize_int8(fp32, data, scores, config.quantize)
-            notes.append(note)
-            if int8 is not None:
-                files.append(int8)
-
-        with times.measure("certify"):
-            variants = certify_variants(files, model.graph, data, samples.expected)
-        notes += describe_speedup(variants)
-        notes += describe_missed_targets(calibration, data.counts)
-
-        contents = BundleContents(model, scores, calibration, samples.entries, variants, notes)
-        manifest = build_manifest(staged, contents, data, run, times)
-        if config.report:
-            with times.measure("report"):
-                write_report(staged.path, manifest, model.graph, data, scores, run.history, config)
-        path = publish(staged, manifest, times, config)
-
-    print(describe_bundle(path, manifest, store, name))
-    return path
-
-
-def read_history(trainer: ImageTrainer) -> list[dict[str, float]]:
-    """Return the rows of the trainer's History callback, if it has one."""
-    for callback in trainer.callbacks:
-        if isinstance(callback, History):
-            return callback.rows
-    return []
 
 
 def load_best_model(trainer: ImageTrainer, system: Classifier) -> TrainedModel:
