@@ -1,4 +1,4 @@
-"""Several processes give what one gives, on the CPU: through torchrun, and started by Lightning."""
+"""Several processes give the results of one, on the CPU, with torchrun and with Lightning."""
 
 import collections
 import csv
@@ -16,7 +16,8 @@ from support.server import find_free_ports
 
 from models import networks
 
-# No augmentation, so that images can be told apart, and no norm over the batch, which each process takes for itself.
+# No augmentation, so that images are distinguishable, and no norm over the batch, which each
+# process computes by itself.
 # Plain SGD, which feels the size of the gradients and not their direction alone.
 SETTINGS = (
     "run",
@@ -131,7 +132,7 @@ def seen(place: Path) -> dict[str, collections.Counter]:
 
 @pytest.fixture(scope="module")
 def one(commands, tmp_path_factory) -> Path:
-    """What one process comes to with the batches of both."""
+    """A run of one process with the batches of both."""
     place = tmp_path_factory.mktemp("one")
     (place / "seen").mkdir()
     commands.run(
@@ -160,7 +161,7 @@ def assert_alike(two: Path, one: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_stopped_and_resumed_are_as_good_as_one(one, tmp_path):
+def test_two_processes_stopped_and_resumed_give_the_results_of_one(one, tmp_path):
     stopped = torchrun(tmp_path, "--data.batch_size", "32", kill="LAUNCHER:step:27")
     log = (tmp_path / "log").read_text()
     assert stopped.returncode != 0, log
@@ -206,7 +207,7 @@ def test_two_launchers_meet(one, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_go_on_from_what_one_has_learnt(one, tmp_path):
+def test_two_processes_train_on_from_the_checkpoint_of_one(one, tmp_path):
     done = torchrun(
         tmp_path,
         "--data.batch_size",
@@ -223,8 +224,8 @@ def test_two_processes_go_on_from_what_one_has_learnt(one, tmp_path):
 
 
 @pytest.mark.slow
-def test_where_one_process_fails_all_end(tmp_path):
-    """The first one alone looks at the bundle's place."""
+def test_all_processes_end_when_one_fails(tmp_path):
+    """Only the first one checks the store."""
     (tmp_path / "store").write_text("")
     done = torchrun(tmp_path, "--data.batch_size", "32", "--trainer.max_epochs", "1")
     assert done.returncode != 0
@@ -260,7 +261,7 @@ def table(log: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_process_whose_test_images_are_all_leaked_keeps_step(tmp_path):
+def test_a_process_whose_test_images_are_all_leaked_stays_in_step(tmp_path):
     for part in ("train", "test"):
         write_image_folder(tmp_path / "photos" / part, 8, first=100 * (part == "test"))
     test = sorted((tmp_path / "photos/test").rglob("*.png"))

@@ -1,4 +1,4 @@
-"""What goes wrong in a run is one line that says what to try, and a status that is not 0."""
+"""Each failure is one line that says what to try, and an exit status other than 0."""
 
 import re
 import shutil
@@ -25,8 +25,8 @@ QUIET = "--logger", "none", "--progress.quiet", "true", "--audit.enabled", "fals
         (
             ("--model.optimizer.name", "sgd", "--model.optimizer.lr", "1e30"),
             1,
-            "train: the train loss of epoch 1 from step 2 on is not finite: the training diverged; try a lower "
-            "--model.optimizer.lr (it is 1e+30)",
+            "train: the train loss of epoch 1 from step 2 on is not finite: the training diverged; "
+            "try a lower --model.optimizer.lr (it is 1e+30)",
         ),
         (("--monitor.port", 70000), 2, "monitor.port: 70000 is not between 1 and 65535"),
         (
@@ -123,7 +123,7 @@ QUIET = "--logger", "none", "--progress.quiet", "true", "--audit.enabled", "fals
         (("--trainer.max_epochs", 0), 2, "trainer.max_epochs: 0 trains nothing"),
     ],
 )
-def test_one_line(commands, tmp_path, settings, status, words):
+def test_invalid_settings_end_with_one_line(commands, tmp_path, settings, status, words):
     command = commands.start("run", "digits", *QUIET, *settings, cwd=tmp_path)
     assert command.status() == status
     *told, last = command.text.splitlines()
@@ -145,14 +145,14 @@ def test_one_line(commands, tmp_path, settings, status, words):
         ),
     ],
 )
-def test_a_command_that_is_none(commands, tmp_path, argv, words):
+def test_an_unknown_command_is_refused(commands, tmp_path, argv, words):
     command = commands.start(*argv, cwd=tmp_path)
     assert command.status() == 2
     (told,) = command.text.splitlines()
     assert words in told
 
 
-def test_the_traceback_is_shown_where_it_is_asked_for(commands, tmp_path):
+def test_a_variable_enables_tracebacks(commands, tmp_path):
     settings = "run", "digits", *QUIET, "--model.label_smoothing", 1.5
     plain, full = (
         commands.start(*settings, env={"IMAGO_TRACEBACK": value}, cwd=tmp_path)
@@ -165,7 +165,7 @@ def test_the_traceback_is_shown_where_it_is_asked_for(commands, tmp_path):
 
 
 @pytest.mark.parametrize("subcommand", ["validate", "test", "predict"])
-def test_weights_that_are_none_are_not_scored(commands, tmp_path, subcommand):
+def test_random_weights_are_not_evaluated(commands, tmp_path, subcommand):
     (tmp_path / "rubbish.ckpt").write_bytes(b"PK no checkpoint")
     for flags, words in (
         ((), f"train: {subcommand}: the weights would be random; give --ckpt_path"),
@@ -215,7 +215,7 @@ def test_a_checkpoint_of_another_network_is_refused(commands, tmp_path):
 
 @pytest.fixture(scope="module")
 def elsewhere(commands, tmp_path_factory) -> Path:
-    """A place with photos and a best.ckpt of another split of them than the default one."""
+    """A directory with photos, and a best.ckpt of another split than the default one."""
     place = tmp_path_factory.mktemp("elsewhere")
     write_image_folder(place / "photos", 40)
     commands.run(
@@ -238,7 +238,7 @@ def elsewhere(commands, tmp_path_factory) -> Path:
     return place
 
 
-def test_what_a_file_of_weights_lacks_is_told_and_not_scored(commands, elsewhere, tmp_path):
+def test_missing_weights_are_reported_and_not_evaluated(commands, elsewhere, tmp_path):
     torch.save(
         networks.build("convnet", 10, 3, 8).state_dict(), tmp_path / "ten.pt"
     )  # and the photos have three
@@ -277,7 +277,7 @@ SPLIT = "--data.val_fraction 0.15 --data.test_fraction 0.15 --seed_everything 0"
     ("subcommand", "part"),
     [("test", "24 test"), ("validate", "9 val"), ("predict", "24 test"), ("fit", "9 val")],
 )
-def test_images_that_a_checkpoint_was_trained_on_are_not_scored(
+def test_images_that_a_checkpoint_was_trained_on_are_not_evaluated(
     commands, elsewhere, tmp_path, subcommand, part
 ):
     settings = (
@@ -304,9 +304,7 @@ def test_images_that_a_checkpoint_was_trained_on_are_not_scored(
         assert "WARNING" not in commands.run(*settings, *SPLIT.split(), cwd=elsewhere).text
 
 
-def test_data_that_changed_since_is_told_from_data_that_a_checkpoint_never_saw(
-    commands, elsewhere, tmp_path
-):
+def test_changed_data_is_refused_and_new_data_is_evaluated(commands, elsewhere, tmp_path):
     settings = (
         "test",
         "--model.network",
@@ -373,12 +371,12 @@ def test_out_of_memory_names_the_batch_size_to_try(commands, tmp_path, evaluatin
         ("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasGemmEx`", False),
     ],
 )
-def test_libraries_of_cuda_have_words_of_their_own_for_it(words, memory):
+def test_out_of_memory_errors_of_cuda_libraries_are_known(words, memory):
     assert is_out_of_memory(RuntimeError(words)) == memory
 
 
-def test_a_notice_is_heard_before_the_imports_are_done():
-    """The first process of a container would ignore it without a handler; any other would end with -15."""
+def test_sigterm_is_handled_before_the_imports_are_done():
+    """Without a handler, the first process of a container ignores it; others end with -15."""
     process = subprocess.Popen(
         [sys.executable, "-m", "train", "--help"], cwd=ROOT, stdout=subprocess.DEVNULL
     )
@@ -393,7 +391,9 @@ def test_a_notice_is_heard_before_the_imports_are_done():
 
 
 @pytest.mark.parametrize("subcommand", ["test", "run"])
-def test_out_of_memory_is_told_in_every_command_and_in_the_export(commands, tmp_path, subcommand):
+def test_out_of_memory_is_one_line_in_every_command_and_in_the_export(
+    commands, tmp_path, subcommand
+):
     torch.save(networks.build("convnet", 10, 1, 512).state_dict(), tmp_path / "weights.pt")
     data = ("digits",) if subcommand == "run" else ("--data.source", "digits")
     command = commands.start(
@@ -446,7 +446,7 @@ def test_an_unknown_key_in_a_recipe_is_refused_with_status_2(commands, tmp_path)
         (["--store", "{}/file/store"], "can't be created"),
     ],
 )
-def test_where_no_bundle_could_be_written_nothing_is_trained(commands, tmp_path, flags, word):
+def test_nothing_is_trained_where_no_bundle_can_be_written(commands, tmp_path, flags, word):
     (tmp_path / "file").touch()
     refused = commands.start(
         "run",

@@ -3,7 +3,7 @@
 import re
 
 
-def test_the_learning_rate_found_lies_where_the_loss_falls(commands, tmp_path):
+def test_the_suggested_learning_rate_lies_where_the_loss_falls(commands, tmp_path):
     found = commands.run("find-lr", "digits", "--logger", "none", cwd=tmp_path).text.splitlines()
     table = [line.split() for line in found if re.fullmatch(r"\s+[\d.e+-]+\s+[\d.]+", line)]
     rows = [(float(rate), float(loss)) for rate, loss in table]
@@ -16,7 +16,7 @@ def test_the_learning_rate_found_lies_where_the_loss_falls(commands, tmp_path):
     assert not list(tmp_path.iterdir())  # a trial leaves nothing behind
 
 
-def test_a_loss_that_is_no_number_costs_the_batch_sizes_nothing(commands, tmp_path):
+def test_a_diverged_loss_does_not_end_the_search_for_a_batch_size(commands, tmp_path):
     found = commands.run(
         "find-batch-size",
         "digits",
@@ -31,7 +31,7 @@ def test_a_loss_that_is_no_number_costs_the_batch_sizes_nothing(commands, tmp_pa
     assert min(speeds) > 0
 
 
-def test_the_batch_size_found_was_tried(commands, tmp_path):
+def test_the_suggested_batch_size_was_measured(commands, tmp_path):
     found = commands.run(
         "find-batch-size", "digits", "--model.network", "convnet", cwd=tmp_path
     ).text.splitlines()
@@ -45,7 +45,7 @@ def test_the_batch_size_found_was_tried(commands, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_checkpoint_is_not_searched_from(commands, tmp_path):
+def test_a_checkpoint_is_refused(commands, tmp_path):
     refused = commands.start("find-lr", "digits", "--ckpt_path", tmp_path / "none.ckpt")
     assert refused.status() == 2
     assert refused.text.strip() == (

@@ -1,4 +1,4 @@
-"""Training through the command line: digits to a bundle, every recipe for a step, seeds, knobs, and what is refused."""
+"""Training through the command line: bundles, recipes, seeds, settings and refused settings."""
 
 import csv
 import json
@@ -39,7 +39,7 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """A folder of three classes of 20 pictures, 32x32, each class of its own colour."""
+    """A folder of three classes with 20 images each, 32x32, one color a class."""
     root, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
     for k, name in enumerate(("blue", "green", "red")):
         (root / name).mkdir()
@@ -67,7 +67,7 @@ def fit(tmp_path: Path, *flags: str, data: str = "digits", epochs: int = 1) -> C
     )
 
 
-def test_a_checkpoint_is_validated_tested_and_predicted_from(tmp_path, capsys):
+def test_validate_test_and_predict_use_a_checkpoint(tmp_path, capsys):
     fit(tmp_path, epochs=3)
     checkpoint = next((tmp_path / "runs").rglob("best.ckpt"))
     recipe = [
@@ -104,7 +104,7 @@ def test_a_checkpoint_is_validated_tested_and_predicted_from(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_every_recipe_makes_a_step(tmp_path, photos, recipe):
+def test_every_recipe_trains_for_a_step(tmp_path, photos, recipe):
     found = main.run(
         [
             "run",
@@ -128,7 +128,7 @@ def test_every_recipe_makes_a_step(tmp_path, photos, recipe):
     assert torch.isfinite(found.trainer.callback_metrics["val/loss"])
 
 
-def test_every_recipe_explains_itself():
+def test_every_recipe_starts_with_a_comment():
     for recipe in RECIPES:
         text = (RECIPES_DIRECTORY / f"{recipe}.yaml").read_text()
         assert text.startswith("# "), recipe
@@ -138,7 +138,7 @@ def weights(found: CommandLine) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in found.model.network.parameters()])
 
 
-def test_a_seed_gives_the_same_weights_and_another_one_others(tmp_path):
+def test_weights_depend_on_the_seed_only(tmp_path):
     flags = [
         "--data.augment.crop_padding",
         "1",
@@ -207,7 +207,7 @@ def test_a_seed_gives_the_same_weights_and_another_one_others(tmp_path):
     ],
     ids=lambda flags: " ".join(word.removeprefix("--") for word in flags[:2]),
 )
-def test_knobs_train(tmp_path, flags):
+def test_settings_train(tmp_path, flags):
     found = fit(tmp_path, *flags, "--model.label_smoothing", "0", epochs=4)
     assert found.trainer.callback_metrics["val/accuracy"] > 0.7
 
@@ -226,7 +226,7 @@ MIXED = (
         ("16-mixed", MIXED),
     ],
 )
-def test_convolutions_compute_in_the_precision_asked_for(tmp_path, precision, dtype):
+def test_convolutions_compute_in_the_requested_precision(tmp_path, precision, dtype):
     seen = set()
 
     def note(module: torch.nn.Module, _: tuple[torch.Tensor], answer: torch.Tensor) -> None:
@@ -243,7 +243,7 @@ def test_convolutions_compute_in_the_precision_asked_for(tmp_path, precision, dt
     assert seen == {(True, dtype), (False, dtype)}
 
 
-def test_the_average_of_the_weights_is_what_is_kept(tmp_path):
+def test_the_average_of_the_weights_is_kept(tmp_path):
     found = fit(tmp_path, "--ema.decay", "0.9", "--checkpoint.monitor", "val/loss", epochs=2)
     checkpoint = torch.load(found.trainer.checkpoint_callback.best_model_path, weights_only=True)
     kept, current = checkpoint["state_dict"], checkpoint["ema"]["current"]
@@ -275,7 +275,7 @@ def test_the_average_is_more_precise_than_the_weights(tmp_path):
     assert not torch.equal(kept, kept.bfloat16().float())
 
 
-def test_few_batches_to_overfit_are_the_same_in_every_epoch(tmp_path):
+def test_overfit_batches_are_the_same_in_every_epoch(tmp_path):
     found = fit(tmp_path, "--trainer.overfit_batches", "2")
     order = found.datamodule.train_dataloader().order
     assert found.trainer.num_training_batches == 2
@@ -318,7 +318,7 @@ def test_early_stopping_ends_the_run(tmp_path):
 
 
 @pytest.mark.parametrize(("metric", "best"), [("val/loss", min), ("val/accuracy", max)])
-def test_the_best_epoch_is_kept_by_whatever_metric_is_named(tmp_path, metric, best):
+def test_the_best_epoch_by_the_monitored_metric_is_kept(tmp_path, metric, best):
     fit(tmp_path, "--checkpoint.monitor", metric, "--logger", "csv", epochs=4)
     (run,) = (tmp_path / "runs/test").iterdir()
     with open(run / "csv/metrics.csv", newline="") as file:
@@ -327,7 +327,7 @@ def test_the_best_epoch_is_kept_by_whatever_metric_is_named(tmp_path, metric, be
     assert values[torch.load(run / "best.ckpt", weights_only=True)["epoch"]] == best(values)
 
 
-def test_early_stopping_by_accuracy_goes_on_while_it_rises(tmp_path):
+def test_early_stopping_by_accuracy_continues_while_it_rises(tmp_path):
     found = fit(
         tmp_path,
         "--early_stopping.patience",
@@ -339,7 +339,7 @@ def test_early_stopping_by_accuracy_goes_on_while_it_rises(tmp_path):
     assert found.trainer.current_epoch == 3
 
 
-def test_weights_from_disk_go_on_where_they_were(tmp_path):
+def test_training_starts_from_weights_on_disk(tmp_path):
     first = fit(tmp_path / "1", epochs=5)
     file = tmp_path / "weights.pt"
     torch.save(first.model.network.state_dict(), file)
@@ -349,7 +349,7 @@ def test_weights_from_disk_go_on_where_they_were(tmp_path):
 
 @pytest.mark.slow  # it calls a C++ compiler
 @pytest.mark.timeout(900)
-def test_compiling_leaves_the_names_of_the_weights_alone(tmp_path):
+def test_compiling_does_not_rename_weights(tmp_path):
     found = fit(tmp_path, "--model.compile", "default", "--trainer.limit_train_batches", "2")
     assert "network.head.weight" in found.model.state_dict()
     assert found.model.network._compiled_call_impl is not None
@@ -375,7 +375,7 @@ def test_compiled_speednet_learns_in_bfloat16(tmp_path):
     assert found.trainer.callback_metrics["val/accuracy"] > 0.8
 
 
-def test_predictions_become_pictures_in_the_log(tmp_path):
+def test_predictions_are_logged_as_pictures(tmp_path):
     main.run(
         [
             "run",
@@ -434,7 +434,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused_in_one_line(tmp_path, case):
+def test_invalid_settings_are_refused_in_one_line(tmp_path, case):
     flags, word = REFUSED[case]
     with pytest.raises(ValueError, match=word) as error:
         fit(tmp_path, *flags)
@@ -442,7 +442,7 @@ def test_refused_in_one_line(tmp_path, case):
     assert len(str(error.value)) < 400
 
 
-def test_help_names_every_knob(commands):
+def test_help_lists_every_setting(commands):
     said = commands.run("run", "--help").text
     assert said == commands.run("fit", "--help").text
     for knob in (
@@ -463,7 +463,7 @@ def test_help_names_every_knob(commands):
         assert knob in said, knob
 
 
-def test_a_recipe_as_config_ends_in_a_bundle(commands, tmp_path):
+def test_fit_with_a_recipe_publishes_a_bundle(commands, tmp_path):
     commands.run(
         "fit",
         "--config",
@@ -483,7 +483,7 @@ def test_a_recipe_as_config_ends_in_a_bundle(commands, tmp_path):
 @pytest.mark.parametrize(
     "flags", [(), ("--trainer.enable_progress_bar", "false"), ("--progress.quiet", "true")]
 )
-def test_progress_can_be_left_out(commands, tmp_path, flags):
+def test_progress_can_be_disabled(commands, tmp_path, flags):
     said = commands.run(
         "run",
         "digits",

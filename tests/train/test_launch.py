@@ -1,4 +1,4 @@
-"""The launcher of several nodes ends with the status by which Kubernetes decides. With real launchers and processes."""
+"""`train launch` ends with the exit status by which Kubernetes decides. Real launchers run."""
 
 import os
 import signal
@@ -37,7 +37,7 @@ Start = Callable[..., subprocess.Popen]
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts launchers of this program; what still runs ends with the test."""
+    """Starts launchers of the worker program; those that still run end with the test."""
     (tmp_path / "worker.py").write_text(WORKER)
     environment = {
         **os.environ,
@@ -69,7 +69,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 @pytest.fixture
 def node(start: Start, tmp_path: Path) -> Start:
-    """Starts a node of one run of two; they meet at the one that is `first`."""
+    """Starts one of the two nodes of a run; they meet at the one that is `first`."""
     flags = (
         "--nnodes=2",
         "--nproc-per-node=1",
@@ -92,7 +92,7 @@ def met(place: Path, *nodes: subprocess.Popen) -> None:
         time.sleep(0.05)
 
 
-def test_its_status_is_that_of_its_process(start, tmp_path):
+def test_the_status_is_that_of_the_process(start, tmp_path):
     programs = {
         ("worker", "exit", "0"): 0,
         ("worker", "exit", "143"): 143,
@@ -103,7 +103,7 @@ def test_its_status_is_that_of_its_process(start, tmp_path):
     assert [launcher.wait(240) for launcher in launchers] == list(launchers.values())
 
 
-def test_it_ends_before_it_has_met_the_others(node):
+def test_sigterm_ends_it_before_the_nodes_have_met(node):
     alone = node(first=True)
     time.sleep(3)  # amid its imports
     alone.terminate()
@@ -111,7 +111,7 @@ def test_it_ends_before_it_has_met_the_others(node):
 
 
 @pytest.mark.parametrize("notice", [signal.SIGTERM, signal.SIGKILL])
-def test_where_the_node_that_all_meet_at_goes_the_others_are_not_finished(notice, node, tmp_path):
+def test_nodes_end_as_interrupted_when_the_first_one_is_lost(notice, node, tmp_path):
     first, other = node(first=True), node()
     met(tmp_path, first, other)
     first.send_signal(notice)
@@ -120,7 +120,7 @@ def test_where_the_node_that_all_meet_at_goes_the_others_are_not_finished(notice
 
 
 @pytest.mark.slow
-def test_another_node_takes_the_place_of_one_that_went(node, tmp_path):
+def test_another_node_replaces_a_lost_one(node, tmp_path):
     first, other = node(first=True), node()
     met(tmp_path, first, other)
     other.terminate()

@@ -1,4 +1,4 @@
-"""Metrics and pictures reach every logger, also when a run is resumed. Read back from what they wrote."""
+"""Metrics and pictures reach every logger, also of a resumed run. Their files are read back."""
 
 import csv
 import json
@@ -20,7 +20,7 @@ METRICS = {
 
 
 def train(commands: TrainCommands, place: Path, logger: str) -> Path:
-    """Two epochs of 13 steps, stopped in the second and resumed; the run's directory."""
+    """Train two epochs of 13 steps, stopped in the second and resumed; return the run directory."""
     settings = (
         "run",
         "digits",
@@ -81,7 +81,7 @@ def test_tensorboard(commands, tmp_path):
     assert found.Images("val/predictions")[0].encoded_image_string[:4] == b"\x89PNG"
 
 
-def test_steps_before_the_first_checkpoint_are_not_there_twice(commands, tmp_path):
+def test_steps_before_the_first_checkpoint_are_not_logged_twice(commands, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     settings = (
@@ -114,8 +114,11 @@ def test_steps_before_the_first_checkpoint_are_not_there_twice(commands, tmp_pat
 
 
 def leveldb_log(data: bytes) -> Iterator[bytes]:
-    """The records of a .wandb file: seven bytes, then LevelDB's log format, blocks of 32 KiB whose pieces say whether
-    they are whole (1), first (2), middle (3) or last (4) of a record."""
+    """Yield the records of a .wandb file: seven bytes, then LevelDB's log format.
+
+    Blocks of 32 KiB hold pieces, each marked as a whole record (1), or the first (2), a middle (3)
+    or the last piece (4) of one.
+    """
     place, block, record = 7, 1 << 15, b""
     while place + 7 <= len(data):
         if block - place % block < 7:

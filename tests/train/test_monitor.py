@@ -1,4 +1,4 @@
-"""Prometheus reads how the training is doing while the job runs."""
+"""Prometheus metrics of a training run."""
 
 import os
 import urllib.request
@@ -18,7 +18,7 @@ def scrape(port: int) -> dict[str, float]:
 
 
 def asleep(commands, place, step: int, *flags, moment: str = "step"):
-    """A run that sleeps in this step, or at another moment, and the port of its metrics."""
+    """Start a run that sleeps in a step or at another moment; return it and its metrics port."""
     (port,) = find_free_ports(1)
     command = commands.start(
         "run",
@@ -71,7 +71,7 @@ def test_metrics_follow_the_training(commands, tmp_path):
     command.signal(9)
 
 
-def test_a_run_that_only_has_its_bundle_to_write_says_so(commands, tmp_path):
+def test_fitting_is_0_while_the_bundle_is_written(commands, tmp_path):
     command, port = asleep(commands, tmp_path, 0, "--trainer.max_epochs", 1, moment="after")
     seen = scrape(port)
     assert seen["imago_train_images_total"] > 1000
@@ -79,7 +79,7 @@ def test_a_run_that_only_has_its_bundle_to_write_says_so(commands, tmp_path):
     command.signal(9)
 
 
-def test_a_run_that_logs_no_steps_is_followed_by_epochs(commands, tmp_path):
+def test_without_step_logs_metrics_follow_the_epochs(commands, tmp_path):
     command, port = asleep(
         commands, tmp_path, 4, "--trainer.log_every_n_steps", 0, "--data.batch_size", 500
     )

@@ -1,4 +1,4 @@
-"""Names of files and folders may be any bytes: what is written of them is text, and a bundle's own names are plain."""
+"""File and folder names may be any bytes; what is written about them is valid text."""
 
 import csv
 import json
@@ -29,8 +29,10 @@ QUICK = [
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Each class has files with odd names (\\udce9 is how Python has the byte E9); one class has one itself, and a file
-    that is no image."""
+    """A folder whose files have odd names; one class has an odd name, and a file that is no image.
+
+    Python writes the byte E9 as \\udce9.
+    """
     root = write_image_folder(tmp_path / "photos", count=16)
     for name in root.iterdir():
         for plain, odd in ODD.items():
@@ -40,7 +42,7 @@ def photos(tmp_path: Path) -> Path:
     return root
 
 
-def test_odd_names_go_from_a_folder_to_a_bundle(commands, tmp_path, photos):
+def test_a_folder_with_odd_names_becomes_a_bundle(commands, tmp_path, photos):
     run = commands.run(
         "run",
         photos,
@@ -62,7 +64,7 @@ def test_odd_names_go_from_a_folder_to_a_bundle(commands, tmp_path, photos):
         assert r"rosa \xe9" in (bundle.path / name).read_text("utf-8").replace(r"\\", "\\")
 
 
-def test_odd_names_in_the_audit_and_in_predictions_are_text(commands, tmp_path, photos):
+def test_odd_names_in_the_audit_and_in_predictions_are_valid_text(commands, tmp_path, photos):
     commands.run("audit", photos, "--out", tmp_path / "audit")
     text = (tmp_path / "audit/audit.json").read_text("ascii")
     json.loads(text)
@@ -100,7 +102,7 @@ def test_odd_names_in_the_audit_and_in_predictions_are_text(commands, tmp_path, 
     assert any(r"caf\xe9.png" in row[0] for row in rows)
 
 
-def test_a_place_whose_name_is_no_text_is_refused_in_one_line(commands, tmp_path, photos):
+def test_a_directory_whose_name_is_not_utf8_is_refused_in_one_line(commands, tmp_path, photos):
     place = photos.rename(tmp_path / "b\udcfccher")
     refused = commands.start("run", place, *QUICK, "--trainer.default_root_dir", tmp_path / "runs")
     assert refused.status() == 2

@@ -1,4 +1,4 @@
-"""A run that was killed goes on on another node: with less memory, another processor, its files in another place."""
+"""A run resumes on another node: in another directory, with less memory, another processor."""
 
 import json
 
@@ -15,8 +15,8 @@ from support.interrupted_runs import (
 from support.sample_images import write_image_folder
 
 
-def test_a_run_goes_on_where_it_was_moved_to(commands, tmp_path):
-    """And finds its best weights there."""
+def test_a_moved_run_resumes(commands, tmp_path):
+    """It finds its best weights in the new directory."""
     place, moved = tmp_path / "runs", tmp_path / "moved"
     settings = (
         "--trainer.max_epochs",
@@ -38,8 +38,8 @@ def test_a_run_goes_on_where_it_was_moved_to(commands, tmp_path):
     assert_equal(kept, {name.removeprefix("network."): best[f"network.{name}"] for name in kept})
 
 
-def test_a_run_goes_on_on_a_node_with_less_memory(commands, tmp_path):
-    """Normalised as before, though only a sample of what is streamed is measured."""
+def test_a_run_resumes_on_a_node_with_less_memory(commands, tmp_path):
+    """It normalizes as before, though only a sample of streamed images is measured."""
     photos = write_image_folder(tmp_path / "photos", 1000, 8)
     settings = (
         "--data.source",
@@ -64,8 +64,8 @@ def test_a_run_goes_on_on_a_node_with_less_memory(commands, tmp_path):
     )
 
 
-def test_a_run_keeps_the_precision_that_was_asked_for(commands, tmp_path):
-    """A node without bfloat16 computes in float32, and the next one may have it: the run is the same."""
+def test_a_run_records_the_requested_precision(commands, tmp_path):
+    """A node without bfloat16 computes in float32; the next one may have it."""
     assert (
         start_run(
             commands, tmp_path, "--trainer.precision", "bf16-mixed", kill="TERM:step:1"

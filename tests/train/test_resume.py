@@ -1,4 +1,4 @@
-"""A run that is killed and started again ends as one that never was. All by killing real processes."""
+"""A run that is killed and resumed ends like an uninterrupted one. Real processes are killed."""
 
 import contextlib
 import shutil
@@ -62,7 +62,7 @@ def test_seeds_give_identical_results(commands, undisturbed, tmp_path):
         ),
     ],
 )
-def test_sigterm_saves_and_the_same_command_goes_on(commands, undisturbed, tmp_path, kill):
+def test_sigterm_saves_and_the_same_command_resumes(commands, undisturbed, tmp_path, kill):
     place = tmp_path / "runs"
     assert start_run(commands, place, kill=f"TERM:{kill}").status() == 143
     finished = finish_run(commands, place)
@@ -74,7 +74,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(commands, undisturbed, tmp_p
     )
 
 
-def test_a_run_killed_over_and_over_ends_as_one_that_never_was(commands, undisturbed, tmp_path):
+def test_a_run_killed_many_times_ends_like_an_uninterrupted_one(commands, undisturbed, tmp_path):
     place = tmp_path / "runs"
     for kill in (
         "TERM:step:1",
@@ -102,7 +102,7 @@ def test_a_run_killed_over_and_over_ends_as_one_that_never_was(commands, undistu
     ).read_text()
 
 
-def test_the_history_shows_validation_only_where_there_was_one(commands, tmp_path):
+def test_the_history_has_validation_metrics_only_after_a_validation(commands, tmp_path):
     flags = (
         "--trainer.check_val_every_n_epoch",
         2,
@@ -129,7 +129,7 @@ def test_the_history_shows_validation_only_where_there_was_one(commands, tmp_pat
     )
 
 
-def test_a_damaged_checkpoint_is_passed_over(commands, undisturbed, tmp_path):
+def test_a_damaged_checkpoint_is_skipped(commands, undisturbed, tmp_path):
     place = tmp_path / "runs"
     assert (
         start_run(commands, place, "--resume.every_steps", 4, kill="KILL:step:10").status() == 137
@@ -147,7 +147,7 @@ def test_a_damaged_checkpoint_is_passed_over(commands, undisturbed, tmp_path):
     assert not list(find_run_directory(place).glob(".*.tmp"))
 
 
-def test_a_checkpoint_with_any_byte_of_its_directory_flipped_is_told(tmp_path):
+def test_any_flipped_byte_of_a_checkpoint_s_directory_is_detected(tmp_path):
     file = checkpoints.checkpoint_path(tmp_path, 3)
     torch.save({"state_dict": {"w": torch.arange(1000.0)}, "epoch": 2}, file)
     sound = file.read_bytes()
@@ -162,7 +162,7 @@ def test_a_checkpoint_with_any_byte_of_its_directory_flipped_is_told(tmp_path):
             )
 
 
-def test_a_full_disk_stops_with_a_word_and_costs_no_checkpoint(commands, undisturbed, tmp_path):
+def test_a_full_disk_is_reported_and_costs_no_checkpoint(commands, undisturbed, tmp_path):
     place = tmp_path / "runs"
     assert start_run(commands, place, "--resume.every_steps", 4, kill="KILL:step:6").status() == 137
     full = start_run(commands, place, "--resume.every_steps", 4, limits={"RLIMIT_FSIZE": 100_000})
@@ -179,7 +179,7 @@ def test_a_full_disk_stops_with_a_word_and_costs_no_checkpoint(commands, undistu
     )
 
 
-def test_a_finished_run_and_another_job_s_run_are_left_alone(commands, tmp_path):
+def test_a_finished_run_and_another_job_s_run_are_not_resumed(commands, tmp_path):
     short = "--trainer.max_epochs", 1, "--trainer.limit_train_batches", 2
     frozen = start_run(commands, tmp_path, *short, kill="STOP:step:1")
     frozen.wait_for("pixels kept")
@@ -198,7 +198,7 @@ def test_a_finished_run_and_another_job_s_run_are_left_alone(commands, tmp_path)
     ]
 
 
-def test_settings_that_decide_nothing_may_change_and_others_are_named(
+def test_a_changed_setting_starts_a_new_run_unless_it_is_indifferent(
     commands, undisturbed, tmp_path
 ):
     place = tmp_path / "runs"
@@ -216,8 +216,8 @@ def test_settings_that_decide_nothing_may_change_and_others_are_named(
         1,
     )
     assert (
-        f"train: {place}/digits/1: unfinished, but started with other settings (data.batch_size, model.optimizer.lr, "
-        "trainer.max_epochs); starts a new run"
+        f"train: {place}/digits/1: unfinished, but started with other settings (data.batch_size, "
+        "model.optimizer.lr, trainer.max_epochs); starts a new run"
     ) in fresh.text
     (place / "digits/2").rename(tmp_path / "2")
     assert "resuming from step 9:" in finish_run(commands, place).text
@@ -228,7 +228,7 @@ def test_settings_that_decide_nothing_may_change_and_others_are_named(
     assert "unfinished" not in finish_run(commands, place, "--trainer.max_epochs", 1).text
 
 
-def test_a_run_does_not_go_on_with_other_data(commands, tmp_path):
+def test_a_run_is_not_resumed_with_other_data(commands, tmp_path):
     photos, place = write_image_folder(tmp_path / "photos", 40), tmp_path / "runs"
     settings = (
         "--data.source",
@@ -258,7 +258,7 @@ def test_a_run_does_not_go_on_with_other_data(commands, tmp_path):
     assert "resuming from step 3:" in finish_run(commands, place, *settings).text
 
 
-def test_a_finished_run_s_checkpoint_is_trained_on(commands, undisturbed, tmp_path):
+def test_training_continues_from_a_finished_run_s_checkpoint(commands, undisturbed, tmp_path):
     last = find_run_directory(undisturbed) / "last.ckpt"
     finish_run(
         commands, tmp_path / "longer", "--ckpt_path", last, "--trainer.max_epochs", EPOCHS + 2
@@ -296,8 +296,8 @@ def test_every_random_number_is_restored(commands, tmp_path):
     )
 
 
-def test_whatever_is_drawn_is_drawn_again(commands, tmp_path):
-    """By a sample that balances the classes, and by each augmentation that has a chance in it."""
+def test_sampling_and_augmentation_draw_the_same_again(commands, tmp_path):
+    """With balanced sampling, and each augmentation that is random."""
     chances = {
         "brightness": 0.3,
         "contrast": 0.3,
@@ -327,8 +327,8 @@ def test_whatever_is_drawn_is_drawn_again(commands, tmp_path):
 
 
 @pytest.mark.slow
-def test_gradients_that_wait_for_more_are_not_left_out(commands, tmp_path):
-    """Of three batches in an epoch of six, the third is half a step when the validation comes."""
+def test_accumulated_gradients_are_not_lost(commands, tmp_path):
+    """The validation starts after three of six batches, when the third is half of a step."""
     halves = (
         "--trainer.limit_train_batches",
         6,
@@ -350,8 +350,8 @@ def test_gradients_that_wait_for_more_are_not_left_out(commands, tmp_path):
     )
 
 
-def test_a_stream_goes_on_where_it_was(commands, tmp_path):
-    """With dropout, so that a random number too many shows. The second notice also goes to the decoding workers."""
+def test_a_stream_resumes_where_it_stopped(commands, tmp_path):
+    """Dropout shows a random number too many. The second signal also goes to decoding workers."""
     stream = (
         "--data.memory",
         "stream",
@@ -392,7 +392,7 @@ def test_sigkill_at_any_moment(commands, undisturbed, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_step_that_does_not_end_is_not_waited_for(commands, tmp_path):
+def test_a_step_that_does_not_end_is_aborted(commands, tmp_path):
     command = start_run(commands, tmp_path, "--resume.every_steps", 1, kill="SLEEP:step:5")
     command.wait_for("asleep")
     began = time.monotonic()
@@ -403,7 +403,7 @@ def test_a_step_that_does_not_end_is_not_waited_for(commands, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_while_the_bundle_is_written_the_next_start_writes_it(commands, tmp_path):
+def test_a_run_killed_while_it_writes_its_bundle_writes_it_when_resumed(commands, tmp_path):
     more = "--export.enabled", "true", "--store", tmp_path / "store"
     assert start_run(commands, tmp_path, *more, kill="TERM:export:5").status() == 143
     assert not list((tmp_path / "store").glob("digits/[0-9]*"))
