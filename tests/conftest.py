@@ -1,17 +1,29 @@
-"""Shared by all tests: a small bundle in a store of its own, and real server processes."""
+"""Fixtures of all tests: a small bundle, servers, training commands, a browser.
+
+The variable OMP_NUM_THREADS is set to 1, since tests run side by side, and several libraries with a
+thread per core each wait for one another.
+"""
 
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from support import ROOT, tiny_bundle
+from support.forked_commands import ForkedCommands
 from support.server import Server
-from support.train_commands import TrainCommands
 
 from models.bundle import Bundle
 
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+MAX_ENDING_SERVERS = 8
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM_FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -21,84 +33,108 @@ CHROMIUM_FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # tests run side by side, and threads that wait for each other do not
 
 
 @pytest.fixture(scope="session")
 def bundle_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with one version of `colours`. Don't change it; write one of your own with `tiny.write`."""
+    """A store with one version of `colours`. Read only; to change one use `tiny_bundle.publish`."""
     store = tmp_path_factory.mktemp("store")
     tiny_bundle.publish(store)
     return store
 
 
 @pytest.fixture(scope="session")
-def server(bundle_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A ready server that all tests share. Don't overload, drain or kill it."""
-    with Server(bundle_store, tmp_path_factory.mktemp("server") / "log") as running:
-        yield running.wait_ready()
+def serve_commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkedCommands]:
+    """Starts `python -m serve …` without the time of its imports."""
+    commands = ForkedCommands("serve", tmp_path_factory.mktemp("serve-commands"))
+    yield commands
+    commands.close()
 
 
 @pytest.fixture(scope="session")
-def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainCommands]:
-    """Runs `python -m train …` in processes that begin at once."""
-    started = TrainCommands(tmp_path_factory.mktemp("commands"))
-    yield started
-    started.close()
+def server(
+    bundle_store: Path, serve_commands: ForkedCommands, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """A ready server that all tests share. Don't overload, drain or kill it."""
+    log = tmp_path_factory.mktemp("server") / "log"
+    with Server(bundle_store, log, forker=serve_commands) as server:
+        yield server.wait_ready()
+
+
+@pytest.fixture(scope="session")
+def ending_servers() -> Iterator[list[Server]]:
+    """Servers that drain while the next tests run."""
+    servers: list[Server] = []
+    yield servers
+    for server in servers:
+        server.stop()
+
+
+@pytest.fixture
+def start(
+    bundle_store: Path,
+    serve_commands: ForkedCommands,
+    ending_servers: list[Server],
+    tmp_path: Path,
+) -> Iterator[Callable[..., Server]]:
+    """Start servers for one test: `start("--max-pending", "4")`, ready unless `wait=False`."""
+    servers: list[Server] = []
+
+    def start_server(
+        *flags: str, store: Path = bundle_store, wait: bool = True, **options: object
+    ) -> Server:
+        log = tmp_path / f"log-{len(servers)}"
+        server = Server(store, log, *flags, forker=serve_commands, **options)
+        servers.append(server)
+        return server.wait_ready() if wait else server
+
+    yield start_server
+
+    for server in servers:
+        server.begin_stop()
+    ending_servers[:] = [server for server in ending_servers if server.process.poll() is None]
+    ending_servers += servers
+    while len(ending_servers) > MAX_ENDING_SERVERS:
+        ending_servers.pop(0).stop()
+
+
+@pytest.fixture(scope="session")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkedCommands]:
+    """Starts `python -m train …` without the time of its imports."""
+    commands = ForkedCommands("train", tmp_path_factory.mktemp("commands"))
+    yield commands
+    commands.close()
 
 
 @pytest.fixture(scope="module")
-def fitted(commands: TrainCommands) -> Callable[..., Bundle]:
-    """`fitted(place, *flags)`: the bundle of `python -m train fit` on scikit-learn's digits."""
+def fitted(commands: ForkedCommands) -> Callable[..., Bundle]:
+    """`fitted(directory, *flags)`: the bundle of `train fit` on scikit-learn's digits."""
 
-    def fit(place: Path, *flags: str) -> Bundle:
-        commands.run(
-            "fit",
-            "--data.source",
-            "digits",
-            "--store",
-            place / "store",
-            "--trainer.default_root_dir",
-            place / "runs",
-            "--progress.quiet",
-            "true",
-            *flags,
-            cwd=ROOT,
+    def fit(directory: Path, *flags: object) -> Bundle:
+        settings = (
+            *("--data.source", "digits"),
+            *("--store", directory / "store"),
+            *("--trainer.default_root_dir", directory / "runs"),
+            *("--progress.quiet", "true"),
         )
-        return Bundle(place / "store" / "digits" / "latest")
+        commands.run("fit", *settings, *flags, cwd=ROOT)
+        return Bundle(directory / "store" / "digits" / "latest")
 
     return fit
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator:
-    """The machine's Chromium, driven by Playwright, whose event loop other modules must not meet."""
+def browser() -> "Iterator[Browser]":
+    """The machine's Chromium, driven by Playwright.
+
+    For one module, since Playwright's event loop must not run while tests of others do.
+    """
     from playwright.sync_api import sync_playwright
 
-    chromium = (
-        shutil.which("chromium")
-        or shutil.which("chromium-browser")
-        or shutil.which("google-chrome")
-    )
-    if chromium is None:
-        pytest.skip("there is no Chromium on this machine")
+    paths = [path for path in map(shutil.which, BROWSERS) if path]
+    if not paths:
+        pytest.skip("Chromium is not installed")
     with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_FLAGS)
-        yield running
-        running.close()
-
-
-@pytest.fixture
-def start(bundle_store: Path, tmp_path: Path) -> Iterator[Callable[..., Server]]:
-    """Start servers of one's own: `start("--max-pending", "4")`, ready unless `wait=False`; they end with the test."""
-    running: list[Server] = []
-
-    def run(*flags: str, store: Path = bundle_store, wait: bool = True, **options) -> Server:
-        running.append(Server(store, tmp_path / f"log-{len(running)}", *flags, **options))
-        return running[-1].wait_ready() if wait else running[-1]
-
-    yield run
-    for one in running:
-        one.stop()
+        browser = playwright.chromium.launch(executable_path=paths[0], args=CHROMIUM_FLAGS)
+        yield browser
+        browser.close()

@@ -131,11 +131,7 @@ def test_one_of_two_workers_dies(start):
 
 def test_an_http_process_that_dies_is_replaced(start):
     server = start("--api-processes", "2")
-    forked = [
-        pid
-        for pid in server.children()
-        if b"-m\0serve" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    ]
+    forked = server.http_processes()
     assert len(forked) == 2
     os.kill(forked[0], signal.SIGKILL)
     wait_until(lambda: server.metric("imago_restarts_total", process="http", reason="crash") == 1)

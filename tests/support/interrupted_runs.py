@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from support.train_commands import TrainCommand, TrainCommands
+from support.forked_commands import ForkedCommand, ForkedCommands
 
 EPOCHS = 3
 STEPS = 11
@@ -49,8 +49,8 @@ REPRODUCED_STATE = (
 
 
 def start_run(
-    commands: TrainCommands, runs: Path, *flags: object, kill: str = "", **options: Any
-) -> TrainCommand:
+    commands: ForkedCommands, runs: Path, *flags: object, kill: str = "", **options: Any
+) -> ForkedCommand:
     """Start a run of RECIPE below `runs`; `kill` is the SEND_SIGNAL of `SendSignal`."""
     runs.mkdir(exist_ok=True)
     recipe = commands.directory / "recipe.yaml"
@@ -59,7 +59,9 @@ def start_run(
     return commands.start("fit", *settings, *flags, env={"SEND_SIGNAL": kill}, **options)
 
 
-def finish_run(commands: TrainCommands, runs: Path, *flags: object, **options: Any) -> TrainCommand:
+def finish_run(
+    commands: ForkedCommands, runs: Path, *flags: object, **options: Any
+) -> ForkedCommand:
     """Start or resume the run and wait until it ends with exit status 0."""
     command = start_run(commands, runs, *flags, **options)
     assert command.status() == 0, command.text

@@ -16,6 +16,7 @@ import httpx
 
 from serve.metrics.definitions import METRICS
 from support import ROOT
+from support.forked_commands import ForkedCommand, ForkedCommands
 
 FIRST_PORT = 18000
 PORTS_PER_WORKER = 100
@@ -117,8 +118,13 @@ class Server:
         *flags: str,
         env: dict[str, str] | None = None,
         command: list[str] | None = None,
+        forker: ForkedCommands | None = None,
     ) -> None:
-        """`command` replaces `python -m serve`; the flags follow it."""
+        """`command` replaces `python -m serve`; the flags follow it.
+
+        `forker` starts the process without the second that imports take, unless `command` or a
+        variable in `env` needs an interpreter of its own.
+        """
         self.port, self.metrics_port = find_free_ports(2)
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
@@ -126,13 +132,30 @@ class Server:
 
         address = ["--host", "127.0.0.1", "--port", str(self.port)]
         metrics = ["--metrics-port", str(self.metrics_port)]
-        with log.open("ab") as output:
-            self.process = subprocess.Popen(
-                [*(command or SERVE), "--store", str(store), *address, *metrics, *flags],
+        arguments = ["--store", str(store), *address, *metrics, *flags]
+        env = env or {}
+        is_plain = command is None and all(name.startswith("IMAGO_") for name in env)
+        self.process: ForkedCommand | subprocess.Popen[bytes]
+        if forker is not None and is_plain:
+            self.process = self._fork(forker, arguments, env)
+        else:
+            self.process = self._spawn([*(command or SERVE), *arguments], env)
+
+    def _fork(
+        self, forker: ForkedCommands, arguments: list[str], env: dict[str, str]
+    ) -> ForkedCommand:
+        unset = {name: os.environ.get(name) for name in ("PYTHONPATH", "XDG_CACHE_HOME")}
+        variables = {**os.environ, **unset, **env}
+        return forker.start(*arguments, env=variables, cwd=ROOT, log=self.log)
+
+    def _spawn(self, command: list[str], env: dict[str, str]) -> subprocess.Popen[bytes]:
+        with self.log.open("ab") as output:
+            return subprocess.Popen(
+                command,
                 cwd=ROOT,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **(env or {})},
+                env={**os.environ, **env},
             )
 
     def __enter__(self) -> "Server":
@@ -179,6 +202,12 @@ class Server:
             pids += [int(pid) for pid in thread.read_text().split()]
         return pids
 
+    def http_processes(self) -> list[int]:
+        """Process ids of the HTTP processes, which the supervisor forks."""
+        supervisor = Path(f"/proc/{self.process.pid}/cmdline").read_bytes()
+        pids = self.children()
+        return [pid for pid in pids if Path(f"/proc/{pid}/cmdline").read_bytes() == supervisor]
+
     def metrics(self) -> str:
         """The text of the metrics page."""
         return httpx.get(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=60).text
@@ -206,11 +235,15 @@ class Server:
                 return float(line.removeprefix(series))
         return 0.0
 
-    def stop(self, seconds: float = 60) -> int:
-        """Send SIGTERM, wait for the end and return the exit status."""
+    def begin_stop(self) -> None:
+        """Send SIGTERM. The server drains for about two seconds, idle for most of them."""
         self.http.close()
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
+
+    def stop(self, seconds: float = 60) -> int:
+        """Send SIGTERM, wait for the end and return the exit status."""
+        self.begin_stop()
         try:
             return self.process.wait(seconds)
         except subprocess.TimeoutExpired:

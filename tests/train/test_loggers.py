@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.train_commands import TrainCommands
+from support.forked_commands import ForkedCommands
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 METRICS = {
@@ -19,7 +19,7 @@ METRICS = {
 }
 
 
-def train(commands: TrainCommands, place: Path, logger: str) -> Path:
+def train(commands: ForkedCommands, place: Path, logger: str) -> Path:
     """Train two epochs of 13 steps, stopped in the second and resumed; return the run directory."""
     settings = (
         "run",

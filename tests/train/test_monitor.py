@@ -68,7 +68,7 @@ def test_metrics_follow_the_training(commands, tmp_path):
         other.text
         == f"train: monitor.port: can't listen on 127.0.0.1:{port}: Address already in use\n"
     )
-    command.signal(9)
+    command.send_signal(9)
 
 
 def test_fitting_is_0_while_the_bundle_is_written(commands, tmp_path):
@@ -76,7 +76,7 @@ def test_fitting_is_0_while_the_bundle_is_written(commands, tmp_path):
     seen = scrape(port)
     assert seen["imago_train_images_total"] > 1000
     assert seen["imago_train_fitting"] == 0
-    command.signal(9)
+    command.send_signal(9)
 
 
 def test_without_step_logs_metrics_follow_the_epochs(commands, tmp_path):
@@ -85,7 +85,7 @@ def test_without_step_logs_metrics_follow_the_epochs(commands, tmp_path):
     )
     # in the first step of the second epoch
     assert scrape(port)["imago_train_loss"] > 0
-    command.signal(9)
+    command.send_signal(9)
 
 
 def test_without_a_port_nothing_listens(commands, tmp_path):
@@ -109,4 +109,4 @@ def test_without_a_port_nothing_listens(commands, tmp_path):
         os.readlink(f"/proc/{command.pid}/fd/{fd}") for fd in os.listdir(f"/proc/{command.pid}/fd")
     }
     assert not {f"socket:[{inode}]" for inode in listening} & held
-    command.signal(9)
+    command.send_signal(9)

@@ -19,13 +19,13 @@ from support.interrupted_runs import (
     start_run,
 )
 from support.sample_images import write_image_folder
-from support.train_commands import TrainCommands
+from support.forked_commands import ForkedCommands
 
 from train.runs import checkpoints
 
 
 @pytest.fixture(scope="module")
-def undisturbed(commands: TrainCommands, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(commands: ForkedCommands, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("undisturbed") / "runs"
     finish_run(commands, place)
     return place
@@ -186,7 +186,7 @@ def test_a_finished_run_and_another_job_s_run_are_not_resumed(commands, tmp_path
     while not (tmp_path / "digits/1/settings.json").exists():
         time.sleep(0.01)
     finish_run(commands, tmp_path, *short)  # the first run is another job's: this is a second
-    frozen.signal(signal.SIGKILL)
+    frozen.send_signal(signal.SIGKILL)
     assert frozen.status() == 137
     finish_run(commands, tmp_path, *short)  # the second is finished: this is a third
     assert start_run(commands, tmp_path, *short, kill="TERM:step:1").status() == 143
@@ -381,7 +381,7 @@ def test_sigkill_at_any_moment(commands, undisturbed, tmp_path):
         command = start_run(commands, place, "--resume.every_steps", 1)
         time.sleep(moment)
         with contextlib.suppress(ProcessLookupError):  # it ended first
-            command.signal(signal.SIGKILL)
+            command.send_signal(signal.SIGKILL)
         if command.status() == 0:
             break
         moment += 0.137
@@ -396,7 +396,7 @@ def test_a_step_that_does_not_end_is_aborted(commands, tmp_path):
     command = start_run(commands, tmp_path, "--resume.every_steps", 1, kill="SLEEP:step:5")
     command.wait_for("asleep")
     began = time.monotonic()
-    command.signal(signal.SIGTERM)
+    command.send_signal(signal.SIGTERM)
     assert command.status() == 143
     assert time.monotonic() - began < 10
     assert "resuming from step 4:" in finish_run(commands, tmp_path).text
