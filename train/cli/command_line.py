@@ -41,8 +41,19 @@ DESCRIPTION = (
     "run DATA trains with the recipe named like the data, as fit does, and publishes a bundle. "
     "audit DATA [--out DIR] reports broken, duplicate and leaked images. find-lr DATA and "
     "find-batch-size DATA suggest a learning rate and a batch size. launch runs several processes, "
-    "as torchrun does. The commands below are Lightning's, each with all flags. " + EXIT_STATUS_HELP
+    "as torchrun does. The commands below are Lightning's, each with all flags."
 )
+PARSER_SETTINGS: dict[str, Any] = {
+    "prog": "python -m train",
+    "description": f"{DESCRIPTION} {EXIT_STATUS_HELP}",
+    "fit": {
+        "description": "Train a model and publish it as a bundle; resume an interrupted run. "
+        + EXIT_STATUS_HELP
+    },
+    "validate": {"description": "Evaluate a checkpoint on the validation part."},
+    "test": {"description": "Evaluate a checkpoint on the test part."},
+    "predict": {"description": "Print a checkpoint's predictions for the test part as CSV."},
+}
 
 
 class CommandLineParser(LightningArgumentParser):
@@ -79,7 +90,7 @@ class CommandLine(LightningCLI):
                 "enable_model_summary": False,
                 "max_epochs": 10,
             },
-            parser_kwargs={"prog": "python -m train", "description": DESCRIPTION},
+            parser_kwargs=PARSER_SETTINGS,
         )
 
     def _run_subcommand(self, subcommand: str) -> None:
