@@ -200,11 +200,12 @@ class CommandLine(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> ImageTrainer:
         """Build the trainer, with atomic checkpoints and our signal handling."""
         settings = self.settings.trainer
-        trainer: ImageTrainer = super().instantiate_trainer(
+        trainer = super().instantiate_trainer(
             plugins=_add_checkpoint_io(settings.plugins),
             profiler=settings.profiler or NoProfiler(),
             **kwargs,
         )
+        assert isinstance(trainer, ImageTrainer)  # the constructor names the class
         take_over_signals(trainer)
         return trainer
 

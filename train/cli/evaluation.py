@@ -2,8 +2,9 @@
 
 import csv
 import sys
+from typing import Any
 
-import torch
+from torch import Tensor
 
 from train.cli.command_line import CommandLine
 from train.runs.distributed import gather_rows
@@ -36,17 +37,16 @@ def print_predictions(command_line: CommandLine) -> None:
     trainer = command_line.trainer
     data = command_line.datamodule
     settings = command_line.settings
-    batches: list[torch.Tensor] = (
-        trainer.predict(
-            command_line.model,
-            datamodule=data,
-            return_predictions=settings.return_predictions,
-            ckpt_path=settings.ckpt_path,
-            weights_only=settings.weights_only,
-        )
-        or []
+    batches: Any = trainer.predict(
+        command_line.model,
+        datamodule=data,
+        return_predictions=settings.return_predictions,
+        ckpt_path=settings.ckpt_path,
+        weights_only=settings.weights_only,
     )
-    probabilities = [row for batch in batches for row in batch]
+    probabilities: list[Tensor] = []  # [K] of each image
+    for batch in batches or []:
+        probabilities += batch
 
     # limit_predict_batches may leave out the last images.
     positions = data.index["test"][trainer.global_rank :: trainer.world_size].tolist()
