@@ -42,7 +42,7 @@ SETTINGS = (
 
 
 def torchrun(
-    place: Path,
+    directory: Path,
     *settings: str,
     flags: tuple[str, ...] = ("--nproc-per-node", "2"),
     kill: str = "",
@@ -50,7 +50,7 @@ def torchrun(
     first: tuple[str, ...] = SETTINGS,
 ) -> subprocess.Popen:
     return launch(
-        place,
+        directory,
         *settings,
         kill=kill,
         wait=wait,
@@ -68,22 +68,22 @@ def torchrun(
 
 
 def launch(
-    place: Path,
+    directory: Path,
     *settings: str,
     through: tuple[str, ...] = (),
     kill: str = "",
     wait: bool = True,
     first: tuple[str, ...] = SETTINGS,
 ) -> subprocess.Popen:
-    (place / "seen").mkdir(exist_ok=True)
+    (directory / "seen").mkdir(exist_ok=True)
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "SEND_SIGNAL": kill,
-        "RECORD": str(place / "seen"),
+        "RECORD": str(directory / "seen"),
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
     }
-    with open(place / "log", "ab") as log:
+    with open(directory / "log", "ab") as log:
         process = subprocess.Popen(
             [
                 sys.executable,
@@ -92,12 +92,12 @@ def launch(
                 "train",
                 *first,
                 "--trainer.default_root_dir",
-                str(place / "runs"),
+                str(directory / "runs"),
                 "--store",
-                str(place / "store"),
+                str(directory / "store"),
                 *settings,
             ],
-            cwd=place,
+            cwd=directory,
             env=environment,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -107,9 +107,9 @@ def launch(
     return process
 
 
-def history(place: Path) -> list[dict[str, float]]:
+def history(directory: Path) -> list[dict[str, float]]:
     """Loss and accuracy of training and validation, by epoch."""
-    with open(place / "runs/digits/1/csv/metrics.csv", newline="") as file:
+    with open(directory / "runs/digits/1/csv/metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     names = ("train/loss", "train/accuracy", "val/loss", "val/accuracy")
     return [
@@ -120,21 +120,21 @@ def history(place: Path) -> list[dict[str, float]]:
     ]
 
 
-def seen(place: Path) -> dict[str, collections.Counter]:
+def seen(directory: Path) -> dict[str, collections.Counter]:
     """How often each image was trained on, by epoch, over all processes."""
-    found: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
-    for file in (place / "seen").iterdir():
+    counts: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
+    for file in (directory / "seen").iterdir():
         for line in file.read_text().splitlines():
             epoch, image = line.split()
-            found[epoch][image] += 1
-    return found
+            counts[epoch][image] += 1
+    return counts
 
 
 @pytest.fixture(scope="module")
 def one(commands, tmp_path_factory) -> Path:
     """A run of one process with the batches of both."""
-    place = tmp_path_factory.mktemp("one")
-    (place / "seen").mkdir()
+    directory = tmp_path_factory.mktemp("one")
+    (directory / "seen").mkdir()
     commands.run(
         *SETTINGS,
         "--data.batch_size",
@@ -142,17 +142,18 @@ def one(commands, tmp_path_factory) -> Path:
         "--export.enabled",
         "false",
         "--trainer.default_root_dir",
-        place / "runs",
-        env={"RECORD": str(place / "seen")},
-        cwd=place,
+        directory / "runs",
+        env={"RECORD": str(directory / "seen")},
+        cwd=directory,
     )
-    return place
+    return directory
 
 
 def assert_alike(two: Path, one: Path) -> None:
-    for ours, theirs in zip(history(two), history(one), strict=True):
-        for name, value in theirs.items():  # one of the 143 validation images may go the other way
-            assert ours[name] == pytest.approx(value, abs=0.008 if "accuracy" in name else 1e-3), (
+    for row, expected in zip(history(two), history(one), strict=True):
+        for name, value in expected.items():
+            # The prediction for one of the 143 validation images may differ.
+            assert row[name] == pytest.approx(value, abs=0.008 if "accuracy" in name else 1e-3), (
                 name
             )
     assert seen(two) == seen(one)

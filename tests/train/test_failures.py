@@ -126,9 +126,9 @@ QUIET = "--logger", "none", "--progress.quiet", "true", "--audit.enabled", "fals
 def test_invalid_settings_end_with_one_line(commands, tmp_path, settings, status, words):
     command = commands.start("run", "digits", *QUIET, *settings, cwd=tmp_path)
     assert command.status() == status
-    *told, last = command.text.splitlines()
+    *other_lines, last = command.text.splitlines()
     assert words in last
-    assert all(line.startswith("data: ") for line in told)
+    assert all(line.startswith("data: ") for line in other_lines)
 
 
 @pytest.mark.parametrize(
@@ -148,8 +148,8 @@ def test_invalid_settings_end_with_one_line(commands, tmp_path, settings, status
 def test_an_unknown_command_is_refused(commands, tmp_path, argv, words):
     command = commands.start(*argv, cwd=tmp_path)
     assert command.status() == 2
-    (told,) = command.text.splitlines()
-    assert words in told
+    (line,) = command.text.splitlines()
+    assert words in line
 
 
 def test_a_variable_enables_tracebacks(commands, tmp_path):
@@ -216,8 +216,8 @@ def test_a_checkpoint_of_another_network_is_refused(commands, tmp_path):
 @pytest.fixture(scope="module")
 def elsewhere(commands, tmp_path_factory) -> Path:
     """A directory with photos, and a best.ckpt of another split than the default one."""
-    place = tmp_path_factory.mktemp("elsewhere")
-    write_image_folder(place / "photos", 40)
+    directory = tmp_path_factory.mktemp("elsewhere")
+    write_image_folder(directory / "photos", 40)
     commands.run(
         "fit",
         "--data.source",
@@ -233,9 +233,9 @@ def elsewhere(commands, tmp_path_factory) -> Path:
         0.15,
         "--export.enabled",
         "false",
-        cwd=place,
+        cwd=directory,
     )
-    return place
+    return directory
 
 
 def test_missing_weights_are_reported_and_not_evaluated(commands, elsewhere, tmp_path):
@@ -380,12 +380,15 @@ def test_sigterm_is_handled_before_the_imports_are_done():
     process = subprocess.Popen(
         [sys.executable, "-m", "train", "--help"], cwd=ROOT, stdout=subprocess.DEVNULL
     )
-    place, heard = Path(f"/proc/{process.pid}"), 0
-    while not heard & 1 << signal.SIGTERM - 1:
+    process_files = Path(f"/proc/{process.pid}")
+    handled_signals = 0
+    while not handled_signals & 1 << signal.SIGTERM - 1:
         assert process.poll() is None
-        heard = int((place / "status").read_text().split("SigCgt:")[1].split()[0], 16)
+        handled_signals = int(
+            (process_files / "status").read_text().split("SigCgt:")[1].split()[0], 16
+        )
         time.sleep(0.01)
-    assert "libtorch" not in (place / "maps").read_text()
+    assert "libtorch" not in (process_files / "maps").read_text()
     process.terminate()
     assert process.wait(60) == 143
 

@@ -4,20 +4,20 @@ import re
 
 
 def test_the_suggested_learning_rate_lies_where_the_loss_falls(commands, tmp_path):
-    found = commands.run("find-lr", "digits", "--logger", "none", cwd=tmp_path).text.splitlines()
-    table = [line.split() for line in found if re.fullmatch(r"\s+[\d.e+-]+\s+[\d.]+", line)]
+    lines = commands.run("find-lr", "digits", "--logger", "none", cwd=tmp_path).text.splitlines()
+    table = [line.split() for line in lines if re.fullmatch(r"\s+[\d.e+-]+\s+[\d.]+", line)]
     rows = [(float(rate), float(loss)) for rate, loss in table]
     assert rows[0][0] < 1e-5
     assert len(rows) >= 10
     least = min(loss for _, loss in rows)
     assert least < 1.5 < rows[0][1]
-    rate = float(re.match(r"--model.optimizer.lr (\S+)  \(", found[-1])[1])
+    rate = float(re.match(r"--model.optimizer.lr (\S+)  \(", lines[-1])[1])
     assert rows[0][0] < rate < next(r for r, loss in rows if loss == least)
     assert not list(tmp_path.iterdir())  # a trial leaves nothing behind
 
 
 def test_a_diverged_loss_does_not_end_the_search_for_a_batch_size(commands, tmp_path):
-    found = commands.run(
+    lines = commands.run(
         "find-batch-size",
         "digits",
         "--model.optimizer.name",
@@ -26,21 +26,21 @@ def test_a_diverged_loss_does_not_end_the_search_for_a_batch_size(commands, tmp_
         "1e30",
         cwd=tmp_path,
     ).text.splitlines()
-    speeds = [float(line.split()[1].replace(",", "")) for line in found if line.endswith("-")]
+    speeds = [float(line.split()[1].replace(",", "")) for line in lines if line.endswith("-")]
     assert len(speeds) >= 3
     assert min(speeds) > 0
 
 
 def test_the_suggested_batch_size_was_measured(commands, tmp_path):
-    found = commands.run(
+    lines = commands.run(
         "find-batch-size", "digits", "--model.network", "convnet", cwd=tmp_path
     ).text.splitlines()
     speeds = {
         int(a): float(b.replace(",", ""))
-        for a, b, _ in (line.split() for line in found if line.endswith("-"))
+        for a, b, _ in (line.split() for line in lines if line.endswith("-"))
     }
     assert list(speeds)[:3] == [16, 32, 64]
-    best = int(re.match(r"--data.batch_size (\d+)  \(", found[-1])[1])
+    best = int(re.match(r"--data.batch_size (\d+)  \(", lines[-1])[1])
     assert speeds[best] >= 0.95 * max(speeds.values())
     assert not list(tmp_path.iterdir())
 

@@ -105,7 +105,7 @@ def test_validate_test_and_predict_use_a_checkpoint(tmp_path, capsys):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_trains_for_a_step(tmp_path, photos, recipe):
-    found = main.run(
+    command = main.run(
         [
             "run",
             str(photos),
@@ -124,8 +124,8 @@ def test_every_recipe_trains_for_a_step(tmp_path, photos, recipe):
             "0.2",
         ]
     )
-    assert torch.isfinite(found.trainer.callback_metrics["train/loss"])
-    assert torch.isfinite(found.trainer.callback_metrics["val/loss"])
+    assert torch.isfinite(command.trainer.callback_metrics["train/loss"])
+    assert torch.isfinite(command.trainer.callback_metrics["val/loss"])
 
 
 def test_every_recipe_starts_with_a_comment():
@@ -134,8 +134,8 @@ def test_every_recipe_starts_with_a_comment():
         assert text.startswith("# "), recipe
 
 
-def weights(found: CommandLine) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in found.model.network.parameters()])
+def weights(command: CommandLine) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in command.model.network.parameters()])
 
 
 def test_weights_depend_on_the_seed_only(tmp_path):
@@ -208,8 +208,8 @@ def test_weights_depend_on_the_seed_only(tmp_path):
     ids=lambda flags: " ".join(word.removeprefix("--") for word in flags[:2]),
 )
 def test_settings_train(tmp_path, flags):
-    found = fit(tmp_path, *flags, "--model.label_smoothing", "0", epochs=4)
-    assert found.trainer.callback_metrics["val/accuracy"] > 0.7
+    command = fit(tmp_path, *flags, "--model.label_smoothing", "0", epochs=4)
+    assert command.trainer.callback_metrics["val/accuracy"] > 0.7
 
 
 MIXED = (
@@ -227,11 +227,11 @@ MIXED = (
     ],
 )
 def test_convolutions_compute_in_the_requested_precision(tmp_path, precision, dtype):
-    seen = set()
+    dtypes = set()
 
     def note(module: torch.nn.Module, _: tuple[torch.Tensor], answer: torch.Tensor) -> None:
         if isinstance(module, torch.nn.Conv2d):
-            seen.add((module.training, answer.dtype))
+            dtypes.add((module.training, answer.dtype))
 
     hook = register_module_forward_hook(note)
     try:
@@ -240,24 +240,24 @@ def test_convolutions_compute_in_the_requested_precision(tmp_path, precision, dt
         )  # whose own model is in float32
     finally:
         hook.remove()
-    assert seen == {(True, dtype), (False, dtype)}
+    assert dtypes == {(True, dtype), (False, dtype)}
 
 
 def test_the_average_of_the_weights_is_kept(tmp_path):
-    found = fit(tmp_path, "--ema.decay", "0.9", "--checkpoint.monitor", "val/loss", epochs=2)
-    checkpoint = torch.load(found.trainer.checkpoint_callback.best_model_path, weights_only=True)
+    command = fit(tmp_path, "--ema.decay", "0.9", "--checkpoint.monitor", "val/loss", epochs=2)
+    checkpoint = torch.load(command.trainer.checkpoint_callback.best_model_path, weights_only=True)
     kept, current = checkpoint["state_dict"], checkpoint["ema"]["current"]
     name = "network.head.weight"
     assert not torch.equal(kept[name], current[name])
     assert torch.equal(
-        kept[name], found.model.state_dict()[name].cpu()
+        kept[name], command.model.state_dict()[name].cpu()
     )  # and training ended with it
     assert torch.equal(kept["mean"], current["mean"])
 
 
 def test_the_average_is_more_precise_than_the_weights(tmp_path):
     """In bfloat16 the small steps of an average would be rounded away."""
-    found = fit(
+    command = fit(
         tmp_path,
         "--trainer.precision",
         "bf16-true",
@@ -267,7 +267,7 @@ def test_the_average_is_more_precise_than_the_weights(tmp_path):
         "null",
         epochs=2,
     )
-    checkpoint = torch.load(found.trainer.checkpoint_callback.best_model_path, weights_only=True)
+    checkpoint = torch.load(command.trainer.checkpoint_callback.best_model_path, weights_only=True)
     kept, current = (
         of["network.head.weight"] for of in (checkpoint["state_dict"], checkpoint["ema"]["current"])
     )
@@ -276,26 +276,26 @@ def test_the_average_is_more_precise_than_the_weights(tmp_path):
 
 
 def test_overfit_batches_are_the_same_in_every_epoch(tmp_path):
-    found = fit(tmp_path, "--trainer.overfit_batches", "2")
-    order = found.datamodule.train_dataloader().order
-    assert found.trainer.num_training_batches == 2
+    command = fit(tmp_path, "--trainer.overfit_batches", "2")
+    order = command.datamodule.train_dataloader().order
+    assert command.trainer.num_training_batches == 2
     assert all(
         (one == other).all() for one, other in zip(order.epoch(0), order.epoch(1), strict=True)
     )
-    found.trainer.overfit_batches = 0
-    order = found.datamodule.train_dataloader().order
+    command.trainer.overfit_batches = 0
+    order = command.datamodule.train_dataloader().order
     assert not all(
         (one == other).all() for one, other in zip(order.epoch(0), order.epoch(1), strict=True)
     )
 
 
 def test_the_schedule_rises_and_falls(tmp_path):
-    found = fit(
+    command = fit(
         tmp_path, "--model.schedule.name", "linear", "--model.schedule.warmup", "0.5", epochs=1
     )
-    optimizer = found.trainer.optimizers[0]
-    steps = found.trainer.global_step
-    shares = [found.model.schedule.factor(step, steps) for step in range(steps + 1)]
+    optimizer = command.trainer.optimizers[0]
+    steps = command.trainer.global_step
+    shares = [command.model.schedule.factor(step, steps) for step in range(steps + 1)]
     assert shares[0] < 0.2
     assert max(shares) <= 1
     assert shares[-1] == 0
@@ -304,7 +304,7 @@ def test_the_schedule_rises_and_falls(tmp_path):
 
 
 def test_early_stopping_ends_the_run(tmp_path):
-    found = fit(
+    command = fit(
         tmp_path,
         "--early_stopping.patience",
         "1",
@@ -314,7 +314,7 @@ def test_early_stopping_ends_the_run(tmp_path):
         "1",
         epochs=9,
     )
-    assert found.trainer.current_epoch == 2
+    assert command.trainer.current_epoch == 2
 
 
 @pytest.mark.parametrize(("metric", "best"), [("val/loss", min), ("val/accuracy", max)])
@@ -328,7 +328,7 @@ def test_the_best_epoch_by_the_monitored_metric_is_kept(tmp_path, metric, best):
 
 
 def test_early_stopping_by_accuracy_continues_while_it_rises(tmp_path):
-    found = fit(
+    command = fit(
         tmp_path,
         "--early_stopping.patience",
         "1",
@@ -336,7 +336,7 @@ def test_early_stopping_by_accuracy_continues_while_it_rises(tmp_path):
         "val/accuracy",
         epochs=3,
     )
-    assert found.trainer.current_epoch == 3
+    assert command.trainer.current_epoch == 3
 
 
 def test_training_starts_from_weights_on_disk(tmp_path):
@@ -350,15 +350,15 @@ def test_training_starts_from_weights_on_disk(tmp_path):
 @pytest.mark.slow  # it calls a C++ compiler
 @pytest.mark.timeout(900)
 def test_compiling_does_not_rename_weights(tmp_path):
-    found = fit(tmp_path, "--model.compile", "default", "--trainer.limit_train_batches", "2")
-    assert "network.head.weight" in found.model.state_dict()
-    assert found.model.network._compiled_call_impl is not None
+    command = fit(tmp_path, "--model.compile", "default", "--trainer.limit_train_batches", "2")
+    assert "network.head.weight" in command.model.state_dict()
+    assert command.model.network._compiled_call_impl is not None
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_compiled_speednet_learns_in_bfloat16(tmp_path):
-    found = fit(
+    command = fit(
         tmp_path,
         "--model.compile",
         "default",
@@ -372,7 +372,7 @@ def test_compiled_speednet_learns_in_bfloat16(tmp_path):
         "32",
         epochs=8,
     )
-    assert found.trainer.callback_metrics["val/accuracy"] > 0.8
+    assert command.trainer.callback_metrics["val/accuracy"] > 0.8
 
 
 def test_predictions_are_logged_as_pictures(tmp_path):
@@ -443,9 +443,9 @@ def test_invalid_settings_are_refused_in_one_line(tmp_path, case):
 
 
 def test_help_lists_every_setting(commands):
-    said = commands.run("run", "--help").text
-    assert said == commands.run("fit", "--help").text
-    for knob in (
+    output = commands.run("run", "--help").text
+    assert output == commands.run("fit", "--help").text
+    for setting in (
         "--model.network",
         "--data.source",
         "--trainer.precision",
@@ -460,7 +460,7 @@ def test_help_lists_every_setting(commands):
         "--ckpt_path",
         "--data.augment.mixup",
     ):
-        assert knob in said, knob
+        assert setting in output, setting
 
 
 def test_fit_with_a_recipe_publishes_a_bundle(commands, tmp_path):
@@ -484,7 +484,7 @@ def test_fit_with_a_recipe_publishes_a_bundle(commands, tmp_path):
     "flags", [(), ("--trainer.enable_progress_bar", "false"), ("--progress.quiet", "true")]
 )
 def test_progress_can_be_disabled(commands, tmp_path, flags):
-    said = commands.run(
+    command = commands.run(
         "run",
         "digits",
         "--trainer.max_epochs",
@@ -499,4 +499,4 @@ def test_progress_can_be_disabled(commands, tmp_path, flags):
         tmp_path,
         *flags,
     )
-    assert ("epoch 1/1" in said.text) == (not flags)
+    assert ("epoch 1/1" in command.text) == (not flags)

@@ -83,10 +83,10 @@ def node(start: Start, tmp_path: Path) -> Start:
     )
 
 
-def met(place: Path, *nodes: subprocess.Popen) -> None:
+def wait_until_met(directory: Path, *nodes: subprocess.Popen) -> None:
     """Wait until the processes of these nodes have met."""
     end = time.monotonic() + 120
-    while not all(list(place.glob(f"met-{node.pid}-*")) for node in nodes):
+    while not all(list(directory.glob(f"met-{node.pid}-*")) for node in nodes):
         assert time.monotonic() < end, "they did not meet"
         assert all(node.poll() is None for node in nodes), [node.poll() for node in nodes]
         time.sleep(0.05)
@@ -113,7 +113,7 @@ def test_sigterm_ends_it_before_the_nodes_have_met(node):
 @pytest.mark.parametrize("notice", [signal.SIGTERM, signal.SIGKILL])
 def test_nodes_end_as_interrupted_when_the_first_one_is_lost(notice, node, tmp_path):
     first, other = node(first=True), node()
-    met(tmp_path, first, other)
+    wait_until_met(tmp_path, first, other)
     first.send_signal(notice)
     assert first.wait(60) == (143 if notice == signal.SIGTERM else -9)
     assert other.wait(100) == 143
@@ -122,12 +122,12 @@ def test_nodes_end_as_interrupted_when_the_first_one_is_lost(notice, node, tmp_p
 @pytest.mark.slow
 def test_another_node_replaces_a_lost_one(node, tmp_path):
     first, other = node(first=True), node()
-    met(tmp_path, first, other)
+    wait_until_met(tmp_path, first, other)
     other.terminate()
     assert other.wait(60) == 143
     for mark in tmp_path.glob("met-*"):
         mark.unlink()
     replacement = node()
-    met(tmp_path, first, replacement)
+    wait_until_met(tmp_path, first, replacement)
     (tmp_path / "over").touch()
     assert (first.wait(60), replacement.wait(60)) == (0, 0)

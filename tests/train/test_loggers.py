@@ -19,7 +19,7 @@ METRICS = {
 }
 
 
-def train(commands: ForkedCommands, place: Path, logger: str) -> Path:
+def train(commands: ForkedCommands, directory: Path, logger: str) -> Path:
     """Train two epochs of 13 steps, stopped in the second and resumed; return the run directory."""
     settings = (
         "run",
@@ -40,20 +40,22 @@ def train(commands: ForkedCommands, place: Path, logger: str) -> Path:
         "true",
         "--trainer.callbacks+=support.interruption_callbacks.SendSignal",
         "--trainer.default_root_dir",
-        place / "runs",
+        directory / "runs",
     )
-    away = {
-        "HOME": str(place),
+    environment = {
+        "HOME": str(directory),
         "WANDB_MODE": None,
         "WANDB_API_KEY": None,
         "MLFLOW_TRACKING_URI": None,
     }
     assert (
-        commands.start(*settings, env={**away, "SEND_SIGNAL": "TERM:step:20"}, cwd=place).status()
+        commands.start(
+            *settings, env={**environment, "SEND_SIGNAL": "TERM:step:20"}, cwd=directory
+        ).status()
         == 143
     )
-    commands.run(*settings, env=away, cwd=place)
-    return place / "runs/digits/1"
+    commands.run(*settings, env=environment, cwd=directory)
+    return directory / "runs/digits/1"
 
 
 def test_csv(commands, tmp_path):
@@ -72,13 +74,13 @@ def test_tensorboard(commands, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = train(commands, tmp_path, "tensorboard")
-    found = EventAccumulator(str(run / "tensorboard"))
-    found.Reload()
-    assert set(found.Tags()["scalars"]) >= METRICS
-    assert [event.step for event in found.Scalars("train/loss_step")] == [4, 9, 14, 19, 24]
-    assert [event.step for event in found.Scalars("val/loss")] == [12, 25]
-    assert [event.step for event in found.Images("val/predictions")] == [13, 26]
-    assert found.Images("val/predictions")[0].encoded_image_string[:4] == b"\x89PNG"
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) >= METRICS
+    assert [event.step for event in events.Scalars("train/loss_step")] == [4, 9, 14, 19, 24]
+    assert [event.step for event in events.Scalars("val/loss")] == [12, 25]
+    assert [event.step for event in events.Images("val/predictions")] == [13, 26]
+    assert events.Images("val/predictions")[0].encoded_image_string[:4] == b"\x89PNG"
 
 
 def test_steps_before_the_first_checkpoint_are_not_logged_twice(commands, tmp_path):
@@ -108,9 +110,9 @@ def test_steps_before_the_first_checkpoint_are_not_logged_twice(commands, tmp_pa
     ).unlink()  # as if it had been killed, with all it had logged on disk, and no checkpoint yet
     (run / "last.ckpt").unlink()
     assert "no complete checkpoint" in commands.run(*settings, cwd=tmp_path).text
-    found = EventAccumulator(str(run / "tensorboard"))
-    found.Reload()
-    assert [event.step for event in found.Scalars("train/loss_step")] == list(range(13))
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss_step")] == list(range(13))
 
 
 def leveldb_log(data: bytes) -> Iterator[bytes]:
@@ -119,14 +121,16 @@ def leveldb_log(data: bytes) -> Iterator[bytes]:
     Blocks of 32 KiB hold pieces, each marked as a whole record (1), or the first (2), a middle (3)
     or the last piece (4) of one.
     """
-    place, block, record = 7, 1 << 15, b""
-    while place + 7 <= len(data):
-        if block - place % block < 7:
-            place += block - place % block
+    offset = 7
+    block = 1 << 15
+    record = b""
+    while offset + 7 <= len(data):
+        if block - offset % block < 7:
+            offset += block - offset % block
             continue
-        length, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
-        record += data[place + 7 : place + 7 + length]
-        place += 7 + length
+        length, kind = int.from_bytes(data[offset + 4 : offset + 6], "little"), data[offset + 6]
+        record += data[offset + 7 : offset + 7 + length]
+        offset += 7 + length
         if kind in (1, 4):
             yield record
             record = b""

@@ -17,7 +17,7 @@ def scrape(port: int) -> dict[str, float]:
     }
 
 
-def asleep(commands, place, step: int, *flags, moment: str = "step"):
+def start_sleeping_run(commands, directory, step: int, *flags, moment: str = "step"):
     """Start a run that sleeps in a step or at another moment; return it and its metrics port."""
     (port,) = find_free_ports(1)
     command = commands.start(
@@ -36,30 +36,30 @@ def asleep(commands, place, step: int, *flags, moment: str = "step"):
         *flags,
         "--trainer.callbacks+=support.interruption_callbacks.SendSignal",
         env={"SEND_SIGNAL": f"SLEEP:{moment}:{step}"},
-        cwd=place,
+        cwd=directory,
     )
     command.wait_for("asleep")
     return command, port
 
 
 def test_metrics_follow_the_training(commands, tmp_path):
-    command, port = asleep(
+    command, port = start_sleeping_run(
         commands, tmp_path, 20, "--trainer.log_every_n_steps", 1, "--data.batch_size", 100
     )
     # in the twentieth step, the seventh of the second epoch: 1,295 images make 13
-    seen = scrape(port)
-    assert seen["imago_train_epoch"] == 2
-    assert seen["imago_train_epochs"] == 40
-    assert seen["imago_train_step"] == 20
-    assert seen["imago_train_images_total"] in (1295 + 600, 1295 + 700)
-    assert seen["imago_train_images_per_second"] > 0
-    assert 0 < seen["imago_train_loss"] < 3
-    assert 0 < seen["imago_train_accuracy"] <= 1
-    assert 0 < seen["imago_train_val_loss"] < 3
-    assert 0 < seen["imago_train_val_accuracy"] <= 1
-    assert 0 < seen["imago_train_learning_rate"] < 1
-    assert seen["imago_train_fitting"] == 1
-    assert seen["process_resident_memory_bytes"] > 1e8
+    metrics = scrape(port)
+    assert metrics["imago_train_epoch"] == 2
+    assert metrics["imago_train_epochs"] == 40
+    assert metrics["imago_train_step"] == 20
+    assert metrics["imago_train_images_total"] in (1295 + 600, 1295 + 700)
+    assert metrics["imago_train_images_per_second"] > 0
+    assert 0 < metrics["imago_train_loss"] < 3
+    assert 0 < metrics["imago_train_accuracy"] <= 1
+    assert 0 < metrics["imago_train_val_loss"] < 3
+    assert 0 < metrics["imago_train_val_accuracy"] <= 1
+    assert 0 < metrics["imago_train_learning_rate"] < 1
+    assert metrics["imago_train_fitting"] == 1
+    assert metrics["process_resident_memory_bytes"] > 1e8
     other = commands.start(
         "run", "digits", "--monitor.port", port, "--monitor.host", "127.0.0.1", cwd=tmp_path
     )
@@ -72,15 +72,17 @@ def test_metrics_follow_the_training(commands, tmp_path):
 
 
 def test_fitting_is_0_while_the_bundle_is_written(commands, tmp_path):
-    command, port = asleep(commands, tmp_path, 0, "--trainer.max_epochs", 1, moment="after")
-    seen = scrape(port)
-    assert seen["imago_train_images_total"] > 1000
-    assert seen["imago_train_fitting"] == 0
+    command, port = start_sleeping_run(
+        commands, tmp_path, 0, "--trainer.max_epochs", 1, moment="after"
+    )
+    metrics = scrape(port)
+    assert metrics["imago_train_images_total"] > 1000
+    assert metrics["imago_train_fitting"] == 0
     command.send_signal(9)
 
 
 def test_without_step_logs_metrics_follow_the_epochs(commands, tmp_path):
-    command, port = asleep(
+    command, port = start_sleeping_run(
         commands, tmp_path, 4, "--trainer.log_every_n_steps", 0, "--data.batch_size", 500
     )
     # in the first step of the second epoch

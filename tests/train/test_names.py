@@ -95,16 +95,20 @@ def test_odd_names_in_the_audit_and_in_predictions_are_valid_text(commands, tmp_
         "--progress.quiet",
         "true",
     )
-    said = run.log.read_text("utf-8")
+    output = run.log.read_text("utf-8")
     rows = [
-        row for row in csv.reader(said[said.index("image,label") :].splitlines()) if len(row) == 3
+        row
+        for row in csv.reader(output[output.index("image,label") :].splitlines())
+        if len(row) == 3
     ]
     assert any(r"caf\xe9.png" in row[0] for row in rows)
 
 
 def test_a_directory_whose_name_is_not_utf8_is_refused_in_one_line(commands, tmp_path, photos):
-    place = photos.rename(tmp_path / "b\udcfccher")
-    refused = commands.start("run", place, *QUICK, "--trainer.default_root_dir", tmp_path / "runs")
+    directory = photos.rename(tmp_path / "b\udcfccher")
+    refused = commands.start(
+        "run", directory, *QUICK, "--trainer.default_root_dir", tmp_path / "runs"
+    )
     assert refused.status() == 2
     assert refused.text.startswith("train: ")
     assert r"b\xfccher: its name is not UTF-8" in refused.text

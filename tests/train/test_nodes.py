@@ -17,7 +17,8 @@ from support.sample_images import write_image_folder
 
 def test_a_moved_run_resumes(commands, tmp_path):
     """It finds its best weights in the new directory."""
-    place, moved = tmp_path / "runs", tmp_path / "moved"
+    runs = tmp_path / "runs"
+    moved = tmp_path / "moved"
     settings = (
         "--trainer.max_epochs",
         1,
@@ -30,8 +31,8 @@ def test_a_moved_run_resumes(commands, tmp_path):
         "--store",
         tmp_path / "store",
     )
-    assert start_run(commands, place, *settings, kill="TERM:end:0").status() == 143
-    place.rename(moved)
+    assert start_run(commands, runs, *settings, kill="TERM:end:0").status() == 143
+    runs.rename(moved)
     assert "resuming from step" in finish_run(commands, moved, *settings).text
     best = torch.load(find_run_directory(moved) / "best.ckpt", weights_only=True)["state_dict"]
     kept = load_file(tmp_path / "store/digits/1/weights.safetensors")
@@ -53,11 +54,11 @@ def test_a_run_resumes_on_a_node_with_less_memory(commands, tmp_path):
     )
     finish_run(commands, tmp_path / "whole", *settings)
     assert start_run(commands, tmp_path / "killed", *settings, kill="TERM:step:3").status() == 143
-    going_on = finish_run(
+    resumed = finish_run(
         commands, tmp_path / "killed", *settings, "--data.memory_share", 1e-9, "--data.workers", 1
     )
-    assert "streamed by workers" in going_on.text
-    assert "resuming from step 3:" in going_on.text
+    assert "streamed by workers" in resumed.text
+    assert "resuming from step 3:" in resumed.text
     assert_equal(
         reproducible_state(load_last_checkpoint(tmp_path / "killed")),
         reproducible_state(load_last_checkpoint(tmp_path / "whole")),

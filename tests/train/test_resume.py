@@ -26,9 +26,9 @@ from train.runs import checkpoints
 
 @pytest.fixture(scope="module")
 def undisturbed(commands: ForkedCommands, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("undisturbed") / "runs"
-    finish_run(commands, place)
-    return place
+    runs = tmp_path_factory.mktemp("undisturbed") / "runs"
+    finish_run(commands, runs)
+    return runs
 
 
 def test_seeds_give_identical_results(commands, undisturbed, tmp_path):
@@ -63,19 +63,19 @@ def test_seeds_give_identical_results(commands, undisturbed, tmp_path):
     ],
 )
 def test_sigterm_saves_and_the_same_command_resumes(commands, undisturbed, tmp_path, kill):
-    place = tmp_path / "runs"
-    assert start_run(commands, place, kill=f"TERM:{kill}").status() == 143
-    finished = finish_run(commands, place)
+    runs = tmp_path / "runs"
+    assert start_run(commands, runs, kill=f"TERM:{kill}").status() == 143
+    finished = finish_run(commands, runs)
     if kill != "epoch:1":  # where there is nothing to go on from
         assert "resuming from step" in finished.text
     assert_equal(
-        reproducible_state(load_last_checkpoint(place)),
+        reproducible_state(load_last_checkpoint(runs)),
         reproducible_state(load_last_checkpoint(undisturbed)),
     )
 
 
 def test_a_run_killed_many_times_ends_like_an_uninterrupted_one(commands, undisturbed, tmp_path):
-    place = tmp_path / "runs"
+    runs = tmp_path / "runs"
     for kill in (
         "TERM:step:1",
         "TERM:step:9",
@@ -88,16 +88,16 @@ def test_a_run_killed_many_times_ends_like_an_uninterrupted_one(commands, undist
     ):
         expected = 143 if kill.startswith("TERM") else 137
         assert (
-            start_run(commands, place, "--resume.every_steps", 4, kill=kill).status() == expected
+            start_run(commands, runs, "--resume.every_steps", 4, kill=kill).status() == expected
         ), kill
-    finished = finish_run(commands, place)
+    finished = finish_run(commands, runs)
     assert f"resuming from step {EPOCHS * STEPS}" in finished.text
     assert_equal(
-        reproducible_state(load_last_checkpoint(place)),
+        reproducible_state(load_last_checkpoint(runs)),
         reproducible_state(load_last_checkpoint(undisturbed)),
     )
     metrics = "csv/metrics.csv"
-    assert (find_run_directory(place) / metrics).read_text() == (
+    assert (find_run_directory(runs) / metrics).read_text() == (
         find_run_directory(undisturbed) / metrics
     ).read_text()
 
@@ -111,13 +111,14 @@ def test_the_history_has_validation_metrics_only_after_a_validation(commands, tm
         "--progress.quiet",
         "false",
     )
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    told = [
+    whole = tmp_path / "whole"
+    killed = tmp_path / "killed"
+    epoch_lines = [
         line
         for line in finish_run(commands, whole, *flags).text.splitlines()
         if line.startswith("epoch ")
     ]
-    assert ["val loss" in line for line in told] == [False, True, False, True]
+    assert ["val loss" in line for line in epoch_lines] == [False, True, False, True]
     assert start_run(commands, killed, *flags, kill=f"TERM:step:{2 * STEPS + 3}").status() == 143
     finish_run(commands, killed, *flags)
     rows = load_last_checkpoint(whole)["callbacks"]["History"]["rows"]
@@ -130,21 +131,19 @@ def test_the_history_has_validation_metrics_only_after_a_validation(commands, tm
 
 
 def test_a_damaged_checkpoint_is_skipped(commands, undisturbed, tmp_path):
-    place = tmp_path / "runs"
-    assert (
-        start_run(commands, place, "--resume.every_steps", 4, kill="KILL:step:10").status() == 137
-    )
-    last = find_run_directory(place) / "step-000000008.ckpt"
+    runs = tmp_path / "runs"
+    assert start_run(commands, runs, "--resume.every_steps", 4, kill="KILL:step:10").status() == 137
+    last = find_run_directory(runs) / "step-000000008.ckpt"
     last.write_bytes(last.read_bytes()[:-1000])
-    (find_run_directory(place) / ".step-000000012.ckpt.tmp").write_bytes(b"PK half of a checkpoint")
-    finished = finish_run(commands, place)
+    (find_run_directory(runs) / ".step-000000012.ckpt.tmp").write_bytes(b"PK half of a checkpoint")
+    finished = finish_run(commands, runs)
     assert f"{last}: damaged, skipped" in finished.text
     assert "resuming from step 4:" in finished.text
     assert_equal(
-        reproducible_state(load_last_checkpoint(place)),
+        reproducible_state(load_last_checkpoint(runs)),
         reproducible_state(load_last_checkpoint(undisturbed)),
     )
-    assert not list(find_run_directory(place).glob(".*.tmp"))
+    assert not list(find_run_directory(runs).glob(".*.tmp"))
 
 
 def test_any_flipped_byte_of_a_checkpoint_s_directory_is_detected(tmp_path):
@@ -152,9 +151,9 @@ def test_any_flipped_byte_of_a_checkpoint_s_directory_is_detected(tmp_path):
     torch.save({"state_dict": {"w": torch.arange(1000.0)}, "epoch": 2}, file)
     sound = file.read_bytes()
     assert checkpoints.newest_checkpoint(tmp_path) == file
-    for place in range(sound.rindex(b"PK\x01\x02", 0, -200) - 400, len(sound)):
+    for offset in range(sound.rindex(b"PK\x01\x02", 0, -200) - 400, len(sound)):
         damaged = bytearray(sound)
-        damaged[place] ^= 0xFF
+        damaged[offset] ^= 0xFF
         file.write_bytes(damaged)
         if checkpoints.newest_checkpoint(tmp_path):  # some of its bytes say nothing, such as a date
             assert torch.load(file, weights_only=True)["state_dict"]["w"].tolist() == list(
@@ -163,18 +162,18 @@ def test_any_flipped_byte_of_a_checkpoint_s_directory_is_detected(tmp_path):
 
 
 def test_a_full_disk_is_reported_and_costs_no_checkpoint(commands, undisturbed, tmp_path):
-    place = tmp_path / "runs"
-    assert start_run(commands, place, "--resume.every_steps", 4, kill="KILL:step:6").status() == 137
-    full = start_run(commands, place, "--resume.every_steps", 4, limits={"RLIMIT_FSIZE": 100_000})
+    runs = tmp_path / "runs"
+    assert start_run(commands, runs, "--resume.every_steps", 4, kill="KILL:step:6").status() == 137
+    full = start_run(commands, runs, "--resume.every_steps", 4, limits={"RLIMIT_FSIZE": 100_000})
     assert full.status() == 1
     assert (
         "can't write the checkpoint of step 8 (File too large); the last one is of step 4"
         in full.text
     )
     assert "Traceback" not in full.text
-    assert "resuming from step 4:" in finish_run(commands, place).text
+    assert "resuming from step 4:" in finish_run(commands, runs).text
     assert_equal(
-        reproducible_state(load_last_checkpoint(place)),
+        reproducible_state(load_last_checkpoint(runs)),
         reproducible_state(load_last_checkpoint(undisturbed)),
     )
 
@@ -201,13 +200,13 @@ def test_a_finished_run_and_another_job_s_run_are_not_resumed(commands, tmp_path
 def test_a_changed_setting_starts_a_new_run_unless_it_is_indifferent(
     commands, undisturbed, tmp_path
 ):
-    place = tmp_path / "runs"
-    assert start_run(commands, place, kill="TERM:step:4").status() == 143
+    runs = tmp_path / "runs"
+    assert start_run(commands, runs, kill="TERM:step:4").status() == 143
     indifferent = "--data.workers", 1, "--data.cache", tmp_path / "cache"
-    assert start_run(commands, place, *indifferent, kill="TERM:step:9").status() == 143
+    assert start_run(commands, runs, *indifferent, kill="TERM:step:9").status() == 143
     fresh = finish_run(
         commands,
-        place,
+        runs,
         "--data.batch_size",
         200,
         "--model.optimizer.lr",
@@ -216,20 +215,21 @@ def test_a_changed_setting_starts_a_new_run_unless_it_is_indifferent(
         1,
     )
     assert (
-        f"train: {place}/digits/1: unfinished, but started with other settings (data.batch_size, "
+        f"train: {runs}/digits/1: unfinished, but started with other settings (data.batch_size, "
         "model.optimizer.lr, trainer.max_epochs); starts a new run"
     ) in fresh.text
-    (place / "digits/2").rename(tmp_path / "2")
-    assert "resuming from step 9:" in finish_run(commands, place).text
+    (runs / "digits/2").rename(tmp_path / "2")
+    assert "resuming from step 9:" in finish_run(commands, runs).text
     assert_equal(
-        reproducible_state(load_last_checkpoint(place)),
+        reproducible_state(load_last_checkpoint(runs)),
         reproducible_state(load_last_checkpoint(undisturbed)),
     )
-    assert "unfinished" not in finish_run(commands, place, "--trainer.max_epochs", 1).text
+    assert "unfinished" not in finish_run(commands, runs, "--trainer.max_epochs", 1).text
 
 
 def test_a_run_is_not_resumed_with_other_data(commands, tmp_path):
-    photos, place = write_image_folder(tmp_path / "photos", 40), tmp_path / "runs"
+    photos = write_image_folder(tmp_path / "photos", 40)
+    runs = tmp_path / "runs"
     settings = (
         "--data.source",
         photos,
@@ -240,22 +240,22 @@ def test_a_run_is_not_resumed_with_other_data(commands, tmp_path):
         "--trainer.max_epochs",
         2,
     )
-    assert start_run(commands, place, *settings, kill="TERM:step:3").status() == 143
+    assert start_run(commands, runs, *settings, kill="TERM:step:3").status() == 143
     (photos / "yellow").mkdir()
     for i in range(9):
         (photos / "yellow" / f"{i}.png").write_bytes((photos / "red" / f"{i:03d}.png").read_bytes())
-    refused = start_run(commands, place, *settings)
+    refused = start_run(commands, runs, *settings)
     assert refused.status() == 2
     assert refused.text.splitlines()[-1].startswith(
-        f"train: {find_run_directory(place)}: started on other images, labels or classes"
+        f"train: {find_run_directory(runs)}: started on other images, labels or classes"
     )
     assert "--fresh" in refused.text.splitlines()[-1]
     shutil.rmtree(photos / "yellow")
     removed = (photos / "red" / "000.png").read_bytes()
     (photos / "red" / "000.png").unlink()
-    assert start_run(commands, place, *settings).status() == 2
+    assert start_run(commands, runs, *settings).status() == 2
     (photos / "red" / "000.png").write_bytes(removed)
-    assert "resuming from step 3:" in finish_run(commands, place, *settings).text
+    assert "resuming from step 3:" in finish_run(commands, runs, *settings).text
 
 
 def test_training_continues_from_a_finished_run_s_checkpoint(commands, undisturbed, tmp_path):
@@ -376,9 +376,10 @@ def test_a_stream_resumes_where_it_stopped(commands, tmp_path):
 
 @pytest.mark.slow
 def test_sigkill_at_any_moment(commands, undisturbed, tmp_path):
-    place, moment = tmp_path / "runs", 1.0
+    runs = tmp_path / "runs"
+    moment = 1.0
     while True:
-        command = start_run(commands, place, "--resume.every_steps", 1)
+        command = start_run(commands, runs, "--resume.every_steps", 1)
         time.sleep(moment)
         with contextlib.suppress(ProcessLookupError):  # it ended first
             command.send_signal(signal.SIGKILL)
@@ -386,7 +387,7 @@ def test_sigkill_at_any_moment(commands, undisturbed, tmp_path):
             break
         moment += 0.137
     assert_equal(
-        reproducible_state(load_last_checkpoint(place)),
+        reproducible_state(load_last_checkpoint(runs)),
         reproducible_state(load_last_checkpoint(undisturbed)),
     )
 
