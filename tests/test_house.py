@@ -1,4 +1,4 @@
-"""The house stays in order: its rooms, the direction of its imports, its locks, and what `make` says."""
+"""The repository's own rules: layout, imports, style, language, lock files and make."""
 
 import re
 import subprocess
@@ -6,41 +6,90 @@ import sys
 import tomllib
 from pathlib import Path
 
+import code_style
 import pytest
 from packaging.requirements import Requirement
+from support import ROOT
 
-ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
+TOP_LEVEL = {
+    *("train", "serve", "models", "docker", "k8s", "tests"),
+    *("CHANGELOG.md", "LICENSE", "Makefile", "README.md", "pyproject.toml"),
+}
 
-def tracked() -> list[str]:
-    listed = subprocess.run(
+# Turns that no technical documentation uses. This file is the only one that may contain them.
+BANNED_PHRASES = [
+    "\N{LEFT-POINTING DOUBLE ANGLE QUOTATION MARK}",
+    "\N{RIGHT-POINTING DOUBLE ANGLE QUOTATION MARK}",
+    "away with it",
+    "becomes of",
+    "it is so.",
+    "lost their fine colours",
+    "spoke for",
+    "take it away",
+    "there is no such thing",
+    "this is no proxy",
+    "what was seen",
+]
+GENERATED = (".lock", ".json", "LICENSE", ".png", ".svg")
+
+
+def list_tracked_files() -> list[str]:
+    result = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    return listed.stdout.splitlines()
+    return [name for name in result.stdout.splitlines() if (ROOT / name).is_file()]
 
 
-def pins(lock: str) -> dict[str, str]:
+def run_tool(*command: str) -> None:
+    """Run one of the virtual environment's tools and assert that it has no complaint."""
+    name, *arguments = command
+    result = subprocess.run([BIN / name, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def read_pins(lock: str) -> dict[str, str]:
+    """Package to version, from a lock file."""
     text = (ROOT / "docker" / lock).read_text()
     return dict(re.findall(r"^([\w.-]+)==([^\s;\\]+)", text, re.MULTILINE))
 
 
-def test_top_level_is_the_agreed_one():
-    rooms = {"train", "serve", "models", "docker", "k8s", "tests"}
-    files = {"pyproject.toml", "Makefile", "README.md", "LICENSE"}
-    top = {name.split("/")[0] for name in tracked()}
-    assert {name for name in top if not name.startswith(".")} == rooms | files
+def test_the_top_level_is_the_agreed_one():
+    names = {name.split("/")[0] for name in list_tracked_files()}
+    visible = {name for name in names if not name.startswith(".")}
+    assert visible <= TOP_LEVEL
+    assert TOP_LEVEL - visible <= {"CHANGELOG.md"}
 
 
-def test_imports_point_from_train_and_serve_to_models():
-    result = subprocess.run([BIN / "lint-imports"], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout
+def test_imports_follow_the_layers():
+    run_tool("lint-imports")
 
 
-def test_style():
-    result = subprocess.run([BIN / "ruff", "check", "."], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout
+def test_no_modules_import_one_another():
+    """Nor behind TYPE_CHECKING, where import-linter may be told to ignore it."""
+    modules = code_style.load_modules(ROOT)
+    assert code_style.find_import_cycles(modules) == []
+
+
+def test_the_code_passes_ruff():
+    run_tool("ruff", "check", ".")
+
+
+def test_the_code_is_formatted():
+    run_tool("ruff", "format", "--check", ".")
+
+
+def test_no_text_holds_a_banned_phrase():
+    offences: list[str] = []
+    for name in list_tracked_files():
+        path = ROOT / name
+        if name.endswith(GENERATED) or path == Path(__file__):
+            continue
+        text = " ".join(path.read_text().lower().split())
+        offences += [f"{name}: {phrase}" for phrase in BANNED_PHRASES if phrase in text]
+    assert offences == []
 
 
 def test_locks_satisfy_the_declared_ranges_and_name_no_index():
@@ -55,7 +104,7 @@ def test_locks_satisfy_the_declared_ranges_and_name_no_index():
         "dev.lock": extras["train"] + extras["serve"] + extras["dev"],
     }
     for lock, requirements in wanted.items():
-        locked = pins(lock)
+        locked = read_pins(lock)
         for requirement in map(Requirement, PROJECT["dependencies"] + requirements):
             assert requirement.specifier.contains(locked[requirement.name]), (
                 f"{requirement} in {lock}"
@@ -66,29 +115,28 @@ def test_locks_satisfy_the_declared_ranges_and_name_no_index():
 
 
 @pytest.mark.parametrize("lock", sorted(p.name for p in (ROOT / "docker").glob("serve*.lock")))
-def test_serving_locks_are_hashed_and_free_of_torch(lock):
-    locked = pins(lock)
+def test_serving_locks_have_hashes_and_no_torch(lock):
+    locked = read_pins(lock)
     assert not {"torch", "torchvision", "lightning"} & set(locked)
-    entries = re.split(r"^(?=[\w.-]+==)", (ROOT / "docker" / lock).read_text(), flags=re.MULTILINE)[
-        1:
-    ]
-    assert len(entries) >= len(locked)  # a package may stand there once for each Python
+    text = (ROOT / "docker" / lock).read_text()
+    _, *entries = re.split(r"^(?=[\w.-]+==)", text, flags=re.MULTILINE)
+    assert len(entries) >= len(locked)  # a package may have an entry for each Python version
     assert all("--hash=sha256:" in entry for entry in entries)
     assert ("onnxruntime" in locked) is ("onnxruntime-gpu" not in locked), (
-        "each would overwrite the other's files"
+        "each package overwrites files of the other"
     )
 
 
-def test_the_images_that_are_tested_are_those_that_were_built():
+def test_the_tested_images_are_the_built_ones():
     for runtime, suffix in (("cpu", ""), ("openvino", "-openvino")):
-        told = subprocess.run(
+        printed = subprocess.run(
             ["make", "-n", "test-images", f"RUNTIME={runtime}", "REGISTRY=here", "TAG=7"],
             cwd=ROOT,
             capture_output=True,
             text=True,
             check=True,
         ).stdout
-        assert f"IMAGO_TEST_IMAGES='here/imago-serve:7{suffix} here/imago-train:7'" in told
+        assert f"IMAGO_TEST_IMAGES='here/imago-serve:7{suffix} here/imago-train:7'" in printed
 
 
 def test_make_alone_lists_every_target():
