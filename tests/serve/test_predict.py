@@ -1,8 +1,9 @@
 """POST /predict: bodies in each format, the answer, and the errors of a request."""
 
 import base64
+from typing import Any
 
-import numpy as np
+import httpx
 import pytest
 from support import tiny_bundle
 
@@ -21,22 +22,39 @@ MEMBERS = (
 )
 
 
+def read_label_or_status(prediction: dict[str, Any]) -> str | int:
+    """Return the label of a prediction, or the status of an error in its place."""
+    if "error" in prediction:
+        return prediction["error"]["status"]
+    return prediction["label"]
+
+
+def read_outcomes(response: httpx.Response) -> list[str | int]:
+    """Return the label or the status of each image."""
+    return [read_label_or_status(prediction) for prediction in response.json()["predictions"]]
+
+
+def encode(image: bytes) -> str:
+    return base64.b64encode(image).decode()
+
+
 @pytest.mark.parametrize("label", tiny_bundle.CLASSES)
 def test_raw_bytes(server, label):
-    data = tiny_bundle.make_image(label)
-    answer = server.predict(data)
-    assert answer.status_code == 200
-    body = answer.json()
-    (prediction,) = body["predictions"]
-    expected = tiny_bundle.expected_outputs(decode(data, INPUT)[None], 3)
+    image = tiny_bundle.make_image(label)
+    expected = tiny_bundle.expected_outputs(decode(image, INPUT)[None], 3)
+
+    response = server.predict(image)
+    assert response.status_code == 200
+    answer = response.json()
+    (prediction,) = answer["predictions"]
+    assert tuple(prediction) == MEMBERS
     assert prediction["label"] == label
     assert prediction["confidence"] == pytest.approx(expected["probabilities"].max(), abs=1e-5)
     assert prediction["energy"] == pytest.approx(expected["energy"][0], abs=1e-4)
-    assert tuple(prediction) == MEMBERS
-    assert body["model"] == {"name": "colours", "version": "1"}
-    assert body["id"] == answer.headers["x-request-id"]
-    assert answer.headers["x-model-version"] == "1"
-    timings = answer.headers["server-timing"].split(", ")
+    assert answer["model"] == {"name": "colours", "version": "1"}
+    assert answer["id"] == response.headers["x-request-id"]
+    assert response.headers["x-model-version"] == "1"
+    timings = response.headers["server-timing"].split(", ")
     assert [timing.split(";")[0] for timing in timings] == ["queue", "decode", "infer"]
 
 
@@ -46,72 +64,68 @@ def test_a_failed_image_is_an_error_among_the_predictions(server):
         ("b", ("b.txt", b"hello")),
         ("c", ("c.jpg", tiny_bundle.make_image("red", 64))),
     ]
-    answer = server.http.post("/predict", files=files)
-    assert answer.status_code == 200
-    blue, error, red = answer.json()["predictions"]
-    assert (blue["label"], red["label"]) == ("blue", "red")
-    assert error["error"]["status"] == 415
+    response = server.http.post("/predict", files=files)
+    assert response.status_code == 200
+    assert read_outcomes(response) == ["blue", 415, "red"]
 
 
 @pytest.mark.parametrize("flags", [(), ("--cache-entries", "9")])
 def test_empty_files_and_invalid_base64_are_errors_among_the_predictions(start, flags):
     server = start(*flags)
-    good = tiny_bundle.make_image("blue")
-    files = [("f", ("a", b"")), ("f", ("b", good)), ("f", ("c", b""))]
-    texts = {"images": ["?", base64.b64encode(good).decode(), "", "é"]}
-    for _ in range(2):  # the second time they are in the cache
-        for request, statuses in (
-            ({"files": files}, [422, "blue", 422]),
-            ({"json": texts}, [400, "blue", 422, 400]),
-        ):
-            answer = server.http.post("/predict", **request)
-            assert answer.status_code == 200
-            assert answer.headers["x-model-version"] == "1"
-            assert [
-                p["error"]["status"] if "error" in p else p["label"]
-                for p in answer.json()["predictions"]
-            ] == statuses
+    blue = tiny_bundle.make_image("blue")
+    files = [("f", ("a", b"")), ("f", ("b", blue)), ("f", ("c", b""))]
+    texts = {"images": ["?", encode(blue), "", "é"]}
+
+    for _ in range(2):  # the second time blue is in the cache
+        multipart = server.http.post("/predict", files=files)
+        assert read_outcomes(multipart) == [422, "blue", 422]
+        json_body = server.http.post("/predict", json=texts)
+        assert read_outcomes(json_body) == [400, "blue", 422, 400]
+        for response in (multipart, json_body):
+            assert response.status_code == 200
+            assert response.headers["x-model-version"] == "1"
     assert server.metric("imago_images_total", outcome="refused") == 10
 
 
 def test_the_status_is_an_error_if_all_images_fail(server):
-    answer = server.http.post("/predict", files=[("a", ("a", b"hello")), ("b", ("b", b"world"))])
-    assert answer.status_code == 415
-    assert [p["error"]["status"] for p in answer.json()["predictions"]] == [415, 415]
-    answer = server.http.post(
-        "/predict", json={"images": ["?", base64.b64encode(b"hello").decode()]}
-    )
-    assert answer.status_code == 415
-    assert [p["error"]["status"] for p in answer.json()["predictions"]] == [400, 415]
+    files = [("a", ("a", b"hello")), ("b", ("b", b"world"))]
+    response = server.http.post("/predict", files=files)
+    assert response.status_code == 415
+    assert read_outcomes(response) == [415, 415]
+
+    response = server.http.post("/predict", json={"images": ["?", encode(b"hello")]})
+    assert response.status_code == 415
+    assert read_outcomes(response) == [400, 415]
 
 
 @pytest.mark.parametrize("prefix", ["", "data:image/png;base64,"])
 def test_json(server, prefix):
-    texts = [
-        prefix + base64.b64encode(tiny_bundle.make_image(label)).decode()
-        for label in tiny_bundle.CLASSES
-    ]
-    many = server.http.post("/predict", json={"images": texts}).json()
-    assert [p["label"] for p in many["predictions"]] == tiny_bundle.CLASSES
-    one = server.http.post("/predict", json={"image": texts[1]}).json()
-    assert one["predictions"] == [many["predictions"][1]]
+    texts = []
+    for label in tiny_bundle.CLASSES:
+        texts.append(prefix + encode(tiny_bundle.make_image(label)))
+
+    many = server.http.post("/predict", json={"images": texts})
+    assert read_outcomes(many) == tiny_bundle.CLASSES
+    one = server.http.post("/predict", json={"image": texts[1]})
+    assert one.json()["predictions"] == [many.json()["predictions"][1]]
 
 
 def test_top_k(server):
-    data = tiny_bundle.make_image("green")
-    assert len(server.predict(data, "?top_k=1").json()["predictions"][0]["top"]) == 1
-    top = server.predict(data, "?top_k=1000").json()["predictions"][0]["top"]
+    green = tiny_bundle.make_image("green")
+    top_1 = server.predict(green, "?top_k=1").json()["predictions"][0]["top"]
+    assert [choice["label"] for choice in top_1] == ["green"]
+
+    top = server.predict(green, "?top_k=1000").json()["predictions"][0]["top"]
     assert sorted(choice["label"] for choice in top) == sorted(tiny_bundle.CLASSES)
-    assert np.isclose(sum(choice["confidence"] for choice in top), 1, atol=1e-4)
+    assert sum(choice["confidence"] for choice in top) == pytest.approx(1, abs=1e-4)
 
 
 def test_many_images_of_one_request(server):
     labels = [tiny_bundle.CLASSES[i % 3] for i in range(60)]
-    files = [
-        ("f", (f"{i}.png", tiny_bundle.make_image(label, seed=i))) for i, label in enumerate(labels)
-    ]
-    answer = server.http.post("/predict", files=files)
-    assert [p["label"] for p in answer.json()["predictions"]] == labels
+    files = []
+    for i, label in enumerate(labels):
+        files.append(("f", (f"{i}.png", tiny_bundle.make_image(label, seed=i))))
+    assert read_outcomes(server.http.post("/predict", files=files)) == labels
 
 
 @pytest.mark.parametrize(
