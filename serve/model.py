@@ -48,7 +48,8 @@ class Model:
         self.variant, self.engine = _select_variant(bundle, samples, settings, threads)
 
         self.composer = PredictionComposer(self.manifest)
-        self.output_names = ("probabilities", "energy")  # that each prediction needs
+        # The outputs that each prediction needs.
+        self.output_names: tuple[str, ...] = ("probabilities", "energy")
         self.has_activation_maps = "cam" in self.engine.outputs
         # The JSON that HTTP processes receive and GET /model returns.
         self.description = json.dumps(self._describe(), separators=(",", ":")).encode()

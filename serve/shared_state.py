@@ -56,6 +56,7 @@ class SharedState:
         return self.page[_DRAINING] != 0
 
     def set_draining(self) -> None:
+        """Begin the shutdown."""
         self.page[_DRAINING] = 1
 
     @property
@@ -64,6 +65,7 @@ class SharedState:
         return self.page[_REFUSING] != 0
 
     def set_refusing(self) -> None:
+        """Refuse new requests from now on."""
         self.page[_REFUSING] = 1
 
     @property
@@ -72,6 +74,7 @@ class SharedState:
         return self.page[_STOPPING] != 0
 
     def set_stopping(self) -> None:
+        """Let processes end from now on."""
         self.page[_STOPPING] = 1
 
     # What HTTP processes have accepted and not yet answered. All read the sum over the processes.
@@ -84,12 +87,15 @@ class SharedState:
         page[_PENDING_BYTES + http_process] = body_bytes
 
     def pending_images(self, http_processes: int) -> int:
+        """Return how many images are accepted and not yet answered."""
         return int(sum(self.page[_PENDING_IMAGES : _PENDING_IMAGES + http_processes]))
 
     def pending_requests(self, http_processes: int) -> int:
+        """Return how many requests are accepted and not yet answered."""
         return int(sum(self.page[_PENDING_REQUESTS : _PENDING_REQUESTS + http_processes]))
 
     def pending_bytes(self, http_processes: int) -> int:
+        """Return how many bytes the bodies of these requests have."""
         return int(sum(self.page[_PENDING_BYTES : _PENDING_BYTES + http_processes]))
 
     # Signs of life of workers.
@@ -105,6 +111,7 @@ class SharedState:
             self.set_idle(worker, predictor)
 
     def set_heartbeat(self, worker: int) -> None:
+        """Publish that the worker is alive now."""
         self.page[_HEARTBEAT + worker] = time.monotonic()
 
     def has_started(self, worker: int) -> bool:
@@ -118,6 +125,7 @@ class SharedState:
         return now
 
     def set_idle(self, worker: int, predictor: int) -> None:
+        """Note that a predictor waits for jobs, or for its turn to decode."""
         self.page[_BUSY_SINCE + worker * MAX_PREDICTORS + predictor] = 0
 
     def set_run_seconds(self, worker: int, seconds: float) -> None:
@@ -125,6 +133,7 @@ class SharedState:
         self.page[_RUN_SECONDS + worker] = seconds
 
     def run_seconds(self, worker: int) -> float:
+        """Return what the worker has published with `set_run_seconds`."""
         return self.page[_RUN_SECONDS + worker]
 
     def stalled_seconds(self, worker: int, predictors: int) -> float:

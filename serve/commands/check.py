@@ -12,7 +12,8 @@ from models.store import LATEST, Store
 from serve import options
 from serve.model import Model
 from serve.settings import Settings
-from serve.worker.reload import AWAY, is_transient
+from serve.worker.exit_status import STORE_UNREADABLE
+from serve.worker.version_check import is_transient
 
 
 def main(arguments: list[str]) -> int:
@@ -29,7 +30,7 @@ def main(arguments: list[str]) -> int:
     except (ValueError, OSError) as error:
         say("ready", "no")
         print(f"error: {error}", file=sys.stderr)
-        return AWAY if is_transient(error) else 1
+        return STORE_UNREADABLE if is_transient(error) else 1
     if as_json:
         print(
             json.dumps(

@@ -52,4 +52,5 @@ class CudaEngine:
     def run(
         self, images: np.ndarray, output_names: tuple[str, ...], use_all_threads: bool
     ) -> list[np.ndarray]:
+        """Run the graph; see `Engine.run`."""
         return self.session.run(output_names, {"image": images})

@@ -40,6 +40,7 @@ class OnnxRuntimeEngine:
     def run(
         self, images: np.ndarray, output_names: tuple[str, ...], use_all_threads: bool
     ) -> list[np.ndarray]:
+        """Run the graph; see `Engine.run`."""
         if not use_all_threads:
             return self.single_thread_session.run(output_names, {"image": images})
 

@@ -64,6 +64,7 @@ class OpenVinoEngine:
     def run(
         self, images: np.ndarray, output_names: tuple[str, ...], use_all_threads: bool
     ) -> list[np.ndarray]:
+        """Run the graph; see `Engine.run`."""
         if use_all_threads:
             request = _get_request(self.all_threads_model, self.all_threads_requests)
         else:

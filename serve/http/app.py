@@ -1,6 +1,6 @@
 """The ASGI app of an HTTP process, and the service behind it.
 
-`ServiceApp` is a pure ASGI middleware around LitServe's app. That app sees only the lifespan
+`ServiceApp` is a pure ASGI app around LitServe's app. That app sees only the lifespan
 events, so none of LitServe's own endpoints can be reached. When the lifespan starts, `ServiceApp`
 creates a `Service` and puts it into the lifespan's state. From there `serve.http.protocol` gets it
 for each connection.
@@ -66,13 +66,16 @@ CLIENT_LEFT = 499  # status in logs and traces of a request that got no response
 
 
 class ServiceApp:
-    """The outermost middleware of LitServe's app, in an HTTP process."""
+    """The app of an HTTP process, around LitServe's app."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, run_directory: str) -> None:
+    def __init__(
+        self, app: ASGIApp, settings: Settings, run_directory: str, process_number: int
+    ) -> None:
         """Wrap `app`. The service uses the files in `run_directory`."""
         self.app = app
         self.settings = settings
         self.run_directory = run_directory
+        self.process_number = process_number
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         """Run the lifespan, or answer a request."""
@@ -83,8 +86,7 @@ class ServiceApp:
 
     async def _run_lifespan(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         """Create the service, and close it when the lifespan ends."""
-        process_number = scope["app"].response_queue_id
-        service = Service(self.settings, self.run_directory, process_number)
+        service = Service(self.settings, self.run_directory, self.process_number)
         scope["state"][STATE_KEY] = service
         await self.app(scope, receive, send)
         service.close()

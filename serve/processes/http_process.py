@@ -1,60 +1,99 @@
-"""An HTTP process of the service, and a word for those who come after the last one has ended."""
+"""An HTTP process: uvicorn with the service's app. `serve.http` has what it runs.
+
+Also the responses to clients that connect after the last HTTP process has ended, which the
+supervisor sends.
+"""
 
 import asyncio
 import contextlib
+import json
 import signal
 import socket
 import time
-from typing import Any
+from types import FrameType
 
 import uvicorn
 
-GUESTS = 0.2  # seconds to tell those who connected after the HTTP processes had ended
-
-_GONE = b'{"type":"about:blank","title":"Service Unavailable","status":503,"detail":"the service is shutting down"}'
-GONE = (
-    b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/problem+json\r\nretry-after: 1\r\n"
-    b"connection: close\r\ncontent-length: %d\r\n\r\n%s" % (len(_GONE), _GONE)
-)
+TICK_SECONDS = 1.0
+LATE_CLIENTS_SECONDS = 0.2  # for all clients that connect too late
+LATE_CLIENT_TIMEOUT_SECONDS = 0.05  # for one read from or write to such a client
+RECEIVE_BYTES = 1 << 16
 
 
-class Api(uvicorn.Server):
-    """Looks around once a second; uvicorn does ten times, which is most of what an idle service costs."""
+class HttpServer(uvicorn.Server):
+    """A uvicorn server that wakes once a second instead of ten times.
 
-    told: asyncio.Event | None = None
+    That is most of the CPU time of an idle service. Written for uvicorn 0.54: it overrides
+    `main_loop` and `handle_exit`, and calls `on_tick`, which updates the Date header.
+    """
+
+    exit_event: asyncio.Event | None = None
 
     async def main_loop(self) -> None:
-        self.loop, self.told = asyncio.get_running_loop(), asyncio.Event()
-        while not await self.on_tick(0):  # which also writes the Date header of this second
+        """Run until the server should exit."""
+        self.event_loop = asyncio.get_running_loop()
+        self.exit_event = asyncio.Event()
+        while not await self.on_tick(0):
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.told.wait(), 1.0)
+                await asyncio.wait_for(self.exit_event.wait(), TICK_SECONDS)
 
-    def handle_exit(self, number: int, frame: Any) -> None:
-        super().handle_exit(number, frame)
-        if self.told is not None:
-            self.loop.call_soon_threadsafe(self.told.set)
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Handle SIGTERM or SIGINT: wake `main_loop`, which then exits."""
+        super().handle_exit(sig, frame)
+        if self.exit_event is not None:
+            self.event_loop.call_soon_threadsafe(self.exit_event.set)
 
 
-def run_api(server: Api, sockets: list[socket.socket]) -> None:
-    """An HTTP process. `drain` came along with the fork, but is the supervisor's; uvicorn sets handlers of its own."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+def run_http_process(server: HttpServer, sockets: list[socket.socket]) -> None:
+    """Run an HTTP process, the main function of a forked child of the supervisor."""
+    # The fork copied the supervisor's handlers, which drain the service. uvicorn sets its own soon.
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signal_number, signal.SIG_IGN)
     server.run(sockets)
 
 
-def dismiss(listener: socket.socket) -> None:
-    """Answer those who connected when nobody accepted any more, then close: closing alone would reset them."""
-    guests = []
+def _shutdown_response() -> bytes:
+    problem = {
+        "type": "about:blank",
+        "title": "Service Unavailable",
+        "status": 503,
+        "detail": "the service is shutting down",
+    }
+    body = json.dumps(problem, separators=(",", ":"))
+    lines = [
+        "HTTP/1.1 503 Service Unavailable",
+        "content-type: application/problem+json",
+        "retry-after: 1",
+        "connection: close",
+        f"content-length: {len(body)}",
+        "",
+        body,
+    ]
+    return "\r\n".join(lines).encode()
+
+
+SHUTDOWN_RESPONSE = _shutdown_response()
+
+
+def answer_late_clients(listener: socket.socket) -> None:
+    """Send 503 to clients that connected after the HTTP processes had ended, and close the socket.
+
+    Without an answer, closing the socket would reset their connections.
+    """
+    clients: list[socket.socket] = []
     listener.setblocking(False)
-    with contextlib.suppress(OSError):  # there is nobody left
+    with contextlib.suppress(OSError):  # BlockingIOError: no more clients
         while True:
-            guests.append(listener.accept()[0])
+            client, _ = listener.accept()
+            clients.append(client)
     listener.close()
-    end = time.monotonic() + GUESTS
-    for guest in guests:
-        with contextlib.suppress(OSError), guest:
-            guest.settimeout(0.05)
-            guest.sendall(GONE)
-            guest.shutdown(socket.SHUT_WR)
-            while time.monotonic() < end and guest.recv(1 << 16):
-                pass  # what is unread when a socket is closed resets it, and the answer is lost
+
+    end = time.monotonic() + LATE_CLIENTS_SECONDS
+    for client in clients:
+        with contextlib.suppress(OSError), client:
+            client.settimeout(LATE_CLIENT_TIMEOUT_SECONDS)
+            client.sendall(SHUTDOWN_RESPONSE)
+            client.shutdown(socket.SHUT_WR)
+            # Unread bytes would turn the close into a reset, and the response would be lost.
+            while time.monotonic() < end and client.recv(RECEIVE_BYTES):
+                pass

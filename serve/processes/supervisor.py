@@ -1,12 +1,8 @@
-"""The first process: starts LitServe's processes, replaces those that crash or hang, and drains on SIGTERM.
+"""The supervisor, the first process: it starts the others, replaces those that fail, and drains.
 
-It subclasses LitServer where version 0.2.19 leaves no public hook: to keep the HTTP processes, which LitServe never
-replaces; to watch the workers in its own way, since LitServe sees no hang and restarts without a pause; and to do
-without LitServe's manager process and queues, which nothing here uses.
+It also answers /metrics. `serve` is the main function of the service.
 """
 
-import copy
-import math
 import multiprocessing
 import multiprocessing.connection
 import shutil
@@ -16,11 +12,10 @@ import sys
 import threading
 import time
 from multiprocessing.process import BaseProcess
-from typing import Any
+from types import FrameType
+from typing import Any, Literal, NamedTuple
 
-import litserve
 import uvicorn
-from starlette.middleware.gzip import GZipMiddleware
 
 from models.cpu_quota import available_cores
 from serve import logs
@@ -28,256 +23,321 @@ from serve.http.app import ServiceApp
 from serve.http.protocol import HttpProtocol
 from serve.metrics import exposition
 from serve.metrics.shared_counters import SharedCounters
-from serve.processes.ports import is_port_free
-from serve.processes.run_directory import create_run_directory
 from serve.processes.connection_limit import limit_connections
-from serve.processes.http_process import Api, dismiss, run_api
-from serve.processes.litserve_adapter import Quiet
+from serve.processes.http_process import HttpServer, answer_late_clients, run_http_process
+from serve.processes.litserve_adapter import LitServeAdapter
+from serve.processes.ports import is_port_free
+from serve.processes.restart_policy import RestartPolicy
+from serve.processes.run_directory import create_run_directory
 from serve.settings import Settings
 from serve.shared_state import SharedState
-from serve.worker import shadow
-from serve.worker.worker import UNUSABLE, Worker
+from serve.worker.exit_status import MODEL_UNUSABLE
+from serve.worker.shadow import run_shadow
+from serve.worker.worker import Worker
 
-TICK = 0.05  # seconds between two looks at a drain
-WAKE = 0.2  # seconds until a signal is heard that another thread was given
-WATCH = 1.0  # seconds between two looks at the processes; one that ends is seen at once
-BEGINNING = 0.1  # the same until all have started
-FAREWELL = 1.0  # seconds in which clients that keep a connection get one more answer on it, and are told to close it
-LINGER = 0.3  # seconds in which clients are still told that we are leaving
-LEAVE = 0.9  # seconds for the HTTP processes to end, in which clients take their last answers
-END = 1.8  # seconds of the drain that are kept for ending the processes
-SLOW = 5  # times as long as a batch took at the start: no hang yet, whatever else the cores do
-OWN_FILES = 128  # that a process has open besides the connections of clients
-MAX_PAUSE = 10.0  # seconds between two tries to start a process that keeps crashing
+# Monitoring. A process that ends is noticed at once.
+MONITOR_SECONDS = 1.0
+STARTUP_MONITOR_SECONDS = 0.1  # until all workers have started
+# A run that takes so many times as long as at the start is a hang, however busy the cores are.
+HANG_FACTOR = 5
+
+# The drain.
+DRAIN_POLL_SECONDS = 0.05
+# Clients that keep a connection get one more response on it, which tells them to close it.
+CLOSE_NOTICE_SECONDS = 1.0
+# New requests get 503, so that clients and load balancers see that the service is leaving.
+REFUSAL_SECONDS = 0.3
+# The last part of `drain_seconds`, in which the processes end.
+SHUTDOWN_SECONDS = 1.8
+# HTTP processes may take this part of SHUTDOWN_SECONDS to send their last responses.
+HTTP_EXIT_SECONDS = 0.9
+
+EXIT_OK = 0
+EXIT_UNUSABLE = 2
+
+ProcessKind = Literal["worker", "http", "shadow"]
 
 
-class Supervisor(litserve.LitServer):
-    def __init__(self, settings: Settings, run: str, threads: int):
-        super().__init__(
-            Worker(settings, run, threads),
-            accelerator="cpu",
-            workers_per_device=settings.workers,
-            timeout=False,
-            middlewares=[(ServiceApp, {"settings": settings, "run_directory": run})],
-        )
-        self.app.user_middleware = [
-            m for m in self.app.user_middleware if m.cls is not GZipMiddleware
-        ]
-        self.settings, self.threads = settings, threads
-        self.state, self.counters = SharedState(run), SharedCounters(f"{run}/supervisor.metrics")
-        self.counters.set(
-            "ready", to=1
-        )  # the least over all processes counts, and others know better
+class ProcessKey(NamedTuple):
+    """Names a process of the service, whichever runs in its place."""
+
+    kind: ProcessKind
+    number: int
+
+
+class Supervisor:
+    """Owns the processes of the service."""
+
+    def __init__(self, settings: Settings, run_directory: str, threads: int):
+        self.settings = settings
+        self.run_directory = run_directory
+        self.threads = threads  # of each worker
+        self.state = SharedState(run_directory)
+        self.counters = SharedCounters(f"{run_directory}/supervisor.metrics")
+        # The metric is the minimum over all processes, so those that are not ready decide.
+        self.counters.set("ready", to=1)
+
+        self.sockets: list[socket.socket] = []
+        self.http_processes: dict[int, BaseProcess] = {}
+        self.shadow_processes: list[BaseProcess] = []  # one, or none
+        self.worker_crashes = 0
+        self.model_is_unusable = False  # a worker could not load the model at the start
         for number in range(settings.api_processes):
-            self.not_ready(number)
-        self.apis: dict[int, BaseProcess] = {}
-        self.shadows: list[BaseProcess] = []  # one, or none
-        self.unusable = False  # a worker could not load the model, and has said why
-        for worker in range(settings.workers):
-            self.state.reset_worker(worker)
+            self._publish_not_ready(number)
+        for number in range(settings.workers):
+            self.state.reset_worker(number)
 
-    # What LitServer.run calls.
+        worker = Worker(settings, run_directory, threads)
+        self.litserve = LitServeAdapter(worker, settings.workers, self)
+        self.uvicorn_options: dict[str, Any] = {
+            "log_level": "warning",
+            "http": HttpProtocol,
+            "ws": "none",
+            "loop": "uvloop",
+            "log_config": None,
+            "access_log": False,
+            "proxy_headers": False,
+            "server_header": False,
+            "timeout_keep_alive": settings.keep_alive_seconds,
+            "backlog": settings.max_connections,
+        }
 
-    def _init_manager(self, num_api_servers: int) -> Quiet:
-        self.workers_setup_status, self._shutdown_event = dict[str, str](), Shutdown()
-        self.litapi_request_queues = {self.lit_api.api_path: None}
-        self._transport = Quiet()
-        return self._transport
+    def handle_signals(self) -> None:
+        """Drain the service on SIGTERM and SIGINT."""
+        for signal_number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signal_number, self.drain)
 
-    def verify_worker_status(self) -> None:
-        """The HTTP processes need not wait for the workers: they can tell that they are alive and not ready."""
-
-    def _start_server(
-        self,
-        port: int,
-        count: int,
-        level: str,
-        sockets: list[socket.socket],
-        kind: str,
-        **options: Any,
-    ) -> dict:
-        self.sockets, self.options = sockets, {"port": port, "log_level": level, **options}
-        for number in range(count):
-            self.launch_api(number)
-        return {}
-
-    def launch_api(self, number: int) -> None:
-        """Fork an HTTP process; all accept from the same socket."""
-        app = copy.copy(self.app)
-        app.response_queue_id = number
-        server = Api(uvicorn.Config(app, timeout_graceful_shutdown=1, **self.options))
-        self.apis[number] = multiprocessing.get_context("fork").Process(
-            target=run_api, args=(server, self.sockets), name=f"http-{number}"
+    def run(self) -> int:
+        """Run the service until it is drained. Return the exit status."""
+        if self.settings.shadow_version:
+            self._start_shadow_process()
+        self.litserve.run_service(
+            self.settings.host,
+            self.settings.port,
+            self.settings.api_processes,
+            self.uvicorn_options,
         )
-        self.apis[number].start()
+        return EXIT_UNUSABLE if self.model_is_unusable else EXIT_OK
 
-    def launch_shadow(self) -> None:
-        given = self.settings, self.settings.shadow_version, self.lit_api.run
-        self.shadows = [
-            multiprocessing.get_context("spawn").Process(
-                target=shadow.serve, args=given, name="shadow", daemon=True
-            )
-        ]
-        self.shadows[0].start()
+    # The methods of ProcessOwner, which LitServe calls.
 
-    def _start_worker_monitoring(self, *_: Any) -> None:
-        threading.Thread(target=self.watch, name="watch", daemon=True).start()
+    def start_http_processes(self, sockets: list[socket.socket]) -> None:
+        """Start the HTTP processes; all accept from the same sockets."""
+        self.sockets = sockets
+        for number in range(self.settings.api_processes):
+            self._start_http_process(number)
 
-    def _perform_graceful_shutdown(self, manager: Any, *args: Any) -> None:
+    def start_monitoring(self) -> None:
+        """Start the thread that replaces processes that fail."""
+        threading.Thread(target=self._monitor, name="monitor", daemon=True).start()
+
+    def end_processes(self) -> None:
+        """End the workers and the HTTP processes, and answer clients that connect too late."""
         self.state.set_stopping()
-        for worker in self.inference_workers:
-            worker.kill()  # all that it could answer is answered; what it could not gets 503
-        for api in self.apis.values():
-            api.terminate()
-        end = time.monotonic() + LEAVE
-        for api in self.apis.values():
-            api.join(max(0.0, end - time.monotonic()))
-            api.kill()
+        # All jobs that could be answered are. HTTP processes answer the others with 503.
+        for worker in self.litserve.workers:
+            worker.kill()
+
+        for http_process in self.http_processes.values():
+            http_process.terminate()
+        end = time.monotonic() + HTTP_EXIT_SECONDS
+        for http_process in self.http_processes.values():
+            http_process.join(max(0.0, end - time.monotonic()))
+            http_process.kill()
+
         for listener in self.sockets:
-            dismiss(listener)
-        super()._perform_graceful_shutdown(manager, *args)
+            answer_late_clients(listener)
 
-    # Watching.
+    # Starting processes.
 
-    def watch(self) -> None:
-        """Replace processes that died or show no progress."""
-        watches = {("worker", i): Watch() for i in range(self.settings.workers)}
-        watches |= {("http", i): Watch() for i in self.apis}
-        watches |= {("shadow", i): Watch() for i in range(len(self.shadows))}
-        told = False
-        while not self.state.draining and not self.unusable:
-            if not told and all(map(self.state.has_started, range(self.settings.workers))):
-                host = (
-                    "localhost" if self.settings.host in ("0.0.0.0", "::") else self.settings.host
-                )
-                logs.logger.info(
-                    "serving %s on http://%s:%d", self.settings.model, host, self.settings.port
-                )
-                told = True
-            for (kind, i), watch in watches.items():
-                try:
-                    self.look_after(kind, i, watch)
-                except Exception:  # no process could be started, say: the next look tries again
-                    logs.logger.exception("a %s process could not be replaced", kind)
-                    watch.replaced()
-            due = [self.process(*key).sentinel for key, watch in watches.items() if watch.due()]
-            multiprocessing.connection.wait(due, WATCH if told else BEGINNING)
-
-    def process(self, kind: str, number: int) -> BaseProcess:
-        return {"worker": self.inference_workers, "http": self.apis, "shadow": self.shadows}[kind][
-            number
-        ]
-
-    def look_after(self, kind: str, number: int, watch: "Watch") -> None:
-        if not watch.due():
-            return
-        process = self.process(kind, number)
-        reason = self.failure(kind, number, process)
-        if reason and kind == "shadow" and process.exitcode == shadow.UNUSABLE:
-            watch.next = math.inf  # it has said why
-        elif reason and process.exitcode == UNUSABLE and not self.ready_once:
-            self.unusable = True
-            self._shutdown_event.set()
-        elif reason and not self.state.draining:
-            logs.logger.error(
-                "%s process replaced",
-                kind,
-                extra={
-                    "fields": {"number": number, "reason": reason, "exit_code": process.exitcode}
-                },
-            )
-            self.counters.add("restarts", kind, reason)
-            self.replace(kind, number)
-            watch.replaced()
-
-    @property
-    def ready_once(self) -> bool:
-        return self.counters.values[self.counters.slot("restarts", "worker", "crash")] > 0 or any(
-            map(self.state.has_started, range(self.settings.workers))
+    def _start_http_process(self, number: int) -> None:
+        lifespan_app = self.litserve.create_lifespan_app(number)
+        app = ServiceApp(lifespan_app, self.settings, self.run_directory, number)
+        config = uvicorn.Config(app, timeout_graceful_shutdown=1, **self.uvicorn_options)
+        process = multiprocessing.get_context("fork").Process(
+            target=run_http_process,
+            args=(HttpServer(config), self.sockets),
+            name=f"http-{number}",
         )
+        process.start()
+        self.http_processes[number] = process
 
-    def failure(self, kind: str, number: int, process: BaseProcess) -> str | None:
-        if not process.is_alive():
+    def _start_shadow_process(self) -> None:
+        process = multiprocessing.get_context("spawn").Process(
+            target=run_shadow,
+            args=(self.settings, self.settings.shadow_version, self.run_directory),
+            name="shadow",
+            daemon=True,
+        )
+        process.start()
+        self.shadow_processes = [process]
+
+    def _publish_not_ready(self, number: int) -> None:
+        """Set `ready` to 0 for an HTTP process that has not started to count."""
+        SharedCounters(f"{self.run_directory}/api-{number}.metrics").set("ready", to=0)
+
+    # Monitoring, in a thread.
+
+    def _monitor(self) -> None:
+        """Replace processes that end or hang, until the service drains."""
+        policies = {key: RestartPolicy() for key in self._process_keys()}
+        ready_logged = False
+        while not self.state.draining and not self.model_is_unusable:
+            if not ready_logged and self._all_workers_have_started():
+                self._log_address()
+                ready_logged = True
+
+            for key, policy in policies.items():
+                if policy.is_check_due():
+                    self._check_process(key, policy)
+
+            timeout = MONITOR_SECONDS if ready_logged else STARTUP_MONITOR_SECONDS
+            self._wait_for_exit(policies, timeout)
+
+    def _process_keys(self) -> list[ProcessKey]:
+        keys = [ProcessKey("worker", number) for number in range(self.settings.workers)]
+        keys += [ProcessKey("http", number) for number in self.http_processes]
+        keys += [ProcessKey("shadow", number) for number in range(len(self.shadow_processes))]
+        return keys
+
+    def _process(self, key: ProcessKey) -> BaseProcess:
+        if key.kind == "worker":
+            return self.litserve.workers[key.number]
+        if key.kind == "http":
+            return self.http_processes[key.number]
+        return self.shadow_processes[key.number]
+
+    def _all_workers_have_started(self) -> bool:
+        return all(self.state.has_started(number) for number in range(self.settings.workers))
+
+    def _log_address(self) -> None:
+        settings = self.settings
+        host = "localhost" if settings.host in ("0.0.0.0", "::") else settings.host
+        logs.logger.info("serving %s on http://%s:%d", settings.model, host, settings.port)
+
+    def _wait_for_exit(
+        self, policies: dict[ProcessKey, RestartPolicy], timeout_seconds: float
+    ) -> None:
+        """Wait until one of the processes ends that may be checked, or until the timeout."""
+        sentinels = [
+            self._process(key).sentinel for key, policy in policies.items() if policy.is_check_due()
+        ]
+        multiprocessing.connection.wait(sentinels, timeout_seconds)
+
+    def _check_process(self, key: ProcessKey, policy: RestartPolicy) -> None:
+        """Replace the process if it has ended or hangs."""
+        try:
+            reason = self._failure_reason(key)
+            if reason is not None:
+                self._handle_failure(key, reason, policy)
+        except Exception:  # for example, the system can start no process now
+            logs.logger.exception("a %s process could not be replaced; trying again", key.kind)
+            policy.record_restart()
+
+    def _failure_reason(self, key: ProcessKey) -> Literal["crash", "hang"] | None:
+        if not self._process(key).is_alive():
             return "crash"
-        if kind == "worker":
-            silent = self.state.stalled_seconds(number, self.threads)
-            if silent > max(
-                self.settings.worker_timeout_seconds, SLOW * self.state.run_seconds(number)
-            ):
-                process.kill()
-                process.join()
-                return "hang"
+        if key.kind == "worker" and self._worker_hangs(key.number):
+            return "hang"
         return None
 
-    def replace(self, kind: str, number: int) -> None:
-        if kind == "http":
-            self.state.set_pending(number, 0, 0, 0)
-            self.not_ready(number)
-            self.launch_api(number)
-        elif kind == "shadow":
-            self.launch_shadow()
+    def _worker_hangs(self, number: int) -> bool:
+        """Whether a worker makes no progress for longer than its graph ever takes."""
+        limit = max(
+            self.settings.worker_timeout_seconds, HANG_FACTOR * self.state.run_seconds(number)
+        )
+        return self.state.stalled_seconds(number, self.threads) > limit
+
+    def _handle_failure(
+        self, key: ProcessKey, reason: Literal["crash", "hang"], policy: RestartPolicy
+    ) -> None:
+        """Replace a process, unless the next one would fail in the same way."""
+        process = self._process(key)
+        if reason == "hang":
+            process.kill()
+            process.join()
+
+        if process.exitcode == MODEL_UNUSABLE:
+            if key.kind == "shadow":
+                policy.give_up()
+                return
+            if key.kind == "worker" and not self._has_had_a_worker():
+                self.model_is_unusable = True
+                self.litserve.stop()
+                return
+        if self.state.draining:
+            return
+
+        fields = {"number": key.number, "reason": reason, "exit_code": process.exitcode}
+        logs.logger.error("%s process replaced", key.kind, extra={"fields": fields})
+        self.counters.add("restarts", key.kind, reason)
+        if key.kind == "worker" and reason == "crash":
+            self.worker_crashes += 1
+        self._replace(key)
+        policy.record_restart()
+
+    def _has_had_a_worker(self) -> bool:
+        """Whether a worker has started, or has failed for another reason than its model."""
+        if self.worker_crashes > 0:
+            return True
+        return any(self.state.has_started(number) for number in range(self.settings.workers))
+
+    def _replace(self, key: ProcessKey) -> None:
+        """Start another process in the place of one that has ended."""
+        if key.kind == "worker":
+            self.state.reset_worker(key.number)
+            self.litserve.replace_worker(key.number)
+        elif key.kind == "http":
+            self.state.set_pending(key.number, images=0, requests=0, body_bytes=0)
+            self._publish_not_ready(key.number)
+            self._start_http_process(key.number)
         else:
-            self.state.reset_worker(number)
-            self.inference_workers[number] = self.launch_single_inference_worker(
-                self.lit_api, number
-            )
+            self._start_shadow_process()
 
-    def not_ready(self, number: int) -> None:
-        """In the name of an HTTP process that has not begun to count."""
-        SharedCounters(f"{self.lit_api.run}/api-{number}.metrics").set("ready", to=0)
+    # Draining.
 
-    # Ending.
+    def drain(self, signal_number: int, frame: FrameType | None) -> None:
+        """Handle SIGTERM and SIGINT: answer what was accepted, then end the service.
 
-    def drain(self, *_: Any) -> None:
-        """SIGTERM: no longer ready; say farewell; wait until what was accepted is answered; then end everything."""
+        The timeline, in seconds from the signal:
+
+        0      The service is not ready. Each response closes its connection.
+        1.0    New requests get 503 (after CLOSE_NOTICE_SECONDS).
+        1.3    The processes end once all accepted requests are answered (after REFUSAL_SECONDS).
+        drain_seconds - 1.8
+               The processes end in any case (SHUTDOWN_SECONDS before the end).
+
+        Where `drain_seconds` is short, the last of these times bounds the others.
+        """
         if self.state.draining:
             return
         self.state.set_draining()
         self.counters.set("ready", to=0)
         logs.logger.info("draining")
-        now = time.monotonic()
-        end = now + self.settings.drain_seconds - END
-        farewell, linger = min(now + FAREWELL, end), min(now + FAREWELL + LINGER, end)
-        while time.monotonic() < farewell:
-            time.sleep(TICK)
+
+        start = time.monotonic()
+        latest_end = start + self.settings.drain_seconds - SHUTDOWN_SECONDS
+        refusal_start = min(start + CLOSE_NOTICE_SECONDS, latest_end)
+        earliest_end = min(start + CLOSE_NOTICE_SECONDS + REFUSAL_SECONDS, latest_end)
+
+        _sleep_until(refusal_start)
         self.state.set_refusing()
-        while time.monotonic() < linger or (
-            self.state.pending_requests(self.settings.api_processes) and time.monotonic() < end
-        ):
-            time.sleep(TICK)
-        raise KeyboardInterrupt  # LitServe's way to end
+        _sleep_until(earliest_end)
+        while self._has_pending_requests() and time.monotonic() < latest_end:
+            time.sleep(DRAIN_POLL_SECONDS)
+        raise KeyboardInterrupt  # makes LitServe shut down
+
+    def _has_pending_requests(self) -> bool:
+        return self.state.pending_requests(self.settings.api_processes) > 0
 
 
-class Shutdown(threading.Event):
-    """What the first thread waits for. It wakes often, as only it handles signals: one that comes while another thread
-    replaces a process may be given to that thread by the kernel, and would wake nobody."""
-
-    def wait(self, timeout: float | None = None) -> bool:
-        while not super().wait(WAKE if timeout is None else timeout):
-            if timeout is not None:
-                return False
-        return True
-
-
-class Watch:
-    """When to look at a process again: one that keeps crashing is started less and less often."""
-
-    def __init__(self):
-        self.started = self.next = 0.0
-        self.failures = 0
-
-    def due(self) -> bool:
-        return time.monotonic() >= self.next
-
-    def replaced(self) -> None:
-        now = time.monotonic()
-        self.failures = self.failures + 1 if now - self.started < MAX_PAUSE else 0
-        self.started = now
-        self.next = now + (min(MAX_PAUSE, 0.1 * 2**self.failures) if self.failures > 5 else 0)
+def _sleep_until(end: float) -> None:
+    """Sleep until this time of time.monotonic()."""
+    time.sleep(max(0.0, end - time.monotonic()))
 
 
 def serve(settings: Settings) -> int:
-    """Run the service until it is told to end. Returns the exit status."""
+    """Run the service until it is drained. Return the exit status."""
     logs.configure(settings)
     for port in (settings.port, settings.metrics_port):
         if port and not is_port_free(settings.host, port):
@@ -285,50 +345,30 @@ def serve(settings: Settings) -> int:
                 f"error: port {port} is in use; stop what uses it or choose another",
                 file=sys.stderr,
             )
-            return 2
-    run = create_run_directory()
+            return EXIT_UNUSABLE
+
+    run_directory = create_run_directory()
     try:
-        return _serve(settings, run)
+        return _run_service(limit_connections(settings), run_directory)
     except KeyboardInterrupt:
-        return 0  # told to end before it had begun
+        return EXIT_OK  # a signal during the start
     finally:
         for process in multiprocessing.active_children():
             process.kill()
-        shutil.rmtree(run, ignore_errors=True)
+        shutil.rmtree(run_directory, ignore_errors=True)
 
 
-def _serve(settings: Settings, run: str) -> int:
-    settings = limit_connections(settings)
-    SharedState.create(run)
+def _run_service(settings: Settings, run_directory: str) -> int:
+    """Run the supervisor and the server of /metrics."""
+    SharedState.create(run_directory)
     threads = settings.threads or max(1, available_cores() // settings.workers)
-    supervisor = Supervisor(settings, run, threads)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, supervisor.drain)
-    if settings.shadow_version:
-        supervisor.launch_shadow()
-    metrics = (
-        exposition.start(settings.host, settings.metrics_port, run)
-        if settings.metrics_port
-        else None
-    )
+    supervisor = Supervisor(settings, run_directory, threads)
+    supervisor.handle_signals()
+    if not settings.metrics_port:
+        return supervisor.run()
+
+    metrics_server = exposition.start(settings.host, settings.metrics_port, run_directory)
     try:
-        supervisor.run(
-            host=settings.host,
-            port=settings.port,
-            num_api_servers=settings.api_processes,
-            generate_client_file=False,
-            log_level="warning",
-            http=HttpProtocol,
-            ws="none",
-            loop="uvloop",
-            log_config=None,
-            access_log=False,
-            proxy_headers=False,
-            server_header=False,
-            timeout_keep_alive=settings.keep_alive_seconds,
-            backlog=settings.max_connections,
-        )
+        return supervisor.run()
     finally:
-        if metrics:
-            metrics.shutdown()
-    return 2 if supervisor.unusable else 0
+        metrics_server.shutdown()

@@ -1,1 +1,6 @@
-"""What runs in a worker process."""
+"""What runs in a worker process: batches of images go in, predictions come out.
+
+`worker` is the process, `predictor` one of its threads, `batcher` the queue they take batches from.
+`reload` and `version_check` follow the store's latest version, `drift_window` and `shadow` observe
+completed batches.
+"""

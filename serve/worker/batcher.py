@@ -1,8 +1,9 @@
-"""Jobs on their way into a worker, and how batches form from them: from the backlog, never from a timer unless asked.
+"""The queue of a worker: it receives jobs from HTTP processes and forms batches of them.
 
-There is no thread for input. A predictor that has nothing to do reads the sockets itself, one at a time, and takes what
-it finds; while all are busy, jobs gather in the sockets and make the next batch larger. So no job is handed from thread
-to thread, which would cost a small network more than its run.
+There is no thread for input. A predictor thread that is free reads the sockets itself, one thread
+at a time, and takes the jobs it finds. While all predictors are busy, jobs collect in the sockets
+and make the next batch larger. So no job is handed from thread to thread, which would cost a small
+network more than its run. A batch waits for more jobs only if the setting `batch_wait_ms` says so.
 """
 
 import contextlib
@@ -16,130 +17,177 @@ from collections.abc import Callable
 
 from serve.wire import CANCEL, Job, take_jobs
 
-SEND_SECONDS = 5  # an HTTP process that reads nothing for so long has lost its answers
+SEND_TIMEOUT_SECONDS = 5  # an HTTP process that reads nothing for so long loses its answers
+SEND_BUFFER_BYTES = 1 << 20
+RECEIVE_BYTES = 1 << 20
+MAX_WAITING_CONNECTIONS = 64
 
 
-class Peer:
-    """One HTTP process, seen from the worker."""
+class HttpProcessConnection:
+    """The connection of a worker to one HTTP process."""
 
     def __init__(self, sock: socket.socket):
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
-        sock.settimeout(SEND_SECONDS)
-        self.sock, self.buffer, self.lock = sock, bytearray(), threading.Lock()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+        sock.settimeout(SEND_TIMEOUT_SECONDS)
+        self.sock = sock
+        self.buffer = bytearray()  # received bytes that are not yet a complete frame
+        self.send_lock = threading.Lock()
 
     def send(self, frames: bytes) -> None:
-        with self.lock:
+        """Send frames. If the HTTP process is gone or stuck, its answers are lost with it."""
+        with self.send_lock:
             try:
                 self.sock.sendall(frames)
-            except OSError:  # it is gone or stuck; what it waited for is lost with it
+            except OSError:
+                # The next read sees the end of the stream and closes the connection.
                 with contextlib.suppress(OSError):
-                    self.sock.shutdown(
-                        socket.SHUT_RDWR
-                    )  # whoever reads next sees the end and closes it
+                    self.sock.shutdown(socket.SHUT_RDWR)
 
 
-class Waiting:
-    """One job in the backlog, with the connection that its answer goes to."""
+class QueuedJob:
+    """A job, and the connection that its answer goes to."""
 
-    __slots__ = ("arrived", "job", "peer")
+    __slots__ = ("arrived", "connection", "job")
 
-    def __init__(self, peer: Peer, job: Job, arrived: float):
-        self.peer, self.job, self.arrived = peer, job, arrived
+    def __init__(self, connection: HttpProcessConnection, job: Job, arrived: float):
+        self.connection = connection
+        self.job = job
+        self.arrived = arrived  # seconds of time.monotonic()
 
 
-class Backlog:
-    """Listens on a unix socket. Work-conserving: predictors that are free share what is there."""
+class Batcher:
+    """Forms batches of the jobs that arrive on a Unix socket.
+
+    It is work-conserving: the free predictors share the jobs that are there.
+    """
 
     def __init__(
         self,
         path: str,
-        predictors: int,
-        max_batch: int,
+        active_predictors: int,
+        max_batch_size: int,
         wait_seconds: float,
-        hello: Callable[[], bytes],
+        pack_model_info: Callable[[], bytes],
     ):
-        self.predictors, self.max_batch, self.wait, self.hello = (
-            predictors,
-            max_batch,
-            wait_seconds,
-            hello,
-        )
-        self.queue: deque[Waiting] = deque()
-        self.peers: set[Peer] = set()
-        self.reading, self.counting, self.free = threading.Lock(), threading.Lock(), 0
-        self.selector = selectors.DefaultSelector()
+        """Listen on the Unix socket `path`.
+
+        `active_predictors` is how many threads take batches; `pack_model_info` returns the frame
+        that each HTTP process gets when it connects.
+        """
+        self.active_predictors = active_predictors
+        self.max_batch_size = max_batch_size
+        self.wait_seconds = wait_seconds
+        self.pack_model_info = pack_model_info
+
+        self.queue: deque[QueuedJob] = deque()
+        self.connections: set[HttpProcessConnection] = set()
+        self.free_predictors = 0
+        self.read_lock = threading.Lock()  # held by the thread that reads the sockets
+        self.count_lock = threading.Lock()  # guards free_predictors
+
         if os.path.exists(path):
-            os.unlink(path)  # a worker that crashed left it
+            os.unlink(path)  # left by a worker that crashed
         self.listener = socket.socket(socket.AF_UNIX)
         self.listener.bind(path)
-        self.listener.listen(64)
+        self.listener.listen(MAX_WAITING_CONNECTIONS)
+        self.selector = selectors.DefaultSelector()
         self.selector.register(self.listener, selectors.EVENT_READ)
 
-    def take(self) -> tuple[list[Waiting], bool]:
-        """Block until there is work. Returns a batch, and whether it is alone: nothing else waits or runs."""
-        with self.counting:
-            self.free += 1
-        with self.reading:
-            self.read(0 if self.queue else None)
+    def set_active_predictors(self, count: int) -> None:
+        """Change how many threads take batches."""
+        self.active_predictors = count
+
+    def broadcast(self, frame: bytes) -> None:
+        """Send a frame to all HTTP processes."""
+        for connection in list(self.connections):
+            connection.send(frame)
+
+    def has_other_work(self) -> bool:
+        """Whether a job waits or another predictor than the calling one is busy."""
+        return bool(self.queue) or self.free_predictors < self.active_predictors - 1
+
+    def take(self) -> tuple[list[QueuedJob], bool]:
+        """Block until there are jobs. Return a batch, and whether no other job waits or runs."""
+        with self.count_lock:
+            self.free_predictors += 1
+
+        with self.read_lock:
+            self._read(0 if self.queue else None)
             while not self.queue:
-                self.read(None)
-            if self.wait:
-                self.wait_for_company()
-            with self.counting:
-                share = -(-len(self.queue) // self.free)
-                batch = [self.queue.popleft() for _ in range(min(self.max_batch, share))]
-                alone = self.free == self.predictors and not self.queue
-                self.free -= 1
-        return batch, alone
+                self._read(None)
+            if self.wait_seconds:
+                self._wait_for_more_jobs()
 
-    def wait_for_company(self) -> None:
-        end = time.monotonic() + self.wait
-        while not self.queue or (len(self.queue) < self.max_batch and time.monotonic() < end):
-            self.read(max(0.0, end - time.monotonic()) if self.queue else None)
+            with self.count_lock:
+                share = -(-len(self.queue) // self.free_predictors)  # rounded up
+                size = min(self.max_batch_size, share)
+                jobs = [self.queue.popleft() for _ in range(size)]
+                is_alone = self.free_predictors == self.active_predictors and not self.queue
+                self.free_predictors -= 1
+        return jobs, is_alone
 
-    def more(self, room: int) -> list[Waiting]:
-        """What came meanwhile, for a batch that has room and has not run yet; nothing where another is free for it."""
-        if room <= 0 or not self.reading.acquire(blocking=False):
+    def take_more(self, limit: int) -> list[QueuedJob]:
+        """Return at most `limit` jobs that have arrived, for a batch that has not run yet.
+
+        Return none where a free predictor is reading the sockets: it takes them at once.
+        """
+        if limit <= 0 or not self.read_lock.acquire(blocking=False):
             return []
         try:
-            self.read(0)
-            return [self.queue.popleft() for _ in range(min(room, len(self.queue)))]
+            self._read(0)
+            return [self.queue.popleft() for _ in range(min(limit, len(self.queue)))]
         finally:
-            self.reading.release()
+            self.read_lock.release()
 
-    def read(self, seconds: float | None) -> None:
-        """Move what the sockets have to the queue; wait so long for something (None: for ever)."""
-        for key, _ in self.selector.select(seconds):
+    def _wait_for_more_jobs(self) -> None:
+        """Read for `wait_seconds`, or until the batch is full."""
+        end = time.monotonic() + self.wait_seconds
+        while not self.queue or (len(self.queue) < self.max_batch_size and time.monotonic() < end):
+            timeout = max(0.0, end - time.monotonic()) if self.queue else None
+            self._read(timeout)
+
+    def _read(self, timeout_seconds: float | None) -> None:
+        """Move jobs from the sockets to the queue. Wait for the first; None: without a limit."""
+        for key, _ in self.selector.select(timeout_seconds):
             if key.data is None:
-                peer = Peer(self.listener.accept()[0])
-                self.selector.register(peer.sock, selectors.EVENT_READ, peer)
-                self.peers.add(peer)
-                peer.send(self.hello())
-            elif not self.receive(key.data):
-                self.selector.unregister(key.fileobj)
-                key.data.sock.close()
-                self.peers.discard(key.data)
-                self.drop(key.data)
+                self._accept()
+            elif not self._receive(key.data):
+                self._close(key.data)
 
-    def receive(self, peer: Peer) -> bool:
-        """Take what a connection has for us; False when it is closed."""
+    def _accept(self) -> None:
+        sock, _ = self.listener.accept()
+        connection = HttpProcessConnection(sock)
+        self.selector.register(sock, selectors.EVENT_READ, connection)
+        self.connections.add(connection)
+        connection.send(self.pack_model_info())
+
+    def _receive(self, connection: HttpProcessConnection) -> bool:
+        """Queue the jobs of a connection. Return False at the end of the stream."""
         try:
-            data = peer.sock.recv(1 << 20)
+            data = connection.sock.recv(RECEIVE_BYTES)
         except OSError:
             return False
-        peer.buffer += data
+
+        connection.buffer += data
         arrived = time.monotonic()
-        for job in take_jobs(peer.buffer):
+        for job in take_jobs(connection.buffer):
             if job.flags & CANCEL:
-                self.drop(peer, job.id)
+                self._remove_jobs(connection, job.id)
             else:
-                self.queue.append(Waiting(peer, job, arrived))
+                self.queue.append(QueuedJob(connection, job, arrived))
         return bool(data)
 
-    def drop(self, peer: Peer, number: int | None = None) -> None:
-        """Forget the job of this number, or every job of a connection that is gone."""
-        self.queue = deque(
-            w
-            for w in self.queue
-            if w.peer is not peer or (number is not None and w.job.id != number)
-        )
+    def _close(self, connection: HttpProcessConnection) -> None:
+        self.selector.unregister(connection.sock)
+        connection.sock.close()
+        self.connections.discard(connection)
+        self._remove_jobs(connection)
+
+    def _remove_jobs(self, connection: HttpProcessConnection, job_id: int | None = None) -> None:
+        """Remove the job with this id, or all jobs of a connection, from the queue."""
+        remaining: deque[QueuedJob] = deque()
+        for queued in self.queue:
+            if queued.connection is connection and job_id in (None, queued.job.id):
+                continue
+            remaining.append(queued)
+        self.queue = remaining

@@ -1,8 +1,8 @@
-"""Drift: how far live traffic has moved from the validation data, as a population stability index for each signal.
+"""Drift: histograms of a worker's last images, to compare with the bundle's baseline.
 
-Each worker keeps a window of its last images and publishes its histograms; whoever answers /metrics adds those of all
-workers up and compares with the bundle's baseline. So the index is right with any number of processes. Where the window
-is too small for all bins, as for thousands of classes, neighbours share one.
+Each worker keeps a window of its last images and publishes their histograms as counters. The
+metrics server sums them over all workers and computes a population stability index for each signal.
+So the index is right with any number of workers.
 """
 
 import threading
@@ -12,96 +12,132 @@ from collections import deque
 
 import numpy as np
 
-from models.bundle import Histogram, Manifest
+from models.bundle import Histogram
 from models.drift import image_signals
 from models.image import read_header
 from serve.metrics.derived_metrics import MIN_IMAGES_PER_BIN
+from serve.metrics.shared_counters import SharedCounters
+from serve.model import Model
 from serve.wire import TENSOR
+from serve.worker.batch import CompletedBatch
 
-AT_ONCE = 4  # images of one batch, at most: the thread that measures is one that could predict
-RATE = (
-    25  # images a second and worker that are measured: a fair sample at a cost that can't be seen
-)
+# Few images of a batch are measured, because the thread that measures is one that could predict.
+MAX_IMAGES_PER_BATCH = 4
+# A fair sample of the traffic, at a cost that does not show.
+MAX_IMAGES_PER_SECOND = 25
+MIN_BINS = 2
 
 
-class Drift:
-    """An observer of batches. Predictor threads share it; one that finds it busy goes on without."""
+class DriftWindow:
+    """Counts the signals of the last images of a worker. An observer of completed batches.
 
-    def __init__(self, counters, window: int, model):
-        self.counters, self.window, self.due, self.lock = counters, window, 0.0, threading.Lock()
+    All predictors share it. One that finds it locked skips its batch instead of waiting.
+    """
+
+    def __init__(self, counters: SharedCounters, size: int, model: Model):
+        self.counters = counters
+        self.size = size  # images
+        self.next_sample = 0.0  # seconds of time.monotonic()
+        self.lock = threading.Lock()
         self.start(model)
 
-    def __call__(self, batch) -> None:
+    def start(self, model: Model) -> None:
+        """Begin an empty window for a model and publish its baseline.
+
+        Idle workers do this too, since the baselines of all workers are summed.
+        """
+        with self.lock:
+            self._clear_counters()
+            self.model = model
+            # For each image in the window, the indices of its bins in `counters.values`.
+            self.images: deque[list[int]] = deque()
+            self.edges: dict[str, list[float]] = {}  # between the bins of each signal
+            self.bins: dict[str, list[int]] = {}  # their indices in `counters.values`
+            for signal, histogram in model.manifest.baseline.items():
+                self._add_signal(signal, histogram)
+
+    def __call__(self, batch: CompletedBatch) -> None:
+        """Measure some images of the batch, if enough time has passed since the last ones."""
         now = time.monotonic()
-        if now < self.due or not self.lock.acquire(blocking=False):
+        if now < self.next_sample or not self.lock.acquire(blocking=False):
             return
         try:
-            if self.edges and batch.model is self.model:
-                taken = min(len(batch.waiting), AT_ONCE)
-                self.due = now + taken / RATE
-                for i in range(taken):
-                    self.add(signals(batch, i))
+            if not self.edges or batch.model is not self.model:
+                return
+            count = min(len(batch.jobs), MAX_IMAGES_PER_BATCH)
+            self.next_sample = now + count / MAX_IMAGES_PER_SECOND
+            for i in range(count):
+                self._add(measure_signals(batch, i))
         finally:
             self.lock.release()
 
-    def start(self, model) -> None:
-        """Begin an empty window with the baseline of a model. An idle worker too: the sum is over all of them."""
-        with self.lock:
-            for name, labels in list(self.counters.slots):
-                if name.startswith("drift_"):
-                    self.counters.set(name, *labels, to=0)
-            manifest: Manifest = model.manifest
-            self.model, self.seen = model, deque[list[int]]()
-            self.edges, self.bins = dict[str, list[float]](), dict[str, list[int]]()
-            for name, histogram in manifest.baseline.items():
-                self.edges[name], counts = coarse(
-                    histogram, max(2, self.window // MIN_IMAGES_PER_BIN)
-                )
-                for i, count in enumerate(counts):
-                    self.counters.set("drift_baseline", name, str(i), to=count)
-                self.bins[name] = [
-                    self.counters.slot("drift_window", name, str(i)) for i in range(len(counts))
-                ]
+    def _clear_counters(self) -> None:
+        for name, labels in list(self.counters.slots):
+            if name.startswith("drift_"):
+                self.counters.set(name, *labels, to=0)
 
-    def add(self, values: dict[str, float]) -> None:
-        """Count one image in its bins, and the oldest one no more."""
-        slots = [
-            self.bins[name][bisect_right(edges, values[name])] for name, edges in self.edges.items()
-        ]
-        self.seen.append(slots)
-        for slot in slots:
-            self.counters.values[slot] += 1
-        if len(self.seen) > self.window:
-            for slot in self.seen.popleft():
-                self.counters.values[slot] -= 1
+    def _add_signal(self, signal: str, histogram: Histogram) -> None:
+        """Publish the baseline of a signal and create the bins of its window."""
+        edges, counts = merge_bins(histogram, max(MIN_BINS, self.size // MIN_IMAGES_PER_BIN))
+        self.edges[signal] = edges
+        self.bins[signal] = []
+        for i, count in enumerate(counts):
+            self.counters.set("drift_baseline", signal, str(i), to=count)
+            self.bins[signal].append(self.counters.slot("drift_window", signal, str(i)))
+
+    def _add(self, values: dict[str, float]) -> None:
+        """Count an image in the bins of its signals, and remove the oldest one."""
+        bins: list[int] = []
+        for signal, edges in self.edges.items():
+            position = bisect_right(edges, values[signal])
+            bins.append(self.bins[signal][position])
+
+        self.images.append(bins)
+        for index in bins:
+            self.counters.values[index] += 1
+        if len(self.images) > self.size:
+            for index in self.images.popleft():
+                self.counters.values[index] -= 1
 
 
-def coarse(histogram: Histogram, most: int) -> tuple[list[float], list[int]]:
-    """Edges between bins, and counts, of a histogram of at most `most` bins: neighbours share one where there are more.
+def merge_bins(histogram: Histogram, max_bins: int) -> tuple[list[float], list[int]]:
+    """Return the inner edges and the counts of a histogram, with at most `max_bins` bins.
 
-    All get about the same mass. What is more frequent than that keeps a bin of its own.
+    Where there are more, as for thousands of classes, neighbouring bins are merged to bins of about
+    the same count. A bin that holds more than that stays alone.
     """
     counts = np.array(histogram.counts)
-    if len(counts) <= most:
+    if len(counts) <= max_bins:
         return histogram.edges[1:-1], histogram.counts
+
+    # The position of each bin's middle in the cumulative counts, 0..1, says which merged bin it
+    # joins.
     middle = (counts.cumsum() - counts / 2) / max(1, counts.sum())
-    first = np.flatnonzero(np.diff(np.minimum(middle * most, most - 1).astype(int), prepend=-1))
-    return [histogram.edges[i] for i in first[1:]], np.add.reduceat(counts, first).tolist()
+    merged = np.minimum(middle * max_bins, max_bins - 1).astype(int)
+    first = np.flatnonzero(np.diff(merged, prepend=-1))  # first bin of each merged bin
+    edges = [histogram.edges[i] for i in first[1:]]
+    return edges, np.add.reduceat(counts, first).tolist()
 
 
-def signals(batch, i: int) -> dict[str, float]:
-    """All signals of image i of a batch, by the names in `models.bundle.DRIFT_SIGNALS`."""
-    probabilities, energy = batch.outputs[0][i], batch.outputs[1][i]
+def measure_signals(batch: CompletedBatch, i: int) -> dict[str, float]:
+    """Return all signals of image `i`, by the names in `models.bundle.SIGNALS`."""
+    probabilities = batch.outputs[0][i]
+    energy = batch.outputs[1][i]
+    pixels = batch.pixels[i]
+    job = batch.jobs[i].job
     index = int(probabilities.argmax())
-    job, (height, width, _) = batch.waiting[i].job, batch.pixels[i].shape
-    if not job.flags & TENSOR:
-        size = read_header(job.body)
-        height, width = size.height, size.width
+
+    height, width, _ = pixels.shape
+    if not job.flags & TENSOR:  # the size of the file, not of the network's input
+        header = read_header(job.body)
+        height = header.height
+        width = header.width
+
     return {
         "class": index,
         "confidence": float(probabilities[index]),
         "energy": float(energy),
-        **image_signals(batch.pixels[i])._asdict(),
+        **image_signals(pixels)._asdict(),
         "width": width,
         "height": height,
     }

@@ -1,8 +1,11 @@
-"""Shadow: a share of traffic goes to a second version too, in a process of its own that only gets idle time.
+"""Shadow: a second version gets a share of the traffic, and its answers are compared and counted.
 
-A worker hands over an image after its answer has left, without waiting, and only while nothing waits for it; what finds
-no room is dropped, and what no datagram holds is left out. So the second version can be slow, hang or crash, and no
-answer is later for it.
+It runs in a process of its own, which only gets idle CPU time. A worker sends it an image after the
+answer has left, without waiting, and only while no other job waits or runs. An image that the
+socket has no room for is dropped, and one that no datagram can hold is left out. So the second
+version may be slow, hang or crash, and no answer is later because of it.
+
+`ShadowSender` runs in worker processes, `run_shadow` is the main function of the shadow process.
 """
 
 import os
@@ -16,7 +19,6 @@ import time
 
 import numpy as np
 
-from models.bundle import BundleError
 from models.image import decode
 from models.store import Store
 from serve import logs
@@ -24,104 +26,114 @@ from serve.metrics.shared_counters import SharedCounters
 from serve.model import Model
 from serve.settings import Settings
 from serve.wire import TENSOR
-from serve.worker.batcher import Backlog
+from serve.worker.batch import CompletedBatch
+from serve.worker.batcher import Batcher
+from serve.worker.exit_status import MODEL_UNUSABLE
 
-SOCKET = "shadow.sock"
-_HEAD = struct.Struct("<fH")  # confidence, bytes of the label
-MAX_BYTES = (
-    192 << 10
-)  # of an image: what a datagram is sure to hold with Linux's default of wmem_max
-PARENT_SECONDS = 5.0
-UNUSABLE = 2  # exit status of a process that can't load its version; another would not either
+SOCKET_NAME = "shadow.sock"
+# A datagram: the confidence and the label that the client got, then the image file.
+DATAGRAM_HEAD = struct.Struct("<fH")  # confidence, bytes of the label
+MAX_IMAGE_BYTES = 192 << 10  # fits in a datagram with Linux's default of net.core.wmem_max
+SEND_BUFFER_BYTES = 1 << 20
+RECEIVE_BYTES = 1 << 20
+PARENT_CHECK_SECONDS = 5.0
 
 
-class Shadow:
-    """The worker's side: an observer of batches."""
+class ShadowSender:
+    """Sends a share of the images to the shadow process. An observer of completed batches."""
 
-    def __init__(self, run: str, share: float, backlog: Backlog, counters: SharedCounters):
-        self.path, self.share, self.backlog, self.counters = (
-            os.path.join(run, SOCKET),
-            share,
-            backlog,
-            counters,
-        )
+    def __init__(
+        self, run_directory: str, share: float, batcher: Batcher, counters: SharedCounters
+    ):
+        self.path = os.path.join(run_directory, SOCKET_NAME)
+        self.share = share
+        self.batcher = batcher
+        self.counters = counters
+        self.count_lock = threading.Lock()  # predictors share the counters
+        self.random = random.Random(0)
+
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.socket.setblocking(False)
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
-        self.random, self.lock = random.Random(0), threading.Lock()
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
 
-    def __call__(self, batch) -> None:
-        for waiting, row in zip(batch.waiting, batch.outputs[0], strict=True):
-            if self.random.random() >= self.share or waiting.job.flags & TENSOR:
+    def __call__(self, batch: CompletedBatch) -> None:
+        """Send some images of the batch, each with the answer that its client got."""
+        for queued, probabilities in zip(batch.jobs, batch.outputs[0], strict=True):
+            job = queued.job
+            if self.random.random() >= self.share or job.flags & TENSOR:
                 continue
-            index = int(row.argmax())
+            if len(job.body) > MAX_IMAGE_BYTES:
+                self._count("too_large")
+                continue
+            if self.batcher.has_other_work():
+                self._count("dropped")
+                continue
+
+            index = int(probabilities.argmax())
             label = batch.model.manifest.classes[index].encode()
-            if len(waiting.job.body) > MAX_BYTES:
-                self.count("too_large")
-                continue
+            head = DATAGRAM_HEAD.pack(probabilities[index], len(label))
             try:
-                if self.busy():
-                    raise BlockingIOError
-                self.socket.sendto(
-                    _HEAD.pack(row[index], len(label)) + label + waiting.job.body, self.path
-                )
-            except OSError:  # busy, full, starting or dead: all the same to us
-                self.count("dropped")
+                self.socket.sendto(head + label + job.body, self.path)
+            except OSError:  # the shadow process is busy, starts or is dead
+                self._count("dropped")
 
-    def count(self, outcome: str) -> None:
-        with self.lock:
+    def _count(self, outcome: str) -> None:
+        with self.count_lock:
             self.counters.add("shadow_images", outcome)
 
-    def busy(self) -> bool:
-        """Whether an image waits, or another predictor than the one that calls has work."""
-        return bool(self.backlog.queue) or self.backlog.free < self.backlog.predictors - 1
 
-
-def serve(settings: Settings, version: int, run: str) -> None:
-    """The second version's process: take, decode, run, compare, count, until the supervisor is gone."""
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # which may reach the whole group; the supervisor alone ends this
+def run_shadow(settings: Settings, version: int, run_directory: str) -> None:
+    """Load the second version and compare images until the supervisor ends."""
+    # Ctrl+C reaches the whole process group; only the supervisor ends this process.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     logs.configure(settings)
-    parent = os.getppid()
+    supervisor_pid = os.getppid()
+
     try:
         bundle = Store(settings.store).open(settings.model, version)
-        model = Model(bundle, settings.model_copy(update={"max_batch_size": 1}), 1)
-    except (BundleError, ValueError) as error:
-        logs.logger.error("no shadow: %s", error)
-        sys.exit(UNUSABLE)
-    counters = SharedCounters(os.path.join(run, "shadow.metrics"))
+        model = Model(bundle, settings.model_copy(update={"max_batch_size": 1}), threads=1)
+    except ValueError as error:  # includes BundleError
+        logs.logger.error("shadow version not loaded: %s", error)
+        sys.exit(MODEL_UNUSABLE)
+    counters = SharedCounters(os.path.join(run_directory, "shadow.metrics"))
     counters.set("shadow_info", model.name, str(model.version), model.variant, to=1)
-    path = os.path.join(run, SOCKET)
+
+    path = os.path.join(run_directory, SOCKET_NAME)
     if os.path.exists(path):
-        os.unlink(path)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as taken:
-        taken.bind(path)
-        taken.settimeout(PARENT_SECONDS)
-        logs.logger.info(
-            "shadow ready", extra={"fields": {"version": model.version, "variant": model.variant}}
-        )
-        while os.getppid() == parent:
+        os.unlink(path)  # left by a shadow process that crashed
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
+        receiver.bind(path)
+        receiver.settimeout(PARENT_CHECK_SECONDS)
+        fields = {"version": model.version, "variant": model.variant}
+        logs.logger.info("shadow ready", extra={"fields": fields})
+        while os.getppid() == supervisor_pid:
             try:
-                handle(taken.recv(1 << 20), model, settings, counters)
+                datagram = receiver.recv(RECEIVE_BYTES)
             except TimeoutError:
                 continue
+            compare(datagram, model, settings.max_pixels, counters)
 
 
-def handle(packet: bytes, model: Model, settings: Settings, counters: SharedCounters) -> None:
-    """Answer one image and compare with what was answered to the client."""
-    confidence, length = _HEAD.unpack_from(packet)
-    label = packet[_HEAD.size : _HEAD.size + length].decode()
-    started = time.perf_counter()
+def compare(datagram: bytes, model: Model, max_pixels: int, counters: SharedCounters) -> None:
+    """Predict one image, compare with the answer that the client got, and count the outcome."""
+    confidence, label_length = DATAGRAM_HEAD.unpack_from(datagram)
+    image_start = DATAGRAM_HEAD.size + label_length
+    label = datagram[DATAGRAM_HEAD.size : image_start].decode()
+
+    start = time.perf_counter()
     try:
-        pixels = decode(packet[_HEAD.size + length :], model.manifest.input, settings.max_pixels)
-        probabilities = model.engine.run(pixels[None], ("probabilities",), False)[0][0]
-    except Exception as error:  # an ImageError, or whatever the engine raises
+        pixels = decode(datagram[image_start:], model.manifest.input, max_pixels)
+        outputs = model.engine.run(pixels[None], ("probabilities",), use_all_threads=False)
+    except Exception as error:  # an ImageError, or an exception of any kind from the engine
         counters.add("shadow_images", "failed")
-        logs.logger.info("the second version failed on an image: %s", error)
+        logs.logger.info("the shadow version failed on an image: %s", error)
         return
-    counters.observe("shadow_seconds", time.perf_counter() - started)
+    counters.observe("shadow_seconds", time.perf_counter() - start)
+
+    probabilities = outputs[0][0]
     index = int(np.argmax(probabilities))
-    counters.add("shadow_images", "agree" if model.manifest.classes[index] == label else "disagree")
-    counters.observe("shadow_confidence_difference", abs(float(probabilities[index]) - confidence))
+    agrees = model.manifest.classes[index] == label
+    counters.add("shadow_images", "agree" if agrees else "disagree")
+    difference = abs(float(probabilities[index]) - confidence)
+    counters.observe("shadow_confidence_difference", difference)

@@ -66,7 +66,7 @@ def test_a_shadow_that_cannot_be_loaded_does_no_harm(start, tmp_path):
     service = start("--shadow-version", "2", "--shadow-share", "1", store=tmp_path)
     for i in range(20):
         assert service.predict(tiny_bundle.make_image("red", seed=i)).status_code == 200
-    wait_until(lambda: "no shadow" in service.log.read_text())
+    wait_until(lambda: "shadow version not loaded" in service.log.read_text())
     assert counted(service)["dropped"] == 20
     assert service.metric("imago_restarts_total", process="shadow", reason="crash") == 0, (
         "another could not either"

@@ -1,0 +1,4 @@
+"""Exit statuses of processes that load a model, and of the check of a new version."""
+
+MODEL_UNUSABLE = 2  # the model can't be loaded, and the process has reported why
+STORE_UNREADABLE = 75  # the store can't be read at the moment (EX_TEMPFAIL of sysexits.h)

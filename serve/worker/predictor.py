@@ -1,0 +1,270 @@
+"""A predictor: a thread of a worker that decodes batches, runs the graph and sends the answers.
+
+A batch passes these steps: collect, decode, drop expired jobs, group by outputs, run, answer.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from models.image import ImageError, decode
+from serve import logs
+from serve.model import Model
+from serve.prediction import encode_activation_map
+from serve.settings import Settings
+from serve.shared_state import SharedState
+from serve.wire import ARRAYS, CAM, LABEL_LENGTH, TENSOR, Answer, Job, pack_answer
+from serve.worker.batch import CompletedBatch, DecodedBatch
+from serve.worker.batcher import Batcher, HttpProcessConnection, QueuedJob
+from serve.worker.worker_metrics import WorkerMetrics
+
+INACTIVE_CHECK_SECONDS = 0.5
+NO_ACTIVATION_MAPS = "this model has no heat maps; leave explain out"
+OTHER_TENSOR_SHAPE = "the model was replaced by one with another input shape; try again"
+
+Observer = Callable[[CompletedBatch], None]
+
+
+class NoActivationMapsError(ImageError):
+    """A job wants a class-activation map, which the model that has just been replaced had."""
+
+    status = 400
+
+
+class ModelReplacedError(ImageError):
+    """A tensor has the input shape of the model that has just been replaced."""
+
+    status = 503
+
+
+@dataclass
+class PredictorContext:
+    """What all predictors of a worker share."""
+
+    worker_number: int
+    settings: Settings
+    state: SharedState
+    batcher: Batcher
+    current_model: Callable[[], Model]  # called once for each batch; the model may change between
+    observers: list[Observer]
+
+
+class Predictor:
+    """One predictor thread."""
+
+    def __init__(self, number: int, context: PredictorContext, metrics: WorkerMetrics):
+        self.number = number
+        self.metrics = metrics
+        self.worker_number = context.worker_number
+        self.settings = context.settings
+        self.state = context.state
+        self.batcher = context.batcher
+        self.current_model = context.current_model
+        self.observers = context.observers
+
+    def start(self) -> None:
+        """Start the thread."""
+        threading.Thread(target=self._run, name=f"predictor-{self.number}", daemon=True).start()
+
+    def _run(self) -> None:
+        """Process batches until the process ends."""
+        try:
+            while True:
+                if self.number < self.batcher.active_predictors:
+                    self._process_next_batch()
+                else:  # a light model needs one predictor; another model may need all
+                    time.sleep(INACTIVE_CHECK_SECONDS)
+        except BaseException:
+            # Without this thread the worker would lose a core until the next restart.
+            logs.logger.exception("predictor thread failed; the worker ends")
+            os._exit(1)
+
+    def _process_next_batch(self) -> None:
+        jobs, is_alone = self.batcher.take()
+        try:
+            self._process_batch(jobs, is_alone)
+        except Exception:
+            logs.logger.exception("batch of %d images failed", len(jobs))
+            version = self.current_model().version
+            send_answers(
+                [
+                    (queued, Answer(queued.job.id, 500, version, b"the model failed on this batch"))
+                    for queued in jobs
+                ]
+            )
+        finally:
+            self.state.set_idle(self.worker_number, self.number)
+
+    def _process_batch(self, jobs: list[QueuedJob], is_alone: bool) -> None:
+        """Answer the jobs. `jobs` grows by those that arrive while they are decoded."""
+        decoded = self._decode_jobs(jobs, is_alone)
+        decoded = self._drop_expired(decoded)
+        for group in _group_by_outputs(decoded):
+            self._run_graph(group)
+
+    def _decode_jobs(self, jobs: list[QueuedJob], is_alone: bool) -> DecodedBatch:
+        """Decode the images. Jobs that can't be decoded are answered here.
+
+        Expired jobs are left out, since the HTTP process answers them itself.
+        """
+        model = self.current_model()
+        batch = DecodedBatch(model, time.monotonic(), is_alone, [], [], [])
+        refusals: list[tuple[QueuedJob, Answer]] = []
+
+        for queued in jobs:
+            job = queued.job
+            expired = job.deadline < self.state.set_busy(self.worker_number, self.number)
+            if not expired:
+                start = time.perf_counter()
+                try:
+                    pixels = self._decode(job, model)
+                except ImageError as error:
+                    detail = str(error).encode()
+                    refusals.append((queued, Answer(job.id, error.status, model.version, detail)))
+                else:
+                    batch.jobs.append(queued)
+                    batch.pixels.append(pixels)
+                    batch.decode_us.append(int((time.perf_counter() - start) * 1e6))
+
+            if queued is jobs[-1]:  # extend the list while it is iterated
+                jobs += self.batcher.take_more(self.settings.max_batch_size - len(jobs))
+
+        if refusals:
+            send_answers(refusals)
+        return batch
+
+    def _decode(self, job: Job, model: Model) -> np.ndarray:
+        """Return uint8 [height, width, channels]. Raises ImageError."""
+        if job.flags & CAM and not model.has_activation_maps:
+            raise NoActivationMapsError(NO_ACTIVATION_MAPS)
+        spec = model.manifest.input
+
+        if job.flags & TENSOR:
+            if len(job.body) != spec.height * spec.width * spec.channels:
+                raise ModelReplacedError(OTHER_TENSOR_SHAPE)
+            pixels = np.frombuffer(job.body, np.uint8)
+            return pixels.reshape(spec.height, spec.width, spec.channels)
+
+        # Large images are decoded one after the other. A predictor that waits for its turn does not
+        # hang, so it counts as idle until `decode` calls back.
+        self.state.set_idle(self.worker_number, self.number)
+        return decode(job.body, spec, self.settings.max_pixels, self._set_busy)
+
+    def _set_busy(self) -> None:
+        self.state.set_busy(self.worker_number, self.number)
+
+    def _drop_expired(self, batch: DecodedBatch) -> DecodedBatch:
+        """Leave out jobs whose deadline passed while others were decoded."""
+        now = self.state.set_busy(self.worker_number, self.number)
+        remaining = [i for i, queued in enumerate(batch.jobs) if queued.job.deadline >= now]
+        if len(remaining) == len(batch.jobs):
+            return batch
+        return batch.select(remaining)
+
+    def _run_graph(self, batch: DecodedBatch) -> None:
+        """Run the graph on jobs that want the same outputs, answer them and count them."""
+        model = batch.model
+        output_names = model.output_names
+        if batch.jobs[0].job.flags & CAM:
+            output_names = (*output_names, "cam")
+
+        images = np.stack(batch.pixels)
+        self.state.set_busy(self.worker_number, self.number)
+        start = time.perf_counter()
+        try:
+            outputs = model.engine.run(images, output_names, batch.is_alone)
+        except Exception:
+            self._recover_from_failed_run(batch)
+            return
+        infer_seconds = time.perf_counter() - start
+
+        queue_us = [max(0, int((batch.started - queued.arrived) * 1e6)) for queued in batch.jobs]
+        send_answers(_compose_answers(batch, outputs, queue_us, int(infer_seconds * 1e6)))
+        self.metrics.count_batch(model, outputs, queue_us, batch.decode_us, infer_seconds)
+        if self.observers:
+            completed = CompletedBatch(model, batch.jobs, images, outputs)
+            for observe in self.observers:
+                observe(completed)
+
+    def _recover_from_failed_run(self, batch: DecodedBatch) -> None:
+        """Run each image alone, so that an image the graph fails on does not affect the others."""
+        if len(batch.jobs) > 1:
+            for i in range(len(batch.jobs)):
+                self._run_graph(batch.select([i]))
+            return
+
+        logs.logger.exception("the model failed on an image")
+        queued = batch.jobs[0]
+        detail = b"the model failed on this image"
+        send_answers([(queued, Answer(queued.job.id, 500, batch.model.version, detail))])
+
+
+def _group_by_outputs(batch: DecodedBatch) -> list[DecodedBatch]:
+    """Split off jobs that want a class-activation map, so that the others do not pay for it."""
+    if not batch.jobs:
+        return []
+    with_map = [i for i, queued in enumerate(batch.jobs) if queued.job.flags & CAM]
+    if len(with_map) in (0, len(batch.jobs)):
+        return [batch]
+
+    without_map = [i for i, queued in enumerate(batch.jobs) if not queued.job.flags & CAM]
+    return [batch.select(without_map), batch.select(with_map)]
+
+
+def _compose_answers(
+    batch: DecodedBatch, outputs: list[np.ndarray], queue_us: list[int], infer_us: int
+) -> list[tuple[QueuedJob, Answer]]:
+    """Compose the answer to each job: JSON, or numbers as bytes for jobs with ARRAYS."""
+    model = batch.model
+    probabilities = outputs[0]
+    energy = outputs[1]
+    indices = probabilities.argmax(1).tolist()
+    confidences = probabilities.max(1).tolist()
+    top_k = [queued.job.top_k for queued in batch.jobs]
+    predictions = model.composer.compose(probabilities, energy, top_k)
+
+    answers: list[tuple[QueuedJob, Answer]] = []
+    for i, queued in enumerate(batch.jobs):
+        job = queued.job
+        index = indices[i]
+        if job.flags & ARRAYS:
+            body = _pack_arrays(model.manifest.classes[index], probabilities[i], energy[i])
+        elif job.flags & CAM:
+            activation_map = encode_activation_map(outputs[2][i, index], model.manifest.input)
+            body = f'{predictions[i]},"cam":"{activation_map}"}}'.encode()
+        else:
+            body = predictions[i].encode() + b"}"
+
+        answer = Answer(
+            job.id,
+            200,
+            model.version,
+            body,
+            index,
+            confidences[i],
+            queue_us[i],
+            batch.decode_us[i],
+            infer_us,
+        )
+        answers.append((queued, answer))
+    return answers
+
+
+def _pack_arrays(label: str, probabilities: np.ndarray, energy: np.ndarray) -> bytes:
+    """Return the label, then probabilities [K] and the energy as little-endian float32."""
+    encoded = label.encode()
+    values = np.append(probabilities, energy).astype("<f4")
+    return LABEL_LENGTH.pack(len(encoded)) + encoded + values.tobytes()
+
+
+def send_answers(answers: list[tuple[QueuedJob, Answer]]) -> None:
+    """Send answers, with one write for each HTTP process."""
+    frames: dict[HttpProcessConnection, list[bytes]] = {}
+    for queued, answer in answers:
+        frames.setdefault(queued.connection, []).append(pack_answer(answer))
+    for connection, parts in frames.items():
+        connection.send(b"".join(parts))
