@@ -1,4 +1,4 @@
-"""Engines and variants, by setting and by what the machine can do."""
+"""Engines and variants, by the settings and by what the machine supports."""
 
 import importlib.util
 
@@ -23,7 +23,7 @@ needs_openvino = pytest.mark.skipif(
 
 
 def check_answers(server, tolerance: float) -> str:
-    """Right answers, one at a time and many at once; returns the engine's name."""
+    """Check answers of single and of many images. Return the name of the engine."""
     for data in IMAGES:
         want = tiny_bundle.expected_outputs(decode(data, InputSpec(height=32, width=32))[None], 3)[
             "probabilities"
@@ -49,8 +49,8 @@ def test_openvino(start):
 
 
 @needs_openvino
-def test_bfloat16_is_refused_where_it_changes_the_samples(start, tmp_path):
-    """Large logits that are nearly equal: 8 bits of precision can't tell them apart."""
+def test_bfloat16_is_not_used_where_it_changes_labels_of_samples(start, tmp_path):
+    """8 bits of precision can't separate large logits that are nearly equal."""
     gray = [np.random.default_rng(i).integers(90, 160, (32, 32, 3), np.uint8) for i in range(16)]
     tiny_bundle.publish(
         tmp_path, scale=30, files=[cv2.imencode(".png", pixels)[1].tobytes() for pixels in gray]
@@ -69,8 +69,8 @@ def test_cuda_without_a_gpu_is_refused_in_one_line(bundle_store):
     )
 
 
-def test_auto_takes_the_cpu_where_cuda_finds_no_gpu(bundle_store, monkeypatch):
-    """As in an image made for GPUs on a node that has none."""
+def test_auto_falls_back_to_the_cpu_without_a_gpu(bundle_store, monkeypatch):
+    """For example, an image for GPUs on a node that has none."""
     import onnxruntime
 
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
@@ -80,7 +80,7 @@ def test_auto_takes_the_cpu_where_cuda_finds_no_gpu(bundle_store, monkeypatch):
     assert model.engine.name == "onnxruntime"
 
 
-def test_auto_takes_the_cpu_where_the_gpu_fails_at_a_run(bundle_store, monkeypatch):
+def test_auto_falls_back_to_the_cpu_where_the_gpu_fails(bundle_store, monkeypatch):
     class Broken(OnnxRuntimeEngine):
         name = "cuda"
 
@@ -93,7 +93,7 @@ def test_auto_takes_the_cpu_where_the_gpu_fails_at_a_run(bundle_store, monkeypat
     assert model.engine.name == "onnxruntime"
 
 
-def test_an_unknown_variant_is_refused_in_one_line(bundle_store):
+def test_unknown_variant_is_refused_in_one_line(bundle_store):
     assert_refused(
         run_serve("--store", str(bundle_store), "--variant", "int4", *loopback_flags()),
         "int4",
@@ -102,17 +102,17 @@ def test_an_unknown_variant_is_refused_in_one_line(bundle_store):
 
 
 @pytest.mark.parametrize(("slow", "faster"), [("model.onnx", "int8"), ("model.int8.onnx", "fp32")])
-def test_auto_takes_the_faster_of_two_variants(tmp_path, slow, faster):
+def test_auto_selects_the_faster_variant(tmp_path, slow, faster):
     bundle = tiny_bundle.publish(tmp_path)
     tiny_bundle.add_int8(bundle)
     tiny_bundle.slow_down(bundle, slow)
     assert Model(Store(tmp_path).open("colours"), Settings(store=tmp_path), 1).variant == faster
 
 
-@pytest.mark.parametrize("how", ["answers otherwise", "can't be run", "can't be loaded"])
-def test_auto_serves_the_variant_that_is_right_where_the_faster_one_is_not(start, tmp_path, how):
+@pytest.mark.parametrize("how", ["other outputs", "can't be run", "can't be loaded"])
+def test_auto_skips_a_faster_variant_that_fails_its_self_check(start, tmp_path, how):
     bundle = tiny_bundle.publish(tmp_path)
-    tiny_bundle.add_int8(bundle, scale=2 if how == "answers otherwise" else 1)
+    tiny_bundle.add_int8(bundle, scale=2 if how == "other outputs" else 1)
     if how == "can't be run":
         tiny_bundle.fail_on_bright_pixels(bundle, 0.1, "model.int8.onnx")
     if how == "can't be loaded":
@@ -126,13 +126,13 @@ def test_auto_serves_the_variant_that_is_right_where_the_faster_one_is_not(start
     assert server.predict(IMAGES[0]).json()["predictions"][0]["label"] == "red"
     (line,) = [line for line in server.log.read_text().splitlines() if "variant not used" in line]
     assert {
-        "answers otherwise": "self check of int8 failed",
+        "other outputs": "self check of int8 failed",
         "can't be run": "can't run it",
         "can't be loaded": "can't load it",
     }[how] in line
 
 
-def test_auto_is_refused_where_no_variant_is_right(tmp_path):
+def test_auto_is_refused_where_all_variants_fail(tmp_path):
     bundle = tiny_bundle.publish(tmp_path)
     tiny_bundle.add_int8(bundle, scale=2)
     tiny_bundle.fail_on_bright_pixels(bundle, 0.1)

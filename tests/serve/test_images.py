@@ -1,4 +1,4 @@
-"""A corpus of images through the door of the service: right answer or right 4xx, and never a harm to others."""
+"""Images of all formats, valid and broken: each gets its prediction or its 4xx."""
 
 import io
 import struct
@@ -25,15 +25,18 @@ def save(image: Image.Image, kind: str, **options) -> bytes:
     return buffer.getvalue()
 
 
-def see_through(label: str) -> Image.Image:
-    """The upper half has one colour; below is red that nobody can see, since its alpha is 0."""
+def make_transparent(label: str) -> Image.Image:
+    """The upper half has the colour of the label. The lower half is red, but transparent."""
     over = Image.new("RGBA", (SIDE, SIDE), (255, 0, 0, 0))
     over.paste(rgb(label).convert("RGBA").crop((0, 0, SIDE, SIDE // 2)), (0, 0))
     return over
 
 
 def turned(label: str, kind: str) -> bytes:
-    """Stored on its side, with the tag that says so. The centre that is cut out is `label` only when it is upright."""
+    """An image on its side, with the EXIF tag that says so.
+
+    The centre crop has the colour of the label only in the upright image.
+    """
     tall = Image.new("RGB", (SIDE, 3 * SIDE), "red")
     tall.paste(rgb(label), (0, SIDE))
     tags = Image.Exif()
@@ -54,11 +57,11 @@ GOOD = {
     "jpeg of three scans": jpeg_builder.green_jpeg([[0], [1], [2]]),
     "png": save(rgb("green"), "PNG"),
     "png palette": save(rgb("green").quantize(16), "PNG"),
-    "png alpha": save(see_through("green"), "PNG"),
+    "png alpha": save(make_transparent("green"), "PNG"),
     "png 16": deep("green", ".png"),
     "png turned": turned("green", "PNG"),
     "webp": save(rgb("green"), "WEBP"),
-    "webp alpha": save(see_through("green"), "WEBP"),
+    "webp alpha": save(make_transparent("green"), "WEBP"),
     "webp animated": save(rgb("green"), "WEBP", save_all=True, append_images=[rgb("red")] * 3),
     "gif animated": save(rgb("green"), "GIF", save_all=True, append_images=[rgb("red")] * 3),
     "bmp": save(rgb("green"), "BMP"),
@@ -119,7 +122,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", GOOD)
-def test_every_kind_is_answered_right(server, name):
+def test_image_of_each_format_is_classified(server, name):
     answer = server.predict(GOOD[name])
     assert answer.status_code == 200, answer.text
     (prediction,) = answer.json()["predictions"]
@@ -128,7 +131,7 @@ def test_every_kind_is_answered_right(server, name):
 
 
 @pytest.mark.parametrize("name", GRAY)
-def test_gray_has_no_colour(server, name):
+def test_gray_image_has_equal_probabilities(server, name):
     (prediction,) = server.predict(GRAY[name]).json()["predictions"]
     assert [choice["confidence"] for choice in prediction["top"]] == pytest.approx(
         [1 / 3] * 3, abs=0.01
@@ -136,7 +139,7 @@ def test_gray_has_no_colour(server, name):
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_every_bad_one_gets_its_4xx(server, name):
+def test_broken_image_gets_its_4xx(server, name):
     data, status = BAD[name]
     answer = server.predict(data)
     assert answer.status_code == status
@@ -147,8 +150,8 @@ def test_every_bad_one_gets_its_4xx(server, name):
     ), "no paths"
 
 
-def test_bad_images_harm_nobody(server):
-    """Good and bad ones at once: batches mix them, and each gets its own answer."""
+def test_broken_images_do_not_affect_others_of_their_batch(server):
+    """Valid and broken images are sent at once, so that batches mix them."""
     jobs = [(GOOD["jpeg"], 200), *BAD.values()] * 12
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda job: server.predict(job[0]), jobs))
@@ -158,7 +161,7 @@ def test_bad_images_harm_nobody(server):
     assert server.is_ready()
 
 
-def test_one_request_with_all_of_them(server):
+def test_one_request_with_all_images(server):
     files = [("f", (name, data)) for name, data in GOOD.items()]
     files += [("f", (name, data)) for name, (data, _) in BAD.items() if data]
     predictions = server.http.post("/predict", files=files).json()["predictions"]

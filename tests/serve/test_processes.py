@@ -15,7 +15,7 @@ GOOD, BAD = tiny_bundle.make_image("blue"), b"hello"
 
 
 @pytest.fixture(scope="module")
-def fleet(bundle_store, tmp_path_factory):
+def service(bundle_store, tmp_path_factory):
     with Server(
         bundle_store,
         tmp_path_factory.mktemp("fleet") / "log",
@@ -31,28 +31,28 @@ def fleet(bundle_store, tmp_path_factory):
         yield running.wait_ready()
 
 
-def test_metrics_are_the_sum_of_what_was_sent(fleet):
+def test_metrics_are_the_sum_over_all_processes(service):
     def client(number: int) -> Counter:
-        found: Counter = Counter()
+        statuses: Counter = Counter()
         with httpx.Client(
-            base_url=fleet.url, timeout=30
+            base_url=service.url, timeout=30
         ) as http:  # a connection each, so both processes get some
             for i in range(25):
                 kind, content = ("good", GOOD) if (i + number) % 5 else ("bad", BAD)
                 answer = http.post(
                     "/predict", content=content, headers={"Content-Type": "image/png"}
                 )
-                found[kind, answer.status_code] += 1
+                statuses[kind, answer.status_code] += 1
             many = [("f", (f"{i}", GOOD)) for i in range(3)] + [("f", ("x", BAD))]
-            found["many", http.post("/predict", files=many).status_code] += 1
-        return found
+            statuses["many", http.post("/predict", files=many).status_code] += 1
+        return statuses
 
     with ThreadPoolExecutor(16) as threads:
         sent = sum(threads.map(client, range(16)), Counter())
     assert set(sent) == {("good", 200), ("bad", 415), ("many", 200)}
     assert sent.total() == 16 * 26
     good, bad, many = sent["good", 200], sent["bad", 415], sent["many", 200]
-    metric = fleet.metric
+    metric = service.metric
     assert metric("imago_requests_total", code="200") == good + many
     assert metric("imago_requests_total", code="415") == bad
     assert metric("imago_request_duration_seconds_count") == good + bad + many
@@ -70,9 +70,9 @@ def test_metrics_are_the_sum_of_what_was_sent(fleet):
         assert metric(f"imago_{kind}_bucket", le="+Inf") == metric(f"imago_{kind}_count")
 
 
-def test_both_workers_and_both_http_processes_work(fleet):
-    """Each has a counting file of its own; all of them grew."""
-    runs = [path for path in Path("/dev/shm").glob("imago-*") if owns(fleet, path)]
+def test_all_workers_and_http_processes_get_requests(service):
+    """Each process has counters of its own, and none of them is 0."""
+    runs = [path for path in Path("/dev/shm").glob("imago-*") if maps_directory(service, path)]
     assert len(runs) == 1
     from serve.metrics.shared_counters import read_entries
 
@@ -81,20 +81,21 @@ def test_both_workers_and_both_http_processes_work(fleet):
         for path in sorted(runs[0].glob(f"{pattern}.metrics")):
             data = path.read_bytes()
             values = memoryview(data).cast("d")
-            counts.append(sum(values[at] for found, _, at in read_entries(data) if found == name))
+            counts.append(sum(values[at] for metric, _, at in read_entries(data) if metric == name))
         assert len(counts) == 2
         assert min(counts) > 0, f"{pattern}: {counts}"
 
 
-def owns(server, path) -> bool:
+def maps_directory(server: Server, path: Path) -> bool:
+    """Whether the server has mapped files of this directory."""
     maps = Path(f"/proc/{server.process.pid}/maps").read_text()
     return str(path) in maps
 
 
-def test_request_ids_differ_between_processes(fleet):
+def test_request_ids_differ_between_processes(service):
     def ask(_: int) -> str:
         return httpx.post(
-            f"{fleet.url}/predict", content=GOOD, headers={"Content-Type": "image/png"}
+            f"{service.url}/predict", content=GOOD, headers={"Content-Type": "image/png"}
         ).json()["id"]
 
     with ThreadPoolExecutor(8) as threads:
@@ -102,8 +103,8 @@ def test_request_ids_differ_between_processes(fleet):
     assert len(set(ids)) == 64
 
 
-def test_what_checks_cost_is_measured_against_a_service_that_has_none(start):
-    """The benchmark's service answers, counts nothing, and gives all requests one id."""
+def test_unchecked_service_of_the_benchmarks_answers(start):
+    """It counts nothing and gives all requests the same id."""
     service = start(
         "--max-pending",
         "1",

@@ -1,4 +1,4 @@
-"""Hot reload of `latest`, for real: under load, with several workers and back again."""
+"""Hot reload: the service follows `latest`, also under load and with several workers."""
 
 import base64
 import threading
@@ -16,7 +16,7 @@ from models.store import Store
 IMAGE = tiny_bundle.make_image("red")
 
 
-def test_a_new_version_is_swapped_in_under_load_and_back(start, tmp_path):
+def test_new_version_and_rollback_under_load(start, tmp_path):
     tiny_bundle.publish(tmp_path)
     service = start(*FAST_RELOAD, store=tmp_path)
     assert served_version(service) == "1"
@@ -34,7 +34,7 @@ def test_a_new_version_is_swapped_in_under_load_and_back(start, tmp_path):
     assert 'version="1"' in info[0]
 
 
-def test_the_answers_are_those_of_the_new_version(start, tmp_path):
+def test_answers_are_those_of_the_new_version(start, tmp_path):
     tiny_bundle.publish(tmp_path)
     service = start(*FAST_RELOAD, store=tmp_path)
     tiny_bundle.publish(
@@ -101,7 +101,7 @@ def test_the_images_of_a_request_are_answered_by_one_version(start, tmp_path):
         assert {p["label"] for p in answer["predictions"]} == {labels[answer["model"]["version"]]}
 
 
-def test_a_tensor_that_was_right_when_it_was_sent_is_no_fault_of_the_client(start, tmp_path):
+def test_tensor_with_the_shape_of_the_model_before_gets_503(start, tmp_path):
     tiny_bundle.publish(tmp_path)
     service = start(
         *FAST_RELOAD, "--batch-wait-ms", "1000", "--threads", "1", store=tmp_path
@@ -120,7 +120,7 @@ def test_a_tensor_that_was_right_when_it_was_sent_is_no_fault_of_the_client(star
     assert service.http.post("/v2/models/colours/infer", json=request).status_code == 400
 
 
-def test_every_worker_swaps(start, tmp_path):
+def test_every_worker_reloads(start, tmp_path):
     tiny_bundle.publish(tmp_path)
     service = start(*FAST_RELOAD, "--workers", "2", store=tmp_path)
     with LoadGenerator(service.port, IMAGE, clients=2) as load:
@@ -132,8 +132,8 @@ def test_every_worker_swaps(start, tmp_path):
     assert {response.version for response in load.responses[before + 10 :]} == {"2"}
 
 
-def told(service) -> list[str]:
-    """The versions that imago_model_info is 1 for."""
+def read_served_versions(service) -> list[str]:
+    """Return the versions for which imago_model_info is 1."""
     lines = [
         line for line in service.metrics().splitlines() if line.startswith("imago_model_info{")
     ]
@@ -143,17 +143,17 @@ def told(service) -> list[str]:
 
 
 @pytest.mark.parametrize("flags", [("--threads", "2"), ("--threads", "2", "--workers", "2")])
-def test_an_idle_service_tells_of_the_new_version_alone(start, tmp_path, flags):
+def test_model_info_of_an_idle_service_names_only_the_new_version(start, tmp_path, flags):
     tiny_bundle.publish(tmp_path)
     service = start(*FAST_RELOAD, *flags, store=tmp_path)
-    assert told(service) == ["1"]
+    assert read_served_versions(service) == ["1"]
     tiny_bundle.publish(tmp_path)
     workers = 2 if "--workers" in flags else 1
     wait_until(lambda: service.metric("imago_reloads_total", outcome="ok") == workers)
-    assert told(service) == ["2"]
+    assert read_served_versions(service) == ["2"]
 
 
-def test_variables_that_flags_override_do_not_reach_the_check(start, tmp_path):
+def test_check_does_not_see_environment_variables_that_flags_override(start, tmp_path):
     tiny_bundle.publish(tmp_path)
     clash = {
         "IMAGO_PORT": "9090",
@@ -167,7 +167,7 @@ def test_variables_that_flags_override_do_not_reach_the_check(start, tmp_path):
     wait_until(lambda: served_version(service) == "2")
 
 
-def test_a_number_is_not_followed(start, tmp_path):
+def test_version_number_is_not_followed(start, tmp_path):
     tiny_bundle.publish(tmp_path)
     service = start(*FAST_RELOAD, "--version", "1", store=tmp_path)
     tiny_bundle.publish(tmp_path)

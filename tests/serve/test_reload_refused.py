@@ -1,4 +1,4 @@
-"""Versions that must not be served: the old one serves on, whatever dies or hangs meanwhile, and the next is taken."""
+"""Hot reload of bad versions: the old version keeps serving, and the next good one is loaded."""
 
 import errno
 import json
@@ -21,19 +21,21 @@ from support.server import wait_until
 from models.bundle import write_checksums
 from models.store import Store
 
-# Even root reads no file that is closed to it.
-BOUND = ["setpriv", "--inh-caps=-all", "--bounding-set=-all"] if os.geteuid() == 0 else []
+# Without capabilities, root can't read files without permission.
+WITHOUT_CAPABILITIES = (
+    ["setpriv", "--inh-caps=-all", "--bounding-set=-all"] if os.geteuid() == 0 else []
+)
 
 
-def spoiled(store, how: str) -> None:
-    """A version 2 that must not be served; `latest` points to it."""
+def publish_bad_version(store: Path, how: str) -> None:
+    """Write a version 2 that must not be served, and let `latest` point to it."""
     path = tiny_bundle.publish(store, promote=False)
     if how == "changed":
         (path / "model.onnx").write_bytes((path / "model.onnx").read_bytes() + b"\0")
     elif how == "no graph":
         (path / "model.onnx").write_bytes(b"not a graph")
         write_checksums(path)
-    elif how == "other answers":
+    elif how == "other outputs":
         expected = dict(np.load(path / "samples" / "expected.npz"))
         expected["probabilities"] = expected["probabilities"][:, ::-1]
         np.savez(path / "samples" / "expected.npz", **expected)
@@ -47,7 +49,7 @@ def spoiled(store, how: str) -> None:
         tiny_bundle.fail_on_bright_pixels(path, 0.1)
     elif how == "a graph that hangs":
         tiny_bundle.loop_forever(path)
-    elif how == "closed to us":
+    elif how == "no permission":
         (path / "model.onnx").chmod(0)
     elif how == "no manifest":
         (path / "manifest.json").unlink()
@@ -57,31 +59,33 @@ def spoiled(store, how: str) -> None:
 
 @pytest.mark.parametrize(
     "how",
-    ["changed", "no graph", "other answers", "no such class", "no manifest", "a graph that fails"],
+    ["changed", "no graph", "other outputs", "no such class", "no manifest", "a graph that fails"],
 )
-def test_a_bad_version_is_refused_and_the_old_serves_on(start, tmp_path, how):
+def test_bad_version_is_refused_and_the_old_one_keeps_serving(start, tmp_path, how):
     tiny_bundle.publish(tmp_path)
     service = start(*FAST_RELOAD, store=tmp_path)
     with LoadGenerator(service.port, tiny_bundle.make_image("red"), clients=1) as load:
-        spoiled(tmp_path, how)
+        publish_bad_version(tmp_path, how)
         wait_until(lambda: service.metric("imago_reloads_total", outcome="refused") == 1)
         time.sleep(1)
     assert set(load.statuses) == {200}
     assert set(load.versions) == {"1"}
     assert service.is_ready()
     assert service.metric("imago_reloads_total", outcome="refused") == 1, (
-        "it is not tried again and again"
+        "a refused version is not tried again"
     )
     lines = [json.loads(line) for line in service.log.read_text().splitlines() if "refused" in line]
     assert len(lines) == 1
     assert (lines[0]["level"], lines[0]["from"], lines[0]["to"]) == ("error", 1, 2)
 
 
-@pytest.mark.parametrize("how", ["changed", "a graph that fails", "closed to us"])
-def test_a_worker_that_dies_while_latest_is_bad_comes_back_with_the_old(start, tmp_path, how):
+@pytest.mark.parametrize("how", ["changed", "a graph that fails", "no permission"])
+def test_worker_killed_while_latest_is_bad_loads_the_old_version(start, tmp_path, how):
     tiny_bundle.publish(tmp_path)
-    service = start(*FAST_RELOAD, store=tmp_path, command=[*BOUND, sys.executable, "-m", "serve"])
-    spoiled(tmp_path, how)
+    service = start(
+        *FAST_RELOAD, store=tmp_path, command=[*WITHOUT_CAPABILITIES, sys.executable, "-m", "serve"]
+    )
+    publish_bad_version(tmp_path, how)
     wait_until(lambda: service.metric("imago_reloads_total", outcome="refused") == 1)
     replace_worker(service)
     assert served_version(service) == "1"
@@ -91,10 +95,10 @@ def test_a_worker_that_dies_while_latest_is_bad_comes_back_with_the_old(start, t
     assert service.metric("imago_restarts_total", process="worker", reason="crash") == 1
 
 
-def test_a_worker_that_dies_while_latest_hangs_comes_back_with_the_old(start, tmp_path):
+def test_worker_killed_while_the_check_hangs_loads_the_old_version(start, tmp_path):
     tiny_bundle.publish(tmp_path)
     service = start(*FAST_RELOAD, store=tmp_path)
-    spoiled(tmp_path, "a graph that hangs")
+    publish_bad_version(tmp_path, "a graph that hangs")
     wait_until(lambda: check_processes(tmp_path))
     (first,) = check_processes(tmp_path)
     replace_worker(service)
@@ -106,7 +110,7 @@ def test_a_worker_that_dies_while_latest_hangs_comes_back_with_the_old(start, tm
     wait_until(lambda: not check_processes(tmp_path))
 
 
-def test_a_version_that_can_not_be_read_for_a_moment_is_tried_again(start, tmp_path):
+def test_version_that_can_not_be_read_temporarily_is_tried_again(start, tmp_path):
     store = tmp_path / "store"
     tiny_bundle.publish(store)
     away = BlockedPath(tmp_path / "away", store / "colours" / "2", error=errno.EIO)
@@ -120,7 +124,7 @@ def test_a_version_that_can_not_be_read_for_a_moment_is_tried_again(start, tmp_p
     assert service.metric("imago_reloads_total", outcome="ok") == 1
 
 
-def test_a_version_that_was_changed_since_it_was_checked_is_refused(start, tmp_path):
+def test_version_changed_after_its_check_is_refused(start, tmp_path):
     tiny_bundle.publish(tmp_path)
     service = start(*FAST_RELOAD, store=tmp_path)
     second = tiny_bundle.publish(tmp_path)
@@ -142,7 +146,7 @@ def test_a_version_that_was_changed_since_it_was_checked_is_refused(start, tmp_p
     wait_until(lambda: served_version(service) == "2")
 
 
-def test_a_worker_that_dies_before_latest_was_checked_moves_on_by_itself(start, tmp_path):
+def test_worker_killed_before_the_check_reloads_later(start, tmp_path):
     tiny_bundle.publish(tmp_path)
     service = start("--reload-seconds", "3", store=tmp_path)
     tiny_bundle.publish(tmp_path)
@@ -151,7 +155,7 @@ def test_a_worker_that_dies_before_latest_was_checked_moves_on_by_itself(start, 
     assert service.metric("imago_reloads_total", outcome="ok") == 1
 
 
-def test_a_worker_that_dies_when_the_old_is_gone_takes_the_new(start, tmp_path):
+def test_worker_killed_after_the_old_version_was_deleted_loads_the_new_one(start, tmp_path):
     tiny_bundle.publish(tmp_path)
     service = start("--reload-seconds", "1000", store=tmp_path)
     tiny_bundle.publish(tmp_path)
@@ -160,7 +164,7 @@ def test_a_worker_that_dies_when_the_old_is_gone_takes_the_new(start, tmp_path):
     assert served_version(service) == "2"
 
 
-def test_a_version_withdrawn_while_it_is_checked_is_not_served(start, tmp_path):
+def test_version_withdrawn_during_its_check_is_not_served(start, tmp_path):
     tiny_bundle.publish(tmp_path)
     service = start(*FAST_RELOAD, "--threads", "1", store=tmp_path)
     tiny_bundle.publish(tmp_path)

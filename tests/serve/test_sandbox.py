@@ -1,4 +1,4 @@
-"""As strict containers run it: PID 1, read-only root, no capabilities, no network but its own."""
+"""Strict containers: PID 1, read-only root, no capabilities, a network of its own."""
 
 import contextlib
 import os
@@ -14,7 +14,8 @@ import pytest
 from support import ROOT, tiny_bundle
 
 SETUP = (
-    "mount --make-rprivate / && mount -o remount,ro,bind / && (mount -o remount,ro,bind /tmp 2>/dev/null || true) "
+    "mount --make-rprivate / && mount -o remount,ro,bind / "
+    "&& (mount -o remount,ro,bind /tmp 2>/dev/null || true) "
     '&& ip link set lo up && exec setpriv --no-new-privs --bounding-set=-all "$@"'
 )
 UNSHARE = ["unshare", "--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
@@ -34,7 +35,7 @@ needs_ipv6 = pytest.mark.skipif(
 
 
 def ask(pid: int, path: str, data: bytes | None = None, at: str = "127.0.0.1:8000") -> int:
-    """The status of a request from inside the server's network namespace."""
+    """Send a request from the server's network namespace and return the status."""
     code = (
         "import sys, httpx; data = sys.stdin.buffer.read() or None; "
         "print(httpx.request('POST' if data else 'GET', 'http://' + sys.argv[1], content=data, "
@@ -50,7 +51,7 @@ def ask(pid: int, path: str, data: bytes | None = None, at: str = "127.0.0.1:800
 
 @contextlib.contextmanager
 def sandboxed(store: Path, log: Path, host: str) -> Iterator[int]:
-    """A ready service's process id, as it is outside; ended by SIGTERM."""
+    """Run a service; give its process id outside the namespace, and end it by SIGTERM."""
     command = [sys.executable, "-m", "serve", "--store", str(store), "--host", host]
     with log.open("wb") as file:
         outer = subprocess.Popen(
@@ -101,8 +102,8 @@ def test_pid_1_on_a_read_only_root_without_capabilities(tmp_path):
 
 
 @needs_namespaces
-def test_pid_1_ends_by_sigterm_from_the_first_moment(bundle_store, tmp_path):
-    """The kernel drops what PID 1 has no handler for; most of its first second goes by in imports."""
+def test_pid_1_handles_sigterm_during_imports(bundle_store, tmp_path):
+    """The kernel drops signals that PID 1 has no handler for; imports take a second."""
     command = [sys.executable, "-m", "serve", "--store", str(bundle_store), "--host", "127.0.0.1"]
     with (tmp_path / "log").open("wb") as file:
         outer = subprocess.Popen(
@@ -119,7 +120,7 @@ def test_pid_1_ends_by_sigterm_from_the_first_moment(bundle_store, tmp_path):
                 and b"serve" in Path(f"/proc/{children[0]}/cmdline").read_bytes().split(b"\0")[:4]
             ):
                 assert "numpy" not in Path(f"/proc/{children[0]}/maps").read_text(), (
-                    "a signal would be lost till now"
+                    "a signal before the handler is set would be lost"
                 )
                 caught = (
                     Path(f"/proc/{children[0]}/status").read_text().split("SigCgt:")[1].split()[0]
@@ -132,8 +133,8 @@ def test_pid_1_ends_by_sigterm_from_the_first_moment(bundle_store, tmp_path):
         outer.wait()
 
 
-# The one capability lets it read an interpreter and a temporary directory that are closed to others, and write nothing.
-ANYBODY = [
+# The capability lets the user read the interpreter and the temporary directory, and write nothing.
+OTHER_USER = [
     "setpriv",
     "--reuid",
     "12345",
@@ -149,16 +150,16 @@ ANYBODY = [
 @pytest.mark.skipif(
     os.getuid() != 0
     or shutil.which("setpriv") is None
-    or subprocess.run([*ANYBODY, "true"], capture_output=True).returncode != 0,
+    or subprocess.run([*OTHER_USER, "true"], capture_output=True).returncode != 0,
     reason="this user can't become another",
 )
-def test_it_runs_as_a_user_that_no_file_names(start):
-    """As OpenShift runs it: any number, group 0, no home."""
+def test_runs_as_a_user_without_an_account(start):
+    """OpenShift runs containers with any user id, group 0 and no home directory."""
     service = start(
         "--shadow-version",
         "1",
         env={"HOME": "/nonexistent"},
-        command=[*ANYBODY, sys.executable, "-m", "serve"],
+        command=[*OTHER_USER, sys.executable, "-m", "serve"],
     )
     for pid in [service.process.pid, *service.children()]:
         assert Path(f"/proc/{pid}/status").read_text().split("Uid:")[1].split()[:4] == ["12345"] * 4
@@ -170,7 +171,7 @@ def test_it_runs_as_a_user_that_no_file_names(start):
 
 @needs_namespaces
 @needs_ipv6
-def test_both_ports_are_there_for_both_kinds_of_address(bundle_store, tmp_path):
+def test_both_ports_are_open_on_ipv4_and_ipv6(bundle_store, tmp_path):
     with sandboxed(bundle_store, tmp_path / "log", "::") as inner:
         assert ask(inner, "/predict", tiny_bundle.make_image("red"), at="[::1]:8000") == 200
         for host in ("127.0.0.1", "[::1]"):

@@ -1,4 +1,4 @@
-"""Workers that are killed or hang, HTTP processes that die, and draining: for real, under load."""
+"""Failures and shutdown under load: killed and hanging processes, and the drain on SIGTERM."""
 
 import os
 import re
@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from support import tiny_bundle
 from support.load_generator import LoadGenerator
-from support.server import suspend_processes, wait_until
+from support.server import Server, suspend_processes, wait_until
 
 IMAGE = tiny_bundle.make_image("green")
 
 
-def kill_workers(server, times: int) -> None:
-    """Kill a worker, wait until another has taken its place and is ready, so many times."""
+def kill_workers(server: Server, times: int) -> None:
+    """Kill the worker and wait until another is ready, this many times."""
     for _ in range(times):
         (pid,) = server.workers()
         os.kill(pid, signal.SIGKILL)
@@ -28,7 +28,8 @@ def kill_workers(server, times: int) -> None:
         wait_until(lambda pid=pid: server.is_ready() and server.workers() != [pid])
 
 
-def check_kills(server, times: int) -> None:
+def check_kills(server: Server, times: int) -> None:
+    """Kill workers under load; each request must be answered and counted."""
     with LoadGenerator(server.port, IMAGE) as load:
         wait_until(lambda: load.statuses[200] > 50)
         kill_workers(server, times)
@@ -41,23 +42,22 @@ def check_kills(server, times: int) -> None:
     wait_until(lambda: server.metric("imago_pending_images") == 0)
     total = sum(server.metric("imago_requests_total", code=str(code)) for code in (200, 503))
     assert total == load.statuses.total()
-    images = server.metric(
-        "imago_images_total", outcome="answered"
-    )  # counted after a batch's answers have left
+    # A worker counts a batch after it has sent the answers, so each kill may lose one batch.
+    images = server.metric("imago_images_total", outcome="answered")
     assert abs(images - load.statuses[200]) <= 8 * times
 
 
-def test_a_killed_worker_is_replaced_and_every_request_is_answered(start):
+def test_killed_worker_is_replaced_and_every_request_is_answered(start):
     check_kills(start("--threads", "2"), 3)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_hundred_kills_of_the_worker(start):
+def test_hundred_kills_of_the_worker(start):
     check_kills(start("--threads", "2"), 100)
 
 
-def test_a_worker_that_hangs_is_replaced_and_its_requests_get_503(start):
+def test_hanging_worker_is_replaced_and_its_requests_get_503(start):
     server = start("--worker-timeout-seconds", "2", "--deadline-ms", "30000")
     (pid,) = server.workers()
     with LoadGenerator(server.port, IMAGE, clients=4) as load:
@@ -72,51 +72,51 @@ def test_a_worker_that_hangs_is_replaced_and_its_requests_get_503(start):
     assert server.metric("imago_restarts_total", process="worker", reason="hang") == 1
 
 
-def test_a_predictor_that_hangs_in_the_graph_is_replaced_before_the_deadline(start, tmp_path):
-    """With the settings as they come; the worker's heart beats on."""
+def test_worker_with_a_hanging_run_is_replaced_before_the_deadline(start, tmp_path):
+    """With default settings. The heartbeat of the worker continues."""
     tiny_bundle.loop_forever_on_white(tiny_bundle.publish(tmp_path))
     server = start(store=tmp_path)
     bright = cv2.imencode(".png", np.full((32, 32, 3), 255, np.uint8))[1].tobytes()
-    with ThreadPoolExecutor(1) as other:
-        asked = other.submit(server.predict, bright)
+    with ThreadPoolExecutor(1) as executor:
+        response = executor.submit(server.predict, bright)
         wait_until(lambda: not server.is_ready())
         assert server.metric("imago_ready") == 0
-        assert asked.result().status_code == 503
+        assert response.result().status_code == 503
     server.wait_ready()
     assert server.metric("imago_restarts_total", process="worker", reason="hang") == 1
     assert server.predict(IMAGE).json()["predictions"][0]["label"] == "green"
 
 
-def test_a_graph_that_takes_long_for_every_batch_is_no_hang(start, tmp_path):
+def test_slow_graph_is_not_taken_for_a_hang(start, tmp_path):
     tiny_bundle.slow_down(tiny_bundle.publish(tmp_path, size=4, samples=2), iterations=300_000)
     server = start(
         "--threads", "1", "--max-batch-size", "1", "--worker-timeout-seconds", "0.1", store=tmp_path
     )
-    for _ in range(8):  # the supervisor looks once a second
+    for _ in range(8):  # the supervisor checks once a second
         assert server.predict(IMAGE).status_code == 200
     assert server.metric("imago_inference_seconds_sum") > 8 * 0.2
     assert server.metric("imago_restarts_total", process="worker", reason="hang") == 0
 
 
-def test_images_that_are_lost_with_their_worker_can_be_sent_again(start):
+def test_images_lost_with_their_worker_get_503_and_retry_after(start):
     server = start()
     (pid,) = server.workers()
     suspend_processes([pid])
-    with ThreadPoolExecutor(1) as other:
-        asked = other.submit(
+    with ThreadPoolExecutor(1) as executor:
+        response = executor.submit(
             server.http.post, "/predict", files=[("f", (name, IMAGE)) for name in "ab"]
         )
         wait_until(lambda: server.metric("imago_pending_images") == 2)
         os.kill(pid, signal.SIGKILL)
-        answer = asked.result()
+        answer = response.result()
     assert answer.status_code == 503
     assert [p["error"]["status"] for p in answer.json()["predictions"]] == [503, 503]
     assert answer.headers["retry-after"] == "1"
     assert answer.headers["x-model-version"] == answer.json()["model"]["version"] == "1"
 
 
-def test_one_of_two_workers_dies(start):
-    """The other goes on, and ready says that not all is well."""
+def test_one_of_two_workers_is_killed(start):
+    """The other keeps serving, and the service is not ready meanwhile."""
     server = start("--workers", "2", "--threads", "1")
     with LoadGenerator(server.port, IMAGE, clients=4) as load:
         wait_until(lambda: load.statuses[200] > 20)
@@ -129,7 +129,7 @@ def test_one_of_two_workers_dies(start):
     assert set(load.statuses) <= {200, 503}
 
 
-def test_an_http_process_that_dies_is_replaced(start):
+def test_killed_http_process_is_replaced(start):
     server = start("--api-processes", "2")
     forked = server.http_processes()
     assert len(forked) == 2
@@ -140,7 +140,7 @@ def test_an_http_process_that_dies_is_replaced(start):
     assert server.metric("imago_pending_images") == 0
 
 
-def test_sigterm_under_load_loses_nothing(start):
+def test_sigterm_under_load_loses_no_request(start):
     server = start("--drain-seconds", "20")
     with LoadGenerator(server.port, IMAGE, clients=16, pause=0.002) as load:
         wait_until(lambda: load.statuses[200] > 100)
@@ -152,8 +152,8 @@ def test_sigterm_under_load_loses_nothing(start):
     assert "Traceback" not in server.log.read_text()
 
 
-def test_what_is_queued_at_sigterm_is_answered(start):
-    """A stopped worker keeps requests queued; they are answered after SIGTERM, and ready is false at once."""
+def test_queued_requests_are_answered_after_sigterm(start):
+    """The service is not ready at once, but answers what is queued for a suspended worker."""
     server = start("--deadline-ms", "20000")
     (pid,) = server.workers()
     suspend_processes([pid])
@@ -162,7 +162,7 @@ def test_what_is_queued_at_sigterm_is_answered(start):
         server.process.send_signal(signal.SIGTERM)
         wait_until(lambda: not server.is_ready(), 2)
         assert server.http.get("/health/live").status_code == 200
-        time.sleep(1.2)  # a farewell to those who keep a connection
+        time.sleep(1.2)  # for a second, new requests are still accepted
         assert server.predict(IMAGE).status_code == 503
         assert server.process.poll() is None
         load.stop_sending()
@@ -173,31 +173,31 @@ def test_what_is_queued_at_sigterm_is_answered(start):
 
 
 @pytest.mark.parametrize("seconds", [2, 3])
-def test_a_drain_that_can_not_finish_ends_in_time_and_answers(start, seconds):
+def test_drain_that_can_not_finish_ends_in_time_with_503(start, seconds):
     server = start("--drain-seconds", str(seconds), "--deadline-ms", "60000")
     suspend_processes(server.workers())
     with LoadGenerator(server.port, IMAGE, clients=2) as load:
         wait_until(lambda: server.metric("imago_pending_images") == 2)
         load.stop_sending()
-        began = time.monotonic()
+        start_time = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(30) == 0
-        assert time.monotonic() - began < seconds + 1  # where others keep the cores busy
+        assert time.monotonic() - start_time < seconds + 1  # the cores may be busy
     assert load.statuses == {503: 2}
     assert load.unanswered == []
 
 
-def test_sigterm_before_it_is_ready(start):
+def test_sigterm_during_the_start(start):
     server = start(wait=False)
     time.sleep(0.8)
-    began = time.monotonic()
+    start_time = time.monotonic()
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(10) in (0, -signal.SIGTERM)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - start_time < 5
 
 
-def test_a_signal_that_another_thread_takes_is_heard(start):
-    """The kernel may hand one to any thread, and Python handles it in the first."""
+def test_signal_delivered_to_another_thread_is_handled(start):
+    """The kernel may deliver a signal to any thread; Python handles it in the first."""
     server = start()
     first = server.process.pid
     other = next(tid for tid in map(int, os.listdir(f"/proc/{first}/task")) if tid != first)
@@ -205,8 +205,8 @@ def test_a_signal_that_another_thread_takes_is_heard(start):
     assert server.process.wait(21) == 0
 
 
-def test_signals_to_the_whole_group_end_it_cleanly(bundle_store, start):
-    """As Ctrl+C in a terminal and systemd do."""
+def test_signal_to_the_process_group_drains(start):
+    """Ctrl+C in a terminal and systemd send a signal to all processes of the group."""
     for number in (signal.SIGINT, signal.SIGTERM):
         server = start("--shadow-version", "1", command=["setsid", sys.executable, "-m", "serve"])
         wait_until(lambda server=server: "shadow ready" in server.log.read_text())
@@ -218,21 +218,23 @@ def test_signals_to_the_whole_group_end_it_cleanly(bundle_store, start):
         assert "Traceback" not in server.log.read_text()
 
 
-def test_nothing_outlives_a_killed_supervisor(start):
+def test_no_process_outlives_a_killed_supervisor(start):
     server = start()
     children = server.children()
     server.process.kill()
     server.process.wait()
-    wait_until(lambda: not any(alive(pid) for pid in children))
+    wait_until(lambda: not any(is_alive(pid) for pid in children))
 
 
-def test_what_a_killed_supervisor_left_in_memory_goes_at_the_next_start(start):
-    killed, living = start(), start()
-    left, kept = run_directory(killed), run_directory(living)
+def test_next_start_removes_the_run_directory_of_a_killed_supervisor(start):
+    killed = start()
+    living = start()
+    left = find_run_directory(killed)
+    kept = find_run_directory(living)
     children = killed.children()
     killed.process.kill()
     killed.process.wait()
-    wait_until(lambda: not any(alive(pid) for pid in children))
+    wait_until(lambda: not any(is_alive(pid) for pid in children))
     assert left.exists()
     start()
     assert not left.exists()
@@ -240,12 +242,12 @@ def test_what_a_killed_supervisor_left_in_memory_goes_at_the_next_start(start):
     assert living.predict(IMAGE).status_code == 200
 
 
-def run_directory(server) -> Path:
+def find_run_directory(server: Server) -> Path:
     maps = Path(f"/proc/{server.process.pid}/maps").read_text()
     return Path(re.search(r"(/dev/shm/imago-\w+)/", maps)[1])
 
 
-def alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     try:
         state = re.search(r"State:\s+(\w)", Path(f"/proc/{pid}/status").read_text())
     except FileNotFoundError:
@@ -253,20 +255,20 @@ def alive(pid: int) -> bool:
     return state is not None and state[1] != "Z"
 
 
-def test_no_files_are_left(start, tmp_path):
-    """Neither in memory nor where TMPDIR points."""
+def test_no_files_remain_after_the_shutdown(start, tmp_path):
+    """Neither in shared memory nor in the temporary directory."""
     (tmp_path / "own").mkdir()
     server = start("--workers", "2", "--shadow-version", "1", env={"TMPDIR": str(tmp_path / "own")})
-    run = run_directory(server)
-    wait_until(lambda: (run / "shadow.sock").exists())
+    directory = find_run_directory(server)
+    wait_until(lambda: (directory / "shadow.sock").exists())
     assert server.predict(IMAGE).status_code == 200
     assert server.stop() == 0
-    assert not run.exists()
+    assert not directory.exists()
     assert not list((tmp_path / "own").iterdir())
 
 
-def test_the_worker_answers_without_torch(start):
-    """No process of a running service has torch in its memory."""
+def test_serving_needs_no_torch(start):
+    """No process of a running service loads torch, and the command runs without it."""
     server = start()
     assert server.predict(IMAGE).status_code == 200
     for pid in [server.process.pid, *server.children()]:

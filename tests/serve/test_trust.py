@@ -1,4 +1,4 @@
-"""What an answer says of its own worth: calibrated confidence, prediction set, doubts, and where the model looked."""
+"""Confidence, prediction sets, abstention, out-of-distribution flags and class-activation maps."""
 
 import base64
 import json
@@ -17,15 +17,15 @@ from models.image import InputSpec, decode
 SPEC = InputSpec(height=32, width=32)
 
 
-def flat(*rgb: int) -> bytes:
+def make_flat_image(*rgb: int) -> bytes:
     return cv2.imencode(".png", np.full((32, 32, 3), rgb[::-1], np.uint8))[1].tobytes()
 
 
 CASES = {
-    "sure": flat(255, 0, 0),
-    "between two": flat(120, 120, 0),
-    "nothing": flat(0, 0, 0),
-    "white": flat(255, 255, 255),
+    "sure": make_flat_image(255, 0, 0),
+    "between two": make_flat_image(120, 120, 0),
+    "nothing": make_flat_image(0, 0, 0),
+    "white": make_flat_image(255, 255, 255),
 }
 CALIBRATION = Calibration(
     abstain_threshold=0.6, conformal_level=0.9, conformal_quantile=0.8, energy_threshold=-2.0
@@ -33,50 +33,56 @@ CALIBRATION = Calibration(
 
 
 @pytest.fixture(scope="module")
-def wants() -> dict[str, np.ndarray]:
+def expected() -> dict[str, np.ndarray]:
     return tiny_bundle.expected_outputs(
         np.stack([decode(data, SPEC) for data in CASES.values()]), 3
     )
 
 
-def test_doubts_follow_the_bundle_s_thresholds(start, tmp_path, wants):
+def test_flags_follow_the_thresholds_of_the_bundle(start, tmp_path, expected):
     tiny_bundle.publish(tmp_path, calibration=CALIBRATION)
     service = start(store=tmp_path)
     for i, (name, data) in enumerate(CASES.items()):
-        (said,) = service.predict(data).json()["predictions"]
-        probabilities, energy = wants["probabilities"][i], wants["energy"][i]
-        assert said["confidence"] == pytest.approx(probabilities.max(), abs=1e-4), name
-        assert said["energy"] == pytest.approx(energy, abs=1e-3), name
-        assert said["abstain"] is bool(probabilities.max() < 0.6), name
-        assert said["out_of_distribution"] is bool(energy > -2.0), name
-        assert set(said["prediction_set"]) == {
+        (prediction,) = service.predict(data).json()["predictions"]
+        probabilities, energy = expected["probabilities"][i], expected["energy"][i]
+        assert prediction["confidence"] == pytest.approx(probabilities.max(), abs=1e-4), name
+        assert prediction["energy"] == pytest.approx(energy, abs=1e-3), name
+        assert prediction["abstain"] is bool(probabilities.max() < 0.6), name
+        assert prediction["out_of_distribution"] is bool(energy > -2.0), name
+        assert set(prediction["prediction_set"]) == {
             c for c, p in zip(tiny_bundle.CLASSES, probabilities, strict=True) if p >= 0.2
         }
-    doubts = {name: service.predict(data).json()["predictions"][0] for name, data in CASES.items()}
-    assert [n for n, d in doubts.items() if d["abstain"]] == ["between two", "nothing", "white"]
-    assert [n for n, d in doubts.items() if d["out_of_distribution"]] == ["nothing"]
-    assert len(doubts["between two"]["prediction_set"]) == 2
+    predictions = {
+        name: service.predict(data).json()["predictions"][0] for name, data in CASES.items()
+    }
+    assert [name for name, p in predictions.items() if p["abstain"]] == [
+        "between two",
+        "nothing",
+        "white",
+    ]
+    assert [name for name, p in predictions.items() if p["out_of_distribution"]] == ["nothing"]
+    assert len(predictions["between two"]["prediction_set"]) == 2
 
 
-def heat_map(prediction: dict) -> np.ndarray:
+def decode_activation_map(prediction: dict) -> np.ndarray:
     data = np.frombuffer(base64.b64decode(prediction["cam"], validate=True), np.uint8)
     return cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
 
 
-def test_the_heat_map_shows_where_the_model_looked(server):
+def test_activation_map_shows_the_region_of_the_class(server):
     pixels = np.zeros((32, 32, 3), np.uint8)
     pixels[4:12, 20:28, 1] = 255  # green, in one corner
     data = cv2.imencode(".png", pixels)[1].tobytes()
-    (said,) = server.predict(data, "?explain=cam").json()["predictions"]
-    found = heat_map(said)
-    assert said["label"] == "green"
-    assert found.shape == (32, 32)
-    assert found.dtype == np.uint8
-    assert np.array_equal(found, pixels[:, :, 1])
-    assert len(said["cam"]) < 1000
+    (prediction,) = server.predict(data, "?explain=cam").json()["predictions"]
+    activation_map = decode_activation_map(prediction)
+    assert prediction["label"] == "green"
+    assert activation_map.shape == (32, 32)
+    assert activation_map.dtype == np.uint8
+    assert np.array_equal(activation_map, pixels[:, :, 1])
+    assert len(prediction["cam"]) < 1000
 
 
-def test_only_who_asks_gets_one_and_all_others_are_the_same(server):
+def test_activation_map_on_request_leaves_other_answers_unchanged(server):
     data = [tiny_bundle.make_image(tiny_bundle.CLASSES[i % 3], seed=i) for i in range(60)]
     plain = [server.predict(d).json()["predictions"][0] for d in data]
     with ThreadPoolExecutor(8) as pool:  # batches mix both kinds
@@ -86,14 +92,14 @@ def test_only_who_asks_gets_one_and_all_others_are_the_same(server):
             )
         )
     for i, (one, other) in enumerate(zip(plain, mixed, strict=True)):
-        (said,) = other["predictions"]
-        assert ("cam" in said) is bool(i % 2)
-        said.pop("cam", None)
-        assert said["label"] == one["label"]
-        assert said["confidence"] == pytest.approx(one["confidence"], abs=1e-5)
+        (prediction,) = other["predictions"]
+        assert ("cam" in prediction) is bool(i % 2)
+        prediction.pop("cam", None)
+        assert prediction["label"] == one["label"]
+        assert prediction["confidence"] == pytest.approx(one["confidence"], abs=1e-5)
 
 
-def test_a_model_without_heat_maps_says_so(start, tmp_path):
+def test_request_for_an_activation_map_that_the_model_lacks_gets_400(start, tmp_path):
     path = tiny_bundle.publish(tmp_path)
     graph = onnx.load(path / "model.onnx")
     del graph.graph.output[3]
