@@ -187,7 +187,9 @@ class Batcher:
         """Remove the job with this id, or all jobs of a connection, from the queue."""
         remaining: deque[QueuedJob] = deque()
         for queued in self.queue:
-            if queued.connection is connection and job_id in (None, queued.job.id):
-                continue
-            remaining.append(queued)
+            removed = queued.connection is connection and (
+                job_id is None or job_id == queued.job.id
+            )
+            if not removed:
+                remaining.append(queued)
         self.queue = remaining
