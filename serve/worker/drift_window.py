@@ -120,7 +120,7 @@ def merge_bins(histogram: Histogram, max_bins: int) -> tuple[list[float], list[i
 
 
 def measure_signals(batch: CompletedBatch, i: int) -> dict[str, float]:
-    """Return all signals of image `i`, by the names in `models.bundle.SIGNALS`."""
+    """Return all signals of image `i`, by the names in `models.bundle.DRIFT_SIGNALS`."""
     probabilities = batch.outputs[0][i]
     energy = batch.outputs[1][i]
     pixels = batch.pixels[i]
