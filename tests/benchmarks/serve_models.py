@@ -1,7 +1,7 @@
-"""Bundles and images that the serving benchmarks share, made by the project's own networks and export.
+"""Bundles and images that the serving benchmarks share, made by the project's networks and export.
 
-The weights are random: speed does not depend on them. Images are smooth noise, on which JPEG does what it does on
-photos.
+The weights are random, since speed does not depend on them. Images are smooth noise, for which JPEG
+does the same work as for photos. Run as a script (`serve_models.py STORE CASE`) it writes one.
 """
 
 import subprocess
@@ -11,11 +11,9 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import project_path  # noqa: F401  makes the imports below possible
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
-
-from models.bundle import (  # noqa: E402
+from models.bundle import (
     Calibration,
     DataInfo,
     Manifest,
@@ -25,34 +23,40 @@ from models.bundle import (  # noqa: E402
     file_sha256,
     write_checksums,
 )
-from models.image import InputSpec, decode  # noqa: E402
-from models.store import Store  # noqa: E402
+from models.image import InputSpec, decode
+from models.store import Store
 
+# Network and pixels a side.
 CASES = {
     "tiny": ("lenet", 32),
     "small": ("resnet18", 32),
     "large": ("resnet18", 224),
-}  # network, pixels
+}
 CLASSES = 10
+SAMPLES = 16
 
 
-def picture(height: int, width: int, seed: int = 0, quality: int = 90) -> bytes:
-    """JPEG bytes of smooth noise: a 500x375 one has about 40 kB."""
+def make_jpeg(height: int, width: int, seed: int = 0, quality: int = 90) -> bytes:
+    """JPEG bytes of smooth noise: a 500x375 image has about 40 kB."""
     random = np.random.default_rng(seed)
-    coarse = random.integers(0, 256, (max(height // 8, 4), max(width // 8, 4), 3), np.uint8)
+    coarse_shape = (max(height // 8, 4), max(width // 8, 4), 3)
+    coarse = random.integers(0, 256, coarse_shape, np.uint8)
     pixels = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
     pixels = cv2.add(pixels, random.integers(0, 12, pixels.shape, np.uint8))
     return cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
 
 
 def publish(store: Path, case: str) -> Path:
-    """The directory of a case's bundle; where it is missing another process makes it: torch stays out of ours."""
+    """Return the directory of a case's bundle; write it first where it is missing.
+
+    Another process writes it, so that the benchmark does not load torch.
+    """
     if not Store(store).latest(case):
         subprocess.run([sys.executable, __file__, store, case], check=True)
     return Store(store).path(case)
 
 
-def make(store: Path, case: str) -> None:
+def write_bundle(store: Path, case: str) -> None:
     """Write the bundle of a case, with int8 where it is a ResNet."""
     import torch
 
@@ -64,63 +68,69 @@ def make(store: Path, case: str) -> None:
     torch.manual_seed(0)
     name, size = CASES[case]
     spec = InputSpec(height=size, width=size, short_side=256 if size == 224 else None)
-    served = InferenceGraph(networks.build(name, CLASSES, 3, size), [120.0] * 3, [60.0] * 3)
+    graph = InferenceGraph(networks.build(name, CLASSES, 3, size), [120.0] * 3, [60.0] * 3)
+    graph.eval()
+
+    height = size * 3 // 2
+    width = size * 2
+    files = [make_jpeg(height, width, seed) for seed in range(SAMPLES)]
+    images = np.stack([decode(data, spec) for data in files])
+    with torch.inference_mode():
+        outputs = graph(torch.from_numpy(images))
+        logits = graph.logits(torch.from_numpy(images)).numpy()
+    names = graph.output_names()
+    expected = {key: value.numpy() for key, value in zip(names, outputs, strict=True)}
+
     with Store(store).stage(case) as staged:
-        root = staged.path
-        export_onnx(served, spec, CLASSES, root / "model.onnx")
-        files = [picture(size * 3 // 2, size * 2, seed) for seed in range(16)]
-        images = np.stack([decode(data, spec) for data in files])
-        found = {"fp32": "model.onnx"}
+        directory = staged.path
+        export_onnx(graph, spec, CLASSES, directory / "model.onnx")
+        variants = {"fp32": describe_variant(directory / "model.onnx", "fp32")}
         if name == "resnet18":
-            config = QuantizeConfig()
-            quantize(
-                root / "model.onnx", root / "model.int8.onnx", images, lambda _: 1.0, 1.0, config
-            )
-            found["int8"] = "model.int8.onnx"
-        (root / "samples").mkdir()
+            int8 = directory / "model.int8.onnx"
+            quantize(directory / "model.onnx", int8, images, lambda _: 1.0, 1.0, QuantizeConfig())
+            variants["int8"] = describe_variant(int8, "int8")
+
+        samples = directory / "samples"
+        samples.mkdir()
         for i, data in enumerate(files):
-            (root / "samples" / f"{i:02d}.jpg").write_bytes(data)
-        with torch.inference_mode():
-            outputs = served.eval()(torch.from_numpy(images))
-            logits = served.logits(torch.from_numpy(images)).numpy()
-        np.savez(
-            root / "samples" / "expected.npz",
-            pixels=images,
-            **{key: value.numpy() for key, value in zip(served.output_names(), outputs, strict=True)},
-        )
-        Manifest(
+            (samples / f"{i:02d}.jpg").write_bytes(data)
+        np.savez(samples / "expected.npz", pixels=images, **expected)
+
+        manifest = Manifest(
             name=case,
             version=staged.version,
             created=datetime.now(UTC),
             network=name,
             input=spec,
             classes=[f"class {i}" for i in range(CLASSES)],
-            outputs=served.output_names(),
-            variants={
-                kind: Variant(
-                    file=file,
-                    precision=kind,
-                    sha256=file_sha256(root / file),
-                    opset=20,
-                    bytes=(root / file).stat().st_size,
-                    tolerance=1e-3 if kind == "fp32" else 1.0,
-                )
-                for kind, file in found.items()
-            },
-            samples=[Sample(file=f"{i:02d}.jpg", label=0) for i in range(16)],
+            outputs=names,
+            variants=variants,
+            samples=[Sample(file=f"{i:02d}.jpg", label=0) for i in range(SAMPLES)],
             calibration=Calibration(
                 abstain_threshold=0.5, conformal_quantile=0.9, energy_threshold=0.0
             ),
             baseline=build_drift_baseline(
-                logits, 1.0, images, np.array([[2 * size, size * 3 // 2]] * len(images))
+                logits, 1.0, images, np.array([[width, height]] * SAMPLES)
             ),
             provenance=Provenance(
                 data=DataInfo(source="noise", digest="0" * 64, counts={}), device="cpu", seed=0
             ),
-        ).write(root)
-        write_checksums(root)
+        )
+        manifest.write(directory)
+        write_checksums(directory)
         staged.publish()
 
 
+def describe_variant(graph: Path, precision: str) -> Variant:
+    return Variant(
+        file=graph.name,
+        precision=precision,
+        sha256=file_sha256(graph),
+        opset=20,
+        bytes=graph.stat().st_size,
+        tolerance=1e-3 if precision == "fp32" else 1.0,
+    )
+
+
 if __name__ == "__main__":
-    make(Path(sys.argv[1]), sys.argv[2])
+    write_bundle(Path(sys.argv[1]), sys.argv[2])

@@ -1,214 +1,226 @@
-"""Goodput when ten times more is asked than can be done, and what a refusal costs.
+"""Measure goodput at ten times the capacity, and what a refusal costs.
 
-    python tests/benchmarks/serve_overload.py [--case small|large] [--variant fp32] [--seconds 5] [--rounds 3]
+    python tests/benchmarks/serve_overload.py
+        [--case small|large] [--variant fp32] [--seconds 5] [--rounds 3]
 
-Capacity is what 32 clients in a closed loop get (wrk; ResNet-18 at 32 or 224 pixels). Then hey offers ten times that
-rate and a little more, from eight times as many connections as MAX_PENDING. `offered` is what came, in capacities: on
-few cores the client of the fast case can't bring as much as it wants to, that of the large one can. Answers are counted
-by the server's own metrics, over `--seconds` in the middle of a load: when a client begins nothing is done yet, and
-what is under way when it hangs up is lost. Both clients share the cores with the server, so figures are divided by what
-a client left of them: `goodput = (200s a second / share left) / (capacity / share left)`; `goodput_raw` is without it.
-Capacity is taken before and after each flood, and a flood is compared with the mean of the two; figures are medians of
-the rounds. `refusal_cpu_us` is the CPU of the HTTP process a request of the flood; `refusal_ms` the latency of refusals
-(p50, p99) while the worker is stopped and all places are taken. One JSON line.
+The capacity is what 32 clients in a closed loop get (wrk; ResNet-18 at 32 or 224 pixels). Then hey
+offers a little more than ten times that rate, from eight times as many connections as MAX_PENDING.
+`offered` is what arrived, in capacities: on few cores the client of the fast case cannot send as
+much as it wants to, that of the large one can. Responses are counted by the server's own metrics
+over `--seconds` in the middle of a load, since at its start nothing is done yet, and requests in
+flight at its end are lost.
+
+Both clients share the cores with the server, so figures are divided by the share that a client
+left: `goodput = (200s a second / share left) / (capacity / share left)`; `goodput_raw` is without
+it. The capacity is taken before and after each flood, which is compared with the mean of the two;
+figures are medians of the rounds. `refusal_cpu_us` is the CPU of the HTTP process per request of
+the flood; `refusal_ms` the latency of refusals (p50, p99) while the worker is suspended and
+MAX_PENDING images wait. Prints one JSON line.
 """
 
 import argparse
 import json
 import os
-import re
 import signal
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
+from serve_models import make_jpeg, publish
+from serving import (
+    CORES,
+    RunningServer,
+    find_http_process,
+    find_worker,
+    measure_load,
+    process_cpu_seconds,
+    run_wrk,
+    running_service,
+    write_wrk_script,
+    wrk_command,
+)
+from support.load_generator import LoadGenerator
 
-from serve_cost import http_process, own_cpu, script  # noqa: E402
-from serve_models import publish  # noqa: E402
-from serve_speed import CORES, children, free_port, load, serving  # noqa: E402
-
-PENDING = 64
-EDGE = 3  # seconds
-
-
-def metric(port: int, start: str) -> float:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
-        lines = answer.read().decode().splitlines()
-    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(start))
+MAX_PENDING = 64
+FLOOD_CONNECTIONS = 8 * MAX_PENDING
+FLOOD_FACTOR = 14
+"""Of the capacity; connections that wait for a response offer nothing meanwhile."""
+EDGE_SECONDS = 3
+"""At the start and the end of a load that are not measured."""
 
 
-def steady(client: list, metrics: int, pid: int, seconds: int) -> dict[str, float]:
-    """Answers and refusals a second in the middle of a load, the client's share of the cores, and the HTTP process's
-    CPU seconds a second."""
-    api = http_process(pid)
+@dataclass(frozen=True)
+class Counts:
+    """The counters that are read at the start and the end of a measurement."""
+
+    answered: float
+    refused: float
+    client_cpu: float
+    http_cpu: float
+    time: float
+
+
+@dataclass(frozen=True)
+class SteadyLoad:
+    """Rates in the middle of a load."""
+
+    answered: float
+    """Requests per second with status 200."""
+    offered: float
+    """Requests per second with status 200 or 429."""
+    client_share: float
+    """The client's share of all cores, 0 to 1."""
+    http_cpu: float
+    """CPU seconds of the HTTP process per second."""
+
+    @property
+    def corrected(self) -> float:
+        """Answered requests per second, for all cores."""
+        return self.answered / (1 - self.client_share)
+
+
+def read_metric(port: int, series: str) -> float:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
+        lines = response.read().decode().splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(series))
+
+
+def read_counts(server: RunningServer, client: int, http_process: int) -> Counts:
+    return Counts(
+        answered=read_metric(server.metrics_port, 'imago_requests_total{code="200"}'),
+        refused=read_metric(server.metrics_port, 'imago_requests_total{code="429"}'),
+        client_cpu=process_cpu_seconds(client),
+        http_cpu=process_cpu_seconds(http_process),
+        time=time.perf_counter(),
+    )
+
+
+def measure_steady_load(client: list[str], server: RunningServer, seconds: int) -> SteadyLoad:
+    """Run a client's command and measure in the middle of its load."""
+    http_process = find_http_process(server.pid)
     process = subprocess.Popen(client, stdout=subprocess.DEVNULL)
     try:
-        time.sleep(EDGE)
-        before = read(metrics, process.pid, api)
+        time.sleep(EDGE_SECONDS)
+        before = read_counts(server, process.pid, http_process)
         time.sleep(seconds)
-        used = [now - was for now, was in zip(read(metrics, process.pid, api), before, strict=True)]
+        after = read_counts(server, process.pid, http_process)
     finally:
         process.kill()
         process.wait()
-    good, refused, client_cpu, api_cpu, wall = used
-    return {
-        "good": good / wall,
-        "asked": (good + refused) / wall,
-        "client": client_cpu / wall / CORES,
-        "api": api_cpu / wall,
-    }
 
-
-def read(metrics: int, client: int, api: int) -> list[float]:
-    good, refused = (
-        metric(metrics, f'imago_requests_total{{code="{code}"}}') for code in (200, 429)
+    wall = after.time - before.time
+    answered = after.answered - before.answered
+    refused = after.refused - before.refused
+    return SteadyLoad(
+        answered=answered / wall,
+        offered=(answered + refused) / wall,
+        client_share=(after.client_cpu - before.client_cpu) / wall / CORES,
+        http_cpu=(after.http_cpu - before.http_cpu) / wall,
     )
-    return [good, refused, own_cpu(client), own_cpu(api), time.perf_counter()]
 
 
-def refusal_latency(port: int, pid: int, body: Path, lua: Path) -> dict[str, float]:
-    """Stop the worker, take all places, then ask one at a time."""
-    worker = next(
-        p for p in children(pid) if b"spawn_main" in Path(f"/proc/{p}/cmdline").read_bytes()
-    )
+def hey_command(port: int, body: Path, seconds: int, rate: float) -> list[str]:
+    """A client that sends `rate` requests per second, whether or not earlier ones are answered."""
+    return [
+        "hey",
+        *("-z", f"{seconds}s"),
+        *("-c", str(FLOOD_CONNECTIONS)),
+        *("-q", f"{rate / FLOOD_CONNECTIONS:.3f}"),
+        *("-m", "POST"),
+        *("-T", "image/jpeg"),
+        *("-D", str(body)),
+        f"http://127.0.0.1:{port}/predict",
+    ]
+
+
+@contextmanager
+def suspended_worker(server: RunningServer) -> Iterator[None]:
+    worker = find_worker(server.pid)
     os.kill(worker, signal.SIGSTOP)
     try:
-        held = subprocess.Popen(
-            [
-                "hey",
-                "-n",
-                str(PENDING),
-                "-c",
-                str(PENDING),
-                "-m",
-                "POST",
-                "-T",
-                "image/jpeg",
-                "-D",
-                str(body),
-                f"http://127.0.0.1:{port}/predict",
-            ],
-            stdout=subprocess.DEVNULL,
-        )
-        time.sleep(1)
-        out = subprocess.run(
-            [
-                "wrk",
-                "-t1",
-                "-c1",
-                "-d2s",
-                "--latency",
-                "-s",
-                lua,
-                f"http://127.0.0.1:{port}/predict",
-            ],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
+        yield
     finally:
         os.kill(worker, signal.SIGCONT)
-    held.wait()
-    assert "Non-2xx" in out, out
-    return {
-        percent: float(number) * {"us": 1e-3, "ms": 1, "s": 1e3}[unit]
-        for percent, number, unit in re.findall(r"(50|99)% +([\d.]+)(us|ms|s)", out)
-    }
 
 
-def main(store: Path, case: str, variant: str, seconds: int, rounds: int) -> dict:
+def measure_refusals(server: RunningServer, image: bytes, script: Path) -> dict[str, float]:
+    """p50 and p99 in milliseconds of one client's refusals, while MAX_PENDING images wait."""
+    with LoadGenerator(server.port, image, MAX_PENDING), suspended_worker(server):
+        while read_metric(server.metrics_port, "imago_pending_images") < MAX_PENDING:
+            time.sleep(0.05)
+        result = run_wrk(server, script, 2, clients=1)
+    assert result.has_errors, "no request was refused"
+    return {"50": result.p50, "99": result.p99}
+
+
+def measure(store: Path, case: str, variant: str, seconds: int, rounds: int) -> dict:
     publish(store, case)
-    lua, _ = script(store)
-    port, metrics, body = free_port(), free_port(), store / "one.body"
-    command = [
-        "-m",
-        "serve",
-        "--store",
-        str(store),
-        "--model",
-        case,
-        "--variant",
-        variant,
-        "--port",
-        str(port),
-        "--host",
-        "127.0.0.1",
-        "--metrics-port",
-        str(metrics),
-        "--log-level",
-        "error",
-        "--max-pending",
-        str(PENDING),
-    ]
-    url, whole = f"http://127.0.0.1:{port}/predict", seconds + 2 * EDGE
-    closed = ["wrk", "-t1", "-c32", f"-d{whole}s", "-s", lua, url]
-    found: list[dict[str, float]] = []
-    with serving(command, port, "/health/ready") as pid:
-        load(port, pid, lua, 2)
-        before = steady(closed, metrics, pid, seconds)
+    image = make_jpeg(32, 32)
+    script = write_wrk_script(store, image)
+    body = store / "flood.body"
+    body.write_bytes(image)
+    whole = seconds + 2 * EDGE_SECONDS
+
+    measured: list[dict[str, float]] = []
+    flags = ("--variant", variant, "--max-pending", str(MAX_PENDING))
+    with running_service(store, case, *flags) as server:
+        closed_loop = wrk_command(server.port, script, whole)
+        measure_load(server, script, 2)
+        before = measure_steady_load(closed_loop, server, seconds)
         for _ in range(rounds):
-            rate = (
-                14 * before["good"] / (8 * PENDING)
-            )  # of each client; those that wait offer nothing meanwhile
-            flood = steady(
-                [
-                    "hey",
-                    "-z",
-                    f"{whole}s",
-                    "-c",
-                    str(8 * PENDING),
-                    "-q",
-                    f"{rate:.3f}",
-                    "-m",
-                    "POST",
-                    "-T",
-                    "image/jpeg",
-                    "-D",
-                    str(body),
-                    url,
-                ],
-                metrics,
-                pid,
-                seconds,
+            rate = FLOOD_FACTOR * before.answered
+            flood = measure_steady_load(
+                hey_command(server.port, body, whole, rate), server, seconds
             )
-            after = steady(closed, metrics, pid, seconds)
-            raw = (before["good"] + after["good"]) / 2
-            left = sum(calm["good"] / (1 - calm["client"]) for calm in (before, after)) / 2
-            found.append(
-                {
-                    "capacity": raw,
-                    "offered": flood["asked"] / raw,
-                    "goodput": flood["good"] / (1 - flood["client"]) / left,
-                    "goodput_raw": flood["good"] / raw,
-                    "client_share": flood["client"],
-                    "refusal_cpu_us": 1e6 * flood["api"] / flood["asked"],
-                }
-            )
+            after = measure_steady_load(closed_loop, server, seconds)
+            measured.append(compare(flood, before, after))
             before = after
-        latency = refusal_latency(port, pid, body, lua)
+        refusals = measure_refusals(server, image, script)
+
+    medians = {key: statistics.median(each[key] for each in measured) for key in measured[0]}
     return {
         "case": case,
         "variant": variant,
         "rounds": rounds,
-        **{key: round(statistics.median(r[key] for r in found), 3) for key in found[0]},
-        "refusal_ms": latency,
+        **{key: round(value, 3) for key, value in medians.items()},
+        "refusal_ms": refusals,
     }
 
 
-if __name__ == "__main__":
+def compare(flood: SteadyLoad, before: SteadyLoad, after: SteadyLoad) -> dict[str, float]:
+    """Compare a flood with the capacity before and after it."""
+    capacity = (before.answered + after.answered) / 2
+    corrected_capacity = (before.corrected + after.corrected) / 2
+    return {
+        "capacity": capacity,
+        "offered": flood.offered / capacity,
+        "goodput": flood.corrected / corrected_capacity,
+        "goodput_raw": flood.answered / capacity,
+        "client_share": flood.client_share,
+        "refusal_cpu_us": 1e6 * flood.http_cpu / flood.offered,
+    }
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", choices=("small", "large"), default="small")
     parser.add_argument("--seconds", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--variant", default="fp32")
-    parser.add_argument("--store", type=Path)
-    given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as place:
-        where = given.store or Path(place)
-        print(json.dumps(main(where, given.case, given.variant, given.seconds, given.rounds)))
+    parser.add_argument("--store", type=Path, help="keeps the bundles for the next run")
+    options = parser.parse_args()
+
+    with tempfile.TemporaryDirectory() as directory:
+        store = options.store or Path(directory)
+        line = measure(store, options.case, options.variant, options.seconds, options.rounds)
+        print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,10 +1,11 @@
-"""What trust costs: drift, reload and shadow beside the same service without them, and a swap of models under load.
+"""Measure what drift, reload and shadow cost, and a swap of models under load.
 
     python tests/benchmarks/serve_trust.py [small-int8 tiny] [--rounds 5] [--seconds 3] [--modes on]
 
-Servers run side by side, only one is loaded at a time (wrk, 32 clients), in turns. One JSON line a case: medians of the
-rounds' ratios to the service with everything off, for throughput, p99 and CPU seconds a request. `swap_p99` is p99 of
-rounds in which `latest` moves, against rounds of the same service in which it does not.
+Servers run at the same time, but only one is loaded at a time (wrk, 32 clients), in turns. One JSON
+line a case: medians of the rounds' ratios to the service with everything off, for throughput, p99
+and CPU seconds per request. `swap_p99` is the p99 of rounds in which `latest` moves, divided by
+that of rounds in which it does not.
 """
 
 import argparse
@@ -18,117 +19,109 @@ import urllib.request
 from contextlib import ExitStack
 from pathlib import Path
 
-from serve_models import picture, publish
-from serve_speed import SCRIPT, free_port, load, serving
+from serve_models import make_jpeg, publish
+from serving import LoadResult, measure_load, running_service, write_wrk_script
 
 from models.bundle import read_manifest, write_checksums
 from models.store import Store
 
-OFF = ["--drift-window", "0", "--reload-seconds", "0"]
 MODES = {
-    "off": OFF,
-    "drift": ["--reload-seconds", "0"],
-    "on": [],
-    "shadow": ["--shadow-version", "1"],
+    "off": ("--drift-window", "0", "--reload-seconds", "0"),
+    "drift": ("--reload-seconds", "0"),
+    "on": (),
+    "shadow": ("--shadow-version", "1"),
 }
+FIGURES = ("rate", "p99", "cpu")
+FAST_RELOAD = ("--reload-seconds", "0.1")
+SWAP_TIMEOUT_SECONDS = 30
 
 
-def start(
-    stack: ExitStack, store: Path, model: str, variant: str, flags: list[str]
-) -> tuple[int, int]:
-    port = free_port()
-    command = [
-        "-m",
-        "serve",
-        "--store",
-        str(store),
-        "--model",
-        model,
-        "--variant",
-        variant,
-        "--port",
-        str(port),
-        "--host",
-        "127.0.0.1",
-        "--metrics-port",
-        str(free_port()),
-        "--log-level",
-        "error",
-        *flags,
-    ]
-    return port, stack.enter_context(serving(command, port, "/health/ready"))
-
-
-def own(store: Path, made: Path | None, model: str) -> Path:
-    """The bundle of a model in a store of our own, since it will be changed: a copy where it has been made before."""
-    if made:
-        publish(made, model)
-        shutil.copytree(made / model, store / model, symlinks=True)
+def publish_copy(store: Path, prepared: Path | None, model: str) -> Path:
+    """The bundle of a model in a store that may be changed, copied from `prepared` where given."""
+    if prepared:
+        publish(prepared, model)
+        shutil.copytree(prepared / model, store / model, symlinks=True)
     return publish(store, model)
 
 
-def case(name: str, made: Path | None, rounds: int, seconds: int, modes: list[str]) -> dict:
+def measure_case(
+    name: str, prepared: Path | None, rounds: int, seconds: int, modes: list[str]
+) -> dict:
     model, _, variant = name.partition("-")
-    with tempfile.TemporaryDirectory() as place, ExitStack() as stack:
-        store, script = Path(place), Path(place) / "raw.lua"
-        own(store, made, model)
-        (store / "image.jpg").write_bytes(picture(32, 32))
-        script.write_text(SCRIPT % ("image/jpeg", store / "image.jpg"))
-        servers = {
-            mode: start(stack, store, model, variant or "fp32", MODES[mode])
-            for mode in ["off", *modes]
-        }
-        for server in servers.values():
-            load(*server, script, 1)
-        found = [
-            {mode: load(*server, script, seconds) for mode, server in servers.items()}
-            for _ in range(rounds)
-        ]
-        line = {"case": name, "off": round(statistics.median(r["off"]["rate"] for r in found), 1)}
-        for mode in modes:
-            line |= {
-                f"{key}_{mode}": round(
-                    statistics.median(r[mode][key] / r["off"][key] for r in found), 3
-                )
-                for key in ("rate", "p99", "cpu")
+    variant = variant or "fp32"
+    measured: list[dict[str, LoadResult]] = []
+    with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
+        store = Path(directory)
+        publish_copy(store, prepared, model)
+        script = write_wrk_script(store, make_jpeg(32, 32))
+        servers = {}
+        for mode in ["off", *modes]:
+            service = running_service(store, model, "--variant", variant, *MODES[mode])
+            servers[mode] = stack.enter_context(service)
+            measure_load(servers[mode], script, 1)
+
+        for _ in range(rounds):
+            loads = {
+                mode: measure_load(server, script, seconds) for mode, server in servers.items()
             }
-    return line | {"swap_p99": swap(name, made, max(3, rounds // 2), seconds)}
+            measured.append(loads)
+
+    line = {"case": name, "off": round(statistics.median(r["off"].rate for r in measured), 1)}
+    for mode in modes:
+        for figure in FIGURES:
+            ratios = [getattr(r[mode], figure) / getattr(r["off"], figure) for r in measured]
+            line[f"{figure}_{mode}"] = round(statistics.median(ratios), 3)
+    swap_rounds = max(3, rounds // 2)
+    line["swap_p99"] = measure_swap(model, variant, prepared, swap_rounds, seconds)
+    return line
 
 
-def swap(name: str, made: Path | None, rounds: int, seconds: int) -> float:
-    """p99 of rounds with a swap, to that of rounds without; wrk fails where an answer is not 2xx."""
-    model, _, variant = name.partition("-")
-    with tempfile.TemporaryDirectory() as place, ExitStack() as stack:
-        store, script = Path(place), Path(place) / "raw.lua"
-        first = own(store, made, model)
-        with Store(store).stage(model) as staged:
-            shutil.copytree(first, staged.path, dirs_exist_ok=True)
-            manifest = read_manifest(first)
-            manifest.version = staged.version
-            manifest.write(staged.path)
-            write_checksums(staged.path)
-            staged.publish()
-        (store / "image.jpg").write_bytes(picture(32, 32))
-        script.write_text(SCRIPT % ("image/jpeg", store / "image.jpg"))
-        port, pid = start(stack, store, model, variant or "fp32", ["--reload-seconds", "0.1"])
-        load(port, pid, script, 1)
-        ratios = []
-        for i in range(rounds):
-            quiet = load(port, pid, script, seconds)
-            version = 1 + i % 2
-            timer = threading.Timer(seconds / 4, Store(store).promote, (model, version))
-            timer.start()
-            ratios.append(load(port, pid, script, seconds)["p99"] / quiet["p99"])
-            end = time.monotonic() + 30
-            while json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/model"))[
-                "version"
-            ] != str(version):
-                assert time.monotonic() < end, "not swapped"
-                time.sleep(0.1)
+def measure_swap(
+    model: str, variant: str, prepared: Path | None, rounds: int, seconds: int
+) -> float:
+    """p99 of rounds with a swap, divided by that of rounds without; every response must be 2xx."""
+    ratios: list[float] = []
+    with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
+        store = Path(directory)
+        publish_second_version(store, publish_copy(store, prepared, model), model)
+        script = write_wrk_script(store, make_jpeg(32, 32))
+        service = running_service(store, model, "--variant", variant, *FAST_RELOAD)
+        server = stack.enter_context(service)
+        measure_load(server, script, 1)
+
+        for number in range(rounds):
+            without = measure_load(server, script, seconds)
+            version = 1 + number % 2
+            promotion = threading.Timer(seconds / 4, Store(store).promote, (model, version))
+            promotion.start()
+            with_swap = measure_load(server, script, seconds)
+            ratios.append(with_swap.p99 / without.p99)
+            wait_for_version(server.port, str(version))
     return round(statistics.median(ratios), 3)
 
 
-if __name__ == "__main__":
+def publish_second_version(store: Path, first: Path, model: str) -> None:
+    """Publish a copy of the first version as the second."""
+    with Store(store).stage(model) as staged:
+        shutil.copytree(first, staged.path, dirs_exist_ok=True)
+        manifest = read_manifest(first)
+        manifest.version = staged.version
+        manifest.write(staged.path)
+        write_checksums(staged.path)
+        staged.publish()
+
+
+def wait_for_version(port: int, version: str) -> None:
+    deadline = time.monotonic() + SWAP_TIMEOUT_SECONDS
+    while True:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/model") as response:
+            if json.load(response)["version"] == version:
+                return
+        assert time.monotonic() < deadline, f"version {version} is not served"
+        time.sleep(0.1)
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cases", nargs="*", default=["small-int8", "tiny"])
     parser.add_argument("--rounds", type=int, default=5)
@@ -136,9 +129,13 @@ if __name__ == "__main__":
     parser.add_argument(
         "--modes", nargs="*", default=["drift", "on", "shadow"], choices=list(MODES)[1:]
     )
-    parser.add_argument("--store", type=Path)
-    given = parser.parse_args()
-    for one in given.cases:
-        print(
-            json.dumps(case(one, given.store, given.rounds, given.seconds, given.modes)), flush=True
-        )
+    parser.add_argument("--store", type=Path, help="keeps the bundles for the next run")
+    options = parser.parse_args()
+
+    for case in options.cases:
+        line = measure_case(case, options.store, options.rounds, options.seconds, options.modes)
+        print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()
