@@ -28,10 +28,10 @@ def waiting(tmp_path):
 def test_it_ends_when_the_model_exists(waiting, tmp_path):
     (tmp_path / "digits/latest").mkdir(parents=True)
     (tmp_path / "digits/latest/manifest.json").touch()
-    assert waiting.wait(10) == 0
+    assert waiting.wait(60) == 0
 
 
 def test_it_ends_on_sigterm(waiting):
     """Process 1 of a container gets only the signals that it handles."""
     waiting.send_signal(signal.SIGTERM)
-    assert waiting.wait(10) == 143
+    assert waiting.wait(60) == 143

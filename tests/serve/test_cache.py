@@ -62,7 +62,7 @@ def test_a_new_model_empties_the_cache(start, tmp_path):
 
     tiny_bundle.publish(tmp_path, scale=0.5, promote=False)
     Store(tmp_path).promote("colours", 2)
-    wait_until(lambda: server.http.get("/model").json()["version"] == "2", 30)
+    wait_until(lambda: server.http.get("/model").json()["version"] == "2")
 
     after = server.predict(red).json()
     assert after["model"]["version"] == "2"

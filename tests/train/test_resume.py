@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.forked_commands import ForkedCommands
 from support.interrupted_runs import (
     EPOCHS,
     STEPS,
@@ -19,7 +20,6 @@ from support.interrupted_runs import (
     start_run,
 )
 from support.sample_images import write_image_folder
-from support.forked_commands import ForkedCommands
 
 from train.runs import checkpoints
 
@@ -399,7 +399,7 @@ def test_a_step_that_does_not_end_is_aborted(commands, tmp_path):
     began = time.monotonic()
     command.send_signal(signal.SIGTERM)
     assert command.status() == 143
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 40, "it waited for the end of the step, a minute"
     assert "resuming from step 4:" in finish_run(commands, tmp_path).text
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from support import ROOT
+from support.s3_server import s3_server
 from support.sample_images import (
     CLASSES,
     classify_by_colour,
@@ -22,7 +23,6 @@ from support.sample_images import (
     make_png,
     write_image_folder,
 )
-from support.s3_server import s3_server
 
 from models.image import decode
 from train.data import DataError, ImageData
