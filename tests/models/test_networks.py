@@ -69,6 +69,7 @@ def test_speednet_takes_the_smallest_size_it_names():
     check_outputs(networks.build("speednet", 5, 1, 8, widths=[8, 16]), 1, 8, 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "size"), CASES)
 def test_every_family_of_torchvision(name, size):
     check_outputs(networks.build(name, 7, 3, size), 3, size, 7)

@@ -118,6 +118,7 @@ def test_a_worker_with_a_long_batch_is_not_restarted(start, slow_image):
     assert server.metric("imago_restarts_total", process="worker", reason="hang") == 0
 
 
+@pytest.mark.slow
 def test_a_worker_whose_threads_wait_to_decode_is_not_restarted(start, tmp_path):
     """One large image is decoded at a time, so the last waits much longer than the timeout."""
     tiny_bundle.publish(tmp_path, size=256)  # enough work for many threads

@@ -121,9 +121,8 @@ def test_reload_with_fewer_classes_shows_no_drift(start, tmp_path, baseline):
     assert read_psi(service)["class"] < 0.1
 
 
-@pytest.mark.parametrize(
-    "window", ["2000", "1000000"]
-)  # where neighbours share bins, and where none have to
+# Classes next to each other share bins, or each has a bin of its own.
+@pytest.mark.parametrize("window", ["2000", pytest.param("1000000", marks=pytest.mark.slow)])
 def test_many_thousands_of_classes(start, tmp_path, window):
     def write(classes: int, at: int) -> None:
         """Those that are predicted come first; the others come with the baseline from `at` on."""
