@@ -51,6 +51,8 @@ REFUSAL_SECONDS = 0.3
 SHUTDOWN_SECONDS = 1.8
 # HTTP processes may take this part of SHUTDOWN_SECONDS to send their last responses.
 HTTP_EXIT_SECONDS = 0.9
+# uvicorn cancels requests after this time; HTTP_EXIT_SECONDS ends its process before.
+UVICORN_SHUTDOWN_SECONDS = 1
 
 EXIT_OK = 0
 EXIT_UNUSABLE = 2
@@ -153,7 +155,9 @@ class Supervisor:
     def _start_http_process(self, number: int) -> None:
         lifespan_app = self.litserve.create_lifespan_app(number)
         app = ServiceApp(lifespan_app, self.settings, self.run_directory, number)
-        config = uvicorn.Config(app, timeout_graceful_shutdown=1, **self.uvicorn_options)
+        config = uvicorn.Config(
+            app, timeout_graceful_shutdown=UVICORN_SHUTDOWN_SECONDS, **self.uvicorn_options
+        )
         process = multiprocessing.get_context("fork").Process(
             target=run_http_process,
             args=(HttpServer(config), self.sockets),
