@@ -1,9 +1,8 @@
 """The ASGI app of an HTTP process, and the service behind it.
 
-`ServiceApp` is a pure ASGI app around LitServe's app. That app sees only the lifespan
-events, so none of LitServe's own endpoints can be reached. When the lifespan starts, `ServiceApp`
-creates a `Service` and puts it into the lifespan's state. From there `serve.http.protocol` gets it
-for each connection.
+`ServiceApp` wraps LitServe's app, which sees only the lifespan events, so none of LitServe's own
+endpoints can be reached. When the lifespan starts, `ServiceApp` creates a `Service` and puts it
+into the lifespan's state. From there `serve.http.protocol` gets it for each connection.
 
 To add an endpoint, add its handler to `Service.routes`, which maps (method, path) to an async
 function from Request to Response, or to `Service.prefixes` for all paths with a common start.
