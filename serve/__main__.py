@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> int:
                 f"--host (IMAGO_HOST): this machine has no address of the kind {chosen.host}"
             )
         if chosen.tracing:
-            tracing.check()
+            tracing.check_installed()
         from serve.processes.supervisor import serve  # LitServe takes half of it
 
         return serve(chosen)

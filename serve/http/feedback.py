@@ -124,7 +124,7 @@ class FeedbackEndpoint:
 
     async def __call__(self, request: Request) -> Response:
         """Compare a label with the stored prediction and count the result, once for each image."""
-        feedback = parse_feedback(await request_body.read(request.receive, MAX_BODY_BYTES))
+        feedback = parse_feedback(await request_body.read_body(request.receive, MAX_BODY_BYTES))
 
         answer = self.table.get(feedback.request_id, feedback.image)
         if answer is None:

@@ -214,10 +214,10 @@ def read(
         not 0 <= end <= len(content)
     ):  # before anything is cut off: -1 would take all but the last byte for JSON
         raise Problem(400, "the length of the JSON is not one that the request has")
-    header = request_body.load(
+    header = request_body.load_bounded_json(
         content[:end],
-        lists=limit * (1 + want[0] + want[0] * want[1]) + SPARE,
-        commas=limit * math.prod(want) + SPARE,
+        max_lists=limit * (1 + want[0] + want[0] * want[1]) + SPARE,
+        max_commas=limit * math.prod(want) + SPARE,
     )
     if not isinstance(header, dict):
         raise Problem(400, "the request is not a JSON object of the length stated")
@@ -287,7 +287,7 @@ def _files(data: bytes | list, shape: list[int]) -> list[bytes]:
     found = []
     if isinstance(data, list):
         try:
-            found = [request_body.from_base64(text) for text in data[: shape[0] + 1]]
+            found = [request_body.decode_base64(text) for text in data[: shape[0] + 1]]
         except (ValueError, TypeError, AttributeError) as error:
             raise Problem(400, "BYTES in JSON must be base64") from error
     else:

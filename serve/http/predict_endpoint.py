@@ -149,7 +149,7 @@ class PredictEndpoint:
             raise Problem(400, "this model has no heat maps; leave explain out")
 
         content_type = request.headers.get(b"content-type", b"")
-        images = request_body.images(content, content_type, self.settings.max_images)
+        images = request_body.parse_images(content, content_type, self.settings.max_images)
         return PredictInput(images, top_k, flags)
 
     def submit(
@@ -244,7 +244,7 @@ class PredictEndpoint:
                 done.set_result(None)
 
         try:
-            content = await request_body.read(
+            content = await request_body.read_body(
                 request.receive,
                 self.settings.max_body_bytes,
                 lambda size: self.reserve(reservation, 0, size),

@@ -1,20 +1,28 @@
-"""OpenTelemetry traces, an optional extra: a span for each request, with its time in the queue, decoding and the graph.
+"""OpenTelemetry traces, an optional extra: one span per request, with child spans for its steps.
 
-Where spans go, how they are sampled and what the service is called is set by OpenTelemetry's own OTEL_* variables.
+The steps are the wait in the queue, decoding and inference. OpenTelemetry's own OTEL_* variables
+set the endpoint, the sampling and the service's name. Runs in HTTP processes.
 """
 
 import re
 import time
+from typing import TYPE_CHECKING
 
 from serve.http.responses import Request, Response
 
-TIMES = re.compile(rb"(\w+);dur=([\d.]+)")
+if TYPE_CHECKING:  # the extra may not be installed
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.trace import Span
+
+CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that disconnects before the response
+_DURATIONS = re.compile(rb"(\w+);dur=([\d.]+)")
 
 
-def check() -> None:
-    """Raises ValueError where the extra is not installed. In an HTTP process it would not end the service."""
+def check_installed() -> None:
+    """Raise ValueError where the extra is missing. The supervisor checks before it starts processes."""
     try:
-        import opentelemetry.exporter.otlp.proto.http.trace_exporter  # noqa: F401  # needs all the others
+        # The exporter imports all other packages of the extra.
+        import opentelemetry.exporter.otlp.proto.http.trace_exporter  # noqa: F401
     except ImportError as error:
         raise ValueError(
             "--tracing needs the extra of this name: pip install 'imago[tracing]'"
@@ -22,30 +30,33 @@ def check() -> None:
 
 
 class Tracing:
-    """What one HTTP process needs for it."""
+    """Records the requests of one HTTP process."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         from opentelemetry import trace
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-        self.trace, self.propagator = trace, TraceContextTextMapPropagator()
-        self.provider = _provider()
+        self.trace = trace
+        self.propagator = TraceContextTextMapPropagator()
+        self.provider = _build_provider()
         self.tracer = self.provider.get_tracer("imago")
 
     def record(self, request: Request, response: Response | None, seconds: float) -> None:
-        """Spans of a request that has just ended. A `traceparent` header (W3C) makes them its children."""
-        end = time.time_ns()
-        carrier = (
-            {"traceparent": request.headers[b"traceparent"].decode("latin-1")}
-            if b"traceparent" in request.headers
-            else {}
-        )
-        status = response.status if response else 499
+        """Record a request that has just ended; `response` is None if the client disconnected.
+
+        The request's `traceparent` header (W3C Trace Context) names the parent of the span.
+        """
+        end_ns = time.time_ns()
+        carrier: dict[str, str] = {}
+        if b"traceparent" in request.headers:
+            carrier["traceparent"] = request.headers[b"traceparent"].decode("latin-1")
+
+        status = response.status if response else CLIENT_CLOSED_REQUEST
         span = self.tracer.start_span(
             f"{request.scope['method']} {request.scope['path']}",
             self.propagator.extract(carrier),
             self.trace.SpanKind.SERVER,
-            start_time=end - int(seconds * 1e9),
+            start_time=end_ns - int(seconds * 1e9),
             attributes={
                 "http.request.method": request.scope["method"],
                 "url.path": request.scope["path"],
@@ -53,36 +64,40 @@ class Tracing:
                 "imago.request_id": request.id,
             },
         )
+        if status >= 500:
+            span.set_status(self.trace.Status(self.trace.StatusCode.ERROR))
+
         headers = dict(response.headers) if response else {}
         if b"x-model-version" in headers:
             span.set_attribute("imago.model_version", headers[b"x-model-version"].decode())
-        if status >= 500:
-            span.set_status(self.trace.Status(self.trace.StatusCode.ERROR))
-        self.parts(span, end, headers.get(b"server-timing", b""))
-        span.end(end)
+        self._record_steps(span, end_ns, headers.get(b"server-timing", b""))
+        span.end(end_ns)
 
-    def parts(self, parent, end: int, timing: bytes) -> None:
-        """Child spans from the durations [ms] of a Server-Timing header; the last part ends with the request."""
+    def _record_steps(self, parent: "Span", end_ns: int, server_timing: bytes) -> None:
+        """Add child spans from a Server-Timing header, in milliseconds.
+
+        The header has durations only. The last step ends with the request, each other with the
+        start of the next.
+        """
         context = self.trace.set_span_in_context(parent)
-        for name, milliseconds in reversed(TIMES.findall(timing)):
-            start = end - int(float(milliseconds) * 1e6)
-            self.tracer.start_span(name.decode(), context, start_time=start).end(end)
-            end = start
+        for name, milliseconds in reversed(_DURATIONS.findall(server_timing)):
+            start_ns = end_ns - int(float(milliseconds) * 1e6)
+            self.tracer.start_span(name.decode(), context, start_time=start_ns).end(end_ns)
+            end_ns = start_ns
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send the spans that are still in the buffer."""
         self.provider.shutdown()
 
 
-def _provider():
-    """Spans leave in batches, from a thread, by OTLP over HTTP."""
+def _build_provider() -> "TracerProvider":
+    """Return a provider that sends spans in batches, from a thread, by OTLP over HTTP."""
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.resources import SERVICE_NAME, Resource
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-    provider = TracerProvider(
-        resource=Resource.create({SERVICE_NAME: "imago"}), shutdown_on_exit=False
-    )
+    resource = Resource.create({SERVICE_NAME: "imago"})
+    provider = TracerProvider(resource=resource, shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     return provider

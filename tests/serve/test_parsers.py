@@ -45,7 +45,7 @@ def images(content: bytes, kind: bytes) -> list[bytes | int] | int:
     try:
         return [
             image.status if isinstance(image, Problem) else image
-            for image in request_body.images(content, kind, 10)
+            for image in request_body.parse_images(content, kind, 10)
         ]
     except Problem as problem:
         return problem.status
