@@ -131,7 +131,7 @@ class Service:
             ("GET", "/v2"): open_inference,
         }
         self.prefixes: dict[str, Handler] = {
-            "/page/": page.own,
+            "/page/": page.file,
             "/samples/": page.sample,
             "/v2/": open_inference,
         }

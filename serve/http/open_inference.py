@@ -1,13 +1,17 @@
-"""The Open Inference Protocol, version 2, with the binary tensor extension, over the same queue as /predict.
+"""The Open Inference Protocol, version 2, with the binary tensor extension.
 
-One input, `image`: UINT8 [N, height, width, channels] as the network takes it, or BYTES [N] with the bytes of image
-files. Outputs: `probabilities` FP32 [N, K], `energy` FP32 [N], `label` BYTES [N].
+Requests take the same queue as those to /predict. One input, `image`: UINT8 [N, height, width,
+channels] as the network takes it, or BYTES [N] with the bytes of image files. Outputs:
+`probabilities` FP32 [N, K], `energy` FP32 [N], `label` BYTES [N]. Runs in HTTP processes.
+
 https://github.com/kserve/open-inference-protocol
 """
 
 import json
 import math
 import struct
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -19,24 +23,43 @@ from serve.http.predict_endpoint import PredictEndpoint, PredictInput
 from serve.http.responses import JSON, Problem, Request, Response, json_response
 from serve.wire import ARRAYS, LABEL_LENGTH, TENSOR, Answer
 
-OUTPUTS = ("probabilities", "energy", "label")
-LENGTH = b"inference-header-content-length"
-MAX_JSON = 2 << 20  # bytes; reading more would hold up other requests
-SPARE = 256  # lists and commas of a request besides those of its tensor
+OUTPUT_NAMES = ("probabilities", "energy", "label")
+JSON_LENGTH_HEADER = b"inference-header-content-length"
+MAX_JSON_BYTES = 2 << 20  # parsing more would block other requests
+MAX_EXTRA_ELEMENTS = 256  # lists and commas that a request may have besides those of its tensor
+
+_LENGTH = struct.Struct("<I")  # precedes each element of a binary BYTES tensor
+
+
+@dataclass
+class RequestedOutput:
+    """One output of an inference request."""
+
+    name: str
+    is_binary: bool  # send it after the JSON instead of in it
+
+
+@dataclass
+class InferenceRequest:
+    """The content of an inference request."""
+
+    id: str | None  # returned in the response
+    images: list[bytes]  # image files, or uint8 tensors if `flags` has TENSOR
+    flags: int  # of `serve.wire`
+    outputs: list[RequestedOutput]
 
 
 class OpenInference:
-    """Handles every path below /v2. Errors are `{"error": "…"}`, as the protocol has it."""
+    """Handles all paths below /v2. An error is `{"error": "…"}`, as the protocol demands."""
 
-    def __init__(self, predict_endpoint: PredictEndpoint, dispatcher: Dispatcher) -> None:
+    def __init__(self, predict_endpoint: PredictEndpoint, dispatcher: Dispatcher):
         self.predict_endpoint = predict_endpoint
         self.dispatcher = dispatcher
 
     async def __call__(self, request: Request) -> Response:
+        """Answer one request."""
         try:
-            return await self.route(
-                request, [part for part in request.scope["path"].split("/")[2:] if part]
-            )
+            return await self._route(request)
         except Problem as problem:
             if problem.reason:
                 self.predict_endpoint.counters.add("rejected", problem.reason)
@@ -44,74 +67,72 @@ class OpenInference:
             response.headers = problem.response(request.id).headers
             return response
 
-    async def route(self, request: Request, path: list[str]) -> Response:
-        match path:
-            case ["models", name, *rest]:
-                action = self.action(name, rest)
-                if action == "infer":
-                    _takes(request, "POST")
-                    return await self.infer(request)
-                answer = {"": self.metadata, "ready": self.ready}.get(action)
-            case _:
-                answer = {
-                    "": self.server,
-                    "health/live": self.live,
-                    "health/ready": self.ready,
-                }.get("/".join(path))
-        if answer is None:
-            raise Problem(404, "no such path in the Open Inference Protocol")
-        _takes(request, "GET", "HEAD")
-        return answer()
+    async def _route(self, request: Request) -> Response:
+        segments = [segment for segment in request.scope["path"].split("/")[2:] if segment]
+        handler: Callable[[], Response] | None
+        if len(segments) >= 2 and segments[0] == "models":
+            action = self._parse_model_path(segments[1], segments[2:])
+            if action == "infer":
+                _check_method(request, "POST")
+                return await self._infer(request)
+            handler = {"": self._describe_model, "ready": self._ready}.get(action)
+        else:
+            handler = {
+                "": self._describe_server,
+                "health/live": self._live,
+                "health/ready": self._ready,
+            }.get("/".join(segments))
 
-    def server(self) -> Response:
+        if handler is None:
+            raise _unknown_path()
+        _check_method(request, "GET", "HEAD")
+        return handler()
+
+    def _parse_model_path(self, name: str, segments: list[str]) -> str:
+        """Return the last segment of a path below /v2/models/<name>, such as "infer", or "".
+
+        Raises Problem 404 for a model or version that is not served, 503 until a worker is ready.
+        """
+        model = self.dispatcher.model
+        if not model:
+            is_inference = segments[-1:] == ["infer"]
+            raise Problem(
+                503,
+                "no model is ready; try again in a second",
+                "not_ready" if is_inference else None,
+            )
+        if name != model.get("name"):
+            raise Problem(404, f"there is no model {name!r} here")
+        if segments[:1] == ["versions"]:
+            if segments[1:2] != [model["version"]]:
+                raise Problem(404, f"version {model['version']} is served, no other")
+            segments = segments[2:]
+        if len(segments) > 1:
+            raise _unknown_path()
+        return segments[0] if segments else ""
+
+    def _describe_server(self) -> Response:
         return json_response(
             {"name": "imago", "version": "2", "extensions": ["binary_tensor_data"]}
         )
 
-    def live(self) -> Response:
+    def _live(self) -> Response:
         return json_response({"live": True})
 
-    def ready(self) -> Response:
-        ready = self.dispatcher.is_ready and not self.predict_endpoint.state.draining
-        return json_response({"ready": ready}, 200 if ready else 503)
+    def _ready(self) -> Response:
+        is_ready = self.dispatcher.is_ready and not self.predict_endpoint.state.draining
+        return json_response({"ready": is_ready}, 200 if is_ready else 503)
 
-    def action(self, name: str, rest: list[str]) -> str:
-        """What is asked of the model.
-
-        Raises Problem 404 for another model or version than the one that is served, 503 until that is known.
-        """
-        model = self.dispatcher.model
-        if not model:
-            raise Problem(
-                503,
-                "no model is ready; try again in a second",
-                "not_ready" if rest[-1:] == ["infer"] else None,
-            )
-        if name != model.get("name"):
-            raise Problem(404, f"there is no model {name!r} here")
-        if rest[:1] == ["versions"]:
-            if rest[1:2] != [model["version"]]:
-                raise Problem(404, f"version {model['version']} is served, no other")
-            rest = rest[2:]
-        if len(rest) > 1:
-            raise Problem(404, "no such path in the Open Inference Protocol")
-        return rest[0] if rest else ""
-
-    def metadata(self) -> Response:
+    def _describe_model(self) -> Response:
         model = self.dispatcher.model
         spec = model["input"]
+        image_shape = [-1, spec["height"], spec["width"], spec["channels"]]
         return json_response(
             {
                 "name": model["name"],
                 "versions": [model["version"]],
                 "platform": "onnx",
-                "inputs": [
-                    {
-                        "name": "image",
-                        "datatype": "UINT8",
-                        "shape": [-1, spec["height"], spec["width"], spec["channels"]],
-                    }
-                ],
+                "inputs": [{"name": "image", "datatype": "UINT8", "shape": image_shape}],
                 "outputs": [
                     {
                         "name": "probabilities",
@@ -124,200 +145,248 @@ class OpenInference:
             }
         )
 
-    async def infer(self, request: Request) -> Response:
-        asked: dict[str, Any] = {}
+    async def _infer(self, request: Request) -> Response:
+        inference: InferenceRequest | None = None
 
         def parse(content: bytes) -> PredictInput:
-            limit = self.predict_endpoint.settings.max_images
-            header, images, flags = read(
-                content, request.headers, self.dispatcher.model["input"], limit
-            )
-            asked.update(header)
-            outputs(header)  # what is wrong with them shows before any work is done
-            return PredictInput(images, 1, flags | ARRAYS)
+            nonlocal inference
+            max_images = self.predict_endpoint.settings.max_images
+            spec = self.dispatcher.model["input"]
+            inference = parse_inference(content, request.headers, spec, max_images)
+            return PredictInput(inference.images, 1, inference.flags | ARRAYS)
 
         answers = await self.predict_endpoint.predict(request, parse)
-        failed = next((a for a in answers if a.status != 200), None)
-        if failed:
-            raise Problem(failed.status, failed.body.decode())
-        return self.write(request.id, asked, answers)
+        for answer in answers:
+            if answer.status != 200:
+                raise Problem(answer.status, answer.body.decode())
 
-    def write(self, request_id: str, asked: dict[str, Any], answers: list[Answer]) -> Response:
-        model = self.dispatcher.model
-        ends = [LABEL_LENGTH.size + LABEL_LENGTH.unpack_from(a.body)[0] for a in answers]
-        labels = [a.body[LABEL_LENGTH.size : end] for a, end in zip(answers, ends, strict=True)]
-        rows = [
-            np.frombuffer(a.body, "<f4", offset=end) for a, end in zip(answers, ends, strict=True)
-        ]
-        values = np.stack(rows)
-        self.predict_endpoint.feedback.remember(request_id, answers)
-        tensors = {"probabilities": ("FP32", values[:, :-1]), "energy": ("FP32", values[:, -1])}
-        described, chunks = [], []
-        for name, binary in outputs(asked):
-            if name == "label":
-                entry: dict[str, Any] = {"name": name, "datatype": "BYTES", "shape": [len(labels)]}
-                data = b"".join(struct.pack("<I", len(label)) + label for label in labels)
-                plain: list = [label.decode() for label in labels]
+        assert inference is not None
+        self.predict_endpoint.feedback.remember(request.id, answers)
+        return build_response(self.dispatcher.model["name"], inference, answers)
+
+
+def build_response(model_name: str, inference: InferenceRequest, answers: list[Answer]) -> Response:
+    """Compose the outputs of all images. Binary outputs follow the JSON, in the same order."""
+    labels: list[bytes] = []
+    rows: list[np.ndarray] = []
+    for answer in answers:
+        label_end = LABEL_LENGTH.size + LABEL_LENGTH.unpack_from(answer.body)[0]
+        labels.append(answer.body[LABEL_LENGTH.size : label_end])
+        rows.append(np.frombuffer(answer.body, "<f4", offset=label_end))
+    values = np.stack(rows)  # probabilities [N, K], then energy
+    tensors = {"probabilities": values[:, :-1], "energy": values[:, -1]}
+
+    entries: list[dict[str, Any]] = []
+    chunks: list[bytes] = []
+    for output in inference.outputs:
+        if output.name == "label":
+            entry: dict[str, Any] = {"name": "label", "datatype": "BYTES", "shape": [len(labels)]}
+        else:
+            tensor = tensors[output.name]
+            entry = {"name": output.name, "datatype": "FP32", "shape": list(tensor.shape)}
+
+        if output.is_binary:
+            if output.name == "label":
+                data = b"".join([_LENGTH.pack(len(label)) + label for label in labels])
             else:
-                kind, array = tensors[name]
-                entry = {"name": name, "datatype": kind, "shape": list(array.shape)}
-                data, plain = array.tobytes(), [] if binary else array.ravel().tolist()
-            if binary:
-                entry["parameters"] = {"binary_data_size": len(data)}
-                chunks.append(data)
-            else:
-                entry["data"] = plain
-            described.append(entry)
-        answer = {
-            "model_name": model["name"],
-            "model_version": str(answers[-1].version),
-            "outputs": described,
-        }
-        if "id" in asked:
-            answer["id"] = asked["id"]
-        text = json.dumps(answer, separators=(",", ":")).encode()
-        version = (b"x-model-version", b"%d" % answers[-1].version)
-        if not chunks:
-            return Response(200, text, JSON, [version])
-        return Response(
-            200,
-            b"".join((text, *chunks)),
-            b"application/octet-stream",
-            [version, (LENGTH, b"%d" % len(text))],
-        )
+                data = tensor.tobytes()
+            entry["parameters"] = {"binary_data_size": len(data)}
+            chunks.append(data)
+        elif output.name == "label":
+            entry["data"] = [label.decode() for label in labels]
+        else:
+            entry["data"] = tensor.ravel().tolist()
+        entries.append(entry)
+
+    version = answers[-1].version
+    members = {"model_name": model_name, "model_version": str(version), "outputs": entries}
+    if inference.id is not None:
+        members["id"] = inference.id
+    text = json.dumps(members, separators=(",", ":")).encode()
+
+    headers = [(b"x-model-version", b"%d" % version)]
+    if not chunks:
+        return Response(200, text, JSON, headers)
+    headers.append((JSON_LENGTH_HEADER, b"%d" % len(text)))
+    return Response(200, b"".join((text, *chunks)), b"application/octet-stream", headers)
 
 
-def _takes(request: Request, *methods: str) -> None:
-    if request.scope["method"] not in methods:
-        raise Problem(405, f"this path takes {' and '.join(methods)}", allow=", ".join(methods))
+def parse_inference(
+    content: bytes, headers: dict[bytes, bytes], spec: dict[str, Any], max_images: int
+) -> InferenceRequest:
+    """Parse the body of an inference request for a model with the input `spec`.
 
-
-def read(
-    content: bytes, headers: dict[bytes, bytes], spec: dict[str, Any], limit: int
-) -> tuple[dict, list[bytes], int]:
-    """The JSON part of an infer request, its images, at most `limit`, and the flags that say what they are.
-
-    Raises Problem 400, 413, 415.
+    Raises Problem 400, 413 or 415.
     """
-    want = [spec["height"], spec["width"], spec["channels"]]
     if b"content-encoding" in headers:
         raise Problem(415, "compressed requests are not taken")
-    try:
-        end = int(headers.get(LENGTH, b"%d" % len(content)))
-        if end > MAX_JSON:
-            raise Problem(
-                413, f"more than {MAX_JSON} bytes of JSON; send the tensor in binary", "body"
-            )
-    except ValueError as error:
-        raise Problem(400, "the length of the JSON is not a number") from error
-    if (
-        not 0 <= end <= len(content)
-    ):  # before anything is cut off: -1 would take all but the last byte for JSON
-        raise Problem(400, "the length of the JSON is not one that the request has")
-    header = request_body.load_bounded_json(
-        content[:end],
-        max_lists=limit * (1 + want[0] + want[0] * want[1]) + SPARE,
-        max_commas=limit * math.prod(want) + SPARE,
-    )
-    if not isinstance(header, dict):
-        raise Problem(400, "the request is not a JSON object of the length stated")
-    inputs = header.get("inputs")
-    if (
-        not isinstance(inputs, list)
-        or len(inputs) != 1
-        or not isinstance(inputs[0], dict)
-        or inputs[0].get("name") != "image"
-    ):
+    image_shape = [spec["height"], spec["width"], spec["channels"]]
+    json_end = _parse_json_length(content, headers)
+    members = _load_json(content[:json_end], image_shape, max_images)
+
+    inputs = members.get("inputs")
+    if not isinstance(inputs, list) or len(inputs) != 1:
         raise Problem(400, "there must be one input, named image")
-    shape, kind = inputs[0].get("shape"), inputs[0].get("datatype")
+    image = inputs[0]
+    if not isinstance(image, dict) or image.get("name") != "image":
+        raise Problem(400, "there must be one input, named image")
+
+    shape = image.get("shape")
     if not isinstance(shape, list) or not shape or any(type(n) is not int or n < 1 for n in shape):
         raise Problem(400, "shape must be a list of positive numbers")
-    if shape[0] > limit:
-        raise Problem(413, f"more than the {limit} images allowed in one request", "images")
-    data = _data(inputs[0], content[end:])
-    if kind == "BYTES":
-        return header, _files(data, shape), 0
-    if kind == "UINT8":
-        return header, _tensors(data, shape, want), TENSOR
-    raise Problem(400, "the datatype must be UINT8 or BYTES")
+    if shape[0] > max_images:
+        raise Problem(413, f"more than the {max_images} images allowed in one request", "images")
+
+    data = _read_data(image, content[json_end:])
+    if image.get("datatype") == "BYTES":
+        images = _parse_files(data, shape)
+        flags = 0
+    elif image.get("datatype") == "UINT8":
+        images = _parse_tensor(data, shape, image_shape)
+        flags = TENSOR
+    else:
+        raise Problem(400, "the datatype must be UINT8 or BYTES")
+
+    return InferenceRequest(members.get("id"), images, flags, _parse_outputs(members))
 
 
-def _data(entry: dict[str, Any], binary: bytes) -> bytes | list:
-    """The tensor's bytes where it came in binary, else its list."""
-    size = _parameters(entry).get("binary_data_size")
+def _parse_json_length(content: bytes, headers: dict[bytes, bytes]) -> int:
+    """Return how many bytes of JSON the content begins with; a header says so if tensors follow."""
+    try:
+        length = int(headers.get(JSON_LENGTH_HEADER, b"%d" % len(content)))
+    except ValueError as error:
+        raise Problem(400, "the length of the JSON is not a number") from error
+    if length > MAX_JSON_BYTES:
+        raise Problem(
+            413, f"more than {MAX_JSON_BYTES} bytes of JSON; send the tensor in binary", "body"
+        )
+    # Checked before any slicing: content[:-1] would take all but the last byte for JSON.
+    if not 0 <= length <= len(content):
+        raise Problem(400, "the length of the JSON is not one that the request has")
+    return length
+
+
+def _load_json(text: bytes, image_shape: list[int], max_images: int) -> dict[str, Any]:
+    height, width, _ = image_shape
+    lists_per_image = 1 + height + height * width
+    members = request_body.load_bounded_json(
+        text,
+        max_lists=max_images * lists_per_image + MAX_EXTRA_ELEMENTS,
+        max_commas=max_images * math.prod(image_shape) + MAX_EXTRA_ELEMENTS,
+    )
+    if not isinstance(members, dict):
+        raise Problem(400, "the request is not a JSON object of the length stated")
+    return members
+
+
+def _read_data(entry: dict[str, Any], binary: bytes) -> bytes | list[Any]:
+    """Return the content of a tensor: bytes if it was sent in binary, else the list in the JSON."""
+    size = _read_parameters(entry).get("binary_data_size")
     if size is None:
-        if binary or not isinstance(entry.get("data"), list):
+        data = entry.get("data")
+        if binary or not isinstance(data, list):
             raise Problem(400, "the input has neither data nor binary_data_size")
-        return entry["data"]
+        return data
     if type(size) is not int or size != len(binary):
         raise Problem(400, f"binary_data_size is {size!r}, and {len(binary)} bytes came")
     return binary
 
 
-def _tensors(data: bytes | list, shape: list[int], want: list[int]) -> list[bytes]:
-    """uint8 [N,H,W,C], raw or as (nested) list, to the bytes of each image."""
-    if shape[1:] != want:
-        raise Problem(400, f"shape must be [N, {', '.join(map(str, want))}]")
+def _parse_tensor(data: bytes | list[Any], shape: list[int], image_shape: list[int]) -> list[bytes]:
+    """Split uint8 [N, H, W, C], in binary or as a nested list, into the bytes of each image."""
+    if shape[1:] != image_shape:
+        raise Problem(400, f"shape must be [N, {', '.join(map(str, image_shape))}]")
     if isinstance(data, list):
-        data = _values(data, len(shape))
-    size = math.prod(want)
-    if len(data) != shape[0] * size:
-        raise Problem(400, f"{len(data)} values came, and the shape says {shape[0] * size}")
-    return [data[at : at + size] for at in range(0, len(data), size)]
+        data = _flatten(data, len(shape))
+
+    image_bytes = math.prod(image_shape)
+    expected = shape[0] * image_bytes
+    if len(data) != expected:
+        raise Problem(400, f"{len(data)} values came, and the shape says {expected}")
+    return [data[start : start + image_bytes] for start in range(0, len(data), image_bytes)]
 
 
-def _values(data: list, depth: int) -> bytes:
-    """The numbers of a list, flat or nested up to `depth`. NumPy would give each leaf the room of the longest text."""
-    for _ in range(depth - 1):
+def _flatten(data: list[Any], dimensions: int) -> bytes:
+    """Return the numbers of a list that is flat or nested up to `dimensions` deep.
+
+    Not by NumPy, which would give every element the size of the longest string in the list.
+    """
+    for _ in range(dimensions - 1):
         if not data or type(data[0]) is not list:
             break
-        if set(map(type, data)) != {list} or len(set(map(len, data))) > 1:
+        types = set(map(type, data))
+        if types != {list} or len(set(map(len, data))) > 1:
             raise Problem(400, "data is not a tensor")
         data = list(chain.from_iterable(data))
-    try:
-        if set(map(type, data)) <= {int}:  # True and False are none
+
+    # The type excludes bool, which is a subclass of int; bytes() checks the range.
+    if set(map(type, data)) <= {int}:
+        try:
             return bytes(data)
-    except ValueError:
-        pass  # one of them is no byte
+        except ValueError:
+            pass
     raise Problem(400, "data must be whole numbers from 0 to 255")
 
 
-def _files(data: bytes | list, shape: list[int]) -> list[bytes]:
-    """BYTES [N] or [N, 1]: in binary each with its length before it, in JSON as base64."""
-    found = []
+def _parse_files(data: bytes | list[Any], shape: list[int]) -> list[bytes]:
+    """Return the elements of BYTES [N] or [N, 1]. In JSON they are base64."""
     if isinstance(data, list):
         try:
-            found = [request_body.decode_base64(text) for text in data[: shape[0] + 1]]
+            files = [request_body.decode_base64(text) for text in data[: shape[0] + 1]]
         except (ValueError, TypeError, AttributeError) as error:
             raise Problem(400, "BYTES in JSON must be base64") from error
     else:
-        at = 0
-        while at + 4 <= len(data) and len(found) <= shape[0]:
-            (length,) = struct.unpack_from("<I", data, at)
-            found.append(data[at + 4 : at + 4 + length])
-            at += 4 + length
-        if at != len(data):
-            raise Problem(400, "the lengths in the BYTES tensor do not add up")
-    if shape not in ([len(found)], [len(found), 1]):
+        files = _split_binary_files(data, shape[0])
+
+    if shape not in ([len(files)], [len(files), 1]):
         raise Problem(400, f"the shape {shape} is not that of the images that came")
-    return found
+    return files
 
 
-def outputs(header: dict[str, Any]) -> list[tuple[str, bool]]:
-    """Names of the outputs that are wanted, and whether in binary. Raises Problem 400."""
-    default = _parameters(header).get("binary_data_output") is True
-    wanted = header.get("outputs") or [{"name": name} for name in OUTPUTS]
-    if not isinstance(wanted, list) or any(
-        not isinstance(o, dict) or o.get("name") not in OUTPUTS for o in wanted
-    ):
-        raise Problem(400, f"outputs can be {', '.join(OUTPUTS)}")
-    if len({o["name"] for o in wanted}) < len(wanted):
-        raise Problem(400, "an output is asked for twice")
-    return [(o["name"], _parameters(o).get("binary_data", default) is True) for o in wanted]
+def _split_binary_files(data: bytes, max_files: int) -> list[bytes]:
+    """Split a binary BYTES tensor, in which the length of each element precedes it."""
+    files: list[bytes] = []
+    position = 0
+    while position + _LENGTH.size <= len(data) and len(files) <= max_files:
+        (length,) = _LENGTH.unpack_from(data, position)
+        position += _LENGTH.size
+        files.append(data[position : position + length])
+        position += length
+    if position != len(data):
+        raise Problem(400, "the lengths in the BYTES tensor do not add up")
+    return files
 
 
-def _parameters(entry: dict[str, Any]) -> dict[str, Any]:
-    found = entry.get("parameters", {})
-    if not isinstance(found, dict):
+def _parse_outputs(members: dict[str, Any]) -> list[RequestedOutput]:
+    """Return the requested outputs; all of them if the request names none."""
+    is_binary = _read_parameters(members).get("binary_data_output") is True
+    entries = members.get("outputs") or [{"name": name} for name in OUTPUT_NAMES]
+    unknown = f"outputs can be {', '.join(OUTPUT_NAMES)}"
+    if not isinstance(entries, list):
+        raise Problem(400, unknown)
+
+    outputs: list[RequestedOutput] = []
+    for entry in entries:
+        if not isinstance(entry, dict) or entry.get("name") not in OUTPUT_NAMES:
+            raise Problem(400, unknown)
+        if any(output.name == entry["name"] for output in outputs):
+            raise Problem(400, f"the output {entry['name']} is requested twice")
+        binary_data = _read_parameters(entry).get("binary_data", is_binary)
+        outputs.append(RequestedOutput(entry["name"], binary_data is True))
+    return outputs
+
+
+def _read_parameters(entry: dict[str, Any]) -> dict[str, Any]:
+    parameters = entry.get("parameters", {})
+    if not isinstance(parameters, dict):
         raise Problem(400, "parameters must be an object")
-    return found
+    return parameters
+
+
+def _check_method(request: Request, *methods: str) -> None:
+    if request.scope["method"] not in methods:
+        raise Problem(405, f"this path takes {' and '.join(methods)}", allow=", ".join(methods))
+
+
+def _unknown_path() -> Problem:
+    return Problem(404, "no such path in the Open Inference Protocol")

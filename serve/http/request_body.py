@@ -90,7 +90,7 @@ def parse_images(body: bytes, content_type: bytes, max_images: int) -> Sequence[
 
 
 def parse_multipart(body: bytes, content_type: bytes, max_files: int) -> list[bytes]:
-    """Return the files of a multipart/form-data body (RFC 7578), in order. Other fields are ignored.
+    """Return the files of a multipart/form-data body (RFC 7578), in order; ignore other fields.
 
     Raises Problem 400 for a malformed body, 413 for too many files or fields.
     """

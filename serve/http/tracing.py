@@ -19,7 +19,7 @@ _DURATIONS = re.compile(rb"(\w+);dur=([\d.]+)")
 
 
 def check_installed() -> None:
-    """Raise ValueError where the extra is missing. The supervisor checks before it starts processes."""
+    """Raise ValueError if the extra is missing. Called before any process is started."""
     try:
         # The exporter imports all other packages of the extra.
         import opentelemetry.exporter.otlp.proto.http.trace_exporter  # noqa: F401

@@ -14,7 +14,7 @@ from support.blocked_path import BlockedPath
 from support.server import wait_until
 
 from models.image import InputSpec, decode
-from serve.http.open_inference import outputs, read
+from serve.http.open_inference import parse_inference
 from serve.http.responses import Problem
 
 tritonclient = pytest.importorskip("tritonclient.http")
@@ -284,10 +284,9 @@ JSON = st.recursive(
 def parsed(content: bytes, headers: dict[bytes, bytes]) -> int:
     """Status of reading such a request: 200, or that of the Problem raised; anything else raises."""
     try:
-        header, images, _ = read(content, headers, SPEC.model_dump(), 64)
-        outputs(header)
-        assert images
-        assert all(isinstance(image, bytes) for image in images)
+        inference = parse_inference(content, headers, SPEC.model_dump(), 64)
+        assert inference.images
+        assert all(isinstance(image, bytes) for image in inference.images)
         return 200
     except Problem as problem:
         return problem.status
@@ -331,6 +330,6 @@ def test_bytes_tensors_come_back_as_they_were_sent(files, cut):
         ).encode()
         headers = {b"inference-header-content-length": str(len(text)).encode()}
         if whole:
-            assert read(text + data, headers, SPEC.model_dump(), 64)[1] == files
+            assert parse_inference(text + data, headers, SPEC.model_dump(), 64).images == files
         else:
             assert parsed(text + data, headers) == 400

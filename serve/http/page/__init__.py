@@ -1,7 +1,11 @@
-"""The page at `/`, its own files, the bundle's sample images and its report. No build step, no foreign host."""
+"""The page at `/`, its files, and the sample images and report of the served bundle.
+
+The page needs no build step and loads nothing from other hosts. Runs in HTTP processes.
+"""
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 from models.bundle import SAMPLES_DIRECTORY, BundleError, resolve_inside
 from models.image import ImageError, read_header
@@ -10,19 +14,14 @@ from serve.http.dispatcher import Dispatcher
 from serve.http.responses import Header, Problem, Request, Response
 from serve.settings import Settings
 
-HERE = Path(__file__).parent
-TYPES = {
+DIRECTORY = Path(__file__).parent
+CONTENT_TYPES = {
     ".html": b"text/html; charset=utf-8",
     ".css": b"text/css; charset=utf-8",
     ".js": b"text/javascript; charset=utf-8",
     ".svg": b"image/svg+xml",
 }
-FILES = {
-    path.name: (path.read_bytes(), TYPES[path.suffix])
-    for path in HERE.iterdir()
-    if path.suffix in TYPES
-}
-GUARD: list[Header] = [
+PAGE_HEADERS: list[Header] = [
     (
         b"content-security-policy",
         b"default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -30,9 +29,8 @@ GUARD: list[Header] = [
     ),
     (b"referrer-policy", b"no-referrer"),
 ]
-REPORT_GUARD: list[
-    Header
-] = [  # a report brings its own styles and plots, and came with a bundle: no script runs in it
+# A report comes from a bundle and brings its own styles and plots. It may not run scripts.
+REPORT_HEADERS: list[Header] = [
     (
         b"content-security-policy",
         b"default-src 'none'; style-src 'unsafe-inline'; img-src data:; sandbox allow-popups; "
@@ -42,71 +40,84 @@ REPORT_GUARD: list[
 ]
 
 
+# The content of the page's files, by name.
+FILES = {
+    path.name: path.read_bytes() for path in DIRECTORY.iterdir() if path.suffix in CONTENT_TYPES
+}
+
+
 class Page:
-    """Handlers of one HTTP process."""
+    """The handlers of one HTTP process."""
 
     def __init__(self, settings: Settings, dispatcher: Dispatcher):
-        self.store, self.dispatcher, self.seconds = (
-            Store(settings.store),
-            dispatcher,
-            settings.deadline_ms / 1000,
-        )
+        self.store = Store(settings.store)
+        self.dispatcher = dispatcher
+        self.read_timeout_seconds = settings.deadline_ms / 1000
 
     async def index(self, request: Request) -> Response:
-        return await self.file("index.html")
+        """Handle /."""
+        return _build_file_response("index.html")
 
-    async def own(self, request: Request) -> Response:
-        """/page/<file>"""
-        _only_get(request)
-        return await self.file(request.scope["path"].removeprefix("/page/"))
-
-    async def file(self, name: str) -> Response:
+    async def file(self, request: Request) -> Response:
+        """Handle /page/<file>. Raises Problem 404."""
+        _check_method(request)
+        name = request.scope["path"].removeprefix("/page/")
         if name not in FILES:
             raise Problem(404, "there is nothing here; see /docs")
-        content, kind = FILES[name]
-        return Response(200, content, kind, GUARD)
+        return _build_file_response(name)
 
     async def sample(self, request: Request) -> Response:
-        """/samples/<i>: the file of one sample image, by its place in /model's `samples`."""
-        _only_get(request)
-        number, samples = (
-            request.scope["path"].removeprefix("/samples/"),
-            self.dispatcher.model.get("samples", []),
-        )
-        if not (number.isascii() and number.isdecimal()) or int(number[:9]) >= len(samples):
+        """Handle /samples/<index>: the file of one sample image, in the order of GET /model.
+
+        Raises Problem 404 or 503.
+        """
+        _check_method(request)
+        samples = self.dispatcher.model.get("samples", [])
+        text = request.scope["path"].removeprefix("/samples/")
+        index = int(text[:9]) if text.isascii() and text.isdecimal() else len(samples)
+        if index >= len(samples):
             raise Problem(404, f"there are {len(samples)} samples, from 0")
-        content = await self.read(f"{SAMPLES_DIRECTORY}/{samples[int(number[:9])]['file']}")
+
+        content = await self._read(f"{SAMPLES_DIRECTORY}/{samples[index]['file']}")
         try:
-            kind = read_header(content).format
+            image_format = read_header(content).format
         except ImageError as error:
-            raise Problem(404, "this sample is no image") from error
-        return Response(200, content, b"image/" + kind.encode(), GUARD)
+            raise Problem(404, "this sample is not an image") from error
+        return Response(200, content, b"image/" + image_format.encode(), PAGE_HEADERS)
 
     async def report(self, request: Request) -> Response:
-        return Response(200, await self.read("report.html"), TYPES[".html"], REPORT_GUARD)
+        """Handle /report. Raises Problem 404 or 503."""
+        content = await self._read("report.html")
+        return Response(200, content, CONTENT_TYPES[".html"], REPORT_HEADERS)
 
-    async def read(self, name: str) -> bytes:
-        """A file of the bundle that is served.
+    async def _read(self, name: str) -> bytes:
+        """Return a file of the served bundle.
 
-        Raises Problem 404 where it is gone or was never there, 503 where the store does not answer in time.
+        Raises Problem 404 if it does not exist, 503 if the store does not respond in time.
         """
         model = self.dispatcher.model
         if not model:
             raise Problem(503, "no model is ready yet; try again in a second")
+
+        # In a thread: a store on a network disk may block, and the event loop must not.
+        content = asyncio.to_thread(self._read_from_store, model, name)
         try:
-            asked = asyncio.to_thread(
-                self.content, model, name
-            )  # the store may hang, and the loop may not
-            return await asyncio.wait_for(asked, self.seconds)
+            return await asyncio.wait_for(content, self.read_timeout_seconds)
         except TimeoutError as error:
             raise Problem(503, "the store does not answer; try again in a second") from error
         except (OSError, BundleError) as error:
             raise Problem(404, "the bundle has no such file") from error
 
-    def content(self, model: dict, name: str) -> bytes:
-        return resolve_inside(self.store.path(model["name"], model["version"]), name).read_bytes()
+    def _read_from_store(self, model: dict[str, Any], name: str) -> bytes:
+        bundle_path = self.store.path(model["name"], model["version"])
+        return resolve_inside(bundle_path, name).read_bytes()
 
 
-def _only_get(request: Request) -> None:
+def _build_file_response(name: str) -> Response:
+    content_type = CONTENT_TYPES[Path(name).suffix]
+    return Response(200, FILES[name], content_type, PAGE_HEADERS)
+
+
+def _check_method(request: Request) -> None:
     if request.scope["method"] not in ("GET", "HEAD"):
-        raise Problem(405, f"{request.scope['path']} is only to be read", allow="GET, HEAD")
+        raise Problem(405, f"{request.scope['path']} takes GET and HEAD", allow="GET, HEAD")
