@@ -123,7 +123,7 @@ class Service:
             ("GET", "/model"): self.describe_model,
             ("GET", "/health/live"): self.report_live,
             ("GET", "/health/ready"): self.report_ready,
-            ("GET", "/docs"): openapi.page,
+            ("GET", "/docs"): openapi.docs,
             ("GET", "/openapi.json"): openapi.openapi,
             ("POST", "/feedback"): feedback,
             ("GET", "/"): page.index,

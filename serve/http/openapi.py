@@ -1,385 +1,400 @@
-"""/openapi.json and /docs: what the service answers, told from here, since LitServe's routes are not what is served."""
+"""The OpenAPI description of the service, and /docs, the same as a page.
+
+It is written by hand: the service answers requests without the routes from which a framework would
+generate it. `tests/serve/test_openapi.py` checks it against a running server. Runs in HTTP
+processes.
+"""
 
 import json
 from html import escape
+from typing import Any
 
-from serve.http.responses import Request, Response
+from serve.http.responses import Header, Request, Response
 
-ERRORS = {
+Json = dict[str, Any]
+
+STATUS_DESCRIPTIONS = {
     400: "The request is malformed.",
     401: "The API key is missing or wrong.",
-    413: "Too many bytes, pixels or images.",
-    415: "Not a media type or image format that is taken.",
-    422: "The image can't be decoded.",
-    429: "Too many images are waiting; try again after Retry-After seconds.",
-    503: "Not ready, or shutting down.",
-    504: "No answer before the deadline.",
-    404: "There is no such thing.",
-    405: "The path does not take this method.",
+    404: "The path, model, sample or answer does not exist.",
+    405: "The path does not support this method.",
     408: "The request did not arrive in time.",
+    413: "The request has too many bytes, pixels or images.",
+    415: "The media type or image format is not supported.",
+    422: "The image can't be decoded.",
+    429: "Too many images are waiting. Try again after the seconds in Retry-After.",
     431: "The head of the request is too large.",
     500: "The service failed on this request.",
+    503: "The service is not ready, or it is shutting down.",
+    504: "No answer was available before the deadline.",
 }
+# Errors of a request as a whole.
 REQUEST_ERRORS = (401, 408, 429, 431)
-IMAGE_ERRORS = (
-    400,
-    413,
-    415,
-    422,
-    500,
-    503,
-    504,
-)  # of a request, or of all its images, each then told in its place
+# Errors of a request, or of all of its images. In the second case each image has its own error.
+IMAGE_ERRORS = (400, 413, 415, 422, 500, 503, 504)
+
+JSON_TYPE = "application/json"
+PROBLEM_TYPE = "application/problem+json"
+BINARY_TYPE = "application/octet-stream"
+
+STRING: Json = {"type": "string"}
+NUMBER: Json = {"type": "number"}
+INTEGER: Json = {"type": "integer"}
+BOOLEAN: Json = {"type": "boolean"}
+OBJECT: Json = {"type": "object"}
+BASE64: Json = {"type": "string", "format": "byte"}
+BINARY: Json = {"type": "string", "format": "binary"}
 
 
-def _schema(properties: dict, required: list[str] | None = None) -> dict:
-    return {"type": "object", "properties": properties, "required": required or list(properties)}
+def _object(properties: Json, required: list[str] | None = None) -> Json:
+    """Return the schema of an object. All properties are required unless `required` names some."""
+    if required is None:
+        required = list(properties)
+    return {"type": "object", "properties": properties, "required": required}
 
 
-_TEXT, _NUMBER, _INTEGER, _FLAG = ({"type": t} for t in ("string", "number", "integer", "boolean"))
-_CHOICE = {
-    "label": _TEXT,
-    "index": _INTEGER,
-    "confidence": {"type": "number", "minimum": 0, "maximum": 1},
-}
-SCHEMAS = {
-    "Problem": _schema(
-        {"type": _TEXT, "title": _TEXT, "status": _INTEGER, "detail": _TEXT, "request_id": _TEXT}
-    ),
-    "Choice": _schema(_CHOICE),
-    "Prediction": _schema(
-        {
-            **_CHOICE,
-            "top": {"type": "array", "items": {"$ref": "#/components/schemas/Choice"}},
-            "prediction_set": {
-                "type": "array",
-                "items": _TEXT,
-                "description": "holds the true class as often as the bundle's conformal_level says",
-            },
-            "abstain": {**_FLAG, "description": "the confidence is below the bundle's threshold"},
-            "out_of_distribution": {
-                **_FLAG,
-                "description": "the energy is above the bundle's threshold",
-            },
-            "energy": {
-                **_NUMBER,
-                "description": "-logsumexp of the logits: high for images unlike the training data",
-            },
-            "cam": {
-                "type": "string",
-                "format": "byte",
-                "contentMediaType": "image/png",
-                "contentEncoding": "base64",
-                "description": "with explain=cam: class activation map of the label, a gray PNG over what the network "
-                "saw; 255 where most spoke for it",
-            },
-        },
-        [*_CHOICE, "top", "prediction_set", "abstain", "out_of_distribution", "energy"],
-    ),
-    "ImageError": _schema(
-        {"error": _schema({"title": _TEXT, "status": _INTEGER, "detail": _TEXT})}
-    ),
-    "Answer": _schema(
-        {
-            "id": _TEXT,
-            "model": _schema({"name": _TEXT, "version": _TEXT}),
-            "predictions": {
-                "type": "array",
-                "items": {
-                    "anyOf": [
-                        {"$ref": "#/components/schemas/Prediction"},
-                        {"$ref": "#/components/schemas/ImageError"},
-                    ]
-                },
-            },
-        }
-    ),
-    "Status": _schema({"status": _TEXT}),
-    "Model": {
-        "type": "object",
-        "properties": {
-            "name": _TEXT,
-            "version": _TEXT,
-            "classes": {"type": "array", "items": _TEXT},
-        },
-        "required": ["name", "version", "classes"],
-    },
-    "Feedback": {
-        **_schema(
-            {
-                "id": {**_TEXT, "description": "the answer's id"},
-                "label": {**_TEXT, "description": "the true class"},
-                "image": {
-                    "type": "integer",
-                    "minimum": 0,
-                    "maximum": 65535,
-                    "default": 0,
-                    "description": "its place in the request",
-                },
-            },
-            ["id", "label"],
-        )
-    },
-    "FeedbackResult": _schema({"id": _TEXT, "image": _INTEGER, "correct": _FLAG}),
-    "Tensor": _schema(
-        {
-            "name": _TEXT,
-            "datatype": {"enum": ["UINT8", "FP32", "BYTES"]},
-            "shape": {"type": "array", "items": _INTEGER},
-            "data": {"type": "array"},
-            "parameters": {"type": "object"},
-        },
-        ["name", "datatype", "shape"],
-    ),
-    "InferRequest": _schema(
-        {
-            "id": _TEXT,
-            "inputs": {
-                "type": "array",
-                "minItems": 1,
-                "maxItems": 1,
-                "items": {"$ref": "#/components/schemas/Tensor"},
-            },
-            "outputs": {"type": "array", "items": _schema({"name": _TEXT})},
-            "parameters": {"type": "object"},
-        },
-        ["inputs"],
-    ),
-    "InferAnswer": _schema(
-        {
-            "id": _TEXT,
-            "model_name": _TEXT,
-            "model_version": _TEXT,
-            "outputs": {"type": "array", "items": {"$ref": "#/components/schemas/Tensor"}},
-        },
-        ["model_name", "model_version", "outputs"],
-    ),
-    "InferError": _schema({"error": _TEXT}),
-    "Object": {"type": "object"},
-    "Images": {
-        "oneOf": [
-            _schema({"image": {"type": "string", "format": "byte"}}),
-            _schema({"images": {"type": "array", "items": {"type": "string", "format": "byte"}}}),
-        ]
-    },
-}
+def _array(items: Json, **bounds: int) -> Json:
+    return {"type": "array", **bounds, "items": items}
 
 
-def _answer(description: str, schema: str, kind: str = "application/json") -> dict:
+def _reference(schema: str) -> Json:
+    return {"$ref": f"#/components/schemas/{schema}"}
+
+
+def _content(schema: Json, media_type: str = JSON_TYPE) -> Json:
+    return {media_type: {"schema": schema}}
+
+
+def _response(description: str, schema: str, media_type: str = JSON_TYPE) -> Json:
+    return {"description": description, "content": _content(_reference(schema), media_type)}
+
+
+def _problems(*statuses: int) -> Json:
+    """Return the responses of errors as problem+json."""
     return {
-        "description": description,
-        "content": {kind: {"schema": {"$ref": f"#/components/schemas/{schema}"}}},
+        str(status): _response(STATUS_DESCRIPTIONS[status], "Problem", PROBLEM_TYPE)
+        for status in statuses
     }
 
 
-def _problems(*statuses: int) -> dict:
-    return {str(s): _answer(ERRORS[s], "Problem", "application/problem+json") for s in statuses}
+def _image_problems(*statuses: int) -> Json:
+    """Return the responses of errors as problem+json, or as an answer with one error per image."""
+    responses = _problems(*statuses)
+    for response in responses.values():
+        response["content"] |= _content(_reference("Answer"))
+    return responses
 
 
-def _failures(*statuses: int) -> dict:
-    found = _problems(*statuses)
-    for answer in found.values():
-        answer["content"]["application/json"] = {"schema": {"$ref": "#/components/schemas/Answer"}}
-    return found
+def _inference_errors(*statuses: int) -> Json:
+    """Return the responses of errors as the Open Inference Protocol has them."""
+    return {
+        str(status): _response(STATUS_DESCRIPTIONS[status], "InferError") for status in statuses
+    }
 
 
-_BINARY = {"schema": {"type": "string", "format": "binary"}}
-_MULTIPART = {
-    "schema": _schema({"file": {"type": "array", "items": {"type": "string", "format": "binary"}}})
+CHOICE_PROPERTIES: Json = {
+    "label": STRING,
+    "index": INTEGER,
+    "confidence": {"type": "number", "minimum": 0, "maximum": 1},
 }
-_HTML = {"description": "HTML.", "content": {"text/html": {"schema": _TEXT}}}
-_NAME = {
+PREDICTION_PROPERTIES: Json = {
+    **CHOICE_PROPERTIES,
+    "top": _array(_reference("Choice")),
+    "prediction_set": {
+        **_array(STRING),
+        "description": "classes that together contain the true one with the probability "
+        "conformal_level of the bundle",
+    },
+    "abstain": {**BOOLEAN, "description": "the confidence is below the bundle's threshold"},
+    "out_of_distribution": {
+        **BOOLEAN,
+        "description": "the energy is above the bundle's threshold",
+    },
+    "energy": {
+        **NUMBER,
+        "description": "-logsumexp of the logits; high for images unlike the training data",
+    },
+}
+CAM_PROPERTY: Json = {
+    **BASE64,
+    "contentMediaType": "image/png",
+    "contentEncoding": "base64",
+    "description": "with explain=cam: class-activation map of the label as a gray PNG that covers "
+    "the input of the network; 255 marks the strongest activation",
+}
+SCHEMAS: Json = {
+    "Problem": _object(
+        {
+            "type": STRING,
+            "title": STRING,
+            "status": INTEGER,
+            "detail": STRING,
+            "request_id": STRING,
+        }
+    ),
+    "Choice": _object(CHOICE_PROPERTIES),
+    "Prediction": _object(
+        {**PREDICTION_PROPERTIES, "cam": CAM_PROPERTY}, required=list(PREDICTION_PROPERTIES)
+    ),
+    "ImageError": _object(
+        {"error": _object({"title": STRING, "status": INTEGER, "detail": STRING})}
+    ),
+    "Answer": _object(
+        {
+            "id": STRING,
+            "model": _object({"name": STRING, "version": STRING}),
+            "predictions": _array({"anyOf": [_reference("Prediction"), _reference("ImageError")]}),
+        }
+    ),
+    "Status": _object({"status": STRING}),
+    "Model": _object({"name": STRING, "version": STRING, "classes": _array(STRING)}),
+    "Feedback": _object(
+        {
+            "id": {**STRING, "description": "id of the answer"},
+            "label": {**STRING, "description": "the true class"},
+            "image": {
+                "type": "integer",
+                "minimum": 0,
+                "maximum": 65535,
+                "default": 0,
+                "description": "position of the image in the request",
+            },
+        },
+        required=["id", "label"],
+    ),
+    "FeedbackResult": _object({"id": STRING, "image": INTEGER, "correct": BOOLEAN}),
+    "Tensor": _object(
+        {
+            "name": STRING,
+            "datatype": {"enum": ["UINT8", "FP32", "BYTES"]},
+            "shape": _array(INTEGER),
+            "data": {"type": "array"},
+            "parameters": OBJECT,
+        },
+        required=["name", "datatype", "shape"],
+    ),
+    "InferRequest": _object(
+        {
+            "id": STRING,
+            "inputs": _array(_reference("Tensor"), minItems=1, maxItems=1),
+            "outputs": _array(_object({"name": STRING})),
+            "parameters": OBJECT,
+        },
+        required=["inputs"],
+    ),
+    "InferAnswer": _object(
+        {
+            "id": STRING,
+            "model_name": STRING,
+            "model_version": STRING,
+            "outputs": _array(_reference("Tensor")),
+        },
+        required=["model_name", "model_version", "outputs"],
+    ),
+    "InferError": _object({"error": STRING}),
+    "Object": OBJECT,
+    "Images": {"oneOf": [_object({"image": BASE64}), _object({"images": _array(BASE64)})]},
+}
+
+API_KEY: list[Json] = [{}, {"key": []}]  # optional: the service may run without a key
+
+PREDICT: Json = {
+    "summary": "Classify one image or many",
+    "operationId": "predict",
+    "security": API_KEY,
+    "parameters": [
+        {
+            "name": "top_k",
+            "in": "query",
+            "description": "number of classes to list",
+            "schema": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 5},
+        },
+        {
+            "name": "explain",
+            "in": "query",
+            "description": "cam adds a class-activation map",
+            "schema": {"type": "string", "enum": ["cam"]},
+        },
+        {
+            "name": "X-Request-ID",
+            "in": "header",
+            "description": "id of the request, returned in the answer; generated if absent",
+            "schema": {"type": "string", "maxLength": 128},
+        },
+    ],
+    "requestBody": {
+        "required": True,
+        "content": {
+            **_content(BINARY, "image/jpeg"),
+            **_content(BINARY, "image/png"),
+            **_content(BINARY, "image/*"),
+            **_content(_object({"file": _array(BINARY)}), "multipart/form-data"),
+            **_content(_reference("Images")),
+        },
+    },
+    "responses": {
+        "200": _response("One prediction per image, in the order of the images.", "Answer"),
+        **_problems(*REQUEST_ERRORS),
+        **_image_problems(*IMAGE_ERRORS),
+    },
+}
+MODEL: Json = {
+    "summary": "Describe the served model",
+    "operationId": "model",
+    "responses": {
+        "200": _response("Name, version, classes, input and calibration of the model.", "Model"),
+        **_problems(503),
+    },
+}
+LIVE: Json = {
+    "summary": "Liveness probe",
+    "operationId": "live",
+    "responses": {"200": _response("The process is alive.", "Status")},
+}
+READY: Json = {
+    "summary": "Readiness probe",
+    "operationId": "ready",
+    "responses": {
+        "200": _response("All workers are ready to answer.", "Status"),
+        **_problems(503),
+    },
+}
+FEEDBACK: Json = {
+    "summary": "Report the true class of an image that was answered before",
+    "operationId": "feedback",
+    "security": API_KEY,
+    "requestBody": {"required": True, "content": _content(_reference("Feedback"))},
+    "responses": {
+        "200": _response("The label was counted. A second one is not.", "FeedbackResult"),
+        **_problems(400, 401, 404, 413),
+    },
+}
+PAGE: Json = {
+    "summary": "A page to try the model",
+    "operationId": "page",
+    "responses": {
+        "200": {"description": "The page as HTML.", "content": _content(STRING, "text/html")}
+    },
+}
+REPORT: Json = {
+    "summary": "The report of the served model",
+    "operationId": "report",
+    "responses": {
+        "200": {"description": "The report as HTML.", "content": _content(STRING, "text/html")},
+        **_problems(404, 503),
+    },
+}
+SAMPLE: Json = {
+    "summary": "A sample image of the served model",
+    "operationId": "sample",
+    "parameters": [
+        {
+            "name": "index",
+            "in": "path",
+            "required": True,
+            "description": "position of the sample in the answer of /model",
+            "schema": {"type": "integer", "minimum": 0},
+        }
+    ],
+    "responses": {
+        "200": {"description": "The image file.", "content": _content(BINARY, "image/*")},
+        **_problems(404, 503),
+    },
+}
+
+MODEL_NAME: Json = {
     "name": "name",
     "in": "path",
     "required": True,
+    "description": "name of the served model",
     "schema": {"type": "string", "minLength": 1},
 }
-_V2 = {
-    "security": [{}, {"key": []}],
+
+
+def _inference_get(
+    summary: str, operation_id: str, description: str, parameters: list[Json] | None = None
+) -> Json:
+    """Return a GET operation of the Open Inference Protocol."""
+    operation: Json = {
+        "summary": f"Open Inference Protocol: {summary}",
+        "operationId": operation_id,
+        "security": API_KEY,
+        "responses": {
+            "200": _response(description, "Object"),
+            **_problems(401),
+            **_inference_errors(404),
+            "503": _response(STATUS_DESCRIPTIONS[503], "Object"),
+        },
+    }
+    if parameters:
+        operation["parameters"] = parameters
+    return operation
+
+
+INFERENCE_LIVE: Json = {
+    "summary": "Open Inference Protocol: liveness of the server",
+    "operationId": "v2_live",
+    "responses": {"200": _response("The server is alive.", "Object")},
+}
+INFERENCE_READY: Json = {
+    "summary": "Open Inference Protocol: readiness of the server",
+    "operationId": "v2_ready",
     "responses": {
-        "200": _answer("It is so.", "Object"),
-        "401": _answer(ERRORS[401], "Problem", "application/problem+json"),
-        "404": _answer(ERRORS[404], "InferError"),
-        "503": _answer(ERRORS[503], "Object"),
+        "200": _response("The server is ready.", "Object"),
+        "503": _response("The server is not ready.", "Object"),
     },
 }
-PATHS = {
-    "/predict": {
-        "post": {
-            "summary": "Classify one image or many",
-            "operationId": "predict",
-            "security": [{}, {"key": []}],
-            "parameters": [
-                {
-                    "name": "top_k",
-                    "in": "query",
-                    "description": "how many classes to list",
-                    "schema": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 5},
-                },
-                {
-                    "name": "explain",
-                    "in": "query",
-                    "description": "cam: also where the network looked",
-                    "schema": {"type": "string", "enum": ["cam"]},
-                },
-                {
-                    "name": "X-Request-ID",
-                    "in": "header",
-                    "schema": {"type": "string", "maxLength": 128},
-                },
-            ],
-            "requestBody": {
-                "required": True,
-                "content": {
-                    "image/jpeg": _BINARY,
-                    "image/png": _BINARY,
-                    "image/*": _BINARY,
-                    "multipart/form-data": _MULTIPART,
-                    "application/json": {"schema": {"$ref": "#/components/schemas/Images"}},
-                },
-            },
-            "responses": {
-                "200": _answer("One prediction an image, in their order.", "Answer"),
-                **_problems(*REQUEST_ERRORS),
-                **_failures(*IMAGE_ERRORS),
-            },
-        }
+INFERENCE: Json = {
+    "summary": "Open Inference Protocol: probabilities, energy and label of UINT8 tensors, or of "
+    "image files as BYTES",
+    "operationId": "v2_infer",
+    "security": API_KEY,
+    "parameters": [MODEL_NAME],
+    "requestBody": {
+        "required": True,
+        "content": {**_content(_reference("InferRequest")), **_content(BINARY, BINARY_TYPE)},
     },
-    "/model": {
-        "get": {
-            "summary": "What is served",
-            "operationId": "model",
-            "responses": {
-                "200": _answer("Name, version, classes, input, calibration.", "Model"),
-                **_problems(503),
-            },
-        }
+    "responses": {
+        "200": {
+            "description": "The requested outputs, with one row per image.",
+            "content": {**_content(_reference("InferAnswer")), **_content(BINARY, BINARY_TYPE)},
+        },
+        **_problems(401),
+        **_inference_errors(400, 404, 413, 415, 422, 429, 500, 503, 504),
+        **_problems(408, 431),
     },
-    "/health/live": {
-        "get": {
-            "summary": "Is the process alive",
-            "operationId": "live",
-            "responses": {"200": _answer("It is.", "Status")},
-        }
+}
+
+PATHS: Json = {
+    "/predict": {"post": PREDICT},
+    "/model": {"get": MODEL},
+    "/health/live": {"get": LIVE},
+    "/health/ready": {"get": READY},
+    "/feedback": {"post": FEEDBACK},
+    "/": {"get": PAGE},
+    "/report": {"get": REPORT},
+    "/samples/{index}": {"get": SAMPLE},
+    "/v2": {
+        "get": _inference_get("metadata of the server", "v2", "Name and extensions of the server.")
     },
-    "/health/ready": {
-        "get": {
-            "summary": "Can it answer",
-            "operationId": "ready",
-            "responses": {"200": _answer("It can.", "Status"), **_problems(503)},
-        }
-    },
-    "/feedback": {
-        "post": {
-            "summary": "Tell the true class of an image answered before",
-            "operationId": "feedback",
-            "security": [{}, {"key": []}],
-            "requestBody": {
-                "required": True,
-                "content": {
-                    "application/json": {"schema": {"$ref": "#/components/schemas/Feedback"}}
-                },
-            },
-            "responses": {
-                "200": _answer("It is counted, once.", "FeedbackResult"),
-                **_problems(400, 401, 404, 413),
-            },
-        }
-    },
-    "/": {"get": {"summary": "The page", "operationId": "page", "responses": {"200": _HTML}}},
-    "/report": {
-        "get": {
-            "summary": "The model's report",
-            "operationId": "report",
-            "responses": {"200": _HTML, **_problems(404, 503)},
-        }
-    },
-    "/samples/{index}": {
-        "get": {
-            "summary": "A sample image of the model",
-            "operationId": "sample",
-            "parameters": [
-                {
-                    "name": "index",
-                    "in": "path",
-                    "required": True,
-                    "schema": {"type": "integer", "minimum": 0},
-                }
-            ],
-            "responses": {
-                "200": {"description": "The file.", "content": {"image/*": _BINARY}},
-                **_problems(404, 503),
-            },
-        }
-    },
-    "/v2": {"get": {"summary": "Open Inference Protocol: the server", "operationId": "v2", **_V2}},
-    "/v2/health/live": {
-        "get": {
-            "summary": "Open Inference Protocol: alive",
-            "operationId": "v2_live",
-            "responses": {"200": _answer("It is.", "Object")},
-        }
-    },
-    "/v2/health/ready": {
-        "get": {
-            "summary": "Open Inference Protocol: ready",
-            "operationId": "v2_ready",
-            "responses": {
-                "200": _answer("It is.", "Object"),
-                "503": _answer("It is not.", "Object"),
-            },
-        }
-    },
+    "/v2/health/live": {"get": INFERENCE_LIVE},
+    "/v2/health/ready": {"get": INFERENCE_READY},
     "/v2/models/{name}": {
-        "get": {
-            "summary": "Open Inference Protocol: inputs and outputs",
-            "operationId": "v2_model",
-            "parameters": [_NAME],
-            **_V2,
-        }
+        "get": _inference_get(
+            "metadata of the model",
+            "v2_model",
+            "Versions, inputs and outputs of the model.",
+            [MODEL_NAME],
+        )
     },
     "/v2/models/{name}/ready": {
-        "get": {
-            "summary": "Open Inference Protocol: is the model ready",
-            "operationId": "v2_model_ready",
-            "parameters": [_NAME],
-            **_V2,
-        }
+        "get": _inference_get(
+            "readiness of the model", "v2_model_ready", "The model is ready.", [MODEL_NAME]
+        )
     },
-    "/v2/models/{name}/infer": {
-        "post": {
-            "summary": "Open Inference Protocol: UINT8 tensors or BYTES of image files to probabilities, energy and label",
-            "operationId": "v2_infer",
-            "security": [{}, {"key": []}],
-            "parameters": [_NAME],
-            "requestBody": {
-                "required": True,
-                "content": {
-                    "application/json": {"schema": {"$ref": "#/components/schemas/InferRequest"}},
-                    "application/octet-stream": _BINARY,
-                },
-            },
-            "responses": {
-                "200": {
-                    "description": "One row an image.",
-                    "content": {
-                        "application/json": {
-                            "schema": {"$ref": "#/components/schemas/InferAnswer"}
-                        },
-                        "application/octet-stream": _BINARY,
-                    },
-                },
-                "401": _answer(ERRORS[401], "Problem", "application/problem+json"),
-                **{
-                    str(s): _answer(ERRORS[s], "InferError")
-                    for s in (400, 404, 413, 415, 422, 429, 500, 503, 504)
-                },
-                **_problems(408, 431),
-            },
-        }
-    },
+    "/v2/models/{name}/infer": {"post": INFERENCE},
 }
-OPENAPI = {
+OPENAPI: Json = {
     "openapi": "3.1.0",
     "info": {"title": "Imago", "version": "1", "description": "Image classification."},
     "paths": PATHS,
@@ -389,59 +404,78 @@ OPENAPI = {
     },
 }
 
+DOCS_HEADERS: list[Header] = [
+    (
+        b"content-security-policy",
+        b"default-src 'none'; style-src 'self'; img-src 'self'; base-uri 'none'; "
+        b"form-action 'none'; frame-ancestors 'none'",
+    )
+]
+DOCS_TEMPLATE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Imago API</title>
+<link rel="icon" href="page/icon.svg" type="image/svg+xml">
+<link rel="stylesheet" href="page/page.css">
+</head>
+<body>
+<header class="top">
+  <h1>Imago <span class="model">API</span></h1>
+  <nav aria-label="More"><a href=".">Try it</a><a href="openapi.json">openapi.json</a></nav>
+</header>
+<main class="docs">{operations}<h2>Schemas</h2>{schemas}</main>
+</body>
+</html>
+"""
+
 
 async def openapi(request: Request) -> Response:
+    """Handle /openapi.json."""
     return Response(200, json.dumps(OPENAPI).encode())
 
 
-async def page(request: Request) -> Response:
-    """The same for people: rendered here, without a script or a foreign host, in the style of the page at `/`."""
-    operations = "".join(
-        _operation(path, method, operation)
-        for path, methods in PATHS.items()
-        for method, operation in methods.items()
-    )
-    schemas = "".join(
-        f"<details class=card><summary><code>{name}</code></summary>"
-        f"<pre tabindex=0>{escape(json.dumps(schema, indent=1))}</pre></details>"
-        for name, schema in SCHEMAS.items()
-    )
-    html = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Imago API</title><link rel="icon" href="page/icon.svg" type="image/svg+xml">
-<link rel="stylesheet" href="page/page.css"></head>
-<body><header class="top"><h1>Imago <span class="model">API</span></h1>
-<nav aria-label="More"><a href=".">Try it</a><a href="openapi.json">openapi.json</a></nav></header>
-<main class="docs">{operations}<h2>Schemas</h2>{schemas}</main></body></html>"""
-    return Response(
-        200,
-        html.encode(),
-        b"text/html; charset=utf-8",
-        [
-            (
-                b"content-security-policy",
-                b"default-src 'none'; style-src 'self'; img-src 'self'; base-uri 'none'; "
-                b"form-action 'none'; frame-ancestors 'none'",
-            )
-        ],
-    )
+async def docs(request: Request) -> Response:
+    """Handle /docs: the OpenAPI description as HTML, without scripts and without other hosts."""
+    operations: list[str] = []
+    for path, methods in PATHS.items():
+        for method, operation in methods.items():
+            operations.append(_render_operation(path, method, operation))
 
-
-def _operation(path: str, method: str, operation: dict) -> str:
-    takes = ", ".join(
-        f"<code>{kind}</code>" for kind in operation.get("requestBody", {}).get("content", {})
-    )
-    rows = [
-        (
-            f"<code>{p['name']}</code>",
-            f"{p['in']}: {escape(p.get('description', p['schema']['type']))}",
+    schemas: list[str] = []
+    for name, schema in SCHEMAS.items():
+        text = escape(json.dumps(schema, indent=1))
+        schemas.append(
+            f"<details class=card><summary><code>{name}</code></summary>"
+            f"<pre tabindex=0>{text}</pre></details>"
         )
-        for p in operation.get("parameters", [])
-    ]
-    answers = sorted(operation["responses"].items())
-    rows += [(f"<b>{code}</b>", escape(answer["description"])) for code, answer in answers]
-    table = "".join(f"<tr><th scope=row>{name}</th><td>{text}</td></tr>" for name, text in rows)
-    return (
-        f"<section class=card><h2><code>{method.upper()} {path}</code></h2><p>{escape(operation['summary'])}."
-        f"{f' Takes {takes}.' if takes else ''}</p><table>{table}</table></section>"
+
+    html = DOCS_TEMPLATE.format(operations="".join(operations), schemas="".join(schemas))
+    return Response(200, html.encode(), b"text/html; charset=utf-8", DOCS_HEADERS)
+
+
+def _render_operation(path: str, method: str, operation: Json) -> str:
+    """Return one operation as an HTML card: summary, body types, parameters, responses."""
+    rows: list[str] = []
+    for parameter in operation.get("parameters", []):
+        description = parameter.get("description", parameter["schema"]["type"])
+        name = f"<code>{parameter['name']}</code>"
+        rows.append(_render_row(name, f"{parameter['in']}: {description}"))
+    for status, response in sorted(operation["responses"].items()):
+        rows.append(_render_row(f"<b>{status}</b>", response["description"]))
+
+    body_types = ", ".join(
+        f"<code>{media_type}</code>"
+        for media_type in operation.get("requestBody", {}).get("content", {})
     )
+    accepts = f" Accepts {body_types}." if body_types else ""
+    return (
+        f"<section class=card><h2><code>{method.upper()} {path}</code></h2>"
+        f"<p>{escape(operation['summary'])}.{accepts}</p>"
+        f"<table>{''.join(rows)}</table></section>"
+    )
+
+
+def _render_row(name_html: str, text: str) -> str:
+    return f"<tr><th scope=row>{name_html}</th><td>{escape(text)}</td></tr>"
