@@ -130,7 +130,7 @@ def test_an_answer_shows_all_there_is_to_know(page, tmp_path):
     assert widths == sorted(widths, reverse=True)
     assert widths[0] > 0.9 * bars[0].locator(".track").bounding_box()["width"]
     assert card.locator(".set").inner_text() == "Prediction set: green"
-    times = card.locator(".times").inner_text()
+    times = card.locator(".timings").inner_text()
     assert all(part in times for part in ("queue", "decode", "infer", "round\u00a0trip"))
     assert card.locator(".badges li").count() == 0
     page.get_by_role("status").get_by_text("it's.png: green").wait_for()
@@ -209,7 +209,7 @@ def test_a_file_that_is_no_image_is_told_in_words(page, tmp_path):
     (tmp_path / "notes.png").write_text("no image")
     page.set_input_files("#files", tmp_path / "notes.png")
     page.get_by_role("status").get_by_text("not a JPEG, PNG, WebP, BMP, GIF or TIFF").wait_for()
-    assert "bad" in page.locator("#status").get_attribute("class")
+    assert "error" in page.locator("#status").get_attribute("class")
     assert "415" in page.wrong.pop()  # noted by the browser itself
 
 
@@ -224,12 +224,12 @@ def test_among_many_each_that_fails_says_why_in_its_place(page, tmp_path):
         "#files", [tmp_path / name for name in ("one.png", "notes.png", "two.png")]
     )
     page.get_by_role("status").get_by_text("2 of 3 images answered").wait_for()
-    assert "bad" in page.locator("#status").get_attribute("class")
+    assert "error" in page.locator("#status").get_attribute("class")
     shown = {card.locator(".file").inner_text(): card for card in page.locator("article").all()}
     assert set(shown) == {"one.png", "notes.png", "two.png"}
     bad = shown["notes.png"]
     assert bad.locator(".label").inner_text() == "No answer"
-    assert "not a JPEG" in bad.locator(".badges li.bad").inner_text()
+    assert "not a JPEG" in bad.locator(".badges li.error").inner_text()
     bad.get_by_text("can't show the file").wait_for()
     assert "415" in page.wrong.pop()  # noted by the browser itself
 

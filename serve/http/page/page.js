@@ -1,261 +1,352 @@
-// The page of the service: images in, predictions out. No build step, no library, no other host.
+// The page of the service: send images, show predictions. No build step, no library, no other host.
 
-const $ = (id) => document.getElementById(id);
-const AT_ONCE = 4; // requests in flight
-const SHOWN = 24; // result cards kept on the page
+const byId = (id) => document.getElementById(id);
+const MAX_CONCURRENT_REQUESTS = 4;
+const MAX_CARDS = 24; // results kept on the page
+const PIXELATED_BELOW = 120; // pixels of width: smaller images are enlarged without smoothing
+
+// The answer of GET /model.
 let model = null;
 
-const percent = (share) => (share >= 0.9995 && share < 1 ? "> 99.9 %" : `${(100 * share).toFixed(1)} %`);
-const element = (name, className, text) => {
-  const node = document.createElement(name);
-  if (className) node.className = className;
-  if (text !== undefined) node.textContent = text;
-  return node;
-};
-const say = (text, bad = false) => {
-  $("status").textContent = text;
-  $("status").classList.toggle("bad", bad);
-};
-
-async function start() {
-  listen();
-  try {
-    const answer = await fetch("model");
-    if (!answer.ok) throw new Error(await problem(answer));
-    model = await answer.json();
-  } catch (error) {
-    say(`The service is not ready: ${error.message}`, true);
-    return;
-  }
-  $("model").textContent = `${model.name}, version ${model.version}`;
-  document.title = `Imago: ${model.name}`;
-  $("report").hidden = !model.report;
-  $("cam-option").hidden = !model.explains.includes("cam");
-  $("top").max = String(model.classes.length);
-  model.samples.forEach(addSample);
-  $("samples").hidden = model.samples.length === 0;
+function createElement(name, className, text) {
+  const element = document.createElement(name);
+  if (className) element.className = className;
+  if (text !== undefined) element.textContent = text;
+  return element;
 }
 
-function listen() {
-  const drop = $("drop");
-  $("files").addEventListener("change", (event) => {
-    classifyAll([...event.target.files]);
-    event.target.value = ""; // the same file may be chosen again
-  });
-  for (const name of ["dragenter", "dragover"]) {
-    document.addEventListener(name, (event) => { event.preventDefault(); drop.classList.add("over"); });
+function formatPercent(share) {
+  if (share >= 0.9995 && share < 1) return "> 99.9 %";
+  return `${(100 * share).toFixed(1)} %`;
+}
+
+function showStatus(text, isError = false) {
+  byId("status").textContent = text;
+  byId("status").classList.toggle("error", isError);
+}
+
+async function start() {
+  addListeners();
+  try {
+    const response = await fetch("model");
+    if (!response.ok) throw new Error(await readProblem(response));
+    model = await response.json();
+  } catch (error) {
+    showStatus(`The service is not ready: ${error.message}`, true);
+    return;
   }
-  document.addEventListener("dragleave", (event) => { if (!event.relatedTarget) drop.classList.remove("over"); });
+
+  byId("model").textContent = `${model.name}, version ${model.version}`;
+  document.title = `Imago: ${model.name}`;
+  byId("report").hidden = !model.report;
+  byId("cam-option").hidden = !model.explains.includes("cam");
+  byId("top").max = String(model.classes.length);
+  model.samples.forEach(addSample);
+  byId("samples").hidden = model.samples.length === 0;
+}
+
+// Images arrive by the file dialog, by drag and drop anywhere on the page, or from the clipboard.
+function addListeners() {
+  const drop = byId("drop");
+  byId("files").addEventListener("change", (event) => {
+    classifyAll([...event.target.files]);
+    event.target.value = ""; // so that the same file can be chosen again
+  });
+
+  for (const name of ["dragenter", "dragover"]) {
+    document.addEventListener(name, (event) => {
+      event.preventDefault();
+      drop.classList.add("dragging");
+    });
+  }
+  document.addEventListener("dragleave", (event) => {
+    if (!event.relatedTarget) drop.classList.remove("dragging");
+  });
   document.addEventListener("drop", (event) => {
     event.preventDefault();
-    drop.classList.remove("over");
+    drop.classList.remove("dragging");
     classifyAll([...event.dataTransfer.files]);
   });
+
   document.addEventListener("paste", (event) => {
     const files = [...event.clipboardData.files];
-    if (files.length) { event.preventDefault(); classifyAll(files); }
+    if (files.length === 0) return;
+    event.preventDefault();
+    classifyAll(files);
   });
 }
 
 function addSample(sample, index) {
-  const button = element("button");
-  button.type = "button";
-  const image = element("img");
+  const image = createElement("img");
   image.src = `samples/${index}`;
   image.alt = `Sample ${index + 1}, true class ${sample.label}`;
   image.loading = "lazy";
+
+  const button = createElement("button");
+  button.type = "button";
   button.append(image);
   button.addEventListener("click", async () => {
-    const answer = await fetch(image.src);
-    if (!answer.ok) { say(await problem(answer), true); return; }
-    const blob = await answer.blob();
+    const response = await fetch(image.src);
+    if (!response.ok) {
+      showStatus(await readProblem(response), true);
+      return;
+    }
+    const blob = await response.blob();
     const name = sample.file ?? `sample-${index}`;
     classifyAll([new File([blob], name, { type: blob.type })], sample.label);
   });
-  $("strip").append(button);
+  byId("strip").append(button);
 }
 
-async function classifyAll(files, truth) {
-  if (!files.length) return;
+async function classifyAll(files, trueLabel) {
+  if (files.length === 0) return;
+  const isSingle = files.length === 1;
+  showStatus(isSingle ? `Sending ${files[0].name}` : `Sending ${files.length} images`);
+
   const queue = [...files];
   let answered = 0;
-  const one = async () => {
-    for (let file = queue.shift(); file; file = queue.shift()) if (await classify(file, truth)) answered += 1;
+  const classifyQueued = async () => {
+    while (queue.length > 0) {
+      if (await classify(queue.shift(), trueLabel)) answered += 1;
+    }
   };
-  say(files.length === 1 ? `Sending ${files[0].name}` : `Sending ${files.length} images`);
-  await Promise.all(Array.from({ length: Math.min(AT_ONCE, files.length) }, one));
-  const missed = files.length - answered;
-  if (files.length > 1) say(missed ? `${answered} of ${files.length} images answered` : `${answered} images answered`, missed > 0);
+  const workers = Math.min(MAX_CONCURRENT_REQUESTS, files.length);
+  await Promise.all(Array.from({ length: workers }, classifyQueued));
+
+  if (isSingle) return; // its status is that of its own result
+  if (answered === files.length) showStatus(`${answered} images answered`);
+  else showStatus(`${answered} of ${files.length} images answered`, true);
 }
 
-function request(file) {
-  const query = new URLSearchParams({ top_k: $("top").value || "5" });
-  if ($("cam").checked && !$("cam-option").hidden) query.set("explain", "cam");
+function buildRequest(file) {
+  const query = new URLSearchParams({ top_k: byId("top").value || "5" });
+  if (byId("cam").checked && !byId("cam-option").hidden) query.set("explain", "cam");
   const headers = { "Content-Type": file.type || "application/octet-stream" };
-  if ($("key").value) headers["X-API-Key"] = $("key").value;
+  if (byId("key").value) headers["X-API-Key"] = byId("key").value;
   return { url: new URL(`predict?${query}`, document.baseURI).href, headers };
 }
 
-// One image to a card of the page, which holds the prediction or what went wrong; true where it is a prediction.
-async function classify(file, truth) {
-  const { url, headers } = request(file);
-  const began = performance.now();
-  let answer, body;
+// Send one image and add a card with its prediction or its error. Returns whether it was answered.
+async function classify(file, trueLabel) {
+  const { url, headers } = buildRequest(file);
+  const curl = buildCurlCommand(file, url, headers);
+  const startTime = performance.now();
+  let response;
+  let answer;
   try {
-    answer = await fetch(url, { method: "POST", headers, body: file });
-    if (!answer.ok) throw new Error(await problem(answer));
-    body = await answer.json();
+    response = await fetch(url, { method: "POST", headers, body: file });
+    if (!response.ok) throw new Error(await readProblem(response));
+    answer = await response.json();
   } catch (error) {
-    if (answer?.status === 401) { $("key").closest("details").open = true; $("key").focus(); }
-    refused(show(file, truth, command(file, url, headers)), file, error.message);
+    if (response?.status === 401) {
+      byId("key").closest("details").open = true;
+      byId("key").focus();
+    }
+    fillWithError(addCard(file, trueLabel, curl), file, error.message);
     return false;
   }
-  const elapsed = performance.now() - began;
-  predicted(show(file, truth, command(file, url, headers)), file, body.predictions[0], timings(answer, elapsed));
+
+  const timings = formatTimings(response, performance.now() - startTime);
+  fillWithPrediction(addCard(file, trueLabel, curl), file, answer.predictions[0], timings);
   return true;
 }
 
-async function problem(answer) {
+async function readProblem(response) {
   try {
-    const said = await answer.json();
-    return said.detail || said.title || `status ${answer.status}`;
+    const problem = await response.json();
+    return problem.detail || problem.title || `status ${response.status}`;
   } catch {
-    return `status ${answer.status}`;
+    return `status ${response.status}`;
   }
 }
 
-function timings(answer, elapsed) {
-  const parts = (answer.headers.get("Server-Timing") ?? "").split(",")
-    .map((part) => /^\s*(\w+);dur=([\d.]+)/.exec(part)).filter(Boolean)
-    .map(([, name, ms]) => `${name}\u00a0${Number(ms).toFixed(1)}\u00a0ms`);
-  return [...parts, `round\u00a0trip\u00a0${elapsed.toFixed(1)}\u00a0ms`].join(" · ");
+// The durations of the Server-Timing header, and that of the whole request, in milliseconds.
+function formatTimings(response, roundTrip) {
+  const parts = [];
+  for (const entry of (response.headers.get("Server-Timing") ?? "").split(",")) {
+    const match = /^\s*(\w+);dur=([\d.]+)/.exec(entry);
+    if (match) parts.push(`${match[1]}\u00a0${Number(match[2]).toFixed(1)}\u00a0ms`);
+  }
+  parts.push(`round\u00a0trip\u00a0${roundTrip.toFixed(1)}\u00a0ms`);
+  return parts.join(" · ");
 }
 
-function command(file, url, headers) {
+function buildCurlCommand(file, url, headers) {
   const quote = (text) => `'${text.replaceAll("'", "'\\''")}'`;
-  const lines = [`curl -sS ${quote(url)}`, `  -H ${quote(`Content-Type: ${headers["Content-Type"]}`)}`];
+  const lines = [
+    `curl -sS ${quote(url)}`,
+    `  -H ${quote(`Content-Type: ${headers["Content-Type"]}`)}`,
+  ];
   if (headers["X-API-Key"]) lines.push('  -H "X-API-Key: $IMAGO_API_KEY"');
-  return [...lines, `  --data-binary ${quote(`@${file.name}`)}`].join(" \\\n");
+  lines.push(`  --data-binary ${quote(`@${file.name}`)}`);
+  return lines.join(" \\\n");
 }
 
-// A new card, with what is known before there is an answer.
-function show(file, truth, curl) {
-  const card = $("result").content.cloneNode(true).firstElementChild;
-  const find = (selector) => card.querySelector(selector);
-  find(".file").textContent = truth === undefined ? file.name : `${file.name}, true class ${truth}`;
-  find("pre").textContent = curl;
-  find(".copy").addEventListener("click", async (event) => {
-    const button = event.target;
-    try {
-      await navigator.clipboard.writeText(curl);
-      button.textContent = "Copied";
-    } catch { // browsers give a page no clipboard over plain HTTP, but from this machine
-      getSelection().selectAllChildren(find("pre"));
-      button.textContent = document.execCommand("copy") ? "Copied" : "Selected";
-    }
+// Add a card above the others, with what does not depend on the answer.
+function addCard(file, trueLabel, curl) {
+  const card = byId("result").content.cloneNode(true).firstElementChild;
+  const hasTrueLabel = trueLabel !== undefined;
+  card.querySelector(".file").textContent = hasTrueLabel
+    ? `${file.name}, true class ${trueLabel}`
+    : file.name;
+  card.querySelector("pre").textContent = curl;
+  card.querySelector(".copy").addEventListener("click", (event) => {
+    copyCommand(event.target, card.querySelector("pre"));
   });
-  $("empty").hidden = true;
-  $("results").prepend(card);
-  while ($("results").children.length > SHOWN) $("results").lastElementChild.remove();
+
+  byId("empty").hidden = true;
+  byId("results").prepend(card);
+  while (byId("results").children.length > MAX_CARDS) byId("results").lastElementChild.remove();
   return card;
 }
 
-function refused(card, file, reason) {
+async function copyCommand(button, command) {
+  try {
+    await navigator.clipboard.writeText(command.textContent);
+    button.textContent = "Copied";
+  } catch { // over plain HTTP browsers offer no clipboard, except for localhost
+    getSelection().selectAllChildren(command);
+    button.textContent = document.execCommand("copy") ? "Copied" : "Selected";
+  }
+}
+
+function fillWithError(card, file, message) {
   card.querySelector(".label").textContent = "No answer";
-  card.querySelector(".badges").append(element("li", "bad", reason));
-  picture(card, file, {}, "This browser can't show the file.");
-  say(`${file.name}: ${reason}`, true);
+  card.querySelector(".badges").append(createElement("li", "error", message));
+  showPhoto(card, file, {}, "This browser can't show the file.");
+  showStatus(`${file.name}: ${message}`, true);
 }
 
-function predicted(card, file, prediction, times) {
-  const find = (selector) => card.querySelector(selector);
-  find(".label").append(`${prediction.label} `, element("small", "", percent(prediction.confidence)));
-  badges(prediction).forEach(([text, bad]) => find(".badges").append(element("li", bad ? "bad" : "", text)));
-  prediction.top.forEach((entry) => find(".bars").append(bar(entry)));
+function fillWithPrediction(card, file, prediction, timings) {
+  const confidence = formatPercent(prediction.confidence);
+  const label = card.querySelector(".label");
+  label.append(`${prediction.label} `, createElement("small", "", confidence));
+
+  const warnings = listWarnings(prediction);
+  for (const { text, isSevere } of warnings) {
+    card.querySelector(".badges").append(createElement("li", isSevere ? "error" : "", text));
+  }
+  for (const choice of prediction.top) card.querySelector(".bars").append(createBar(choice));
+
   const classes = prediction.prediction_set;
-  find(".set").textContent = classes ? `Prediction set: ${classes.length ? classes.join(", ") : "empty"}` : "";
-  find(".times").textContent = times;
-  picture(card, file, prediction, "This browser can't show the image; the service can read it.");
-  const doubts = badges(prediction).map(([text]) => `, ${text.toLowerCase()}`).join("");
-  say(`${file.name}: ${prediction.label}, ${percent(prediction.confidence)}${doubts}`);
+  const names = classes?.length ? classes.join(", ") : "empty";
+  card.querySelector(".set").textContent = classes ? `Prediction set: ${names}` : "";
+  card.querySelector(".timings").textContent = timings;
+  showPhoto(card, file, prediction, "This browser can't show the image; the service can read it.");
+
+  const spokenWarnings = warnings.map(({ text }) => `, ${text.toLowerCase()}`).join("");
+  showStatus(`${file.name}: ${prediction.label}, ${confidence}${spokenWarnings}`);
 }
 
-function badges(prediction) {
-  const found = [];
-  if (prediction.abstain) found.push(["Abstains: not sure enough to answer", false]);
-  if (prediction.out_of_distribution) found.push(["Out of distribution: unlike the training images", true]);
-  return found;
+function listWarnings(prediction) {
+  const warnings = [];
+  if (prediction.abstain) {
+    warnings.push({ text: "Abstains: not sure enough to answer", isSevere: false });
+  }
+  if (prediction.out_of_distribution) {
+    warnings.push({ text: "Out of distribution: unlike the training images", isSevere: true });
+  }
+  return warnings;
 }
 
-function bar(entry) {
-  const item = element("li");
-  const track = element("div", "track");
-  const fill = element("div", "fill");
-  fill.style.width = `${100 * entry.confidence}%`;
+function createBar(choice) {
+  const fill = createElement("div", "fill");
+  fill.style.width = `${100 * choice.confidence}%`;
+  const track = createElement("div", "track");
   track.setAttribute("aria-hidden", "true");
   track.append(fill);
-  const name = element("span", "name", entry.label);
-  name.title = entry.label;
-  item.append(name, track, element("span", "share", percent(entry.confidence)));
+
+  const name = createElement("span", "name", choice.label);
+  name.title = choice.label;
+  const item = createElement("li");
+  item.append(name, track, createElement("span", "share", formatPercent(choice.confidence)));
   return item;
 }
 
-function picture(card, file, prediction, unseen) {
+function showPhoto(card, file, prediction, fallbackText) {
   const photo = card.querySelector(".photo");
   photo.alt = `Your image ${file.name}`;
   photo.addEventListener("load", () => {
     URL.revokeObjectURL(photo.src);
-    photo.classList.toggle("tiny", photo.naturalWidth < 120);
-    if (prediction.cam) heat(card, photo, prediction.cam);
+    photo.classList.toggle("tiny", photo.naturalWidth < PIXELATED_BELOW);
+    if (prediction.cam) showHeatMap(card, photo, prediction.cam);
   });
   photo.addEventListener("error", () => {
-    photo.replaceWith(element("p", "photo unseen", unseen));
+    photo.replaceWith(createElement("p", "photo fallback", fallbackText));
   });
   photo.src = URL.createObjectURL(file);
 }
 
-// The map covers what the network saw: the centre of the image (crop), all of it (stretch), or it with a border (pad).
-function seen(width, height) {
-  const { height: h, width: w, resize, short_side: short } = model.input;
-  if (resize === "stretch") return { x: 0, y: 0, w: width, h: height };
-  const scale = resize === "pad" ? Math.min(h / height, w / width) : Math.max(short ?? 0, h, w) / Math.min(width, height);
-  const size = { w: w / scale, h: h / scale };
-  return { x: (width - size.w) / 2, y: (height - size.h) / 2, ...size };
+// The part of an image that the network receives, in pixels of the image. By the resize policy it is the
+// centre (crop), all of the image (stretch), or the image with a border (pad).
+function computeInputBox(width, height) {
+  const { height: inputHeight, width: inputWidth, resize, short_side: shortSide } = model.input;
+  if (resize === "stretch") return { x: 0, y: 0, width, height };
+
+  const scale = resize === "pad"
+    ? Math.min(inputHeight / height, inputWidth / width)
+    : Math.max(shortSide ?? 0, inputHeight, inputWidth) / Math.min(width, height);
+  const boxWidth = inputWidth / scale;
+  const boxHeight = inputHeight / scale;
+  return {
+    x: (width - boxWidth) / 2,
+    y: (height - boxHeight) / 2,
+    width: boxWidth,
+    height: boxHeight,
+  };
 }
 
-async function heat(card, photo, cam) {
+async function showHeatMap(card, photo, cam) {
   const map = new Image();
   map.src = `data:image/png;base64,${cam}`;
   await map.decode();
+
   const canvas = card.querySelector(".heat");
+  drawInColour(canvas, map);
+  const align = () => alignWithPhoto(canvas, photo);
+  new ResizeObserver(align).observe(photo);
+  align();
+
+  const toggle = card.querySelector(".heat-switch");
+  toggle.querySelector("input").addEventListener("change", (event) => {
+    canvas.hidden = !event.target.checked;
+  });
+  toggle.hidden = false;
+  canvas.hidden = false;
+}
+
+function drawInColour(canvas, map) {
   canvas.width = map.width;
   canvas.height = map.height;
   const context = canvas.getContext("2d");
   context.drawImage(map, 0, 0);
-  const image = context.getImageData(0, 0, map.width, map.height);
-  for (let i = 0; i < image.data.length; i += 4) image.data.set(colour(image.data[i] / 255), i);
-  context.putImageData(image, 0, 0);
-  const place = () => {
-    const scale = Math.min(photo.clientWidth / photo.naturalWidth, photo.clientHeight / photo.naturalHeight);
-    const left = photo.offsetLeft + (photo.clientWidth - scale * photo.naturalWidth) / 2;
-    const top = photo.offsetTop + (photo.clientHeight - scale * photo.naturalHeight) / 2;
-    const box = seen(photo.naturalWidth, photo.naturalHeight);
-    Object.assign(canvas.style, {
-      left: `${left + scale * box.x}px`, top: `${top + scale * box.y}px`,
-      width: `${scale * box.w}px`, height: `${scale * box.h}px`,
-    });
-  };
-  new ResizeObserver(place).observe(photo);
-  place();
-  const toggle = card.querySelector(".heat-switch");
-  toggle.querySelector("input").addEventListener("change", (event) => { canvas.hidden = !event.target.checked; });
-  toggle.hidden = canvas.hidden = false;
+  const pixels = context.getImageData(0, 0, map.width, map.height);
+  for (let i = 0; i < pixels.data.length; i += 4) {
+    pixels.data.set(mapColour(pixels.data[i] / 255), i);
+  }
+  context.putImageData(pixels, 0, 0);
 }
 
-// Blue over green and yellow to red, clear where the map is low: value 0..1 to [r, g, b, a].
-function colour(value) {
-  const near = (centre) => 255 * Math.min(1, Math.max(0, 1.5 - Math.abs(4 * value - centre)));
-  return [near(3), near(2), near(1), 255 * Math.min(1, 1.6 * value)];
+// Place the heat map over the part of the photo that the network receives.
+function alignWithPhoto(canvas, photo) {
+  const scale = Math.min(
+    photo.clientWidth / photo.naturalWidth,
+    photo.clientHeight / photo.naturalHeight,
+  );
+  const left = photo.offsetLeft + (photo.clientWidth - scale * photo.naturalWidth) / 2;
+  const top = photo.offsetTop + (photo.clientHeight - scale * photo.naturalHeight) / 2;
+  const box = computeInputBox(photo.naturalWidth, photo.naturalHeight);
+  canvas.style.left = `${left + scale * box.x}px`;
+  canvas.style.top = `${top + scale * box.y}px`;
+  canvas.style.width = `${scale * box.width}px`;
+  canvas.style.height = `${scale * box.height}px`;
+}
+
+// Map a value of 0 to 1 to [red, green, blue, alpha]: from blue over green and yellow to red, transparent
+// where the value is low.
+function mapColour(value) {
+  const channel = (centre) => 255 * Math.min(1, Math.max(0, 1.5 - Math.abs(4 * value - centre)));
+  return [channel(3), channel(2), channel(1), 255 * Math.min(1, 1.6 * value)];
 }
 
 start();
