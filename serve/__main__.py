@@ -1,7 +1,7 @@
-"""The prediction service, from settings in flags and IMAGO_ variables.
+"""`python -m serve` and `imago serve`: the prediction service and its commands.
 
-Without a command it serves. Commands: predict (classify files without a server), check (what would be served, and is it
-ready), bench (a small load test of a running service). Each has its own --help.
+Without a command it starts the service and becomes its supervisor. Heavy modules are imported only
+when they are needed, so that `--help` and errors appear quickly.
 """
 
 import argparse
@@ -10,61 +10,101 @@ import io
 import os
 import signal
 import sys
+from types import FrameType
 
-COMMANDS = ("predict", "check", "bench")
-INTERRUPTED, UNREAD, ENDED = (
-    130,
-    141,
-    143,
-)  # exit statuses, as a shell has them for SIGINT, SIGPIPE and SIGTERM
+DESCRIPTION = """Serve a model over HTTP. Each setting is a flag and an environment variable.
+
+Commands, each with its own --help:
+  predict   classify image files without a server
+  check     show what would be served, and whether it is ready
+"""
+COMMANDS = ("predict", "check")
+
+# Exit statuses, as a shell reports them: 128 plus the number of the signal.
+STATUS_SIGINT = 130
+STATUS_SIGPIPE = 141
+STATUS_SIGTERM = 143
 
 
 def main(arguments: list[str]) -> int:
-    if os.getpid() == 1:  # from which the kernel keeps each signal that it has no handler for
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(ENDED))
-    from models.bundle import BundleError  # only now: all there is to import takes a second
-    from serve import options
-    from serve.http import tracing
-    from serve.processes.ports import ANY_PORT, is_port_free
+    """Serve, or run a command, and return the exit status.
+
+    The status is 2 for an invalid setting, bundle or store.
+    """
+    _handle_sigterm_as_init()
+    from models.bundle import BundleError
 
     try:
         if arguments and arguments[0] in COMMANDS:
-            return run(*arguments)
-        parser = argparse.ArgumentParser(
-            "python -m serve",
-            description=__doc__,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        options.add(parser)
-        chosen = options.resolve(options.read(vars(parser.parse_args(arguments))))
-        chosen.key()
-        if not is_port_free(chosen.host, ANY_PORT):
-            raise ValueError(
-                f"--host (IMAGO_HOST): this machine has no address of the kind {chosen.host}"
-            )
-        if chosen.tracing:
-            tracing.check_installed()
-        from serve.processes.supervisor import serve  # LitServe takes half of it
-
-        return serve(chosen)
+            return run_command(arguments[0], arguments[1:])
+        return run_service(arguments)
     except (ValueError, BundleError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def run(command: str, *arguments: str) -> int:
-    """A command. Ctrl-C, or a reader that has seen enough, ends it at once; a thread may be reading what never ends."""
+def run_service(arguments: list[str]) -> int:
+    """Check what can be checked before processes start, then serve until SIGTERM."""
+    from serve import options
+    from serve.http import tracing
+    from serve.processes import run_directory
+
+    parser = argparse.ArgumentParser(
+        "imago serve",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    options.add_arguments(parser)
+    flags = vars(parser.parse_args(arguments))
+    settings = options.resolve_model(options.parse_settings(flags))
+
+    settings.load_api_key()
+    if not run_directory.free(settings.host):
+        raise ValueError(
+            f"--host (IMAGO_HOST): this machine has no address of the kind {settings.host}"
+        )
+    if settings.tracing:
+        tracing.check_installed()
+
+    from serve.processes.supervisor import serve
+
+    return serve(settings)
+
+
+def run_command(name: str, arguments: list[str]) -> int:
+    """Run a command and return its exit status.
+
+    SIGINT and a closed pipe end the process at once, without waiting for threads: one of them may
+    be reading from a pipe that never ends.
+    """
+    # A file name may contain bytes that are not valid text.
     assert isinstance(sys.stdout, io.TextIOWrapper)
-    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be any bytes
+    sys.stdout.reconfigure(errors="backslashreplace")
+
+    command = importlib.import_module(f"serve.commands.{name}")
     try:
         try:
-            return importlib.import_module(f"serve.commands.{command}").main(list(arguments))
+            status: int = command.main(arguments)
         finally:
             sys.stdout.flush()
     except KeyboardInterrupt:
-        os._exit(INTERRUPTED)
+        os._exit(STATUS_SIGINT)
     except BrokenPipeError:
-        os._exit(UNREAD)
+        os._exit(STATUS_SIGPIPE)
+    return status
+
+
+def _handle_sigterm_as_init() -> None:
+    """Let SIGTERM end the process during imports if it is the first of a container.
+
+    The kernel ignores signals to process 1 that have no handler. The supervisor sets its own later.
+    """
+    if os.getpid() == 1:
+        signal.signal(signal.SIGTERM, _exit_on_sigterm)
+
+
+def _exit_on_sigterm(number: int, frame: FrameType | None) -> None:
+    os._exit(STATUS_SIGTERM)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ Used by worker processes, the shadow process, `python -m serve check` and `pytho
 """
 
 import json
+from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,11 +14,15 @@ import numpy as np
 from models.bundle import Bundle, BundleError
 from models.bundle.signing import verify_signature
 from models.bundle.verify import Samples, compare_outputs, decode_samples
-from serve import logs
+from models.cpu_quota import available_cores
+from models.image import decode
+from models.store import LATEST, Store
+from serve import logs, options
 from serve.engines.base import Engine, EngineFactory, measure_seconds
 from serve.engines.select import engine_factories
-from serve.prediction import PredictionComposer
+from serve.prediction import Prediction, PredictionComposer
 from serve.settings import Settings
+from serve.wire import DEFAULT_TOP_K
 
 # A network is light where it takes less time than this for an image. Threads of one interpreter
 # then lose more by waiting for each other than they gain.
@@ -24,6 +30,7 @@ LIGHT_SECONDS_PER_IMAGE = 80e-6
 BFLOAT16_TOLERANCE = 0.03  # of a probability
 SPEED_TEST_REPEATS = 2
 SPEED_TEST_BATCH_SIZE = 2
+PREDICT_BATCH_SIZE = 16  # images that `Model.predict` decodes at once
 
 
 class Model:
@@ -41,6 +48,7 @@ class Model:
         self.name = bundle.manifest.name
         self.version = bundle.manifest.version
         self.digest = bundle.digest
+        self.max_pixels = settings.max_pixels
 
         samples = decode_samples(bundle)
         if samples.problem:
@@ -58,6 +66,54 @@ class Model:
         run = partial(_run_on_zeros, bundle, self.engine, settings.max_batch_size, False)
         self.run_seconds = measure_seconds(run, SPEED_TEST_REPEATS)  # of a full batch on one core
         self.is_light = self.run_seconds < LIGHT_SECONDS_PER_IMAGE * settings.max_batch_size
+
+    @classmethod
+    def open(
+        cls, store: str | Path, name: str = "", version: str | int = LATEST, **settings: Any
+    ) -> "Model":
+        """Load a model to predict in this process, without a server.
+
+        `name` may be left out if the store has one model only. Other settings of the service, such
+        as `variant`, `engine` or `threads`, are keyword arguments or IMAGO_ variables. Raises
+        BundleError if the bundle is not trusted or not found, ValueError for an invalid setting.
+        """
+        flags = {"store": store, "model": name, "version": str(version), **settings}
+        resolved = options.resolve_model(options.parse_settings(flags))
+        return cls.from_settings(resolved, resolved.threads or available_cores())
+
+    @classmethod
+    def from_settings(cls, settings: Settings, threads: int) -> "Model":
+        """Load the bundle that the settings name. Raises BundleError."""
+        bundle = Store(settings.store).open(settings.model, settings.version)
+        return cls(bundle, settings, threads)
+
+    def decode(self, data: bytes) -> np.ndarray:
+        """Decode an image file to uint8 [H, W, C], as the network takes it. Raises ImageError."""
+        return decode(data, self.manifest.input, self.max_pixels)
+
+    def predict(self, images: Sequence[bytes], top_k: int = DEFAULT_TOP_K) -> list[Prediction]:
+        """Classify image files, given as their bytes.
+
+        Each prediction lists the `top_k` most likely classes. Raises ImageError for the first file
+        that can't be decoded.
+        """
+        predictions: list[Prediction] = []
+        for start in range(0, len(images), PREDICT_BATCH_SIZE):
+            batch = images[start : start + PREDICT_BATCH_SIZE]
+            pixels = np.stack([self.decode(data) for data in batch])
+            predictions += self.predict_pixels(pixels, top_k, use_all_threads=True)
+        return predictions
+
+    def predict_pixels(
+        self, pixels: np.ndarray, top_k: int = DEFAULT_TOP_K, use_all_threads: bool = False
+    ) -> list[Prediction]:
+        """Classify decoded images, uint8 [N, H, W, C].
+
+        `use_all_threads` speeds up one batch; leave it off where several threads predict at once.
+        """
+        probabilities, energy = self.engine.run(pixels, self.output_names, use_all_threads)
+        texts = self.composer.compose(probabilities, energy, [top_k] * len(pixels))
+        return [Prediction.model_validate_json(text + "}") for text in texts]
 
     def _warm_up(self, max_batch_size: int) -> None:
         """Run the smallest and the largest batch, so that no request waits for a first run."""

@@ -1,4 +1,9 @@
-"""Settings on a command line: a flag each, an IMAGO_ variable each, and errors of one line."""
+"""The settings on a command line: one flag each, with errors of one line.
+
+pydantic-settings has a command line of its own. It is not used because it drops an empty value, so
+that `--api-key ""` would start a service without a key, and because it neither names environment
+variables in `--help` nor combines a subset of the settings with a command's own arguments.
+"""
 
 import argparse
 from collections.abc import Iterable
@@ -10,52 +15,67 @@ from models.bundle import BundleError
 from models.store import Store
 from serve.settings import PREFIX, Settings
 
-MODEL = (
-    "store",
-    "model",
-    "version",
-    "variant",
-    "engine",
-    "threads",
-)  # what says which model runs, and how
-KEY = ("api_key", "api_key_file")
+# The settings that say which model runs, and how.
+MODEL_SETTINGS = ("store", "model", "version", "variant", "engine", "threads")
 
 
-def add(parser: argparse.ArgumentParser, names: Iterable[str] = Settings.model_fields) -> None:
-    """One flag for each setting; its help names the variable and the default."""
+def add_arguments(
+    parser: argparse.ArgumentParser, names: Iterable[str] = Settings.model_fields
+) -> None:
+    """Add a flag per setting, whose help shows the environment variable and the default."""
     for name in names:
         field = Settings.model_fields[name]
-        default = "" if field.default in (None, "") else f", default {field.default}"
+        has_default = field.default not in (None, "")
+        default = f", default {field.default}" if has_default else ""
         parser.add_argument(
-            f"--{name.replace('_', '-')}",
+            _flag(name),
             metavar=name.rpartition("_")[2].upper(),
             default=argparse.SUPPRESS,
-            help=f"{field.description} [{PREFIX}{name.upper()}{default}]",
+            help=f"{field.description} [{_variable(name)}{default}]",
         )
 
 
-def read(flags: dict[str, Any]) -> Settings:
-    """Raises ValueError, in one line that names the setting."""
+def parse_settings(flags: dict[str, Any]) -> Settings:
+    """Return the settings from flags, environment variables and defaults.
+
+    Raises ValueError with one line that names the first invalid setting.
+    """
     try:
         return Settings(**flags)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = "_".join(map(str, first["loc"]))
-        where = f"--{name.replace('_', '-')} ({PREFIX}{name.upper()}): " if name else ""
-        raise ValueError(f"{where}{first['msg'].removeprefix('Value error, ')}") from error
+        details = error.errors()[0]
+        message = details["msg"].removeprefix("Value error, ")
+        name = "_".join(map(str, details["loc"]))
+        if name:
+            message = f"{_flag(name)} ({_variable(name)}): {message}"
+        raise ValueError(message) from error
 
 
-def resolve(given: Settings) -> Settings:
-    """Name the model where the store leaves no choice. Raises BundleError where it leaves one, or has none."""
-    store = Store(given.store)
-    if not given.model:
+def resolve_model(settings: Settings) -> Settings:
+    """Set the name of the model, if it is not given and the store has only one.
+
+    Raises BundleError if the store has none or several, or not the version of the settings.
+    """
+    store = Store(settings.store)
+    if not settings.model:
         names = store.names()
-        if len(names) != 1:
+        if not names:
             raise BundleError(
-                f"{given.store}: no model in this store; train one first: make train"
-                if not names
-                else f"{given.store} has several models, choose with --model: {', '.join(names)}"
+                f"{settings.store}: no model in this store; train one first: make train"
             )
-        given.model = names[0]
-    store.path(given.model, given.version)
-    return given
+        if len(names) > 1:
+            raise BundleError(
+                f"{settings.store} has several models, choose with --model: {', '.join(names)}"
+            )
+        settings.model = names[0]
+
+    store.path(settings.model, settings.version)
+    return settings
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _variable(name: str) -> str:
+    return f"{PREFIX}{name.upper()}"

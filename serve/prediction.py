@@ -8,11 +8,30 @@ import json
 
 import cv2
 import numpy as np
+from pydantic import BaseModel
 
 from models.bundle import Manifest
 from models.image import InputSpec, resize_to_input
 
 MAX_ACTIVATION_MAP_PIXELS = 64  # longer side of a class-activation map
+
+
+class ClassConfidence(BaseModel, frozen=True):
+    """A class and its calibrated probability."""
+
+    label: str
+    index: int
+    confidence: float
+
+
+class Prediction(ClassConfidence, frozen=True):
+    """The prediction for one image, with the fields of the service's answers."""
+
+    top: list[ClassConfidence]  # the most likely classes, in descending order
+    prediction_set: list[str]  # contains the true class with the bundle's conformal level
+    abstain: bool  # the confidence is below the bundle's threshold
+    out_of_distribution: bool  # the energy is above the bundle's threshold
+    energy: float  # -logsumexp of the logits; high for images unlike the training data
 
 
 class PredictionComposer:

@@ -1,1 +1,1 @@
-"""Commands beside the service: `python -m serve predict | check | bench`."""
+"""The commands of the service: `imago serve predict` and `imago serve check`."""

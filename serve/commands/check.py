@@ -1,10 +1,13 @@
-"""Say what would be served with these settings, and why it is or isn't ready. Exit status 0 means ready."""
+"""`imago serve check`: show what would be served with these settings, and whether it is ready.
+
+It loads the model as a worker does. Workers also run it, in a process of its own, before they load
+a new version.
+"""
 
 import argparse
 import json
 import sys
 from collections.abc import Callable
-from typing import Any
 
 from models.bundle import Bundle
 from models.cpu_quota import available_cores
@@ -15,82 +18,107 @@ from serve.settings import Settings
 from serve.worker.exit_status import STORE_UNREADABLE
 from serve.worker.version_check import is_transient
 
+DESCRIPTION = "Show what would be served with these settings, and whether it is ready."
+STATUS_HELP = (
+    "Exit status: 0 ready, 1 not ready, 2 invalid setting, 75 the store can't be read now."
+)
+MAX_CLASSES_SHOWN = 10
+
+# Shows one line: a name and its value.
+ShowLine = Callable[[str, str], None]
+
 
 def main(arguments: list[str]) -> int:
-    """0: ready, 1: not ready, 2: bad usage, 75: the store can't be read now."""
-    parser = argparse.ArgumentParser("python -m serve check", description=__doc__)
+    """Run the command and return its exit status, as STATUS_HELP says."""
+    parser = argparse.ArgumentParser(
+        "imago serve check", description=DESCRIPTION, epilog=STATUS_HELP
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
-    options.add(parser)
-    given = vars(parser.parse_args(arguments))
-    as_json = given.pop("json")
-    say: Callable[[str, Any], None] = (lambda *_: None) if as_json else tell
-    settings = options.read(given)
+    options.add_arguments(parser)
+    flags = vars(parser.parse_args(arguments))
+    as_json = flags.pop("json")
+    settings = options.parse_settings(flags)
+
+    show_line = _show_nothing if as_json else _print_line
     try:
-        model = check(settings, say)
+        model = load_model(settings, show_line)
     except (ValueError, OSError) as error:
-        say("ready", "no")
+        show_line("ready", "no")
         print(f"error: {error}", file=sys.stderr)
         return STORE_UNREADABLE if is_transient(error) else 1
+
     if as_json:
-        print(
-            json.dumps(
-                {
-                    "model": model.name,
-                    "version": model.version,
-                    "variant": model.variant,
-                    "engine": model.engine.name,
-                    "digest": model.bundle.digest,
-                }
-            )
-        )
-    calibration = model.manifest.calibration
-    say(
-        "input",
-        f"{model.manifest.input.width}x{model.manifest.input.height}, {model.manifest.input.resize}",
-    )
-    say(
-        "classes",
-        f"{len(model.manifest.classes)}: {', '.join(model.manifest.classes[:10])}"
-        f"{', …' if len(model.manifest.classes) > 10 else ''}",
-    )
-    say("abstains below", f"confidence {calibration.abstain_threshold:.3g}")
-    say(
-        "prediction sets",
-        "none"
-        if calibration.conformal_level is None
-        else f"hold the true class in {calibration.conformal_level:.0%} of cases",
-    )
-    say("ready", "yes")
+        print(json.dumps(summarize(model)))
+    else:
+        show_manifest(model, show_line)
+        show_line("ready", "yes")
     return 0
 
 
-def check(settings: Settings, say: Callable[[str, Any], None]) -> Model:
-    """Everything that a starting worker does. Raises ValueError (BundleError is one) with the cause."""
+def load_model(settings: Settings, show_line: ShowLine) -> Model:
+    """Load the model as a worker does, and show each step.
+
+    Raises ValueError, of which BundleError is a kind, or OSError.
+    """
     threads = settings.threads or max(1, available_cores() // settings.workers)
-    say(
-        "cores",
-        f"{threads} for each of {settings.workers} worker{'s' if settings.workers > 1 else ''}",
-    )
-    settings.key()
-    options.resolve(settings)
+    workers = "1 worker" if settings.workers == 1 else f"{settings.workers} workers"
+    show_line("cores", f"{threads} for each of {workers}")
+
+    settings.load_api_key()
+    options.resolve_model(settings)
     store = Store(settings.store)
     path = store.path(settings.model, settings.version)
-    follows = ", follows latest" if settings.version == LATEST and settings.reload_seconds else ""
-    say(
+    versions = ", ".join(map(str, store.versions(settings.model)))
+    follows_latest = settings.version == LATEST and settings.reload_seconds > 0
+    show_line(
         "model",
-        f"{settings.model}, version {path.resolve().name} of "
-        f"{', '.join(map(str, store.versions(settings.model)))}{follows}",
+        f"{settings.model}, version {path.resolve().name} of {versions}"
+        f"{', follows latest' if follows_latest else ''}",
     )
+
     bundle = Bundle(path)
-    say("digests", "every file is as it was written")
+    show_line("checksums", "all files match")
+
     model = Model(bundle, settings, threads)
-    say(
-        "variant",
-        f"{model.variant} of {', '.join(bundle.manifest.variants)}, on {model.engine.name}",
-    )
-    say("samples", f"{len(bundle.manifest.samples)} answered as expected")
+    variants = ", ".join(bundle.manifest.variants)
+    show_line("variant", f"{model.variant} of {variants}, on {model.engine.name}")
+    show_line("samples", f"{len(bundle.manifest.samples)} reproduced")
     return model
 
 
-def tell(name: str, value: Any) -> None:
+def show_manifest(model: Model, show_line: ShowLine) -> None:
+    """Show the input, the classes and the calibration of a model."""
+    manifest = model.manifest
+    spec = manifest.input
+    show_line("input", f"{spec.width}x{spec.height}, {spec.resize}")
+
+    names = ", ".join(manifest.classes[:MAX_CLASSES_SHOWN])
+    ellipsis = ", …" if len(manifest.classes) > MAX_CLASSES_SHOWN else ""
+    show_line("classes", f"{len(manifest.classes)}: {names}{ellipsis}")
+
+    calibration = manifest.calibration
+    show_line("abstains below", f"confidence {calibration.abstain_threshold:.3g}")
+    if calibration.conformal_level is None:
+        show_line("prediction sets", "none")
+    else:
+        level = f"{calibration.conformal_level:.0%}"
+        show_line("prediction sets", f"contain the true class in {level} of cases")
+
+
+def summarize(model: Model) -> dict[str, str | int]:
+    """Return what --json prints."""
+    return {
+        "model": model.name,
+        "version": model.version,
+        "variant": model.variant,
+        "engine": model.engine.name,
+        "digest": model.digest,
+    }
+
+
+def _print_line(name: str, value: str) -> None:
     print(f"{name:16} {value}", flush=True)
+
+
+def _show_nothing(name: str, value: str) -> None:
+    pass

@@ -1,13 +1,18 @@
-"""Classify image files without a server, with the same decoding, graph and thresholds as the service."""
+"""`imago serve predict`: classify image files without a server.
+
+Decoding, graph and thresholds are those of the service.
+"""
 
 import argparse
 import csv
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -16,23 +21,18 @@ from rich.progress import track
 from rich.table import Table
 
 from models.cpu_quota import available_cores
-from models.image import ImageError, decode
-from models.store import Store
+from models.image import ImageError
 from serve import options
 from serve.model import Model
+from serve.prediction import Prediction
+from serve.wire import DEFAULT_TOP_K
 
-SUFFIXES = {
-    ".jpg",
-    ".jpeg",
-    ".png",
-    ".webp",
-    ".bmp",
-    ".gif",
-    ".tif",
-    ".tiff",
-}  # looked for in directories
-BATCH = 16
-COLUMNS = (
+DESCRIPTION = "Classify image files without a server, with the same results as the service."
+STATUS_HELP = "Exit status: 0 all classified, 1 some failed, 2 invalid setting or path."
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+BATCH_SIZE = 16
+PIPE_COLUMNS = 200  # width of a table that does not go to a terminal, so that no name is cut
+CSV_COLUMNS = (
     "file",
     "label",
     "index",
@@ -44,133 +44,187 @@ COLUMNS = (
     "error",
 )
 
+# A file and its prediction, or the reason why there is none.
+Result = tuple[Path, Prediction | str]
+
 
 def main(arguments: list[str]) -> int:
-    """0: all were classified, 1: some could not be, 2: bad usage."""
-    parser = argparse.ArgumentParser("python -m serve predict", description=__doc__)
+    """Run the command and return its exit status, as STATUS_HELP says."""
+    parser = argparse.ArgumentParser(
+        "imago serve predict", description=DESCRIPTION, epilog=STATUS_HELP
+    )
     parser.add_argument(
         "paths", nargs="+", type=Path, metavar="IMAGE|DIR", help="files, or directories to search"
     )
+    parser.add_argument("--format", choices=tuple(WRITERS), default="table", help="default: table")
     parser.add_argument(
-        "--format", choices=("table", "json", "csv"), default="table", help="default: table"
+        "--top-k",
+        type=int,
+        default=DEFAULT_TOP_K,
+        help=f"classes listed in JSON (default: {DEFAULT_TOP_K})",
     )
-    parser.add_argument("--top-k", type=int, default=5, help="classes listed in JSON (default: 5)")
-    options.add(parser, (*options.MODEL, "max_pixels"))
-    given = vars(parser.parse_args(arguments))
-    paths, form, top_k = given.pop("paths"), given.pop("format"), given.pop("top_k")
+    options.add_arguments(parser, (*options.MODEL_SETTINGS, "max_pixels"))
+    flags = vars(parser.parse_args(arguments))
+    paths = flags.pop("paths")
+    write_results = WRITERS[flags.pop("format")]
+    top_k = flags.pop("top_k")
     if top_k < 1:
         raise ValueError("--top-k must be at least 1")
-    settings = options.resolve(options.read(given))
-    files = find(paths)
+
+    settings = options.resolve_model(options.parse_settings(flags))
+    files = find_files(paths)
     threads = settings.threads or available_cores()
-    model = Model(Store(settings.store).open(settings.model, settings.version), settings, threads)
-    batches = [files[at : at + BATCH] for at in range(0, len(files), BATCH)]
-    pool = ThreadPoolExecutor(
-        threads
-    )  # not in `with`, where Ctrl-C would wait for a pipe that never ends
-    answered = pool.map(lambda batch: classify(model, batch, top_k, settings.max_pixels), batches)
-    shown = track(
-        answered,
+    model = Model.from_settings(settings, threads)
+
+    results = classify_all(model, files, top_k, threads)
+    write_results(model, results)
+    has_failed = any(isinstance(outcome, str) for _, outcome in results)
+    return 1 if has_failed else 0
+
+
+def find_files(paths: Iterable[Path]) -> list[Path]:
+    """Return files as given, and the images in directories, sorted.
+
+    Raises ValueError for a path that does not exist and a directory without images.
+    """
+    files: list[Path] = []
+    for path in paths:
+        if os.path.isdir(path):
+            images = find_images(path)
+            if not images:
+                raise ValueError(f"{path}: no images in this directory")
+            files += images
+            continue
+
+        try:
+            path.stat()
+        except OSError as error:
+            raise ValueError(f"{path}: {error.strerror}") from error
+        files.append(path)
+    return files
+
+
+def find_images(directory: Path) -> list[Path]:
+    """Return the images in a directory and those below it, sorted by path.
+
+    What may not be read is in the list too, so that it appears in the results with its error.
+    """
+    errors: list[OSError] = []
+    images: list[Path] = []
+    for parent, _, names in os.walk(directory, onerror=errors.append):
+        for name in names:
+            path = Path(parent, name)
+            if path.suffix.lower() not in IMAGE_SUFFIXES:
+                continue
+            # A path in a directory that may not be entered does not seem to exist.
+            if os.path.isfile(path) or not os.path.exists(path):
+                images.append(path)
+
+    images += [Path(error.filename) for error in errors]
+    return sorted(images)
+
+
+def classify_all(model: Model, files: list[Path], top_k: int, threads: int) -> list[Result]:
+    """Classify files, a batch per thread, with a progress bar if stderr is a terminal."""
+    batches = [files[start : start + BATCH_SIZE] for start in range(0, len(files), BATCH_SIZE)]
+    # Not in a `with` block: on Ctrl-C it would wait for a thread that reads from a pipe.
+    pool = ThreadPoolExecutor(threads)
+    progress = track(
+        pool.map(partial(classify_batch, model, top_k), batches),
         "Classifying",
         len(batches),
         console=Console(stderr=True),
         disable=not sys.stderr.isatty(),
         transient=True,
     )
-    rows = [row for batch in shown for row in batch]
-    {"table": as_table, "json": as_json, "csv": as_csv}[form](model, rows)
-    return 1 if any("error" in row for row in rows) else 0
+    results: list[Result] = []
+    for batch_results in progress:
+        results += batch_results
+    return results
 
 
-def find(paths: Iterable[Path]) -> list[Path]:
-    """Files as given, and the images below directories, sorted. Raises ValueError for what is not there."""
-    found: list[Path] = []
-    for path in paths:
-        if not os.path.isdir(path):
-            try:
-                path.stat()
-            except OSError as error:
-                raise ValueError(f"{path}: {error.strerror}") from error
-            found.append(path)
-        elif inside := sorted(images(path)):
-            found += inside
-        else:
-            raise ValueError(f"{path}: no images in this directory")
-    return found
-
-
-def images(directory: Path) -> Iterator[Path]:
-    """The images below it, and what we may not look at: to read that will say why not."""
-    closed: list[OSError] = []
-    for place, _, names in os.walk(directory, onerror=closed.append):
-        paths = [Path(place, name) for name in names if Path(name).suffix.lower() in SUFFIXES]
-        yield from (path for path in paths if os.path.isfile(path) or not os.path.exists(path))
-    yield from (Path(error.filename) for error in closed)
-
-
-def classify(model: Model, files: list[Path], top_k: int, max_pixels: int) -> list[dict]:
-    """One row a file, in their order: a prediction as the service gives it, or an error."""
-    rows: list[dict] = [{"file": str(file)} for file in files]
-    pixels, good = [], []
-    for file, row in zip(files, rows, strict=True):
+def classify_batch(model: Model, top_k: int, files: list[Path]) -> list[Result]:
+    """Return the predictions of some files, in their order."""
+    outcomes: dict[int, Prediction | str] = {}
+    pixels: list[np.ndarray] = []
+    decoded: list[int] = []
+    for position, file in enumerate(files):
         try:
-            pixels.append(decode(file.read_bytes(), model.manifest.input, max_pixels))
-            good.append(row)
+            pixels.append(model.decode(file.read_bytes()))
+            decoded.append(position)
         except (ImageError, OSError) as error:
-            row["error"] = str(error)
-    if good:
-        probabilities, energy = model.engine.run(
-            np.stack(pixels), model.output_names, use_all_threads=False
+            outcomes[position] = str(error)
+
+    if pixels:
+        predictions = model.predict_pixels(np.stack(pixels), top_k)
+        outcomes.update(zip(decoded, predictions, strict=True))
+    return [(file, outcomes[position]) for position, file in enumerate(files)]
+
+
+def write_table(model: Model, results: list[Result]) -> None:
+    """Print a table for people."""
+    title = f"{model.name}, version {model.version}"
+    table = Table("file", "label", "confidence", "notes", title=title)
+    for file, outcome in results:
+        if isinstance(outcome, str):
+            table.add_row(escape(str(file)), "", "", f"[red]{escape(outcome)}[/red]")
+            continue
+        table.add_row(
+            escape(str(file)),
+            escape(outcome.label),
+            f"{outcome.confidence:.1%}",
+            escape(", ".join(list_notes(outcome))),
         )
-        for row, text in zip(
-            good, model.composer.compose(probabilities, energy, [top_k] * len(good)), strict=True
-        ):
-            row.update(json.loads(text + "}"))
-    return rows
 
-
-def as_table(model: Model, rows: list[dict]) -> None:
-    table = Table(
-        "file", "label", "confidence", "notes", title=f"{model.name}, version {model.version}"
-    )
-    for row in rows:
-        if "error" in row:
-            table.add_row(escape(row["file"]), "", "", f"[red]{escape(row['error'])}[/red]")
-        else:
-            table.add_row(
-                escape(row["file"]),
-                escape(row["label"]),
-                f"{row['confidence']:.1%}",
-                escape(", ".join(notes(row))),
-            )
     console = Console()
     if not console.is_terminal:
-        console.width = 200  # a pipe has no width; cutting columns would lose names
+        console.width = PIPE_COLUMNS
     console.print(table)
 
 
-def notes(row: dict) -> Iterator[str]:
-    if row["abstain"]:
-        yield "abstains"
-    if row["out_of_distribution"]:
-        yield "out of distribution"
-    if len(row["prediction_set"]) > 1:
-        yield f"one of {', '.join(row['prediction_set'])}"
+def list_notes(prediction: Prediction) -> list[str]:
+    """Return why a prediction deserves less trust."""
+    notes: list[str] = []
+    if prediction.abstain:
+        notes.append("abstains")
+    if prediction.out_of_distribution:
+        notes.append("out of distribution")
+    if len(prediction.prediction_set) > 1:
+        notes.append(f"one of {', '.join(prediction.prediction_set)}")
+    return notes
 
 
-def as_json(model: Model, rows: list[dict]) -> None:
-    json.dump(
-        {"model": {"name": model.name, "version": str(model.version)}, "predictions": rows},
-        sys.stdout,
-        indent=1,
-    )
+def write_json(model: Model, results: list[Result]) -> None:
+    """Print one JSON object, in the form of the service's answers."""
+    answer = {
+        "model": {"name": model.name, "version": str(model.version)},
+        "predictions": [build_row(file, outcome) for file, outcome in results],
+    }
+    json.dump(answer, sys.stdout, indent=1)
     print()
 
 
-def as_csv(model: Model, rows: list[dict]) -> None:
+def write_csv(model: Model, results: list[Result]) -> None:
+    """Print one row per file. The classes of a prediction set are separated by `|`."""
     writer = csv.DictWriter(
-        sys.stdout, COLUMNS, restval="", extrasaction="ignore", lineterminator="\n"
+        sys.stdout, CSV_COLUMNS, restval="", extrasaction="ignore", lineterminator="\n"
     )
     writer.writeheader()
-    for row in rows:
-        writer.writerow({**row, "prediction_set": "|".join(row.get("prediction_set", []))})
+    for file, outcome in results:
+        row = build_row(file, outcome)
+        row["prediction_set"] = "|".join(row.get("prediction_set", []))
+        writer.writerow(row)
+
+
+def build_row(file: Path, outcome: Prediction | str) -> dict[str, Any]:
+    """Return the file with its prediction or error, by the names that the service uses."""
+    if isinstance(outcome, str):
+        return {"file": str(file), "error": outcome}
+    return {"file": str(file), **outcome.model_dump()}
+
+
+WRITERS: dict[str, Callable[[Model, list[Result]], None]] = {
+    "table": write_table,
+    "json": write_json,
+    "csv": write_csv,
+}

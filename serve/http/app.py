@@ -98,7 +98,7 @@ class Service:
         """Connect to the workers, whose sockets are in `run_directory`."""
         logs.configure(settings)
         self.settings = settings
-        self.api_key = settings.key()
+        self.api_key = settings.load_api_key()
         self.state = SharedState(run_directory)
         self.connections: set[ClientConnection] = set()  # the open ones; each adds itself
         self._request_ids = count()
