@@ -47,7 +47,7 @@ def run_service(arguments: list[str]) -> int:
     """Check what can be checked before processes start, then serve until SIGTERM."""
     from serve import options
     from serve.http import tracing
-    from serve.processes import run_directory
+    from serve.processes.ports import ANY_PORT, is_port_free
 
     parser = argparse.ArgumentParser(
         "imago serve",
@@ -59,7 +59,7 @@ def run_service(arguments: list[str]) -> int:
     settings = options.resolve_model(options.parse_settings(flags))
 
     settings.load_api_key()
-    if not run_directory.free(settings.host):
+    if not is_port_free(settings.host, ANY_PORT):
         raise ValueError(
             f"--host (IMAGO_HOST): this machine has no address of the kind {settings.host}"
         )
