@@ -15,7 +15,6 @@ import pytest
 from support import ROOT, tiny_bundle
 
 from models.bundle import Calibration, write_checksums
-from serve.settings import PREFIX, Settings
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess:
@@ -45,9 +44,7 @@ def images(tmp_path: Path) -> Path:
     (images / "deep").mkdir(parents=True)
     (images / "a.png").write_bytes(tiny_bundle.make_image("red"))
     (images / "b [bold].jpg").write_bytes(tiny_bundle.make_image("green", kind=".jpg"))
-    (images / "deep" / "c.webp").write_bytes(
-        tiny_bundle.make_image("blue", size=64, kind=".webp")
-    )
+    (images / "deep" / "c.webp").write_bytes(tiny_bundle.make_image("blue", size=64, kind=".webp"))
     (images / "notes.txt").write_text("no image")
     return images
 
@@ -163,11 +160,8 @@ def test_check_runs_the_samples(tmp_path):
     assert_refused(result, "self check", "probabilities", status=1)
 
 
-def test_help_lists_every_setting_and_every_command():
+def test_help_lists_every_command():
     text = run("--help").stdout
-    for name in Settings.model_fields:
-        assert f"--{name.replace('_', '-')} " in text
-        assert PREFIX + name.upper() in text
     for command in ("predict", "check"):
         assert command in text
         assert run(command, "--help").returncode == 0

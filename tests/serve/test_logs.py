@@ -1,4 +1,4 @@
-"""What a running service writes on stderr."""
+"""The log of a running service on stderr."""
 
 import base64
 import json
@@ -6,7 +6,7 @@ import json
 from support import tiny_bundle
 
 
-def test_json_lines_tell_of_requests_and_never_hold_images(start):
+def test_json_lines_have_requests_but_no_images(start):
     service = start("--access-log", "true")
     image = tiny_bundle.make_image("red")
     encoded = base64.b64encode(image).decode()
@@ -33,7 +33,7 @@ def test_json_lines_tell_of_requests_and_never_hold_images(start):
     assert "PNG" not in text
 
 
-def test_a_path_makes_no_line_and_no_field_of_a_text_log(start):
+def test_a_path_cannot_forge_lines_or_fields_of_a_text_log(start):
     service = start("--access-log", "true", "--log-format", "text")
     paths = ("/a%0a16:00:00%20INFO%20all%20is%20well", "/a%20status=200", "/a%e2%80%a8b")
     for path in paths:

@@ -17,7 +17,8 @@ from models.bundle import Calibration, write_checksums
 PASTE = """([name, bytes]) => {
   const files = new DataTransfer();
   files.items.add(new File([new Uint8Array(bytes)], name, {type: 'image/png'}));
-  document.dispatchEvent(new ClipboardEvent('paste', {clipboardData: files, bubbles: true, cancelable: true}));
+  document.dispatchEvent(
+    new ClipboardEvent('paste', {clipboardData: files, bubbles: true, cancelable: true}));
 }"""
 DROP = """([name, bytes]) => {
   const files = new DataTransfer();
@@ -29,7 +30,7 @@ DROP = """([name, bytes]) => {
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> Path:
-    """A model that is cautious: dark images abstain, dark gray ones are out of distribution; it has a report."""
+    """A model with thresholds and a report: it abstains on dark images; gray ones are unusual."""
     store = tmp_path_factory.mktemp("page")
     path = tiny_bundle.publish(
         store,
@@ -56,34 +57,36 @@ def service(store, tmp_path_factory) -> Iterator[Server]:
 
 @pytest.fixture
 def page(browser, service) -> Iterator:
-    """The page, opened and loaded. An error in its console, or a request to another host, fails the test."""
+    """The loaded page. An error in its console or a request to another host fails the test."""
     context = browser.new_context(base_url=service.url, viewport={"width": 1200, "height": 800})
-    opened, wrong = context.new_page(), []
-    opened.on("console", lambda message: message.type == "error" and wrong.append(message.text))
-    opened.on("pageerror", lambda error: wrong.append(str(error)))
+    opened = context.new_page()
+    errors: list[str] = []
+    opened.on("console", lambda message: message.type == "error" and errors.append(message.text))
+    opened.on("pageerror", lambda error: errors.append(str(error)))
     opened.on(
         "request",
         lambda request: (
-            request.url.startswith((service.url, "blob:", "data:")) or wrong.append(request.url)
+            request.url.startswith((service.url, "blob:", "data:")) or errors.append(request.url)
         ),
     )
     opened.goto("/")
     opened.locator("#strip button").first.wait_for()
-    opened.service, opened.wrong = service, wrong
+    opened.service = service
+    opened.errors = errors
     yield opened
     context.close()
-    assert not wrong
+    assert not errors
 
 
-def result(page, name: str):
-    """The card of the newest answer, once it is that of `name`."""
+def wait_for_card(page, name: str):
+    """Wait until the newest card is that of the file `name`, and return it."""
     card = page.locator("article").first
     card.locator(".file", has_text=name).wait_for()
     return card
 
 
 @pytest.mark.parametrize("secure", [True, False], ids=["secure", "plain HTTP"])
-def test_the_command_is_copied(page, secure):
+def test_the_curl_command_is_copied(page, secure):
     if secure:
         page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     else:
@@ -116,16 +119,16 @@ def test_picked_images_are_classified(page, tmp_path):
     page.get_by_role("status").get_by_text("3 images answered").wait_for()
 
 
-def test_an_answer_shows_all_there_is_to_know(page, tmp_path):
+def test_a_card_shows_the_whole_prediction(page, tmp_path):
     (tmp_path / "it's.png").write_bytes(tiny_bundle.make_image("green", size=64))
     page.set_input_files("#files", tmp_path / "it's.png")
-    card = result(page, "it's.png")
-    (said,) = page.service.predict((tmp_path / "it's.png").read_bytes()).json()["predictions"]
+    card = wait_for_card(page, "it's.png")
+    (prediction,) = page.service.predict((tmp_path / "it's.png").read_bytes()).json()["predictions"]
     bars = card.locator(".bars li").all()
     assert [bar.locator(".name").inner_text() for bar in bars] == [
-        choice["label"] for choice in said["top"]
+        choice["label"] for choice in prediction["top"]
     ]
-    assert bars[0].locator(".share").inner_text() == f"{100 * said['confidence']:.1f} %"
+    assert bars[0].locator(".share").inner_text() == f"{100 * prediction['confidence']:.1f} %"
     widths = [bar.locator(".fill").bounding_box()["width"] for bar in bars]
     assert widths == sorted(widths, reverse=True)
     assert widths[0] > 0.9 * bars[0].locator(".track").bounding_box()["width"]
@@ -139,22 +142,22 @@ def test_an_answer_shows_all_there_is_to_know(page, tmp_path):
 def test_the_curl_command_gives_the_same_answer(page, tmp_path):
     (tmp_path / "it's one.png").write_bytes(tiny_bundle.make_image("blue"))
     page.set_input_files("#files", tmp_path / "it's one.png")
-    card = result(page, "it's one.png")
+    card = wait_for_card(page, "it's one.png")
     card.get_by_text("The same request with curl").click()
-    ran = subprocess.run(
+    result = subprocess.run(
         card.locator("pre").inner_text(), shell=True, cwd=tmp_path, capture_output=True, check=True
     )
-    (prediction,) = json.loads(ran.stdout)["predictions"]
+    (prediction,) = json.loads(result.stdout)["predictions"]
     assert prediction["label"] == "blue"
     assert prediction["cam"]
 
 
-def test_doubts_are_shown_and_spoken(page, tmp_path):
+def test_warnings_are_shown_and_announced(page, tmp_path):
     (tmp_path / "gray.png").write_bytes(
         cv2.imencode(".png", np.full((32, 32, 3), 9, np.uint8))[1].tobytes()
     )
     page.set_input_files("#files", tmp_path / "gray.png")
-    badges = result(page, "gray.png").locator(".badges li")
+    badges = wait_for_card(page, "gray.png").locator(".badges li")
     assert [text.split(":")[0] for text in badges.all_inner_texts()] == [
         "Abstains",
         "Out of distribution",
@@ -163,12 +166,12 @@ def test_doubts_are_shown_and_spoken(page, tmp_path):
 
 
 @pytest.mark.parametrize("script", [PASTE, DROP], ids=["paste", "drop"])
-def test_other_ways_in(page, script):
+def test_images_can_be_pasted_and_dropped(page, script):
     page.evaluate(script, ["given.png", list(tiny_bundle.make_image("blue"))])
-    assert result(page, "given.png").locator(".label").inner_text().startswith("blue")
+    assert wait_for_card(page, "given.png").locator(".label").inner_text().startswith("blue")
 
 
-def test_a_sample_by_keyboard_alone(page):
+def test_samples_work_with_the_keyboard(page):
     for _ in range(30):
         page.keyboard.press("Tab")
         if page.evaluate("document.activeElement.closest('#strip') !== null"):
@@ -176,21 +179,21 @@ def test_a_sample_by_keyboard_alone(page):
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")
-    card = result(page, "true class green")
+    card = wait_for_card(page, "true class green")
     assert card.locator(".label").inner_text().startswith("green")
     assert page.evaluate(
         "[...document.querySelectorAll('#strip img')].every(i => i.complete && i.naturalWidth > 0)"
     )
 
 
-def test_the_heat_map_lies_on_what_the_network_saw(page, tmp_path):
+def test_the_heat_map_covers_the_input_of_the_network(page, tmp_path):
     wide = np.zeros((100, 300, 3), np.uint8)
     wide[:50, 100:200, 2] = (
         255  # red, in the upper half of the centre, which is what the network sees
     )
     (tmp_path / "wide.png").write_bytes(cv2.imencode(".png", wide)[1].tobytes())
     page.set_input_files("#files", tmp_path / "wide.png")
-    card = result(page, "wide.png")
+    card = wait_for_card(page, "wide.png")
     heat = card.locator("canvas.heat")
     heat.wait_for(state="visible")
     photo, over = card.locator(".photo").bounding_box(), heat.bounding_box()
@@ -205,15 +208,15 @@ def test_the_heat_map_lies_on_what_the_network_saw(page, tmp_path):
     assert not heat.is_visible()
 
 
-def test_a_file_that_is_no_image_is_told_in_words(page, tmp_path):
+def test_a_file_that_is_not_an_image_gets_a_message(page, tmp_path):
     (tmp_path / "notes.png").write_text("no image")
     page.set_input_files("#files", tmp_path / "notes.png")
     page.get_by_role("status").get_by_text("not a JPEG, PNG, WebP, BMP, GIF or TIFF").wait_for()
     assert "error" in page.locator("#status").get_attribute("class")
-    assert "415" in page.wrong.pop()  # noted by the browser itself
+    assert "415" in page.errors.pop()  # logged by the browser
 
 
-def test_among_many_each_that_fails_says_why_in_its_place(page, tmp_path):
+def test_a_failed_image_among_many_has_its_own_message(page, tmp_path):
     for name, content in (
         ("one.png", tiny_bundle.make_image("red")),
         ("notes.png", b"no image"),
@@ -231,11 +234,11 @@ def test_among_many_each_that_fails_says_why_in_its_place(page, tmp_path):
     assert bad.locator(".label").inner_text() == "No answer"
     assert "not a JPEG" in bad.locator(".badges li.error").inner_text()
     bad.get_by_text("can't show the file").wait_for()
-    assert "415" in page.wrong.pop()  # noted by the browser itself
+    assert "415" in page.errors.pop()  # logged by the browser
 
 
 @pytest.mark.parametrize("width", [390, 1200])
-def test_it_is_dark_for_those_who_want_it_dark(page, width):
+def test_the_page_follows_the_colour_scheme(page, width):
     page.set_viewport_size({"width": width, "height": 700})
     means = []
     for scheme in ("light", "dark"):
@@ -246,18 +249,18 @@ def test_it_is_dark_for_those_who_want_it_dark(page, width):
     assert means[1] < 60
 
 
-def test_an_image_the_browser_cannot_show_still_gets_its_answer(page, tmp_path):
+def test_an_image_that_the_browser_cannot_show_is_classified(page, tmp_path):
     pixels = cv2.imdecode(
         np.frombuffer(tiny_bundle.make_image("red", size=64), np.uint8), cv2.IMREAD_COLOR
     )
     (tmp_path / "scan.tiff").write_bytes(cv2.imencode(".tiff", pixels)[1].tobytes())
     page.set_input_files("#files", tmp_path / "scan.tiff")
-    card = result(page, "scan.tiff")
+    card = wait_for_card(page, "scan.tiff")
     assert card.locator(".label").inner_text().startswith("red")
     card.get_by_text("can't show the image").wait_for()
 
 
-def test_everything_has_a_name_and_links_lead_somewhere(page):
+def test_controls_have_names_and_links_work(page):
     for role in ("button", "link", "textbox", "checkbox", "spinbutton"):
         for found in page.get_by_role(role).all():
             assert found.evaluate(
@@ -272,20 +275,20 @@ def test_everything_has_a_name_and_links_lead_somewhere(page):
     page.get_by_text("How good it is").wait_for()
     assert page.title() == "Report"
     assert (
-        "script" in page.wrong.pop().lower()
+        "script" in page.errors.pop().lower()
     )  # a report runs no script, and Chromium says that it would not
 
 
 @pytest.mark.parametrize("width", [320, 390, 768])
-def test_nothing_is_wider_than_the_screen(page, tmp_path, width):
+def test_the_page_fits_the_width_of_the_screen(page, tmp_path, width):
     (tmp_path / ("long-name-" * 9 + ".png")).write_bytes(tiny_bundle.make_image("red", size=64))
     page.set_viewport_size({"width": width, "height": 700})
     page.set_input_files("#files", next(tmp_path.glob("long*")))
-    result(page, "long").get_by_text("The same request").click()
+    wait_for_card(page, "long").get_by_text("The same request").click()
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
-def test_the_key_is_asked_for_and_sent(browser, start, store, tmp_path):
+def test_the_page_asks_for_the_api_key(browser, start, store, tmp_path):
     service = start("--api-key", "secret", store=store)
     context = browser.new_context(base_url=service.url)
     opened = context.new_page()
@@ -295,7 +298,7 @@ def test_the_key_is_asked_for_and_sent(browser, start, store, tmp_path):
     opened.keyboard.type("secret")  # the field has the focus
     opened.locator("#strip button").first.click()
     opened.get_by_role("status").get_by_text("red,").wait_for()
-    card = result(opened, "true class red")
+    card = wait_for_card(opened, "true class red")
     assert card.locator(".label").inner_text().startswith("red")
     assert "secret" not in card.locator("pre").text_content()
     assert "$IMAGO_API_KEY" in card.locator("pre").text_content()
@@ -303,8 +306,8 @@ def test_the_key_is_asked_for_and_sent(browser, start, store, tmp_path):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_no_barrier(page, tmp_path, scheme):
-    """Names, roles, contrast, headings and more, by the rules of WCAG that a program can check."""
+def test_axe_finds_no_violations(page, tmp_path, scheme):
+    """Axe checks names, roles, contrast and headings by the rules of WCAG."""
     from axe_playwright_python.sync_playwright import Axe
 
     page.emulate_media(color_scheme=scheme)
@@ -320,4 +323,4 @@ def test_axe_finds_no_barrier(page, tmp_path, scheme):
     page.goto("/docs")
     found.append(Axe().run(page))
     assert not [report.generate_report() for report in found if report.violations_count]
-    assert "415" in page.wrong.pop()  # noted by the browser itself
+    assert "415" in page.errors.pop()  # logged by the browser

@@ -1,4 +1,4 @@
-"""Metrics as a real Prometheus reads them, and against the sum of what was sent to several processes."""
+"""The metrics, compared with what was sent to several processes, and read by a real Prometheus."""
 
 import contextlib
 import json
@@ -23,40 +23,52 @@ from support.server import find_free_ports, wait_until
 from models.bundle import Calibration
 from serve.metrics.exposition import CONNECTION_SECONDS, MAX_CONNECTIONS
 
-PROMETHEUS, PROMTOOL = shutil.which("prometheus"), shutil.which("promtool")
+PROMETHEUS = shutil.which("prometheus")
+PROMTOOL = shutil.which("promtool")
+
+
+PNG = {"Content-Type": "image/png"}
+JSON = {"Content-Type": "application/json"}
 
 
 def send(service, clients: int = 8, rounds: int = 12) -> tuple[Counter, Counter]:
-    """Requests of all kinds, over many connections. What came back: statuses, and labels of predictions."""
+    """Send requests of all kinds over several connections.
 
-    def ask(number: int) -> tuple[Counter, Counter]:
-        codes, labels = Counter(), Counter()
-        with httpx.Client(base_url=service.url, timeout=30) as http:
-            for i in range(rounds):
-                image = tiny_bundle.make_image(tiny_bundle.CLASSES[i % 3], seed=100 * number + i)
-                many = [
-                    ("f", (str(j), tiny_bundle.make_image(tiny_bundle.CLASSES[j % 3], seed=j)))
-                    for j in range(4)
-                ]
-                for answer in (
-                    http.post("/predict", content=image, headers={"Content-Type": "image/png"}),
-                    http.post("/predict", files=[*many, ("f", ("x", b"no image"))]),
-                    http.post(
-                        "/predict", content=b"no image", headers={"Content-Type": "image/png"}
-                    ),
-                    http.post(
-                        "/predict", content=b"{", headers={"Content-Type": "application/json"}
-                    ),
-                ):
-                    codes[str(answer.status_code)] += 1
-                    labels.update(
-                        p["label"] for p in answer.json().get("predictions", []) if "label" in p
-                    )
-        return codes, labels
+    Returns how often each status code and each predicted label was received.
+    """
+    with ThreadPoolExecutor(clients) as threads:
+        results = list(
+            threads.map(lambda number: send_rounds(service, number, rounds), range(clients))
+        )
+    codes = Counter()
+    labels = Counter()
+    for client_codes, client_labels in results:
+        codes += client_codes
+        labels += client_labels
+    return codes, labels
 
-    with ThreadPoolExecutor(clients) as pool:
-        results = list(pool.map(ask, range(clients)))
-    return sum((c for c, _ in results), Counter()), sum((found for _, found in results), Counter())
+
+def send_rounds(service, client_number: int, rounds: int) -> tuple[Counter, Counter]:
+    """Send one request of each kind per round: one image, many, no image, and malformed JSON."""
+    codes = Counter()
+    labels = Counter()
+    images = [tiny_bundle.make_image(tiny_bundle.CLASSES[i % 3], seed=i) for i in range(4)]
+    files = [("f", (str(i), image)) for i, image in enumerate([*images, b"no image"])]
+    with httpx.Client(base_url=service.url, timeout=30) as http:
+        for i in range(rounds):
+            label = tiny_bundle.CLASSES[i % 3]
+            image = tiny_bundle.make_image(label, seed=100 * client_number + i)
+            for response in (
+                http.post("/predict", content=image, headers=PNG),
+                http.post("/predict", files=files),
+                http.post("/predict", content=b"no image", headers=PNG),
+                http.post("/predict", content=b"{", headers=JSON),
+            ):
+                codes[str(response.status_code)] += 1
+                for prediction in response.json().get("predictions", []):
+                    if "label" in prediction:
+                        labels[prediction["label"]] += 1
+    return codes, labels
 
 
 @pytest.fixture
@@ -67,7 +79,7 @@ def service(start, tmp_path):
     return start("--workers", "2", "--api-processes", "2", store=tmp_path)
 
 
-def test_several_processes_count_what_was_sent(service):
+def test_counts_of_several_processes_add_up(service):
     codes, labels = send(service)
     assert codes == {"200": 192, "415": 96, "400": 96}
     for code, count in codes.items():
@@ -90,25 +102,22 @@ def test_several_processes_count_what_was_sent(service):
     assert service.metric("imago_ready") == 1
 
 
-def test_what_is_out_of_distribution_is_counted_as_it_was_told(start, tmp_path):
+def test_out_of_distribution_counts_agree_with_the_answers(start, tmp_path):
     tiny_bundle.publish(tmp_path, calibration=Calibration(energy_threshold=-3.0))
     service = start("--workers", "2", store=tmp_path)
     gray = cv2.imencode(".png", np.full((32, 32, 3), 9, np.uint8))[1].tobytes()
-    told = []
+    red = tiny_bundle.make_image("red")
     for i in range(12):
-        many = [
-            ("f", (str(j), gray if j < i % 4 else tiny_bundle.make_image("red", seed=j)))
-            for j in range(3)
-        ]
-        answers = service.http.post("/predict", files=[*many, ("f", ("x", b"no image"))]).json()[
-            "predictions"
-        ][:3]
-        told += [answer["out_of_distribution"] for answer in answers]
-        assert told[-3:] == [j < i % 4 for j in range(3)]
-    wait_until(
-        lambda: service.metric("imago_confidence_count") == 36
-    )  # counted after an answer has left
-    assert service.metric("imago_out_of_distribution_total") == sum(told) == 18
+        gray_images = i % 4
+        images = [gray] * gray_images + [red] * (3 - gray_images)
+        files = [("f", (str(j), image)) for j, image in enumerate([*images, b"no image"])]
+        predictions = service.http.post("/predict", files=files).json()["predictions"]
+        flags = [prediction["out_of_distribution"] for prediction in predictions[:3]]
+        assert flags == [True] * gray_images + [False] * (3 - gray_images)
+
+    # Predictions are counted after the answer is sent.
+    wait_until(lambda: service.metric("imago_confidence_count") == 36)
+    assert service.metric("imago_out_of_distribution_total") == 18
 
 
 @pytest.mark.parametrize(
@@ -120,37 +129,38 @@ def test_what_is_out_of_distribution_is_counted_as_it_was_told(start, tmp_path):
         ("imago_restart_total", {"process": "worker"}, "no metric"),
     ],
 )
-def test_a_series_that_can_never_be_is_not_taken_for_zero(server, name, labels, words):
-    """A test that asked for it would pass whatever the service does."""
+def test_the_helper_refuses_series_that_cannot_exist(server, name, labels, words):
+    """It returns 0 for a series that does not exist yet; a misspelled one must not pass as 0."""
     with pytest.raises(AssertionError, match=words):
         server.metric(name, **labels)
 
 
-def test_a_worker_that_comes_back_with_another_version_tells_of_that_alone(start, tmp_path):
+def test_model_info_has_only_the_version_of_the_replaced_worker(start, tmp_path):
     tiny_bundle.publish(tmp_path)
     service = start("--reload-seconds", "0", store=tmp_path)
     tiny_bundle.publish(tmp_path)
     (worker,) = service.workers()
     os.kill(worker, signal.SIGKILL)
     wait_until(lambda: service.http.get("/model").json().get("version") == "2")
-    told = [line for line in service.metrics().splitlines() if line.startswith("imago_model_info{")]
-    assert len(told) == 1
-    assert 'version="2"' in told[0]
+    lines = service.metrics().splitlines()
+    (info,) = [line for line in lines if line.startswith("imago_model_info{")]
+    assert 'version="2"' in info
 
 
-@pytest.mark.skipif(PROMTOOL is None, reason="there is no promtool on this machine")
-def test_promtool_is_content(service):
+@pytest.mark.skipif(PROMTOOL is None, reason="promtool is not installed")
+def test_promtool_finds_no_fault(service):
     send(service, clients=2, rounds=2)
-    said = service.predict(tiny_bundle.make_image("red")).json()
-    service.http.post("/feedback", json={"id": said["id"], "label": "red"})
-    ran = subprocess.run(
+    answer = service.predict(tiny_bundle.make_image("red")).json()
+    service.http.post("/feedback", json={"id": answer["id"], "label": "red"})
+    result = subprocess.run(
         [PROMTOOL, "check", "metrics"], input=service.metrics(), text=True, capture_output=True
     )
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert (ran.stdout + ran.stderr).strip() == ""
+    output = result.stdout + result.stderr
+    assert result.returncode == 0, output
+    assert output.strip() == ""
 
 
-@pytest.mark.skipif(PROMETHEUS is None, reason="there is no Prometheus on this machine")
+@pytest.mark.skipif(PROMETHEUS is None, reason="Prometheus is not installed")
 def test_a_real_prometheus_scrapes_it(service, tmp_path):
     codes, _ = send(service, clients=4, rounds=3)
     config, (port,) = tmp_path / "prometheus.json", find_free_ports(1)  # JSON is YAML
@@ -182,7 +192,7 @@ def test_a_real_prometheus_scrapes_it(service, tmp_path):
                 found = httpx.get(f"http://127.0.0.1:{port}/api/v1/query", params={"query": text})
             except httpx.TransportError:
                 return {}
-            if found.status_code == 503:  # it is starting
+            if found.status_code == 503:  # Prometheus is starting
                 return {}
             return {
                 r["metric"].get("code", ""): float(r["value"][1])
@@ -207,13 +217,13 @@ def test_a_real_prometheus_scrapes_it(service, tmp_path):
         process.wait(30)
 
 
-def test_a_scraper_that_goes_away_leaves_one_line_that_is_json(start):
+def test_a_disconnected_scraper_is_logged_at_debug_level(start):
     service = start("--log-level", "debug")
-    for begun in (b"GET /met", b"GET /metrics HTTP/1.1\r\nX: "):
+    for request_start in (b"GET /met", b"GET /metrics HTTP/1.1\r\nX: "):
         scraper = socket.create_connection(("127.0.0.1", service.metrics_port))
-        scraper.sendall(begun)
+        scraper.sendall(request_start)
         scraper.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        scraper.close()  # with a reset
+        scraper.close()  # sends RST
     wait_until(lambda: service.log.read_text().count("a scrape was not answered") == 2)
     assert service.metric("imago_ready") == 1
     assert service.stop() == 0
@@ -221,33 +231,33 @@ def test_a_scraper_that_goes_away_leaves_one_line_that_is_json(start):
     assert [line["level"] for line in lines if "scrape" in line["message"]] == ["debug", "debug"]
 
 
-def test_slow_scrapers_are_few_and_are_not_waited_for(start):
+def test_slow_scrapers_are_limited_in_number_and_time(start):
     service = start()
-    before = threads(service)
-    with contextlib.ExitStack() as held:
+    before = count_threads(service)
+    with contextlib.ExitStack() as stack:
         scrapers = [
-            held.enter_context(socket.create_connection(("127.0.0.1", service.metrics_port), 30))
+            stack.enter_context(socket.create_connection(("127.0.0.1", service.metrics_port), 30))
             for _ in range(3 * MAX_CONNECTIONS)
         ]
-        wait_until(lambda: threads(service) > before)
+        wait_until(lambda: count_threads(service) > before)
         for scraper in scrapers:
             scraper.settimeout(0.1)
         end = time.monotonic() + 3 * CONNECTION_SECONDS
         while scrapers:
-            assert threads(service) <= before + MAX_CONNECTIONS
-            assert time.monotonic() < end, f"{len(scrapers)} are still waited for"
-            scrapers = [scraper for scraper in scrapers if not ended(scraper)]
-    wait_until(lambda: threads(service) == before)
+            assert count_threads(service) <= before + MAX_CONNECTIONS
+            assert time.monotonic() < end, f"{len(scrapers)} are still open"
+            scrapers = [scraper for scraper in scrapers if not is_closed(scraper)]
+    wait_until(lambda: count_threads(service) == before)
     assert service.metric("imago_ready") == 1
 
 
-def threads(service) -> int:
-    """Of the first process."""
+def count_threads(service) -> int:
+    """Return the number of threads of the supervisor."""
     return len(os.listdir(f"/proc/{service.process.pid}/task"))
 
 
-def ended(scraper: socket.socket) -> bool:
-    """Whether the other side closed the connection; else it gets one more byte."""
+def is_closed(scraper: socket.socket) -> bool:
+    """Send one more byte and return whether the server has closed the connection."""
     try:
         scraper.sendall(b"G")
         return scraper.recv(1) == b""

@@ -1,4 +1,4 @@
-"""Starting and ending: settings, bad settings, ports, stores."""
+"""Start and stop: settings, API key, ports, stores and bundles that are refused."""
 
 import os
 import re
@@ -11,7 +11,7 @@ import pytest
 from support import tiny_bundle
 from support.server import assert_refused, loopback_flags, run_serve, wait_until
 
-from models.cpu_quota import available_cores as planned
+from models.cpu_quota import available_cores
 from serve.settings import Settings
 
 
@@ -22,11 +22,11 @@ def test_help_lists_every_setting_with_its_variable():
         assert f"[IMAGO_{name.upper()}" in text.replace("\n", "").replace(" " * 24, "")
 
 
-def test_an_empty_store(tmp_path):
+def test_an_empty_store_is_refused(tmp_path):
     assert_refused(run_serve("--store", str(tmp_path)), "no model in this store")
 
 
-def test_several_models_and_no_choice(tmp_path):
+def test_one_of_several_models_must_be_named(tmp_path):
     tiny_bundle.publish(tmp_path, "one")
     tiny_bundle.publish(tmp_path, "two")
     assert_refused(run_serve("--store", str(tmp_path)), "--model", "one, two")
@@ -36,14 +36,14 @@ def test_several_models_and_no_choice(tmp_path):
     )
 
 
-def test_a_changed_bundle(tmp_path):
+def test_a_changed_bundle_is_refused(tmp_path):
     directory = tiny_bundle.publish(tmp_path)
     with (directory / "model.onnx").open("ab") as file:
         file.write(b"\0")
     assert_refused(run_serve("--store", str(tmp_path), *loopback_flags()), "model.onnx", "changed")
 
 
-def test_a_bundle_that_answers_otherwise_here(tmp_path):
+def test_a_bundle_with_other_outputs_is_refused(tmp_path):
     directory = tiny_bundle.publish(tmp_path)
     other = tiny_bundle.publish(tmp_path, scale=2)
     (directory / "samples" / "expected.npz").write_bytes(
@@ -57,7 +57,7 @@ def test_a_bundle_that_answers_otherwise_here(tmp_path):
     )
 
 
-def test_a_bundle_whose_samples_look_otherwise_here(tmp_path):
+def test_a_bundle_with_other_samples_is_refused(tmp_path):
     directory = tiny_bundle.publish(tmp_path)
     (directory / "samples" / "00.png").write_bytes(tiny_bundle.make_image("green"))
     tiny_bundle.update_checksums(directory)
@@ -67,7 +67,7 @@ def test_a_bundle_whose_samples_look_otherwise_here(tmp_path):
     )
 
 
-def test_a_bundle_whose_graph_fails_here(tmp_path):
+def test_a_bundle_whose_graph_fails_is_refused(tmp_path):
     tiny_bundle.fail_on_bright_pixels(tiny_bundle.publish(tmp_path), 0.1)
     assert_refused(
         run_serve("--store", str(tmp_path), *loopback_flags()),
@@ -86,12 +86,13 @@ def test_a_bundle_whose_graph_fails_here(tmp_path):
         (("--api-key-file", "/nowhere"), ("/nowhere",)),
         (
             ("--api-key-file", "/proc/self/mem"),
+            # Even root can't read this one.
             ("/proc/self/mem", "can't be read"),
-        ),  # of root, who may read all others
+        ),
         (("--api-key-file", sys.executable), (sys.executable, "can't be read")),
     ],
 )
-def test_bad_settings(bundle_store, flags, words):
+def test_invalid_settings_are_refused(bundle_store, flags, words):
     assert_refused(run_serve("--store", str(bundle_store), *flags), *words)
 
 
@@ -106,7 +107,7 @@ def test_bad_settings(bundle_store, flags, words):
         ((), {"IMAGO_API_KEY_FILE": ""}, ("IMAGO_API_KEY_FILE is empty",)),
     ],
 )
-def test_an_empty_key_does_not_open_the_door(bundle_store, flags, env, words):
+def test_an_empty_key_is_refused(bundle_store, flags, env, words):
     assert_refused(
         run_serve("--store", str(bundle_store), *loopback_flags(), *flags, **env), *words
     )
@@ -119,7 +120,7 @@ def test_an_empty_key_does_not_open_the_door(bundle_store, flags, env, words):
         (("--api-key", " secret "), {"IMAGO_API_KEY": ""}),
     ],
 )
-def test_a_key_is_what_stands_between_the_blanks(start, flags, env):
+def test_white_space_around_the_key_is_ignored(start, flags, env):
     service = start(*flags, env=env)
     assert service.predict(tiny_bundle.make_image("red")).status_code == 401
     assert (
@@ -127,29 +128,30 @@ def test_a_key_is_what_stands_between_the_blanks(start, flags, env):
     )
 
 
-def test_threads_are_those_of_each_worker(bundle_store):
+def test_threads_are_per_worker(bundle_store):
     assert "cores of each worker; 0: the CPU quota divided by the workers" in " ".join(
         run_serve("--help").stdout.split()
     )
-    said = run_serve(
+    output = run_serve(
         "check", "--store", str(bundle_store), "--threads", "3", "--workers", "2"
     ).stdout
-    assert "3 for each of 2 workers" in said
+    assert "3 for each of 2 workers" in output
 
 
 @pytest.mark.skipif(shutil.which("taskset") is None, reason="this machine has no taskset")
-def test_threads_follow_the_cores_that_it_may_use(start, tmp_path):
-    """A predictor counts in a file of its own."""
-    for cores in (usable := sorted(os.sched_getaffinity(0)))[:1], usable:
+def test_threads_follow_the_cpu_affinity(start, tmp_path):
+    """Each predictor thread has its own file of counters, so their number shows the threads."""
+    all_cores = sorted(os.sched_getaffinity(0))
+    for cores in (all_cores[:1], all_cores):
         service = start(
             command=["taskset", "-c", ",".join(map(str, cores)), sys.executable, "-m", "serve"]
         )
         maps = Path(f"/proc/{service.workers()[0]}/maps").read_text()
-        most = min(len(cores), planned())
+        most = min(len(cores), available_cores())
         assert len(set(re.findall(r"/worker-0-(\d+)\.metrics", maps))) == most
 
 
-def test_a_port_in_use(bundle_store):
+def test_a_port_in_use_is_refused(bundle_store):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -161,7 +163,7 @@ def test_a_port_in_use(bundle_store):
         )
 
 
-def test_a_machine_without_ipv6(bundle_store, tmp_path):
+def test_an_ipv6_host_is_refused_without_ipv6(bundle_store, tmp_path):
     (tmp_path / "sitecustomize.py").write_text("import socket; socket.AF_INET6 = 999")
     assert_refused(
         run_serve("--store", str(bundle_store), "--host", "::", PYTHONPATH=str(tmp_path)),
@@ -170,7 +172,7 @@ def test_a_machine_without_ipv6(bundle_store, tmp_path):
     )
 
 
-def test_tracing_without_its_packages(bundle_store, tmp_path):
+def test_tracing_is_refused_without_its_packages(bundle_store, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
         "import sys; sys.modules['opentelemetry.exporter'] = None"
     )
@@ -187,14 +189,14 @@ def test_tracing_without_its_packages(bundle_store, tmp_path):
     )
 
 
-def test_it_says_what_it_serves_and_where(start):
+def test_the_log_names_the_model_and_its_url(start):
     server = start()
     wait_until(
         lambda: f"serving colours on http://127.0.0.1:{server.port}" in server.log.read_text()
     )
 
 
-def test_sigterm_ends_it_cleanly(start):
+def test_sigterm_stops_the_service(start):
     server = start()
     assert server.predict(tiny_bundle.make_image("red")).status_code == 200
     assert server.stop() == 0

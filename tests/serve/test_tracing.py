@@ -1,4 +1,4 @@
-"""OpenTelemetry: spans of real requests, received over OTLP by a collector made here."""
+"""OpenTelemetry: spans of real requests, received over OTLP by a collector in the test."""
 
 import gzip
 import threading
@@ -13,7 +13,7 @@ trace_service = pytest.importorskip("opentelemetry.proto.collector.trace.v1.trac
 
 @pytest.fixture
 def collector():
-    """The endpoint's URL and the spans that it got."""
+    """The URL of an OTLP endpoint, and the list of the spans that it received."""
     spans = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -47,7 +47,7 @@ def test_spans_of_requests(start, collector):
     service = start("--tracing", "true", env=env)
     parent = "0af7651916cd43dd8448eb211c80319c"
     answer = service.predict(
-        tiny_bundle.make_image("red"), **{"traceparent": f"00-{parent}-b7ad6b7169203331-01"}
+        tiny_bundle.make_image("red"), traceparent=f"00-{parent}-b7ad6b7169203331-01"
     )
     service.predict(b"no image")
     end = time.monotonic() + 30
@@ -69,7 +69,7 @@ def test_spans_of_requests(start, collector):
     assert {a.key: a.value.int_value for a in bad.attributes}["http.response.status_code"] == 415
 
 
-def test_what_is_left_is_sent_at_the_end(start, collector):
+def test_buffered_spans_are_sent_at_shutdown(start, collector):
     url, spans = collector
     service = start(
         "--tracing",

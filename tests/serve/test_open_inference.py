@@ -1,4 +1,4 @@
-"""The Open Inference Protocol: through tritonclient, and by hand where a client would not go wrong."""
+"""The Open Inference Protocol, through tritonclient, and with requests that it would not send."""
 
 import base64
 import json
@@ -31,9 +31,9 @@ INFER = "/v2/models/colours/infer"
 
 @pytest.fixture
 def client(server):
-    found = tritonclient.InferenceServerClient(server.url.removeprefix("http://"))
-    yield found
-    found.close()
+    client = tritonclient.InferenceServerClient(server.url.removeprefix("http://"))
+    yield client
+    client.close()
 
 
 def test_health_and_metadata(client):
@@ -42,7 +42,7 @@ def test_health_and_metadata(client):
     assert client.is_model_ready("colours")
     assert client.is_model_ready("colours", "1")
     assert not client.is_model_ready("colours", "2")
-    assert not client.is_model_ready("nobody")
+    assert not client.is_model_ready("other")
     assert client.get_server_metadata()["extensions"] == ["binary_tensor_data"]
     metadata = client.get_model_metadata("colours")
     assert metadata["versions"] == ["1"]
@@ -56,7 +56,7 @@ def test_health_and_metadata(client):
 
 @pytest.mark.parametrize("binary_in", [True, False])
 @pytest.mark.parametrize("binary_out", [True, False, None])
-def test_uint8_tensors(client, binary_in, binary_out):
+def test_uint8_tensors_are_classified(client, binary_in, binary_out):
     tensor = tritonclient.InferInput("image", list(PIXELS.shape), "UINT8")
     tensor.set_data_from_numpy(PIXELS, binary_data=binary_in)
     names = ("probabilities", "energy", "label")
@@ -79,7 +79,7 @@ def test_uint8_tensors(client, binary_in, binary_out):
 
 
 @pytest.mark.parametrize("shape", [[3], [3, 1]])
-def test_image_bytes(client, shape):
+def test_image_files_are_classified(client, shape):
     files = [tiny_bundle.make_image(label, seed=i) for i, label in enumerate(tiny_bundle.CLASSES)]
     tensor = tritonclient.InferInput("image", shape, "BYTES")
     tensor.set_data_from_numpy(np.array(files, np.object_).reshape(shape))
@@ -104,21 +104,21 @@ def test_image_bytes(client, shape):
         ("GET", "/v2/models/colours%252f", 404),
     ],
 )
-def test_other_methods_and_paths(server, method, path, status):
+def test_methods_and_paths(server, method, path, status):
     answer = server.http.request(method, path)
     assert answer.status_code == status
     if status == 405:
         assert answer.headers["allow"] == ("POST" if path == INFER else "GET, HEAD")
 
 
-def test_image_bytes_in_json_are_base64(server):
+def test_image_files_in_json_are_base64(server):
     data = [base64.b64encode(tiny_bundle.make_image("blue")).decode()]
     body = {"inputs": [{"name": "image", "datatype": "BYTES", "shape": [1], "data": data}]}
     answer = server.http.post(INFER, json=body).json()
     assert {o["name"]: o["data"] for o in answer["outputs"]}["label"] == ["blue"]
 
 
-def test_a_client_sees_errors_in_the_protocol_s_words(client):
+def test_errors_have_the_form_of_the_protocol(client):
     tensor = tritonclient.InferInput("image", [1], "BYTES")
     tensor.set_data_from_numpy(np.array([b"no image"], np.object_))
     with pytest.raises(tritonclient.InferenceServerException, match="not a JPEG"):
@@ -127,7 +127,8 @@ def test_a_client_sees_errors_in_the_protocol_s_words(client):
         client.infer("other", [tensor])
 
 
-def entry(**changes) -> dict:
+def build_request(**changes: object) -> dict:
+    """Return a request with one image, whose input has these changes."""
     return {
         "inputs": [
             {
@@ -144,44 +145,44 @@ def entry(**changes) -> dict:
 @pytest.mark.parametrize(
     ("body", "status"),
     [
-        (entry(), 200),
-        (entry(data=PIXELS[:1].tolist()), 200),
+        (build_request(), 200),
+        (build_request(data=PIXELS[:1].tolist()), 200),
         ({}, 400),
         ([], 400),
         ({"inputs": []}, 400),
-        ({"inputs": entry()["inputs"] * 2}, 400),
-        (entry(name="x"), 400),
-        (entry(datatype="FP32"), 400),
-        (entry(shape=[1, 3, 32, 32]), 400),
-        (entry(shape=[2, 32, 32, 3]), 400),
-        (entry(shape=[-1]), 400),
-        (entry(data=[256] * 3072), 400),
-        (entry(data=[0.5] * 3072), 400),
-        (entry(data=["a"] * 3072), 400),
-        (entry(data=[[1], [2, 3]]), 400),
-        (entry(data=None), 400),
-        (entry(parameters={"binary_data_size": 5}), 400),
-        (entry(data=[-1] * 3072), 400),
-        (entry(data=[10**30] * 3072), 400),
-        (entry(data=[True] * 3072), 400),
-        (entry(data=PIXELS[:2].tolist()), 400),
-        (entry(data=[PIXELS[:1].tolist()]), 400),
-        (entry(data=[[7] * 3072]), 200),
-        (entry(data=[1, [2]] * 1536), 400),
-        (entry(data=[{}] * 3072), 400),
-        (entry(parameters=7), 400),
-        (entry() | {"outputs": [{"name": "logits"}]}, 400),
-        (entry() | {"outputs": 3}, 400),
-        (entry() | {"outputs": [{"name": "energy"}, {"name": "label"}]}, 200),
-        (entry() | {"outputs": [{"name": "energy"}] * 2}, 400),
-        (entry(datatype="BYTES", shape=[1], data=["?"]), 400),
-        (entry(datatype="BYTES", shape=[2], data=["aGk="]), 400),
-        (entry(datatype="BYTES", shape=[1], data=["aGk="]), 415),
-        (entry(shape=[65, 32, 32, 3], data=[0] * 65 * 3072), 413),
-        (entry(data=[200] * (1 << 19)), 413),
+        ({"inputs": build_request()["inputs"] * 2}, 400),
+        (build_request(name="x"), 400),
+        (build_request(datatype="FP32"), 400),
+        (build_request(shape=[1, 3, 32, 32]), 400),
+        (build_request(shape=[2, 32, 32, 3]), 400),
+        (build_request(shape=[-1]), 400),
+        (build_request(data=[256] * 3072), 400),
+        (build_request(data=[0.5] * 3072), 400),
+        (build_request(data=["a"] * 3072), 400),
+        (build_request(data=[[1], [2, 3]]), 400),
+        (build_request(data=None), 400),
+        (build_request(parameters={"binary_data_size": 5}), 400),
+        (build_request(data=[-1] * 3072), 400),
+        (build_request(data=[10**30] * 3072), 400),
+        (build_request(data=[True] * 3072), 400),
+        (build_request(data=PIXELS[:2].tolist()), 400),
+        (build_request(data=[PIXELS[:1].tolist()]), 400),
+        (build_request(data=[[7] * 3072]), 200),
+        (build_request(data=[1, [2]] * 1536), 400),
+        (build_request(data=[{}] * 3072), 400),
+        (build_request(parameters=7), 400),
+        (build_request() | {"outputs": [{"name": "logits"}]}, 400),
+        (build_request() | {"outputs": 3}, 400),
+        (build_request() | {"outputs": [{"name": "energy"}, {"name": "label"}]}, 200),
+        (build_request() | {"outputs": [{"name": "energy"}] * 2}, 400),
+        (build_request(datatype="BYTES", shape=[1], data=["?"]), 400),
+        (build_request(datatype="BYTES", shape=[2], data=["aGk="]), 400),
+        (build_request(datatype="BYTES", shape=[1], data=["aGk="]), 415),
+        (build_request(shape=[65, 32, 32, 3], data=[0] * 65 * 3072), 413),
+        (build_request(data=[200] * (1 << 19)), 413),
     ],
 )
-def test_requests_by_hand(server, body, status):
+def test_requests_in_json(server, body, status):
     answer = server.http.post(INFER, json=body)
     assert answer.status_code == status
     assert status == 200 or answer.json()["error"]
@@ -197,19 +198,19 @@ def test_requests_by_hand(server, body, status):
     ],
     ids=["a long text", "lists", "objects", "numbers"],
 )
-def test_json_takes_no_more_memory_than_its_bytes_are_worth(data, status):
-    content = json.dumps(entry(data=data), separators=(",", ":")).encode()
+def test_memory_for_json_stays_proportional_to_its_size(data, status):
+    content = json.dumps(build_request(data=data), separators=(",", ":")).encode()
     tracemalloc.start()
     try:
-        assert parsed(content, {}) == status
+        assert parse_status(content, {}) == status
         assert tracemalloc.get_traced_memory()[1] < 6 << 20
     finally:
         tracemalloc.stop()
 
 
 @pytest.mark.parametrize("length", ["-1", "-2097153", "3000003"])
-def test_what_is_said_to_be_json_is_in_range_before_it_is_read(server, length):
-    """Were all of it but the last byte read, there would be more values than the images of a request need: 413."""
+def test_length_of_json_is_checked_before_it_is_read(server, length):
+    """A slice that ends at -1 would have more values than images need, and status 413."""
     content = b"[" + b"0," * (3 << 19) + b"0] "
     said = server.http.post(
         INFER, content=content, headers={"Inference-Header-Content-Length": length}
@@ -218,7 +219,7 @@ def test_what_is_said_to_be_json_is_in_range_before_it_is_read(server, length):
     tracemalloc.start()
     try:
         assert (
-            parsed(content, {b"inference-header-content-length": length.encode()})
+            parse_status(content, {b"inference-header-content-length": length.encode()})
             == said.status_code
         )
         assert tracemalloc.get_traced_memory()[1] < 1 << 20, "a copy of it is made"
@@ -226,24 +227,24 @@ def test_what_is_said_to_be_json_is_in_range_before_it_is_read(server, length):
         tracemalloc.stop()
 
 
-def test_many_requests_are_as_bounded_as_predict(start):
+def test_api_key_and_metrics_are_those_of_predict(start):
     service = start("--api-key", "secret")
     assert service.http.get("/v2/health/ready").status_code == 200
     assert service.http.get("/v2/models/colours").status_code == 401
-    assert service.http.post(INFER, json=entry()).status_code == 401
-    keyed = service.http.post(INFER, json=entry(), headers={"X-API-Key": "secret"})
+    assert service.http.post(INFER, json=build_request()).status_code == 401
+    keyed = service.http.post(INFER, json=build_request(), headers={"X-API-Key": "secret"})
     assert keyed.status_code == 200
     assert service.metric("imago_requests_total", code="200") == 1
     assert service.metric("imago_images_total", outcome="answered") == 1
 
 
-def test_before_the_model_is_known_clients_are_told_to_come_back(start, tmp_path):
+def test_status_is_503_until_a_model_is_ready(start, tmp_path):
     hang = BlockedPath(tmp_path / "hang", tiny_bundle.publish(tmp_path / "store"))
     with hang.blocked():
         service = start(store=tmp_path / "store", env=hang.env, wait=False)
         wait_until(service.is_live)
         for answer in (
-            service.http.post(INFER, json=entry()),
+            service.http.post(INFER, json=build_request()),
             service.http.get("/v2/models/colours"),
         ):
             assert answer.status_code == 503
@@ -251,7 +252,7 @@ def test_before_the_model_is_known_clients_are_told_to_come_back(start, tmp_path
             assert "no model is ready" in answer.json()["error"]
         assert service.metric("imago_rejected_total", reason="not_ready") == 1
     service.wait_ready()
-    assert service.http.post(INFER, json=entry()).status_code == 200
+    assert service.http.post(INFER, json=build_request()).status_code == 200
 
 
 JSON = st.recursive(
@@ -281,8 +282,8 @@ JSON = st.recursive(
 )
 
 
-def parsed(content: bytes, headers: dict[bytes, bytes]) -> int:
-    """Status of reading such a request: 200, or that of the Problem raised; anything else raises."""
+def parse_status(content: bytes, headers: dict[bytes, bytes]) -> int:
+    """Return the status of parsing a request: 200, or that of the Problem."""
     try:
         inference = parse_inference(content, headers, SPEC.model_dump(), 64)
         assert inference.images
@@ -294,18 +295,20 @@ def parsed(content: bytes, headers: dict[bytes, bytes]) -> int:
 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(value=JSON, tail=st.binary(max_size=40), length=st.integers(-5, 300) | st.just("x"))
-def test_any_json_is_read_or_refused(value, tail, length):
+def test_any_json_is_parsed_or_refused(value, tail, length):
     text = json.dumps(value).encode()
-    assert parsed(text + tail, {b"inference-header-content-length": str(length).encode()}) in (
+    assert parse_status(
+        text + tail, {b"inference-header-content-length": str(length).encode()}
+    ) in (
         200,
         400,
     )
-    assert parsed(text, {}) in (200, 400)
+    assert parse_status(text, {}) in (200, 400)
     image = {
         "inputs": [{"name": "image", "datatype": "BYTES", "shape": [1], "data": value}],
         "outputs": value,
     }
-    assert parsed(json.dumps(image).encode(), {}) in (200, 400)
+    assert parse_status(json.dumps(image).encode(), {}) in (200, 400)
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -313,7 +316,7 @@ def test_any_json_is_read_or_refused(value, tail, length):
     files=st.lists(st.binary(min_size=1, max_size=50), min_size=1, max_size=5),
     cut=st.integers(0, 300),
 )
-def test_bytes_tensors_come_back_as_they_were_sent(files, cut):
+def test_binary_files_are_split_as_they_were_joined(files, cut):
     binary = b"".join(struct.pack("<I", len(f)) + f for f in files)
     for data, whole in ((binary, True), (binary[:cut], cut >= len(binary))):
         text = json.dumps(
@@ -332,4 +335,4 @@ def test_bytes_tensors_come_back_as_they_were_sent(files, cut):
         if whole:
             assert parse_inference(text + data, headers, SPEC.model_dump(), 64).images == files
         else:
-            assert parsed(text + data, headers) == 400
+            assert parse_status(text + data, headers) == 400
