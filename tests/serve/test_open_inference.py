@@ -212,15 +212,15 @@ def test_memory_for_json_stays_proportional_to_its_size(data, status):
 def test_length_of_json_is_checked_before_it_is_read(server, length):
     """A slice that ends at -1 would have more values than images need, and status 413."""
     content = b"[" + b"0," * (3 << 19) + b"0] "
-    said = server.http.post(
+    response = server.http.post(
         INFER, content=content, headers={"Inference-Header-Content-Length": length}
     )
-    assert said.status_code == (413 if int(length) > 2 << 20 else 400)
+    assert response.status_code == (413 if int(length) > 2 << 20 else 400)
     tracemalloc.start()
     try:
         assert (
             parse_status(content, {b"inference-header-content-length": length.encode()})
-            == said.status_code
+            == response.status_code
         )
         assert tracemalloc.get_traced_memory()[1] < 1 << 20, "a copy of it is made"
     finally:

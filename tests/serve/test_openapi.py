@@ -38,7 +38,7 @@ WITH_INPUT = (
     "POST /v2/models/{name}/infer",
     "GET /samples/{index}",
 )
-OPERATIONS = {found.ok().label: found.ok() for found in SCHEMA.get_all_operations()}
+OPERATIONS = {result.ok().label: result.ok() for result in SCHEMA.get_all_operations()}
 
 
 def test_the_server_returns_the_openapi(server):

@@ -262,11 +262,11 @@ def test_an_image_that_the_browser_cannot_show_is_classified(page, tmp_path):
 
 def test_controls_have_names_and_links_work(page):
     for role in ("button", "link", "textbox", "checkbox", "spinbutton"):
-        for found in page.get_by_role(role).all():
-            assert found.evaluate(
+        for control in page.get_by_role(role).all():
+            assert control.evaluate(
                 "e => e.labels?.length > 0 || (e.textContent || e.ariaLabel || '').trim() !== ''"
                 " || e.querySelector('img[alt]:not([alt=\"\"])') !== null"
-            ), found
+            ), control
     assert page.get_by_role("heading", level=1).count() == 1
     page.get_by_role("link", name="API").click()
     page.get_by_text("/predict").first.wait_for()
@@ -319,8 +319,8 @@ def test_axe_finds_no_violations(page, tmp_path, scheme):
     page.locator("article").nth(1).wait_for()
     for summary in page.locator("article summary").all():
         summary.click()
-    found = [Axe().run(page)]
+    reports = [Axe().run(page)]
     page.goto("/docs")
-    found.append(Axe().run(page))
-    assert not [report.generate_report() for report in found if report.violations_count]
+    reports.append(Axe().run(page))
+    assert not [report.generate_report() for report in reports if report.violations_count]
     assert "415" in page.errors.pop()  # logged by the browser

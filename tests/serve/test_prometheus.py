@@ -189,14 +189,16 @@ def test_a_real_prometheus_scrapes_it(service, tmp_path):
 
         def query(text: str) -> dict[str, float]:
             try:
-                found = httpx.get(f"http://127.0.0.1:{port}/api/v1/query", params={"query": text})
+                response = httpx.get(
+                    f"http://127.0.0.1:{port}/api/v1/query", params={"query": text}
+                )
             except httpx.TransportError:
                 return {}
-            if found.status_code == 503:  # Prometheus is starting
+            if response.status_code == 503:  # Prometheus is starting
                 return {}
             return {
                 r["metric"].get("code", ""): float(r["value"][1])
-                for r in found.json()["data"]["result"]
+                for r in response.json()["data"]["result"]
             }
 
         end = time.monotonic() + 60
