@@ -1,6 +1,7 @@
 """A loaded model: a bundle, the engine that runs its graph, and the composer of its predictions.
 
-Used by worker processes, the shadow process, `python -m serve check` and `python -m serve predict`.
+Used by worker processes, the shadow process, the commands `check` and `predict`, and programs that
+import `serve`.
 """
 
 import json

@@ -1,6 +1,6 @@
 """Compose predictions as JSON from the outputs of the graph.
 
-Used by worker processes and by `python -m serve predict`.
+Used by worker processes and by `serve.model`.
 """
 
 import base64
