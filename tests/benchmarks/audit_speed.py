@@ -80,12 +80,12 @@ def main() -> None:
     total = read_clocks() - started
 
     # Two steps of `examine`, by themselves.
-    usable = data.known.facts["problem"] == ""
+    usable = data.decoded.metadata["problem"] == ""
     usable_rows = np.flatnonzero(usable)
     laps.restart()
-    duplicates.near(data.known.pixels, usable, cpu)
+    duplicates.near(data.decoded.pixels, usable, cpu)
     laps.end("of these, near duplicates")
-    labels.suspects(data.known.pixels, data.found.labels, usable_rows, len(data.classes), cpu)
+    labels.suspects(data.decoded.pixels, data.dataset.labels, usable_rows, len(data.classes), cpu)
     laps.end("of these, suspicious labels")
 
     seconds = {"in total": total, **laps.seconds}
@@ -93,7 +93,7 @@ def main() -> None:
     print_results(images, options.threads, seconds, findings)
     if options.keep:
         result = {
-            "data": data.found.name,
+            "data": data.dataset.name,
             "images": images,
             "threads": options.threads,
             "seconds": round_seconds(seconds),

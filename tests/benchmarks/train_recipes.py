@@ -137,7 +137,7 @@ def measure_bare_loop(cli: CommandLine) -> Result:
         system.name, len(data.classes), data.input.channels, data.input.height, **system.options
     )
     if network.prepare:
-        network.prepare(system.cpu().normalize(data.examples(PREPARE_IMAGES)))
+        network.prepare(system.cpu().normalize(data.training_images(PREPARE_IMAGES)))
     system.to(device)
     network.to(device, memory_format=system.layout)
     if system.compile_mode != "off":

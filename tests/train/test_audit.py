@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:::lightning")
 def look(source: Path | str, out: Path | None = None, **settings) -> tuple[ImageData, dict]:
     data = ImageData(str(source), cache=settings.pop("cache", ""), workers=0, **settings)
     data.setup()
-    return data, audit.run(data, out)
+    return data, audit.run_audit(data, out)
 
 
 @pytest.fixture(scope="module")
@@ -85,15 +85,15 @@ def test_brighter_and_cropped_copies_are_found_and_nothing_else_is(found):
 
 def test_leaked_test_images_are_known_by_their_place_in_the_part(found):
     data, findings, _ = found
-    names = [data.found.items.name(i) for i in data.index["test"][data.leaked_test]]
+    names = [data.dataset.items.name(i) for i in data.index["test"][data.leaked_test_rows]]
     assert sorted(names) == [
         "test/blue/cropped.png",
         "test/green/brighter.jpg",
         "test/red/copy.png",
     ]
     assert findings["leakage"]["test"]["count"] == 3
-    marked = [data.leaked(step).numpy() for step in range(len(data.test_dataloader()))]
-    assert np.flatnonzero(np.concatenate(marked)).tolist() == data.leaked_test.tolist()
+    marked = [data.leaked_in_test_batch(step).numpy() for step in range(len(data.test_dataloader()))]
+    assert np.flatnonzero(np.concatenate(marked)).tolist() == data.leaked_test_rows.tolist()
 
 
 def test_leaked_validation_images_are_told_of(tmp_path):
@@ -103,7 +103,7 @@ def test_leaked_validation_images_are_told_of(tmp_path):
         (tmp_path / "photos/train/red/003.png").read_bytes()
     )
     _, findings = look(tmp_path / "photos", tmp_path / "out", size=32)
-    (line,) = [line for line in audit.summary(findings) if "WARNING" in line]
+    (line,) = [line for line in audit.summarize(findings) if "WARNING" in line]
     assert line.startswith(
         "WARNING: 1 validation images (4.0%) have an exact or near duplicate in the training part"
     )
@@ -164,7 +164,7 @@ def test_wrong_labels_come_first(tmp_path):
 def test_clean_data_raises_no_alarm():
     _, findings = look("digits")
     assert findings["leakage"]["test"]["count"] == 0
-    assert not any("WARNING" in line for line in audit.summary(findings))
+    assert not any("WARNING" in line for line in audit.summarize(findings))
 
 
 @pytest.mark.parametrize(("size", "looked_for"), [(23, False), (24, True)])
@@ -177,7 +177,7 @@ def test_images_too_small_for_near_duplicates_are_said_to_be(tmp_path, size, loo
     assert findings["near_duplicates"]["count"] == looked_for
     assert findings["near_duplicates"]["looked_for"] == looked_for
     assert (
-        any("near duplicates are not looked for" in line for line in audit.summary(findings))
+        any("near duplicates are not looked for" in line for line in audit.summarize(findings))
         != looked_for
     )
     assert (
@@ -189,10 +189,10 @@ def test_images_too_small_for_near_duplicates_are_said_to_be(tmp_path, size, loo
 def test_what_was_found_is_kept_for_the_same_data_and_split(faulty, tmp_path, monkeypatch):
     cache = str(tmp_path / "cache")
     first, findings = look(faulty, cache=cache, size=32)
-    monkeypatch.setattr(audit, "examine", lambda data: pytest.fail("looked again"))
+    monkeypatch.setattr(audit, "collect_findings", lambda data: pytest.fail("looked again"))
     again, same = look(faulty, cache=cache, size=32)
     assert same == findings
-    assert again.leaked_test.tolist() == first.leaked_test.tolist()
+    assert again.leaked_test_rows.tolist() == first.leaked_test_rows.tolist()
 
 
 def test_names_that_were_changed_are_shown_anew(tmp_path):
@@ -224,7 +224,7 @@ def test_a_leak_of_many_copies_is_seen_whole_or_said_not_to_be(
     assert (findings["leakage"]["test"]["count"] > 0.95 * originals * copies) == complete
     assert findings["near_duplicates"]["complete"] == complete
     assert (
-        any("more images look alike than were compared" in line for line in audit.summary(findings))
+        any("more images look alike than were compared" in line for line in audit.summarize(findings))
         != complete
     )
 
@@ -246,7 +246,7 @@ def test_a_mirrored_copy_is_one_where_flips_are_trained_on(tmp_path):
         "train/green/004.png",
     ]
     assert (
-        data.found.items.name(data.index["test"][data.leaked_test[0]]) == "test/green/mirrored.jpg"
+        data.dataset.items.name(data.index["test"][data.leaked_test_rows[0]]) == "test/green/mirrored.jpg"
     )
 
 

@@ -10,7 +10,8 @@ from support.sample_images import write_image_folder
 from models.image import InputSpec
 from train.data import Augmentation, ImageData
 from train.data.augment import Augmenter
-from train.data.input_size import kept_spec
+from train.data.input_size import training_spec
+from train.data.pixels import read_pixels
 
 EVERYTHING = {
     "flip": "random",
@@ -46,11 +47,11 @@ class Epochs:
         loader = self.data.train_dataloader()
         loader.sampler.set_epoch(epoch)
         ((images, labels),) = loader
-        order = np.argsort(loader.order.epoch(epoch)[0])
+        order = np.argsort(loader.order.batches(epoch)[0])
         return images.numpy()[order], labels.numpy()[order]
 
     def plain(self) -> np.ndarray:
-        return self.data.known.pixels[self.data.index["train"]].transpose(0, 3, 1, 2)
+        return self.data.decoded.pixels[self.data.index["train"]].transpose(0, 3, 1, 2)
 
 
 def test_every_augmentation_keeps_shape_kind_and_determinism(photos):
@@ -138,14 +139,15 @@ def test_rotation_by_nothing_changes_nothing_and_turns_are_about_the_centre(phot
     assert (
         np.abs(Epochs(photos, rotation=1e-4)()[0].astype(int) - Epochs(photos).plain()).max() <= 1
     )
-    from train.data.geometry import warp
+    from train.data.geometric import random_resized_crop_and_rotate
 
     square = torch.arange(64, dtype=torch.uint8).view(1, 1, 8, 8)
 
     class Right:  # always the upper end of what is asked for
         uniform = staticmethod(lambda low, high, count: np.full(count, high))
 
-    assert torch.equal(warp(square, (8, 8), 0, 90.0, "zero", Right()), square.rot90(-1, (2, 3)))
+    rotated = random_resized_crop_and_rotate(square, (8, 8), 0, 90.0, "zero", Right())
+    assert torch.equal(rotated, square.rot90(-1, (2, 3)))
 
 
 def test_a_turn_leaves_scale_and_crop_of_a_margin_be(tmp_path):
@@ -153,11 +155,13 @@ def test_a_turn_leaves_scale_and_crop_of_a_margin_be(tmp_path):
     settings = {"cache": "", "workers": 0, "batch_size": 64, "size": 32, "short_side": 40}
     turned = ImageData(str(source), augment=Augmentation(rotation=1e-4), **settings)
     turned.setup()
-    kept = turned._pixels(kept_spec(turned.input)).transpose(0, 3, 1, 2).astype(int)
+    spec = training_spec(turned.input)
+    kept = np.stack([read_pixels(turned.dataset.items, i, spec) for i in range(36)])
+    kept = kept.transpose(0, 3, 1, 2).astype(int)
     loader = turned.train_dataloader()
     ((images, _),) = loader
     places = set()
-    for row, image in zip(loader.order.epoch(0)[0], images.numpy().astype(int), strict=True):
+    for row, image in zip(loader.order.batches(0)[0], images.numpy().astype(int), strict=True):
         (place,) = [
             (y, x)
             for y in range(9)
@@ -194,7 +198,7 @@ def test_mixed_labels_are_shares_that_match_the_pixels(photos, name):
 
 
 def test_colour_jitter_of_gray_stays_gray_and_full_saturation_loss_makes_gray(photos):
-    from train.data.colour import jitter
+    from train.data.color_jitter import jitter
 
     rng = np.random.default_rng(0)
     gray = torch.from_numpy(rng.integers(0, 256, (4, 1, 8, 8), np.uint8)).expand(-1, 3, -1, -1)
@@ -217,16 +221,16 @@ def test_settings_out_of_range_are_refused():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_gives_what_the_cpu_gives(photos):
-    from train.data.sampler import rng
+    from train.data.sampler import keyed_rng
 
     data = Epochs(photos).data
     augment = Augmenter(
-        Augmentation(**EVERYTHING), data.input, data.mean, 3, len(data.found.items), 0
+        Augmentation(**EVERYTHING), data.input, data.mean, 3, len(data.dataset.items), 0
     )
-    images = torch.from_numpy(data.known.pixels).permute(0, 3, 1, 2)
-    labels, rows = torch.from_numpy(data.found.labels), torch.arange(len(images))
-    here, shares = augment(images, labels, rows, 0, rng("test", 0))
-    there, same = augment(images.cuda(), labels.cuda(), rows.cuda(), 0, rng("test", 0))
+    images = torch.from_numpy(data.decoded.pixels).permute(0, 3, 1, 2)
+    labels, rows = torch.from_numpy(data.dataset.labels), torch.arange(len(images))
+    here, shares = augment(images, labels, rows, 0, keyed_rng("test", 0))
+    there, same = augment(images.cuda(), labels.cuda(), rows.cuda(), 0, keyed_rng("test", 0))
     assert (here.int() - there.cpu().int()).abs().max() <= 2
     assert torch.allclose(shares, same.cpu(), atol=1e-3)
 

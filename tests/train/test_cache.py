@@ -11,8 +11,8 @@ from support.sample_images import make_png, write_image_folder
 
 from models.image import InputSpec
 from train.data import ImageData
-from train.data.cache import Known, known
-from train.data.source import Files
+from train.data.cache import DecodedImages, load_decoded_images
+from train.data.source import FileItems
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore:::lightning")
@@ -40,15 +40,15 @@ def test_pixels_are_decoded_once_and_known_by_their_content(tmp_path, cache):
     (source / "red" / "000.png").write_bytes(make_png(2, 77))
     changed = ready(source, cache)
     assert changed.digest != first.digest
-    assert not np.array_equal(changed.known.pixels, first.known.pixels)
+    assert not np.array_equal(changed.decoded.pixels, first.decoded.pixels)
 
 
 def test_a_damaged_cache_is_made_anew(tmp_path, cache):
     source = write_image_folder(tmp_path / "photos")
-    before = np.array(ready(source, cache).known.pixels)
+    before = np.array(ready(source, cache).decoded.pixels)
     for path in Path(cache).rglob("*.npy"):
         path.write_bytes(path.read_bytes()[:100])
-    assert np.array_equal(ready(source, cache).known.pixels, before)
+    assert np.array_equal(ready(source, cache).decoded.pixels, before)
 
 
 def test_two_jobs_that_start_at_once_share_one_decoding(tmp_path, cache):
@@ -75,8 +75,8 @@ def test_two_jobs_that_start_at_once_share_one_decoding(tmp_path, cache):
 def test_what_a_killed_job_left_is_removed(tmp_path, cache):
     source = write_image_folder(tmp_path / "photos", count=60)
     script = (
-        "import os, signal, sys\nfrom train.data import ImageData\nfrom train.data.source import Files\n"
-        "Files.__getitem__ = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "import os, signal, sys\nfrom train.data import ImageData\nfrom train.data.source import FileItems\n"
+        "FileItems.__getitem__ = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "ImageData(sys.argv[1], cache=sys.argv[2], workers=0, size=32, channels=3).setup()"
     )
     killed = subprocess.run([sys.executable, "-c", script, str(source), cache], cwd=ROOT)
@@ -93,7 +93,7 @@ def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path, capsys):
     assert "memory only" in capsys.readouterr().err
 
 
-class Share(Files):
+class Share(FileItems):
     """Files whose first one can't be read for a while, though it looks the same from outside."""
 
     away = True
@@ -110,14 +110,16 @@ def test_what_could_not_be_read_is_tried_again(tmp_path, monkeypatch):
     source = write_image_folder(tmp_path / "photos")
     items = Share(source, sorted(p.relative_to(source).as_posix() for p in source.rglob("*.png")))
 
-    def look() -> Known:
-        return known(items, InputSpec(height=32, width=32), tmp_path / "cache", 0, "Decoding")
+    def look() -> DecodedImages:
+        return load_decoded_images(
+            items, InputSpec(height=32, width=32), tmp_path / "cache", 0, "Decoding"
+        )
 
-    assert "Permission denied" in look().facts["problem"][0]
+    assert "Permission denied" in look().metadata["problem"][0]
     before = Share.reads
-    assert "Permission denied" in look().facts["problem"][0]
+    assert "Permission denied" in look().metadata["problem"][0]
     assert Share.reads == before + 1  # the others come from the cache
     monkeypatch.setattr(Share, "away", False)
     found = look()
-    assert (found.facts["problem"] == "").all()
+    assert (found.metadata["problem"] == "").all()
     assert found.pixels[0].any()

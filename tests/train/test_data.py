@@ -15,7 +15,7 @@ from support.sample_images import (
 )
 
 from train.data import DataError, ImageData
-from train.data.sampler import Order
+from train.data.sampler import EpochOrder
 
 pytestmark = pytest.mark.filterwarnings("ignore:::lightning")
 
@@ -48,7 +48,7 @@ def test_the_split_is_stratified_disjoint_and_follows_the_seed(tmp_path, cache):
     parts = [set(data.index[part].tolist()) for part in ("train", "val", "test")]
     assert len(set.union(*parts)) == sum(map(len, parts)) == 60
     for part, count in (("test", 4), ("val", 2), ("train", 14)):
-        assert np.bincount(data.found.labels[data.index[part]]).tolist() == [count] * 3
+        assert np.bincount(data.dataset.labels[data.index[part]]).tolist() == [count] * 3
         assert data.index[part].tolist() == same.index[part].tolist()
     assert data.index["test"].tolist() != other.index["test"].tolist()
 
@@ -123,7 +123,7 @@ def test_a_channel_without_contrast_can_be_divided_by(tmp_path, cache):
 
 def test_files_come_as_samples_byte_for_byte(tmp_path, cache):
     data = ready(write_image_folder(tmp_path / "photos"), cache, val_fraction=0.3)
-    samples = data.samples(6)
+    samples = data.validation_samples(6)
     files = {path.read_bytes() for path in (tmp_path / "photos").rglob("*.png")}
     assert [label for _, _, label in samples] == [0, 1, 2, 0, 1, 2]
     assert all(content in files for _, content, _ in samples)
@@ -168,7 +168,7 @@ def test_a_stream_gives_what_memory_gives(tmp_path, cache):
 def test_a_file_that_vanishes_from_a_stream_is_named_in_one_line(tmp_path, cache, workers):
     source = write_image_folder(tmp_path / "photos")
     data = ready(source, cache, memory="stream", workers=workers)
-    (source / data.found.items.name(int(data.index["train"][3]))).unlink()
+    (source / data.dataset.items.name(int(data.index["train"][3]))).unlink()
     with pytest.raises(
         DataError, match=r"^\w+/\d+\.png: can't be read any more: No such file or directory$"
     ):
@@ -177,7 +177,7 @@ def test_a_file_that_vanishes_from_a_stream_is_named_in_one_line(tmp_path, cache
 
 def test_what_does_not_fit_is_streamed_and_said(tmp_path, cache, capsys):
     data = ready(write_image_folder(tmp_path / "photos"), cache, memory_share=1e-9)
-    assert data.place == "stream"
+    assert data.storage == "stream"
     assert "streamed by workers" in capsys.readouterr().err
     assert sum(len(labels) for _, labels in data.train_dataloader()) == data.counts["train"]
 
@@ -232,8 +232,8 @@ def test_validation_and_test_are_never_augmented(tmp_path, cache):
     ],
 )
 def test_every_image_is_seen_once_an_epoch_by_processes_in_step(images, world, batch):
-    orders = [Order(np.arange(images), batch, True, 7, rank, world) for rank in range(world)]
-    epochs = [order.epoch(3) for order in orders]
+    orders = [EpochOrder(np.arange(images), batch, True, 7, rank, world) for rank in range(world)]
+    epochs = [order.batches(3) for order in orders]
     assert {len(epoch) for epoch in epochs} == {orders[0].steps}
     assert sorted(np.concatenate([step for epoch in epochs for step in epoch]).tolist()) == list(
         range(images)
@@ -242,7 +242,7 @@ def test_every_image_is_seen_once_an_epoch_by_processes_in_step(images, world, b
     assert batch == 1 or images == 5 or min(sizes) > 1  # for batch norm
     assert orders[0].steps == 1 or min(sizes) >= batch // 2
     assert max(sizes) <= batch + 2
-    together = Order(np.arange(images), batch * world, True, 7).epoch(3)
+    together = EpochOrder(np.arange(images), batch * world, True, 7).batches(3)
     for step, batches in enumerate(zip(*epochs, strict=True)):
         if step < len(together) - 2 and step < orders[0].steps - 2:
             assert sorted(np.concatenate(batches).tolist()) == sorted(together[step].tolist())
@@ -253,7 +253,7 @@ def test_balanced_sampling_and_class_weights_make_up_for_imbalance(tmp_path, cac
     for path in sorted((source / "red").iterdir())[8:]:
         path.unlink()
     data = ready(source, cache, sampling="balanced", batch_size=16)
-    counts = np.bincount(data.found.labels[data.index["train"]])
+    counts = np.bincount(data.dataset.labels[data.index["train"]])
     assert data.class_weights.numpy() * counts == pytest.approx(counts.mean())
     drawn = np.zeros(3)
     for epoch in range(20):

@@ -135,8 +135,8 @@ def test_int8_is_chosen_on_validation_images_and_measured_on_test_images(bundle)
     def measure_accuracy(variant: str, part: str) -> float:
         session = onnxruntime.InferenceSession(bundle.variant_path(variant))
         rows = data.index[part]
-        (probabilities,) = session.run(["probabilities"], {"image": data.known.pixels[rows]})
-        return float((probabilities.argmax(1) == data.found.labels[rows]).mean())
+        (probabilities,) = session.run(["probabilities"], {"image": data.decoded.pixels[rows]})
+        return float((probabilities.argmax(1) == data.dataset.labels[rows]).mean())
 
     def measure_lost_points(part: str) -> float:
         return 100 * (measure_accuracy("fp32", part) - measure_accuracy("int8", part))

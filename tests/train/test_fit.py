@@ -90,7 +90,7 @@ def test_validate_test_and_predict_use_a_checkpoint(tmp_path, capsys):
     rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
     assert len(rows) == data.counts["test"]
     truth = {
-        data.found.items.name(i): data.classes[data.found.labels[i]]
+        data.dataset.items.name(i): data.classes[data.dataset.labels[i]]
         for i in data.index["test"].tolist()
     }
     right = [truth[row["image"]] == row["label"] for row in rows]
@@ -280,12 +280,12 @@ def test_overfit_batches_are_the_same_in_every_epoch(tmp_path):
     order = command.datamodule.train_dataloader().order
     assert command.trainer.num_training_batches == 2
     assert all(
-        (one == other).all() for one, other in zip(order.epoch(0), order.epoch(1), strict=True)
+        (one == other).all() for one, other in zip(order.batches(0), order.batches(1), strict=True)
     )
     command.trainer.overfit_batches = 0
     order = command.datamodule.train_dataloader().order
     assert not all(
-        (one == other).all() for one, other in zip(order.epoch(0), order.epoch(1), strict=True)
+        (one == other).all() for one, other in zip(order.batches(0), order.batches(1), strict=True)
     )
 
 

@@ -1,46 +1,46 @@
-"""Where the pixels go, by their size and by what is free."""
+"""Where pixels are stored, by their size and the free memory."""
 
 import pytest
 import torch
 
-from train.data import memory
+from train.data.memory import FreeMemory, available_host_memory, choose_storage
 
-CPU, OTHER = torch.device("cpu"), torch.device("meta")  # a device with memory of its own
+CPU = torch.device("cpu")
+ACCELERATOR = torch.device("meta")  # a device with memory of its own
+FREE = FreeMemory(host=10**9, device=2 * 10**8)
 
 
 @pytest.mark.parametrize(
-    ("asked", "megabytes", "device", "place", "words"),
+    ("setting", "megabytes", "device", "storage", "reason"),
     [
         ("auto", 400, CPU, "host", "0.4 GB within 50% of 1.0 GB of free memory"),
         ("auto", 600, CPU, "stream", "0.6 GB is more than 50% of 1.0 GB of free memory"),
-        ("auto", 90, OTHER, "device", "90.0 MB within 50% of the 0.2 GB free on meta"),
-        ("auto", 400, OTHER, "host", "0.4 GB within 50% of 1.0 GB of free memory"),
-        ("auto", 600, OTHER, "stream", "0.6 GB is more than"),
-        ("memory", 600, CPU, "host", "0.6 GB, as asked"),
-        ("memory", 90, OTHER, "device", "free on meta"),
-        ("memory", 600, OTHER, "host", "0.6 GB, as asked"),
-        ("stream", 1, CPU, "stream", "as asked"),
-        ("stream", 1, OTHER, "stream", "as asked"),
+        ("auto", 90, ACCELERATOR, "device", "90.0 MB within 50% of the 0.2 GB free on meta"),
+        ("auto", 400, ACCELERATOR, "host", "0.4 GB within 50% of 1.0 GB of free memory"),
+        ("auto", 600, ACCELERATOR, "stream", "0.6 GB is more than"),
+        ("memory", 600, CPU, "host", "0.6 GB, as set by data.memory"),
+        ("memory", 90, ACCELERATOR, "device", "free on meta"),
+        ("memory", 600, ACCELERATOR, "host", "0.6 GB, as set by data.memory"),
+        ("stream", 1, CPU, "stream", "as set by data.memory"),
+        ("stream", 1, ACCELERATOR, "stream", "as set by data.memory"),
     ],
 )
-def test_the_place_follows_what_is_free_or_what_is_asked(
-    monkeypatch, asked, megabytes, device, place, words
+def test_storage_follows_the_free_memory_and_the_setting(
+    setting, megabytes, device, storage, reason
 ):
-    monkeypatch.setattr(memory, "available", lambda: 10**9)
-    monkeypatch.setattr(memory, "_free", lambda device: 2 * 10**8)
-    found, why = memory.choose(asked, megabytes * 10**6, 0.5, device)
-    assert found == place
-    assert words in why
+    chosen, words = choose_storage(setting, megabytes * 10**6, 0.5, device, FREE)
+    assert chosen == storage
+    assert reason in words
 
 
-def test_each_process_of_a_node_has_its_share(monkeypatch):
-    monkeypatch.setattr(memory, "available", lambda: 10**9)
-    assert memory.choose("auto", 10**8, 0.5, CPU, holders=5)[0] == "host"
-    assert memory.choose("auto", 10**8, 0.5, CPU, holders=6) == (
-        "stream",
-        "6 times 0.1 GB is more than 50% of 1.0 GB of free memory",
-    )
+def test_each_process_of_a_node_needs_its_share_of_host_memory():
+    storage, _ = choose_storage("auto", 10**8, 0.5, CPU, FREE, copies=5)
+    assert storage == "host"
+
+    storage, reason = choose_storage("auto", 10**8, 0.5, CPU, FREE, copies=6)
+    assert storage == "stream"
+    assert reason == "6 times 0.1 GB is more than 50% of 1.0 GB of free memory"
 
 
-def test_some_memory_is_free():
-    assert 10**6 < memory.available() < 10**15
+def test_the_available_host_memory_is_plausible():
+    assert 10**6 < available_host_memory() < 10**15

@@ -10,7 +10,7 @@ from torch import nn
 
 from models import networks
 from train.cli.recipes import RECIPES
-from train.data.source import Arrays, Source
+from train.data.source import ArrayItems, LabelledImages
 from train.data.split import split
 from train.learning.optimizers import OptimizerConfig, build_optimizer
 
@@ -73,8 +73,8 @@ def test_convnet4_trains_on_45_000_images_with_early_stopping_and_sample_predict
     recipe = load_recipe("convnet4-cifar10")
     labels = np.arange(60_000) % 10
     parts = np.repeat(["train", "test"], [50_000, 10_000])
-    items = Arrays(np.zeros((60_000, 1, 1, 1), np.uint8))
-    cifar10 = Source("cifar10", list("abcdefghij"), items, labels, parts)
+    items = ArrayItems(np.zeros((60_000, 1, 1, 1), np.uint8))
+    cifar10 = LabelledImages("cifar10", list("abcdefghij"), items, labels, parts)
     usable = np.ones(60_000, bool)
 
     val_fraction = recipe["data"]["val_fraction"]

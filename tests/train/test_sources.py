@@ -126,7 +126,7 @@ def test_csv_that_is_wrong_is_refused_in_one_line(tmp_path):
     refused([("a\0.png", "x")], r"table\.csv: line 2: a NUL byte in the path")
     refused([("a.png", " ")], "line 2 lacks a path or a label")
     refused(
-        [("a.png", "x", "somewhere")], "line 2: split 'somewhere' is none of", "path,label,split"
+        [("a.png", "x", "somewhere")], "line 2: split 'somewhere' is not one of", "path,label,split"
     )
     refused([], "no rows")
     with pytest.raises(DataError, match=r"nowhere\.csv: not readable"):
@@ -281,7 +281,7 @@ def test_see_through_pixels_lie_on_white_as_when_they_are_served(tmp_path, kind)
         axes = (2, 0, 1) if kind == "channels first" else (0, 1, 2)
         images = [np.ascontiguousarray(np.asarray(image).transpose(axes)) for image in images]
     data = check(f"litdata:{optimize(tmp_path / 'set', images)}")
-    assert np.array_equal(data.known.pixels, [decode(file, data.input) for file in files])
+    assert np.array_equal(data.decoded.pixels, [decode(file, data.input) for file in files])
 
 
 def test_pixels_of_other_channels_count_as_unreadable(tmp_path):

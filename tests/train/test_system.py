@@ -166,7 +166,7 @@ def test_whitening_is_computed_from_images_without_augmentation(tmp_path, augmen
     make_trainer(steps=1).fit(system, datamodule=data)
 
     with torch.no_grad():
-        images = system.normalize(data.examples(10**6))
+        images = system.normalize(data.training_images(10**6))
         patches = system.network.whiten(images)[:, :12].permute(1, 0, 2, 3).reshape(12, -1)
 
     assert len(images) == data.counts["train"]

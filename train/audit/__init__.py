@@ -1,6 +1,6 @@
 """What is wrong with the data, looked for before a model is trained on it.
 
-findings = run(data, "artifacts/audit/photos")     # audit.json and index.html there; `data.leaked_test` is set
+findings = run_audit(data, "artifacts/audit/photos")     # audit.json and index.html there; `data.leaked_test_rows` is set
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from scipy.sparse.csgraph import connected_components
 
 from train.audit import duplicates, labels, page
 from train.data import ImageData
-from train.data.source import PARTS, say
+from train.data.source import PARTS, notify
 from train.failures import AuditOutOfMemory, is_out_of_memory
 
 LAYOUT = 3  # of the findings; kept ones of another layout are found anew
@@ -29,32 +29,31 @@ SHOWN = 200  # of a kind in audit.json beside the full count; leaked test images
 Findings = dict[str, Any]
 
 
-def run(data: ImageData, out: str | Path | None = None) -> Findings:
+def run_audit(data: ImageData, out: str | Path | None = None) -> Findings:
     """Look at a data module after `setup`, say what matters, and write audit.json and index.html to `out`.
 
     What was found is kept with the decoded pixels, so that the next run on the same data and split costs nothing.
     """
     try:
-        findings = _kept(data) or _keep(data, examine(data))
+        findings = _kept(data) or _keep(data, collect_findings(data))
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
-            raise AuditOutOfMemory(data._device()) from error
+            raise AuditOutOfMemory(data.device) from error
         raise
-    take(data, findings)
+    apply_findings(data, findings)
     if out is not None:
         _write(out, findings, page.render(findings, data))
-    for line in summary(findings):
-        say(f"audit: {line}")
+    for line in summarize(findings):
+        notify(f"audit: {line}")
     return findings
 
 
-def take(data: ImageData, findings: Findings) -> None:
+def apply_findings(data: ImageData, findings: Findings) -> None:
     """Let the data module know what was found in it."""
-    positions = findings["leakage"]["test"]["positions"]
-    data.set_audit_findings(findings, np.searchsorted(data.index["test"], positions))
+    data.record_audit(findings["leakage"]["test"]["positions"], summarize(findings))
 
 
-def refused(data: ImageData, problem: str, out: str | Path) -> None:
+def write_refusal(data: ImageData, problem: str, out: str | Path) -> None:
     """Write what is known of data that `setup` refused after it looked at all images: why, and what can't be read."""
     findings = {
         "source": data.source,
@@ -76,19 +75,19 @@ def _unreadable(data: ImageData) -> list[dict[str, str]]:
     return [{"file": name, "problem": problem} for name, problem in data.unreadable]
 
 
-def examine(data: ImageData) -> Findings:
+def collect_findings(data: ImageData) -> Findings:
     """All that is looked for, as plain values."""
-    facts, truth = data.known.facts, data.found.labels
+    facts, truth = data.decoded.metadata, data.dataset.labels
     part = np.full(len(facts), "", "U5")
     for name in PARTS:
         part[data.index[name]] = name
-    usable, device = part != "", data._device()
+    usable, device = part != "", data.device
     exact = duplicates.exact(facts["sha256"], usable)
     first_of_kind = usable.copy()
     first_of_kind[exact.second] = False  # copies of copies would only repeat what is found
-    near = duplicates.near(data.known.pixels, first_of_kind, device, _mirrors(data))
+    near = duplicates.near(data.decoded.pixels, first_of_kind, device, _mirrors(data))
     doubtful = labels.suspects(
-        data.known.pixels,
+        data.decoded.pixels,
         truth,
         np.flatnonzero(usable),
         len(data.classes),
@@ -99,7 +98,7 @@ def examine(data: ImageData) -> Findings:
     def image(i: int) -> dict[str, Any]:
         return {
             "position": int(i),
-            "file": data.found.items.name(int(i)),
+            "file": data.dataset.items.name(int(i)),
             "part": str(part[i]),
             "label": data.classes[truth[i]],
         }
@@ -131,7 +130,7 @@ def examine(data: ImageData) -> Findings:
         "unreadable": _unreadable(data),
         "exact_duplicates": pairs(exact),
         "near_duplicates": pairs(near)
-        | {"looked_for": duplicates.told_apart(data.known.pixels), "complete": near.complete},
+        | {"looked_for": duplicates.told_apart(data.decoded.pixels), "complete": near.complete},
         "leakage": {name: _leaked(name, part, exact, near) for name in ("test", "val")},
         "class_counts": _class_counts(data),
         "odd": _odd(facts, usable, image),
@@ -196,7 +195,7 @@ def _leaked(
 def _class_counts(data: ImageData) -> list[dict[str, Any]]:
     """Images of each class by part, and what is wrong with that, if anything."""
     count = {
-        part: np.bincount(data.found.labels[data.index[part]], minlength=len(data.classes))
+        part: np.bincount(data.dataset.labels[data.index[part]], minlength=len(data.classes))
         for part in PARTS
     }
     most = count["train"].max()
@@ -240,7 +239,7 @@ def _odd(facts: np.ndarray, usable: np.ndarray, image) -> dict[str, Any]:
     }
 
 
-def summary(findings: Findings) -> list[str]:
+def summarize(findings: Findings) -> list[str]:
     """What a person should know before training, one line each; what is fine is not mentioned."""
     lines = []
     for part, images, text in (
@@ -299,7 +298,7 @@ def _place(data: ImageData) -> Path | None:
         return None
     split = {part: data.index[part].tolist() for part in PARTS}
     names = hashlib.sha256(
-        "\0".join(map(data.found.items.name, range(len(data.found.items)))).encode()
+        "\0".join(map(data.dataset.items.name, range(len(data.dataset.items)))).encode()
     ).hexdigest()
     key = json.dumps(
         [LAYOUT, data.digest, names, data.source, split, data.input.model_dump(), _mirrors(data)]

@@ -8,7 +8,7 @@ from typing import Any
 from models.image import InputSpec, resize_to_input
 from train.audit.duplicates import LEAST
 from train.data import ImageData
-from train.data.pixels import encoded
+from train.data.pixels import to_image_bytes
 
 THUMBNAIL = 72  # pixels
 SHOWN = 48  # pairs or images of a kind
@@ -139,7 +139,7 @@ def _thumbnails(data: ImageData) -> Callable[[dict[str, Any]], str]:
     """From an image of the findings to its <img>."""
 
     def draw(image: dict[str, Any]) -> str:
-        pixels = data.known.pixels[image["position"]]
+        pixels = data.decoded.pixels[image["position"]]
         if max(pixels.shape[:2]) > THUMBNAIL:
             pixels = resize_to_input(
                 pixels,
@@ -147,7 +147,7 @@ def _thumbnails(data: ImageData) -> Callable[[dict[str, Any]], str]:
                     height=THUMBNAIL, width=THUMBNAIL, channels=pixels.shape[2], resize="pad"
                 ),
             )
-        code = base64.b64encode(encoded(pixels)).decode()
+        code = base64.b64encode(to_image_bytes(pixels)).decode()
         return f'<img src="data:image/png;base64,{code}" alt="{_text(image["label"])}" title="{_text(image["file"])}">'
 
     return draw

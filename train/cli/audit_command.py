@@ -18,17 +18,17 @@ def run_audit_command(data: ImageData, report_directory: str | None) -> None:
     report lists them nevertheless.
     """
     data.allow_unreadable(1.0)  # the report lists them
-    directory = Path(report_directory or REPORTS / data.found.name)
+    directory = Path(report_directory or REPORTS / data.dataset.name)
     try:
         data.setup()
     except DataError as error:
-        if getattr(data, "unreadable", None):
-            audit.refused(data, str(error), directory)
+        if data.unreadable:
+            audit.write_refusal(data, str(error), directory)
             _print_paths(directory)
         raise
 
-    findings = audit.run(data, directory)
-    if not audit.summary(findings):
+    findings = audit.run_audit(data, directory)
+    if not audit.summarize(findings):
         print("audit: no findings")
     _print_paths(directory)
 

@@ -53,7 +53,7 @@ def print_predictions(command_line: CommandLine) -> None:
     rows: list[Row] = []
     for position, row in zip(positions, probabilities, strict=False):
         confidence, index = row.max(0)
-        name = data.found.items.name(position)
+        name = data.dataset.items.name(position)
         rows.append((position, name, data.classes[int(index)], f"{confidence:.4f}"))
 
     all_rows = sorted(gather_rows(trainer, rows))

@@ -1,7 +1,7 @@
 """Augmentation of whole batches on their device, CPU or GPU, without a loop over images.
 
-Every random choice is drawn on the CPU from the generator that is handed in, a few numbers an image, so that a batch
-comes out the same on every device. Images stay uint8 [B, C, H, W] in channels-last layout from end to end.
+All random numbers are drawn on the CPU, a few for each image, from the generator that is passed in, so
+a batch comes out the same on each device. Images stay uint8 [B, C, H, W] in channels-last layout.
 """
 
 from dataclasses import dataclass
@@ -12,32 +12,50 @@ import torch
 from torch import Tensor
 
 from models.image import InputSpec
-from train.data import colour, geometry, mixing
-from train.data.sampler import rng
+from train.data import color_jitter, geometric, mixing
+from train.data.sampler import keyed_rng
+
+# Largest value of each numeric setting; the smallest is 0.
+UPPER_LIMITS = {
+    "random_resized_crop": 1,
+    "erasing": 1,
+    "hue": 0.5,
+    "brightness": 1,
+    "contrast": 1,
+    "saturation": 1,
+    "rotation": 180,
+    "crop_padding": 4096,
+    "cutout": 4096,
+    "mixup": 100,
+    "cutmix": 100,
+}
 
 
 @dataclass
 class Augmentation:
-    """What is done to training images, in this order. Everything is off by default.
+    """Augmentation of training images, applied in this order. All of it is off by default.
 
     Attributes:
-        random_resized_crop: cut out a part of random shape with at least this share of the area (0: off); 0.08 is usual
-            for photographs from scratch, 0.35 and more for small images.
-        rotation: turn by up to this many degrees either way.
-        crop_padding: move by up to this many pixels either way.
-        border: what comes in from outside: reflect (the image mirrored) or zero (black).
-        flip: random mirrors each image with chance 1/2; alternating mirrors each in every other epoch, so that two
-            epochs always show both sides (Jordan, "94% on CIFAR-10 in 3.29 seconds", 2024); for data with no left and
-            right.
+        random_resized_crop: crop a random part with at least this share of the area (0: off); 0.08 is
+            usual for photographs trained from scratch, 0.35 and more for small images.
+        rotation: rotate by up to this many degrees in either direction.
+        crop_padding: shift by up to this many pixels in either direction.
+        border: what comes in from outside of the image: reflect (mirrored) or zero (black).
+        flip: random mirrors each image with probability 1/2; alternating mirrors each image in every
+            other epoch, so that any two epochs show both sides (Jordan, "94% on CIFAR-10 in 3.29
+            Seconds on a Single GPU", 2024). For data where left and right mean the same.
         brightness: factor from 1 - this to 1 + this.
-        contrast: the same, away from the mean gray of the image.
-        saturation: the same, away from gray.
-        hue: turn of the colour circle by up to this share of it either way, at most 0.5.
-        cutout: side in pixels of a square of the mean colour (DeVries and Taylor, 2017).
-        erasing: chance that a rectangle of 2 to 33 % of the area takes the mean colour (Zhong et al., 2017).
-        mixup: alpha of the Beta distribution that two images are blended by (Zhang et al., 2018); 0.2 is usual.
-        cutmix: alpha of the Beta distribution for the area that is cut from another image (Yun et al., 2019); 1 is
-            usual. With mixup and cutmix each batch gets one of the two. Labels become [B, K] of shares.
+        contrast: the same, relative to the mean gray of the image.
+        saturation: the same, relative to gray.
+        hue: rotate the colour circle by up to this share of it in either direction, at most 0.5.
+        cutout: side in pixels of a square filled with the mean colour (DeVries and Taylor, 2017).
+        erasing: probability that a rectangle of 2 to 33 % of the area is filled with the mean colour
+            (random erasing: Zhong et al., 2017).
+        mixup: alpha of the Beta distribution of the shares that two images are blended by (Zhang et
+            al., 2018); 0.2 is usual.
+        cutmix: alpha of the Beta distribution of the area that is pasted from another image (Yun et
+            al., 2019); 1 is usual. With mixup and cutmix each batch gets one of the two. Labels become
+            shares of the classes, [B, K].
     """
 
     random_resized_crop: float = 0.0
@@ -55,86 +73,134 @@ class Augmentation:
     cutmix: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, top in (
-            ("random_resized_crop", 1),
-            ("erasing", 1),
-            ("hue", 0.5),
-            ("brightness", 1),
-            ("contrast", 1),
-            ("saturation", 1),
-            ("rotation", 180),
-            ("crop_padding", 4096),
-            ("cutout", 4096),
-            ("mixup", 100),
-            ("cutmix", 100),
-        ):
-            if not 0 <= getattr(self, name) <= top:
-                raise ValueError(
-                    f"data.augment.{name}: {getattr(self, name)} is not between 0 and {top}"
-                )
+        for name, limit in UPPER_LIMITS.items():
+            value = getattr(self, name)
+            if not 0 <= value <= limit:
+                raise ValueError(f"data.augment.{name}: {value} is not between 0 and {limit}")
+
+    @property
+    def changes_color(self) -> bool:
+        """Whether any of the colour settings is on."""
+        return bool(self.brightness or self.contrast or self.saturation or self.hue)
 
 
 class Augmenter:
-    """Applies an Augmentation to batches; also cuts images that are kept with a margin to the size of the network."""
+    """Applies an Augmentation to batches, and crops images with a margin to the network's input size."""
 
     def __init__(
         self,
-        chosen: Augmentation,
+        settings: Augmentation,
         spec: InputSpec,
         mean: list[float],
         classes: int,
         images: int,
         seed: int,
     ):
-        """`mean`: the colour of holes, in 0..255; `images`: how many the data set has."""
-        if chosen.border == "reflect" and chosen.crop_padding >= min(spec.height, spec.width):
+        """Prepare what all batches share.
+
+        Args:
+            settings: what to apply.
+            spec: size of the network's input.
+            mean: mean of each channel in 0..255, the colour of cutout and random erasing.
+            classes: number of classes.
+            images: number of images in the data set.
+            seed: of the sides that alternating flips begin with.
+        """
+        side = min(spec.height, spec.width)
+        if settings.border == "reflect" and settings.crop_padding >= side:
             raise ValueError(
-                f"data.augment.crop_padding: {chosen.crop_padding} is not less than the image's side"
+                f"data.augment.crop_padding: {settings.crop_padding} is not less than the image's side"
             )
-        self.chosen, self.spec, self.classes = chosen, spec, classes
-        # A coin for each image that is thrown once: which side alternating flips show in even epochs
-        self.sides = torch.from_numpy(rng("flip", seed).random(images) < 0.5)
+        self.settings = settings
+        self.size = (spec.height, spec.width)
+        self.classes = classes
+        # Alternating flips mirror these images in even epochs and the others in odd ones.
+        self.first_flipped = torch.from_numpy(keyed_rng("flip", seed).random(images) < 0.5)
         self.fill = torch.tensor(mean).round().to(torch.uint8).view(1, -1, 1, 1)
 
     def __call__(
-        self, images: Tensor, labels: Tensor, rows: Tensor, epoch: int, draw: np.random.Generator
+        self, images: Tensor, labels: Tensor, rows: Tensor, epoch: int, rng: np.random.Generator
     ) -> tuple[Tensor, Tensor]:
-        """`images` uint8 [B, C, H, W], `labels` int64 [B], `rows` int64 [B]: the images' numbers in the data set.
+        """Augment one batch.
 
-        Gives uint8 [B, C, height, width] and the labels, float32 [B, K] where images are mixed.
+        Args:
+            images: uint8 [B, C, H, W] of the network's input size, or with a margin around it.
+            labels: int64 [B].
+            rows: int64 [B], positions of the images in the data set.
+            epoch: the current one.
+            rng: source of all random numbers but those of alternating flips.
+
+        Returns uint8 [B, C, height, width] and the labels, float32 [B, K] where images are mixed.
         """
-        chosen, size = self.chosen, (self.spec.height, self.spec.width)
-        if chosen.random_resized_crop or chosen.rotation:
-            # A random-resized crop takes the place of the crop from the margin; a mere turn leaves scale and margin be
-            target = size if chosen.random_resized_crop else (images.shape[2], images.shape[3])
-            images = geometry.warp(
-                images, target, chosen.random_resized_crop, chosen.rotation, chosen.border, draw
-            )
-        if chosen.crop_padding or images.shape[2:] != size:
-            images = geometry.shift(images, size, chosen.crop_padding, chosen.border, draw)
-        if chosen.flip == "random":
-            images = geometry.flip(images, torch.from_numpy(draw.random(len(images)) < 0.5))
-        elif chosen.flip == "alternating":
-            self.sides = self.sides.to(rows.device)
-            images = geometry.flip(images, self.sides[rows] ^ (epoch % 2 == 1))
-        if chosen.brightness or chosen.contrast or chosen.saturation or chosen.hue:
-            images = colour.jitter(
-                images, chosen.brightness, chosen.contrast, chosen.saturation, chosen.hue, draw
-            )
-        self.fill = self.fill.to(images.device)
-        if chosen.cutout:
-            images = mixing.cutout(images, chosen.cutout, self.fill, draw)
-        if chosen.erasing:
-            images = mixing.erase(images, chosen.erasing, self.fill, draw)
-        return self._mixed(images, labels, draw)
+        images = self._resample_and_crop(images, rng)
+        images = self._flip(images, rows, epoch, rng)
+        images = self._jitter_color(images, rng)
+        images = self._occlude(images, rng)
+        return self._mix(images, labels, rng)
 
-    def _mixed(
-        self, images: Tensor, labels: Tensor, draw: np.random.Generator
+    def _resample_and_crop(self, images: Tensor, rng: np.random.Generator) -> Tensor:
+        settings = self.settings
+        if settings.random_resized_crop or settings.rotation:
+            # A random resized crop replaces the crop from the margin; a rotation alone keeps the margin.
+            unchanged = (images.shape[2], images.shape[3])
+            images = geometric.random_resized_crop_and_rotate(
+                images,
+                self.size if settings.random_resized_crop else unchanged,
+                settings.random_resized_crop,
+                settings.rotation,
+                settings.border,
+                rng,
+            )
+        if settings.crop_padding or images.shape[2:] != self.size:
+            images = geometric.random_crop(
+                images, self.size, settings.crop_padding, settings.border, rng
+            )
+        return images
+
+    def _flip(self, images: Tensor, rows: Tensor, epoch: int, rng: np.random.Generator) -> Tensor:
+        if self.settings.flip == "random":
+            flipped = torch.from_numpy(rng.random(len(images)) < 0.5)
+            return geometric.horizontal_flip(images, flipped)
+
+        if self.settings.flip == "alternating":
+            self.first_flipped = self.first_flipped.to(rows.device)
+            is_odd_epoch = epoch % 2 == 1
+            return geometric.horizontal_flip(images, self.first_flipped[rows] ^ is_odd_epoch)
+        return images
+
+    def _jitter_color(self, images: Tensor, rng: np.random.Generator) -> Tensor:
+        settings = self.settings
+        if not settings.changes_color:
+            return images
+        return color_jitter.jitter(
+            images,
+            settings.brightness,
+            settings.contrast,
+            settings.saturation,
+            settings.hue,
+            rng,
+        )
+
+    def _occlude(self, images: Tensor, rng: np.random.Generator) -> Tensor:
+        self.fill = self.fill.to(images.device)
+        if self.settings.cutout:
+            images = mixing.cutout(images, self.settings.cutout, self.fill, rng)
+        if self.settings.erasing:
+            images = mixing.random_erasing(images, self.settings.erasing, self.fill, rng)
+        return images
+
+    def _mix(
+        self, images: Tensor, labels: Tensor, rng: np.random.Generator
     ) -> tuple[Tensor, Tensor]:
-        chosen = self.chosen
-        if not (chosen.mixup or chosen.cutmix):
+        settings = self.settings
+        if not settings.mixup and not settings.cutmix:
             return images, labels
-        mixup = chosen.mixup and (not chosen.cutmix or draw.random() < 0.5)
-        mix, alpha = (mixing.mixup, chosen.mixup) if mixup else (mixing.cutmix, chosen.cutmix)
-        images, share = mix(images, alpha, draw)
-        return images, mixing.shares(labels, share, self.classes)
+
+        use_mixup = settings.mixup > 0
+        if settings.mixup and settings.cutmix:
+            use_mixup = rng.random() < 0.5
+        if use_mixup:
+            images, share = mixing.mixup(images, settings.mixup, rng)
+        else:
+            images, share = mixing.cutmix(images, settings.cutmix, rng)
+        return images, mixing.mix_labels(labels, share, self.classes)

@@ -1,10 +1,11 @@
-"""Decoded pixels on disk, so that each data set is decoded once for each input size.
+"""Decoded pixels on disk: each data set is decoded once for each input size.
 
-    <cache>/pixels/<digest>-<spec>/{pixels.npy, facts.npy}    keyed by what the data is
-    <cache>/pixels/<fingerprint>-<spec>.key                   from what the data looks like (paths, sizes, times) to it
+    <cache>/pixels/<digest>-<suffix>/{pixels.npy, facts.npy}   an entry, named by the images' content
+    <cache>/pixels/<fingerprint>-<suffix>.key                  the entry of files of this fingerprint
 
-An entry is written beside its place and renamed in whole. A lock makes a second job wait for the first and then
-read what it wrote; without the lock both would decode, and either result would do.
+The fingerprint (paths, sizes, times) is cheap to compute; the digest needs all bytes. The suffix stands
+for the input size and the decoder's version. An entry is written under a hidden name and renamed when it
+is complete. A lock makes a second job wait for the first and read what it wrote.
 """
 
 import contextlib
@@ -20,131 +21,158 @@ import numpy as np
 from filelock import FileLock
 
 from models.image import InputSpec
-from train.data.pixels import FACTS, describe, examine
-from train.data.source import Arrays, Items, say
+from train.data.pixels import METADATA_DTYPE, decode_all, read_array_metadata
+from train.data.source import ArrayItems, Items, notify
 
-LAYOUT = 2  # of the entries; a change of decoding changes it too
+LAYOUT_VERSION = 2  # of the entries; increase it when decoding changes
 
 
 @dataclass(frozen=True)
-class Known:
+class DecodedImages:
     """All images of a source at one size. Rows follow the positions in the source."""
 
-    pixels: np.ndarray  # uint8 [N, H, W, C]; black where `facts` names a problem
-    facts: np.ndarray  # FACTS [N]
+    pixels: np.ndarray  # uint8 [N, H, W, C]; black where the metadata name a problem
+    metadata: np.ndarray  # METADATA_DTYPE [N]
 
 
-def known(items: Items, spec: InputSpec, cache: Path | None, workers: int, title: str) -> Known:
-    """Pixels and facts of every item, from the cache or by decoding all; without `cache`, or where it can't be
-    written, they are held in memory only."""
-    if isinstance(items, Arrays) and items.array.shape[1:] == (
-        spec.height,
-        spec.width,
-        spec.channels,
-    ):
-        return Known(items.array, describe(items.array))
+@dataclass(frozen=True)
+class DecodingJob:
+    """What is decoded, and how."""
+
+    items: Items
+    spec: InputSpec
+    workers: int
+    title: str  # of the progress bar
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Shape of all decoded pixels."""
+        return len(self.items), self.spec.height, self.spec.width, self.spec.channels
+
+    def decode_into(self, pixels: np.ndarray, metadata: np.ndarray) -> None:
+        """Decode all items into arrays of `shape` and [N]."""
+        for rows, chunk, records in decode_all(self.items, self.spec, self.workers, self.title):
+            pixels[rows] = chunk
+            metadata[rows] = records
+
+    def decode_in_memory(self) -> DecodedImages:
+        """Decode all items into new arrays."""
+        pixels = np.zeros(self.shape, np.uint8)
+        metadata = np.zeros(len(self.items), METADATA_DTYPE)
+        self.decode_into(pixels, metadata)
+        return DecodedImages(pixels, metadata)
+
+
+def load_decoded_images(
+    items: Items, spec: InputSpec, cache: Path | None, workers: int, title: str
+) -> DecodedImages:
+    """Return pixels and metadata of all items, from the cache or by decoding them.
+
+    Without `cache`, or where it can't be written, they are held in memory only.
+    """
+    job = DecodingJob(items, spec, workers, title)
+    if isinstance(items, ArrayItems) and items.array.shape == job.shape:
+        return DecodedImages(items.array, read_array_metadata(items.array))
     if cache is None:
-        return _decode(items, spec, workers, title)
-    place = cache / "pixels"
-    suffix = hashlib.sha256(
-        f"{LAYOUT} {cv2.__version__} {spec.model_dump_json()}".encode()
-    ).hexdigest()[:16]
-    key = place / f"{items.fingerprint()[:32]}-{suffix}.key"
+        return job.decode_in_memory()
+
+    directory = cache / "pixels"
     try:
-        place.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{key}.lock"):
-            found = _load(key, len(items), spec)
-            if found is None or _more_readable(items, found.facts):
-                found = _fill(key, suffix, items, spec, workers, title)
-            if found is None:
-                raise OSError("what was written there does not read back")
-            return found
+        directory.mkdir(parents=True, exist_ok=True)
+        return _load_or_decode(directory, job)
     except OSError as error:
-        say(
-            f"{place}: the decoded pixels can't be kept there ({error.strerror or error}), so they stay in memory only"
+        notify(
+            f"{directory}: decoded pixels can't be kept there ({error.strerror or error}), so they "
+            "stay in memory only"
         )
-        return _decode(items, spec, workers, title)
+        return job.decode_in_memory()
 
 
-def _load(key: Path, count: int, spec: InputSpec) -> Known | None:
-    """The entry that the key names, or None where there is none or it is damaged."""
+def _load_or_decode(directory: Path, job: DecodingJob) -> DecodedImages:
+    """Load the entry of these items, or decode them to a new one. Raises OSError."""
+    version = f"{LAYOUT_VERSION} {cv2.__version__} {job.spec.model_dump_json()}"
+    suffix = hashlib.sha256(version.encode()).hexdigest()[:16]
+    key = directory / f"{job.items.fingerprint()[:32]}-{suffix}.key"
+    with FileLock(f"{key}.lock"):
+        decoded = _load_entry(key, job)
+        if decoded is None or _is_more_readable(job.items, decoded.metadata):
+            _write_entry(key, suffix, job)
+            decoded = _load_entry(key, job)
+    if decoded is None:
+        raise OSError("the written entry can't be read back")
+    return decoded
+
+
+def _load_entry(key: Path, job: DecodingJob) -> DecodedImages | None:
+    """Load the entry that the key names; None where it is missing or damaged."""
     try:
         entry = key.parent / key.read_text()
-        pixels = np.load(
-            entry / "pixels.npy", mmap_mode="c"
-        )  # private pages: shared between jobs until written to
-        facts = np.load(entry / "facts.npy")
+        # Copy-on-write pages: jobs share them until one writes.
+        pixels = np.load(entry / "pixels.npy", mmap_mode="c")
+        metadata = np.load(entry / "facts.npy")
     except (OSError, ValueError):
         return None
-    sound = pixels.shape == (count, spec.height, spec.width, spec.channels) and facts.shape == (
-        count,
+
+    complete = (
+        pixels.shape == job.shape
+        and metadata.shape == (len(job.items),)
+        and metadata.dtype == METADATA_DTYPE
     )
-    return Known(pixels, facts) if sound and facts.dtype == FACTS else None
+    return DecodedImages(pixels, metadata) if complete else None
 
 
-def _more_readable(items: Items, facts: np.ndarray) -> bool:
-    """Whether an item that could not be read then can be now: its mode or its disk may be other than they were, which
-    no fingerprint shows."""
-    for i in np.flatnonzero(~facts["sha256"].any(1)).tolist():
+def _is_more_readable(items: Items, metadata: np.ndarray) -> bool:
+    """Whether an item that could not be read can be read now.
+
+    Its permissions or its disk may have changed, which no fingerprint shows.
+    """
+    for i in np.flatnonzero(~metadata["sha256"].any(1)).tolist():
         with contextlib.suppress(OSError):
             items[i]
             return True
     return False
 
 
-def _fill(
-    key: Path, suffix: str, items: Items, spec: InputSpec, workers: int, title: str
-) -> Known | None:
-    """Decode into a hidden directory, publish it under the digest of what was read, and load it."""
-    mine = f".staging-{key.name}-"  # the lock is the key's, so any that are there were left by a job that was killed
-    for left in key.parent.glob(f"{mine}*"):
-        shutil.rmtree(left, ignore_errors=True)
-    staged = Path(tempfile.mkdtemp(prefix=mine, dir=key.parent))
+def _write_entry(key: Path, suffix: str, job: DecodingJob) -> None:
+    """Decode into a hidden directory, then publish it under the digest of the images read."""
+    # The lock belongs to the key, so directories of this prefix are leftovers of killed jobs.
+    prefix = f".staging-{key.name}-"
+    for leftover in key.parent.glob(f"{prefix}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+    staged = Path(tempfile.mkdtemp(prefix=prefix, dir=key.parent))
     try:
-        shape = (len(items), spec.height, spec.width, spec.channels)
-        pixels = np.lib.format.open_memmap(staged / "pixels.npy", "w+", np.uint8, shape)
-        with (staged / "pixels.npy").open("r+b") as file:
-            os.posix_fallocate(
-                file.fileno(), 0, os.fstat(file.fileno()).st_size
-            )  # a full disk shows now, as an error
-        facts = np.zeros(len(items), FACTS)
-        _decode_into(pixels, facts, items, spec, workers, title)
+        pixels = _create_array_file(staged / "pixels.npy", job.shape)
+        metadata = np.zeros(len(job.items), METADATA_DTYPE)
+        job.decode_into(pixels, metadata)
         pixels.flush()
-        np.save(staged / "facts.npy", facts)
-        entry = (
-            key.parent / f"{hashlib.sha256(facts['sha256'].tobytes()).hexdigest()[:32]}-{suffix}"
-        )
-        if _sound(entry):
-            shutil.rmtree(staged)
-        else:
+        np.save(staged / "facts.npy", metadata)
+
+        digest = hashlib.sha256(metadata["sha256"].tobytes()).hexdigest()[:32]
+        entry = key.parent / f"{digest}-{suffix}"
+        if not _is_readable(entry):
             shutil.rmtree(entry, ignore_errors=True)
             staged.rename(entry)
-        replacement = key.with_name(f".{key.name}-{os.getpid()}")
-        replacement.write_text(entry.name)
-        replacement.replace(key)
-        return _load(key, len(items), spec)
+
+        new_key = key.with_name(f".{key.name}-{os.getpid()}")
+        new_key.write_text(entry.name)
+        new_key.replace(key)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 
 
-def _sound(entry: Path) -> bool:
+def _create_array_file(path: Path, shape: tuple[int, ...]) -> np.memmap:
+    """Create a .npy file of uint8 with all its blocks allocated. Raises OSError on a full disk."""
+    array = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+    with path.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+    return array
+
+
+def _is_readable(entry: Path) -> bool:
     try:
-        return len(np.load(entry / "pixels.npy", mmap_mode="r")) == len(
-            np.load(entry / "facts.npy")
-        )
+        pixels = np.load(entry / "pixels.npy", mmap_mode="r")
+        metadata = np.load(entry / "facts.npy")
     except (OSError, ValueError):
         return False
-
-
-def _decode(items: Items, spec: InputSpec, workers: int, title: str) -> Known:
-    pixels = np.zeros((len(items), spec.height, spec.width, spec.channels), np.uint8)
-    facts = np.zeros(len(items), FACTS)
-    _decode_into(pixels, facts, items, spec, workers, title)
-    return Known(pixels, facts)
-
-
-def _decode_into(
-    pixels: np.ndarray, facts: np.ndarray, items: Items, spec: InputSpec, workers: int, title: str
-) -> None:
-    for rows, some, about in examine(items, np.arange(len(items)), spec, workers, title):
-        pixels[rows], facts[rows] = some, about
+    return len(pixels) == len(metadata)

@@ -1,4 +1,4 @@
-"""What the network is fed, from what is set and what the images are."""
+"""The network's input size and channels, from the settings and from the images themselves."""
 
 from typing import Literal
 
@@ -6,30 +6,33 @@ import numpy as np
 
 from models import image
 from models.image import InputSpec
-from train.data.pixels import encoded
-from train.data.source import DataError, Source
+from train.data.pixels import to_image_bytes
+from train.data.source import DataError, LabelledImages
 
-LOOKED_AT = 64  # images whose size and colour decide, where the settings leave it open
-SMALL = 96  # images that are all alike and no larger are taken as they are
-USUAL = 224  # what the networks that come with weights were trained on
+SAMPLED_IMAGES = 64  # images whose size and colour decide, where the settings leave it open
+LARGEST_NATIVE_SIDE = 96  # pixels; square images of one size up to this side keep it
+DEFAULT_SIDE = 224  # pixels; the usual size of networks with pretrained weights
+THUMBNAIL_SIDE = 32  # pixels
 
 
-def input_spec(
-    source: Source,
+def choose_input_spec(
+    dataset: LabelledImages,
     size: int | None,
     channels: Literal[1, 3] | None,
     resize: Literal["crop", "stretch", "pad"],
     short_side: int | None,
 ) -> InputSpec:
-    """Settings that are None follow the images: their own size where all are alike and small, 224 otherwise; one
-    channel where all are gray. Raises DataError where not one of the images looked at can be read."""
+    """Return what the network is fed; settings that are None follow the images.
+
+    The size becomes the images' own where all are squares of one small size, 224 otherwise; the
+    channels become 1 where all images are gray. Raises DataError where none of the sampled images can
+    be read.
+    """
     if size is None or channels is None:
-        images = _look(source)
-        sizes = {picture.shape[:2] for picture in images}
-        side = images[0].shape[0]
-        alike = sizes == {(side, side)} and side <= SMALL
-        size = size or (side if alike else USUAL)
-        channels = channels or (1 if all(_gray(picture) for picture in images) else 3)
+        images = _sample_images(dataset)
+        size = size or _native_side(images) or DEFAULT_SIDE
+        channels = channels or (1 if all(_is_gray(pixels) for pixels in images) else 3)
+
     if short_side is not None and short_side < size:
         raise DataError(f"short_side: {short_side} is less than the size of {size}")
     return InputSpec(
@@ -37,32 +40,47 @@ def input_spec(
     )
 
 
-def _look(source: Source) -> list[np.ndarray]:
-    """Some training images, spread over all, in colour and in their own size."""
-    index, images, problem = source.index("train"), [], None
-    for i in index[
-        np.linspace(0, len(index) - 1, min(LOOKED_AT, len(index)), dtype=np.int64)
-    ].tolist():
+def _sample_images(dataset: LabelledImages) -> list[np.ndarray]:
+    """Read training images, evenly spread over the part: uint8 [H, W, 3] in their own size each."""
+    index = dataset.index("train")
+    count = min(SAMPLED_IMAGES, len(index))
+    positions = index[np.linspace(0, len(index) - 1, count, dtype=np.int64)]
+
+    images = []
+    problem = None
+    for i in positions.tolist():
         try:
-            images.append(image.decode_full_size(encoded(source.items[i]), 3))
+            images.append(image.decode_full_size(to_image_bytes(dataset.items[i]), 3))
         except (OSError, image.ImageError) as error:
-            problem = f"{source.items.name(i)}: {error}"
+            problem = f"{dataset.items.name(i)}: {error}"
     if not images:
         raise DataError(
-            f"{source.name}: not one of {min(LOOKED_AT, len(index))} images could be read; the last: "
-            f"{problem}"
+            f"{dataset.name}: not one of {count} images could be read; the last: {problem}"
         )
     return images
 
 
-def _gray(picture: np.ndarray) -> bool:
-    return bool(
-        (picture[..., 0] == picture[..., 1]).all() and (picture[..., 1] == picture[..., 2]).all()
-    )
+def _native_side(images: list[np.ndarray]) -> int | None:
+    """Return the side that all images share where they are small squares, else None."""
+    side = images[0].shape[0]
+    sizes = {pixels.shape[:2] for pixels in images}
+    if sizes == {(side, side)} and side <= LARGEST_NATIVE_SIDE:
+        return side
+    return None
 
 
-def kept_spec(spec: InputSpec) -> InputSpec:
-    """How training images are kept: where `short_side` leaves a margin around the size, with it, to crop from."""
+def _is_gray(pixels: np.ndarray) -> bool:
+    red = pixels[..., 0]
+    green = pixels[..., 1]
+    blue = pixels[..., 2]
+    return bool((red == green).all() and (green == blue).all())
+
+
+def training_spec(spec: InputSpec) -> InputSpec:
+    """Return the size that training images are stored at.
+
+    Where `short_side` leaves a margin around the network's input, the margin is kept to crop from.
+    """
     if spec.resize == "crop" and spec.short_side:
         return spec.model_copy(
             update={"height": spec.short_side, "width": spec.short_side, "short_side": None}
@@ -71,5 +89,7 @@ def kept_spec(spec: InputSpec) -> InputSpec:
 
 
 def thumbnail_spec(spec: InputSpec) -> InputSpec:
-    """What is kept of images that are streamed, to compare them with one another."""
-    return InputSpec(height=32, width=32, channels=spec.channels, resize="stretch")
+    """Return the size kept of streamed images, for the audit to compare them with one another."""
+    return InputSpec(
+        height=THUMBNAIL_SIDE, width=THUMBNAIL_SIDE, channels=spec.channels, resize="stretch"
+    )

@@ -1,4 +1,4 @@
-"""Batches on the device, from pixels in memory or from a stream, augmented there."""
+"""Batches on the device, from pixels in memory or from a stream of decoding workers, augmented there."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -8,117 +8,148 @@ import torch
 from torch import Tensor
 
 from models.image import InputSpec
-from train.data.pixels import Decoded, loader
-from train.data.sampler import Order, rng
+from train.data.pixels import PixelBatches, build_worker_loader
+from train.data.sampler import EpochOrder, keyed_rng
 from train.data.source import DataError, Items
 
-Batch = tuple[
-    Tensor, Tensor
-]  # uint8 [B, C, H, W] in channels-last layout, int64 [B] or float [B, K] when mixed
+# uint8 [B, C, H, W] in channels-last layout; labels int64 [B], or float32 [B, K] of mixed images
+Batch = tuple[Tensor, Tensor]
+
+# (images, labels, positions int64 [B], epoch, generator) -> batch
 Augment = Callable[[Tensor, Tensor, Tensor, int, np.random.Generator], Batch]
 
 
-class Batches(ABC):
-    """What `MemoryBatches` and `StreamBatches` share: epochs, steps, where to resume.
+class BatchLoader(ABC):
+    """The batches of one part: epochs, steps, and where to resume.
 
-    What step s of epoch e holds depends on (seed, e, s) alone, augmentation included. Lightning sets the epoch through
-    `sampler`. `state_dict` tells the epoch and how many of its steps were handed out; after `load_state_dict` that
-    epoch goes on after them, and any other begins at its first step.
+    Step s of epoch e depends on (seed, e, s) only, augmentation included. Lightning sets the epoch
+    through `sampler`. `state_dict` holds the epoch and the number of its steps handed out. After
+    `load_state_dict` that epoch continues after those steps; any other starts at its first step.
     """
 
-    def __init__(
-        self, labels: Tensor, order: Order, device: torch.device, augment: Augment | None = None
-    ):
-        """`labels` int64 [N] of all rows, on `device`; `order` says which rows make which batch."""
-        self.labels, self.order, self.device, self.augment = labels, order, device, augment
-        self.epoch, self.step = 0, 0
-        self._resume: tuple[int, int] | None = None
+    batch_sampler = None  # Lightning reads this before it asks `sampler` whether it shuffles
 
-    batch_sampler = None  # Lightning looks here before it asks `sampler` whether it shuffles
+    def __init__(
+        self,
+        labels: Tensor,
+        order: EpochOrder,
+        device: torch.device,
+        augment: Augment | None = None,
+    ):
+        """Store what makes batches.
+
+        Args:
+            labels: int64 [N] of all images, on `device`.
+            order: which images make up which batch.
+            device: where batches are put.
+            augment: applied to each batch.
+        """
+        self.labels = labels
+        self.order = order
+        self.device = device
+        self.augment = augment
+        self.epoch = 0
+        self.step = 0
+        self._resume_at: tuple[int, int] | None = None  # (epoch, step)
 
     @property
-    def sampler(self) -> "Batches":
+    def sampler(self) -> "BatchLoader":
+        """The object whose `set_epoch` Lightning calls."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
+        """Select the epoch that the next iteration reads."""
         if epoch != self.epoch:
-            self.epoch, self.step = epoch, 0
+            self.epoch = epoch
+            self.step = 0
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "step": self.step}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.epoch, self.step = self._resume = state["epoch"], state["step"]
+        self.epoch = state["epoch"]
+        self.step = state["step"]
+        self._resume_at = (self.epoch, self.step)
 
     def __len__(self) -> int:
-        """Steps of a whole epoch, also when this one is resumed in its midst."""
+        """Steps of a whole epoch, also where this one is resumed."""
         return self.order.steps
 
     def __iter__(self) -> Iterator[Batch]:
         epoch = self.epoch
-        first = self._resume[1] if self._resume and self._resume[0] == epoch else 0
-        self._resume = None
-        rows = self.order.epoch(epoch)[first:]
-        for step, images in enumerate(self._images(rows), first):
-            index = torch.from_numpy(rows[step - first]).to(self.device, non_blocking=True)
-            batch = images, self.labels.index_select(0, index)
+        first_step = self._take_first_step(epoch)
+        batches = self.order.batches(epoch)[first_step:]
+        for step, images in enumerate(self._load_images(batches), first_step):
+            rows = torch.from_numpy(batches[step - first_step])
+            rows = rows.to(self.device, non_blocking=True)
+            labels = self.labels.index_select(0, rows)
             if self.augment is not None:
-                draw = rng("augment", self.order.seed, epoch, step, self.order.rank)
-                batch = self.augment(*batch, index, epoch, draw)
+                rng = keyed_rng("augment", self.order.seed, epoch, step, self.order.rank)
+                images, labels = self.augment(images, labels, rows, epoch, rng)
             self.step = step + 1
-            yield batch
+            yield images, labels
+
+    def _take_first_step(self, epoch: int) -> int:
+        """Return the step to start the epoch at, and forget where to resume."""
+        resume_at = self._resume_at
+        self._resume_at = None
+        if resume_at is None or resume_at[0] != epoch:
+            return 0
+        return resume_at[1]
 
     @abstractmethod
-    def _images(self, rows: list[np.ndarray]) -> Iterator[Tensor]:
-        """Batches uint8 [B, C, H, W] on the device, one for each array of rows."""
+    def _load_images(self, batches: list[np.ndarray]) -> Iterator[Tensor]:
+        """Yield uint8 [B, C, H, W] on the device for each array of positions."""
 
 
-class MemoryBatches(Batches):
-    """Cut from one tensor by index. A tensor in the host's memory may feed another device."""
+class MemoryBatchLoader(BatchLoader):
+    """Selects batches from one tensor. A tensor in host memory may feed another device."""
 
     def __init__(
         self,
         pixels: Tensor,
         labels: Tensor,
-        order: Order,
+        order: EpochOrder,
         device: torch.device,
         augment: Augment | None = None,
     ):
-        """`pixels` uint8 [N, H, W, C] on `device` or on the CPU."""
+        """`pixels` uint8 [N, H, W, C] on `device` or on the CPU; the rest as in `BatchLoader`."""
         super().__init__(labels, order, device, augment)
         self.pixels = pixels
 
-    def _images(self, rows: list[np.ndarray]) -> Iterator[Tensor]:
+    def _load_images(self, batches: list[np.ndarray]) -> Iterator[Tensor]:
         flat = self.pixels.flatten(1)
-        for some in rows:
-            index = torch.from_numpy(some).to(flat.device, non_blocking=True)
-            images = flat.index_select(0, index).view(-1, *self.pixels.shape[1:])
+        image_shape = self.pixels.shape[1:]
+        for positions in batches:
+            rows = torch.from_numpy(positions).to(flat.device, non_blocking=True)
+            images = flat.index_select(0, rows).view(-1, *image_shape)
             if images.device != self.device:
                 images = images.pin_memory().to(self.device, non_blocking=True)
             yield images.permute(0, 3, 1, 2)
 
 
-class StreamBatches(Batches):
-    """Read and decoded by worker processes, some batches ahead."""
+class StreamBatchLoader(BatchLoader):
+    """Reads and decodes batches in worker processes, some batches ahead."""
 
     def __init__(
         self,
         items: Items,
-        positions: np.ndarray,
         spec: InputSpec,
         labels: Tensor,
-        order: Order,
+        order: EpochOrder,
         device: torch.device,
         augment: Augment | None = None,
         workers: int = 0,
     ):
-        """`positions` int64 [N] of the rows among the `items`."""
+        """`spec`: what items are decoded to; `workers`: 0 decodes in this process."""
         super().__init__(labels, order, device, augment)
-        self.decoded, self.positions, self.workers = Decoded(items, spec), positions, workers
+        self.dataset = PixelBatches(items, spec)
+        self.workers = workers
 
-    def _images(self, rows: list[np.ndarray]) -> Iterator[Tensor]:
-        batches = [self.positions[some] for some in rows]
-        for images in loader(self.decoded, batches, self.workers, pin=self.device.type == "cuda"):
-            if isinstance(images, DataError):
-                raise images
-            yield torch.as_tensor(images).to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+    def _load_images(self, batches: list[np.ndarray]) -> Iterator[Tensor]:
+        pin_memory = self.device.type == "cuda"
+        for pixels in build_worker_loader(self.dataset, batches, self.workers, pin_memory):
+            if isinstance(pixels, DataError):
+                raise pixels
+            images = torch.as_tensor(pixels).to(self.device, non_blocking=True)
+            yield images.permute(0, 3, 1, 2)

@@ -1,63 +1,91 @@
-"""Where the pixels are kept while training: on the device, in the host's memory, or on disk and streamed."""
+"""Where pixels are stored during training: on the device, in host memory, or on disk and streamed."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-Memory = Literal["auto", "memory", "stream"]
-Place = Literal["device", "host", "stream"]
+Memory = Literal["auto", "memory", "stream"]  # what the setting data.memory may say
+Storage = Literal["device", "host", "stream"]
+
+ASSUMED_FREE_BYTES = 4 << 30  # of a machine that can't be asked
+CGROUP = Path("/sys/fs/cgroup")
 
 
-def choose(
-    memory: Memory, size: int, share: float, device: torch.device, holders: int = 1
-) -> tuple[Place, str]:
-    """Where `size` bytes of pixels go, and why, in words.
+@dataclass(frozen=True)
+class FreeMemory:
+    """Bytes that this process may still allocate."""
 
-    They go to the device if they fit into `share` of its free memory, else to the host's if they fit into that share of
-    it, for each of so many `holders`, else they are streamed. "memory" and "stream" decide without asking; only the
-    device may still be too small.
+    host: int
+    device: int  # the same as `host` where the device has no memory of its own
+
+
+def measure_free_memory(device: torch.device) -> FreeMemory:
+    """Measure the free memory of the host and of the device."""
+    host = available_host_memory()
+    on_device = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host
+    return FreeMemory(host, on_device)
+
+
+def choose_storage(
+    memory: Memory,
+    size: int,
+    share: float,
+    device: torch.device,
+    free: FreeMemory,
+    copies: int = 1,
+) -> tuple[Storage, str]:
+    """Decide where `size` bytes of pixels are stored; return the storage and the reason in words.
+
+    Pixels go to the device if they fit into `share` of its free memory, else to the host if `copies`
+    of them (one for each process of the node) fit into that share of its memory, else they are
+    streamed. The settings "memory" and "stream" leave out the check of the host's memory.
     """
     if memory == "stream":
-        return "stream", "as asked"
-    fits_device = device.type != "cpu" and size <= share * _free(device)
-    if device.type != "cpu" and fits_device:
-        return (
-            "device",
-            f"{_gb(size)} within {share:.0%} of the {_gb(_free(device))} free on {device}",
-        )
-    free = available()
+        return "stream", "as set by data.memory"
+
+    if device.type != "cpu" and size <= share * free.device:
+        reason = f"{_format_size(size)} within {share:.0%} of the {_format_size(free.device)} free"
+        return "device", f"{reason} on {device}"
+
     if memory == "memory":
-        return "host", f"{_gb(size)}, as asked"
-    each = f"{holders} times {_gb(size)}" if holders > 1 else _gb(size)
-    if holders * size <= share * free:
-        return "host", f"{each} within {share:.0%} of {_gb(free)} of free memory"
-    return "stream", f"{each} is more than {share:.0%} of {_gb(free)} of free memory"
+        return "host", f"{_format_size(size)}, as set by data.memory"
+
+    needed = f"{copies} times {_format_size(size)}" if copies > 1 else _format_size(size)
+    limit = f"{share:.0%} of {_format_size(free.host)} of free memory"
+    if copies * size <= share * free.host:
+        return "host", f"{needed} within {limit}"
+    return "stream", f"{needed} is more than {limit}"
 
 
-def _free(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available()
-
-
-def _gb(size: float) -> str:
+def _format_size(size: float) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
-def available() -> int:
-    """Bytes of memory that this process may still take: the machine's, or less where a container sets a limit."""
+def available_host_memory() -> int:
+    """Return the free bytes of the machine, or of the container where it has a smaller limit."""
     try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        free = int(lines["MemAvailable"].split()[0]) * 1024
+        meminfo = _read_fields(Path("/proc/meminfo"), ":")
+        free = int(meminfo["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
-        return 4 << 30  # not Linux: assume a modest machine
+        return ASSUMED_FREE_BYTES  # not Linux
+
     try:
-        group = Path("/sys/fs/cgroup")
-        limit, used = (
-            (group / name).read_text().strip() for name in ("memory.max", "memory.current")
-        )
-        inactive = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())[
-            "inactive_file"
-        ]
-        return free if limit == "max" else min(free, int(limit) - int(used) + int(inactive))
+        limit = (CGROUP / "memory.max").read_text().strip()
+        if limit == "max":
+            return free
+        used = int((CGROUP / "memory.current").read_text())
+        file_cache = int(_read_fields(CGROUP / "memory.stat", None)["inactive_file"])
+        return min(free, int(limit) - used + file_cache)
     except (OSError, KeyError, ValueError):
         return free
+
+
+def _read_fields(path: Path, separator: str | None) -> dict[str, str]:
+    """Parse lines of a name and a value with a separator between."""
+    fields = {}
+    for line in path.read_text().splitlines():
+        name, value = line.split(separator, 1)
+        fields[name] = value
+    return fields

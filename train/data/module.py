@@ -1,38 +1,69 @@
-"""The one LightningDataModule, for every source."""
+"""The LightningDataModule for every source: source -> split -> pixels in memory or a stream -> batches.
 
-import hashlib
-from collections.abc import Callable, Iterable, Iterator
+Each training process holds one `ImageData`. `setup` opens the source, decides where the pixels are
+stored, decodes what is needed, splits the images and measures mean and standard deviation. The
+dataloader methods then build one `BatchLoader` a part.
+"""
+
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import lightning as L
 import numpy as np
 import torch
+from torch import Tensor
 
 from models.cpu_quota import available_cores
 from models.image import InputSpec, read_header
 from train.data.augment import Augmentation, Augmenter
-from train.data.cache import Known, known
-from train.data.input_size import input_spec, kept_spec, thumbnail_spec
-from train.data.loader import Batches, MemoryBatches, StreamBatches
-from train.data.memory import Memory, choose
-from train.data.pixels import encoded, pixels_of
-from train.data.sampler import Order
-from train.data.source import PARTS, Arrays, DataError, Source, cache_home, say
+from train.data.cache import DecodedImages, load_decoded_images
+from train.data.input_size import choose_input_spec, thumbnail_spec, training_spec
+from train.data.loader import BatchLoader, MemoryBatchLoader, StreamBatchLoader
+from train.data.memory import Memory, Storage, choose_storage, measure_free_memory
+from train.data.pixels import read_pixels, to_image_bytes
+from train.data.sampler import EpochOrder
+from train.data.source import PARTS, ArrayItems, DataError, LabelledImages, cache_home, notify
 from train.data.sources import open_source
 from train.data.split import split
+from train.data.statistics import channel_mean_std, data_digest
 
-UNCHANGED = Augmentation()
-SAMPLED = 2048  # images that mean and standard deviation are taken from when the data is streamed
+NO_AUGMENTATION = Augmentation()
+CPU = torch.device("cpu")
+STREAM_SAMPLE = 2048  # images that mean and standard deviation are measured on, when streamed
+CHUNK = 1024  # images that mean and standard deviation are measured on at once
+LISTED_FILES = 10  # unreadable files that a message names
+
+
+class UnreadableImage(NamedTuple):
+    """An image that is left out of all parts."""
+
+    name: str
+    problem: str
+
+
+class SampleImage(NamedTuple):
+    """A validation image as its source stores it."""
+
+    name: str  # such as 03.jpg; the original name may not suit other disks or SHA256SUMS
+    content: bytes
+    label: int
 
 
 class ImageData(L.LightningDataModule):
-    """Labelled images as batches of (uint8 [B, C, H, W], int64 [B]) on the trainer's device.
+    """Labelled images as batches of (uint8 [B, C, H, W], int64 [B]) on the trainer's device."""
 
-    After `setup`: `classes`; `input`, what the network is fed; `mean` and `std` of each channel of the training part in
-    0..255; `counts` of images by part; `digest`; `class_weights`; `unreadable`, files that are left out, and why.
-    """
+    # `setup` sets these:
+    classes: list[str]
+    input: InputSpec  # what the network is fed
+    storage: Storage  # where the pixels are
+    decoded: DecodedImages  # all images at the input size, or thumbnails of streamed ones
+    index: dict[str, np.ndarray]  # positions of each part's images, int64, ascending
+    counts: dict[str, int]  # images of each part
+    mean: list[float]  # of each channel of the training part, in 0..255
+    std: list[float]
+    digest: str  # sha256 over images, labels and class names, in hex
 
     def __init__(
         self,
@@ -48,7 +79,7 @@ class ImageData(L.LightningDataModule):
         test_fraction: float = 0.2,
         seed: int = 0,
         sampling: Literal["uniform", "balanced"] = "uniform",
-        augment: Augmentation = UNCHANGED,
+        augment: Augmentation = NO_AUGMENTATION,
         memory: Memory = "auto",
         memory_share: float = 0.5,
         workers: int | None = None,
@@ -57,320 +88,388 @@ class ImageData(L.LightningDataModule):
     ):
         """
         Args:
-            source: digits, cifar10, cifar100, mnist, fashion-mnist; the path of a folder of class folders, or of a .csv
-                file of path,label[,split]; or litdata:, deeplake: or hf: and a path or URL.
-            root: where a torchvision data set lies on disk; then nothing is downloaded.
-            size: side of what the network sees, in pixels; by default the images' own where they are small and alike.
+            source: digits, cifar10, cifar100, mnist, fashion-mnist; the path of a folder of class
+                folders, or of a .csv file of path,label[,split]; or litdata:, deeplake: or hf: and a
+                path or URL.
+            root: directory of a torchvision data set on disk; nothing is downloaded then.
+            size: side of the network's input in pixels; by default that of the images where all are
+                squares of one small size, 224 otherwise.
             channels: 1 for gray, 3 for colour; by default as the images are.
-            resize: crop, stretch or pad: how images of another shape are made to fit.
-            short_side: for crop: the short side becomes this before the centre is cut out; training crops anywhere.
-            batch_size: images a step and process, in training.
-            eval_batch_size: the same in validation and test; by default twice batch_size.
-            val_fraction: share of the training part that is split off to validate, where the data has no such part.
-            test_fraction: share of all that is split off to test, where the data has no such part.
-            seed: of the split, the order and the augmentation.
-            sampling: uniform: each image once an epoch; balanced: drawn so that each class comes equally often.
-            augment: what is done to training images; never to others.
-            memory: auto, memory (decoded once, kept in memory) or stream (decoded anew for each epoch by workers).
-            memory_share: the share of free memory that the pixels may take before they are streamed.
-            workers: processes that decode; by default one for each core that this job may use, shared among its
-                processes on the node.
-            cache: where pixels and labels are kept for the next run; by default ~/.cache/imago, empty for nowhere.
-            max_unreadable: the share of images that may be unreadable and are left out; more stop the run.
+            resize: how images of another shape are made to fit: crop, stretch or pad.
+            short_side: for crop: the short side is resized to this before the centre is cut out;
+                training crops at random positions.
+            batch_size: training images a step and process.
+            eval_batch_size: images a step and process in validation and test; by default twice
+                batch_size.
+            val_fraction: share of the training part that is split off for validation, where the data
+                has no validation part.
+            test_fraction: share of the data that is split off for the test, where the data has no
+                test part.
+            seed: seed of the split, the batch order and the augmentation.
+            sampling: uniform shows each image once an epoch; balanced draws each class equally often.
+            augment: augmentation of training images; other images are never augmented.
+            memory: auto, memory (decode once, keep the pixels in memory) or stream (workers decode in
+                each epoch).
+            memory_share: share of the free memory that the pixels may take before they are streamed.
+            workers: processes that decode; by default one for each core that this job may use, shared
+                among its processes on the node.
+            cache: directory that keeps pixels and labels for the next run; by default ~/.cache/imago,
+                empty for none.
+            max_unreadable: share of images that may be unreadable; they are left out. More stop the
+                run.
         """
         super().__init__()
-        for name, value in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
-            if not 0 < value < 1:
-                raise DataError(f"{name}: {value} is not between 0 and 1")
-        for name, count, least in (
-            ("batch_size", batch_size, 1),
-            ("eval_batch_size", eval_batch_size, 1),
-            ("size", size, 1),
-            ("short_side", short_side, 1),
-            ("workers", workers, 0),
-        ):
-            if count is not None and count < least:
-                raise DataError(f"{name}: {count} is less than {least}")
-        for name, share in (("max_unreadable", max_unreadable), ("memory_share", memory_share)):
-            if not 0 <= share <= 1:
-                raise DataError(f"{name}: {share} is not in 0..1")
-        self.source, self.root, self.size, self.channels = source, root, size, channels
-        self.resize, self.short_side = resize, short_side
-        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
-        self.val_fraction, self.test_fraction, self.seed = val_fraction, test_fraction, seed
-        self.sampling, self.augment = sampling, augment
-        self.memory, self.memory_share = memory, memory_share
-        self._workers = workers
-        self.cache = cache_home() if cache is None else Path(cache).expanduser() if cache else None
+        _check_between("val_fraction", val_fraction)
+        _check_between("test_fraction", test_fraction)
+        _check_at_least("batch_size", batch_size, 1)
+        _check_at_least("eval_batch_size", eval_batch_size, 1)
+        _check_at_least("size", size, 1)
+        _check_at_least("short_side", short_side, 1)
+        _check_at_least("workers", workers, 0)
+        _check_share("max_unreadable", max_unreadable)
+        _check_share("memory_share", memory_share)
+
+        self.source = source
+        self.root = root
+        self.size = size
+        self.channels = channels
+        self.resize = resize
+        self.short_side = short_side
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.val_fraction = val_fraction
+        self.test_fraction = test_fraction
+        self.seed = seed
+        self.sampling = sampling
+        self.augment = augment
+        self.memory = memory
+        self.memory_share = memory_share
+        self.cache = _cache_directory(cache)
         self.max_unreadable = max_unreadable
-        self._tensors: dict[tuple, torch.Tensor] = {}
+
+        self.unreadable: list[UnreadableImage] = []  # filled by `setup`, also where it fails
+        self.audit_summary: list[str] | None = None  # findings in words; None without an audit
+        self.leaked_test_rows = np.zeros(0, np.int64)  # rows of index["test"]; see `record_audit`
+        self._workers = workers
+        self._ready = False
+        self._tensors: dict[tuple[str, torch.device], Tensor] = {}
+
+    # What the trainer decides
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the batches: the trainer's, or the CPU without a trainer."""
+        return CPU if self.trainer is None else self.trainer.strategy.root_device
 
     @property
     def workers(self) -> int:
-        """Processes that decode for this one: as asked for, or this process's share of the cores."""
+        """Decoding processes: as set, or this training process's share of the cores."""
         if self._workers is not None:
             return self._workers
-        return max(1, available_cores() // (self.trainer.num_devices if self.trainer else 1))
+        return max(1, available_cores() // self._processes_on_node)
+
+    @property
+    def _processes_on_node(self) -> int:
+        return 1 if self.trainer is None else self.trainer.num_devices
+
+    @property
+    def _repeat_first_epoch(self) -> bool:
+        """Whether Lightning's `overfit_batches` asks for the same images in each epoch.
+
+        Lightning itself replaces samplers of torch's DataLoader only. Its connectors set the attribute
+        on the trainer, so the class does not declare it.
+        """
+        return bool(getattr(self.trainer, "overfit_batches", 0))
+
+    # Set up
 
     def prepare_data(self) -> None:
-        """Download what has to be, in one process a node."""
-        self.found  # noqa: B018
+        """Download the data set where needed, in one process a node."""
+        self.dataset  # noqa: B018
+
+    @cached_property
+    def dataset(self) -> LabelledImages:
+        """The data set as its source holds it, before the split."""
+        return open_source(self.source, self.root, self.cache)
 
     def setup(self, stage: str | None = None) -> None:
-        if hasattr(self, "index"):
+        """Decode, split and measure the images. Raises DataError where they can't be used."""
+        if self._ready:
             return
-        self.classes = self.found.classes
+
+        self.classes = self.dataset.classes
         if len(self.classes) < 2:
             raise DataError(
                 f"{self.source}: one class, {self.classes[0]!r}; a classifier needs two or more"
             )
-        self.input = input_spec(self.found, self.size, self.channels, self.resize, self.short_side)
-        kept = kept_spec(self.input)
-        size = sum(
-            len(self.found.items) * s.height * s.width * s.channels
-            for s in {
-                kept.model_dump_json(): kept,
-                self.input.model_dump_json(): self.input,
-            }.values()
+        self.input = choose_input_spec(
+            self.dataset, self.size, self.channels, self.resize, self.short_side
         )
-        # Pixels in the cache are one file for all processes of the node; without one each holds its own.
-        holders = self.trainer.num_devices if self.trainer and self.cache is None else 1
-        self.place, why = choose(self.memory, size, self.memory_share, self._device(), holders)
-        say(
-            f"{len(self.found.items):,} images of {self.input.height}x{self.input.width}x{self.input.channels}, "
-            + (
-                "streamed by workers"
-                if self.place == "stream"
-                else f"pixels kept on the {self.place}"
-            )
-            + f": {why}"
-        )
-        self.known = self._known(
-            thumbnail_spec(self.input) if self.place == "stream" else self.input
-        )
-        self.index = split(
-            self.found, self._usable(), self.val_fraction, self.test_fraction, self.seed
-        )
+        self.storage = self._choose_storage()
+
+        streamed = self.storage == "stream"
+        self.decoded = self._load_decoded(thumbnail_spec(self.input) if streamed else self.input)
+        self.unreadable = self._list_unreadable()
+        self._check_unreadable()
+
+        usable = self.decoded.metadata["problem"] == ""
+        self.index = split(self.dataset, usable, self.val_fraction, self.test_fraction, self.seed)
         self.counts = {part: len(self.index[part]) for part in PARTS}
-        self.mean, self.std = _moments(self._training_chunks())
-        self.digest = _digest(self.known, self.found)
-        self.findings: dict | None = None  # of the audit
-        self.leaked_test = np.zeros(
-            0, np.int64
-        )  # rows of the test part with a duplicate in the others; by the audit
+        mean, std = channel_mean_std(self._training_chunks())
+        self.use_normalization(mean, std)
+        self.digest = data_digest(
+            self.decoded.metadata["sha256"], self.dataset.labels, self.dataset.classes
+        )
+        self._ready = True
 
-    @cached_property
-    def found(self) -> Source:
-        """The data set as it is, before the split."""
-        return open_source(self.source, self.root, self.cache)
+    def _choose_storage(self) -> Storage:
+        """Decide where the pixels are stored, and print the decision."""
+        # Training may need a second size, with a margin to crop from.
+        specs = {spec.model_dump_json(): spec for spec in (training_spec(self.input), self.input)}
+        pixels_per_image = sum(spec.height * spec.width * spec.channels for spec in specs.values())
+        count = len(self.dataset.items)
 
-    def _known(self, spec: InputSpec) -> Known:
-        cache = None if isinstance(self.found.items, Arrays) else self.cache
-        return known(self.found.items, spec, cache, self.workers, f"Decoding {self.found.name}")
+        # Processes of a node share the pixels in the cache; without a cache each holds a copy.
+        copies = self._processes_on_node if self.cache is None else 1
+        storage, reason = choose_storage(
+            self.memory,
+            count * pixels_per_image,
+            self.memory_share,
+            self.device,
+            measure_free_memory(self.device),
+            copies,
+        )
+        shape = f"{self.input.height}x{self.input.width}x{self.input.channels}"
+        kept = "streamed by workers" if storage == "stream" else f"pixels kept on the {storage}"
+        notify(f"{count:,} images of {shape}, {kept}: {reason}")
+        return storage
 
-    def _usable(self) -> np.ndarray:
-        """bool [N]; says what is left out. Raises DataError where that is more than `max_unreadable`."""
-        problems = self.known.facts["problem"]
-        bad = np.flatnonzero(problems != "")
-        self.unreadable = [(self.found.items.name(i), str(problems[i])) for i in bad.tolist()]
-        if not self.unreadable:
-            return problems == ""
-        names = ", ".join(f"{name} ({problem})" for name, problem in self.unreadable[:10])
-        more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
-        total = len(problems)
-        if len(bad) > self.max_unreadable * total:
+    def _load_decoded(self, spec: InputSpec) -> DecodedImages:
+        in_memory = isinstance(self.dataset.items, ArrayItems)
+        cache = None if in_memory else self.cache
+        title = f"Decoding {self.dataset.name}"
+        return load_decoded_images(self.dataset.items, spec, cache, self.workers, title)
+
+    def _list_unreadable(self) -> list[UnreadableImage]:
+        problems = self.decoded.metadata["problem"]
+        return [
+            UnreadableImage(self.dataset.items.name(i), str(problems[i]))
+            for i in np.flatnonzero(problems != "").tolist()
+        ]
+
+    def _check_unreadable(self) -> None:
+        """Print the unreadable images. Raises DataError where they are more than allowed."""
+        count = len(self.unreadable)
+        if count == 0:
+            return
+
+        total = len(self.dataset.items)
+        files = ", ".join(f"{name} ({problem})" for name, problem in self.unreadable[:LISTED_FILES])
+        if count > LISTED_FILES:
+            files += f" and {count - LISTED_FILES} more"
+        if count > self.max_unreadable * total:
             raise DataError(
-                f"{self.source}: {len(bad)} of {total} images can't be read, more than max_unreadable "
-                f"{self.max_unreadable:.0%} allows: {names}{more}"
+                f"{self.source}: {count} of {total} images can't be read, more than max_unreadable "
+                f"{self.max_unreadable:.0%} allows: {files}"
             )
-        say(f"{len(bad)} of {total} images can't be read and are left out: {names}{more}")
-        return problems == ""
+        notify(f"{count} of {total} images can't be read and are left out: {files}")
 
     def _training_chunks(self) -> Iterator[np.ndarray]:
-        """uint8 [M, H, W, C] each: all training images, or some of those that are streamed."""
-        if self.place == "stream":
-            yield from (image[None] for image in self._examples(SAMPLED))
-        else:
-            index = self.index["train"]
-            yield from (
-                self.known.pixels[some] for some in np.array_split(index, -(-len(index) // 1024))
-            )
+        """Yield uint8 [M, H, W, C]: all training images, or a sample of streamed ones."""
+        if self.storage == "stream":
+            for image in self._iterate_training_images(STREAM_SAMPLE):
+                yield image[None]
+            return
 
-    def _examples(self, count: int) -> Iterator[np.ndarray]:
-        """uint8 [H, W, C] each: so many training images at most, from all over the part."""
         index = self.index["train"]
-        some = index[
-            np.linspace(0, len(index) - 1, min(count, len(index)), dtype=np.int64)
-        ].tolist()
-        if self.place == "stream":
-            yield from (pixels_of(self.found.items, i, self.input) for i in some)
-        else:
-            yield from self.known.pixels[some]
+        for rows in np.array_split(index, -(-len(index) // CHUNK)):
+            yield self.decoded.pixels[rows]
 
-    def examples(self, count: int) -> torch.Tensor:
-        """Training images as they are, not augmented: uint8 [M, C, H, W] on the CPU, `count` of them or all."""
-        return torch.from_numpy(np.stack(list(self._examples(count)))).permute(0, 3, 1, 2)
-
-    def _device(self) -> torch.device:
-        return torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
-
-    def _batches(self, part: str, training: bool = False, alone: bool = False) -> Batches:
-        """The loader of one part; only a training one shuffles and augments. `alone`: this process reads all of it."""
-        here = None if alone else self.trainer
-        rank, world = (here.global_rank, here.world_size) if here else (0, 1)
-        rows = self.index[part]
-        if len(rows) < world:
-            raise DataError(
-                f"{self.source}: the {part} part has {len(rows)} images for {world} processes; use fewer"
-            )
-        weights = None
-        if training and self.sampling == "balanced":
-            weights = self.class_weights.numpy()[self.found.labels[rows]].astype(np.float64)
-            weights /= weights.sum()
-        size = self.batch_size if training else self.eval_batch_size or 2 * self.batch_size
-        # With Lightning's overfit_batches each epoch has the same images; its own switch knows no loaders but torch's.
-        still = bool(getattr(here, "overfit_batches", 0))  # Lightning does not declare it
-        order = Order(rows, size, training, self.seed, rank, world, weights, still)
-        augment = (
-            Augmenter(
-                self.augment,
-                self.input,
-                self.mean,
-                len(self.classes),
-                len(self.found.items),
-                self.seed,
-            )
-            if training
-            else None
-        )
-        spec, device = kept_spec(self.input) if training else self.input, self._device()
-        labels = self._tensor("labels", lambda: torch.from_numpy(self.found.labels), device)
-        if self.place == "stream":
-            return StreamBatches(
-                self.found.items,
-                np.arange(len(self.found.items)),
-                spec,
-                labels,
-                order,
-                device,
-                augment,
-                self.workers,
-            )
-        where = device if self.place == "device" else torch.device("cpu")
-        pixels = self._tensor(
-            spec.model_dump_json(), lambda: torch.from_numpy(self._pixels(spec)), where
-        )
-        return MemoryBatches(pixels, labels, order, device, augment)
-
-    def _pixels(self, spec: InputSpec) -> np.ndarray:
-        return self.known.pixels if spec == self.input else self._known(spec).pixels
-
-    def _tensor(
-        self, name: str, make: Callable[[], torch.Tensor], device: torch.device
-    ) -> torch.Tensor:
-        """A tensor on the device, moved there once."""
-        if (name, device) not in self._tensors:
-            self._tensors[name, device] = make().to(device)
-        return self._tensors[name, device]
-
-    def train_dataloader(self) -> Batches:
-        return self._batches("train", training=True)
-
-    def val_dataloader(self) -> Batches:
-        return self._batches("val")
-
-    def test_dataloader(self) -> Batches:
-        return self._batches("test")
-
-    predict_dataloader = test_dataloader
-
-    def whole(self, part: str) -> Batches:
-        """All images of a part in the order of `index`, without augmentation, for this process alone."""
-        return self._batches(part, alone=True)
-
-    def leaked(self, step: int) -> torch.Tensor | None:
-        """bool [B] on the device: which images of this process's test batch have a duplicate in the other parts, or
-        None where no test image has. It takes an audit to know."""
-        if not len(self.leaked_test):
-            return None
-        order = self._batches("test").order
-        positions = self.index["test"][self.leaked_test]
-        return torch.from_numpy(np.isin(order.epoch(0)[step], positions)).to(self._device())
-
-    def use_normalization(self, mean: list[float], std: list[float]) -> None:
-        """Normalize with these values of each channel, in 0..255, instead of those measured in `setup`."""
-        self.mean = mean
-        self.std = std
+    # What other modules set, by the names of why they do
 
     def attach_trainer(self, trainer: L.Trainer) -> None:
-        """Follow a trainer's device and processes before its `fit` does so."""
+        """Follow a trainer's device and processes before its `fit` sets it."""
         self.trainer = trainer
+
+    def use_batch_size(self, batch_size: int) -> None:
+        """Use another training batch size from the next dataloader on."""
+        self.batch_size = batch_size
 
     def allow_unreadable(self, share: float) -> None:
         """Accept this share of unreadable images, 0..1, in `setup`."""
         self.max_unreadable = share
 
-    def use_batch_size(self, batch_size: int) -> None:
-        """Train with batches of this size from the next data loader on."""
-        self.batch_size = batch_size
+    def use_normalization(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Normalise with this mean and standard deviation of each channel, in 0..255.
 
-    def set_audit_findings(self, findings: dict, leaked_test_rows: np.ndarray) -> None:
-        """Keep what the audit found, for the report; `leaked_test_rows`, int64 [N], are rows of the test part that
-        have a duplicate in another part."""
-        self.findings = findings
-        self.leaked_test = leaked_test_rows
+        A resumed run keeps those of its first start: a sample of streamed images may differ.
+        """
+        self.mean = list(mean)
+        self.std = list(std)
+
+    def record_audit(self, leaked_test_positions: Sequence[int], summary: list[str]) -> None:
+        """Keep the audit's result: test images with a duplicate in other parts, and its summary."""
+        self.leaked_test_rows = np.searchsorted(self.index["test"], leaked_test_positions)
+        self.audit_summary = summary
+
+    # Batches
+
+    def train_dataloader(self) -> BatchLoader:
+        return self._build_loader("train", training=True)
+
+    def val_dataloader(self) -> BatchLoader:
+        return self._build_loader("val")
+
+    def test_dataloader(self) -> BatchLoader:
+        return self._build_loader("test")
+
+    predict_dataloader = test_dataloader
+
+    def unsharded_dataloader(self, part: str) -> BatchLoader:
+        """Batches of the whole part for this process alone, in the order of `index`, not augmented."""
+        return self._build_loader(part, sharded=False)
+
+    def _build_loader(self, part: str, training: bool = False, sharded: bool = True) -> BatchLoader:
+        order = self._build_order(part, training, sharded)
+        augmenter = self._build_augmenter() if training else None
+        spec = training_spec(self.input) if training else self.input
+        labels = self._labels_on_device()
+        if self.storage == "stream":
+            return StreamBatchLoader(
+                self.dataset.items, spec, labels, order, self.device, augmenter, self.workers
+            )
+        pixels = self._stored_pixels(spec)
+        return MemoryBatchLoader(pixels, labels, order, self.device, augmenter)
+
+    def _build_order(self, part: str, training: bool, sharded: bool) -> EpochOrder:
+        """Build the order of one part's batches; only training shuffles, or draws by class."""
+        rank = 0
+        world_size = 1
+        if sharded and self.trainer is not None:
+            rank = self.trainer.global_rank
+            world_size = self.trainer.world_size
+
+        rows = self.index[part]
+        if len(rows) < world_size:
+            raise DataError(
+                f"{self.source}: the {part} part has {len(rows)} images for {world_size} processes; "
+                "use fewer processes"
+            )
+        balanced = training and self.sampling == "balanced"
+        eval_batch_size = self.eval_batch_size or 2 * self.batch_size
+        return EpochOrder(
+            rows,
+            batch_size=self.batch_size if training else eval_batch_size,
+            shuffle=training,
+            seed=self.seed,
+            rank=rank,
+            world_size=world_size,
+            weights=self._sampling_weights(rows) if balanced else None,
+            repeat_first_epoch=self._repeat_first_epoch,
+        )
+
+    def _sampling_weights(self, rows: np.ndarray) -> np.ndarray:
+        """Return float64 [N], sum 1: the chance of each image, the same in sum for each class."""
+        weights = self.class_weights.numpy()[self.dataset.labels[rows]].astype(np.float64)
+        return weights / weights.sum()
+
+    def _build_augmenter(self) -> Augmenter:
+        return Augmenter(
+            self.augment,
+            self.input,
+            self.mean,
+            len(self.classes),
+            len(self.dataset.items),
+            self.seed,
+        )
+
+    def _labels_on_device(self) -> Tensor:
+        """int64 [N], moved to the device once."""
+        key = ("labels", self.device)
+        if key not in self._tensors:
+            self._tensors[key] = torch.from_numpy(self.dataset.labels).to(self.device)
+        return self._tensors[key]
+
+    def _stored_pixels(self, spec: InputSpec) -> Tensor:
+        """uint8 [N, H, W, C] of `spec`, moved once to where pixels are stored."""
+        device = self.device if self.storage == "device" else CPU
+        key = (spec.model_dump_json(), device)
+        if key not in self._tensors:
+            decoded = self.decoded if spec == self.input else self._load_decoded(spec)
+            self._tensors[key] = torch.from_numpy(decoded.pixels).to(device)
+        return self._tensors[key]
+
+    # What training, evaluation and export read
 
     @property
-    def class_weights(self) -> torch.Tensor:
-        """float32 [K]: images a class on average, over images of the class, in the training part."""
-        counts = np.bincount(self.found.labels[self.index["train"]], minlength=len(self.classes))
+    def class_weights(self) -> Tensor:
+        """float32 [K]: mean number of training images a class over the number in this class."""
+        labels = self.dataset.labels[self.index["train"]]
+        counts = np.bincount(labels, minlength=len(self.classes))
         return torch.from_numpy((counts.mean() / counts).astype(np.float32))
 
-    def samples(self, n: int = 16) -> list[tuple[str, bytes, int]]:
-        """(file name, image file, label) of validation images, the classes in turn. Files are as they were found, under
-        plain names: what they are called may be fit for no other disk, or for no SHA256SUMS."""
+    def leaked_in_test_batch(self, step: int) -> Tensor | None:
+        """Return which images of this process's test batch have a duplicate in other parts.
+
+        bool [B] on the device, or None where no test image has one or no audit ran.
+        """
+        if len(self.leaked_test_rows) == 0:
+            return None
+        order = self._build_order("test", training=False, sharded=True)
+        leaked_positions = self.index["test"][self.leaked_test_rows]
+        leaked = np.isin(order.batches(0)[step], leaked_positions)
+        return torch.from_numpy(leaked).to(self.device)
+
+    def training_images(self, count: int) -> Tensor:
+        """Return up to `count` training images, not augmented: uint8 [M, C, H, W] on the CPU."""
+        images = np.stack(list(self._iterate_training_images(count)))
+        return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+    def _iterate_training_images(self, count: int) -> Iterator[np.ndarray]:
+        """Yield uint8 [H, W, C] of up to `count` training images, evenly spread over the part."""
+        index = self.index["train"]
+        count = min(count, len(index))
+        positions = index[np.linspace(0, len(index) - 1, count, dtype=np.int64)].tolist()
+        if self.storage == "stream":
+            for i in positions:
+                yield read_pixels(self.dataset.items, i, self.input)
+        else:
+            yield from self.decoded.pixels[positions]
+
+    def validation_samples(self, count: int = 16) -> list[SampleImage]:
+        """Return up to `count` validation images as stored, with the classes in turn."""
         index = self.index["val"]
-        labels = self.found.labels[index]
-        turn = np.zeros(len(index), np.int64)  # how many of its class come before each image
+        labels = self.dataset.labels[index]
+        rank_in_class = np.zeros(len(index), np.int64)
         for k in np.unique(labels):
-            turn[labels == k] = np.arange((labels == k).sum())
-        chosen = index[np.lexsort((labels, turn))[:n]].tolist()
-        files = [encoded(self.found.items[i]) for i in chosen]
-        return [
-            (f"{j:02d}.{read_header(file).format}", file, int(self.found.labels[i]))
-            for j, (i, file) in enumerate(zip(chosen, files, strict=True))
-        ]
+            rank_in_class[labels == k] = np.arange((labels == k).sum())
+        positions = index[np.lexsort((labels, rank_in_class))[:count]].tolist()
+
+        samples = []
+        for j, i in enumerate(positions):
+            content = to_image_bytes(self.dataset.items[i])
+            name = f"{j:02d}.{read_header(content).format}"
+            samples.append(SampleImage(name, content, int(self.dataset.labels[i])))
+        return samples
 
 
-def _digest(facts: Known, found: Source) -> str:
-    """sha256 over the digest of each image, the labels and the class names."""
-    whole = hashlib.sha256(facts.facts["sha256"].tobytes())
-    whole.update(found.labels.tobytes())
-    whole.update("\0".join(found.classes).encode())
-    return whole.hexdigest()
+def _check_between(name: str, value: float) -> None:
+    if not 0 < value < 1:
+        raise DataError(f"{name}: {value} is not between 0 and 1")
 
 
-def _moments(chunks: Iterable[np.ndarray]) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel of uint8 [M, H, W, C] chunks, in 0..255.
+def _check_share(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise DataError(f"{name}: {value} is not in 0..1")
 
-    A channel that is the same everywhere gets the deviation 1, so that it can be divided by.
-    """
-    counts = sum(
-        (
-            np.stack(
-                [
-                    np.bincount(plane.reshape(-1), minlength=256)
-                    for plane in np.moveaxis(chunk, 3, 0)
-                ]
-            )
-            for chunk in chunks
-        ),
-        np.zeros((1, 256), np.int64),
-    )
-    levels, total = np.arange(256.0), counts[0].sum()
-    mean = counts @ levels / total
-    variance = counts @ levels**2 / total - mean**2
-    constant = (counts > 0).sum(
-        1
-    ) == 1  # told by the counts: the variance is off by a rounding error
-    return mean.tolist(), np.where(constant, 1.0, np.sqrt(variance.clip(0))).tolist()
+
+def _check_at_least(name: str, value: int | None, minimum: int) -> None:
+    if value is not None and value < minimum:
+        raise DataError(f"{name}: {value} is less than {minimum}")
+
+
+def _cache_directory(cache: str | None) -> Path | None:
+    """The directory of the setting `cache`: None is the default one, an empty text is none."""
+    if cache is None:
+        return cache_home()
+    return Path(cache).expanduser() if cache else None

@@ -1,4 +1,8 @@
-"""Items to pixels: what workers decode with, and the one pass over all images that finds out what they are."""
+"""Stored items to pixels: the code that decoding workers run, and the one pass that decodes all images.
+
+The decoder is `models.image`, the same that the service uses. Workers are processes of torch's
+DataLoader; each of their tasks is an array of positions.
+"""
 
 import hashlib
 import io
@@ -6,7 +10,7 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import cv2
 import numpy as np
@@ -20,8 +24,9 @@ from models import image
 from models.image import InputSpec
 from train.data.source import DataError, Items
 
-# What one look at an item tells; `problem` is empty where it can be used, `sha256` is 0 where it could not be read.
-FACTS = np.dtype(
+# One record an image. `problem` is empty where the image is usable; `sha256` is of the stored bytes or
+# pixels, and 0 where the item could not be read.
+METADATA_DTYPE = np.dtype(
     [
         ("sha256", "u1", 32),
         ("width", "i4"),
@@ -31,32 +36,45 @@ FACTS = np.dtype(
         ("problem", "U160"),
     ]
 )
-CHUNK, CHUNK_BYTES = (
-    256,
-    2 << 20,
-)  # images a task, at most: handing so many over costs nothing beside decoding
+
+# Limits of one decoding task. Larger tasks would not lower the cost of handing results over any more.
+TASK_IMAGES = 256
+TASK_BYTES = 2 << 20
+
+CHANNELS_TO_MODE = {(3,): "RGB", (4,): "RGBA"}  # trailing shape of an array -> Pillow's mode
+BGR_ORDER = [2, 1, 0, 3]  # channels of RGB or RGBA as OpenCV writes them
+
+# First bytes of a format -> its last bytes.
+END_MARKERS = {
+    b"\xff\xd8": b"\xff\xd9",  # JPEG
+    b"\x89P": b"IEND\xaeB`\x82",  # PNG
+    b"GI": b"\x3b",  # GIF
+}
+END_WINDOW = 64  # bytes at the end of a file that are searched for the marker
+
+Decoded = tuple[Tensor | np.ndarray, np.ndarray]  # uint8 [B, H, W, C], METADATA_DTYPE [B]
 
 
-def encoded(item: bytes | np.ndarray) -> bytes:
-    """An image's bytes: as stored, or as PNG where the source keeps pixels: uint8 [H, W], or [H, W, C] in RGB order."""
+def to_image_bytes(item: bytes | np.ndarray) -> bytes:
+    """Return an image file: as stored, or PNG of pixels uint8 [H, W] or [H, W, C] in RGB order."""
     if isinstance(item, bytes):
         return item
     if item.ndim == 3 and item.shape[2] > 1:
-        item = item[..., [2, 1, 0, 3][: item.shape[2]]]  # cv2 writes BGR
+        item = item[..., BGR_ORDER[: item.shape[2]]]
     return cv2.imencode(".png", item)[1].tobytes()
 
 
 def to_pixels(item: bytes | np.ndarray, spec: InputSpec) -> np.ndarray:
-    """uint8 [height, width, channels] of `spec`, by the code that the service uses. Raises image.ImageError."""
+    """Decode an item to uint8 [height, width, channels] of `spec`. Raises image.ImageError."""
     if isinstance(item, np.ndarray) and item.shape == (spec.height, spec.width, spec.channels):
         return item
-    return image.decode(encoded(item), spec)
+    return image.decode(to_image_bytes(item), spec)
 
 
-def pixels_of(items: Items, i: int, spec: InputSpec) -> np.ndarray:
-    """`to_pixels` of an item that could be read when the data was looked through.
+def read_pixels(items: Items, i: int, spec: InputSpec) -> np.ndarray:
+    """Read and decode an item that was readable during setup.
 
-    Raises DataError, with the item's name, where it can't be any more: a file was moved, or a share went away.
+    Raises DataError with the item's name where it no longer is: a file was moved, or a share is gone.
     """
     try:
         return to_pixels(items[i], spec)
@@ -65,160 +83,190 @@ def pixels_of(items: Items, i: int, spec: InputSpec) -> np.ndarray:
         raise DataError(f"{items.name(i)}: can't be read any more: {reason}") from error
 
 
-class ByPosition(Dataset):
-    """Dataset whose index is an array of positions among the items."""
+class PositionDataset(Dataset):
+    """A dataset whose index is an array of positions, int64 [B], so that one element is a batch."""
 
     def __init__(self, items: Items, spec: InputSpec):
-        self.items, self.spec = items, spec
+        self.items = items
+        self.spec = spec
 
 
-class Decoded(ByPosition):
-    """Its elements are pixels, uint8 [B, H, W, C]; or an error, to be raised in the process that trains: from a worker
-    torch would hand on its whole traceback as the message."""
+class PixelBatches(PositionDataset):
+    """Elements are uint8 [B, H, W, C], or a DataError for the training process to raise.
+
+    An error raised here would reach the training process with the worker's traceback as its message.
+    """
 
     def __getitem__(self, index: np.ndarray) -> Tensor | np.ndarray | DataError:
         try:
-            return handed_over(
-                np.stack([pixels_of(self.items, i, self.spec) for i in index.tolist()])
-            )
+            pixels = [read_pixels(self.items, i, self.spec) for i in index.tolist()]
         except DataError as error:
             return error
+        return to_shared_memory(np.stack(pixels))
 
 
-class Examined(ByPosition):
-    """Its elements are pixels and FACTS [B]; an image that can't be decoded is black and says why."""
+class PixelsWithMetadata(PositionDataset):
+    """Elements are pixels uint8 [B, H, W, C] and METADATA_DTYPE [B].
 
-    def __getitem__(self, index: np.ndarray) -> tuple[Tensor | np.ndarray, np.ndarray]:
-        out = np.zeros(
-            (len(index), self.spec.height, self.spec.width, self.spec.channels), np.uint8
-        )
-        facts = np.zeros(len(index), FACTS)
+    An image that can't be decoded is black, and its metadata name the problem.
+    """
+
+    def __getitem__(self, index: np.ndarray) -> Decoded:
+        shape = (len(index), self.spec.height, self.spec.width, self.spec.channels)
+        pixels = np.zeros(shape, np.uint8)
+        metadata = np.zeros(len(index), METADATA_DTYPE)
         for row, i in enumerate(index.tolist()):
-            try:
-                item = self.items[i]
-            except OSError as error:
-                facts[row]["problem"] = str(error)
-                continue
-            try:
-                _describe(item, facts[row])
-                out[row] = to_pixels(item, self.spec)
-            except (OSError, image.ImageError) as error:
-                facts[row]["problem"] = f"cut short: {error}" if _cut_short(item) else str(error)
-        return handed_over(out), facts
+            self._decode_into(pixels, metadata, row, i)
+        return to_shared_memory(pixels), metadata
+
+    def _decode_into(self, pixels: np.ndarray, metadata: np.ndarray, row: int, i: int) -> None:
+        """Decode the item at position `i` into `row` of both arrays."""
+        try:
+            item = self.items[i]
+        except OSError as error:
+            metadata[row]["problem"] = str(error)
+            return
+
+        try:
+            _fill_metadata(item, metadata[row])
+            pixels[row] = to_pixels(item, self.spec)
+        except (OSError, image.ImageError) as error:
+            problem = f"cut short: {error}" if _is_truncated(item) else str(error)
+            metadata[row]["problem"] = problem
 
 
-def handed_over(pixels: np.ndarray) -> Tensor | np.ndarray:
-    """A worker's pixels as a tensor in shared memory, or as they are where that has no room: then they go through a
-    pipe, which costs the process that trains some three times as much. A container's /dev/shm has 64 MB unless somebody
-    asks for more, and where torch itself finds no room there, in a thread of its own, the batch is waited for for ever.
+def to_shared_memory(pixels: np.ndarray) -> Tensor | np.ndarray:
+    """Move a worker's pixels to shared memory where it has room, else return them as they are.
+
+    Pixels outside shared memory go through a pipe, which costs the training process about three times
+    as much. A container's /dev/shm has 64 MB by default. torch itself would move them in a thread of
+    its own, and where that finds no room, the batch never arrives.
     """
     tensor = torch.from_numpy(pixels)
     if get_worker_info() is None:
         return tensor
     try:
-        if (
-            shutil.disk_usage("/dev/shm").free > 2 * pixels.nbytes
-        ):  # others need some of it: locks, NCCL
+        # Leave half of it to other users: locks, NCCL.
+        if shutil.disk_usage("/dev/shm").free > 2 * pixels.nbytes:
             return tensor.share_memory_()
     except (OSError, RuntimeError):
         pass
     return pixels
 
 
-def describe(array: np.ndarray) -> np.ndarray:
-    """FACTS [N] of images that are kept as pixels."""
-    facts = np.zeros(len(array), FACTS)
-    for item, about in zip(array, facts, strict=True):
-        _describe(item, about)
-    return facts
+def read_array_metadata(array: np.ndarray) -> np.ndarray:
+    """Return METADATA_DTYPE [N] of images held as pixels, uint8 [N, H, W, C]."""
+    metadata = np.zeros(len(array), METADATA_DTYPE)
+    for item, record in zip(array, metadata, strict=True):
+        _fill_metadata(item, record)
+    return metadata
 
 
-def _describe(item: bytes | np.ndarray, facts: np.void) -> None:
-    """Digest, size and mode. Pillow reads no more than the header here, and knows more modes than our own does."""
+def _fill_metadata(item: bytes | np.ndarray, record: np.void) -> None:
+    """Fill in digest, size, format and mode of one image."""
     if isinstance(item, np.ndarray):
-        facts["sha256"] = np.frombuffer(hashlib.sha256(item.tobytes()).digest(), np.uint8)
-        facts["height"], facts["width"] = item.shape[:2]
-        facts["format"], facts["mode"] = (
-            "pixels",
-            {(3,): "RGB", (4,): "RGBA"}.get(item.shape[2:], "L"),
-        )
+        record["sha256"] = _sha256(item.tobytes())
+        record["height"] = item.shape[0]
+        record["width"] = item.shape[1]
+        record["format"] = "pixels"
+        record["mode"] = CHANNELS_TO_MODE.get(item.shape[2:], "L")
         return
-    facts["sha256"] = np.frombuffer(hashlib.sha256(item).digest(), np.uint8)
+
+    record["sha256"] = _sha256(item)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            opened = Image.open(io.BytesIO(item))
+            # Reads the header only; Pillow knows more modes than `models.image`.
+            picture = Image.open(io.BytesIO(item))
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return
-    facts["width"], facts["height"] = opened.size
-    facts["format"], facts["mode"] = (opened.format or "").lower(), opened.mode
+    record["width"] = picture.width
+    record["height"] = picture.height
+    record["format"] = (picture.format or "").lower()
+    record["mode"] = picture.mode
 
 
-_ENDS = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"IEND\xaeB`\x82", b"GI": b"\x3b"}
+def _sha256(content: bytes) -> np.ndarray:
+    return np.frombuffer(hashlib.sha256(content).digest(), np.uint8)
 
 
-def _cut_short(item: bytes | np.ndarray) -> bool:
-    """Whether a JPEG, PNG or GIF lacks its end, a WebP or BMP is shorter than it says, or there are no bytes at all."""
+def _is_truncated(item: bytes | np.ndarray) -> bool:
+    """Whether a file is empty, lacks its end marker, or is shorter than its header says."""
     if not isinstance(item, bytes):
         return False
-    if item[:4] == b"RIFF":
+    if not item:
+        return True
+    if item[:4] == b"RIFF":  # WebP
         return len(item) < 8 + int.from_bytes(item[4:8], "little")
-    if item[:2] == b"BM":
+    if item[:2] == b"BM":  # BMP
         return len(item) < int.from_bytes(item[2:6], "little")
-    end = _ENDS.get(item[:2])
-    return not item or (end is not None and end not in item[-64:])
+
+    marker = END_MARKERS.get(item[:2])
+    return marker is not None and marker not in item[-END_WINDOW:]
 
 
-def examine(
-    items: Items, index: np.ndarray, spec: InputSpec, workers: int, title: str
+def decode_all(
+    items: Items, spec: InputSpec, workers: int, title: str
 ) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
-    """Rows, pixels uint8 [B, H, W, C] and FACTS [B] of the images at `index`, in order, decoded by `workers`."""
-    images = max(1, min(CHUNK, CHUNK_BYTES // (spec.height * spec.width * spec.channels)))
-    chunks = np.array_split(index, max(1, -(-len(index) // images)))
-    start = 0
-    for pixels, facts in shown(loader(Examined(items, spec), chunks, workers), title, len(index)):
-        yield slice(start, start + len(facts)), np.asarray(pixels), facts
-        start += len(facts)
+    """Decode all items in order, with a progress bar on a terminal.
 
-
-def loader(
-    dataset: ByPosition, batches: Sequence[np.ndarray], workers: int, pin: bool = False
-) -> DataLoader:
-    """Workers that make one element of `dataset` for each array of positions, in order.
-
-    They draw no random numbers, so they get a generator of their own: by default torch takes their seed from that of
-    the training, once for each start of an epoch, and a run that is resumed has one start more.
+    Yields the rows of each task's images, their pixels uint8 [B, H, W, C] and METADATA_DTYPE [B].
     """
-    safe = getattr(dataset.items, "fork_safe", True)
-    context = None if safe or not workers else "spawn"
+    count = len(items)
+    image_bytes = spec.height * spec.width * spec.channels
+    task_images = max(1, min(TASK_IMAGES, TASK_BYTES // image_bytes))
+    tasks = np.array_split(np.arange(count), max(1, -(-count // task_images)))
+    loader = build_worker_loader(PixelsWithMetadata(items, spec), tasks, workers)
+
+    start = 0
+    for pixels, metadata in _with_progress_bar(loader, title, count):
+        end = start + len(metadata)
+        yield slice(start, end), np.asarray(pixels), metadata
+        start = end
+
+
+def build_worker_loader(
+    dataset: PositionDataset,
+    batches: Sequence[np.ndarray],
+    workers: int,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """Build a loader whose workers make one element of `dataset` for each array of positions.
+
+    The workers draw no random numbers, and the loader has a generator of its own: by default torch
+    seeds workers from the global generator at each start of an epoch, and a resumed run has one start
+    more.
+    """
+    context = "spawn" if workers and not dataset.items.fork_safe else None
     return DataLoader(
         dataset,
         batch_size=None,
         sampler=batches,
         num_workers=workers,
-        pin_memory=pin,
-        collate_fn=_as_is,
+        pin_memory=pin_memory,
+        collate_fn=_identity,
         multiprocessing_context=context,
         persistent_workers=False,
         generator=torch.Generator(),
-        worker_init_fn=_apart,
+        worker_init_fn=_leave_process_group,
     )
 
 
-def _apart(worker: int) -> None:
-    """Out of the group of processes that a launcher or a terminal tells to end: whoever trains still wants batches, to
-    come to the end of a step and save it, and ends its workers itself. They see for themselves that it has gone."""
+def _leave_process_group(worker: int) -> None:
+    """Move a worker out of the process group that launchers and terminals send signals to.
+
+    The training process needs batches until its step is finished and saved, then ends its workers
+    itself. Workers notice when it is gone.
+    """
     os.setpgid(0, 0)
 
 
-def _as_is(element: object) -> object:
+def _identity(element: object) -> object:
     return element
 
 
-def shown(
-    chunks: DataLoader, title: str, total: int
-) -> Iterator[tuple[Tensor | np.ndarray, np.ndarray]]:
-    """The chunks, with a progress bar on a terminal."""
+def _with_progress_bar(chunks: Iterable[Decoded], title: str, total: int) -> Iterator[Decoded]:
+    """Yield the chunks, with a progress bar of `total` images on a terminal."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -227,6 +275,6 @@ def shown(
     )
     with Progress(*columns, transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task(title, total=total)
-        for pixels, facts in chunks:
-            yield pixels, facts
-            progress.advance(task, len(facts))
+        for pixels, metadata in chunks:
+            yield pixels, metadata
+            progress.advance(task, len(metadata))

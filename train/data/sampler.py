@@ -1,4 +1,7 @@
-"""Which images make up which batch: pure functions of (seed, epoch, step), whole on any number of processes."""
+"""Which images make up which batch: a pure function of (seed, epoch, step) on any number of processes.
+
+Because nothing else decides the order, a run can resume at any step and read what it would have read.
+"""
 
 import zlib
 from dataclasses import dataclass
@@ -6,55 +9,64 @@ from dataclasses import dataclass
 import numpy as np
 
 
-def rng(purpose: str, *key: int) -> np.random.Generator:
-    """Random numbers that depend on the purpose and on every number of the key, and on nothing else."""
+def keyed_rng(purpose: str, *key: int) -> np.random.Generator:
+    """Return a generator that depends on the purpose and on each number of the key only."""
     return np.random.default_rng([zlib.crc32(purpose.encode()), len(key), *key])
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
-    """The batches of one part, for one process out of `world`.
+class EpochOrder:
+    """The batches of one part, for one process out of `world_size`.
 
-    All processes draw the same permutation of the part; the process of rank r takes every world-th image from r on, so
-    step s of all processes together is batch s of one process with a world times larger batch, save for some images of
-    the last two. Every image is seen once an epoch and every process makes the same number of steps: processes differ
-    by one image at most, and an image that would need a step of its own joins the batch before instead, as batch norm
-    has no use for one alone. Where the last batch would be less than half a one, it shares with the one before: its
-    statistics count as much as theirs, and what is validated next rests on them.
+    All processes draw the same permutation of the part; the process of rank r takes every
+    world_size-th image from r on. So step s of all processes together holds the same images as step s
+    of one process with a batch world_size times larger, except in the last two steps.
+
+    Each image is seen once an epoch, and all processes make the same number of steps: they differ by
+    one image at most, and an image that would need a step of its own joins the batch before, because
+    batch norm can't use a batch of one. A last batch of less than half the batch size shares evenly
+    with the one before: a small last batch would distort the batch statistics that validation uses.
     """
 
-    rows: np.ndarray  # int64 [N], the part's images
+    rows: np.ndarray  # int64 [N], positions of the part's images
     batch_size: int
     shuffle: bool = False
     seed: int = 0
     rank: int = 0
-    world: int = 1
-    weights: np.ndarray | None = (
-        None  # float64 [N], sum 1: draw with replacement by these instead of a permutation
-    )
-    still: bool = False  # every epoch is like the first
+    world_size: int = 1
+    weights: np.ndarray | None = None  # float64 [N], sum 1: draw with replacement by these
+    repeat_first_epoch: bool = False  # use the order of epoch 0 in each epoch
 
     @property
     def steps(self) -> int:
-        return max(1, -(-(self._fewest - (self.batch_size > 1)) // self.batch_size))
+        """Steps of an epoch, the same in all processes."""
+        # One image of a batch too many does not make a step.
+        images = self._images_per_process - (self.batch_size > 1)
+        return max(1, -(-images // self.batch_size))
 
     @property
-    def _fewest(self) -> int:
+    def _images_per_process(self) -> int:
         """Images of the process that has the fewest."""
-        return len(self.rows) // self.world
+        return len(self.rows) // self.world_size
 
-    def epoch(self, epoch: int) -> list[np.ndarray]:
-        """The rows of each step's images of this process, int64, in the order of the steps."""
-        rows = self.rows
-        if self.shuffle:
-            draw = rng("order", self.seed, 0 if self.still else epoch)
-            rows = (
-                draw.permutation(rows)
-                if self.weights is None
-                else draw.choice(rows, len(rows), p=self.weights)
-            )
-        edges = np.arange(1, self.steps) * self.batch_size
-        if len(edges):
-            missing = self.batch_size - (self._fewest - edges[-1])  # of the last batch
-            edges[-1] -= missing // 2 if 2 * missing > self.batch_size else 0
-        return np.split(rows[self.rank :: self.world], edges)
+    def batches(self, epoch: int) -> list[np.ndarray]:
+        """Return the positions of this process's images, int64, one array for each step."""
+        rows = self._epoch_rows(epoch)[self.rank :: self.world_size]
+
+        boundaries = np.arange(1, self.steps) * self.batch_size
+        if len(boundaries):
+            last_size = self._images_per_process - boundaries[-1]
+            missing = self.batch_size - last_size
+            if 2 * missing > self.batch_size:
+                boundaries[-1] -= missing // 2
+        return np.split(rows, boundaries)
+
+    def _epoch_rows(self, epoch: int) -> np.ndarray:
+        """Positions of all processes' images in the order of the epoch."""
+        if not self.shuffle:
+            return self.rows
+
+        rng = keyed_rng("order", self.seed, 0 if self.repeat_first_epoch else epoch)
+        if self.weights is None:
+            return rng.permutation(self.rows)
+        return rng.choice(self.rows, len(self.rows), p=self.weights)

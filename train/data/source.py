@@ -1,4 +1,8 @@
-"""What every source of images becomes: one list of items, their labels, and the part that each belongs to."""
+"""A data set before it is split or decoded: stored images, their labels and the part each belongs to.
+
+Each reader in `train.data.sources` returns one `LabelledImages`. Its `items` give the images as they are
+stored, by position; positions 0..N-1 identify an image everywhere else in the project.
+"""
 
 import hashlib
 import importlib
@@ -8,14 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
 PARTS = ("train", "val", "test")
-ALIASES = {
+PART_ALIASES = {
     "training": "train",
     "valid": "val",
     "validation": "val",
@@ -24,68 +28,74 @@ ALIASES = {
     "testing": "test",
     "evaluation": "test",
 }
-CHANNELS = (1, 3, 4)  # of gray, RGB and RGBA
-NONE = -1  # the label of an image that has none; no part may hold one
+CHANNEL_COUNTS = (1, 3, 4)  # gray, RGB, RGBA
+NO_LABEL = -1  # stands for a missing label; `open_source` refuses data that holds one
+DEEP_MODES = ("I", "F")  # Pillow modes with more than 8 bits a channel
 
 
 class DataError(ValueError):
-    """Data that can't be used. The message is one line that names the file or the setting and says what to do."""
+    """Data that can't be used. The message is one line: the file or setting, and what to do."""
 
 
 def cache_home() -> Path:
-    """$XDG_CACHE_HOME/imago, by default ~/.cache/imago."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "imago"
+    """Return $XDG_CACHE_HOME/imago, by default ~/.cache/imago."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "imago"
 
 
 @rank_zero_only
-def say(line: str) -> None:
-    """One line for the person who started the job, from the first process only."""
+def notify(line: str) -> None:
+    """Print one line about the data on stderr, in the first process only."""
     print(f"data: {line}", file=sys.stderr, flush=True)
 
 
 class Items(Protocol):
-    """Images by number, as they are stored. Reading must be safe from several processes at once.
+    """Stored images by position. Several processes may read at once."""
 
-    `fork_safe`, where an implementation says False, makes worker processes start anew instead of as forks.
-    """
+    @property
+    def fork_safe(self) -> bool:
+        """Whether forked worker processes can read; otherwise workers are spawned."""
+        ...
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, i: int) -> bytes | np.ndarray:
-        """The bytes of an image file, or uint8 [H, W] or [H, W, C] of a source that stores pixels: gray, RGB or RGBA.
+        """Return the bytes of an image file, or uint8 [H, W] or [H, W, C]: gray, RGB or RGBA.
 
         Raises OSError where the item can't be read.
         """
         ...
 
     def name(self, i: int) -> str:
-        """What a person would call the image: a path relative to the source, or a number."""
+        """Return a name for messages: a path relative to the source, or a number."""
         ...
 
     def fingerprint(self) -> str:
-        """Hex digits that change when the data does, found without reading it all."""
+        """Return hex digits that change when the data changes, without reading all of it."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """A data set as found, before any split or decoding."""
+class LabelledImages:
+    """A data set as its source holds it, before any split or decoding."""
 
     name: str
     classes: list[str]
     items: Items
     labels: np.ndarray  # int64 [N], 0..K-1
-    parts: np.ndarray  # [N] of "train", "val" or "test"; only "train" is sure to occur
-    root: Path | None = None  # where the files lie, for sources made of files
+    parts: np.ndarray  # [N] of "train", "val" or "test"; "val" and "test" may be absent
+    root: Path | None = None  # directory of the files, for sources made of files
 
     def index(self, part: str) -> np.ndarray:
-        """Positions of a part's images, int64, rising."""
+        """Return the positions of a part's images: int64, ascending."""
         return np.flatnonzero(self.parts == part)
 
 
 @dataclass(frozen=True, slots=True)
-class Arrays:
-    """Images that a source keeps as pixels: uint8 [N, H, W, C]."""
+class ArrayItems:
+    """Images held in memory as uint8 [N, H, W, C]."""
+
+    fork_safe: ClassVar[bool] = True
 
     array: np.ndarray
 
@@ -103,8 +113,10 @@ class Arrays:
 
 
 @dataclass(frozen=True, slots=True)
-class Files:
-    """Image files below a root."""
+class FileItems:
+    """Image files below a root directory."""
+
+    fork_safe: ClassVar[bool] = True
 
     root: Path
     paths: list[str]  # relative to the root, with forward slashes
@@ -116,10 +128,10 @@ class Files:
         return (self.root / self.paths[i]).read_bytes()
 
     def name(self, i: int) -> str:
-        return as_text(self.paths[i])
+        return printable_name(self.paths[i])
 
     def fingerprint(self) -> str:
-        """From path, size and time of change of each file."""
+        """Hash the path, size and modification time of each file."""
         digest = hashlib.sha256(os.fsencode(self.root.resolve()))
         for path in self.paths:
             try:
@@ -131,71 +143,86 @@ class Files:
         return digest.hexdigest()
 
 
-def as_text(name: str) -> str:
-    """A file's name, which may be any bytes, as what can be written anywhere: a byte that is no UTF-8 becomes \\xe9."""
+def printable_name(name: str) -> str:
+    """Return a file name that any file or terminal can hold: bytes outside UTF-8 become \\xe9."""
     return os.fsencode(name).decode(errors="backslashreplace")
 
 
-def part_name(name: str) -> str | None:
-    """train, val or test, from what people call these; None for anything else."""
+def parse_part(name: str) -> str | None:
+    """Return train, val or test for a common name of a part ("Validation"), None for others."""
     name = name.strip().lower()
-    return ALIASES.get(name, name if name in PARTS else None)
+    if name in PARTS:
+        return name
+    return PART_ALIASES.get(name)
 
 
-def needs(package: str, extra: str) -> ModuleType:
-    """An optional package. Raises DataError that names the extra to install."""
+def import_optional(package: str, extra: str) -> ModuleType:
+    """Import an optional package. Raises DataError that names the extra to install."""
     try:
         return importlib.import_module(package)
     except ImportError as error:
         raise DataError(f"{extra}: {error}; pip install 'imago[{extra}]'") from error
 
 
-def as_item(value: object) -> bytes | np.ndarray:
-    """What a source of any kind holds for an image, as an item: bytes as they are, pixels as uint8 [H, W, C].
+def to_item(value: object) -> bytes | np.ndarray:
+    """Convert an image as a source stores it to an item: file bytes, or uint8 [H, W, C].
 
-    Takes bytes, PIL images, and arrays or tensors uint8, gray, RGB or RGBA, with channels first or last. Raises OSError
-    for others.
+    Takes bytes, PIL images, and uint8 arrays or tensors: gray, RGB or RGBA, channels first or last.
+    Raises OSError for anything else.
     """
     if isinstance(value, bytes):
         return value
-    if isinstance(value, Image.Image) and not value.mode.startswith(
-        ("I", "F")
-    ):  # more bits, which PIL would clip
-        value = value.convert(
-            "RGBA" if value.has_transparency_data else "L" if value.mode == "L" else "RGB"
-        )
-    found = np.asarray(value)
-    pixels = found[:, :, None] if found.ndim == 2 else found
-    if pixels.ndim == 3 and pixels.shape[2] not in CHANNELS:
+
+    # Pillow would clip deeper modes to 8 bits; they stay as they are and are refused below.
+    if isinstance(value, Image.Image) and not value.mode.startswith(DEEP_MODES):
+        value = value.convert(_mode_with_8_bits(value))
+
+    array = np.asarray(value)
+    pixels = array[:, :, None] if array.ndim == 2 else array
+    if pixels.ndim == 3 and pixels.shape[2] not in CHANNEL_COUNTS:
         pixels = pixels.transpose(1, 2, 0)
-    if (
-        found.dtype != np.uint8
-        or pixels.ndim != 3
-        or pixels.shape[2] not in CHANNELS
-        or not found.size
-    ):
-        raise OSError(f"{type(value).__name__} of {found.dtype} {found.shape} is no image")
+
+    is_image = (
+        array.dtype == np.uint8
+        and pixels.ndim == 3
+        and pixels.shape[2] in CHANNEL_COUNTS
+        and array.size > 0
+    )
+    if not is_image:
+        raise OSError(f"{type(value).__name__} of {array.dtype} {array.shape} is not an image")
     return np.ascontiguousarray(pixels)
 
 
-def numbered(labels: Sequence[str | None]) -> tuple[list[str], np.ndarray]:
-    """Class names, sorted (as numbers where all are), and for each label its class, int64 [N]; NONE for None."""
+def _mode_with_8_bits(picture: Image.Image) -> str:
+    if picture.has_transparency_data:
+        return "RGBA"
+    return "L" if picture.mode == "L" else "RGB"
+
+
+def number_classes(labels: Sequence[str | None]) -> tuple[list[str], np.ndarray]:
+    """Return the sorted class names, and each label's class, int64 [N]; NO_LABEL for None.
+
+    Names are sorted as numbers where all of them are.
+    """
     names = sorted({name for name in labels if name is not None})
     if all(name.isdecimal() for name in names):
-        names.sort(key=int)  # in a stable order: "01" stays before "1"
-    number: dict[str | None, int] = {name: k for k, name in enumerate(names)}
-    return names, np.array([number.get(name, NONE) for name in labels], np.int64)
+        names.sort(key=int)  # stable: "01" stays before "1"
+
+    numbers: dict[str | None, int] = {name: k for k, name in enumerate(names)}
+    return names, np.array([numbers.get(name, NO_LABEL) for name in labels], np.int64)
 
 
-def concatenate(
-    chunks: dict[str, tuple[np.ndarray, np.ndarray]],
-) -> tuple[Arrays, np.ndarray, np.ndarray]:
-    """Part -> (pixels, labels) to one Arrays, labels int64 and parts."""
-    pixels = np.concatenate([_with_channel(p) for p, _ in chunks.values()])
-    labels = np.concatenate([np.asarray(y, np.int64) for _, y in chunks.values()])
-    parts = np.repeat(list(chunks), [len(y) for _, y in chunks.values()])
-    return Arrays(np.ascontiguousarray(pixels)), labels, parts
+def join_parts(
+    arrays: dict[str, tuple[np.ndarray, np.ndarray]],
+) -> tuple[ArrayItems, np.ndarray, np.ndarray]:
+    """Join (pixels, labels) of each part: items, labels int64 [N], and the part of each image."""
+    pixels = np.concatenate([_with_channel_axis(part_pixels) for part_pixels, _ in arrays.values()])
+    labels = np.concatenate(
+        [np.asarray(part_labels, np.int64) for _, part_labels in arrays.values()]
+    )
+    parts = np.repeat(list(arrays), [len(part_labels) for _, part_labels in arrays.values()])
+    return ArrayItems(np.ascontiguousarray(pixels)), labels, parts
 
 
-def _with_channel(pixels: np.ndarray) -> np.ndarray:
+def _with_channel_axis(pixels: np.ndarray) -> np.ndarray:
     return pixels[..., None] if pixels.ndim == 3 else pixels

@@ -1,52 +1,61 @@
-"""Validation and test parts, split off by class and by seed."""
+"""Validation and test parts, split off by class and seed."""
 
 import numpy as np
 
-from train.data.sampler import rng
-from train.data.source import PARTS, DataError, Source
+from train.data.sampler import keyed_rng
+from train.data.source import PARTS, DataError, LabelledImages
 
 
 def split(
-    source: Source, usable: np.ndarray, val_fraction: float, test_fraction: float, seed: int
+    dataset: LabelledImages,
+    usable: np.ndarray,
+    val_fraction: float,
+    test_fraction: float,
+    seed: int,
 ) -> dict[str, np.ndarray]:
-    """Positions of the train, val and test images, int64, rising, disjoint, less those that `usable` bool [N] excludes.
+    """Return the positions of the train, val and test images: int64, ascending, disjoint.
 
-    Parts that the source brings are kept as they are. A missing test part is split off the training part first and a
-    missing validation part then, both stratified: each class gives its share, and at least one image. The choice reads
-    nothing but labels and seed. Raises DataError, naming the class, where a class has too few images.
+    Images that `usable` bool [N] excludes are in no part. Parts that the source brings are kept. A
+    missing test part is split off the training part first, then a missing validation part. Both splits
+    are stratified: each class gives its share, and at least one image. The choice depends on the labels
+    and the seed only. Raises DataError that names the class where a class has too few images.
     """
-    parts = {name: np.flatnonzero((source.parts == name) & usable) for name in PARTS}
+    parts = {name: np.flatnonzero((dataset.parts == name) & usable) for name in PARTS}
     for name, fraction in (("test", test_fraction), ("val", val_fraction)):
-        if name not in source.parts:
-            parts["train"], parts[name] = _stratified(parts["train"], source, fraction, seed, name)
-    counts = np.bincount(source.labels[parts["train"]], minlength=len(source.classes))
+        if name not in dataset.parts:
+            rest, chosen = _stratified_split(parts["train"], dataset, fraction, seed, name)
+            parts["train"] = rest
+            parts[name] = chosen
+
+    counts = np.bincount(dataset.labels[parts["train"]], minlength=len(dataset.classes))
     if not counts.all():
+        empty_class = dataset.classes[counts.argmin()]
         raise DataError(
-            f"{source.name}: class {source.classes[counts.argmin()]!r} has no image to train on; add some "
-            "or remove the class"
+            f"{dataset.name}: class {empty_class!r} has no image to train on; add some or remove the class"
         )
     for name in PARTS:
         if len(parts[name]) == 0:
-            raise DataError(f"{source.name}: the {name} part has no image that can be read")
+            raise DataError(f"{dataset.name}: the {name} part has no image that can be read")
     return parts
 
 
-def _stratified(
-    index: np.ndarray, source: Source, fraction: float, seed: int, name: str
+def _stratified_split(
+    index: np.ndarray, dataset: LabelledImages, fraction: float, seed: int, name: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`index` less a share of each class, and that share."""
-    draw = rng(
-        f"split {name}", seed
-    )  # a stream for each part: another test fraction leaves the way of splitting alone
+    """Take `fraction` of each class out of `index`: what is left, and what was taken."""
+    # A stream of its own for each part: another test fraction does not change how "val" is drawn.
+    rng = keyed_rng(f"split {name}", seed)
     taken = []
-    for k, label in enumerate(source.classes):
-        members = index[source.labels[index] == k]
+    for k, label in enumerate(dataset.classes):
+        members = index[dataset.labels[index] == k]
         count = max(1, round(fraction * len(members)))
         if len(members) <= count:
+            images = f"{len(members)} image{'s' * (len(members) != 1)}"
             raise DataError(
-                f"{source.name}: class {label!r} has {len(members)} image{'s' * (len(members) != 1)}, too "
-                f"few to split off a {name} part; add images or remove the class"
+                f"{dataset.name}: class {label!r} has {images}, too few to split off a {name} part; "
+                "add images or remove the class"
             )
-        taken.append(draw.permutation(members)[:count])
+        taken.append(rng.permutation(members)[:count])
+
     chosen = np.sort(np.concatenate(taken))
     return np.setdiff1d(index, chosen), chosen

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from models.bundle import ClassMetrics, Metrics
 from train.data import ImageData
-from train.data.pixels import pixels_of
+from train.data.pixels import read_pixels
 from train.export.calibrate import expected_calibration_error
 from train.export.onnx_graph import InferenceGraph
 from train.export.scores import Scores, negative_log_likelihood, softmax
@@ -50,7 +50,7 @@ def score_part(
     graph = graph.to(device).eval()
     logits: list[Tensor] = []
     labels: list[Tensor] = []
-    for images, image_labels in data.whole(part):
+    for images, image_labels in data.unsharded_dataloader(part):
         view_logits: list[Tensor] = []
         for view in augmented_views(images.to(device), tta):
             view_logits.append(graph.logits(view.permute(0, 2, 3, 1)).float())
@@ -130,9 +130,9 @@ def _divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def load_images(data: ImageData, part: str, rows: np.ndarray) -> np.ndarray:
     """Return the network's input for some images of a part, uint8 [n,H,W,C]."""
     index = data.index[part][rows]
-    if data.place != "stream":
-        return np.ascontiguousarray(data.known.pixels[index])
-    return np.stack([pixels_of(data.found.items, i, data.input) for i in index.tolist()])
+    if data.storage != "stream":
+        return np.ascontiguousarray(data.decoded.pixels[index])
+    return np.stack([read_pixels(data.dataset.items, i, data.input) for i in index.tolist()])
 
 
 def evenly_spaced_rows(count: int, limit: int) -> np.ndarray:

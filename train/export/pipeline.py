@@ -184,7 +184,7 @@ def write_samples(
 
     entries: list[Sample] = []
     decoded: list[np.ndarray] = []
-    for file, content, label in data.samples(count):
+    for file, content, label in data.validation_samples(count):
         (samples_directory / file).write_bytes(content)
         decoded.append(decode(content, data.input))
         entries.append(Sample(file=file, label=label))
@@ -219,7 +219,7 @@ def build_manifest(
         calibration=calibration,
         samples=contents.samples,
         baseline=_measure_baseline(data, contents.scores.val, calibration),
-        metrics=compute_all_metrics(contents.scores, data.leaked_test, calibration.temperature),
+        metrics=compute_all_metrics(contents.scores, data.leaked_test_rows, calibration.temperature),
         notes=contents.notes,
         provenance=build_provenance(run.device, data_info, run.recipe, times.seconds),
     )
@@ -232,7 +232,7 @@ def _measure_baseline(
 
     Widths and heights are those of the files, before they were resized.
     """
-    facts = data.known.facts[data.index["val"]]
+    facts = data.decoded.metadata[data.index["val"]]
     sizes = np.stack([facts["width"], facts["height"]], 1)
     rows = evenly_spaced_rows(len(val.labels), MAX_BASELINE_IMAGES)
     images = load_images(data, "val", rows)

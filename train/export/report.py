@@ -11,7 +11,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from models.bundle import Manifest
-from train.audit import summary
 from train.data import ImageData
 from train.export import charts
 from train.export.calibrate import coverage_curve, reliability_bins
@@ -262,11 +261,11 @@ def describe_audit(data: ImageData) -> list[str]:
     lines: list[str] = []
     if data.unreadable:
         lines.append(f"{len(data.unreadable)} files are unreadable and were left out")
-    if data.findings is None:
+    if data.audit_summary is None:
         lines.append("the data was not audited")
         return lines
 
-    lines += summary(data.findings)
+    lines += data.audit_summary
     if not lines:
         lines.append("no duplicates, leaks, unusual images or suspicious labels found")
     return lines

@@ -142,7 +142,7 @@ class Classifier(L.LightningModule):
         if self.weights:
             self._load_weights(self.weights, is_training)
         elif is_training and self.network.prepare:
-            self.network.prepare(self.normalize(data.examples(PREPARE_IMAGES)))
+            self.network.prepare(self.normalize(data.training_images(PREPARE_IMAGES)))
 
         self.network.to(memory_format=self.layout)  # type: ignore[call-overload]  # torch's overloads leave it out
         if self.compile_mode != "off":
@@ -220,7 +220,7 @@ class Classifier(L.LightningModule):
         logits = self(images)
         self._add_step("test", cross_entropy(logits, labels), logits, labels)
 
-        leaked = self.data.leaked(batch_idx)
+        leaked = self.data.leaked_in_test_batch(batch_idx)
         if leaked is not None and not leaked.all():
             clean_logits = logits[~leaked]
             clean_labels = labels[~leaked]
@@ -283,7 +283,7 @@ class Classifier(L.LightningModule):
     def on_test_epoch_end(self) -> None:
         """Log the test metrics."""
         self._log_epoch("test")
-        if len(self.data.leaked_test):
+        if len(self.data.leaked_test_rows):
             # All processes take part in the sum, also one that has leaked images only.
             self.sums.setdefault("test_unleaked", EpochSums.zeros(self.device))
         self._log_epoch("test_unleaked")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from train.data import DataError, ImageData
-from train.data.source import PARTS, say
+from train.data.source import PARTS, notify
 
 # The parts of the data that each command scores.
 SCORED_PARTS = {
@@ -66,7 +66,7 @@ def check_no_training_image_is_scored(
                 f"its images, labels or classes are not those of {record['source']} at the time of "
                 "training; restore those, or give data that shares none of them"
             )
-        example = data.found.items.name(int(data.index[part][rows[0]]))
+        example = data.dataset.items.name(int(data.index[part][rows[0]]))
         raise DataError(
             f"{data.source}: the checkpoint was trained on {len(rows)} of the "
             f"{data.counts[part]} {part} images, such as {example}: {advice}"
@@ -74,7 +74,7 @@ def check_no_training_image_is_scored(
 
     difference = "another split" if is_same_data else "other data"
     parts = " and ".join(SCORED_PARTS[command])
-    say(
+    notify(
         f"WARNING: {difference} than the checkpoint was trained with ({record['source']}, "
         f"{record['flags']}); none of the {parts} images was used to train it"
     )
@@ -82,7 +82,7 @@ def check_no_training_image_is_scored(
 
 def _image_keys(data: ImageData, part: str) -> np.ndarray:
     """Return int64 [N]: enough of each image's sha256 to tell it from all others."""
-    digests = data.known.facts["sha256"][data.index[part]]
+    digests = data.decoded.metadata["sha256"][data.index[part]]
     first_bytes = np.ascontiguousarray(digests[:, :8])
     return first_bytes.view(np.int64)[:, 0]
 

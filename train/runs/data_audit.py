@@ -33,6 +33,6 @@ class Audit(L.Callback):
 
 def audit_data(trainer: L.Trainer, data: ImageData, report_directory: Path | None) -> None:
     """Audit the data in the first process and record the findings in each process's data module."""
-    findings = run_in_first_process(trainer, lambda: audit.run(data, report_directory))
+    findings = run_in_first_process(trainer, lambda: audit.run_audit(data, report_directory))
     if findings is not None:
-        audit.take(data, findings)
+        audit.apply_findings(data, findings)

@@ -63,7 +63,7 @@ class SamplePredictions(Callback):
 
     def _load_samples(self, data: ImageData) -> None:
         images: list[np.ndarray] = []
-        for _, content, label in data.samples(self.images):
+        for _, content, label in data.validation_samples(self.images):
             images.append(decode(content, data.input))
             self._labels.append(label)
         self._pixels = np.stack(images)

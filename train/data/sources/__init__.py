@@ -1,70 +1,85 @@
-"""Where images come from: `open_source` finds the reader for a name, a path or a scheme, and returns a Source."""
+"""Where images come from: `open_source` picks the reader for a name, a path or a scheme."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from train.data.source import NONE, DataError, Source, as_text
+from train.data.source import NO_LABEL, DataError, LabelledImages, printable_name
 from train.data.sources import bundled, files, huggingface, streams
 
-READERS: dict[str, Callable[[str, Path | None], Source]] = {
-    "folder": lambda place, cache: files.folder(Path(place).expanduser()),
-    "csv": lambda place, cache: files.table(Path(place).expanduser()),
-    "litdata": streams.litdata,
-    "deeplake": lambda place, cache: streams.deeplake(place),
-    "hf": lambda place, cache: huggingface.huggingface(place),
+# scheme -> reader of (location, cache directory)
+READERS: dict[str, Callable[[str, Path | None], LabelledImages]] = {
+    "folder": lambda location, cache: files.read_folder(Path(location).expanduser()),
+    "csv": lambda location, cache: files.read_csv(Path(location).expanduser()),
+    "litdata": streams.read_litdata,
+    "deeplake": lambda location, cache: streams.read_deeplake(location),
+    "hf": lambda location, cache: huggingface.read_huggingface(location),
 }
 
 
-def open_source(source: str, root: str | None = None, cache: Path | None = None) -> Source:
-    """Find the data.
+def open_source(source: str, root: str | None = None, cache: Path | None = None) -> LabelledImages:
+    """Open a data set and check its labels.
 
-    `source`: digits; cifar10, cifar100, mnist or fashion-mnist; the path of a folder or of a .csv file; or one of
-    folder, csv, litdata, deeplake and hf with the place after a colon. `root`: where a torchvision data set lies on
-    disk (then nothing is downloaded), or the place where `source` is a bare scheme. `cache`: where what takes long to
-    find out is kept, if anywhere.
-    Raises DataError where there is nothing, or nothing that can be used.
+    Args:
+        source: digits; cifar10, cifar100, mnist or fashion-mnist; the path of a folder or of a .csv
+            file; or folder, csv, litdata, deeplake or hf with the location after a colon.
+        root: directory of a torchvision data set (nothing is downloaded then), or the location where
+            `source` is a scheme without one.
+        cache: directory that keeps what is slow to find out; None for none.
+
+    Raises DataError where there is no data set, or where it can't be used.
     """
-    for place in (source, root or ""):
-        if as_text(place) != place:
+    for path in (source, root or ""):
+        if printable_name(path) != path:
             raise DataError(
-                f"{as_text(place)}: its name is not UTF-8, and a model's record could not hold it; rename "
-                "it, or give a link to it"
+                f"{printable_name(path)}: the name is not UTF-8, and the bundle's manifest could not "
+                "hold it; rename it, or give a link to it"
             )
-    found = _find(source, root, cache)
-    wrong = np.flatnonzero((found.labels < 0) | (found.labels >= len(found.classes)))
-    if len(wrong):
-        label, part = int(found.labels[wrong[0]]), str(found.parts[wrong[0]])
-        row = int((found.parts[: wrong[0]] == part).sum())
-        raise DataError(
-            f"{source}: row {row} of the {part} part has "
-            + (
-                "no label"
-                if label == NONE
-                else f"the label {label} of {len(found.classes)} classes"
-            )
-            + "; give it one, or take the row out"
-        )
-    return found
+    dataset = _read_source(source, root, cache)
+    _check_labels(source, dataset)
+    return dataset
 
 
-def _find(source: str, root: str | None, cache: Path | None) -> Source:
+def _read_source(source: str, root: str | None, cache: Path | None) -> LabelledImages:
     if source == "digits":
-        return bundled.digits()
-    if source in bundled.TORCHVISION:
-        return bundled.torchvision(source, root)
-    scheme, colon, place = source.partition(":")
-    where = place if colon else root
-    if scheme in READERS and where:
-        return READERS[scheme](where, cache)
+        return bundled.load_digits()
+    if source in bundled.TORCHVISION_CLASSES:
+        return bundled.load_torchvision(source, root)
+
+    scheme, colon, location = source.partition(":")
+    if not colon:
+        location = root or ""
+    if scheme in READERS and location:
+        return READERS[scheme](location, cache)
+
     path = Path(source).expanduser()
     if path.is_dir():
-        return files.folder(path)
+        return files.read_folder(path)
     if path.suffix.lower() == ".csv":
-        return files.table(path)
-    known = ", ".join(["digits", *bundled.TORCHVISION])
+        return files.read_csv(path)
+
+    names = ", ".join(["digits", *bundled.TORCHVISION_CLASSES])
+    schemes = ", ".join(f"{name}:…" for name in READERS)
     raise DataError(
-        f"{source}: no such folder, and none of the data sets that Imago knows ({known}); other places are "
-        f"written {', '.join(f'{name}:…' for name in READERS)}"
+        f"{source}: no such folder, and none of the known data sets ({names}); other sources are "
+        f"written {schemes}"
+    )
+
+
+def _check_labels(source: str, dataset: LabelledImages) -> None:
+    """Raise DataError that names the first row without a valid label."""
+    invalid = np.flatnonzero((dataset.labels < 0) | (dataset.labels >= len(dataset.classes)))
+    if len(invalid) == 0:
+        return
+
+    position = invalid[0]
+    label = int(dataset.labels[position])
+    part = str(dataset.parts[position])
+    row = int((dataset.parts[:position] == part).sum())
+    problem = f"the label {label} of {len(dataset.classes)} classes"
+    if label == NO_LABEL:
+        problem = "no label"
+    raise DataError(
+        f"{source}: row {row} of the {part} part has {problem}; correct it or remove the row"
     )

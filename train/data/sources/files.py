@@ -1,4 +1,4 @@
-"""Files on disk: a folder of class folders, or a table of paths and labels."""
+"""Files on disk: a folder of class folders, or a CSV file of paths and labels."""
 
 import csv
 import os
@@ -6,98 +6,161 @@ from pathlib import Path
 
 import numpy as np
 
-from train.data.source import DataError, Files, Source, as_text, numbered, part_name
+from train.data.source import (
+    DataError,
+    FileItems,
+    LabelledImages,
+    number_classes,
+    parse_part,
+    printable_name,
+)
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+LISTED_NAMES = 5  # folders that a message names
 
 
-def folder(root: Path) -> Source:
-    """A folder of class folders, or of train/, val/ (valid/) and test/ (or what else `part_name` knows) with class
-    folders each.
+def read_folder(root: Path) -> LabelledImages:
+    """Read a folder of class folders, or of parts (train/, val/, test/) with class folders each.
 
-    Hidden files and folders are passed over; a class folder is searched to any depth. A class may have the name of a
-    part: train/ is one where it holds images, beside classes of other names.
+    `parse_part` says which names parts may have. Hidden files and folders are skipped; class folders
+    are searched to any depth. A class may be named like a part: train/ is a class where it holds
+    images and has neighbours of other names. Raises DataError.
     """
     if not root.is_dir():
         raise DataError(f"{root}: no such folder")
-    folders = _folders(root)
-    parts = {d.name: part for d in folders if (part := part_name(d.name))}
-    training = [d for d in folders if parts.get(d.name) == "train"]
-    if not training or (len(parts) < len(folders) and not any(map(_folders, training))):
-        parts = {"": "train"}
-        _refuse_unknown_parts(root, folders)
-    found = [
-        (part, as_text(d.name), path)
-        for name, part in parts.items()
-        for d in _folders(root / name)
-        for path in _files(d, root)
-    ]
-    if not found:
-        raise DataError(_empty(root))
-    trained = sorted({name for part, name, _ in found if part == "train"})
-    if extra := sorted({name for _, name, _ in found} - set(trained)):
+
+    class_folders = _find_class_folders(root)
+    parts = []
+    labels = []
+    paths = []
+    for part, folder in class_folders:
+        for path in _image_paths(folder, root):
+            parts.append(part)
+            labels.append(printable_name(folder.name))
+            paths.append(path)
+    if not paths:
+        raise DataError(_describe_empty(root))
+
+    classes = sorted({label for part, label in zip(parts, labels, strict=True) if part == "train"})
+    unknown = sorted(set(labels) - set(classes))
+    if unknown:
         raise DataError(
-            f"{root}: class {extra[0]!r} is not in the training part; add images or remove its folder"
+            f"{root}: class {unknown[0]!r} is not in the training part; add images or remove its folder"
         )
-    number = {name: k for k, name in enumerate(trained)}
-    return Source(
+    numbers = {name: k for k, name in enumerate(classes)}
+    return LabelledImages(
         root.name,
-        trained,
-        Files(root, [path for _, _, path in found]),
-        np.array([number[name] for _, name, _ in found], np.int64),
-        np.array([part for part, _, _ in found]),
+        classes,
+        FileItems(root, paths),
+        np.array([numbers[label] for label in labels], np.int64),
+        np.array(parts),
         root,
     )
 
 
-def _refuse_unknown_parts(root: Path, folders: list[Path]) -> None:
-    """Folders that hold the same folders and no image of their own are parts whose names say nothing, not classes."""
-    inner = [[d.name for d in _folders(folder)] for folder in folders]
-    if (
-        len(folders) > 1
-        and len(inner[0]) > 1
-        and all(names == inner[0] for names in inner)
-        and not any(map(_holds_images, folders))
-    ):
-        raise DataError(
-            f"{root}: {', '.join(as_text(d.name) for d in folders[:5])} hold the same folders "
-            f"({', '.join(map(as_text, inner[0][:5]))}) and no images of their own; rename them to train, "
-            "val and test if they are parts, or name the classes in a CSV file"
-        )
+def _find_class_folders(root: Path) -> list[tuple[str, Path]]:
+    """Return (part, class folder) for each class folder of each part."""
+    folders = _subfolders(root)
+    part_folders = []
+    for folder in folders:
+        part = parse_part(folder.name)
+        if part is not None:
+            part_folders.append((part, folder))
+
+    if not _are_parts(folders, part_folders):
+        _check_unnamed_parts(root, folders)
+        part_folders = [("train", root)]
+    return [
+        (part, class_folder)
+        for part, folder in part_folders
+        for class_folder in _subfolders(folder)
+    ]
 
 
-def _holds_images(path: Path) -> bool:
-    return any(p.suffix.lower() in SUFFIXES for p in path.iterdir() if not p.name.startswith("."))
+def _are_parts(folders: list[Path], part_folders: list[tuple[str, Path]]) -> bool:
+    """Whether the folders named like parts are parts, rather than classes with such names."""
+    training = [folder for part, folder in part_folders if part == "train"]
+    if not training:
+        return False
+    all_named = len(part_folders) == len(folders)
+    return all_named or any(_subfolders(folder) for folder in training)
 
 
-def _folders(path: Path) -> list[Path]:
-    return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+def _check_unnamed_parts(root: Path, folders: list[Path]) -> None:
+    """Raise DataError where folders look like parts under unknown names.
+
+    They do where all of them hold the same folders, and no images of their own.
+    """
+    if len(folders) < 2:
+        return
+    inner_names = [[inner.name for inner in _subfolders(folder)] for folder in folders]
+    first = inner_names[0]
+    if len(first) < 2 or any(names != first for names in inner_names):
+        return
+    if any(_holds_images(folder) for folder in folders):
+        return
+
+    outer = ", ".join(printable_name(folder.name) for folder in folders[:LISTED_NAMES])
+    inner = ", ".join(printable_name(name) for name in first[:LISTED_NAMES])
+    raise DataError(
+        f"{root}: {outer} hold the same folders ({inner}) and no images of their own; rename them to "
+        "train, val and test if they are parts, or name the classes in a CSV file"
+    )
 
 
-def _files(directory: Path, root: Path) -> list[str]:
-    """Paths of image files at any depth, relative to `root`, sorted."""
+def _holds_images(folder: Path) -> bool:
+    return any(_is_image_name(path.name) for path in folder.iterdir())
+
+
+def _is_image_name(name: str) -> bool:
+    if name.startswith("."):
+        return False
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    """Return the folders that are not hidden, sorted."""
+    return sorted(
+        path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")
+    )
+
+
+def _image_paths(folder: Path, root: Path) -> list[str]:
+    """Return paths of image files at any depth, relative to `root`, sorted."""
     paths = []
-    for place, inner, names in os.walk(directory, followlinks=True):
-        inner[:] = [d for d in inner if not d.startswith(".")]
-        paths += [
-            os.path.join(place, n)
-            for n in names
-            if not n.startswith(".") and os.path.splitext(n)[1].lower() in SUFFIXES
-        ]
-    return sorted(Path(p).relative_to(root).as_posix() for p in paths)
+    for directory, subdirectories, names in os.walk(folder, followlinks=True):
+        subdirectories[:] = [name for name in subdirectories if not name.startswith(".")]
+        for name in names:
+            if _is_image_name(name):
+                paths.append(Path(directory, name).relative_to(root).as_posix())
+    return sorted(paths)
 
 
-def _empty(root: Path) -> str:
+def _describe_empty(root: Path) -> str:
     if _holds_images(root):
-        return f"{root}: images, but no class folders; put the images of each class in a folder named for it"
+        return f"{root}: images, but no class folders; put the images of each class in a folder of its name"
     return f"{root}: no images; it must hold one folder a class, or train/ and test/ with class folders"
 
 
-def table(path: Path) -> Source:
-    """A CSV file with the columns `path` and `label`, and `split` (train, val, test) if it likes.
+def read_csv(path: Path) -> LabelledImages:
+    """Read a CSV file with the columns `path` and `label`, and optionally `split` (train, val, test).
 
-    Paths are relative to the file's own folder. Images that don't exist count as unreadable.
+    Paths are relative to the file's own folder. Missing images count as unreadable. Raises DataError.
     """
+    rows = _read_rows(path)
+    for number, row in enumerate(rows, 2):
+        row["label"] = (row["label"] or "").strip()
+        _check_row(f"{path}: line {number}", row)
+    if not rows:
+        raise DataError(f"{path}: no rows")
+
+    classes, labels = number_classes([row["label"] for row in rows])
+    parts = np.array([parse_part(row.get("split") or "train") for row in rows])
+    items = FileItems(path.parent, [row["path"] for row in rows])
+    return LabelledImages(path.stem, classes, items, labels, parts)
+
+
+def _read_rows(path: Path) -> list[dict[str, str]]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
@@ -105,27 +168,19 @@ def table(path: Path) -> Source:
             rows = list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: not readable as a CSV file: {error}") from error
+
     for column in ("path", "label"):
         if column not in columns:
-            raise DataError(
-                f"{path}: no column {column!r} in the first line; it has {', '.join(columns) or 'nothing'}"
-            )
-    for number, row in enumerate(rows, 2):
-        row["label"] = (row["label"] or "").strip()  # "red " is no other class than "red"
-        if not row["path"] or not row["label"]:
-            raise DataError(f"{path}: line {number} lacks a path or a label")
-        if "\0" in row["path"]:
-            raise DataError(
-                f"{path}: line {number}: a NUL byte in the path; write the file as UTF-8 text"
-            )
-        if row.get("split") and not part_name(row["split"]):
-            raise DataError(
-                f"{path}: line {number}: split {row['split']!r} is none of train, val, test"
-            )
-    if not rows:
-        raise DataError(f"{path}: no rows")
-    classes, labels = numbered([row["label"] for row in rows])
-    parts = np.array([part_name(row.get("split") or "train") for row in rows])
-    return Source(
-        path.stem, classes, Files(path.parent, [row["path"] for row in rows]), labels, parts
-    )
+            present = ", ".join(columns) or "nothing"
+            raise DataError(f"{path}: no column {column!r} in the first line; it has {present}")
+    return rows
+
+
+def _check_row(line: str, row: dict[str, str]) -> None:
+    """Raise DataError, beginning with `line`, where a row can't be used."""
+    if not row["path"] or not row["label"]:
+        raise DataError(f"{line} lacks a path or a label")
+    if "\0" in row["path"]:
+        raise DataError(f"{line}: a NUL byte in the path; write the file as UTF-8 text")
+    if row.get("split") and not parse_part(row["split"]):
+        raise DataError(f"{line}: split {row['split']!r} is not one of train, val, test")

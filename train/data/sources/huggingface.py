@@ -1,4 +1,4 @@
-"""Hugging Face data sets on disk."""
+"""Hugging Face data sets on disk, as `save_to_disk` writes them."""
 
 import hashlib
 from collections.abc import Iterable
@@ -7,109 +7,139 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from train.data.source import NONE, DataError, Source, needs, numbered, part_name, say
+from train.data.source import (
+    NO_LABEL,
+    DataError,
+    LabelledImages,
+    import_optional,
+    notify,
+    number_classes,
+    parse_part,
+)
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # an optional package
     from datasets import Dataset
 
-LABELS = ("label", "labels", "class", "fine_label", "coarse_label")
+LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "coarse_label")
 
 
-def huggingface(place: str) -> Source:
-    """A data set that `save_to_disk` wrote: one with parts, or a single one.
+def read_huggingface(location: str) -> LabelledImages:
+    """Read a data set that `save_to_disk` wrote: a dictionary of parts, or a single one.
 
-    The images are its column of type Image, the labels its column of type ClassLabel, or one called label.
+    The images are its column of type Image; the labels its column of type ClassLabel, or one named
+    label. Raises DataError.
     """
-    datasets = needs("datasets", "huggingface")
-    path = Path(place).expanduser()
+    datasets = import_optional("datasets", "huggingface")
+    path = Path(location).expanduser()
+    splits = _load_splits(path)
+    parts = _parse_parts(path, splits)
+    first = splits[next(name for name, part in parts.items() if part == "train")]
+
+    images = [name for name, kind in first.features.items() if isinstance(kind, datasets.Image)]
+    image_column = _first_column(path, first, images, "image")
+    labels = [
+        name for name, kind in first.features.items() if isinstance(kind, datasets.ClassLabel)
+    ]
+    labels += [name for name in LABEL_COLUMNS if name in first.features]
+    label_column = _first_column(path, first, labels, "label")
+
+    _drop_unlabelled_tests(path, splits, parts, label_column)
+    values: list[object] = []
+    for name in parts:
+        values.extend(splits[name][label_column])
+    feature = first.features[label_column]
+    if isinstance(feature, datasets.ClassLabel):
+        classes = list(feature.names)
+        numbers = np.array([NO_LABEL if value is None else value for value in values], np.int64)
+    else:
+        names = [None if value is None else str(value) for value in values]
+        classes, numbers = number_classes(names)
+
+    undecoded = datasets.Image(decode=False)
+    tables = [
+        splits[name].cast_column(image_column, undecoded).select_columns([image_column])
+        for name in parts
+    ]
+    fingerprints = "".join(table._fingerprint for table in tables)
+    digest = hashlib.sha256(fingerprints.encode() + numbers.tobytes()).hexdigest()
+    return LabelledImages(
+        path.name,
+        classes,
+        ArrowItems(datasets.concatenate_datasets(tables), image_column, digest),
+        numbers,
+        np.repeat(list(parts.values()), [len(table) for table in tables]),
+    )
+
+
+def _load_splits(path: Path) -> "dict[str, Dataset]":
+    """Load the data set; a single one becomes the split "train"."""
+    datasets = import_optional("datasets", "huggingface")
     try:
-        found = datasets.load_from_disk(str(path))
+        loaded = datasets.load_from_disk(str(path))
     except (OSError, ValueError) as error:
         raise DataError(
             f"{path}: not a data set that Hugging Face's save_to_disk wrote: "
             f"{str(error).splitlines()[0]}"
         ) from error
-    if not isinstance(found, datasets.DatasetDict):
-        found = {"train": found}
-    parts = {name: part_name(name) for name in found if part_name(name)}
+    return dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
+
+
+def _parse_parts(path: Path, splits: "dict[str, Dataset]") -> dict[str, str]:
+    """Return split name -> train, val or test. Splits of other names are left out."""
+    parts = {}
+    for name in splits:
+        part = parse_part(name)
+        if part is not None:
+            parts[name] = part
     if "train" not in parts.values():
-        raise DataError(f"{path}: no part called train; it has {', '.join(found)}")
-    first = found[next(name for name, part in parts.items() if part == "train")]
-    image = _column(
-        path,
-        first,
-        [c for c, f in first.features.items() if isinstance(f, datasets.Image)],
-        "image",
-    )
-    label = _column(
-        path,
-        first,
-        [c for c, f in first.features.items() if isinstance(f, datasets.ClassLabel)]
-        + [c for c in LABELS if c in first.features],
-        "label",
-    )
-    for name in [
-        name for name, part in parts.items() if part == "test" and _unlabelled(found[name][label])
-    ]:
-        say(
-            f"{path}: the part {name} has no labels, so it is left out, and a test part is split off the others"
-        )
-        del parts[name]
-    values = [value for name in parts for value in found[name][label]]
-    feature = first.features[label]
-    if isinstance(feature, datasets.ClassLabel):
-        classes, labels = (
-            list(feature.names),
-            np.array([NONE if v is None else v for v in values], np.int64),
-        )
-    else:
-        classes, labels = numbered([None if value is None else str(value) for value in values])
-    raw = [
-        found[name].cast_column(image, datasets.Image(decode=False)).select_columns([image])
-        for name in parts
-    ]
-    sizes = [len(part) for part in raw]
-    digest = hashlib.sha256(
-        "".join(part._fingerprint for part in raw).encode() + labels.tobytes()
-    ).hexdigest()
-    return Source(
-        path.name,
-        classes,
-        Rows(datasets.concatenate_datasets(raw), image, digest),
-        labels,
-        np.repeat(list(parts.values()), sizes),
-    )
+        raise DataError(f"{path}: no part named train; it has {', '.join(splits)}")
+    return parts
 
 
-def _column(path: Path, dataset: "Dataset", candidates: list[str], what: str) -> str:
+def _first_column(path: Path, dataset: "Dataset", candidates: list[str], content: str) -> str:
     if not candidates:
-        raise DataError(
-            f"{path}: no {what} column; its columns are {', '.join(dataset.column_names)}"
-        )
+        columns = ", ".join(dataset.column_names)
+        raise DataError(f"{path}: no {content} column; its columns are {columns}")
     return candidates[0]
 
 
-def _unlabelled(values: Iterable[object]) -> bool:
-    """Whether the labels were kept back, as for the test part of ImageNet."""
-    return all(value is None or value == NONE for value in values)
+def _drop_unlabelled_tests(
+    path: Path, splits: "dict[str, Dataset]", parts: dict[str, str], label_column: str
+) -> None:
+    """Remove test splits without labels from `parts`, such as that of ImageNet."""
+    for name, part in list(parts.items()):
+        if part == "test" and _is_unlabelled(splits[name][label_column]):
+            notify(
+                f"{path}: the part {name} has no labels, so it is left out, and a test part is split "
+                "off the others"
+            )
+            del parts[name]
 
 
-class Rows:
-    """The image column of an Arrow table on disk: files' bytes, or paths of files."""
+def _is_unlabelled(values: Iterable[object]) -> bool:
+    return all(value is None or value == NO_LABEL for value in values)
+
+
+class ArrowItems:
+    """The image column of an Arrow table on disk: file bytes, or paths of files."""
+
+    fork_safe = True
 
     def __init__(self, dataset: "Dataset", column: str, digest: str):
-        self.dataset, self.column, self.digest = dataset, column, digest
+        self.dataset = dataset
+        self.column = column
+        self.digest = digest
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, i: int) -> bytes:
-        found = self.dataset[i][self.column] or {}
-        if found.get("bytes") is not None:
-            return found["bytes"]
-        if not found.get("path"):
+        image = self.dataset[i][self.column] or {}
+        if image.get("bytes") is not None:
+            return image["bytes"]
+        if not image.get("path"):
             raise OSError("the row has no image")
-        return Path(found["path"]).read_bytes()
+        return Path(image["path"]).read_bytes()
 
     def name(self, i: int) -> str:
         return f"{i:06d}"
