@@ -1,7 +1,8 @@
 """Augmentation of whole batches on their device, CPU or GPU, without a loop over images.
 
-All random numbers are drawn on the CPU, a few for each image, from the generator that is passed in, so
-a batch comes out the same on each device. Images stay uint8 [B, C, H, W] in channels-last layout.
+All random numbers are drawn on the CPU, a few for each image, from the generator that is passed in,
+so a batch comes out the same on each device. Images stay uint8 [B, C, H, W] in channels-last
+layout.
 """
 
 from dataclasses import dataclass
@@ -36,26 +37,26 @@ class Augmentation:
     """Augmentation of training images, applied in this order. All of it is off by default.
 
     Attributes:
-        random_resized_crop: crop a random part with at least this share of the area (0: off); 0.08 is
-            usual for photographs trained from scratch, 0.35 and more for small images.
+        random_resized_crop: crop a random part with at least this share of the area (0: off); 0.08
+            is usual for photographs trained from scratch, 0.35 and more for small images.
         rotation: rotate by up to this many degrees in either direction.
         crop_padding: shift by up to this many pixels in either direction.
         border: what comes in from outside of the image: reflect (mirrored) or zero (black).
-        flip: random mirrors each image with probability 1/2; alternating mirrors each image in every
-            other epoch, so that any two epochs show both sides (Jordan, "94% on CIFAR-10 in 3.29
-            Seconds on a Single GPU", 2024). For data where left and right mean the same.
+        flip: random mirrors each image with probability 1/2; alternating mirrors each image in
+            every other epoch, so that any two epochs show both sides (Jordan, "94% on CIFAR-10 in
+            3.29 Seconds on a Single GPU", 2024). For data where left and right mean the same.
         brightness: factor from 1 - this to 1 + this.
         contrast: the same, relative to the mean gray of the image.
         saturation: the same, relative to gray.
         hue: rotate the colour circle by up to this share of it in either direction, at most 0.5.
         cutout: side in pixels of a square filled with the mean colour (DeVries and Taylor, 2017).
-        erasing: probability that a rectangle of 2 to 33 % of the area is filled with the mean colour
-            (random erasing: Zhong et al., 2017).
+        erasing: probability that a rectangle of 2 to 33 % of the area is filled with the mean
+            colour (random erasing: Zhong et al., 2017).
         mixup: alpha of the Beta distribution of the shares that two images are blended by (Zhang et
             al., 2018); 0.2 is usual.
         cutmix: alpha of the Beta distribution of the area that is pasted from another image (Yun et
-            al., 2019); 1 is usual. With mixup and cutmix each batch gets one of the two. Labels become
-            shares of the classes, [B, K].
+            al., 2019); 1 is usual. With mixup and cutmix each batch gets one of the two. Labels
+            become shares of the classes, [B, K].
     """
 
     random_resized_crop: float = 0.0
@@ -85,7 +86,7 @@ class Augmentation:
 
 
 class Augmenter:
-    """Applies an Augmentation to batches, and crops images with a margin to the network's input size."""
+    """Applies an Augmentation to batches, and crops images with a margin to the input size."""
 
     def __init__(
         self,
@@ -109,7 +110,8 @@ class Augmenter:
         side = min(spec.height, spec.width)
         if settings.border == "reflect" and settings.crop_padding >= side:
             raise ValueError(
-                f"data.augment.crop_padding: {settings.crop_padding} is not less than the image's side"
+                f"data.augment.crop_padding: {settings.crop_padding} is not less than the image's "
+                "side"
             )
         self.settings = settings
         self.size = (spec.height, spec.width)
@@ -141,7 +143,8 @@ class Augmenter:
     def _resample_and_crop(self, images: Tensor, rng: np.random.Generator) -> Tensor:
         settings = self.settings
         if settings.random_resized_crop or settings.rotation:
-            # A random resized crop replaces the crop from the margin; a rotation alone keeps the margin.
+            # A random resized crop replaces the crop from the margin; a rotation alone keeps the
+            # margin.
             unchanged = (images.shape[2], images.shape[3])
             images = geometric.random_resized_crop_and_rotate(
                 images,

@@ -1,11 +1,11 @@
 """Decoded pixels on disk: each data set is decoded once for each input size.
 
-    <cache>/pixels/<digest>-<suffix>/{pixels.npy, facts.npy}   an entry, named by the images' content
-    <cache>/pixels/<fingerprint>-<suffix>.key                  the entry of files of this fingerprint
+    <cache>/pixels/<digest>-<suffix>/        pixels.npy and facts.npy of images of this digest
+    <cache>/pixels/<fingerprint>-<suffix>.key    names the entry of files of this fingerprint
 
-The fingerprint (paths, sizes, times) is cheap to compute; the digest needs all bytes. The suffix stands
-for the input size and the decoder's version. An entry is written under a hidden name and renamed when it
-is complete. A lock makes a second job wait for the first and read what it wrote.
+The fingerprint (paths, sizes, times) is cheap to compute; the digest needs all bytes. The suffix
+stands for the input size and the decoder's version. An entry is written under a hidden name and
+renamed when it is complete. A lock makes a second job wait for the first and read what it wrote.
 """
 
 import contextlib

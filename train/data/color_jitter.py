@@ -25,7 +25,8 @@ def jitter(
     For pixels x in RGB: x <- b * (s*I + (1-s)*L) * R(h) * x, where R(h) rotates hue in YIQ and L
     replaces a colour by its luma; then x <- m + c * (x - m), where m is the image's mean gray. The
     factors b, s and c are uniform in [1 - value, 1 + value], h in [-hue, hue] turns. YIQ is linear,
-    unlike HSV, so all but the contrast is one matrix. Gray images change brightness and contrast only.
+    unlike HSV, so all but the contrast is one matrix. Gray images change brightness and contrast
+    only.
 
     The transforms are those of torchvision's ColorJitter, whose hue turns in HSV.
 
@@ -69,7 +70,7 @@ def _to_tensor(values: np.ndarray, device: torch.device) -> Tensor:
 
 
 def _saturation_matrices(factors: np.ndarray) -> np.ndarray:
-    """Return float64 [B, 3, 3], RGB to RGB: blends of the image (factor 1) and its gray (factor 0)."""
+    """Return float64 [B, 3, 3], RGB to RGB: blends of an image (1) and its gray (0)."""
     gray = np.broadcast_to(LUMA, (3, 3))
     factors = factors[:, None, None]
     return factors * np.eye(3) + (1 - factors) * gray

@@ -1,4 +1,4 @@
-"""Geometric augmentation: random crops, flips, and one resampling for all that rotates or scales."""
+"""Geometric augmentation: random crops, flips, and one resampling to rotate and scale."""
 
 import math
 
@@ -15,9 +15,9 @@ def random_crop(
 ) -> Tensor:
     """Crop a window of `size` at a random position of each image, padded on every side before.
 
-    The padded random crop of He et al., "Deep Residual Learning for Image Recognition", 2016. The rows
-    of all windows are gathered at once from overlapping views of the memory, so that whole rows are
-    copied.
+    The padded random crop of He et al., "Deep Residual Learning for Image Recognition", 2016. The
+    rows of all windows are gathered at once from overlapping views of the memory, so that whole
+    rows are copied.
 
     Args:
         images: uint8 [B, C, H, W].
@@ -117,7 +117,8 @@ def random_resized_crop_and_rotate(
     cos = np.cos(angle)
     sin = np.sin(angle)
 
-    # From output to input coordinates; H/W keeps the rotation free of shear in images that aren't square.
+    # From output to input coordinates; H/W keeps the rotation free of shear in images that aren't
+    # square.
     row_x = [crop_width * cos, crop_width * sin * (height / width), center_x]
     row_y = [-crop_height * sin * (width / height), crop_height * cos, center_y]
     matrices = np.stack([*row_x, *row_y], 1).reshape(count, 2, 3)

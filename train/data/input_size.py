@@ -25,8 +25,8 @@ def choose_input_spec(
     """Return what the network is fed; settings that are None follow the images.
 
     The size becomes the images' own where all are squares of one small size, 224 otherwise; the
-    channels become 1 where all images are gray. Raises DataError where none of the sampled images can
-    be read.
+    channels become 1 where all images are gray. Raises DataError where none of the sampled images
+    can be read.
     """
     if size is None or channels is None:
         images = _sample_images(dataset)

@@ -1,4 +1,4 @@
-"""Batches on the device, from pixels in memory or from a stream of decoding workers, augmented there."""
+"""Augmented batches on the device, from pixels in memory or from decoding workers."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator

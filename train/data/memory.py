@@ -1,4 +1,4 @@
-"""Where pixels are stored during training: on the device, in host memory, or on disk and streamed."""
+"""Where pixels are stored: on the device, in host memory, or on disk and streamed."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,9 +38,9 @@ def choose_storage(
 ) -> tuple[Storage, str]:
     """Decide where `size` bytes of pixels are stored; return the storage and the reason in words.
 
-    Pixels go to the device if they fit into `share` of its free memory, else to the host if `copies`
-    of them (one for each process of the node) fit into that share of its memory, else they are
-    streamed. The settings "memory" and "stream" leave out the check of the host's memory.
+    Pixels go to the device if they fit into `share` of its free memory, else to the host if
+    `copies` of them (one for each process of the node) fit into that share of its memory, else they
+    are streamed. The settings "memory" and "stream" leave out the check of the host's memory.
     """
     if memory == "stream":
         return "stream", "as set by data.memory"

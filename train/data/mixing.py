@@ -19,8 +19,8 @@ ERASED_ASPECT_RATIO = (0.3, 10 / 3)
 def cutout(images: Tensor, side: int, fill: Tensor, rng: np.random.Generator) -> Tensor:
     """Fill a square around a random point of each image.
 
-    DeVries and Taylor, "Improved Regularization of Convolutional Neural Networks with Cutout", 2017.
-    The point is uniform over the pixels, so the square may exceed the image.
+    DeVries and Taylor, "Improved Regularization of Convolutional Neural Networks with Cutout",
+    2017. The point is uniform over the pixels, so the square may exceed the image.
 
     Args:
         images: uint8 [B, C, H, W].
@@ -42,8 +42,8 @@ def random_erasing(
 ) -> Tensor:
     """Fill a random rectangle inside of each image, with the given probability.
 
-    Zhong et al., "Random Erasing Data Augmentation", 2017: the area is uniform between 2 % and 33 % of
-    the image's, the aspect ratio between 3:10 and 10:3 (here uniform in its logarithm).
+    Zhong et al., "Random Erasing Data Augmentation", 2017: the area is uniform between 2 % and 33 %
+    of the image's, the aspect ratio between 3:10 and 10:3 (here uniform in its logarithm).
 
     Args:
         images: uint8 [B, C, H, W].
@@ -105,8 +105,9 @@ def cutmix(images: Tensor, alpha: float, rng: np.random.Generator) -> tuple[Tens
     """Paste a rectangle of the image before it into each image, at the same place.
 
     Yun et al., "CutMix: Regularization Strategy to Train Strong Classifiers with Localizable
-    Features", 2019. For s from Beta(alpha, alpha), both sides of the rectangle are sqrt(1 - s) of the
-    image's; its centre is uniform over the pixels, and the part outside of the image is cut off.
+    Features", 2019. For s from Beta(alpha, alpha), both sides of the rectangle are sqrt(1 - s) of
+    the image's; its centre is uniform over the pixels, and the part outside of the image is cut
+    off.
 
     Args:
         images: uint8 [B, C, H, W].

@@ -1,4 +1,4 @@
-"""The LightningDataModule for every source: source -> split -> pixels in memory or a stream -> batches.
+"""The LightningDataModule: source -> split -> pixels in memory or a stream -> batches.
 
 Each training process holds one `ImageData`. `setup` opens the source, decides where the pixels are
 stored, decodes what is needed, splits the images and measures mean and standard deviation. The
@@ -89,8 +89,8 @@ class ImageData(L.LightningDataModule):
         """
         Args:
             source: digits, cifar10, cifar100, mnist, fashion-mnist; the path of a folder of class
-                folders, or of a .csv file of path,label[,split]; or litdata:, deeplake: or hf: and a
-                path or URL.
+                folders, or of a .csv file of path,label[,split]; or litdata:, deeplake: or hf: and
+                a path or URL.
             root: directory of a torchvision data set on disk; nothing is downloaded then.
             size: side of the network's input in pixels; by default that of the images where all are
                 squares of one small size, 224 otherwise.
@@ -101,20 +101,21 @@ class ImageData(L.LightningDataModule):
             batch_size: training images a step and process.
             eval_batch_size: images a step and process in validation and test; by default twice
                 batch_size.
-            val_fraction: share of the training part that is split off for validation, where the data
-                has no validation part.
+            val_fraction: share of the training part that is split off for validation, where the
+                data has no validation part.
             test_fraction: share of the data that is split off for the test, where the data has no
                 test part.
             seed: seed of the split, the batch order and the augmentation.
-            sampling: uniform shows each image once an epoch; balanced draws each class equally often.
+            sampling: uniform shows each image once an epoch; balanced draws all classes equally
+                often.
             augment: augmentation of training images; other images are never augmented.
-            memory: auto, memory (decode once, keep the pixels in memory) or stream (workers decode in
-                each epoch).
-            memory_share: share of the free memory that the pixels may take before they are streamed.
-            workers: processes that decode; by default one for each core that this job may use, shared
-                among its processes on the node.
-            cache: directory that keeps pixels and labels for the next run; by default ~/.cache/imago,
-                empty for none.
+            memory: auto, memory (decode once, keep the pixels in memory) or stream (workers decode
+                in each epoch).
+            memory_share: share of the free memory that the pixels may take; larger data is streamed.
+            workers: processes that decode; by default one for each core that this job may use,
+                shared among its processes on the node.
+            cache: directory that keeps pixels and labels for the next run; by default
+                ~/.cache/imago, empty for none.
             max_unreadable: share of images that may be unreadable; they are left out. More stop the
                 run.
         """
@@ -176,8 +177,8 @@ class ImageData(L.LightningDataModule):
     def _repeat_first_epoch(self) -> bool:
         """Whether Lightning's `overfit_batches` asks for the same images in each epoch.
 
-        Lightning itself replaces samplers of torch's DataLoader only. Its connectors set the attribute
-        on the trainer, so the class does not declare it.
+        Lightning itself replaces samplers of torch's DataLoader only. Its connectors set the
+        attribute on the trainer, so the class does not declare it.
         """
         return bool(getattr(self.trainer, "overfit_batches", 0))
 
@@ -326,7 +327,7 @@ class ImageData(L.LightningDataModule):
     predict_dataloader = test_dataloader
 
     def unsharded_dataloader(self, part: str) -> BatchLoader:
-        """Batches of the whole part for this process alone, in the order of `index`, not augmented."""
+        """All batches of a part for this process alone, in the order of `index`, not augmented."""
         return self._build_loader(part, sharded=False)
 
     def _build_loader(self, part: str, training: bool = False, sharded: bool = True) -> BatchLoader:
@@ -352,8 +353,8 @@ class ImageData(L.LightningDataModule):
         rows = self.index[part]
         if len(rows) < world_size:
             raise DataError(
-                f"{self.source}: the {part} part has {len(rows)} images for {world_size} processes; "
-                "use fewer processes"
+                f"{self.source}: the {part} part has {len(rows)} images for {world_size} "
+                "processes; use fewer processes"
             )
         balanced = training and self.sampling == "balanced"
         eval_batch_size = self.eval_batch_size or 2 * self.batch_size

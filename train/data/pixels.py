@@ -1,4 +1,4 @@
-"""Stored items to pixels: the code that decoding workers run, and the one pass that decodes all images.
+"""Stored items to pixels: the code of decoding workers, and one pass that decodes all images.
 
 The decoder is `models.image`, the same that the service uses. Workers are processes of torch's
 DataLoader; each of their tasks is an array of positions.
@@ -24,8 +24,8 @@ from models import image
 from models.image import InputSpec
 from train.data.source import DataError, Items
 
-# One record an image. `problem` is empty where the image is usable; `sha256` is of the stored bytes or
-# pixels, and 0 where the item could not be read.
+# One record an image. `problem` is empty where the image is usable; `sha256` is of the stored bytes
+# or pixels, and 0 where the item could not be read.
 METADATA_DTYPE = np.dtype(
     [
         ("sha256", "u1", 32),
@@ -37,7 +37,8 @@ METADATA_DTYPE = np.dtype(
     ]
 )
 
-# Limits of one decoding task. Larger tasks would not lower the cost of handing results over any more.
+# Limits of one decoding task. Larger tasks would not lower the cost of handing results over any
+# more.
 TASK_IMAGES = 256
 TASK_BYTES = 2 << 20
 
@@ -74,7 +75,8 @@ def to_pixels(item: bytes | np.ndarray, spec: InputSpec) -> np.ndarray:
 def read_pixels(items: Items, i: int, spec: InputSpec) -> np.ndarray:
     """Read and decode an item that was readable during setup.
 
-    Raises DataError with the item's name where it no longer is: a file was moved, or a share is gone.
+    Raises DataError with the item's name where it no longer is: a file was moved, or a share is
+    gone.
     """
     try:
         return to_pixels(items[i], spec)
@@ -94,7 +96,8 @@ class PositionDataset(Dataset):
 class PixelBatches(PositionDataset):
     """Elements are uint8 [B, H, W, C], or a DataError for the training process to raise.
 
-    An error raised here would reach the training process with the worker's traceback as its message.
+    An error raised here would reach the training process with the worker's traceback as its
+    message.
     """
 
     def __getitem__(self, index: np.ndarray) -> Tensor | np.ndarray | DataError:
@@ -138,9 +141,9 @@ class PixelsWithMetadata(PositionDataset):
 def to_shared_memory(pixels: np.ndarray) -> Tensor | np.ndarray:
     """Move a worker's pixels to shared memory where it has room, else return them as they are.
 
-    Pixels outside shared memory go through a pipe, which costs the training process about three times
-    as much. A container's /dev/shm has 64 MB by default. torch itself would move them in a thread of
-    its own, and where that finds no room, the batch never arrives.
+    Pixels outside shared memory go through a pipe, which costs the training process about three
+    times as much. A container's /dev/shm has 64 MB by default. torch itself would move them in a
+    thread of its own, and where that finds no room, the batch never arrives.
     """
     tensor = torch.from_numpy(pixels)
     if get_worker_info() is None:
@@ -234,8 +237,8 @@ def build_worker_loader(
     """Build a loader whose workers make one element of `dataset` for each array of positions.
 
     The workers draw no random numbers, and the loader has a generator of its own: by default torch
-    seeds workers from the global generator at each start of an epoch, and a resumed run has one start
-    more.
+    seeds workers from the global generator at each start of an epoch, and a resumed run has one
+    start more.
     """
     context = "spawn" if workers and not dataset.items.fork_safe else None
     return DataLoader(

@@ -1,6 +1,7 @@
-"""Which images make up which batch: a pure function of (seed, epoch, step) on any number of processes.
+"""Which images make up which batch: a pure function of seed, epoch, step and rank.
 
-Because nothing else decides the order, a run can resume at any step and read what it would have read.
+Because nothing else decides the order, a run can resume at any step and read what it would have
+read.
 """
 
 import zlib
@@ -19,13 +20,14 @@ class EpochOrder:
     """The batches of one part, for one process out of `world_size`.
 
     All processes draw the same permutation of the part; the process of rank r takes every
-    world_size-th image from r on. So step s of all processes together holds the same images as step s
-    of one process with a batch world_size times larger, except in the last two steps.
+    world_size-th image from r on. So step s of all processes together holds the same images as step
+    s of one process with a batch world_size times larger, except in the last two steps.
 
-    Each image is seen once an epoch, and all processes make the same number of steps: they differ by
-    one image at most, and an image that would need a step of its own joins the batch before, because
-    batch norm can't use a batch of one. A last batch of less than half the batch size shares evenly
-    with the one before: a small last batch would distort the batch statistics that validation uses.
+    Each image is seen once an epoch, and all processes make the same number of steps: they differ
+    by one image at most, and an image that would need a step of its own joins the batch before,
+    because batch norm can't use a batch of one. A last batch of less than half the batch size
+    shares evenly with the one before: a small last batch would distort the batch statistics that
+    validation uses.
     """
 
     rows: np.ndarray  # int64 [N], positions of the part's images

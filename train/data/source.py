@@ -1,7 +1,7 @@
-"""A data set before it is split or decoded: stored images, their labels and the part each belongs to.
+"""A data set before it is split or decoded: stored images, their labels and their parts.
 
-Each reader in `train.data.sources` returns one `LabelledImages`. Its `items` give the images as they are
-stored, by position; positions 0..N-1 identify an image everywhere else in the project.
+Each reader in `train.data.sources` returns one `LabelledImages`. Its `items` give the images as
+they are stored, by position; positions 0..N-1 identify an image everywhere else in the project.
 """
 
 import hashlib

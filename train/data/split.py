@@ -16,9 +16,10 @@ def split(
     """Return the positions of the train, val and test images: int64, ascending, disjoint.
 
     Images that `usable` bool [N] excludes are in no part. Parts that the source brings are kept. A
-    missing test part is split off the training part first, then a missing validation part. Both splits
-    are stratified: each class gives its share, and at least one image. The choice depends on the labels
-    and the seed only. Raises DataError that names the class where a class has too few images.
+    missing test part is split off the training part first, then a missing validation part. Both
+    splits are stratified: each class gives its share, and at least one image. The choice depends on
+    the labels and the seed only. Raises DataError that names the class where a class has too few
+    images.
     """
     parts = {name: np.flatnonzero((dataset.parts == name) & usable) for name in PARTS}
     for name, fraction in (("test", test_fraction), ("val", val_fraction)):
@@ -31,7 +32,8 @@ def split(
     if not counts.all():
         empty_class = dataset.classes[counts.argmin()]
         raise DataError(
-            f"{dataset.name}: class {empty_class!r} has no image to train on; add some or remove the class"
+            f"{dataset.name}: class {empty_class!r} has no image to train on; add some or remove "
+            "the class"
         )
     for name in PARTS:
         if len(parts[name]) == 0:
@@ -52,8 +54,8 @@ def _stratified_split(
         if len(members) <= count:
             images = f"{len(members)} image{'s' * (len(members) != 1)}"
             raise DataError(
-                f"{dataset.name}: class {label!r} has {images}, too few to split off a {name} part; "
-                "add images or remove the class"
+                f"{dataset.name}: class {label!r} has {images}, too few to split off a {name} "
+                "part; add images or remove the class"
             )
         taken.append(rng.permutation(members)[:count])
 

@@ -9,7 +9,7 @@ LEVELS = 256  # of a uint8 pixel
 
 
 def data_digest(image_digests: np.ndarray, labels: np.ndarray, classes: list[str]) -> str:
-    """Return the sha256, in hex, over images' digests uint8 [N, 32], labels int64 [N] and classes."""
+    """Return the sha256, in hex, over images' digests uint8 [N, 32], labels and classes."""
     digest = hashlib.sha256(image_digests.tobytes())
     digest.update(labels.tobytes())
     digest.update("\0".join(classes).encode())

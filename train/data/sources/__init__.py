@@ -24,8 +24,8 @@ def open_source(source: str, root: str | None = None, cache: Path | None = None)
     Args:
         source: digits; cifar10, cifar100, mnist or fashion-mnist; the path of a folder or of a .csv
             file; or folder, csv, litdata, deeplake or hf with the location after a colon.
-        root: directory of a torchvision data set (nothing is downloaded then), or the location where
-            `source` is a scheme without one.
+        root: directory of a torchvision data set (nothing is downloaded then), or the location
+            where `source` is a scheme without one.
         cache: directory that keeps what is slow to find out; None for none.
 
     Raises DataError where there is no data set, or where it can't be used.
@@ -33,8 +33,8 @@ def open_source(source: str, root: str | None = None, cache: Path | None = None)
     for path in (source, root or ""):
         if printable_name(path) != path:
             raise DataError(
-                f"{printable_name(path)}: the name is not UTF-8, and the bundle's manifest could not "
-                "hold it; rename it, or give a link to it"
+                f"{printable_name(path)}: the name is not UTF-8, and the bundle's manifest could "
+                "not hold it; rename it, or give a link to it"
             )
     dataset = _read_source(source, root, cache)
     _check_labels(source, dataset)

@@ -59,6 +59,6 @@ def _describe_failure(name: str, directory: Path, root: str | None, error: Excep
             f"{directory}: no {name} there: {reason}; ROOT must be the folder that holds {expected}"
         )
     return (
-        f"{name}: the download failed: {reason}; download it on a machine with a network and give the "
-        f"folder that holds {expected} as ROOT"
+        f"{name}: the download failed: {reason}; download it on a machine with a network and give "
+        f"the folder that holds {expected} as ROOT"
     )

@@ -22,9 +22,9 @@ LISTED_NAMES = 5  # folders that a message names
 def read_folder(root: Path) -> LabelledImages:
     """Read a folder of class folders, or of parts (train/, val/, test/) with class folders each.
 
-    `parse_part` says which names parts may have. Hidden files and folders are skipped; class folders
-    are searched to any depth. A class may be named like a part: train/ is a class where it holds
-    images and has neighbours of other names. Raises DataError.
+    `parse_part` says which names parts may have. Hidden files and folders are skipped; class
+    folders are searched to any depth. A class may be named like a part: train/ is a class where it
+    holds images and has neighbours of other names. Raises DataError.
     """
     if not root.is_dir():
         raise DataError(f"{root}: no such folder")
@@ -45,7 +45,8 @@ def read_folder(root: Path) -> LabelledImages:
     unknown = sorted(set(labels) - set(classes))
     if unknown:
         raise DataError(
-            f"{root}: class {unknown[0]!r} is not in the training part; add images or remove its folder"
+            f"{root}: class {unknown[0]!r} is not in the training part; add images or remove its "
+            "folder"
         )
     numbers = {name: k for k, name in enumerate(classes)}
     return LabelledImages(
@@ -103,8 +104,8 @@ def _check_unnamed_parts(root: Path, folders: list[Path]) -> None:
     outer = ", ".join(printable_name(folder.name) for folder in folders[:LISTED_NAMES])
     inner = ", ".join(printable_name(name) for name in first[:LISTED_NAMES])
     raise DataError(
-        f"{root}: {outer} hold the same folders ({inner}) and no images of their own; rename them to "
-        "train, val and test if they are parts, or name the classes in a CSV file"
+        f"{root}: {outer} hold the same folders ({inner}) and no images of their own; rename them "
+        "to train, val and test if they are parts, or name the classes in a CSV file"
     )
 
 
@@ -138,14 +139,18 @@ def _image_paths(folder: Path, root: Path) -> list[str]:
 
 def _describe_empty(root: Path) -> str:
     if _holds_images(root):
-        return f"{root}: images, but no class folders; put the images of each class in a folder of its name"
-    return f"{root}: no images; it must hold one folder a class, or train/ and test/ with class folders"
+        return f"{root}: images, but no class folders; put each class in a folder of its name"
+    return (
+        f"{root}: no images; it must hold one folder a class, or train/ and test/ with class "
+        "folders"
+    )
 
 
 def read_csv(path: Path) -> LabelledImages:
-    """Read a CSV file with the columns `path` and `label`, and optionally `split` (train, val, test).
+    """Read a CSV file with the columns `path` and `label`, and optionally `split`.
 
-    Paths are relative to the file's own folder. Missing images count as unreadable. Raises DataError.
+    A split is train, val or test, or a common name of these. Paths are relative to the file's own
+    folder. Missing images count as unreadable. Raises DataError.
     """
     rows = _read_rows(path)
     for number, row in enumerate(rows, 2):

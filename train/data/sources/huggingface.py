@@ -110,8 +110,8 @@ def _drop_unlabelled_tests(
     for name, part in list(parts.items()):
         if part == "test" and _is_unlabelled(splits[name][label_column]):
             notify(
-                f"{path}: the part {name} has no labels, so it is left out, and a test part is split "
-                "off the others"
+                f"{path}: the part {name} has no labels, so it is left out, and a test part is "
+                "split off the others"
             )
             del parts[name]
 

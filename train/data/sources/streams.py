@@ -27,19 +27,17 @@ LABEL_FIELDS = ("label", "labels", "class", "cls", "target")
 def read_litdata(location: str, cache: Path | None) -> LabelledImages:
     """Read what `litdata.optimize` wrote: a directory or a URL such as s3://bucket/photos.
 
-    The location may hold train/, val/ and test/. An element is a mapping with an image (bytes, array
-    or PIL image) and a label (number or name), or a pair of the two.
+    The location may hold train/, val/ and test/. An element is a mapping with an image (bytes,
+    array or PIL image) and a label (number or name), or a pair of the two.
 
     Object stores are accessed with the credentials of the environment (AWS_ACCESS_KEY_ID,
-    AWS_ENDPOINT_URL, …). The labels are read once, which reads all elements once, and kept in `cache`.
-    Raises DataError.
+    AWS_ENDPOINT_URL, …). The labels are read once, which reads all elements once, and kept in
+    `cache`. Raises DataError.
     """
     import_optional("litdata", "litdata")
     _allow_plain_http()
-    if "://" in location:
-        location = location.rstrip("/")
-    else:
-        location = str(Path(location).expanduser())
+    is_url = "://" in location
+    location = location.rstrip("/") if is_url else str(Path(location).expanduser())
 
     datasets = _open_parts(location)
     labels: list[str | None] = []
@@ -144,8 +142,7 @@ class LitDataItems:
         label_field = _first_present(LABEL_FIELDS, element)
         if image_field is None or label_field is None:
             raise DataError(
-                f"{self.location}: element {i} has {', '.join(element)}; its image and label must be "
-                "named image and label"
+                f"{self.location}: element {i} has {', '.join(element)}; name them image and label"
             )
         return element[image_field], element[label_field]
 
