@@ -64,9 +64,11 @@ class BatchLoader(ABC):
             self.step = 0
 
     def state_dict(self) -> dict[str, int]:
+        """Return the epoch and the number of its steps handed out."""
         return {"epoch": self.epoch, "step": self.step}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue the epoch of `state` after its steps."""
         self.epoch = state["epoch"]
         self.step = state["step"]
         self._resume_at = (self.epoch, self.step)

@@ -111,7 +111,7 @@ class ImageData(L.LightningDataModule):
             augment: augmentation of training images; other images are never augmented.
             memory: auto, memory (decode once, keep the pixels in memory) or stream (workers decode
                 in each epoch).
-            memory_share: share of the free memory that the pixels may take; larger data is streamed.
+            memory_share: share of the free memory for the pixels; larger data is streamed.
             workers: processes that decode; by default one for each core that this job may use,
                 shared among its processes on the node.
             cache: directory that keeps pixels and labels for the next run; by default
@@ -316,12 +316,15 @@ class ImageData(L.LightningDataModule):
     # Batches
 
     def train_dataloader(self) -> BatchLoader:
+        """Shuffled, augmented batches of the training part, this process's share."""
         return self._build_loader("train", training=True)
 
     def val_dataloader(self) -> BatchLoader:
+        """Batches of the validation part, this process's share."""
         return self._build_loader("val")
 
     def test_dataloader(self) -> BatchLoader:
+        """Batches of the test part, this process's share."""
         return self._build_loader("test")
 
     predict_dataloader = test_dataloader

@@ -106,9 +106,11 @@ class ArrayItems:
         return self.array[i]
 
     def name(self, i: int) -> str:
+        """Return a file name made of the position."""
         return f"{i:06d}.png"
 
     def fingerprint(self) -> str:
+        """Hash the pixels."""
         return hashlib.sha256(self.array.tobytes()).hexdigest()
 
 
@@ -128,6 +130,7 @@ class FileItems:
         return (self.root / self.paths[i]).read_bytes()
 
     def name(self, i: int) -> str:
+        """Return the path relative to the root."""
         return printable_name(self.paths[i])
 
     def fingerprint(self) -> str:

@@ -142,7 +142,9 @@ class ArrowItems:
         return Path(image["path"]).read_bytes()
 
     def name(self, i: int) -> str:
+        """Return the position in six digits."""
         return f"{i:06d}"
 
     def fingerprint(self) -> str:
+        """Return the hash of Hugging Face's fingerprints and the labels."""
         return self.digest

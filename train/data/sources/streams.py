@@ -169,6 +169,7 @@ class LitDataItems:
         return labels
 
     def name(self, i: int) -> str:
+        """Return the position in six digits."""
         return f"{i:06d}"
 
     def _read_index(self) -> bytes:
@@ -215,9 +216,11 @@ class ConcatenatedItems:
         return self.datasets[k][i - start]
 
     def name(self, i: int) -> str:
+        """Return the position in six digits."""
         return f"{i:06d}"
 
     def fingerprint(self) -> str:
+        """Hash the fingerprints of all sets."""
         fingerprints = "".join(dataset.fingerprint() for dataset in self.datasets)
         return hashlib.sha256(fingerprints.encode()).hexdigest()
 
@@ -319,8 +322,10 @@ class DeepLakeItems:
         return to_item(self._open().get_bytes(int(i)))
 
     def name(self, i: int) -> str:
+        """Return the position in six digits."""
         return f"{i:06d}"
 
     def fingerprint(self) -> str:
+        """Hash location, column and version."""
         digest = hashlib.sha256(f"{self.url} {self.column} {self.version}".encode())
         return digest.hexdigest()
