@@ -1,4 +1,4 @@
-"""The data audit on data with planted faults: through the command line, through training, and its page."""
+"""The data audit on data with planted faults: as a function, a command and a part of training."""
 
 import itertools
 import json
@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from support.sample_images import CLASSES, make_pixels, make_png, write_image_folder
 
 from train import audit
-from train.audit import duplicates
+from train.audit.duplicates import SearchLimits, find_near_duplicates
 from train.cli.main import main
 from train.data import Augmentation, ImageData
 
@@ -21,7 +21,10 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore:::lightning")
 
 
-def look(source: Path | str, out: Path | None = None, **settings) -> tuple[ImageData, dict]:
+def audit_source(
+    source: Path | str, out: Path | None = None, **settings
+) -> tuple[ImageData, audit.Findings]:
+    """Audit a source with settings of the data module; nothing is cached by default."""
     data = ImageData(str(source), cache=settings.pop("cache", ""), workers=0, **settings)
     data.setup()
     return data, audit.run_audit(data, out)
@@ -29,8 +32,12 @@ def look(source: Path | str, out: Path | None = None, **settings) -> tuple[Image
 
 @pytest.fixture(scope="module")
 def faulty(tmp_path_factory) -> Path:
-    """60 + 24 images and: an exact copy in the test part, two near copies there (a brighter JPEG and a crop), an exact
-    copy with another label in training, a file cut short, an odd size, a gray picture, and a class with few images."""
+    """60 + 24 images with planted faults.
+
+    In the test part: an exact copy and two near copies (a brighter JPEG and a crop). In training: an
+    exact copy with another label, a truncated file, an unusual size, a gray picture, and a class with
+    few images.
+    """
     root = tmp_path_factory.mktemp("faulty") / "photos"
     write_image_folder(root / "train", 20)
     write_image_folder(root / "test", 8, first=100)
@@ -53,13 +60,13 @@ def faulty(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(faulty, tmp_path_factory) -> tuple[ImageData, dict, Path]:
+def audited(faulty, tmp_path_factory) -> tuple[ImageData, dict, Path]:
     out = tmp_path_factory.mktemp("audit")
-    return *look(faulty, out, size=32), out
+    return *audit_source(faulty, out, size=32), out
 
 
-def test_copies_are_found_within_and_across_parts(found):
-    _, findings, _ = found
+def test_exact_copies_are_found_within_and_across_parts(audited):
+    _, findings, _ = audited
     exact = [
         {pair["first"]["file"], pair["second"]["file"]}
         for pair in findings["exact_duplicates"]["pairs"]
@@ -71,8 +78,8 @@ def test_copies_are_found_within_and_across_parts(found):
     assert findings["exact_duplicates"]["other_label"] == 1
 
 
-def test_brighter_and_cropped_copies_are_found_and_nothing_else_is(found):
-    _, findings, _ = found
+def test_brighter_and_cropped_copies_are_found_and_nothing_else_is(audited):
+    _, findings, _ = audited
     near = [
         {pair["first"]["file"], pair["second"]["file"]}
         for pair in findings["near_duplicates"]["pairs"]
@@ -83,8 +90,8 @@ def test_brighter_and_cropped_copies_are_found_and_nothing_else_is(found):
     ]
 
 
-def test_leaked_test_images_are_known_by_their_place_in_the_part(found):
-    data, findings, _ = found
+def test_leaked_test_images_are_marked_in_each_batch(audited):
+    data, findings, _ = audited
     names = [data.dataset.items.name(i) for i in data.index["test"][data.leaked_test_rows]]
     assert sorted(names) == [
         "test/blue/cropped.png",
@@ -92,17 +99,19 @@ def test_leaked_test_images_are_known_by_their_place_in_the_part(found):
         "test/red/copy.png",
     ]
     assert findings["leakage"]["test"]["count"] == 3
-    marked = [data.leaked_in_test_batch(step).numpy() for step in range(len(data.test_dataloader()))]
+    marked = [
+        data.leaked_in_test_batch(step).numpy() for step in range(len(data.test_dataloader()))
+    ]
     assert np.flatnonzero(np.concatenate(marked)).tolist() == data.leaked_test_rows.tolist()
 
 
-def test_leaked_validation_images_are_told_of(tmp_path):
+def test_leaked_validation_images_are_reported(tmp_path):
     for part, first in (("train", 0), ("val", 100), ("test", 200)):
         write_image_folder(tmp_path / "photos" / part, 8, first=first)
     (tmp_path / "photos/val/red/copy.png").write_bytes(
         (tmp_path / "photos/train/red/003.png").read_bytes()
     )
-    _, findings = look(tmp_path / "photos", tmp_path / "out", size=32)
+    _, findings = audit_source(tmp_path / "photos", tmp_path / "out", size=32)
     (line,) = [line for line in audit.summarize(findings) if "WARNING" in line]
     assert line.startswith(
         "WARNING: 1 validation images (4.0%) have an exact or near duplicate in the training part"
@@ -110,8 +119,8 @@ def test_leaked_validation_images_are_told_of(tmp_path):
     assert "1 validation images (4.00%)" in (tmp_path / "out" / "index.html").read_text()
 
 
-def test_unreadable_odd_and_rare_are_listed(found):
-    _, findings, _ = found
+def test_unreadable_odd_and_rare_are_listed(audited):
+    _, findings, _ = audited
     assert [file["file"] for file in findings["unreadable"]] == ["train/red/short.png"]
     assert findings["unreadable"][0]["problem"].startswith("cut short")
     odd = {image["file"]: image["why"] for image in findings["odd"]["images"]}
@@ -121,8 +130,8 @@ def test_unreadable_odd_and_rare_are_listed(found):
     assert {row["label"] for row in findings["class_counts"] if row["note"]} == {"rare"}
 
 
-def test_the_page_holds_all_it_shows(found):
-    _, findings, out = found
+def test_the_page_loads_nothing_from_elsewhere(audited):
+    _, findings, out = audited
     text = (out / "index.html").read_text()
     assert json.loads((out / "audit.json").read_text()) == findings
     assert not re.search(r"(src|href)=\"(?!data:|#)", text)
@@ -132,16 +141,16 @@ def test_the_page_holds_all_it_shows(found):
     )
 
 
-def test_names_of_files_are_no_markup(tmp_path):
+def test_file_names_are_escaped_in_the_page(tmp_path):
     source = write_image_folder(tmp_path / "photos")
     (source / "red" / "<script>alert(1)<&.png").write_bytes(
         (source / "red" / "003.png").read_bytes()
     )
-    look(source, tmp_path / "out")
+    audit_source(source, tmp_path / "out")
     assert "<script>" not in (tmp_path / "out" / "index.html").read_text()
 
 
-def test_wrong_labels_come_first(tmp_path):
+def test_wrong_labels_are_listed_first(tmp_path):
     digits = load_digits()
     wrong = np.random.default_rng(0).choice(len(digits.target), 20, replace=False)
     label = digits.target.copy()
@@ -150,7 +159,7 @@ def test_wrong_labels_come_first(tmp_path):
         place = tmp_path / "photos" / str(k)
         place.mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(place / f"{i:04d}.png"), (image * 15).astype(np.uint8))
-    _, findings = look(tmp_path / "photos")
+    _, findings = audit_source(tmp_path / "photos")
     assert findings["labels"]["accuracy"] > 0.9
     first = [int(Path(image["file"]).stem) for image in findings["labels"]["suspects"][:20]]
     assert len(set(first) & set(wrong.tolist())) >= 16
@@ -161,19 +170,19 @@ def test_wrong_labels_come_first(tmp_path):
     assert np.mean(right) > 0.8
 
 
-def test_clean_data_raises_no_alarm():
-    _, findings = look("digits")
+def test_clean_data_causes_no_warning():
+    _, findings = audit_source("digits")
     assert findings["leakage"]["test"]["count"] == 0
     assert not any("WARNING" in line for line in audit.summarize(findings))
 
 
 @pytest.mark.parametrize(("size", "looked_for"), [(23, False), (24, True)])
-def test_images_too_small_for_near_duplicates_are_said_to_be(tmp_path, size, looked_for):
+def test_images_too_small_for_near_duplicates_are_reported(tmp_path, size, looked_for):
     source = write_image_folder(tmp_path / "photos", 20)
     cv2.imwrite(
         str(source / "red/brighter.png"), cv2.convertScaleAbs(make_pixels(2, 3), alpha=0.9, beta=20)
     )
-    _, findings = look(source, tmp_path / "out", size=size)
+    _, findings = audit_source(source, tmp_path / "out", size=size)
     assert findings["near_duplicates"]["count"] == looked_for
     assert findings["near_duplicates"]["looked_for"] == looked_for
     assert (
@@ -186,58 +195,76 @@ def test_images_too_small_for_near_duplicates_are_said_to_be(tmp_path, size, loo
     ) != looked_for
 
 
-def test_what_was_found_is_kept_for_the_same_data_and_split(faulty, tmp_path, monkeypatch):
+def test_findings_are_cached_for_the_same_data_and_split(faulty, tmp_path):
     cache = str(tmp_path / "cache")
-    first, findings = look(faulty, cache=cache, size=32)
-    monkeypatch.setattr(audit, "collect_findings", lambda data: pytest.fail("looked again"))
-    again, same = look(faulty, cache=cache, size=32)
-    assert same == findings
+    first, findings = audit_source(faulty, cache=cache, size=32)
+    (cached,) = (tmp_path / "cache" / "audit").glob("*.json")
+    cached.write_text(json.dumps(findings | {"digest": "read from the cache"}))
+
+    again, same = audit_source(faulty, cache=cache, size=32)
+
+    assert same == findings | {"digest": "read from the cache"}
     assert again.leaked_test_rows.tolist() == first.leaked_test_rows.tolist()
 
 
-def test_names_that_were_changed_are_shown_anew(tmp_path):
+def test_renamed_files_are_audited_again(tmp_path):
     source, cache = write_image_folder(tmp_path / "photos"), str(tmp_path / "cache")
     (source / "red" / "011.png").write_bytes((source / "red" / "003.png").read_bytes())
-    look(source, cache=cache)
+    audit_source(source, cache=cache)
     (source / "red" / "011.png").rename(source / "red" / "twin.png")
-    _, findings = look(source, cache=cache)
+    _, findings = audit_source(source, cache=cache)
     assert findings["exact_duplicates"]["pairs"][0]["second"]["file"] == "red/twin.png"
 
 
-@pytest.mark.parametrize(("compared", "complete"), [(duplicates.FEW, True), (100, False)])
-def test_a_leak_of_many_copies_is_seen_whole_or_said_not_to_be(
-    tmp_path, monkeypatch, compared, complete
-):
+def darker_noisy_copy(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    copy = pixels * (1 - 0.4 * rng.random()) + 10 * rng.standard_normal(pixels.shape)
+    return np.clip(copy, 0, 255).astype(np.uint8)
+
+
+def test_a_leak_of_many_copies_is_found(tmp_path):
     """Images that were multiplied, darker and noisier, before they were split."""
-    monkeypatch.setattr(duplicates, "FEW", compared)
-    rng, originals, copies = np.random.default_rng(0), 60, 4
+    rng = np.random.default_rng(0)
+    originals = 60
+    copies = 4
     for part, numbers in (("train", range(1)), ("test", range(1, copies + 1))):
         for label, name in enumerate(CLASSES):
-            place = tmp_path / "photos" / part / name
-            place.mkdir(parents=True)
+            directory = tmp_path / "photos" / part / name
+            directory.mkdir(parents=True)
             for i, k in itertools.product(range(originals // 3), numbers):
-                pixels = make_pixels(label, i) * (
-                    1 - 0.4 * rng.random()
-                ) + 10 * rng.standard_normal((32, 32, 3))
-                cv2.imwrite(str(place / f"{i}-{k}.png"), np.clip(pixels, 0, 255))
-    _, findings = look(tmp_path / "photos", size=32)
-    assert (findings["leakage"]["test"]["count"] > 0.95 * originals * copies) == complete
-    assert findings["near_duplicates"]["complete"] == complete
-    assert (
-        any("more images look alike than were compared" in line for line in audit.summarize(findings))
-        != complete
+                copy = darker_noisy_copy(make_pixels(label, i), rng)
+                cv2.imwrite(str(directory / f"{i}-{k}.png"), copy)
+
+    _, findings = audit_source(tmp_path / "photos", size=32)
+
+    assert findings["leakage"]["test"]["count"] > 0.95 * originals * copies
+    assert findings["near_duplicates"]["complete"]
+
+
+def test_a_search_that_leaves_out_candidates_is_reported():
+    rng = np.random.default_rng(0)
+    pixels = [darker_noisy_copy(make_pixels(i % 3, i), rng) for i in range(60) for _ in range(5)]
+    few = SearchLimits(min_pairs=100)
+
+    pairs = find_near_duplicates(
+        np.stack(pixels), np.ones(len(pixels), bool), torch.device("cpu"), limits=few
     )
 
+    assert not pairs.complete
+    _, findings = audit_source("digits")
+    findings["near_duplicates"]["complete"] = False
+    lines = audit.summarize(findings)
+    assert any("more images look alike than were compared" in line for line in lines)
 
-def test_a_mirrored_copy_is_one_where_flips_are_trained_on(tmp_path):
+
+def test_mirror_images_are_duplicates_where_training_flips(tmp_path):
     write_image_folder(tmp_path / "photos/train", 20)
     write_image_folder(tmp_path / "photos/test", 8, first=100)
     file = tmp_path / "photos/test/green/mirrored.jpg"
     cv2.imwrite(str(file), cv2.flip(make_pixels(1, 4), 1), [cv2.IMWRITE_JPEG_QUALITY, 80])
-    _, findings = look(tmp_path / "photos", size=32, cache=str(tmp_path / "cache"))
+    _, findings = audit_source(tmp_path / "photos", size=32, cache=str(tmp_path / "cache"))
     assert findings["near_duplicates"]["count"] == 0
     flipped = Augmentation(flip="alternating")
-    data, findings = look(
+    data, findings = audit_source(
         tmp_path / "photos", size=32, cache=str(tmp_path / "cache"), augment=flipped
     )
     (pair,) = findings["near_duplicates"]["pairs"]
@@ -246,32 +273,38 @@ def test_a_mirrored_copy_is_one_where_flips_are_trained_on(tmp_path):
         "train/green/004.png",
     ]
     assert (
-        data.dataset.items.name(data.index["test"][data.leaked_test_rows[0]]) == "test/green/mirrored.jpg"
+        data.dataset.items.name(data.index["test"][data.leaked_test_rows[0]])
+        == "test/green/mirrored.jpg"
     )
 
 
-def test_many_images_meet_in_cells(monkeypatch):
+def test_many_images_are_searched_by_cells():
     rng = np.random.default_rng(0)
-    pixels = np.stack([make_pixels(i % 3, i) for i in range(400)])
-    pixels = np.concatenate(
-        [
-            pixels,
-            np.clip(
-                pixels[:30].astype(int) + rng.integers(-6, 7, pixels[:30].shape), 0, 255
-            ).astype(np.uint8),
-        ]
+    originals = np.stack([make_pixels(i % 3, i) for i in range(400)])
+    noise = rng.integers(-6, 7, originals[:30].shape)
+    copies = np.clip(originals[:30].astype(int) + noise, 0, 255).astype(np.uint8)
+    pixels = np.concatenate([originals, copies])
+    usable = np.ones(len(pixels), bool)
+    cpu = torch.device("cpu")
+
+    exhaustive = find_near_duplicates(pixels, usable, cpu)
+    cells = SearchLimits(max_exhaustive=100, cell_size=50)
+    approximate = find_near_duplicates(pixels, usable, cpu, limits=cells)
+
+    pairs = set(zip(exhaustive.first.tolist(), exhaustive.second.tolist(), strict=True))
+    assert pairs == {(i, 400 + i) for i in range(30)}
+    assert len(approximate.first) >= 28
+
+
+def test_mirror_images_are_searched_by_cells():
+    originals = np.stack([make_pixels(i % 3, i) for i in range(200)])
+    pixels = np.concatenate([originals, originals[:20, :, ::-1]])
+    cells = SearchLimits(max_exhaustive=100, cell_size=50)
+
+    found = find_near_duplicates(
+        pixels, np.ones(len(pixels), bool), torch.device("cpu"), mirrored=True, limits=cells
     )
-    usable, cpu = np.ones(len(pixels), bool), torch.device("cpu")
-    whole = duplicates.near(pixels, usable, cpu)
-    monkeypatch.setattr(duplicates, "WHOLE", 100)
-    monkeypatch.setattr(duplicates, "CELL", 50)
-    cells = duplicates.near(pixels, usable, cpu)
-    assert set(zip(whole.first.tolist(), whole.second.tolist(), strict=True)) == {
-        (i, 400 + i) for i in range(30)
-    }
-    assert len(cells.first) >= 28
-    both = np.concatenate([pixels[:200], pixels[:20, :, ::-1]])
-    found = duplicates.near(both, np.ones(len(both), bool), cpu, mirrored=True)
+
     pairs = set(zip(found.first.tolist(), found.second.tolist(), strict=True))
     assert pairs <= {(i, 200 + i) for i in range(20)}
     assert len(pairs) >= 18
@@ -291,7 +324,7 @@ def test_the_command_writes_the_report_and_warns(commands, faulty, tmp_path):
     [(), ("--recipe", "digits"), ("--data.val_fraction", "0.3", "--seed_everything", "1")],
     ids=["the folder's recipe", "another recipe", "flags"],
 )
-def test_the_command_looks_at_what_training_takes(commands, tmp_path, flags):
+def test_the_command_audits_what_training_uses(commands, tmp_path, flags):
     source = write_image_folder(tmp_path / "photos", 20)
     mirrored = cv2.flip(
         make_pixels(1, 4), 1
@@ -313,15 +346,15 @@ def test_the_command_looks_at_what_training_takes(commands, tmp_path, flags):
         "--progress.quiet",
         "true",
     )
-    looked, trained = (
+    by_command, by_training = (
         json.loads(file.read_text())
         for file in (tmp_path / "report/audit.json", tmp_path / "runs/photos/1/audit/audit.json")
     )
-    assert looked == trained
-    assert looked["near_duplicates"]["count"] == ("--recipe" not in flags)
+    assert by_command == by_training
+    assert by_command["near_duplicates"]["count"] == ("--recipe" not in flags)
 
 
-def test_the_command_refuses_in_one_line(commands, tmp_path):
+def test_the_command_reports_a_missing_source_in_one_line(commands, tmp_path):
     done = commands.start("audit", tmp_path / "nowhere")
     assert done.status() == 2
     assert len(done.text.strip().splitlines()) == 1
@@ -344,13 +377,13 @@ def test_the_report_lists_what_cannot_be_read_where_that_is_a_whole_class(comman
 
 
 @pytest.mark.parametrize("command", ["audit", "run"])
-def test_memory_that_ends_in_the_audit_is_no_fault_of_the_batches(
+def test_out_of_memory_in_the_audit_does_not_blame_the_batch_size(
     tmp_path, monkeypatch, capsys, command
 ):
-    def greedy(*_) -> None:
+    def exhaust_memory(*_) -> None:
         torch.empty(1 << 60, dtype=torch.uint8)
 
-    monkeypatch.setattr(audit.labels, "suspects", greedy)
+    monkeypatch.setattr("train.audit.labels.find_label_errors", exhaust_memory)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     status = main(
         [
@@ -375,7 +408,7 @@ def test_memory_that_ends_in_the_audit_is_no_fault_of_the_batches(
     )
 
 
-def test_training_looks_first_and_gives_figures_without_the_leaked_images(
+def test_training_audits_first_and_reports_metrics_without_leaked_images(
     commands, faulty, tmp_path
 ):
     done = commands.run(

@@ -1,186 +1,264 @@
-"""Labels that a first model, trained on other images, is sure are wrong.
+"""Suspicious labels: a simple model, trained on other images, is sure of another class.
 
-The first model: responses to random whitened patches of the images themselves, pooled over a grid (Coates and Ng, "The
-importance of encoding versus training with sparse coding and vector quantization", 2011), and a ridge regression in
-closed form, so that k folds cost hardly more than one. The rule: confident learning (Northcutt et al., "Confident
-learning: estimating uncertainty in dataset labels", 2021): an image belongs to the class whose probability is at least
-what images of that class have on average.
+Steps:
+    features  responses to random whitened patches of the images themselves, rectified and pooled
+    over
+              a grid (Coates and Ng, "The Importance of Encoding Versus Training with Sparse Coding
+              and Vector Quantization", 2011)
+    folds     K-fold cross-validation: each image is scored by a ridge regression that was fitted on
+    the
+              other folds, in closed form, so that K folds cost hardly more than one; copies share a
+              fold
+    scale     one temperature turns scores into probabilities
+    rule      confident learning (Northcutt et al., "Confident Learning: Estimating Uncertainty in
+              Dataset Labels", 2021): an image may belong to a class if its probability is at least
+              the mean over the images labelled with that class. Of these classes the most probable
+              is suggested, where it exceeds the label's probability by MIN_MARGIN
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d, conv2d, cross_entropy, interpolate, one_hot
+from torch.nn.functional import (
+    adaptive_avg_pool2d,
+    conv2d,
+    cross_entropy,
+    interpolate,
+    normalize,
+    one_hot,
+)
 
-SIDE, PATCH, STRIDE, FILTERS, GRID = 32, 6, 3, 128, 2
+# Features
+SIDE = 32  # pixels; images are resized to it
+PATCH = 6  # side of a patch in pixels
+STRIDE = 3  # pixels between patches
+FILTERS = 128
+GRID = 2  # pooled cells a side
+THRESHOLD = 0.5  # of the rectified responses
+CONTRAST_FLOOR = 10  # gray levels added to the standard deviation: noise in flat images stays small
+WHITENING_FLOOR = 0.1  # share of the mean eigenvalue added to all
+FILTER_IMAGES = 2000  # images that patches are taken from
+FILTER_PATCHES = 20_000  # patches that the whitening is measured on
+FEATURE_BATCH = 512  # images
+
+# Model
 FOLDS = 5
-CHUNK = 4096  # images that scores are held of at once
-RIDGE = 0.003  # times the images
-MARGIN = 0.5  # the model's class is at least so much more probable than the label
+RIDGE = 0.003  # times the number of images
+SCALES = np.geomspace(1, 100, 30)  # candidates
+CHUNK_SIZE = 4096  # images whose scores are in memory at once
+
+MIN_MARGIN = 0.5  # probability of the suggested class less that of the label
 
 
 @dataclass(frozen=True)
-class Suspects:
-    """Images whose label is doubtful, most doubtful first, and how good the model that says so is."""
+class LabelErrors:
+    """Images with a suspicious label, the most suspicious first, and the accuracy of the model."""
 
     index: np.ndarray  # int64 [S], positions
-    label: np.ndarray  # int64 [S], what the model takes them for
-    confidence: np.ndarray  # float32 [S], probability of that
-    accuracy: float  # out of sample
+    suggested: np.ndarray  # int64 [S], classes that the model predicts
+    confidence: np.ndarray  # float32 [S], their probabilities
+    accuracy: float  # out of sample, 0..1
 
 
-def suspects(
+def find_label_errors(
     pixels: np.ndarray,
     labels: np.ndarray,
     index: np.ndarray,
     classes: int,
     device: torch.device,
     groups: np.ndarray | None = None,
-) -> Suspects:
-    """Look at the images at `index` of uint8 [N, H, W, C] and their `labels` int64 [N].
+    chunk_size: int = CHUNK_SIZE,
+) -> LabelErrors:
+    """Find suspicious labels.
 
-    `groups` int64 [N]: copies have the same number. None is judged by a model that was trained on another one.
+    Args:
+        pixels: uint8 [N, H, W, C]. labels: int64 [N]. index: int64 [M], positions of the images to
+        check. classes: K. device: where features and scores are computed. groups: int64 [N], equal
+        for copies. No image is scored by a model that was fitted on a copy. chunk_size: images
+        whose scores are in memory at once.
     """
     truth = torch.from_numpy(labels[index]).to(device)
-    parts = torch.arange(len(index), device=device).split(CHUNK)
-    groups = index if groups is None else groups[index]
-    folds = torch.from_numpy(_folds(groups)).to(device)
-    scores = _scores(_features(pixels, index, device), truth, folds, classes, parts)
-    sharpness = _sharpness(scores, truth, parts)
+    chunks = torch.arange(len(index), device=device).split(chunk_size)
+    folds = _assign_folds(index if groups is None else groups[index])
+    features = _compute_features(pixels, index, device)
+    model = _fit(features, truth, torch.from_numpy(folds).to(device), classes, chunks)
+    scale = _fit_scale(model, truth, chunks)
 
-    def chance(rows: Tensor) -> Tensor:
-        """float32 [B, K], anew each time: those of all images at once would take most of the memory."""
-        return (sharpness * scores(rows)).softmax(1)
+    # Probabilities [B, K] are computed twice: those of all images would take most of the memory.
+    label_parts = []
+    predicted_parts = []
+    for rows in chunks:
+        probabilities = (scale * model.scores(rows)).softmax(1)
+        label_parts.append(probabilities.gather(1, truth[rows, None])[:, 0])
+        predicted_parts.append(probabilities.argmax(1))
+    label_probability = torch.cat(label_parts)
+    predicted = torch.cat(predicted_parts)
 
-    own, guess = (
-        torch.cat(found)
-        for found in zip(
-            *(
-                (c.gather(1, truth[rows, None])[:, 0], c.argmax(1))
-                for rows in parts
-                for c in [chance(rows)]
-            ),
-            strict=True,
-        )
+    counts = torch.bincount(truth, minlength=classes).clamp_min(1)
+    sums = torch.zeros(classes, device=device).index_add_(0, truth, label_probability)
+    class_thresholds = sums / counts
+
+    confidence_parts = []
+    suggested_parts = []
+    for rows in chunks:
+        probabilities = (scale * model.scores(rows)).softmax(1)
+        best, best_class = _most_probable_other(probabilities, truth[rows], class_thresholds)
+        confidence_parts.append(best)
+        suggested_parts.append(best_class)
+    confidence = torch.cat(confidence_parts)
+    suggested = torch.cat(suggested_parts)
+
+    margin = confidence - label_probability
+    rows = (margin >= MIN_MARGIN).nonzero()[:, 0]
+    rows = rows[margin[rows].argsort(descending=True)]
+    return LabelErrors(
+        index[rows.cpu().numpy()],
+        suggested[rows].cpu().numpy(),
+        confidence[rows].cpu().numpy(),
+        float((predicted == truth).float().mean()),
     )
-    count = torch.bincount(truth, minlength=classes).clamp_min(1)
-    usual = torch.zeros(classes, device=device).index_add_(0, truth, own) / count
-    confidence, label = (
-        torch.cat(found)
-        for found in zip(*(_other(chance(rows), truth[rows], usual) for rows in parts), strict=True)
-    )
-    margin = confidence - own
-    found = (margin >= MARGIN).nonzero()[:, 0]
-    found = found[margin[found].argsort(descending=True)]
-    return Suspects(
-        index[found.cpu().numpy()],
-        label[found].cpu().numpy(),
-        confidence[found].cpu().numpy(),
-        float((guess == truth).float().mean()),
-    )
 
 
-def _other(chance: Tensor, truth: Tensor, usual: Tensor) -> tuple[Tensor, Tensor]:
-    """Probability and class, the labels' own left out, of the most probable class that an image may belong to."""
-    sure = chance.where(chance >= usual, torch.zeros_like(chance)).scatter_(1, truth[:, None], 0)
-    best = sure.max(1)
+def _most_probable_other(
+    probabilities: Tensor, truth: Tensor, thresholds: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return probability [B] and class [B] of the most probable class other than the label.
+
+    Classes below their threshold [K] are left out; without any other, the probability is 0.
+    """
+    candidates = probabilities.where(probabilities >= thresholds, torch.zeros_like(probabilities))
+    candidates = candidates.scatter_(1, truth[:, None], 0)
+    best = candidates.max(1)
     return best.values, best.indices
 
 
-def _features(pixels: np.ndarray, index: np.ndarray, device: torch.device) -> Tensor:
-    """float16 [M, D]: 2 kB an image, and all that is kept of one."""
-    filters, bias = _filters(pixels, index, device)
-    parts = []
-    for rows in np.array_split(index, -(-len(index) // 512)):
-        response = conv2d(_images(pixels[rows], device), filters, bias, STRIDE)
-        both = torch.cat([response.sub(0.5).relu_(), response.neg().sub_(0.5).relu_()], 1)
-        parts.append(adaptive_avg_pool2d(both, GRID).flatten(1).half())
-    return torch.cat(parts)
+# Features
 
 
-def _images(pixels: np.ndarray, device: torch.device) -> Tensor:
-    """uint8 [B, H, W, C] to float32 [B, C, SIDE, SIDE] with mean 0 and deviation 1 an image."""
+def _compute_features(pixels: np.ndarray, index: np.ndarray, device: torch.device) -> Tensor:
+    """Return float16 [M, D]: 2 kB an image, all that is kept of it."""
+    filters, bias = _learn_filters(pixels, index, device)
+    batches = []
+    for rows in np.array_split(index, -(-len(index) // FEATURE_BATCH)):
+        response = conv2d(_normalize_images(pixels[rows], device), filters, bias, STRIDE)
+        positive = response.sub(THRESHOLD).relu_()
+        negative = response.neg().sub_(THRESHOLD).relu_()
+        rectified = torch.cat([positive, negative], 1)
+        batches.append(adaptive_avg_pool2d(rectified, GRID).flatten(1).half())
+    return torch.cat(batches)
+
+
+def _normalize_images(pixels: np.ndarray, device: torch.device) -> Tensor:
+    """Convert uint8 [B, H, W, C] to float32 [B, C, SIDE, SIDE] of mean 0 and contrast 1 each."""
     images = torch.from_numpy(np.ascontiguousarray(pixels)).to(device).permute(0, 3, 1, 2).float()
     if images.shape[2:] != (SIDE, SIDE):
         images = interpolate(images, (SIDE, SIDE), mode="bilinear", antialias=True)
     std, mean = torch.std_mean(images, (1, 2, 3), keepdim=True)
-    return (images - mean) / (std + 10)
+    return (images - mean) / (std + CONTRAST_FLOOR)
 
 
-def _filters(pixels: np.ndarray, index: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Kernels [FILTERS, C, PATCH, PATCH] and biases: random patches, whitened, applied to whitened patches."""
-    draw = np.random.default_rng(0)
-    some = _images(
-        pixels[np.sort(draw.choice(index, min(len(index), 2000), replace=False))], device
-    )
-    patches = (
-        some.unfold(2, PATCH, 1)
-        .unfold(3, PATCH, 1)
-        .permute(0, 2, 3, 1, 4, 5)
-        .flatten(3)
-        .flatten(0, 2)
-    )
-    patches = patches[
-        torch.from_numpy(draw.choice(len(patches), min(len(patches), 20_000), replace=False)).to(
-            device
-        )
-    ]
+def _learn_filters(
+    pixels: np.ndarray, index: np.ndarray, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return kernels [FILTERS, C, PATCH, PATCH] and biases [FILTERS].
+
+    The filters are random patches of the images, whitened and of length 1. The kernels whiten what
+    they are applied to as well.
+    """
+    rng = np.random.default_rng(0)
+    chosen = rng.choice(index, min(len(index), FILTER_IMAGES), replace=False)
+    images = _normalize_images(pixels[np.sort(chosen)], device)
+
+    windows = images.unfold(2, PATCH, 1).unfold(3, PATCH, 1)  # [B, C, y, x, PATCH, PATCH]
+    patches = windows.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2)
+    sample = rng.choice(len(patches), min(len(patches), FILTER_PATCHES), replace=False)
+    patches = patches[torch.from_numpy(sample).to(device)]
+
     mean = patches.mean(0)
-    values, vectors = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
-    whiten = vectors @ torch.diag((values.clamp_min(0) + 0.1 * values.mean()).rsqrt()) @ vectors.T
-    chosen = torch.nn.functional.normalize((patches[:FILTERS] - mean) @ whiten)
-    kernels = chosen @ whiten
-    return kernels.view(len(chosen), some.shape[1], PATCH, PATCH), -(kernels @ mean)
+    covariance = (patches - mean).T @ (patches - mean) / len(patches)
+    values, vectors = torch.linalg.eigh(covariance)
+    scales = (values.clamp_min(0) + WHITENING_FLOOR * values.mean()).rsqrt()
+    whitening = vectors @ torch.diag(scales) @ vectors.T
+
+    filters = normalize((patches[:FILTERS] - mean) @ whitening)
+    kernels = filters @ whitening
+    bias = -(kernels @ mean)
+    return kernels.view(len(filters), images.shape[1], PATCH, PATCH), bias
 
 
-def _folds(groups: np.ndarray) -> np.ndarray:
-    """int64 [M] in 0..FOLDS-1, the same within each of the `groups` [M]."""
-    different, which = np.unique(groups, return_inverse=True)
-    return (np.random.default_rng(1).permutation(len(different)) % FOLDS)[which]
+# Model
 
 
-def _scores(
-    features: Tensor, truth: Tensor, fold: Tensor, classes: int, parts: Sequence[Tensor]
-) -> Callable[[Tensor], Tensor]:
-    """From rows [B] to out-of-sample scores [B, K]: each `fold` [M] is scored by a ridge regression on the others."""
-    count, width, device = *features.shape, features.device
-    zero = torch.zeros(width, device=device)
-    mean = sum((features[rows].float().sum(0) for rows in parts), zero) / count
-    square = sum(((features[rows].float() - mean).square().sum(0) for rows in parts), zero)
-    std = (square / (count - 1)).sqrt() + 1e-6
-    grams, products = (torch.zeros(FOLDS, width, n, device=device) for n in (width, classes))
-    for rows in parts:
-        for k in range(FOLDS):
-            mine = rows[fold[rows] == k]
-            x = (features[mine].float() - mean) / std
-            grams[k] += x.T @ x
-            products[k] += x.T @ (one_hot(truth[mine], classes).float() - 1 / classes)
+def _assign_folds(groups: np.ndarray) -> np.ndarray:
+    """Return int64 [M] in 0..FOLDS-1, equal within each of the groups [M]."""
+    distinct, group = np.unique(groups, return_inverse=True)
+    fold_of_group = np.random.default_rng(1).permutation(len(distinct)) % FOLDS
+    return fold_of_group[group]
+
+
+@dataclass(frozen=True)
+class CrossValidatedRidge:
+    """Ridge regressions on standardized features, one for each fold, fitted on the others."""
+
+    features: Tensor  # float16 [M, D]
+    folds: Tensor  # int64 [M]
+    mean: Tensor  # float32 [D]
+    std: Tensor  # float32 [D]
+    weights: list[Tensor]  # float32 [D, K] for each fold
+
+    def scores(self, rows: Tensor) -> Tensor:
+        """Return out-of-sample scores of rows [B]: float32 [B, K]."""
+        x = (self.features[rows].float() - self.mean) / self.std
+        scores = torch.empty(len(rows), self.weights[0].shape[1], device=x.device)
+        for fold, weight in enumerate(self.weights):
+            in_fold = self.folds[rows] == fold
+            scores[in_fold] = x[in_fold] @ weight
+        return scores
+
+
+def _fit(
+    features: Tensor, truth: Tensor, folds: Tensor, classes: int, chunks: Sequence[Tensor]
+) -> CrossValidatedRidge:
+    """Fit one ridge regression for each fold, from sums over the others, chunk by chunk."""
+    count, width = features.shape
+    device = features.device
+    total = torch.zeros(width, device=device)
+    for rows in chunks:
+        total = total + features[rows].float().sum(0)
+    mean = total / count
+
+    squares = torch.zeros(width, device=device)
+    for rows in chunks:
+        squares = squares + (features[rows].float() - mean).square().sum(0)
+    std = (squares / (count - 1)).sqrt() + 1e-6
+
+    # Of each fold: X^T X and X^T Y, with Y the one-hot labels less their mean over classes.
+    grams = torch.zeros(FOLDS, width, width, device=device)
+    products = torch.zeros(FOLDS, width, classes, device=device)
+    for rows in chunks:
+        for fold in range(FOLDS):
+            fold_rows = rows[folds[rows] == fold]
+            x = (features[fold_rows].float() - mean) / std
+            grams[fold] += x.T @ x
+            products[fold] += x.T @ (one_hot(truth[fold_rows], classes).float() - 1 / classes)
+
     ridge = RIDGE * count * torch.eye(width, device=device)
-    weights = [
-        torch.linalg.solve(grams.sum(0) - grams[k] + ridge, products.sum(0) - products[k])
-        for k in range(FOLDS)
-    ]
-
-    def scores(rows: Tensor) -> Tensor:
-        x, found = (
-            (features[rows].float() - mean) / std,
-            torch.empty(len(rows), classes, device=device),
-        )
-        for k, weight in enumerate(weights):
-            found[fold[rows] == k] = x[fold[rows] == k] @ weight
-        return found
-
-    return scores
+    weights = []
+    for fold in range(FOLDS):
+        gram = grams.sum(0) - grams[fold] + ridge
+        product = products.sum(0) - products[fold]
+        weights.append(torch.linalg.solve(gram, product))
+    return CrossValidatedRidge(features, folds, mean, std, weights)
 
 
-def _sharpness(scores: Callable[[Tensor], Tensor], truth: Tensor, parts: Sequence[Tensor]) -> float:
-    """What the scores are multiplied by before the softmax: the most likely of some."""
-    some = np.geomspace(1, 100, 30)
-    loss = np.zeros(len(some))
-    for rows in parts:
-        found = scores(rows)
-        loss += [float(cross_entropy(s * found, truth[rows], reduction="sum")) for s in some]
-    return float(some[loss.argmin()])
+def _fit_scale(model: CrossValidatedRidge, truth: Tensor, chunks: Sequence[Tensor]) -> float:
+    """Return the factor of the scores before the softmax that makes the labels most likely."""
+    losses = np.zeros(len(SCALES))
+    for rows in chunks:
+        scores = model.scores(rows)
+        for i, scale in enumerate(SCALES):
+            losses[i] += float(cross_entropy(scale * scores, truth[rows], reduction="sum"))
+    return float(SCALES[losses.argmin()])

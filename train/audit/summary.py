@@ -1,0 +1,63 @@
+"""The findings in words, for the terminal and the model card."""
+
+from train.audit.duplicates import MIN_SIDE
+from train.audit.findings import DuplicateFindings, Findings
+from train.audit.leakage import Leak
+
+LISTED_CLASSES = 10
+
+
+def summarize(findings: Findings) -> list[str]:
+    """Return one line for each thing to know before training; empty where nothing is wrong."""
+    lines = []
+    if findings["leakage"]["test"]["count"]:
+        lines.append(
+            _summarize_leak(findings["leakage"]["test"], "test")
+            + "in the data that is trained on; test figures are given with and without them"
+        )
+    if findings["leakage"]["val"]["count"]:
+        lines.append(
+            _summarize_leak(findings["leakage"]["val"], "validation")
+            + "in the training part; the best epoch, calibration and thresholds rest on them"
+        )
+
+    near = findings["near_duplicates"]
+    if findings["exact_duplicates"]["count"]:
+        lines.append(_summarize_duplicates(findings["exact_duplicates"], "exact"))
+    if near["count"]:
+        lines.append(_summarize_duplicates(near, "near"))
+    if not near["looked_for"]:
+        lines.append(
+            f"near duplicates are not looked for: that takes images of {MIN_SIDE} pixels or more"
+        )
+    if not near["complete"]:
+        lines.append(
+            "more images look alike than were compared; only the closest were, so there may be "
+            "more near duplicates than these"
+        )
+
+    small_classes = [row for row in findings["class_counts"] if row["note"]]
+    if small_classes:
+        listed = [f"{row['label']} ({row['train']})" for row in small_classes[:LISTED_CLASSES]]
+        lines.append("few images: " + ", ".join(listed))
+    if findings["odd"]["count"]:
+        lines.append(f"{findings['odd']['count']} images of unusual size or mode")
+    labels = findings["labels"]
+    if labels["count"]:
+        lines.append(
+            f"{labels['count']} suspicious labels to check, by a simple model of "
+            f"{labels['accuracy']:.0%} accuracy"
+        )
+    return lines
+
+
+def _summarize_leak(leak: Leak, part: str) -> str:
+    images = f"{leak['count']} {part} images ({leak['share']:.1%})"
+    return f"WARNING: {images} have an exact or near duplicate "
+
+
+def _summarize_duplicates(duplicates: DuplicateFindings, kind: str) -> str:
+    line = f"{duplicates['count']} {kind} duplicates, {duplicates['across_parts']} across parts"
+    if duplicates["other_label"]:
+        line += f", {duplicates['other_label']} with different labels"
+    return line
