@@ -1,16 +1,17 @@
-"""Seconds that the audit of a data set takes, step by step, and images a second; nothing is cached.
-
-CPU seconds are listed besides wall-clock seconds: other work on the machine hardly changes them.
+"""Seconds of each step of an audit of a data set, and images a second. No cache is used.
 
     python tests/benchmarks/audit_speed.py DATA [--root DIR] [--threads 2] [--keep]
 
---keep writes the results to audit_speed.json in this directory as well.
+Seconds of processor time are printed next to wall time, as other load on the machine hardly changes
+them. --keep also writes the results into audit_speed.json in this folder.
 """
 
 import argparse
 import platform
 import resource
 import time
+from dataclasses import dataclass
+from typing import Any
 
 import bare  # first: it puts the repository on the path
 import numpy as np
@@ -23,76 +24,110 @@ from train.audit.page import render_page
 from train.data import ImageData
 
 
-def clock() -> np.ndarray:
-    """Seconds on the wall and of CPU, the worker processes' included."""
-    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return np.array([time.perf_counter(), sum(u.ru_utime + u.ru_stime for u in usage)])
+@dataclass(frozen=True)
+class Seconds:
+    """Wall time, and processor time of this process and its workers."""
+
+    wall: float
+    cpu: float
+
+    def __sub__(self, other: "Seconds") -> "Seconds":
+        return Seconds(self.wall - other.wall, self.cpu - other.cpu)
+
+
+def read_clocks() -> Seconds:
+    cpu = 0.0
+    for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN):
+        usage = resource.getrusage(who)
+        cpu += usage.ru_utime + usage.ru_stime
+    return Seconds(time.perf_counter(), cpu)
+
+
+class Laps:
+    """Seconds of each step, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, Seconds] = {}
+        self._lap_start = read_clocks()
+
+    def restart(self) -> None:
+        """Start a lap here."""
+        self._lap_start = read_clocks()
+
+    def end(self, name: str) -> None:
+        """End a lap; the next one starts here."""
+        now = read_clocks()
+        self.seconds[name] = now - self._lap_start
+        self._lap_start = now
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data")
-    parser.add_argument("--root")
+    parser.add_argument("--root", help="directory of a torchvision data set")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument(
-        "--keep", action="store_true", help="write the results beside this script, too"
-    )
+    parser.add_argument("--keep", action="store_true", help="write the results to a file as well")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    began = start = clock()
-    spent = {}
+    cpu = torch.device("cpu")
 
-    def lap(name: str) -> None:
-        nonlocal start
-        spent[name], start = clock() - start, clock()
-
+    started = read_clocks()
+    laps = Laps()
     data = ImageData(options.data, root=options.root, cache="", workers=options.threads)
     data.setup()
-    lap("find, read, digest, decode")
+    laps.end("find, read, digest, decode")
     findings = collect_findings(data)
-    lap("all findings")
+    laps.end("all findings")
     render_page(findings, data)
-    lap("page")
-    total = clock() - began
+    laps.end("page")
+    total = read_clocks() - started
+
+    # Two steps of `collect_findings`, by themselves.
     usable = data.decoded.metadata["problem"] == ""
-    start = clock()
-    find_near_duplicates(data.decoded.pixels, usable, torch.device("cpu"))
-    lap("of these, near duplicates")
-    index = np.flatnonzero(usable)
-    find_label_errors(
-        data.decoded.pixels, data.dataset.labels, index, len(data.classes), torch.device("cpu")
-    )
-    lap("of these, suspicious labels")
-    count = len(usable)
-    print(
-        f"{count} images, {options.threads} threads: {total[0]:.1f} s, "
-        f"{count / total[0]:.0f} images/s"
-    )
-    for name, (wall, cpu) in {"in all": total, **spent}.items():
-        print(f"  {name:28}{wall:7.1f} s  {cpu:7.1f} s of CPU  {cpu / total[1]:5.2f} of all")
-    print(
-        f"leaked test images: {findings['leakage']['test']['count']}; near duplicates: "
-        f"{findings['near_duplicates']['count']}; label model: "
-        f"{findings['labels']['accuracy']:.3f} accurate, "
-        f"{findings['labels']['count']} suspicious labels"
-    )
+    usable_rows = np.flatnonzero(usable)
+    laps.restart()
+    find_near_duplicates(data.decoded.pixels, usable, cpu)
+    laps.end("of these, near duplicates")
+    find_label_errors(data.decoded.pixels, data.dataset.labels, usable_rows, len(data.classes), cpu)
+    laps.end("of these, suspicious labels")
+
+    seconds = {"in total": total, **laps.seconds}
+    images = len(usable)
+    print_results(images, options.threads, seconds, findings)
     if options.keep:
-        seconds = {
-            name: {"wall": round(wall, 1), "cpu": round(cpu, 1)}
-            for name, (wall, cpu) in {"in all": total, **spent}.items()
+        result = {
+            "data": data.dataset.name,
+            "images": images,
+            "threads": options.threads,
+            "seconds": round_seconds(seconds),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
         }
-        bare.keep(
-            __file__,
-            {
-                "data": data.dataset.name,
-                "images": count,
-                "threads": options.threads,
-                "seconds": seconds,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
-            ("data", "threads"),
-        )
+        bare.write_result(__file__, result, ("data", "threads"))
+
+
+def print_results(
+    images: int, threads: int, seconds: dict[str, Seconds], findings: dict[str, Any]
+) -> None:
+    total = seconds["in total"]
+    speed = images / total.wall
+    print(f"{images} images, {threads} threads: {total.wall:.1f} s, {speed:.0f} images/s")
+    for name, each in seconds.items():
+        share = each.cpu / total.cpu
+        print(f"  {name:28}{each.wall:7.1f} s  {each.cpu:7.1f} s of CPU  {share:5.2f} of all")
+    print(
+        f"leaked test images: {findings['leakage']['test']['count']}; "
+        f"near duplicates: {findings['near_duplicates']['count']}; "
+        f"accuracy of the label model: {findings['labels']['accuracy']:.3f}; "
+        f"suspicious labels: {findings['labels']['count']}"
+    )
+
+
+def round_seconds(seconds: dict[str, Seconds]) -> dict[str, dict[str, float]]:
+    rounded: dict[str, dict[str, float]] = {}
+    for name, each in seconds.items():
+        rounded[name] = {"wall": round(each.wall, 1), "cpu": round(each.cpu, 1)}
+    return rounded
 
 
 if __name__ == "__main__":

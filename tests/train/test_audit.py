@@ -34,9 +34,9 @@ def audit_source(
 def faulty(tmp_path_factory) -> Path:
     """60 + 24 images with planted faults.
 
-    In the test part: an exact copy and two near copies (a brighter JPEG and a crop). In training: an
-    exact copy with another label, a truncated file, an unusual size, a gray picture, and a class with
-    few images.
+    In the test part: an exact copy and two near copies (a brighter JPEG and a crop). In training:
+    an exact copy with another label, a truncated file, an unusual size, a gray picture, and a class
+    with few images.
     """
     root = tmp_path_factory.mktemp("faulty") / "photos"
     write_image_folder(root / "train", 20)

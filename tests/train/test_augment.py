@@ -69,7 +69,7 @@ def test_nothing_is_done_where_nothing_is_chosen(photos):
     assert np.array_equal(epochs()[0], epochs.plain())
 
 
-@pytest.mark.parametrize(("name", "value"), [(n, v) for n, v in EVERYTHING.items()])
+@pytest.mark.parametrize(("name", "value"), list(EVERYTHING.items()))
 def test_each_does_something_on_its_own(photos, name, value):
     epochs = Epochs(photos, **{name: value})
     assert not np.array_equal(epochs()[0], epochs.plain())

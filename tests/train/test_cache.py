@@ -55,7 +55,8 @@ def test_two_jobs_that_start_at_once_share_one_decoding(tmp_path, cache):
     source = write_image_folder(tmp_path / "photos", count=60)
     script = (
         "import sys; from train.data import ImageData\n"
-        "data = ImageData(sys.argv[1], cache=sys.argv[2], workers=1); data.setup(); print(data.digest)"
+        "data = ImageData(sys.argv[1], cache=sys.argv[2], workers=1)\n"
+        "data.setup()\nprint(data.digest)"
     )
     jobs = [
         subprocess.Popen(
@@ -75,7 +76,8 @@ def test_two_jobs_that_start_at_once_share_one_decoding(tmp_path, cache):
 def test_what_a_killed_job_left_is_removed(tmp_path, cache):
     source = write_image_folder(tmp_path / "photos", count=60)
     script = (
-        "import os, signal, sys\nfrom train.data import ImageData\nfrom train.data.source import FileItems\n"
+        "import os, signal, sys\nfrom train.data import ImageData\n"
+        "from train.data.source import FileItems\n"
         "FileItems.__getitem__ = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "ImageData(sys.argv[1], cache=sys.argv[2], workers=0, size=32, channels=3).setup()"
     )

@@ -49,7 +49,7 @@ def _own_cache(tmp_path, monkeypatch):
 
 
 def check(source: str, classes: list[str] = CLASSES, stream: int = 2, **parts: int) -> ImageData:
-    """The source in memory and as a stream of so many workers: the same batches, with labels that fit the pixels."""
+    """Check that memory and a stream give the same batches, with labels that fit the pixels."""
     batches = []
     for memory, workers in (("memory", 0), ("stream", stream)):
         data = ImageData(source, memory=memory, workers=workers, batch_size=8, size=32)

@@ -34,7 +34,8 @@ def test_shared_memory_may_be_too_small_for_a_batch(tmp_path):
     script = (
         "import sys; from zlib import crc32; from train.data import ImageData\n"
         "for memory in 'memory', 'stream':\n"
-        "    data = ImageData(sys.argv[1], memory=memory, workers=int(sys.argv[2]), size=128, cache='')\n"
+        "    workers = int(sys.argv[2])\n"
+        "    data = ImageData(sys.argv[1], memory=memory, workers=workers, size=128, cache='')\n"
         "    data.setup()\n"
         "    print(*[crc32(images.numpy().tobytes()) for images, _ in data.train_dataloader()])\n"
     )
