@@ -1,4 +1,4 @@
-"""Augmentation, through the batches that training gets."""
+"""Augmentation, mostly through the batches of training."""
 
 from itertools import pairwise
 
@@ -54,7 +54,7 @@ class Epochs:
         return self.data.decoded.pixels[self.data.index["train"]].transpose(0, 3, 1, 2)
 
 
-def test_every_augmentation_keeps_shape_kind_and_determinism(photos):
+def test_augmented_batches_keep_shape_and_type_and_are_deterministic(photos):
     epochs, again = Epochs(photos, **EVERYTHING), Epochs(photos, **EVERYTHING)
     images, labels = epochs(1)
     assert images.dtype == np.uint8
@@ -64,13 +64,13 @@ def test_every_augmentation_keeps_shape_kind_and_determinism(photos):
     assert not np.array_equal(images, again(2)[0])
 
 
-def test_nothing_is_done_where_nothing_is_chosen(photos):
+def test_images_are_unchanged_by_default(photos):
     epochs = Epochs(photos)
     assert np.array_equal(epochs()[0], epochs.plain())
 
 
 @pytest.mark.parametrize(("name", "value"), list(EVERYTHING.items()))
-def test_each_does_something_on_its_own(photos, name, value):
+def test_each_augmentation_changes_images(photos, name, value):
     epochs = Epochs(photos, **{name: value})
     assert not np.array_equal(epochs()[0], epochs.plain())
 
@@ -86,7 +86,7 @@ def test_random_flips_mirror_about_half(photos):
     assert np.mean(share) == pytest.approx(0.5, abs=0.1)
 
 
-def test_alternating_flips_show_both_sides_in_any_two_epochs(photos):
+def test_alternating_flips_show_both_sides_in_two_epochs(photos):
     epochs = Epochs(photos, flip="alternating")
     plain = epochs.plain()
     sides = [(epochs(epoch)[0] == plain[..., ::-1]).all((1, 2, 3)) for epoch in range(4)]
@@ -94,7 +94,7 @@ def test_alternating_flips_show_both_sides_in_any_two_epochs(photos):
     assert all((one != two).all() for one, two in pairwise(sides))
 
 
-def test_the_sides_of_alternating_flips_are_independent_of_place_and_seed():
+def test_first_sides_of_alternating_flips_are_independent():
     def sides(seed: int) -> np.ndarray:
         augment = Augmenter(
             Augmentation(flip="alternating"), InputSpec(height=4, width=4), [0.0] * 3, 2, 4000, seed
@@ -135,7 +135,7 @@ def test_padded_crops_are_windows_of_the_padded_image(photos, border):
     assert len(places) > 8
 
 
-def test_rotation_by_nothing_changes_nothing_and_turns_are_about_the_centre(photos):
+def test_rotations_are_about_the_centre(photos):
     assert (
         np.abs(Epochs(photos, rotation=1e-4)()[0].astype(int) - Epochs(photos).plain()).max() <= 1
     )
@@ -150,7 +150,7 @@ def test_rotation_by_nothing_changes_nothing_and_turns_are_about_the_centre(phot
     assert torch.equal(rotated, square.rot90(-1, (2, 3)))
 
 
-def test_a_turn_leaves_scale_and_crop_of_a_margin_be(tmp_path):
+def test_rotation_keeps_scale_and_the_crop_from_a_margin(tmp_path):
     source = write_image_folder(tmp_path / "photos", size=48)
     settings = {"cache": "", "workers": 0, "batch_size": 64, "size": 32, "short_side": 40}
     turned = ImageData(str(source), augment=Augmentation(rotation=1e-4), **settings)
@@ -172,7 +172,7 @@ def test_a_turn_leaves_scale_and_crop_of_a_margin_be(tmp_path):
     assert len(places) > 8
 
 
-def test_holes_take_the_mean_colour(photos):
+def test_cutout_fills_with_the_mean_colour(photos):
     epochs = Epochs(photos, cutout=8)
     mean = np.round(epochs.data.mean).astype(np.uint8).reshape(3, 1, 1)
     images, plain = epochs()[0], epochs.plain()
@@ -181,14 +181,14 @@ def test_holes_take_the_mean_colour(photos):
     assert 16 <= changed.sum((1, 2)).max() <= 64
 
 
-def test_erasing_touches_the_asked_share_of_images(photos):
+def test_erasing_changes_the_set_share_of_images(photos):
     epochs = Epochs(photos, erasing=0.25)
     touched = [(epochs(epoch)[0] != epochs.plain()).any((1, 2, 3)).mean() for epoch in range(20)]
     assert np.mean(touched) == pytest.approx(0.25, abs=0.1)
 
 
 @pytest.mark.parametrize("name", ["mixup", "cutmix"])
-def test_mixed_labels_are_shares_that_match_the_pixels(photos, name):
+def test_mixed_labels_match_the_pixels(photos, name):
     images, labels = Epochs(photos, **{name: 1.0})()
     assert labels.sum(1) == pytest.approx(1)
     assert ((labels > 0.05).sum(1) > 1).any()
@@ -236,7 +236,7 @@ def test_a_gpu_gives_what_the_cpu_gives(photos):
 
 
 @pytest.mark.parametrize("least", [0.35, 0.9])
-def test_a_random_crop_is_as_large_and_as_shaped_as_stated(least):
+def test_random_resized_crops_have_the_documented_size_and_shape(least):
     ramp = torch.arange(
         0, 256, 4, dtype=torch.uint8
     )  # colours that tell the place: 64 pixels, 4 levels each

@@ -1,4 +1,4 @@
-"""Decoded pixels are kept: once for each content, never half, and no longer than they are right."""
+"""The cache of decoded pixels: one entry for each content, complete, and up to date."""
 
 import signal
 import subprocess
@@ -29,7 +29,7 @@ def ready(source: Path, cache: str) -> ImageData:
     return data
 
 
-def test_pixels_are_decoded_once_and_known_by_their_content(tmp_path, cache):
+def test_pixels_are_decoded_once_for_each_content(tmp_path, cache):
     source = write_image_folder(tmp_path / "photos")
     first = ready(source, cache)
     entries = sorted(path.name for path in Path(cache, "pixels").iterdir() if path.is_dir())
@@ -43,7 +43,7 @@ def test_pixels_are_decoded_once_and_known_by_their_content(tmp_path, cache):
     assert not np.array_equal(changed.decoded.pixels, first.decoded.pixels)
 
 
-def test_a_damaged_cache_is_made_anew(tmp_path, cache):
+def test_a_damaged_entry_is_decoded_again(tmp_path, cache):
     source = write_image_folder(tmp_path / "photos")
     before = np.array(ready(source, cache).decoded.pixels)
     for path in Path(cache).rglob("*.npy"):
@@ -51,7 +51,7 @@ def test_a_damaged_cache_is_made_anew(tmp_path, cache):
     assert np.array_equal(ready(source, cache).decoded.pixels, before)
 
 
-def test_two_jobs_that_start_at_once_share_one_decoding(tmp_path, cache):
+def test_two_jobs_started_at_once_decode_once(tmp_path, cache):
     source = write_image_folder(tmp_path / "photos", count=60)
     script = (
         "import sys; from train.data import ImageData\n"
@@ -73,7 +73,7 @@ def test_two_jobs_that_start_at_once_share_one_decoding(tmp_path, cache):
     assert len([path for path in Path(cache, "pixels").iterdir() if path.is_dir()]) == 1
 
 
-def test_what_a_killed_job_left_is_removed(tmp_path, cache):
+def test_leftovers_of_a_killed_job_are_removed(tmp_path, cache):
     source = write_image_folder(tmp_path / "photos", count=60)
     script = (
         "import os, signal, sys\nfrom train.data import ImageData\n"
@@ -89,39 +89,41 @@ def test_what_a_killed_job_left_is_removed(tmp_path, cache):
 
 
 def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path, capsys):
-    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "file").write_text("a file where a directory is needed")
     data = ready(write_image_folder(tmp_path / "photos"), str(tmp_path / "file" / "cache"))
     assert sum(data.counts.values()) == 36
     assert "memory only" in capsys.readouterr().err
 
 
-class Share(FileItems):
-    """Files whose first one can't be read for a while, though it looks the same from outside."""
+class NetworkShare(FileItems):
+    """Files whose first one can't be read at times, without a change of its fingerprint."""
 
-    away = True
+    unavailable = True
     reads = 0
 
     def __getitem__(self, i: int) -> bytes:
-        Share.reads += 1
-        if i == 0 and self.away:
+        NetworkShare.reads += 1
+        if i == 0 and self.unavailable:
             raise PermissionError(13, "Permission denied")
         return super().__getitem__(i)
 
 
-def test_what_could_not_be_read_is_tried_again(tmp_path, monkeypatch):
+def test_an_unreadable_file_is_tried_again(tmp_path, monkeypatch):
     source = write_image_folder(tmp_path / "photos")
-    items = Share(source, sorted(p.relative_to(source).as_posix() for p in source.rglob("*.png")))
+    items = NetworkShare(
+        source, sorted(p.relative_to(source).as_posix() for p in source.rglob("*.png"))
+    )
 
-    def look() -> DecodedImages:
+    def load() -> DecodedImages:
         return load_decoded_images(
             items, InputSpec(height=32, width=32), tmp_path / "cache", 0, "Decoding"
         )
 
-    assert "Permission denied" in look().metadata["problem"][0]
-    before = Share.reads
-    assert "Permission denied" in look().metadata["problem"][0]
-    assert Share.reads == before + 1  # the others come from the cache
-    monkeypatch.setattr(Share, "away", False)
-    found = look()
-    assert (found.metadata["problem"] == "").all()
-    assert found.pixels[0].any()
+    assert "Permission denied" in load().metadata["problem"][0]
+    before = NetworkShare.reads
+    assert "Permission denied" in load().metadata["problem"][0]
+    assert NetworkShare.reads == before + 1  # the others come from the cache
+    monkeypatch.setattr(NetworkShare, "unavailable", False)
+    loaded = load()
+    assert (loaded.metadata["problem"] == "").all()
+    assert loaded.pixels[0].any()

@@ -1,4 +1,4 @@
-"""The data module: split, order, decoding once, memory or stream, what is unreadable."""
+"""The data module: split, order of batches, storage of pixels, unreadable files."""
 
 from pathlib import Path
 
@@ -53,7 +53,7 @@ def test_the_split_is_stratified_disjoint_and_follows_the_seed(tmp_path, cache):
     assert data.index["test"].tolist() != other.index["test"].tolist()
 
 
-def test_parts_that_the_data_brings_are_kept(tmp_path, cache):
+def test_parts_of_the_source_are_kept(tmp_path, cache):
     for part, count in (("train", 8), ("valid", 3), ("test", 2)):
         write_image_folder(tmp_path / "photos" / part, count)
     (tmp_path / "photos" / ".hidden").mkdir()
@@ -73,14 +73,14 @@ def test_parts_that_the_data_brings_are_kept(tmp_path, cache):
         (("TRAIN", "eval", "TEST"), {"train": 24, "val": 9, "test": 6}),
     ],
 )
-def test_parts_are_known_by_what_people_call_them(tmp_path, cache, names, counts):
+def test_parts_are_recognized_by_common_names(tmp_path, cache, names, counts):
     for part, count in zip(names, (8, 3, 2), strict=True):
         write_image_folder(tmp_path / "photos" / part, count)
     data = ready(tmp_path / "photos", cache)
     assert (data.counts, data.classes) == (counts, CLASSES)
 
 
-def test_parts_of_unknown_names_are_not_taken_for_classes(tmp_path, cache):
+def test_parts_with_unknown_names_are_refused(tmp_path, cache):
     for part in ("first", "second"):
         write_image_folder(tmp_path / "photos" / part, 2)
     with pytest.raises(
@@ -99,7 +99,7 @@ def test_a_class_may_have_the_name_of_a_part(tmp_path, cache):
         ready(source, cache)
 
 
-def test_pixels_labels_and_moments_belong_together(tmp_path, cache):
+def test_pixels_labels_and_statistics_agree(tmp_path, cache):
     data = ready(write_image_folder(tmp_path / "photos"), cache, batch_size=5)
     seen = []
     for images, labels in data.train_dataloader():
@@ -112,7 +112,7 @@ def test_pixels_labels_and_moments_belong_together(tmp_path, cache):
     assert data.std == pytest.approx(images.std((0, 2, 3), correction=0).tolist())
 
 
-def test_a_channel_without_contrast_can_be_divided_by(tmp_path, cache):
+def test_a_constant_channel_has_a_standard_deviation_of_one(tmp_path, cache):
     source = write_image_folder(tmp_path / "photos")
     for path in source.rglob("*.png"):
         cv2.imwrite(str(path), cv2.imread(str(path)) * np.uint8([0, 1, 1]))
@@ -121,7 +121,7 @@ def test_a_channel_without_contrast_can_be_divided_by(tmp_path, cache):
     assert min(data.std[:2]) > 10
 
 
-def test_files_come_as_samples_byte_for_byte(tmp_path, cache):
+def test_samples_are_the_stored_files(tmp_path, cache):
     data = ready(write_image_folder(tmp_path / "photos"), cache, val_fraction=0.3)
     samples = data.validation_samples(6)
     files = {path.read_bytes() for path in (tmp_path / "photos").rglob("*.png")}
@@ -131,7 +131,7 @@ def test_files_come_as_samples_byte_for_byte(tmp_path, cache):
 
 
 @pytest.mark.parametrize("memory", ["memory", "stream"])
-def test_any_step_of_any_epoch_can_be_read_again(tmp_path, cache, memory):
+def test_an_epoch_resumes_at_any_step(tmp_path, cache, memory):
     settings = {"memory": memory, "batch_size": 4, "seed": 3}
     source = write_image_folder(tmp_path / "photos")
     loader = ready(source, cache, **settings).train_dataloader()
@@ -165,7 +165,7 @@ def test_a_stream_gives_what_memory_gives(tmp_path, cache):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_file_that_vanishes_from_a_stream_is_named_in_one_line(tmp_path, cache, workers):
+def test_a_file_that_disappears_from_a_stream_is_named_in_one_line(tmp_path, cache, workers):
     source = write_image_folder(tmp_path / "photos")
     data = ready(source, cache, memory="stream", workers=workers)
     (source / data.dataset.items.name(int(data.index["train"][3]))).unlink()
@@ -175,14 +175,14 @@ def test_a_file_that_vanishes_from_a_stream_is_named_in_one_line(tmp_path, cache
         list(data.train_dataloader())
 
 
-def test_what_does_not_fit_is_streamed_and_said(tmp_path, cache, capsys):
+def test_data_larger_than_the_memory_share_is_streamed(tmp_path, cache, capsys):
     data = ready(write_image_folder(tmp_path / "photos"), cache, memory_share=1e-9)
     assert data.storage == "stream"
     assert "streamed by workers" in capsys.readouterr().err
     assert sum(len(labels) for _, labels in data.train_dataloader()) == data.counts["train"]
 
 
-def test_short_side_leaves_a_margin_that_only_training_crops_from(tmp_path, cache):
+def test_only_training_crops_at_random_from_the_margin_of_short_side(tmp_path, cache):
     data = ready(
         write_image_folder(tmp_path / "photos", size=64),
         cache,
@@ -248,7 +248,7 @@ def test_every_image_is_seen_once_an_epoch_by_processes_in_step(images, world, b
             assert sorted(np.concatenate(batches).tolist()) == sorted(together[step].tolist())
 
 
-def test_balanced_sampling_and_class_weights_make_up_for_imbalance(tmp_path, cache):
+def test_balanced_sampling_and_class_weights_compensate_imbalance(tmp_path, cache):
     source = write_image_folder(tmp_path / "photos", count=40)
     for path in sorted((source / "red").iterdir())[8:]:
         path.unlink()
@@ -271,9 +271,9 @@ def test_few_unreadable_files_are_left_out_and_listed(tmp_path, cache, capsys):
     assert sum(data.counts.values()) == 118
     assert dict(data.unreadable).keys() == {"red/000.png", "blue/001.png"}
     assert dict(data.unreadable)["blue/001.png"].startswith("cut short")
-    said = capsys.readouterr().err
-    assert "2 of 120" in said
-    assert "red/000.png" in said
+    printed = capsys.readouterr().err
+    assert "2 of 120" in printed
+    assert "red/000.png" in printed
 
 
 def test_more_unreadable_files_than_allowed_stop_the_run(tmp_path, cache):
@@ -305,41 +305,41 @@ def test_sizes_and_colours_follow_the_images(tmp_path, cache):
     }
 
 
-def test_one_line_says_what_is_wrong_with_a_folder(tmp_path, cache):
-    def refused(source: Path | str, message: str, **settings) -> None:
+def test_a_wrong_folder_is_refused_in_one_line(tmp_path, cache):
+    def assert_refused(source: Path | str, message: str, **settings) -> None:
         with pytest.raises(DataError, match=message) as caught:
             ready(source, cache, **settings)
         assert "\n" not in str(caught.value)
 
-    refused(tmp_path / "nowhere", "no such folder.*nor|no such folder, and none")
+    assert_refused(tmp_path / "nowhere", "no such folder.*nor|no such folder, and none")
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "no images")
+    assert_refused(tmp_path / "empty", "no images")
     loose = tmp_path / "loose"
     loose.mkdir()
     (loose / "a.png").write_bytes(make_png(0, 0))
-    refused(loose, "no class folders")
+    assert_refused(loose, "no class folders")
     write_image_folder(tmp_path / "single", count=1)
-    refused(tmp_path / "single", "'blue' has 1 image, too few")
+    assert_refused(tmp_path / "single", "'blue' has 1 image, too few")
     one = tmp_path / "one"
     (one / "red").mkdir(parents=True)
     for i in range(5):
         (one / "red" / f"{i}.png").write_bytes(make_png(2, i))
-    refused(one, "one class, 'red'")
+    assert_refused(one, "one class, 'red'")
     odd = write_image_folder(tmp_path / "odd" / "train").parent
     (odd / "test" / "yellow").mkdir(parents=True)
     (odd / "test" / "yellow" / "0.png").write_bytes(make_png(0, 0))
-    refused(odd, "'yellow' is not in the training part")
+    assert_refused(odd, "'yellow' is not in the training part")
     broken = tmp_path / "broken"
     for name in CLASSES:
         (broken / name).mkdir(parents=True)
         for i in range(4):
             (broken / name / f"{i}.jpg").write_bytes(b"text")
-    refused(broken, r"not one of .* could be read; the last: red/3\.jpg")
-    refused("digits", "val_fraction: 0 is not", val_fraction=0)
-    refused("digits", "short_side: 6 is less", short_side=6)
+    assert_refused(broken, r"not one of .* could be read; the last: red/3\.jpg")
+    assert_refused("digits", "val_fraction: 0 is not", val_fraction=0)
+    assert_refused("digits", "short_side: 6 is less", short_side=6)
 
 
-def test_a_data_set_that_is_not_at_root_says_what_root_must_be(tmp_path, cache):
+def test_a_data_set_missing_at_root_names_the_expected_folder(tmp_path, cache):
     with pytest.raises(DataError, match=r"no cifar10 there.*cifar-10-batches-py"):
         ready("cifar10", cache, root=str(tmp_path))
 
@@ -357,6 +357,6 @@ def test_a_data_set_that_is_not_at_root_says_what_root_must_be(tmp_path, cache):
         ("batch_size", 0),
     ],
 )
-def test_a_setting_that_makes_no_sense_is_named(name, value):
+def test_an_invalid_setting_is_named(name, value):
     with pytest.raises(DataError, match=f"^{name}: {value} is "):
         ImageData("digits", **{name: value})

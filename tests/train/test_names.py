@@ -111,5 +111,5 @@ def test_a_directory_whose_name_is_not_utf8_is_refused_in_one_line(commands, tmp
     )
     assert refused.status() == 2
     assert refused.text.startswith("train: ")
-    assert r"b\xfccher: its name is not UTF-8" in refused.text
+    assert r"b\xfccher: the name is not UTF-8" in refused.text
     assert len(refused.text.strip().splitlines()) == 1

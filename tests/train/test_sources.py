@@ -1,4 +1,4 @@
-"""Sources of images other than folders, each on a small data set that is written here."""
+"""Sources other than folders, each on a small data set that the test writes."""
 
 import io
 import json
@@ -94,7 +94,7 @@ def test_csv_with_parts(tmp_path):
     )
 
 
-def test_blanks_around_a_label_in_a_csv_make_no_class(tmp_path):
+def test_spaces_around_labels_in_a_csv_are_ignored(tmp_path):
     files = write_image_folder(tmp_path / "photos", 10)
     rows = [
         (str(path), path.parent.name + " " * (int(path.stem) % 2))
@@ -105,7 +105,7 @@ def test_blanks_around_a_label_in_a_csv_make_no_class(tmp_path):
     assert data.classes == CLASSES
 
 
-def test_numbers_as_labels_have_one_order_however_they_are_written(tmp_path):
+def test_numeric_labels_are_sorted_as_numbers(tmp_path):
     names = ["00002", "0002", "002", "02", "2", "010", "10"]
     files = write_image_folder(tmp_path / "photos", 4 * len(names))
     rows = [
@@ -116,19 +116,19 @@ def test_numbers_as_labels_have_one_order_however_they_are_written(tmp_path):
     assert data.classes == names
 
 
-def test_csv_that_is_wrong_is_refused_in_one_line(tmp_path):
-    def refused(rows: list[tuple], message: str, header: str = "path,label") -> None:
+def test_an_invalid_csv_is_refused_in_one_line(tmp_path):
+    def assert_refused(rows: list[tuple], message: str, header: str = "path,label") -> None:
         with pytest.raises(DataError, match=message):
             ImageData(str(write_table(tmp_path / "table.csv", rows, header))).setup()
 
-    refused([("a.png", "x")], "no column 'label'.*it has path, class", "path,class")
-    refused([("a.png", "")], "line 2 lacks a path or a label")
-    refused([("a\0.png", "x")], r"table\.csv: line 2: a NUL byte in the path")
-    refused([("a.png", " ")], "line 2 lacks a path or a label")
-    refused(
+    assert_refused([("a.png", "x")], "no column 'label'.*it has path, class", "path,class")
+    assert_refused([("a.png", "")], "line 2 lacks a path or a label")
+    assert_refused([("a\0.png", "x")], r"table\.csv: line 2: a NUL byte in the path")
+    assert_refused([("a.png", " ")], "line 2 lacks a path or a label")
+    assert_refused(
         [("a.png", "x", "somewhere")], "line 2: split 'somewhere' is not one of", "path,label,split"
     )
-    refused([], "no rows")
+    assert_refused([], "no rows")
     with pytest.raises(DataError, match=r"nowhere\.csv: not readable"):
         ImageData(str(tmp_path / "nowhere.csv")).setup()
 
@@ -151,7 +151,7 @@ def test_csv_with_missing_files_lists_them(tmp_path):
     ("name", "place", "first"),
     [("mnist", "MNIST", "0 - zero"), ("fashion-mnist", "FashionMNIST", "T-shirt/top")],
 )
-def test_what_torchvision_finds_at_root_is_not_downloaded(tmp_path, name, place, first):
+def test_torchvision_data_at_root_is_not_downloaded(tmp_path, name, place, first):
     raw = tmp_path / place / "raw"
     raw.mkdir(parents=True)
     for part, count in (("train", 200), ("t10k", 50)):
@@ -199,7 +199,7 @@ def test_litdata_from_a_directory(optimized):
     check(f"litdata:{optimized}/train")
 
 
-def test_labels_of_litdata_are_kept_in_the_cache_that_was_named(optimized, tmp_path, monkeypatch):
+def test_litdata_labels_are_kept_in_the_given_cache(optimized, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv(
         "XDG_CACHE_HOME", str(tmp_path / "file")
@@ -211,7 +211,7 @@ def test_labels_of_litdata_are_kept_in_the_cache_that_was_named(optimized, tmp_p
     assert len(list((tmp_path / "named").glob("labels/*"))) == 2
 
 
-def test_labels_kept_for_another_number_of_images_are_read_anew(optimized, tmp_path):
+def test_cached_labels_of_another_number_of_images_are_read_again(optimized, tmp_path):
     source, cache = f"litdata:{optimized}/train", tmp_path / "cache"
     ImageData(source, cache=str(cache), workers=0).setup()
     (kept,) = cache.glob("labels/*")
@@ -271,7 +271,7 @@ def test_litdata_is_whole_in_each_of_two_processes(optimized, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["channels last", "channels first", "PIL"])
-def test_see_through_pixels_lie_on_white_as_when_they_are_served(tmp_path, kind):
+def test_transparent_pixels_lie_on_white_as_in_serving(tmp_path, kind):
     files = []
     for i, label in enumerate(LABELS):
         alpha = np.random.default_rng(i).integers(60, 256, (32, 32, 1), np.uint8)
@@ -309,7 +309,7 @@ def test_litdata_from_an_object_store_by_workers(bucket):
     check(f"litdata:{bucket}", stream=2, train=27, val=3, test=30)
 
 
-def test_litdata_that_is_not_there_is_refused_in_one_line(tmp_path, bucket):
+def test_missing_litdata_is_refused_in_one_line(tmp_path, bucket):
     for place in (str(tmp_path), f"{bucket}/nowhere"):
         with pytest.raises(DataError, match=r"no index\.json there"):
             ImageData(f"litdata:{place}").setup()
@@ -378,6 +378,6 @@ def test_hugging_face_on_disk(tmp_path):
         ImageData(f"hf:{tmp_path}/nowhere").setup()
 
 
-def test_an_unknown_source_names_what_there_is():
+def test_an_unknown_source_lists_the_known_ones():
     with pytest.raises(DataError, match=r"digits, cifar10.*litdata:…, deeplake:…, hf:…"):
         ImageData("cifar11").setup()

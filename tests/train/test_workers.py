@@ -1,4 +1,4 @@
-"""A job in a container: little shared memory, and a quota of cores below what the host has."""
+"""Decoding workers in a container with little shared memory and a CPU quota."""
 
 import json
 import os

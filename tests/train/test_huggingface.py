@@ -16,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:::lightning")
 
 
 def write(place: Path, labels: list, missing: tuple[int, ...] = (), **parts: list) -> str:
-    """A set with a part train of these labels, and others; `missing`: rows of each that have no image."""
+    """Save a data set of a part "train" and `parts`; rows in `missing` have no image."""
     datasets.disable_progress_bars()
     written = {}
     for name, some in {"train": labels, **parts}.items():
@@ -43,7 +43,7 @@ def write(place: Path, labels: list, missing: tuple[int, ...] = (), **parts: lis
     ],
     ids=["-1", "null", "null name"],
 )
-def test_a_row_without_a_label_is_named_before_anything_is_trained(tmp_path, capsys, labels, row):
+def test_a_row_without_a_label_is_reported_before_training(tmp_path, capsys, labels, row):
     source = write(tmp_path / "set", labels)
     assert main.main(["audit", source, "--out", str(tmp_path)]) == 2
     assert f"row {row} of the train part has no label" in capsys.readouterr().err
@@ -56,7 +56,7 @@ def test_the_row_is_counted_within_its_part(tmp_path):
 
 
 @pytest.mark.parametrize("nothing", [-1, None])
-def test_a_test_part_without_labels_is_left_out_and_said(tmp_path, capsys, nothing):
+def test_a_test_part_without_labels_is_left_out_and_reported(tmp_path, capsys, nothing):
     data = ImageData(write(tmp_path / "set", LABELS, test=[nothing] * 9), cache="", workers=0)
     data.setup()
     assert data.counts == {"train": 21, "val": 3, "test": 6}
