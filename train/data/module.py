@@ -155,7 +155,7 @@ class ImageData(L.LightningDataModule):
         self._ready = False
         self._tensors: dict[tuple[str, torch.device], Tensor] = {}
 
-    # What the trainer decides
+    # Given by the trainer
 
     @property
     def device(self) -> torch.device:
@@ -182,7 +182,7 @@ class ImageData(L.LightningDataModule):
         """
         return bool(getattr(self.trainer, "overfit_batches", 0))
 
-    # Set up
+    # Setup
 
     def prepare_data(self) -> None:
         """Download the data set where needed, in one process a node."""
@@ -286,7 +286,7 @@ class ImageData(L.LightningDataModule):
         for rows in np.array_split(index, -(-len(index) // CHUNK)):
             yield self.decoded.pixels[rows]
 
-    # What other modules set, by the names of why they do
+    # Changes that other modules ask for
 
     def attach_trainer(self, trainer: L.Trainer) -> None:
         """Follow a trainer's device and processes before its `fit` sets it."""
@@ -403,7 +403,7 @@ class ImageData(L.LightningDataModule):
             self._tensors[key] = torch.from_numpy(decoded.pixels).to(device)
         return self._tensors[key]
 
-    # What training, evaluation and export read
+    # Read by training, evaluation and export
 
     @property
     def class_weights(self) -> Tensor:
