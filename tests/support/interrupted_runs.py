@@ -94,6 +94,14 @@ def reproducible_state(checkpoint: dict[str, Any]) -> dict[str, Any]:
     return {**state, "callbacks": callbacks}
 
 
+def assert_same_result(one: Path, other: Path) -> None:
+    """Assert that the runs below two directories ended with the same reproducible state."""
+    assert_equal(
+        reproducible_state(load_last_checkpoint(one)),
+        reproducible_state(load_last_checkpoint(other)),
+    )
+
+
 def assert_equal(one: Any, other: Any, path: str = "") -> None:
     """Assert equality to the last bit, at any depth; `path` names the place in the message."""
     if isinstance(one, torch.Tensor):

@@ -12,11 +12,10 @@ from support.forked_commands import ForkedCommands
 from support.interrupted_runs import (
     EPOCHS,
     STEPS,
-    assert_equal,
+    assert_same_result,
     find_run_directory,
     finish_run,
     load_last_checkpoint,
-    reproducible_state,
     start_run,
 )
 from support.sample_images import write_image_folder
@@ -33,10 +32,7 @@ def undisturbed(commands: ForkedCommands, tmp_path_factory: pytest.TempPathFacto
 
 def test_seeds_give_identical_results(commands, undisturbed, tmp_path):
     finish_run(commands, tmp_path / "runs")
-    assert_equal(
-        reproducible_state(load_last_checkpoint(tmp_path / "runs")),
-        reproducible_state(load_last_checkpoint(undisturbed)),
-    )
+    assert_same_result(tmp_path / "runs", undisturbed)
     metrics = "csv/metrics.csv"
     assert (find_run_directory(tmp_path / "runs") / metrics).read_text() == (
         find_run_directory(undisturbed) / metrics
@@ -68,10 +64,7 @@ def test_sigterm_saves_and_the_same_command_resumes(commands, undisturbed, tmp_p
     finished = finish_run(commands, runs)
     if kill != "epoch:1":  # where there is nothing to go on from
         assert "resuming from step" in finished.text
-    assert_equal(
-        reproducible_state(load_last_checkpoint(runs)),
-        reproducible_state(load_last_checkpoint(undisturbed)),
-    )
+    assert_same_result(runs, undisturbed)
 
 
 def test_a_run_killed_many_times_ends_like_an_uninterrupted_one(commands, undisturbed, tmp_path):
@@ -92,10 +85,7 @@ def test_a_run_killed_many_times_ends_like_an_uninterrupted_one(commands, undist
         ), kill
     finished = finish_run(commands, runs)
     assert f"resuming from step {EPOCHS * STEPS}" in finished.text
-    assert_equal(
-        reproducible_state(load_last_checkpoint(runs)),
-        reproducible_state(load_last_checkpoint(undisturbed)),
-    )
+    assert_same_result(runs, undisturbed)
     metrics = "csv/metrics.csv"
     assert (find_run_directory(runs) / metrics).read_text() == (
         find_run_directory(undisturbed) / metrics
@@ -124,10 +114,7 @@ def test_the_history_has_validation_metrics_only_after_a_validation(commands, tm
     rows = load_last_checkpoint(whole)["callbacks"]["History"]["rows"]
     assert ["val/loss" in row for row in rows] == [False, True, False, True]
     assert rows[1]["val/loss"] != rows[3]["val/loss"]
-    assert_equal(
-        reproducible_state(load_last_checkpoint(killed)),
-        reproducible_state(load_last_checkpoint(whole)),
-    )
+    assert_same_result(killed, whole)
 
 
 def test_a_damaged_checkpoint_is_skipped(commands, undisturbed, tmp_path):
@@ -139,10 +126,7 @@ def test_a_damaged_checkpoint_is_skipped(commands, undisturbed, tmp_path):
     finished = finish_run(commands, runs)
     assert f"{last}: damaged, skipped" in finished.text
     assert "resuming from step 4:" in finished.text
-    assert_equal(
-        reproducible_state(load_last_checkpoint(runs)),
-        reproducible_state(load_last_checkpoint(undisturbed)),
-    )
+    assert_same_result(runs, undisturbed)
     assert not list(find_run_directory(runs).glob(".*.tmp"))
 
 
@@ -172,10 +156,7 @@ def test_a_full_disk_is_reported_and_costs_no_checkpoint(commands, undisturbed, 
     )
     assert "Traceback" not in full.text
     assert "resuming from step 4:" in finish_run(commands, runs).text
-    assert_equal(
-        reproducible_state(load_last_checkpoint(runs)),
-        reproducible_state(load_last_checkpoint(undisturbed)),
-    )
+    assert_same_result(runs, undisturbed)
 
 
 def test_a_finished_run_and_another_job_s_run_are_not_resumed(commands, tmp_path):
@@ -220,10 +201,7 @@ def test_a_changed_setting_starts_a_new_run_unless_it_is_indifferent(
     ) in fresh.text
     (runs / "digits/2").rename(tmp_path / "2")
     assert "resuming from step 9:" in finish_run(commands, runs).text
-    assert_equal(
-        reproducible_state(load_last_checkpoint(runs)),
-        reproducible_state(load_last_checkpoint(undisturbed)),
-    )
+    assert_same_result(runs, undisturbed)
     assert "unfinished" not in finish_run(commands, runs, "--trainer.max_epochs", 1).text
 
 
@@ -290,10 +268,7 @@ def test_every_random_number_is_restored(commands, tmp_path):
     finish_run(commands, tmp_path / "undisturbed", *network)
     assert start_run(commands, tmp_path / "killed", *network, kill="TERM:step:9").status() == 143
     assert "resuming from step 5:" in finish_run(commands, tmp_path / "killed", *network).text
-    assert_equal(
-        reproducible_state(load_last_checkpoint(tmp_path / "killed")),
-        reproducible_state(load_last_checkpoint(tmp_path / "undisturbed")),
-    )
+    assert_same_result(tmp_path / "killed", tmp_path / "undisturbed")
 
 
 def test_sampling_and_augmentation_draw_the_same_again(commands, tmp_path):
@@ -320,10 +295,7 @@ def test_sampling_and_augmentation_draw_the_same_again(commands, tmp_path):
     assert (
         f"resuming from step {STEPS + 6}:" in finish_run(commands, tmp_path / "killed", *drawn).text
     )
-    assert_equal(
-        reproducible_state(load_last_checkpoint(tmp_path / "killed")),
-        reproducible_state(load_last_checkpoint(tmp_path / "undisturbed")),
-    )
+    assert_same_result(tmp_path / "killed", tmp_path / "undisturbed")
 
 
 @pytest.mark.slow
@@ -344,10 +316,7 @@ def test_accumulated_gradients_are_not_lost(commands, tmp_path):
         start_run(commands, tmp_path / "killed", *halves, kill="TERM:validation:1").status() == 143
     )
     assert "resuming from step 2:" in finish_run(commands, tmp_path / "killed", *halves).text
-    assert_equal(
-        reproducible_state(load_last_checkpoint(tmp_path / "killed")),
-        reproducible_state(load_last_checkpoint(tmp_path / "undisturbed")),
-    )
+    assert_same_result(tmp_path / "killed", tmp_path / "undisturbed")
 
 
 def test_a_stream_resumes_where_it_stopped(commands, tmp_path):
@@ -368,10 +337,7 @@ def test_a_stream_resumes_where_it_stopped(commands, tmp_path):
     assert start_run(commands, tmp_path / "killed", *stream, kill="TERM:step:3").status() == 143
     assert start_run(commands, tmp_path / "killed", *stream, kill="GROUP:step:11").status() == 143
     assert "resuming from step 11:" in finish_run(commands, tmp_path / "killed", *stream).text
-    assert_equal(
-        reproducible_state(load_last_checkpoint(tmp_path / "killed")),
-        reproducible_state(load_last_checkpoint(tmp_path / "undisturbed")),
-    )
+    assert_same_result(tmp_path / "killed", tmp_path / "undisturbed")
 
 
 @pytest.mark.slow
@@ -386,10 +352,7 @@ def test_sigkill_at_any_moment(commands, undisturbed, tmp_path):
         if command.status() == 0:
             break
         moment += 0.137
-    assert_equal(
-        reproducible_state(load_last_checkpoint(runs)),
-        reproducible_state(load_last_checkpoint(undisturbed)),
-    )
+    assert_same_result(runs, undisturbed)
 
 
 @pytest.mark.slow
