@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import TypeAlias
 
 from models.bundle import Bundle, BundleError, Latency, Variant
 from models.bundle.verify import BundleReport, VariantReport, verify_bundle
@@ -19,6 +20,7 @@ DEFAULT_STORE = Path("artifacts/store")
 
 Options = argparse.Namespace
 Command = Callable[[Options], int]
+Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,66 +44,90 @@ def build_parser() -> argparse.ArgumentParser:
         description="List, check and sign bundles, and move them between stores.",
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_bundle_commands(commands)
+    _add_latest_commands(commands)
+    _add_copy_commands(commands)
+    return parser
 
-    def add_command(name: str, command: Command, help: str) -> argparse.ArgumentParser:
-        description = help[0].upper() + help[1:] + "."
-        command_parser = commands.add_parser(name, help=help, description=description)
-        command_parser.set_defaults(command=command)
-        command_parser.add_argument(
-            "--store", type=Path, default=DEFAULT_STORE, help="directory (default: %(default)s)"
-        )
-        return command_parser
 
-    add_command("list", run_list, "list names, versions and their accuracy")
+def _add_bundle_commands(commands: Subparsers) -> None:
+    _add_command(commands, "list", run_list, "list names, versions and their accuracy")
 
-    command = add_command("show", run_show, "show the main facts of a bundle's manifest")
-    _add_name(command)
-    _add_version(command)
-    command.add_argument("--json", action="store_true", help="print the manifest itself")
+    show = _add_command(commands, "show", run_show, "show the main facts of a bundle's manifest")
+    _add_name(show)
+    _add_version(show)
+    show.add_argument("--json", action="store_true", help="print the manifest itself")
 
-    command = add_command(
+    verify = _add_command(
+        commands,
         "verify",
         run_verify,
         "check checksums, graphs and outputs of a bundle on this machine; exit status 0 or 1",
     )
-    _add_name(command, "directory of a bundle, or name in the store")
-    _add_version(command)
-    command.add_argument(
+    _add_name(verify, "directory of a bundle, or name in the store")
+    _add_version(verify)
+    verify.add_argument(
         "--public-key",
         type=Path,
         help="PEM file; the bundle must be signed with its private key",
     )
 
-    command = add_command("sign", run_sign, "sign a bundle with a key file")
-    _add_name(command)
-    _add_version(command)
-    command.add_argument(
+    sign = _add_command(commands, "sign", run_sign, "sign a bundle with a key file")
+    _add_name(sign)
+    _add_version(sign)
+    sign.add_argument(
         "--key", type=Path, required=True, help="PEM file with an elliptic curve private key"
     )
 
-    command = add_command("promote", run_promote, "point latest at a version")
-    _add_name(command)
-    command.add_argument("version", help="number of the version")
 
-    command = add_command("rollback", run_rollback, "point latest at the version before it")
-    _add_name(command)
+def _add_latest_commands(commands: Subparsers) -> None:
+    promote = _add_command(commands, "promote", run_promote, "point latest at a version")
+    _add_name(promote)
+    promote.add_argument("version", help="number of the version")
 
-    command = add_command(
-        "prune", run_prune, "delete old versions, but never latest and the one before it"
+    rollback = _add_command(
+        commands, "rollback", run_rollback, "point latest at the version before it"
     )
-    _add_name(command)
-    command.add_argument(
+    _add_name(rollback)
+
+    prune = _add_command(
+        commands, "prune", run_prune, "delete old versions, but never latest and the one before it"
+    )
+    _add_name(prune)
+    prune.add_argument(
         "--keep",
         type=_parse_positive,
         default=3,
         help="number of newest versions to keep (default: %(default)s)",
     )
 
-    command = add_command("push", run_push, "copy a bundle to another store and check it there")
-    _add_copy_arguments(command)
 
-    command = add_command("pull", run_pull, "copy a bundle from another store and check it")
-    _add_copy_arguments(command)
+def _add_copy_commands(commands: Subparsers) -> None:
+    push_command = _add_command(
+        commands, "push", run_push, "copy a bundle to another store and check it there"
+    )
+    pull_command = _add_command(
+        commands, "pull", run_pull, "copy a bundle from another store and check it"
+    )
+    for parser in (push_command, pull_command):
+        _add_name(parser)
+        _add_version(parser)
+        parser.add_argument(
+            "url",
+            help="URL of the other store, as fsspec takes it: s3://bucket/store, gs://…, file:///…",
+        )
+        parser.add_argument("--no-promote", action="store_true", help="leave latest where it is")
+
+
+def _add_command(
+    commands: Subparsers, name: str, command: Command, help: str
+) -> argparse.ArgumentParser:
+    description = help[0].upper() + help[1:] + "."
+    parser = commands.add_parser(name, help=help, description=description)
+    parser.set_defaults(command=command)
+    parser.add_argument(
+        "--store", type=Path, default=DEFAULT_STORE, help="directory (default: %(default)s)"
+    )
     return parser
 
 
@@ -113,16 +139,6 @@ def _add_version(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "version", nargs="?", default=LATEST, help="number or latest (default: %(default)s)"
     )
-
-
-def _add_copy_arguments(parser: argparse.ArgumentParser) -> None:
-    _add_name(parser)
-    _add_version(parser)
-    parser.add_argument(
-        "url",
-        help="URL of the other store, as fsspec takes it: s3://bucket/store, gs://…, file:///…",
-    )
-    parser.add_argument("--no-promote", action="store_true", help="leave latest where it is")
 
 
 def _parse_positive(text: str) -> int:
@@ -168,7 +184,8 @@ def _list_row(store: Store, name: str, version: int, is_latest: bool) -> tuple[s
 
 
 def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    columns = zip(*rows, strict=True)
+    widths = [max(map(len, column)) for column in columns]
     for row in rows:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
         print("  ".join(cells).rstrip())
