@@ -5,7 +5,6 @@ thread per core each wait for one another.
 """
 
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,16 +22,6 @@ if TYPE_CHECKING:
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 MAX_ENDING_SERVERS = 8
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-CHROMIUM_FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 
 
 @pytest.fixture(scope="session")
@@ -130,11 +119,12 @@ def browser() -> "Iterator[Browser]":
     For one module, since Playwright's event loop must not run while tests of others do.
     """
     from playwright.sync_api import sync_playwright
+    from support.chromium import find_chromium, launch_chromium
 
-    paths = [path for path in map(shutil.which, BROWSERS) if path]
-    if not paths:
+    path = find_chromium()
+    if path is None:
         pytest.skip("Chromium is not installed")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=paths[0], args=CHROMIUM_FLAGS)
+        browser = launch_chromium(playwright, path)
         yield browser
         browser.close()

@@ -2,8 +2,8 @@
 
     python tests/screenshots.py [--store artifacts/store] [--model digits] [--out .github/assets]
 
-It serves the model from the store (`make train` puts `digits` there), classifies two of the bundle's
-own samples on the page, and opens the bundle's report.html. Needs Chromium.
+It serves the model from the store (`make train` puts `digits` there), classifies two of the
+bundle's own samples on the page, and opens the bundle's report.html. Needs Chromium.
 """
 
 import argparse
@@ -17,12 +17,14 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from playwright.sync_api import Browser, sync_playwright  # noqa: E402
+from support.chromium import find_chromium, launch_chromium  # noqa: E402
 from support.server import Server  # noqa: E402
 
 from models.store import Store  # noqa: E402
 
-WIDTH, HEIGHT = 1100, 760  # CSS pixels
-CHROMIUM_FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+# CSS pixels.
+WIDTH = 1100
+HEIGHT = 760
 
 
 def shoot_page(browser: Browser, url: str, file: Path) -> None:
@@ -53,7 +55,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / ".github/assets")
     arguments = parser.parse_args()
 
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    chromium = find_chromium()
     if chromium is None:
         print("error: Chromium is not installed", file=sys.stderr)
         return 2
@@ -61,7 +63,7 @@ def main() -> int:
     bundle = Store(arguments.store).path(arguments.model)
     arguments.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as directory, sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_FLAGS)
+        browser = launch_chromium(playwright, chromium)
         with Server(arguments.store, Path(directory) / "log", "--model", arguments.model) as server:
             server.wait_ready()
             shoot_page(browser, server.url, arguments.out / "page.png")
