@@ -206,6 +206,7 @@ def build_manifest(
     """Return the manifest of a staged version."""
     model = contents.model
     calibration = contents.calibration
+    metrics = compute_all_metrics(contents.scores, data.leaked_test_rows, calibration.temperature)
     data_info = DataInfo(source=str(data.source), digest=data.digest, counts=data.counts)
     return Manifest(
         name=staged.name,
@@ -219,7 +220,7 @@ def build_manifest(
         calibration=calibration,
         samples=contents.samples,
         baseline=_measure_baseline(data, contents.scores.val, calibration),
-        metrics=compute_all_metrics(contents.scores, data.leaked_test_rows, calibration.temperature),
+        metrics=metrics,
         notes=contents.notes,
         provenance=build_provenance(run.device, data_info, run.recipe, times.seconds),
     )
