@@ -60,6 +60,7 @@ def test_train_recipes_runs_recipe_and_bare_loop_over_two_seeds(tmp_path):
     assert output.splitlines()[-1].startswith(f"digits: {mean:.4f} ± ")
 
 
+@pytest.mark.slow
 def test_train_recipes_refuses_a_recipe_that_the_bare_loop_cannot_follow(tmp_path):
     output = run_script(
         "train_recipes",

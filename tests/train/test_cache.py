@@ -51,6 +51,7 @@ def test_a_damaged_entry_is_decoded_again(tmp_path, cache):
     assert np.array_equal(ready(source, cache).decoded.pixels, before)
 
 
+@pytest.mark.slow
 def test_two_jobs_started_at_once_decode_once(tmp_path, cache):
     source = write_image_folder(tmp_path / "photos", count=60)
     script = (
