@@ -97,7 +97,8 @@ def run_command(name: str, arguments: list[str]) -> int:
 def _handle_sigterm_as_init() -> None:
     """Let SIGTERM end the process during imports if it is the first of a container.
 
-    The kernel ignores signals to process 1 that have no handler. The supervisor sets its own later.
+    The kernel ignores signals to process 1 that have no handler. The supervisor sets other handlers
+    later.
     """
     if os.getpid() == 1:
         signal.signal(signal.SIGTERM, _exit_on_sigterm)

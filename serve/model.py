@@ -25,10 +25,10 @@ from serve.prediction import Prediction, PredictionComposer
 from serve.settings import Settings
 from serve.wire import DEFAULT_TOP_K
 
-# A network is light where it takes less time than this for an image. Threads of one interpreter
-# then lose more by waiting for each other than they gain.
+# A network is light if it takes less time than this for an image. Threads of one interpreter then
+# lose more by waiting for each other than they gain.
 LIGHT_SECONDS_PER_IMAGE = 80e-6
-BFLOAT16_TOLERANCE = 0.03  # of a probability
+BFLOAT16_TOLERANCE = 0.03  # largest difference of a probability
 SPEED_TEST_REPEATS = 2
 SPEED_TEST_BATCH_SIZE = 2
 PREDICT_BATCH_SIZE = 16  # images that `Model.predict` decodes at once
@@ -37,8 +37,8 @@ PREDICT_BATCH_SIZE = 16  # images that `Model.predict` decodes at once
 class Model:
     """A model that has passed its self check and is warm. It does not change after it is made.
 
-    Raises BundleError where the signature is wrong, or where no engine reproduces the bundle's
-    samples on this machine.
+    Raises BundleError if the signature is wrong, or if no engine reproduces the bundle's samples on
+    this machine.
     """
 
     def __init__(self, bundle: Bundle, settings: Settings, threads: int):
@@ -110,7 +110,7 @@ class Model:
     ) -> list[Prediction]:
         """Classify decoded images, uint8 [N, H, W, C].
 
-        `use_all_threads` speeds up one batch; leave it off where several threads predict at once.
+        `use_all_threads` speeds up one batch; leave it off if several threads predict at once.
         """
         probabilities, energy = self.engine.run(pixels, self.output_names, use_all_threads)
         texts = self.composer.compose(probabilities, energy, [top_k] * len(pixels))
@@ -157,7 +157,7 @@ def _select_variant(
 ) -> tuple[str, Engine]:
     """Return the variant of the settings, or else the fastest on this machine, and its engine.
 
-    A variant that fails or does not reproduce the samples is left out. Raises the first error where
+    A variant that fails or does not reproduce the samples is left out. Raises the first error if
     all do.
     """
     if settings.variant != "auto":
@@ -196,7 +196,7 @@ def _load_engine(
 ) -> Engine:
     """Return the fastest engine that reproduces the samples with this variant.
 
-    Raises the error of the last engine where none does.
+    Raises the error of the last engine if none does.
     """
     path = bundle.variant_path(variant)
     precision = bundle.manifest.variants[variant].precision
@@ -216,7 +216,7 @@ def _load_engine(
 
 
 def _check_samples(bundle: Bundle, samples: Samples, variant: str, engine: Engine) -> None:
-    """Run the bundle's samples. Raises BundleError where the outputs are not as expected."""
+    """Run the bundle's samples. Raises BundleError if the outputs are not as expected."""
     tolerance = bundle.manifest.variants[variant].tolerance
     if engine.is_bfloat16:
         tolerance = BFLOAT16_TOLERANCE
@@ -245,7 +245,7 @@ def _run(
     output_names: tuple[str, ...],
     use_all_threads: bool,
 ) -> list[np.ndarray]:
-    """Run the graph. Raises BundleError where it fails, whatever the engine raises."""
+    """Run the graph. Raises BundleError if it fails, whatever the engine raises."""
     try:
         return engine.run(images, output_names, use_all_threads)
     except BundleError:

@@ -1,8 +1,8 @@
 """The settings on a command line: one flag each, with errors of one line.
 
-pydantic-settings has a command line of its own. It is not used because it drops an empty value, so
-that `--api-key ""` would start a service without a key, and because it neither names environment
-variables in `--help` nor combines a subset of the settings with a command's own arguments.
+pydantic-settings has a command line too. It is not used for two reasons. It drops an empty value,
+so that `--api-key ""` would start a service without a key. And it can neither name environment
+variables in `--help` nor combine a subset of the settings with the arguments of a command.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from models.bundle import BundleError
 from models.store import Store
 from serve.settings import PREFIX, Settings
 
-# The settings that say which model runs, and how.
+# The settings that select the model and how it runs.
 MODEL_SETTINGS = ("store", "model", "version", "variant", "engine", "threads")
 
 

@@ -37,7 +37,7 @@ class Prediction(ClassConfidence, frozen=True):
 class PredictionComposer:
     """Composes the predictions of one model.
 
-    Labels are escaped once, since each prediction repeats some of them.
+    Labels are escaped once, since every prediction contains labels.
     """
 
     def __init__(self, manifest: Manifest):
@@ -57,11 +57,11 @@ class PredictionComposer:
             self.set_threshold = 1 - calibration.conformal_quantile
 
     def compose(self, probabilities: np.ndarray, energy: np.ndarray, top_k: list[int]) -> list[str]:
-        """Return one JSON object an image, without its closing brace.
+        """Return one JSON object for each image, without its closing brace.
 
-        A caller may append more keys, and closes the object.
-        `probabilities` is [N, K], `energy` [N]; `top_k` holds how many classes each image wants
-        listed.
+        The caller may append more keys, and closes the object.
+        `probabilities` is [N, K], `energy` [N]; `top_k` holds how many classes to list for
+        each image.
         """
         ranking = (-probabilities).argsort(1, kind="stable")[:, : max(top_k)].tolist()
         energies = energy.tolist()
@@ -99,8 +99,8 @@ def encode_activation_map(activations: np.ndarray, spec: InputSpec) -> str:
     """Encode a class-activation map, float [h, w], as a gray PNG in base64.
 
     The largest activation is 255, and what is not positive is 0. The image has the shape of the
-    network's input, scaled down where its longer side exceeds MAX_ACTIVATION_MAP_PIXELS. Method:
-    CAM, Zhou et al. 2016.
+    network's input, scaled down if its longer side exceeds MAX_ACTIVATION_MAP_PIXELS. Method: CAM,
+    Zhou et al. 2016.
     """
     positive = np.maximum(activations, 0)
     factor = 255 / max(float(positive.max()), 1e-12)

@@ -2,7 +2,7 @@
 
 It holds the phase of the shutdown, how much work each HTTP process has accepted, and the signs of
 life of each worker. Each number has one writer, so no lock is needed. A sum over several numbers
-may be some microseconds old. Times are seconds of `time.monotonic()`, which all processes of a
+may be a few microseconds old. Times are seconds of `time.monotonic()`, which all processes of a
 machine share.
 """
 
@@ -95,7 +95,7 @@ class SharedState:
         return int(sum(self.page[_PENDING_REQUESTS : _PENDING_REQUESTS + http_processes]))
 
     def pending_bytes(self, http_processes: int) -> int:
-        """Return how many bytes the bodies of these requests have."""
+        """Return the size of the bodies of these requests, in bytes."""
         return int(sum(self.page[_PENDING_BYTES : _PENDING_BYTES + http_processes]))
 
     # Signs of life of workers.
@@ -119,13 +119,13 @@ class SharedState:
         return self.page[_HEARTBEAT + worker] <= time.monotonic()
 
     def set_busy(self, worker: int, predictor: int) -> float:
-        """Note that a predictor begins to decode an image or to run the graph. Return the time."""
+        """Record that a predictor starts to decode an image or to run the graph. Return now."""
         now = time.monotonic()
         self.page[_BUSY_SINCE + worker * MAX_PREDICTORS + predictor] = now
         return now
 
     def set_idle(self, worker: int, predictor: int) -> None:
-        """Note that a predictor waits for jobs, or for its turn to decode."""
+        """Record that a predictor waits for jobs, or for permission to decode."""
         self.page[_BUSY_SINCE + worker * MAX_PREDICTORS + predictor] = 0
 
     def set_run_seconds(self, worker: int, seconds: float) -> None:

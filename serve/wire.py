@@ -30,7 +30,7 @@ MAX_U32 = 0xFFFFFFFF
 # The id of the answer with which a worker announces its model; no job has it.
 MODEL_INFO = 0
 
-# How many classes an answer lists where the request does not say.
+# How many classes an answer lists if the request does not say.
 DEFAULT_TOP_K = 5
 
 # Flags of a job.
@@ -59,7 +59,7 @@ class Answer(NamedTuple):
 
     id: int
     status: int  # an HTTP status
-    version: int  # of the model that answered; 0 where no model did
+    version: int  # of the model that answered; 0 if no model did
     body: bytes
     class_index: int = 0  # of the predicted class
     confidence: float = 0.0  # probability of the predicted class

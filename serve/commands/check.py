@@ -1,7 +1,7 @@
 """`imago serve check`: show what would be served with these settings, and whether it is ready.
 
-It loads the model as a worker does. Workers also run it, in a process of its own, before they load
-a new version.
+It loads the model as a worker does. Workers also run this command, in a separate process, before
+they load a new version.
 """
 
 import argparse

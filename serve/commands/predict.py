@@ -144,7 +144,7 @@ def classify_all(model: Model, files: list[Path], top_k: int, threads: int) -> l
 
 
 def classify_batch(model: Model, top_k: int, files: list[Path]) -> list[Result]:
-    """Return the predictions of some files, in their order."""
+    """Return the results of a batch of files, in the same order."""
     outcomes: dict[int, Prediction | str] = {}
     pixels: list[np.ndarray] = []
     decoded: list[int] = []

@@ -26,7 +26,7 @@ class Engine(Protocol):
 
 
 # Makes an engine from the path of a graph and a number of threads. Raises BundleError for a file
-# that it can't load, and ValueError where this machine lacks what the engine needs.
+# that it can't load, and ValueError if this machine lacks what the engine needs.
 EngineFactory = Callable[[Path, int], Engine]
 
 

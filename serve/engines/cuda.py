@@ -27,7 +27,7 @@ class CudaEngine:
     is_bfloat16 = False
 
     def __init__(self, path: Path, threads: int):
-        """Load the graph. Raises ValueError where no GPU is usable, BundleError for a bad file."""
+        """Load the graph. Raises ValueError if no GPU is usable, BundleError for a bad file."""
         if not has_cuda_provider():
             raise ValueError(
                 "engine cuda: this onnxruntime has no CUDA; "

@@ -10,8 +10,9 @@ import onnxruntime
 from models.bundle import BundleError
 from serve.engines.base import measure_seconds
 
-# Threads of a session over all threads wait awake this long for the next node of the graph. To
-# sleep instead costs a fifth of a lone run; to wait longer gains nothing.
+# Threads of a session over all threads spin for this time while they wait for the next node of the
+# graph. Without spinning, a batch that runs alone takes a fifth longer; spinning longer gains
+# nothing.
 SPIN_MICROSECONDS = 100
 SPEED_TEST_REPEATS = 3
 LOG_LEVEL_FATAL = 4  # onnxruntime also raises what it would log
@@ -61,7 +62,7 @@ class OnnxRuntimeEngine:
 def create_session(
     path: Path, threads: int, providers: list[Any], spin_microseconds: int = 0
 ) -> onnxruntime.InferenceSession:
-    """Load a graph. Raises BundleError where onnxruntime can't."""
+    """Load a graph. Raises BundleError if onnxruntime can't."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -70,7 +71,7 @@ def create_session(
     options.add_session_config_entry("session.intra_op.spin_duration_us", str(spin_microseconds))
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=providers)
-    except Exception as error:  # onnxruntime's own exceptions have no other base class in common
+    except Exception as error:  # the exceptions of onnxruntime have no other base class
         reason = str(error).splitlines()[0]
         raise BundleError(f"{path}: onnxruntime can't load it: {reason}") from error
 

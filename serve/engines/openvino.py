@@ -1,7 +1,7 @@
 """OpenVINO on the CPU, an optional extra.
 
 It is faster than onnxruntime on Intel's and newer AMD processors. bfloat16 doubles the speed of
-fp32 where the processor has it, but is less exact. `serve.model` uses it only where the bundle's
+fp32 if the processor supports it, but is less exact. `serve.model` uses it only if the bundle's
 samples keep their labels.
 """
 
@@ -24,7 +24,7 @@ class OpenVinoEngine:
     def __init__(self, path: Path, threads: int, bfloat16: bool = False):
         """Load the graph.
 
-        Raises BundleError for a bad file, ValueError where the extra or bfloat16 is missing.
+        Raises BundleError for a bad file, ValueError if the extra or bfloat16 is missing.
         """
         try:
             import openvino

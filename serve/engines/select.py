@@ -1,4 +1,4 @@
-"""Which engines the setting `engine` stands for."""
+"""The engines that each value of the setting `engine` stands for."""
 
 from functools import partial
 
@@ -9,7 +9,7 @@ from serve.engines.openvino import OpenVinoEngine
 
 
 def engine_factories(setting: str, precision: str) -> list[EngineFactory]:
-    """Return the engines to try in this order, the fastest first; the next is for where one fails.
+    """Return the engines to try, the fastest first. Each is the fallback of the one before it.
 
     `precision` is that of the variant to run: bfloat16 replaces only fp32.
     """

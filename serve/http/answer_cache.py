@@ -11,8 +11,8 @@ from serve.wire import Answer
 class AnswerCache:
     """The most recently used predictions of one HTTP process. Errors are not kept.
 
-    The cache belongs to one model, given by the description that its worker sent, and becomes empty
-    when another model is served.
+    The cache belongs to one model, identified by the description that its worker sent. It is
+    emptied when another model is served.
     """
 
     def __init__(self, max_entries: int, counters: SharedCounters) -> None:
@@ -23,7 +23,7 @@ class AnswerCache:
 
     @staticmethod
     def build_key(body: bytes, top_k: int, flags: int) -> bytes:
-        """Return the key of an image and what is asked of it.
+        """Return the key of an image with these parameters.
 
         SHA-256, because with a weaker hash a client could plant the answer of another image.
         """

@@ -1,6 +1,6 @@
 """The ASGI app of an HTTP process, and the service behind it.
 
-`ServiceApp` wraps LitServe's app, which sees only the lifespan events, so none of LitServe's own
+`ServiceApp` wraps LitServe's app, which sees only the lifespan events, so none of LitServe's
 endpoints can be reached. When the lifespan starts, `ServiceApp` creates a `Service` and puts it
 into the lifespan's state. From there `serve.http.protocol` gets it for each connection.
 
@@ -32,6 +32,7 @@ from serve.http.open_inference import OpenInference
 from serve.http.page import Page
 from serve.http.predict_endpoint import PredictEndpoint
 from serve.http.responses import (
+    CLIENT_CLOSED_REQUEST,
     SECURITY_HEADERS,
     ClientConnection,
     Problem,
@@ -61,7 +62,6 @@ EXPECTED_CODES = (200, 400, 401, 408, 413, 415, 422, 429, 500, 503, 504)
 
 TIMEOUT_CHECK_SECONDS = 0.5
 MAX_LOG_LINES_PER_SECOND = 20  # of failed requests, so that a flood of them can't fill the disk
-CLIENT_LEFT = 499  # status in logs and traces of a request that got no response
 
 
 class ServiceApp:
@@ -144,7 +144,7 @@ class Service:
         self._watch_task = asyncio.get_running_loop().create_task(self._watch())
 
     async def _watch(self) -> None:
-        """Close connections of clients that are too slow, and exit with the supervisor."""
+        """Close connections of clients that are too slow. Exit if the supervisor is gone."""
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(TIMEOUT_CHECK_SECONDS)
@@ -155,7 +155,7 @@ class Service:
                 connection.enforce_timeouts(now)
 
     def close(self) -> None:
-        """Stop the watch, leave the workers, and send the traces that are left."""
+        """Stop the timeout checks, disconnect from the workers, and send the buffered traces."""
         self._watch_task.cancel()
         self.dispatcher.close()
         if self.tracing:
@@ -185,7 +185,7 @@ class Service:
         self.record(request, response, time.perf_counter() - started)
 
     def build_request(self, scope: Scope, receive: Receive) -> Request:
-        """Build the request of an ASGI scope. Its id is the client's, if that is harmless."""
+        """Build the request of an ASGI scope. Its id is that of the client, if it is harmless."""
         headers = dict(scope["headers"])
         client_id = headers.get(b"x-request-id")
         if client_id is not None and REQUEST_ID.fullmatch(client_id):
@@ -215,7 +215,7 @@ class Service:
             methods = self.allowed_methods[path]
             detail = f"{path} allows {' and '.join(methods)}, not {method}"
             raise Problem(405, detail, allow=", ".join(methods))
-        raise Problem(404, "there is nothing at this path; see /docs")
+        raise Problem(404, "this path does not exist; see /docs")
 
     def check_api_key(self, headers: dict[bytes, bytes]) -> None:
         """Compare the key of a request in constant time. Raises Problem 401."""
@@ -253,7 +253,7 @@ class Service:
         """Count, trace and log a request that has ended, without a response if the client left."""
         method = request.scope["method"]
         path = request.scope["path"]
-        status = response.status if response is not None else CLIENT_LEFT
+        status = response.status if response is not None else CLIENT_CLOSED_REQUEST
 
         is_prediction = method == "POST" and (path == "/predict" or path.startswith(INFER_PATHS))
         if is_prediction and response is not None:
@@ -273,11 +273,11 @@ class Service:
         self.counters.observe("request_duration_seconds", seconds)
 
     async def report_live(self, request: Request) -> Response:
-        """GET /health/live"""
+        """Handle GET /health/live: 200 while the process runs."""
         return json_response({"status": "live"})
 
     async def report_ready(self, request: Request) -> Response:
-        """GET /health/ready"""
+        """Handle GET /health/ready: 200 if all workers are ready. Raises Problem 503."""
         if self.state.draining:
             raise Problem(503, "the service is shutting down")
         if not self.dispatcher.is_ready:
@@ -286,7 +286,7 @@ class Service:
         return json_response({"status": "ready"})
 
     async def describe_model(self, request: Request) -> Response:
-        """GET /model"""
+        """Handle GET /model: the description that a worker sent. Raises Problem 503."""
         if not self.dispatcher.model:
             raise Problem(503, "no model is ready yet; try again in a second")
         return json_response(self.dispatcher.model)
@@ -301,7 +301,7 @@ class RequestLog:
         self.lines = 0
 
     def write(self, request: Request, status: int, seconds: float) -> None:
-        """Log a request that took so many seconds."""
+        """Log a request that took `seconds`, unless too many lines were logged in this second."""
         second = int(time.monotonic())
         if second != self.second:
             omitted = self.lines - MAX_LOG_LINES_PER_SECOND

@@ -20,12 +20,12 @@ from serve.wire import CANCEL, MAX_U32, MODEL_INFO, Answer, Job, pack_job, take_
 RECONNECT_SECONDS = 0.02
 WORKER_LOST = b"the worker stopped before it answered; try again"
 
-# Stands in the list of answers where there is none yet.
+# The placeholder in a list of answers for an image without an answer.
 UNANSWERED = Answer(id=0, status=0, version=0, body=b"")
 
 
 class PendingRequest:
-    """The images of one request on their way through the workers.
+    """The images of one request while workers process them.
 
     `on_done` is called once: when each image has an answer, or when the deadline has passed. After
     `cancel` it is not called.
@@ -65,7 +65,7 @@ class PendingRequest:
         self.submitted = [i for i, answer in enumerate(answers) if answer is UNANSWERED]
         self.missing = len(self.submitted)
 
-        # Sends the images at these positions once more. None where that is no longer possible.
+        # Sends the images at these positions once more. None if that is no longer possible.
         self.resend: Callable[[list[int]], None] | None = None
 
     def set_answer(self, index: int, answer: Answer) -> None:
@@ -97,7 +97,7 @@ class PendingRequest:
             self.dispatcher.counters.add("images", outcome)
         try:
             self.on_done(self)
-        except Exception:  # an error in one request must not reach others of the same worker
+        except Exception:  # an error in one request must not affect others of the same worker
             logs.logger.exception("a response could not be sent")
 
     def expire(self) -> None:
@@ -113,7 +113,7 @@ class PendingRequest:
             connection.cancel(job_id)
 
     def detach(self) -> None:
-        """Leave the dispatcher, and break the reference cycle through `resend`."""
+        """Remove the request from the dispatcher and break the reference cycle of `resend`."""
         self.resend = None
         self.dispatcher.pending_requests.pop(self, None)
 
@@ -130,7 +130,10 @@ def image_outcome(status: int) -> str:
 
 
 class WorkerConnection(asyncio.Protocol):
-    """The connection to one worker. Jobs of one turn of the event loop leave in one write."""
+    """The connection to one worker.
+
+    Jobs of one iteration of the event loop are sent in one write.
+    """
 
     def __init__(self, dispatcher: "Dispatcher") -> None:
         self.dispatcher = dispatcher
@@ -148,7 +151,7 @@ class WorkerConnection(asyncio.Protocol):
     # Implementation of asyncio.Protocol.
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Keep the transport."""
+        """Store the transport."""
         self.transport = transport
 
     def connection_lost(self, exc: Exception | None) -> None:

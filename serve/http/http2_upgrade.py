@@ -1,4 +1,4 @@
-"""Requests that ask for an upgrade to HTTP/2: they are answered over HTTP/1.1, as if they had not.
+"""Requests that ask for an upgrade to HTTP/2: they are answered over HTTP/1.1, as if they did not.
 
 Java's HttpClient and `curl --http2` ask for the upgrade in each request:
 
@@ -13,8 +13,8 @@ Java's HttpClient and `curl --http2` ask for the upgrade in each request:
     <3 bytes>
 
 A server may ignore the upgrade (RFC 9110, section 7.8). But after such a head httptools raises
-HttpParserUpgrade and takes everything behind it for another protocol. So a new parser gets the same
-head without the two headers, and then the bytes behind it:
+HttpParserUpgrade and takes everything after it for another protocol. So a new parser gets the same
+head without the two headers, and then the bytes after it:
 
     POST /predict HTTP/1.1
     host: imago:8000
@@ -47,7 +47,7 @@ class UpgradedConnection(Protocol):
         """Replace `parser` by one in its initial state."""
 
     def is_closed(self) -> bool:
-        """Return whether input is ignored from now on."""
+        """Whether input is ignored from now on."""
 
 
 class TunnelRequested(Exception):
@@ -55,9 +55,9 @@ class TunnelRequested(Exception):
 
 
 def replay_without_upgrade(connection: UpgradedConnection, rest: memoryview) -> None:
-    """Parse the last head again, as if it asked for no upgrade, and then `rest`, what follows it.
+    """Parse the last head again without its upgrade, then `rest`, the bytes after it.
 
-    Each request in `rest` may ask for an upgrade of its own. Raises TunnelRequested and
+    Each request in `rest` may ask for an upgrade as well. Raises TunnelRequested and
     httptools.HttpParserError.
     """
     while not connection.is_closed():

@@ -1,8 +1,10 @@
 """The Open Inference Protocol, version 2, with the binary tensor extension.
 
-Requests take the same queue as those to /predict. One input, `image`: UINT8 [N, height, width,
-channels] as the network takes it, or BYTES [N] with the bytes of image files. Outputs:
-`probabilities` FP32 [N, K], `energy` FP32 [N], `label` BYTES [N]. Runs in HTTP processes.
+Requests pass through the same queue as those to /predict. Runs in HTTP processes.
+
+There is one input, `image`: UINT8 [N, height, width, channels] as the network takes it, or BYTES
+[N] with the bytes of image files. The outputs are `probabilities` FP32 [N, K], `energy` FP32 [N]
+and `label` BYTES [N].
 
 https://github.com/kserve/open-inference-protocol
 """
@@ -50,7 +52,7 @@ class InferenceRequest:
 
 
 class OpenInference:
-    """Handles all paths below /v2. An error is `{"error": "…"}`, as the protocol demands."""
+    """Handles all paths below /v2. An error is `{"error": "…"}`, as the protocol requires."""
 
     def __init__(self, predict_endpoint: PredictEndpoint, dispatcher: Dispatcher):
         self.predict_endpoint = predict_endpoint
@@ -102,7 +104,7 @@ class OpenInference:
                 "not_ready" if is_inference else None,
             )
         if name != model.get("name"):
-            raise Problem(404, f"there is no model {name!r} here")
+            raise Problem(404, f"no model {name!r} is served")
         if segments[:1] == ["versions"]:
             if segments[1:2] != [model["version"]]:
                 raise Problem(404, f"version {model['version']} is served, no other")
@@ -180,23 +182,13 @@ def build_response(model_name: str, inference: InferenceRequest, answers: list[A
     chunks: list[bytes] = []
     for output in inference.outputs:
         if output.name == "label":
-            entry: dict[str, Any] = {"name": "label", "datatype": "BYTES", "shape": [len(labels)]}
+            entry, chunk = _encode_labels(labels, output.is_binary)
         else:
-            tensor = tensors[output.name]
-            entry = {"name": output.name, "datatype": "FP32", "shape": list(tensor.shape)}
-
-        if output.is_binary:
-            if output.name == "label":
-                data = b"".join([_LENGTH.pack(len(label)) + label for label in labels])
-            else:
-                data = tensor.tobytes()
-            entry["parameters"] = {"binary_data_size": len(data)}
-            chunks.append(data)
-        elif output.name == "label":
-            entry["data"] = [label.decode() for label in labels]
-        else:
-            entry["data"] = tensor.ravel().tolist()
+            entry, chunk = _encode_tensor(output.name, tensors[output.name], output.is_binary)
         entries.append(entry)
+        if output.is_binary:
+            entry["parameters"] = {"binary_data_size": len(chunk)}
+            chunks.append(chunk)
 
     version = answers[-1].version
     members = {"model_name": model_name, "model_version": str(version), "outputs": entries}
@@ -211,6 +203,24 @@ def build_response(model_name: str, inference: InferenceRequest, answers: list[A
     return Response(200, b"".join((text, *chunks)), b"application/octet-stream", headers)
 
 
+def _encode_labels(labels: list[bytes], is_binary: bool) -> tuple[dict[str, Any], bytes]:
+    """Return the JSON entry of the labels, and their bytes if they are sent in binary."""
+    entry: dict[str, Any] = {"name": "label", "datatype": "BYTES", "shape": [len(labels)]}
+    if is_binary:
+        return entry, b"".join([_LENGTH.pack(len(label)) + label for label in labels])
+    entry["data"] = [label.decode() for label in labels]
+    return entry, b""
+
+
+def _encode_tensor(name: str, tensor: np.ndarray, is_binary: bool) -> tuple[dict[str, Any], bytes]:
+    """Return the JSON entry of a float32 tensor, and its bytes if it is sent in binary."""
+    entry: dict[str, Any] = {"name": name, "datatype": "FP32", "shape": list(tensor.shape)}
+    if is_binary:
+        return entry, tensor.tobytes()
+    entry["data"] = tensor.ravel().tolist()
+    return entry, b""
+
+
 def parse_inference(
     content: bytes, headers: dict[bytes, bytes], spec: dict[str, Any], max_images: int
 ) -> InferenceRequest:
@@ -219,7 +229,7 @@ def parse_inference(
     Raises Problem 400, 413 or 415.
     """
     if b"content-encoding" in headers:
-        raise Problem(415, "compressed requests are not taken")
+        raise Problem(415, "compressed bodies are not supported; send the body as it is")
     image_shape = [spec["height"], spec["width"], spec["channels"]]
     json_end = _parse_json_length(content, headers)
     members = _load_json(content[:json_end], image_shape, max_images)
@@ -262,7 +272,7 @@ def _parse_json_length(content: bytes, headers: dict[bytes, bytes]) -> int:
         )
     # Checked before any slicing: content[:-1] would take all but the last byte for JSON.
     if not 0 <= length <= len(content):
-        raise Problem(400, "the length of the JSON is not one that the request has")
+        raise Problem(400, "the length of the JSON is larger than the body, or negative")
     return length
 
 
@@ -288,7 +298,7 @@ def _read_data(entry: dict[str, Any], binary: bytes) -> bytes | list[Any]:
             raise Problem(400, "the input has neither data nor binary_data_size")
         return data
     if type(size) is not int or size != len(binary):
-        raise Problem(400, f"binary_data_size is {size!r}, and {len(binary)} bytes came")
+        raise Problem(400, f"binary_data_size is {size!r}, but {len(binary)} bytes were sent")
     return binary
 
 
@@ -302,14 +312,14 @@ def _parse_tensor(data: bytes | list[Any], shape: list[int], image_shape: list[i
     image_bytes = math.prod(image_shape)
     expected = shape[0] * image_bytes
     if len(data) != expected:
-        raise Problem(400, f"{len(data)} values came, and the shape says {expected}")
+        raise Problem(400, f"the data has {len(data)} values, but the shape needs {expected}")
     return [data[start : start + image_bytes] for start in range(0, len(data), image_bytes)]
 
 
 def _flatten(data: list[Any], dimensions: int) -> bytes:
     """Return the numbers of a list that is flat or nested up to `dimensions` deep.
 
-    Not by NumPy, which would give every element the size of the longest string in the list.
+    NumPy is not used, because it gives every element the size of the longest string in the list.
     """
     for _ in range(dimensions - 1):
         if not data or type(data[0]) is not list:
@@ -339,7 +349,7 @@ def _parse_files(data: bytes | list[Any], shape: list[int]) -> list[bytes]:
         files = _split_binary_files(data, shape[0])
 
     if shape not in ([len(files)], [len(files), 1]):
-        raise Problem(400, f"the shape {shape} is not that of the images that came")
+        raise Problem(400, f"the shape {shape} does not fit the {len(files)} images that were sent")
     return files
 
 
@@ -385,7 +395,7 @@ def _read_parameters(entry: dict[str, Any]) -> dict[str, Any]:
 
 def _check_method(request: Request, *methods: str) -> None:
     if request.scope["method"] not in methods:
-        raise Problem(405, f"this path takes {' and '.join(methods)}", allow=", ".join(methods))
+        raise Problem(405, f"this path allows {' and '.join(methods)}", allow=", ".join(methods))
 
 
 def _unknown_path() -> Problem:

@@ -1,7 +1,7 @@
 """Predictions in an HTTP process: admission, parsing, dispatch to the workers, and the response.
 
-`PredictEndpoint` has one method a step. `serve.http.predict_request` calls them for POST /predict,
-and `PredictEndpoint.predict` runs them in order for `serve.http.open_inference`.
+`PredictEndpoint` has one method for each step. `serve.http.predict_request` calls them for POST
+/predict, and `PredictEndpoint.predict` runs them in order for `serve.http.open_inference`.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ NUMBER = re.compile("[0-9]{1,9}")  # int() raises for a number of thousands of d
 
 
 class PredictInput(NamedTuple):
-    """The images of a request and what is asked of them."""
+    """The images of a request, and what the answer must contain."""
 
     images: Sequence[bytes | Problem]  # a Problem stands for an image that is malformed
     top_k: int
@@ -114,7 +114,7 @@ class PredictEndpoint:
             raise Problem(503, "no model is ready; try again in a second", "not_ready")
 
     def check_capacity(self, images: int, size: int) -> None:
-        """Raise Problem 429 if there is no capacity for so many more images and bytes."""
+        """Raise Problem 429 if `images` more images, or `size` more bytes, are over a limit."""
         settings = self.settings
         processes = settings.api_processes
         if self.state.pending_images(processes) + images > settings.max_pending:
@@ -128,7 +128,7 @@ class PredictEndpoint:
             raise Problem(429, "too many bytes are waiting; try again in a second", "bytes")
 
     def reserve(self, reservation: Reservation, images: int, size: int) -> None:
-        """Change a reservation to so many images and bytes of body. Raises Problem 413 or 429."""
+        """Change a reservation to `images` images and `size` bytes. Raises Problem 413 or 429."""
         self._check_body_size(size)
         more_images = images - reservation.images
         more_bytes = size - reservation.bytes
@@ -139,7 +139,7 @@ class PredictEndpoint:
         self._change_reserved(more_images, 0, more_bytes)
 
     def release(self, reservation: Reservation) -> None:
-        """Give the reserved capacity back, once, when the request ends."""
+        """Return the reserved capacity. Called once, when the request ends."""
         self._change_reserved(-reservation.images, -1, -reservation.bytes)
 
     def parse(self, request: Request, content: bytes) -> PredictInput:
@@ -192,7 +192,7 @@ class PredictEndpoint:
     ) -> Callable[[PendingRequest], None]:
         """Fill in the answers that the cache has.
 
-        Returns an `on_done` that adds the other answers to the cache and calls the one given.
+        Returns a callback that adds the other answers to the cache, then calls `on_done`.
         """
         model = self.dispatcher.model
         missing_keys: dict[int, bytes] = {}
@@ -267,7 +267,7 @@ class PredictEndpoint:
         """Build the response of /predict and remember its predictions for feedback.
 
         Of many images, one that failed is an error among the predictions, and the status is 200 if
-        any succeeded. Raises Problem where the only image failed.
+        any succeeded. Raises Problem if the only image failed.
         """
         if len(answers) == 1:
             answer = answers[0]
@@ -310,7 +310,7 @@ class PredictEndpoint:
         return Response(status, body, JSON, headers)
 
 
-# What most requests have, so it is not parsed.
+# Most requests have an empty query, so it is not parsed.
 _KNOWN_QUERIES = {b"": (DEFAULT_TOP_K, 0)}
 
 

@@ -16,7 +16,7 @@ from serve.http.responses import Problem, Response, Scope
 
 
 class PredictConnection(Protocol):
-    """The connection of the request, which is the one that the connection answers now."""
+    """The connection of a client, while it answers the request."""
 
     def end_predict_request(self) -> None:
         """Forget the request: no callback reaches it any more."""
@@ -25,16 +25,16 @@ class PredictConnection(Protocol):
         """Return the bytes of the body that have arrived, and free their buffer."""
 
     def is_body_complete(self) -> bool:
-        """Return whether the whole body has arrived."""
+        """Whether the whole body has arrived."""
 
     def is_body_withheld(self) -> bool:
-        """Return whether the client waits for 100 Continue before it sends the body."""
+        """Whether the client waits for 100 Continue before it sends the body."""
 
     def send_continue(self) -> None:
         """Send 100 Continue."""
 
     def send_response(self, response: Response, request_id: str, close: bool) -> None:
-        """Send the response, and close the connection after it if `close`, or if it can't stay."""
+        """Send the response. Close the connection after it if `close`, or if HTTP demands it."""
 
 
 class PredictRequest:
@@ -54,7 +54,7 @@ class PredictRequest:
     )
 
     def __init__(self, service: Service, connection: PredictConnection, scope: Scope) -> None:
-        """Prepare a request with this ASGI scope; `start` begins to work on it."""
+        """Prepare a request with this ASGI scope; `start` admits it."""
         self.started = time.perf_counter()
         self.service = service
         self.connection = connection
@@ -155,5 +155,5 @@ class PredictRequest:
 
 
 async def _receive_nothing() -> dict[str, Any]:
-    """Stand for ASGI's receive: the body comes through the connection."""
+    """Replace ASGI's receive, which is not called: the body comes through the connection."""
     raise RuntimeError("the body of POST /predict does not come through ASGI")

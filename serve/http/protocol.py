@@ -1,7 +1,7 @@
 """The HTTP protocol of the service: uvicorn's, with limits, timeouts and a short path for /predict.
 
 Limits: the size of heads, the number of connections, and the time that a client takes to send a
-request, to take a response, or to come with its next request. Requests that a client pipelines are
+request, to read a response, or to begin its next request. Requests that a client pipelines are
 answered in order, one at a time.
 
 Written for uvicorn 0.54 and httptools 0.9, and the only module that uses their internals. uvicorn
@@ -10,11 +10,10 @@ has no public interface for any of it:
 - `HttpToolsProtocol` is subclassed, and its parser callbacks (`on_message_begin`,
   `on_headers_complete`, `on_body`, `on_message_complete`) are extended: limits must apply while the
   parser runs.
-- `_start_asgi_task` is overridden. It is where uvicorn begins with a request: POST /predict takes
-  the short path there, and a request waits where a response has not been taken.
+- `_start_asgi_task` is overridden. There uvicorn starts to answer a request. The override sends
+  POST /predict to the short path, and lets a request wait while the client takes no responses.
 - `on_response_complete` is replaced: uvicorn starts and cancels a keep-alive timer for each
-  request, which costs as much as to parse it. `HttpProtocol.enforce_timeouts` takes the place of
-  the timers.
+  request, which costs as much as to parse it. `HttpProtocol.enforce_timeouts` replaces the timers.
 - `pipeline`, a deque of (cycle, app), holds the pipelined requests, the oldest at the right end.
 - `flow`, a `FlowControl`, stops and resumes reading and knows when writing is paused.
 - `cycle`, a `RequestResponseCycle`, is the request that the parser is in, or was in last. The short
@@ -42,15 +41,15 @@ from serve.http.responses import Problem, Response, encode_response
 MAX_HEAD_BYTES = 32 << 10
 MAX_HEADERS = 100
 
-# Of a body that comes after the response. Then the connection is aborted.
+# Of a body that arrives after the response. If it is longer, the connection is aborted.
 MAX_DISCARDED_BYTES = 16 << 20
 
 # A connection above the limit may ask for the health of the service, once, so that an overloaded
-# service is not restarted. So many such connections are accepted.
+# service is not restarted. This many such connections are accepted.
 EXTRA_CONNECTIONS = 16
 HEALTH_PATHS = ("/health/", "/v2/health/")
 
-# Between the end of the process and the closing of idle connections, for a request on its way.
+# Idle connections stay open for this time after the shutdown begins, for requests on their way.
 SHUTDOWN_GRACE_SECONDS = 0.1
 
 
@@ -83,7 +82,7 @@ class HeadBudget:
     """Counts the bytes of a head that is not complete, over all reads that it takes.
 
     Chunk extensions and trailers count as well. They come between the pieces of a body and after
-    it, and the parser reports nothing while it reads them.
+    it, and the parser calls no method while it reads them.
     """
 
     __slots__ = ("body_bytes", "has_new_head", "has_progress", "pending_bytes", "read_bytes")
@@ -95,7 +94,7 @@ class HeadBudget:
         self.read_bytes = 0
         self.body_bytes = 0
         self.has_new_head = False  # a request began
-        self.has_progress = False  # a request began or ended, or a piece of a body came
+        self.has_progress = False  # a request began or ended, or a piece of a body arrived
 
     def start_read(self, size: int) -> None:
         """Begin a read of `size` bytes. What the parser finds in it is set in the attributes."""
@@ -116,16 +115,18 @@ class HeadBudget:
             self.pending_bytes = 0
 
     def is_exceeded(self) -> bool:
-        """Return whether the incomplete head is too large."""
+        """Whether the incomplete head is too large."""
         return self.pending_bytes > MAX_HEAD_BYTES
 
     def can_exceed(self) -> bool:
-        """Return whether a head that is complete now may be too large and must be measured."""
+        """Whether a head that is complete now may be too large and must be measured."""
         return self.pending_bytes > 0 or self.read_bytes > MAX_HEAD_BYTES
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """The connection of one client. Implements `ClientConnection` and `PredictConnection`.
+    """The connection of one client.
+
+    Implements `ClientConnection`, `PredictConnection` and `UpgradedConnection`.
 
     `current` is the request that is answered now. Requests that the client pipelines wait in
     `pipeline`, and reading stops meanwhile. No request begins while the client does not take the
@@ -139,7 +140,7 @@ class HttpProtocol(HttpToolsProtocol):
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
-        """Called by uvicorn for each connection."""
+        """Create the protocol of one connection. uvicorn calls this."""
         super().__init__(config, server_state, app_state, _loop)
         self.service: Service = app_state[STATE_KEY]
 
@@ -152,9 +153,10 @@ class HttpProtocol(HttpToolsProtocol):
         self.disconnect_callback: Callable[[], object] | None = None
         self.final_problem: Problem | None = None  # to be sent after the responses that are due
 
-        # Times of the event loop [s].
-        self.waiting_since = 0.0  # when the service began to wait for the client
-        self.unsent_since = 0.0  # since when a response is not taken; 0 where all are
+        # Times of the event loop [s]: when the service began to wait for the client, and since when
+        # the client has not taken a response, or 0 if it has taken all.
+        self.waiting_since = 0.0
+        self.unsent_since = 0.0
 
     # Implementation of asyncio.Protocol.
 
@@ -180,7 +182,7 @@ class HttpProtocol(HttpToolsProtocol):
             self.disconnect_callback()
 
     def resume_writing(self) -> None:
-        """Go on when the client has taken the responses that were sent."""
+        """Continue after the client has taken the responses that were sent."""
         super().resume_writing()
         self._continue()
 
@@ -210,7 +212,7 @@ class HttpProtocol(HttpToolsProtocol):
         """
         self.loop.call_later(SHUTDOWN_GRACE_SECONDS, super().shutdown)
 
-    # Parsing. The callbacks are called by the parser, in this order.
+    # Parsing. The parser calls the methods `on_…`, in this order.
 
     def _feed_parser(self, data: bytes) -> None:
         """Parse what the client sent, or refuse it."""
@@ -230,8 +232,12 @@ class HttpProtocol(HttpToolsProtocol):
         self.parser = httptools.HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
 
+    def is_closed(self) -> bool:
+        """Implement `UpgradedConnection`: whether input is ignored."""
+        return self.phase is CLOSED
+
     def on_message_begin(self) -> None:
-        """Begin with the head of a request."""
+        """Start the head of a request."""
         if self.phase is CLOSED:
             return
         super().on_message_begin()
@@ -243,7 +249,7 @@ class HttpProtocol(HttpToolsProtocol):
         self.head_budget.has_progress = True
 
     def on_headers_complete(self) -> None:
-        """Begin with the body of a request, and answer the request or let it wait."""
+        """Start the body of a request, and answer the request or let it wait."""
         if self.phase is CLOSED or self.parser.should_upgrade():
             return
         if self._is_head_too_large():
@@ -253,7 +259,7 @@ class HttpProtocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def _is_head_too_large(self) -> bool:
-        """Check the head that is complete now."""
+        """Whether the head that is complete now exceeds a limit."""
         if len(self.headers) > MAX_HEADERS:
             return True
         if not self.head_budget.can_exceed():
@@ -292,13 +298,13 @@ class HttpProtocol(HttpToolsProtocol):
             self.predict_request.on_body_complete()
 
     def _is_in_current_body(self) -> bool:
-        """Return whether the parser is in the body of the request that is answered now."""
+        """Whether the parser is in the body of the request that is answered now."""
         return self.phase is BODY and self.current is self.cycle
 
     # Requests and responses.
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
-        """Begin with a request, or let it wait in the pipeline."""
+        """Start to answer a request, or let it wait in the pipeline."""
         path = cycle.scope["path"]
         if self.is_above_limit:
             if not path.startswith(HEALTH_PATHS):
@@ -327,15 +333,15 @@ class HttpProtocol(HttpToolsProtocol):
             request.start()
 
     def end_predict_request(self) -> None:
-        """Part of `PredictConnection`."""
+        """Implement `PredictConnection`: forget the current request."""
         self.predict_request = None
 
     def is_body_complete(self) -> bool:
-        """Part of `PredictConnection`."""
+        """Implement `PredictConnection`: whether the current body has arrived."""
         return self.current is not None and not self.current.more_body
 
     def is_body_withheld(self) -> bool:
-        """Part of `ClientConnection` and `PredictConnection`.
+        """Implement both interfaces: whether the client waits for 100 Continue with its body.
 
         After an error such a client may send the body or not, so what follows can't be parsed.
         """
@@ -343,13 +349,13 @@ class HttpProtocol(HttpToolsProtocol):
         return cycle is not None and cycle.waiting_for_100_continue and cycle.more_body
 
     def send_continue(self) -> None:
-        """Part of `PredictConnection`."""
+        """Implement `PredictConnection`: send 100 Continue."""
         if self.current is not None:
             self.current.waiting_for_100_continue = False
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def take_body(self) -> bytes:
-        """Part of `PredictConnection`."""
+        """Implement `PredictConnection`: return the bytes that have arrived, and free them."""
         if self.current is None:
             return b""
         body = bytes(self.current.body)
@@ -357,7 +363,7 @@ class HttpProtocol(HttpToolsProtocol):
         return body
 
     def send_response(self, response: Response, request_id: str, close: bool) -> None:
-        """Part of `PredictConnection`."""
+        """Implement `PredictConnection`: write the response, and close the connection if needed."""
         cycle = self.current
         if cycle is None:
             return
@@ -375,18 +381,18 @@ class HttpProtocol(HttpToolsProtocol):
         cycle.on_response()
 
     def set_disconnect_callback(self, callback: Callable[[], object] | None) -> None:
-        """Part of `ClientConnection`."""
+        """Implement `ClientConnection`: call this if the client disconnects."""
         self.disconnect_callback = callback
 
     def on_response_complete(self) -> None:
-        """Go on after a response, as uvicorn does, but without a timer for an idle connection."""
+        """Continue after a response as uvicorn does, but without a timer for an idle client."""
         self.server_state.total_requests += 1
         self.current = None
         self.waiting_since = self.loop.time()
         self._continue()
 
     def _continue(self) -> None:
-        """Begin with the next request of the pipeline, or read on, or send the final problem."""
+        """Start the next request of the pipeline, or read more, or send the final problem."""
         if self.current is not None or self.flow.write_paused or self.transport.is_closing():
             return
         if self.pipeline:
@@ -426,7 +432,7 @@ class HttpProtocol(HttpToolsProtocol):
             self._continue()
 
     def _send_final_problem(self, problem: Problem) -> None:
-        """Send a problem that is the answer to no request, and close the connection."""
+        """Send a problem that answers no request, and close the connection."""
         request_id = self.service.new_request_id()
         response = self.service.reject(problem, request_id)
         server_headers = self.server_state.default_headers
@@ -436,15 +442,11 @@ class HttpProtocol(HttpToolsProtocol):
 
     # Timeouts.
 
-    def is_closed(self) -> bool:
-        """Part of `UpgradedConnection`."""
-        return self.phase is CLOSED
-
     def enforce_timeouts(self, now: float) -> None:
-        """Part of `ClientConnection`: close a connection whose client is too slow.
+        """Implement `ClientConnection`: close a connection whose client is too slow.
 
-        It has `deadline_ms` and `read_timeout_seconds` to take a response, `read_timeout_seconds`
-        to send a request, and `keep_alive_seconds` to begin with the next one.
+        A client has `deadline_ms` plus `read_timeout_seconds` to take a response,
+        `read_timeout_seconds` to send a request, and `keep_alive_seconds` to begin the next one.
         """
         settings = self.service.settings
         if self.transport.get_write_buffer_size():

@@ -19,7 +19,7 @@ MAX_EXTRA_ELEMENTS = 64  # objects, lists or form fields that a request may have
 _BOUNDARY = re.compile(rb'boundary=(?:"([^"\r\n]{1,70})"|([^\s;,"]{1,70}))', re.IGNORECASE)
 _FILE_HEADER = re.compile(rb"^content-disposition:.*;\s*filename\*?=", re.IGNORECASE | re.MULTILINE)
 
-# The bytes of an image, or the error that takes its place in the answer.
+# The bytes of an image, or the error that replaces its prediction in the answer.
 ImageOrProblem = bytes | Problem
 
 
@@ -133,7 +133,7 @@ def parse_json(body: bytes, max_images: int) -> list[ImageOrProblem]:
 
     A string may also be a data: URL. Raises Problem 400 for other content, 413 for too many images.
     """
-    # A data: URL contains a comma of its own.
+    # A data: URL contains a comma as well.
     max_commas = 2 * max_images + MAX_EXTRA_ELEMENTS
     members = load_bounded_json(body, MAX_EXTRA_ELEMENTS, max_commas)
     if not isinstance(members, dict) or ("image" in members) == ("images" in members):

@@ -18,6 +18,9 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 JSON = b"application/json"
 PROBLEM_JSON = b"application/problem+json"
 
+# In logs and traces, the status of a request whose client left before the response, as in nginx.
+CLIENT_CLOSED_REQUEST = 499
+
 SECURITY_HEADERS: list[Header] = [
     (b"x-content-type-options", b"nosniff"),
     (b"cache-control", b"no-store"),
@@ -32,7 +35,7 @@ class ClientConnection(Protocol):
         """Call `callback` if the client disconnects; None calls nothing."""
 
     def is_body_withheld(self) -> bool:
-        """Return whether the client of the current request still waits for 100 Continue."""
+        """Whether the client of the current request waits for 100 Continue with its body."""
 
     def enforce_timeouts(self, now: float) -> None:
         """Close the connection if its client is too slow. `now` is the event loop's time [s]."""
@@ -55,7 +58,7 @@ class Request:
 
 @dataclass(slots=True)
 class Response:
-    """A whole response."""
+    """A complete response: its body is known before it is sent."""
 
     status: int
     body: bytes

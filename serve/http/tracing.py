@@ -8,18 +8,17 @@ import re
 import time
 from typing import TYPE_CHECKING
 
-from serve.http.responses import Request, Response
+from serve.http.responses import CLIENT_CLOSED_REQUEST, Request, Response
 
 if TYPE_CHECKING:  # the extra may not be installed
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.trace import Span
 
-CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that disconnects before the response
 _DURATIONS = re.compile(rb"(\w+);dur=([\d.]+)")
 
 
 def check_installed() -> None:
-    """Raise ValueError if the extra is missing. Called before any process is started."""
+    """Raise ValueError if the extra is missing. Called before the service starts processes."""
     try:
         # The exporter imports all other packages of the extra.
         import opentelemetry.exporter.otlp.proto.http.trace_exporter  # noqa: F401

@@ -15,6 +15,7 @@ from serve.metrics import derived_metrics
 from serve.metrics.definitions import METRICS, Definition
 from serve.metrics.shared_counters import count_numbers, read_entries
 
+# By `Definition.combine`.
 COMBINE = {"sum": np.add, "max": np.maximum, "min": np.minimum}
 
 # The numbers of each series of one metric, by its label values.
@@ -24,8 +25,8 @@ Series = dict[tuple[str, ...], np.ndarray]
 class CounterCollector:
     """A prometheus_client collector over the counter files of a run directory."""
 
-    def __init__(self, run: str):
-        self.run = Path(run)
+    def __init__(self, run_directory: str):
+        self.run_directory = Path(run_directory)
 
     def collect(self) -> Iterator[Metric]:
         """Yield every metric of the service."""
@@ -43,8 +44,9 @@ class CounterCollector:
         )
 
     def _sum_files(self) -> dict[str, Series]:
+        """Return the series of each metric by its name, combined over all files."""
         totals: dict[str, Series] = {name: {} for name in METRICS}
-        for path in sorted(self.run.glob("*.metrics")):
+        for path in sorted(self.run_directory.glob("*.metrics")):
             data = path.read_bytes()
             values = np.frombuffer(data, np.float64)
             for name, labels, index in read_entries(data):

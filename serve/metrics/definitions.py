@@ -41,7 +41,7 @@ class Definition(NamedTuple):
     buckets: tuple[float, ...] = ()
     # How the values of several processes become one.
     combine: Literal["sum", "max", "min"] = "sum"
-    # False where another metric is computed from it and it is not shown itself.
+    # False if /metrics does not show it, but another metric that is computed from it.
     exposed: bool = True
 
 

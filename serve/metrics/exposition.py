@@ -49,20 +49,20 @@ class MetricsHandler(BaseHTTPRequestHandler):
 
 
 class MetricsServer(ThreadingHTTPServer):
-    """One thread and one request per connection; both number and duration are bounded."""
+    """One thread and one request per connection; their number and duration are limited."""
 
     daemon_threads = True
 
-    def __init__(self, host: str, port: int, run: str):
+    def __init__(self, host: str, port: int, run_directory: str):
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.registry = CollectorRegistry(auto_describe=False)
-        self.registry.register(CounterCollector(run))
+        self.registry.register(CounterCollector(run_directory))
         # Open connections, and the time.monotonic() at which each is closed.
         self.deadlines: dict[Any, float] = {}
         super().__init__((host, port), MetricsHandler)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Answer in a thread, or close the connection where too many are open."""
+        """Answer in a thread, or close the connection if too many are open."""
         if len(self.deadlines) >= MAX_CONNECTIONS:
             self.shutdown_request(request)
             return
@@ -84,7 +84,7 @@ class MetricsServer(ThreadingHTTPServer):
                     request.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log a failed scrape: as an error, but for a scraper that closed its connection early."""
+        """Log a failed scrape: at debug level if the scraper disconnected, else as an error."""
         disconnected = isinstance(sys.exc_info()[1], ConnectionError)
         logs.logger.log(
             logging.DEBUG if disconnected else logging.ERROR,
@@ -93,8 +93,8 @@ class MetricsServer(ThreadingHTTPServer):
         )
 
 
-def start(host: str, port: int, run: str) -> MetricsServer:
-    """Serve the metrics of a run directory from a thread. Raises OSError if the port is taken."""
-    server = MetricsServer(host, port, run)
+def start(host: str, port: int, run_directory: str) -> MetricsServer:
+    """Serve the metrics of a run directory from a thread. Raises OSError if the port is in use."""
+    server = MetricsServer(host, port, run_directory)
     threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
     return server

@@ -12,7 +12,7 @@ OTHER_OPEN_FILES = 128  # of a process, besides the connections of clients
 def limit_connections(settings: Settings) -> Settings:
     """Raise the limit of open files to what `max_connections` needs.
 
-    Return the settings, with fewer `max_connections` where the system allows no more. A connection
+    Return the settings, with fewer `max_connections` if the system allows no more. A connection
     above `max_connections` gets a response with status 503. One above the system's limit would get
     none.
     """

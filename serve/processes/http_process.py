@@ -1,7 +1,7 @@
-"""An HTTP process: uvicorn with the service's app. `serve.http` has what it runs.
+"""An HTTP process: uvicorn with the service's app. The code that it runs is in `serve.http`.
 
-Also the responses to clients that connect after the last HTTP process has ended, which the
-supervisor sends.
+The supervisor forks it. `answer_late_clients` runs in the supervisor itself, after the last HTTP
+process has ended.
 """
 
 import asyncio
@@ -23,8 +23,9 @@ RECEIVE_BYTES = 1 << 16
 class HttpServer(uvicorn.Server):
     """A uvicorn server that wakes once a second instead of ten times.
 
-    That is most of the CPU time of an idle service. Written for uvicorn 0.54: it overrides
-    `main_loop` and `handle_exit`, and calls `on_tick`, which updates the Date header.
+    Waking ten times a second takes most of the CPU time of an idle service. Written for uvicorn
+    0.54: it overrides `main_loop` and `handle_exit`, and calls `on_tick`, which updates the Date
+    header.
     """
 
     exit_event: asyncio.Event | None = None
@@ -46,13 +47,14 @@ class HttpServer(uvicorn.Server):
 
 def run_http_process(server: HttpServer, sockets: list[socket.socket]) -> None:
     """Run an HTTP process, the main function of a forked child of the supervisor."""
-    # The fork copied the supervisor's handlers, which drain the service. uvicorn sets its own soon.
+    # The fork copied the supervisor's handlers, which drain the service. uvicorn sets others soon.
     for signal_number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signal_number, signal.SIG_IGN)
     server.run(sockets)
 
 
-def _shutdown_response() -> bytes:
+def _build_shutdown_response() -> bytes:
+    """Return the bytes of a response with status 503 that closes the connection."""
     problem = {
         "type": "about:blank",
         "title": "Service Unavailable",
@@ -72,7 +74,7 @@ def _shutdown_response() -> bytes:
     return "\r\n".join(lines).encode()
 
 
-SHUTDOWN_RESPONSE = _shutdown_response()
+SHUTDOWN_RESPONSE = _build_shutdown_response()
 
 
 def answer_late_clients(listener: socket.socket) -> None:

@@ -14,7 +14,7 @@ Public parts that are extended:
 Private parts that are replaced, because version 0.2.19 has no public alternative:
 
 - `LitServer._init_manager` would start a manager process for queues, a status dictionary and an
-  event. A process, its memory and its polling are saved: plain objects take their places in
+  event. A process, its memory and its polling are saved: plain objects replace them in
   `workers_setup_status`, `_shutdown_event`, `litapi_request_queues` and `_transport`.
 - `LitServer.verify_worker_status` would wait for a worker before HTTP processes start. They start
   at once, so that the service can report that it is live and not ready.
@@ -100,7 +100,7 @@ class LitServeAdapter(litserve.LitServer):
         return self.inference_workers
 
     def replace_worker(self, number: int) -> None:
-        """Start another process in the place of a worker that has ended."""
+        """Start a process that replaces a worker that has ended."""
         process = self.launch_single_inference_worker(self.lit_api, number)
         self.inference_workers[number] = process
 
@@ -189,7 +189,7 @@ class _UnusedTransport(MessageTransport):
 
 
 class _NoManager:
-    """Takes the place of the manager process."""
+    """Replaces the manager process: there is nothing to shut down."""
 
     def shutdown(self) -> None:
         pass

@@ -24,7 +24,7 @@ class RestartPolicy:
         return time.monotonic() >= self.next_check
 
     def record_restart(self) -> None:
-        """Note that the process failed and was started again, or could not be."""
+        """Record that the process failed, and that a restart was tried."""
         now = time.monotonic()
         if now - self.last_start < MAX_PAUSE_SECONDS:
             self.failures += 1

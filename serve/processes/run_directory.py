@@ -32,7 +32,7 @@ def create_run_directory() -> str:
 
 
 def _set_temporary_directory() -> None:
-    """Use shared memory for temporary files where the root file system is read-only."""
+    """Use shared memory for temporary files if the root file system is read-only."""
     try:
         tempfile.gettempdir()
     except FileNotFoundError:
@@ -50,7 +50,7 @@ def _lock(directory: str) -> None:
 
 
 def _remove_if_unlocked(lock: Path) -> None:
-    """Remove the directory of a lock file if it is ours and no process holds the lock."""
+    """Remove the directory of a lock file if this user owns it and no process holds the lock."""
     try:
         with lock.open("rb") as file:
             if lock.parent.lstat().st_uid == os.getuid():

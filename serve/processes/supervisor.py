@@ -38,7 +38,7 @@ from serve.worker.worker import Worker
 # Monitoring. A process that ends is noticed at once.
 MONITOR_SECONDS = 1.0
 STARTUP_MONITOR_SECONDS = 0.1  # until all workers have started
-# A run that takes so many times as long as at the start is a hang, however busy the cores are.
+# A run that takes this many times its duration at the start is a hang, however busy the cores are.
 HANG_FACTOR = 5
 
 # The drain.
@@ -58,10 +58,11 @@ EXIT_OK = 0
 EXIT_UNUSABLE = 2
 
 ProcessKind = Literal["worker", "http", "shadow"]
+FailureReason = Literal["crash", "hang"]
 
 
 class ProcessKey(NamedTuple):
-    """Names a process of the service, whichever runs in its place."""
+    """Identifies a process of the service. The process that replaces it has the same key."""
 
     kind: ProcessKind
     number: int
@@ -223,9 +224,10 @@ class Supervisor:
         self, policies: dict[ProcessKey, RestartPolicy], timeout_seconds: float
     ) -> None:
         """Wait until one of the processes ends that may be checked, or until the timeout."""
-        sentinels = [
-            self._process(key).sentinel for key, policy in policies.items() if policy.is_check_due()
-        ]
+        sentinels: list[int] = []
+        for key, policy in policies.items():
+            if policy.is_check_due():
+                sentinels.append(self._process(key).sentinel)
         multiprocessing.connection.wait(sentinels, timeout_seconds)
 
     def _check_process(self, key: ProcessKey, policy: RestartPolicy) -> None:
@@ -238,7 +240,8 @@ class Supervisor:
             logs.logger.exception("a %s process could not be replaced; trying again", key.kind)
             policy.record_restart()
 
-    def _failure_reason(self, key: ProcessKey) -> Literal["crash", "hang"] | None:
+    def _failure_reason(self, key: ProcessKey) -> FailureReason | None:
+        """Return why a process must be replaced, or None if it runs well."""
         if not self._process(key).is_alive():
             return "crash"
         if key.kind == "worker" and self._worker_hangs(key.number):
@@ -253,9 +256,9 @@ class Supervisor:
         return self.state.stalled_seconds(number, self.threads) > limit
 
     def _handle_failure(
-        self, key: ProcessKey, reason: Literal["crash", "hang"], policy: RestartPolicy
+        self, key: ProcessKey, reason: FailureReason, policy: RestartPolicy
     ) -> None:
-        """Replace a process, unless the next one would fail in the same way."""
+        """Replace a process, unless its replacement would fail in the same way."""
         process = self._process(key)
         if reason == "hang":
             process.kill()
@@ -287,7 +290,7 @@ class Supervisor:
         return any(self.state.has_started(number) for number in range(self.settings.workers))
 
     def _replace(self, key: ProcessKey) -> None:
-        """Start another process in the place of one that has ended."""
+        """Start a process that replaces one that has ended."""
         if key.kind == "worker":
             self.state.reset_worker(key.number)
             self.litserve.replace_worker(key.number)

@@ -129,7 +129,7 @@ class Batcher:
     def take_more(self, limit: int) -> list[QueuedJob]:
         """Return at most `limit` jobs that have arrived, for a batch that has not run yet.
 
-        Return none where a free predictor is reading the sockets: it takes them at once.
+        Return none if a free predictor is reading the sockets: it takes them at once.
         """
         if limit <= 0 or not self.read_lock.acquire(blocking=False):
             return []

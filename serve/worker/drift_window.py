@@ -57,7 +57,7 @@ class DriftWindow:
                 self._add_signal(signal, histogram)
 
     def __call__(self, batch: CompletedBatch) -> None:
-        """Measure some images of the batch, if enough time has passed since the last ones."""
+        """Measure the first images of the batch, if enough time has passed since the last ones."""
         now = time.monotonic()
         if now < self.next_sample or not self.lock.acquire(blocking=False):
             return

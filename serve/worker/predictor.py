@@ -107,7 +107,7 @@ class Predictor:
             self._run_graph(group)
 
     def _decode_jobs(self, jobs: list[QueuedJob], is_alone: bool) -> DecodedBatch:
-        """Decode the images. Jobs that can't be decoded are answered here.
+        """Decode the images. Jobs that can't be decoded are answered at once.
 
         Expired jobs are left out, since the HTTP process answers them itself.
         """

@@ -1,10 +1,10 @@
 """Hot reload: follow the store's latest version, and replace the model between two batches.
 
-A thread of each worker watches where `latest` points. A new version is first checked in a process
-of its own (`version_check`). Then the worker loads it while the old model still serves, and
+A thread of each worker watches where `latest` points. A new version is first checked in a
+separate process (`version_check`). Then the worker loads it while the old model still serves, and
 replaces the old one. A version that fails is refused until `latest` points to another. A rollback
-is the same: only where `latest` points counts. An error of the store itself does not refuse a
-version; it is tried again.
+works in the same way: only the target of `latest` counts. After an error of the store itself, the
+version is not refused but tried again.
 """
 
 import fcntl
@@ -59,7 +59,7 @@ class Reloader:
             try:
                 self._follow_latest()
             except Exception:  # for example, the store does not answer
-                logs.logger.exception("could not look for a new version; trying again later")
+                logs.logger.exception("could not check for a new version; trying again later")
 
     def _follow_latest(self) -> None:
         """Reload if `latest` points to a version that is neither served nor refused."""
@@ -97,7 +97,7 @@ class Reloader:
         logs.logger.info("model replaced", extra={"fields": fields})
 
     def _load(self, version: int) -> Model:
-        """Check a version and load it. Raises an exception of any kind where that fails."""
+        """Check a version and load it. Raises an exception of any kind if that fails."""
         with self._lock():
             result = check_version(self.settings, self.run_directory, version, self.threads)
             bundle = Bundle(self.store.path(self.settings.model, version))

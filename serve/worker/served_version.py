@@ -1,4 +1,4 @@
-"""Which version a worker loads when it starts.
+"""The version that a worker loads when it starts.
 
 The version that is served is recorded in the run directory. A worker that replaces another can load
 it again, also while the store's latest version is a bad one.
@@ -26,7 +26,7 @@ def record_served_version(run_directory: str, version: int) -> None:
 def load_first_model(settings: Settings, run_directory: str, threads: int) -> Model:
     """Load the model of a worker that starts, and record its version.
 
-    Raises ValueError (BundleError is one) or OSError where no version can be loaded.
+    Raises ValueError (BundleError is one) or OSError if no version can be loaded.
     """
     store = Store(settings.store)
     *preferred, last = _versions_to_try(settings, run_directory)

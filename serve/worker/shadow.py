@@ -1,9 +1,9 @@
 """Shadow: a second version gets a share of the traffic, and its answers are compared and counted.
 
-It runs in a process of its own, which only gets idle CPU time. A worker sends it an image after the
-answer has left, without waiting, and only while no other job waits or runs. An image that the
-socket has no room for is dropped, and one that no datagram can hold is left out. So the second
-version may be slow, hang or crash, and no answer is later because of it.
+It runs in a separate process, which only gets idle CPU time. A worker sends it an image after the
+answer has left, without waiting, and only while no other job waits or runs. If the socket
+is full, the image is dropped. An image that is too large for a datagram is not sent. So the second
+version may be slow, hang or crash without delaying an answer.
 
 `ShadowSender` runs in worker processes, `run_shadow` is the main function of the shadow process.
 """
@@ -57,7 +57,7 @@ class ShadowSender:
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
 
     def __call__(self, batch: CompletedBatch) -> None:
-        """Send some images of the batch, each with the answer that its client got."""
+        """Send a share of the images of a batch, each with the answer that its client got."""
         for queued, probabilities in zip(batch.jobs, batch.outputs[0], strict=True):
             job = queued.job
             if self.random.random() >= self.share or job.flags & TENSOR:

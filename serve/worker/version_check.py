@@ -1,4 +1,4 @@
-"""Check a version of a model in a process of its own, before a worker loads it.
+"""Check a version of a model in a separate process, before a worker loads it.
 
 That process runs `python -m serve check`: it verifies the digests, loads the graph and runs the
 bundle's samples. Its priority is low. If the graph crashes or hangs it, no worker is affected.
@@ -23,13 +23,13 @@ NICENESS = 10
 
 # Runs `python -m serve` such that the kernel kills it (PR_SET_PDEATHSIG, 1) with SIGKILL (9) when
 # the worker's thread that started it ends: a check that hangs must not outlive its worker. It exits
-# at once where the worker, whose process id is %d, ended before that call.
+# at once if the worker, whose process id is %d, ended before that call.
 CHECK_PROGRAM = """import ctypes, os, runpy
 ctypes.CDLL(None).prctl(1, 9)
 if os.getppid() == %d:
     runpy.run_module('serve', run_name='__main__')"""
 
-# An OSError with another number may not occur again, and is no fault of the bundle.
+# An OSError with another number is transient: the store failed, not the bundle.
 PERMANENT_ERRORS = {
     errno.ENOENT,
     errno.EACCES,
@@ -54,7 +54,7 @@ def check_version(
     """Check a version once for all workers.
 
     A result that another worker has left in the run directory is reused while the bundle is the
-    same. Raises BundleError with the reason that the check gave; its cause is an OSError where the
+    same. Raises BundleError with the reason that the check gave; its cause is an OSError if the
     store could not be read.
     """
     result_path = os.path.join(run_directory, f"checked-{version}")
@@ -104,7 +104,7 @@ def _check_command(settings: Settings, version: int, threads: int) -> list[str]:
 
 
 def _run_check(command: list[str], version: int) -> str:
-    """Return what the check prints. Raises BundleError where it fails or takes too long."""
+    """Return what the check prints. Raises BundleError if it fails or takes too long."""
     # Without IMAGO_ variables: one that a flag of the service overrides may contradict the others.
     environment = {
         name: value for name, value in os.environ.items() if not name.upper().startswith(PREFIX)

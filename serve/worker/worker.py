@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from types import FrameType
 
 from models.store import LATEST
 from serve import logs
@@ -37,7 +38,7 @@ class Worker:
         self.threads = threads
 
     def setup(self) -> None:
-        """Load the model. Exit with status MODEL_UNUSABLE and one line on stderr where it fails."""
+        """Load the model. Exit with status MODEL_UNUSABLE and one line on stderr if it fails."""
         self.state = SharedState(self.run_directory)
         self._handle_signals()
         logs.configure(self.settings)
@@ -91,7 +92,11 @@ class Worker:
         Ctrl+C and systemd send them to the whole process group.
         """
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if self.state.stopping else None)
+        signal.signal(signal.SIGTERM, self._handle_sigterm)
+
+    def _handle_sigterm(self, number: int, frame: FrameType | None) -> None:
+        if self.state.stopping:
+            os._exit(0)
 
     def _active_predictors(self) -> int:
         """Return how many threads take batches: one for a light model, else all."""

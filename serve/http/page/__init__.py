@@ -29,7 +29,7 @@ PAGE_HEADERS: list[Header] = [
     ),
     (b"referrer-policy", b"no-referrer"),
 ]
-# A report comes from a bundle and brings its own styles and plots. It may not run scripts.
+# A report comes from a bundle and contains its styles and plots. It may not run scripts.
 REPORT_HEADERS: list[Header] = [
     (
         b"content-security-policy",
@@ -47,7 +47,7 @@ FILES = {
 
 
 class Page:
-    """The handlers of one HTTP process."""
+    """The handlers of the page, of one HTTP process."""
 
     def __init__(self, settings: Settings, dispatcher: Dispatcher):
         self.store = Store(settings.store)
@@ -63,7 +63,7 @@ class Page:
         _check_method(request)
         name = request.scope["path"].removeprefix("/page/")
         if name not in FILES:
-            raise Problem(404, "there is nothing here; see /docs")
+            raise Problem(404, "this path does not exist; see /docs")
         return _build_file_response(name)
 
     async def sample(self, request: Request) -> Response:
@@ -120,4 +120,4 @@ def _build_file_response(name: str) -> Response:
 
 def _check_method(request: Request) -> None:
     if request.scope["method"] not in ("GET", "HEAD"):
-        raise Problem(405, f"{request.scope['path']} takes GET and HEAD", allow="GET, HEAD")
+        raise Problem(405, f"{request.scope['path']} allows GET and HEAD", allow="GET, HEAD")

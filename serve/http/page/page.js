@@ -113,7 +113,7 @@ async function classifyAll(files, trueLabel) {
   const workers = Math.min(MAX_CONCURRENT_REQUESTS, files.length);
   await Promise.all(Array.from({ length: workers }, classifyQueued));
 
-  if (isSingle) return; // its status is that of its own result
+  if (isSingle) return; // the status already shows its result
   if (answered === files.length) showStatus(`${answered} images answered`);
   else showStatus(`${answered} of ${files.length} images answered`, true);
 }
