@@ -52,8 +52,8 @@ models: setup ## list the bundles in the store
 	@$(run) models list --store "$(STORE)" $(ARGS)
 
 ##@ Development
-# One worker more than cores, as tests also wait. A worker runs whole files, since files share servers
-# and models, in the order of their names: the long ones do not all come last.
+# One worker more than cores, because tests also wait. Each worker takes complete files, because the tests of
+# a file share servers and models. Files run in the order of their names, so that long ones do not come last.
 test: dev ## run the quick tests: make test [ARGS='tests/serve -k drain']
 	@$(run) pytest -m 'not slow' -n $$(($$(getconf _NPROCESSORS_ONLN) + 1)) --maxprocesses 6 \
 	  --dist loadfile --no-loadscope-reorder $(ARGS)

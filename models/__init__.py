@@ -2,7 +2,7 @@
 
 import os
 
-# Newer builds of onnxruntime send usage data, also from Linux, and decide so when they are
-# imported. Imago switches that off, unless the environment says otherwise.
+# Newer builds of onnxruntime send usage data, also on Linux, and read these variables when they
+# are imported. Imago switches this off, unless the environment sets them.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("ORT_TELEMETRY_DISABLED", "1")

@@ -91,7 +91,7 @@ def _add_latest_commands(commands: Subparsers) -> None:
     _add_name(rollback)
 
     prune = _add_command(
-        commands, "prune", run_prune, "delete old versions, but never latest and the one before it"
+        commands, "prune", run_prune, "delete old versions, but keep latest and the version before it"
     )
     _add_name(prune)
     prune.add_argument(
@@ -142,10 +142,9 @@ def _add_version(parser: argparse.ArgumentParser) -> None:
 
 
 def _parse_positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -153,7 +152,7 @@ def _parse_positive(text: str) -> int:
 
 
 def run_list(options: Options) -> int:
-    """Print a table of all versions. A broken bundle is a row that says why."""
+    """Print a table of all versions. The row of a broken bundle names the reason."""
     store = Store(options.store)
     header = ("NAME", "VERSION", "CREATED", "NETWORK", "ACCURACY", "VARIANTS", "")
     rows: list[tuple[str, ...]] = [header]
@@ -283,14 +282,14 @@ def run_rollback(options: Options) -> int:
 
 
 def run_prune(options: Options) -> int:
-    """Delete old versions."""
+    """Delete old versions and print their numbers."""
     deleted = Store(options.store).prune(options.name, options.keep)
     print(f"{options.name}: deleted {', '.join(map(str, deleted)) or 'nothing'}")
     return 0
 
 
 def run_push(options: Options) -> int:
-    """Copy a bundle to another store."""
+    """Copy a bundle to another store and print its URL."""
     store = Store(options.store)
     promote = not options.no_promote
     url, is_copied = push(store, options.name, options.version, options.url, promote)
@@ -299,7 +298,7 @@ def run_push(options: Options) -> int:
 
 
 def run_pull(options: Options) -> int:
-    """Copy a bundle from another store."""
+    """Copy a bundle from another store and print its path."""
     store = Store(options.store)
     promote = not options.no_promote
     bundle, is_copied = pull(store, options.name, options.version, options.url, promote)

@@ -1,7 +1,7 @@
 """How many cores this process may use, by CPU affinity and cgroup quota.
 
-A container sees all cores of its host; `available_cores` says how many threads pay off. Used by
-training and serving to size their thread pools.
+A container sees all cores of its host, and more threads than its quota slow it down. Training and
+serving size their thread pools by `available_cores`.
 """
 
 import math
@@ -27,7 +27,7 @@ def read_quota(membership: str, root: Path) -> float | None:
 
     `membership` is the text of /proc/self/cgroup: lines `hierarchy:controllers:path`, where an
     empty list of controllers marks version 2. A parent's quota limits its children, so all
-    directories from the process's own up to `root` count.
+    directories from that of the process up to `root` count.
     """
     quotas: list[float | None] = []
     for line in membership.splitlines():

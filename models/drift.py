@@ -45,7 +45,7 @@ def bin_edges(values: np.ndarray, bins: int = 10) -> np.ndarray:
     """Return edges for `histogram` that suit the values of a baseline: bins of equal mass.
 
     Values with at most `bins` levels (image sizes, often a single one) get one bin a level and one
-    empty bin on either side, so that a new level shows.
+    empty bin on either side, in which a new level is counted.
     """
     levels = np.unique(np.asarray(values, np.float64))
     if len(levels) > bins:

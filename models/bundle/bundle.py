@@ -1,13 +1,13 @@
-"""`Bundle`: a trained model on disk, and all that is needed to trust and serve it.
+"""`Bundle`: a trained model on disk, with everything that is needed to trust and serve it.
 
-manifest.json        what the bundle is (models.bundle.manifest)
+manifest.json        classes, input, variants, metrics, provenance (models.bundle.manifest)
 model.onnx           the network as the server runs it
 model.int8.onnx      the same in int8, where its accuracy passed the gate
 weights.safetensors  for fine-tuning
 samples/             validation images, and expected.npz: the outputs of the torch network
-report.html          the report
-README.md            the model card
-SHA256SUMS           checksums of all the above
+report.html          the model card, with plots
+README.md            the same in brief
+SHA256SUMS           checksums of all files above
 bundle.sig           the signature, where the bundle is signed
 """
 
@@ -94,7 +94,10 @@ class Bundle:
             raise BundleError(f"{path}: unreadable expected outputs: {error}") from error
 
     def _check_directory_name(self) -> None:
-        """In a store a bundle lies in <name>/<version>; elsewhere it may have any name."""
+        """Raise BundleError where a bundle in a store is not in <name>/<version>.
+
+        Outside of a store, where the directory is no number, it may have any name.
+        """
         directory = self.path.resolve()
         if not directory.name.isdecimal():
             return
@@ -107,6 +110,7 @@ class Bundle:
             )
 
     def _check_variant(self, name: str, variant: Variant, checksums: dict[str, str]) -> None:
+        """Raise BundleError where the graph of a variant is not that of the manifest."""
         path = self.variant_path(name)
         if checksums.get(variant.file) != variant.sha256:
             raise BundleError(f"{path}: not the {name} file of {MANIFEST_FILE} (sha256 differs)")

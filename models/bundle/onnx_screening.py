@@ -1,9 +1,9 @@
 """Read opset, signature and operators of an untrusted ONNX file, before a runtime opens it.
 
 Refused are files that are cut short, keep weights in other files, contain training information,
-use operators of an unknown domain, or have another signature than the manifest says. The parser
-walks the protobuf wire format and never touches the weights: it needs no `onnx` package and
-allocates nothing by what the file claims.
+use operators of an unknown domain, or have another signature than the manifest states. The parser
+walks the protobuf wire format and never reads the weights. It needs no `onnx` package, and no size
+that the file states makes it allocate memory.
 
 Wire format (protobuf.dev/programming-guides/encoding): a message is a sequence of fields. A field
 is a key, which is the varint `field number << 3 | wire type`, and a value:
@@ -69,7 +69,7 @@ MAX_DEPTH = 16
 """Of messages inside messages."""
 
 ALLOWED_DOMAINS = frozenset(("", "ai.onnx", "com.microsoft"))
-"""Domains of operators: ONNX's own, by both names, and that of onnxruntime."""
+"""Domains of operators: that of ONNX, by both names, and that of onnxruntime."""
 
 # Rank of each output: [N,K], [N], [N,D], [N,K,h,w].
 OUTPUT_RANKS = {
@@ -168,7 +168,7 @@ def check_graph(path: Path, input_spec: InputSpec, classes: int, outputs: list[s
 
 
 def _check_input(path: Path, graph: Graph, spec: InputSpec) -> None:
-    """The one input is image uint8 [N, height, width, channels] for any N."""
+    """Raise BundleError unless the only input is image uint8 [N, height, width, channels]."""
     image = graph.inputs.get("image")
     is_expected = (
         len(graph.inputs) == 1
@@ -185,6 +185,7 @@ def _check_input(path: Path, graph: Graph, spec: InputSpec) -> None:
 
 
 def _check_output(path: Path, name: str, output: TensorType, classes: int) -> None:
+    """Raise BundleError unless the output is float32 with the rank and classes of its name."""
     rank = OUTPUT_RANKS.get(name)
     if output.element_type != _FLOAT or len(output.shape) != rank:
         raise BundleError(
@@ -239,6 +240,7 @@ def _read_message(data: memoryview, message: str, graph: Graph, depth: int) -> N
 
 
 def _read_nested(data: memoryview, message: str, graph: Graph, depth: int) -> None:
+    """Read the messages inside one message into `graph`, as _NESTED_MESSAGES names them."""
     if depth > MAX_DEPTH:
         raise _NotAllowed(f"nested deeper than {MAX_DEPTH} messages, which is not allowed")
     nested_messages = _NESTED_MESSAGES[message]
@@ -263,6 +265,7 @@ def _read_node(data: memoryview, graph: Graph, depth: int) -> None:
 
 
 def _check_tensor(data: memoryview) -> None:
+    """Raise _NotAllowed where the tensor's data is in another file."""
     for number, value in _read_fields(data):
         is_external = number == _DATA_LOCATION and value == _EXTERNAL
         if number == _EXTERNAL_DATA or is_external:

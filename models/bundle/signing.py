@@ -56,7 +56,7 @@ def verify_signature(path: Path, public_key: Path) -> None:
         )
     try:
         config.set_hashing_config(_hashing_config(model_signing)).verify(path, signature)
-    except Exception as error:  # whatever cryptography, pydantic and json raise
+    except Exception as error:  # those of cryptography, pydantic and json share no base class
         raise BundleError(
             f"{signature}: does not match this key and these files: {_first_line(error)}"
         ) from error

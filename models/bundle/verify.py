@@ -1,7 +1,7 @@
-"""Verify that a bundle gives the same outputs on this machine as where it was made.
+"""Verify that a bundle gives the same outputs on this machine as on the one that exported it.
 
-`imago models verify` runs `verify_bundle`. The server's self check and the export of training use
-the parts. Needs onnxruntime, never torch.
+`imago models verify` runs `verify_bundle`. The workers of the server and the export of training
+use its parts. Needs onnxruntime, never torch.
 """
 
 import statistics
@@ -35,7 +35,7 @@ Runner = Callable[[np.ndarray], Outputs]
 
 @dataclass(frozen=True)
 class Comparison:
-    """How close outputs are to the expected ones. True where they are close enough."""
+    """How close outputs are to the expected ones. `bool(comparison)`: whether close enough."""
 
     max_abs_diff: float
     """Largest |difference| of any probability."""
@@ -161,7 +161,7 @@ class Samples:
 def decode_samples(bundle: Bundle) -> Samples:
     """Decode the samples of a bundle on this machine.
 
-    Raises BundleError where there are none, one is not an image, or expected.npz is of others.
+    Raises BundleError where there are none, one is not an image, or expected.npz does not match.
     """
     input_spec = bundle.manifest.input
     decoded: list[np.ndarray] = []

@@ -1,7 +1,7 @@
 """Decode the bytes of one image to uint8 pixels with OpenCV.
 
 Used by training (sources, samples of a bundle) and by the workers of the server. What decoding may
-hold in memory is known from the header before it begins, and large images wait for one another.
+hold in memory is known from the header before it begins. Large images are decoded one at a time.
 """
 
 import struct
@@ -20,12 +20,12 @@ from models.image.tiff import ORIENTATION, read_tiff_tags
 
 # Callers run one decode a core; a second pool of threads inside would only contend with them.
 cv2.setNumThreads(1)
-# The sender gets the error in the answer; stderr needs no copy of it. libpng and libjpeg still
-# write there.
+# The error is in the response, so a copy on stderr is not needed. libpng and libjpeg still write
+# there.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 MAX_PIXELS = 50_000_000
-"""Pixels of an image, by default."""
+"""Largest image that is decoded, by default."""
 
 ONE_AT_A_TIME_BYTES = 64 << 20
 """Images that take more than this are decoded one at a time, so that a container's memory
@@ -84,8 +84,8 @@ def decode(
     """Decode one image to the network's input: uint8 [height, width, channels] of `spec`.
 
     EXIF orientation is applied, transparent pixels are laid over white, and of an animation the
-    first frame is taken. `on_start` is called when decoding begins: large images first wait for
-    one another.
+    first frame is taken. `on_start` is called when decoding begins, which may be later: large
+    images are decoded one at a time.
 
     Raises UnsupportedFormat, ImageTooLarge (more than `max_pixels`, or more bytes than that many
     pixels have at 8 bits a colour) or UndecodableImage.
@@ -138,7 +138,7 @@ def _jpeg_reduction(header: Header, spec: InputSpec) -> int:
 
 
 def _memory_guard(header: Header, reduction: int) -> AbstractContextManager[object]:
-    """Return the lock that large images share, or nothing to wait for."""
+    """Return the lock that all large images share; for small ones a context without a lock."""
     pixel_bytes = header.pixel_bytes / reduction**2
     if header.has_several_scans:
         pixel_bytes = COEFFICIENT_BYTES
@@ -148,6 +148,7 @@ def _memory_guard(header: Header, reduction: int) -> AbstractContextManager[obje
 
 
 def _decode_pixels(data: bytes, header: Header, channels: int, reduction: int) -> np.ndarray:
+    """Decode to uint8 [H / reduction, W / reduction, channels], upright and over white."""
     flag = _imread_flag(header, channels, reduction)
     image, exif = _run_decoder(data, header, flag)
 
@@ -161,6 +162,7 @@ def _decode_pixels(data: bytes, header: Header, channels: int, reduction: int) -
 
 
 def _imread_flag(header: Header, channels: int, reduction: int) -> int:
+    """Return the flag of OpenCV's decoders that needs the fewest conversions afterwards."""
     if header.format != "jpeg" and header.alpha != "ignored":
         return cv2.IMREAD_UNCHANGED  # the image may have alpha or 16 bits
     flags = _GRAY_FLAGS if channels == 1 else _COLOUR_FLAGS
@@ -222,6 +224,7 @@ def _flatten(image: np.ndarray, channels: int, header: Header) -> np.ndarray:
 
 
 def _flatten_strip(image: np.ndarray, channels: int, header: Header) -> np.ndarray:
+    """Convert rows of an image as `_flatten` does."""
     is_gray = image.ndim == 2
     transparent_pixels = None
     if is_gray and header.transparent is not None:

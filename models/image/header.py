@@ -15,6 +15,9 @@ from models.image import tiff
 from models.image.errors import UndecodableImage, UnsupportedFormat
 
 
+DAMAGED = "the image header is cut short or damaged"
+
+
 @dataclass(frozen=True, slots=True)
 class Header:
     """Format, size and memory of one image, as far as its header states them."""
@@ -37,14 +40,14 @@ class Header:
     """Most bytes that decoding holds for each pixel."""
 
     has_several_scans: bool = False
-    """Of a JPEG: its coefficients are held whole until the last scan is read."""
+    """Of a JPEG: all its coefficients stay in memory until the last scan is read."""
 
 
 def read_header(data: bytes) -> Header:
     """Read format and size from the header alone.
 
     Raises UnsupportedFormat for an unknown magic number. Raises UndecodableImage where the header
-    is cut short or invalid, or asks for something that the decoders get wrong.
+    is cut short or invalid, or uses a feature that the decoders read wrongly.
     """
     if not data:
         raise UndecodableImage("the image is empty")
@@ -52,7 +55,7 @@ def read_header(data: bytes) -> Header:
     try:
         header = _parse_header(data)
     except (struct.error, IndexError, KeyError) as error:
-        raise UndecodableImage("the image header is cut short or damaged") from error
+        raise UndecodableImage(DAMAGED) from error
 
     if header.width <= 0 or header.height <= 0:
         raise UndecodableImage("the image header states no size")
@@ -60,6 +63,7 @@ def read_header(data: bytes) -> Header:
 
 
 def _parse_header(data: bytes) -> Header:
+    """Parse by the magic number. struct.error, IndexError and KeyError mean a damaged header."""
     if data[:3] == b"\xff\xd8\xff":
         return _parse_jpeg(data)
     if data[:8] == b"\x89PNG\r\n\x1a\n":
@@ -107,7 +111,7 @@ _SOS = 0xDA  # start of scan
 _PROGRESSIVE_FRAMES = frozenset((_SOF2, _SOF6, _SOF10, _SOF14))
 _NOT_FRAMES = frozenset((_DHT, _JPG, _DAC))  # among the markers from SOF0 to SOF15
 _INVALID_BEFORE_SCAN = frozenset((_STUFFING, _SOI, _EOI, _SOS))
-_MAX_SCANS = 100  # progressive encoders write about ten; each costs a pass over the whole picture
+_MAX_SCANS = 100  # progressive encoders write about ten; each costs a pass over the picture
 
 
 def _parse_jpeg(data: bytes) -> Header:
@@ -125,9 +129,9 @@ def _parse_jpeg(data: bytes) -> Header:
 
         is_frame = _SOF0 <= marker <= _SOF15 and marker not in _NOT_FRAMES
         if marker in _INVALID_BEFORE_SCAN or length < 2:
-            raise IndexError
+            raise UndecodableImage(DAMAGED)
         if is_frame and frame:  # a second frame would hide the size of the first
-            raise IndexError
+            raise UndecodableImage(DAMAGED)
         if is_frame:
             frame = position
         position += length
@@ -145,7 +149,7 @@ def _parse_jpeg(data: bytes) -> Header:
 def _read_jpeg_marker(data: bytes, position: int) -> tuple[int, int]:
     """Return the marker at `position` and the position after it; 0xFF fill bytes may precede it."""
     if data[position] != 0xFF:
-        raise IndexError
+        raise UndecodableImage(DAMAGED)
     while data[position] == 0xFF:
         position += 1
     return data[position], position + 1
@@ -168,7 +172,7 @@ def _parse_png(data: bytes) -> Header:
     """Read the IHDR chunk, which must be first, and tRNS of gray pictures, which OpenCV ignores."""
     length, chunk_type, width, height, depth, colour_type = struct.unpack_from(">I4sIIBB", data, 8)
     if chunk_type != b"IHDR" or length != 13:
-        raise KeyError(chunk_type)
+        raise UndecodableImage(DAMAGED)
 
     pixel_bytes = 4
     if depth == 16:
@@ -178,7 +182,7 @@ def _parse_png(data: bytes) -> Header:
 
 
 def _read_png_transparent_gray(data: bytes, depth: int) -> int | None:
-    """Return the gray value that the tRNS chunk declares transparent, as decoders spread it."""
+    """Return the gray value that the tRNS chunk declares transparent, scaled to 8 bits."""
     transparent = None
     position = 8
     chunk_type = b""
@@ -186,7 +190,7 @@ def _read_png_transparent_gray(data: bytes, depth: int) -> int | None:
         length, chunk_type = struct.unpack_from(">I4s", data, position)
         if chunk_type == b"tRNS":
             (transparent,) = struct.unpack_from(">H", data, position + 8)
-            if depth < 8:  # decoders spread few bits over 0..255
+            if depth < 8:  # decoders scale fewer bits to 0..255
                 transparent = transparent * 255 // (2**depth - 1)
         position += 12 + length
     return transparent
@@ -220,7 +224,7 @@ def _parse_webp(data: bytes) -> Header:
         height = (height_low | height_high << 16) + 1
         return Header("webp", width, height)
 
-    raise KeyError(chunk_type)
+    raise UndecodableImage(DAMAGED)
 
 
 _BMP_OS2_HEADER_BYTES = 12
@@ -309,6 +313,7 @@ def _parse_tiff(data: bytes) -> Header:
 
 
 def _is_supported_tiff(tags: dict[int, int]) -> bool:
+    """Whether OpenCV reads a TIFF with these tags correctly."""
     bits = tags.get(tiff.BITS_PER_SAMPLE, 1)
     photometric = tags[tiff.PHOTOMETRIC_INTERPRETATION]
     is_readable = (

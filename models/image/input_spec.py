@@ -11,7 +11,7 @@ class InputSpec(BaseModel):
     `resize` says how an image of another size is brought to this one:
 
     - crop: scale the short side to `short_side`, then cut out the centre
-    - stretch: scale each side on its own
+    - stretch: scale both sides to the size, without keeping their ratio
     - pad: scale the long side to the size and fill the rest with black
     """
 

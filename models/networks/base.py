@@ -27,7 +27,7 @@ class Network(nn.Module, ABC):
     """Probability of dropout on the embedding, in training."""
 
     prepare: Callable[[Tensor], None] | None = None
-    """Sets what is computed from normalised training images [n,C,H,W] before training begins."""
+    """Sets weights from normalised training images [n,C,H,W] before training; None: has none."""
 
     @abstractmethod
     def forward_features(self, x: Tensor) -> Tensor:

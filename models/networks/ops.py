@@ -4,7 +4,7 @@ torchvision's wheels on PyPI are linked to CUDA. With a CPU build of torch their
 not load, and `import torchvision` fails with "operator torchvision::nms does not exist", because it
 registers shape functions for these two operators. Declaring their schemas first is enough to import
 it. lightning is concerned too: it imports torchvision through torchmetrics. No classification model
-calls the operators.
+uses the operators.
 """
 
 import importlib.util
@@ -21,8 +21,8 @@ SCHEMAS = (
 def declare_torchvision_ops() -> torch.library.Library | None:
     """Load torchvision's own operators, or else declare their schemas.
 
-    Returns the library that holds the declarations, or None where they are not needed. Keep it:
-    they end with it.
+    Returns the library that holds the declarations, or None where they are not needed. Keep a
+    reference to it: without one the declarations are removed.
     """
     spec = importlib.util.find_spec("torchvision")
     if spec is None or _load_torchvision_library(spec.submodule_search_locations or []):

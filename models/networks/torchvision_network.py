@@ -17,8 +17,9 @@ from models.networks.base import Network
 SMALL_SIZE = 64
 """Pixels up to which a stem that shrinks the image at once would lose its details."""
 
-# Class of torchvision -> the layers up to global average pooling; a name that is no layer is a
-# function. Of other classes only the last linear layer is cut off, so their features are [N,D].
+# Class of torchvision -> its layers up to global average pooling; `relu` is a function where the
+# class has no such layer. Of other classes only the last linear layer is removed, so their features
+# are [N,D].
 FEATURE_LAYERS = {
     "ResNet": "conv1 bn1 relu maxpool layer1 layer2 layer3 layer4",
     "DenseNet": "features relu",
@@ -169,7 +170,7 @@ def _cut_head(model: nn.Module) -> tuple[nn.Linear, float]:
     path, head = linear_layers[-1]
     model.set_submodule(path, nn.Identity())
 
-    # In a Sequential the layer before it has the number before its own.
+    # In a Sequential the layer before it has the next smaller number.
     parent, _, name = path.rpartition(".")
     has_previous = name.isdecimal() and int(name) > 0
     previous_path = f"{parent}.{int(name) - 1}" if has_previous else "dropout"

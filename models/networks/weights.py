@@ -16,14 +16,14 @@ from models.networks.torchvision_network import list_torchvision_models, sum_rgb
 IMAGENET = "imagenet"
 
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "network.")
-"""Put before the names of tensors by DistributedDataParallel, torch.compile and our system."""
+"""Put before the names of tensors by DistributedDataParallel, torch.compile and Imago's checkpoints."""
 
 
 def find_weights_file(weights: str, network: str) -> Path:
     """Return the file of weights: a path, or with "imagenet" torchvision's best ones.
 
-    Those are downloaded once. Raises ValueError where there are none for the network, or the
-    download fails.
+    torchvision's are downloaded once. Raises ValueError where there are none for the network, or
+    the download fails.
     """
     if weights != IMAGENET:
         return Path(weights)
@@ -39,10 +39,10 @@ def find_weights_file(weights: str, network: str) -> Path:
         return file
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    sha256_prefix = file.stem.rpartition("-")[2]  # torchvision names its files so
+    sha256_prefix = file.stem.rpartition("-")[2]  # torchvision names files by their checksum
     try:
         torch.hub.download_url_to_file(url, str(file), sha256_prefix, progress=False)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: another checksum
         raise ValueError(
             f"weights imagenet: can't download {url} ({error}); fetch it on another machine and "
             "give the path of the file instead of imagenet"
@@ -94,8 +94,8 @@ def _is_rgb_to_gray(value: Tensor, current: Tensor) -> bool:
 def read_normalization(path: Path) -> tuple[list[float], list[float]] | None:
     """Return mean and standard deviation of each channel, 0..255, that weights were trained with.
 
-    The weights of bundles and Imago's checkpoints have them; for others returns None. Raises
-    ValueError as `read_weights` does.
+    The weights of bundles and Imago's checkpoints have them; for others returns None. Call it after
+    `load_weights`, which raises for a file that can't be read.
     """
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:

@@ -22,7 +22,7 @@ LATEST = "latest"
 LOCK_FILE = ".lock"
 STAGING_PREFIX = ".staging-"
 ABANDONED_SECONDS = 24 * 3600
-"""Age at which a staging directory is taken for one of a job that died."""
+"""Age from which a staging directory counts as one of a job that died."""
 
 
 class Store:
@@ -146,7 +146,7 @@ class Store:
         except FileExistsError:
             return None
 
-        if (self.root / name / str(version)).exists():  # published just before our mkdir
+        if (self.root / name / str(version)).exists():  # published just before this mkdir
             with suppress(FileNotFoundError):  # its writer may be removing the directory, too
                 directory.rmdir()
             return None
@@ -162,7 +162,7 @@ class Store:
     def advance(self, name: str, version: int) -> None:
         """Point `latest` at a version, unless it points at a newer one.
 
-        So of two jobs that finish at the same time, the newer version stays.
+        Of two jobs that finish at the same time, the newer version stays.
         """
         with (self.root / name / LOCK_FILE).open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -187,8 +187,8 @@ class Store:
     def prune(self, name: str, keep: int) -> list[int]:
         """Delete all versions but the newest `keep`, `latest` and the one before it.
 
-        Also deletes what jobs that died more than a day ago left unfinished. Returns the versions
-        that were deleted.
+        Also deletes staging directories older than a day, which jobs that died left. Returns the
+        versions that were deleted.
         """
         self._check_name_exists(name)
         versions = self.versions(name)

@@ -64,6 +64,8 @@ def pull(
     stays invisible. Raises BundleError where there is no such version, it is incomplete, or `store`
     has the version with other contents.
     """
+    if str(version) != LATEST and not str(version).isdecimal():
+        raise BundleError(f"can't pull version {version!r} of {name}; give a number or latest")
     remote = RemoteStore(url)
     with remote.translate_errors():
         number = remote.latest(name) if str(version) == LATEST else int(version)
@@ -121,7 +123,7 @@ class RemoteStore:
 
     @contextmanager
     def translate_errors(self) -> Iterator[None]:
-        """Turn whatever a file system raises into a BundleError of one line that names the URL."""
+        """Turn any error of a file system into a BundleError of one line that names the URL."""
         try:
             yield
         except BundleError:
@@ -136,7 +138,7 @@ class RemoteStore:
         return str(PurePosixPath(self.root, *map(str, parts)))
 
     def has_version(self, name: str, version: int) -> bool:
-        """Whether a version is there and complete."""
+        """Whether a version exists and is complete."""
         return self.filesystem.exists(self.path(name, version, CHECKSUMS_FILE))
 
     def has_signature(self, name: str, version: int) -> bool:

@@ -258,4 +258,4 @@ def test_the_revision_of_changed_sources_is_dirty(tmp_path):
 
 def test_a_missing_base_image_is_one_line(engine):
     error = one_line(run("docker/build", "serve", BASE="localhost:1/no/such:image"))
-    assert "the base image localhost:1/no/such:image is not here" in error
+    assert "the base image localhost:1/no/such:image is not on this machine" in error

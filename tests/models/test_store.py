@@ -159,6 +159,7 @@ def test_prune_keeps_latest_and_the_one_before_it(three):
         (["rollback", "../colours"], "no model '../colours'"),
         (["push", "colours", "nowhere://bucket/x"], "nowhere://bucket/x"),
         (["pull", "colours", "file:///no/such/store"], "no such version"),
+        (["pull", "colours", "first", "file:///no/such/store"], "give a number or latest"),
     ],
 )
 def test_errors_are_one_line(three, capsys, arguments, message):
