@@ -186,12 +186,11 @@ def test_images_too_small_for_near_duplicates_are_reported(tmp_path, size, looke
     assert findings["near_duplicates"]["count"] == looked_for
     assert findings["near_duplicates"]["looked_for"] == looked_for
     assert (
-        any("near duplicates are not looked for" in line for line in audit.summarize(findings))
+        any("near duplicates are not searched" in line for line in audit.summarize(findings))
         != looked_for
     )
     assert (
-        "Not looked for: that takes images of 24 pixels"
-        in (tmp_path / "out/index.html").read_text()
+        "Not searched: that needs images of 24 pixels" in (tmp_path / "out/index.html").read_text()
     ) != looked_for
 
 
@@ -253,7 +252,7 @@ def test_a_search_that_leaves_out_candidates_is_reported():
     _, findings = audit_source("digits")
     findings["near_duplicates"]["complete"] = False
     lines = audit.summarize(findings)
-    assert any("more images look alike than were compared" in line for line in lines)
+    assert any("only the closest pairs were compared" in line for line in lines)
 
 
 def test_mirror_images_are_duplicates_where_training_flips(tmp_path):

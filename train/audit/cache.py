@@ -1,4 +1,4 @@
-"""Findings on disk, beside the decoded pixels: the same data and split are audited once.
+"""Findings on disk, next to the decoded pixels: the same data and split are audited once.
 
 <cache>/audit/<key>.json
 """
@@ -6,11 +6,11 @@
 import contextlib
 import hashlib
 import json
-import os
 from pathlib import Path
 
 from train.audit.findings import Findings, shows_mirror_images
 from train.data import ImageData
+from train.data.cache import replace_text
 from train.data.source import PARTS
 
 LAYOUT_VERSION = 3  # of the findings; increase it when they change
@@ -34,9 +34,7 @@ def cache_findings(data: ImageData, findings: Findings) -> None:
         return
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        staged = path.with_name(f".{path.name}-{os.getpid()}")
-        staged.write_text(json.dumps(findings))
-        staged.replace(path)
+        replace_text(path, json.dumps(findings))
 
 
 def _cache_path(data: ImageData) -> Path | None:

@@ -1,10 +1,10 @@
 """Exact and near duplicates among images.
 
-Exact duplicates have the same sha256. Near duplicates are found in two steps:
+Exact duplicates have the same sha256. The search for near duplicates has two steps:
     candidates  A descriptor of each image: its colours on a coarse grid, projected on principal
-                components and whitened, so that the data set's own correlations are taken out and
+                components and whitened, so that correlations common to the data set are removed and
                 unlike images are close to orthogonal. A matrix product of descriptors finds the few
-                pairs that are alike; very large sets are searched by an inverted file (Jégou et
+                similar pairs; very large sets are searched by an inverted file (Jégou et
                 al., "Product Quantization for Nearest Neighbor Search", 2011).
     comparison  The normalized cross-correlation of band-passed images (difference of Gaussians),
                 maximized over small shifts and scales. Changes of brightness, contrast or colour,
@@ -67,7 +67,7 @@ class Pairs:
     first: np.ndarray  # int64 [P]
     second: np.ndarray  # int64 [P]
     similarity: np.ndarray  # float32 [P], 1 for exact duplicates
-    complete: bool = True  # whether all pairs that look like duplicates were compared in detail
+    complete: bool = True  # whether all pairs with similar descriptors were compared in detail
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def find_duplicates(
     device: torch.device,
     mirrored: bool = False,
 ) -> Duplicates:
-    """Find exact and near duplicates; the arguments are those of the two functions below."""
+    """Find exact and near duplicates; for the arguments see `find_near_duplicates`."""
     exact = find_exact_duplicates(digests, usable)
     first_copies = usable.copy()
     first_copies[exact.second] = False
@@ -169,7 +169,7 @@ def find_near_duplicates(
 
     order = np.argsort(-similarity, kind="stable")
     rows = rows[order]
-    # A pair that is alike both ways came twice.
+    # A pair that matches with and without mirroring is listed twice.
     unique = np.sort(np.unique(rows, axis=0, return_index=True)[1])
     first = index[rows[unique, 0]]
     second = index[rows[unique, 1]]
@@ -293,8 +293,8 @@ def _compare_pairs(
 ) -> np.ndarray:
     """Return the similarity of pairs of positions [P, 2]: float32 [P].
 
-    It is the best correlation of the centre of either image, at any scale, with any place in the
-    other, or in the other's mirror image.
+    It is the largest correlation of the centre of either image, at any scale, with the other image
+    at any shift, or with its mirror image.
     """
     if len(pairs) == 0:
         return np.zeros(0, np.float32)

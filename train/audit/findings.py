@@ -1,6 +1,7 @@
 """The checks of the audit and their typed result, which is also the content of audit.json.
 
-Lists of pairs and images are cut at LISTED; counts are always full.
+`collect_findings` runs all of them in one process. Lists of pairs and images are cut at LISTED;
+counts are always full.
 """
 
 from typing import TypedDict
@@ -123,7 +124,7 @@ class Findings(TypedDict):
 
 
 class Refusal(TypedDict):
-    """What is known of data that `ImageData.setup` refused."""
+    """Content of audit.json for data that `ImageData.setup` refused."""
 
     source: str
     problem: str
@@ -149,7 +150,7 @@ def collect_findings(data: ImageData) -> Findings:
         "digest": data.digest,
         "classes": data.classes,
         "counts": data.counts,
-        "unreadable": list_unreadable(data),
+        "unreadable": _list_unreadable(data),
         "exact_duplicates": _describe_pairs(data, parts, duplicates.exact),
         "near_duplicates": near_duplicates,
         "leakage": find_leaks(parts, duplicates),
@@ -160,12 +161,12 @@ def collect_findings(data: ImageData) -> Findings:
 
 
 def describe_refusal(data: ImageData, problem: str) -> Refusal:
-    """Describe data that `setup` refused after it had decoded all images."""
+    """Describe data that `ImageData.setup` refused after it had decoded all images."""
     return {
         "source": data.source,
         "problem": problem,
         "classes": data.classes,
-        "unreadable": list_unreadable(data),
+        "unreadable": _list_unreadable(data),
     }
 
 
@@ -174,7 +175,7 @@ def shows_mirror_images(data: ImageData) -> bool:
     return data.augment.flip != "none"
 
 
-def list_unreadable(data: ImageData) -> list[UnreadableEntry]:
+def _list_unreadable(data: ImageData) -> list[UnreadableEntry]:
     """Return the files that are left out."""
     return [{"file": name, "problem": problem} for name, problem in data.unreadable]
 
@@ -197,6 +198,7 @@ def _describe_image(data: ImageData, parts: np.ndarray, i: int) -> ImageEntry:
 
 
 def _describe_pairs(data: ImageData, parts: np.ndarray, pairs: Pairs) -> DuplicateFindings:
+    """Count pairs of duplicates, and list those across parts first."""
     labels = data.dataset.labels
     across_parts = parts[pairs.first] != parts[pairs.second]
     other_label = labels[pairs.first] != labels[pairs.second]
@@ -291,6 +293,7 @@ def _differs(values: np.ndarray, ratio: float) -> np.ndarray:
 
 
 def _check_labels(data: ImageData, parts: np.ndarray, duplicates: Duplicates) -> LabelFindings:
+    """List the images whose label a simple model contradicts."""
     errors = label_check.find_label_errors(
         data.decoded.pixels,
         data.dataset.labels,

@@ -1,19 +1,17 @@
 """Suspicious labels: a simple model, trained on other images, is sure of another class.
 
 Steps:
-    features  responses to random whitened patches of the images themselves, rectified and pooled
-    over
-              a grid (Coates and Ng, "The Importance of Encoding Versus Training with Sparse Coding
-              and Vector Quantization", 2011)
-    folds     K-fold cross-validation: each image is scored by a ridge regression that was fitted on
-    the
-              other folds, in closed form, so that K folds cost hardly more than one; copies share a
-              fold
-    scale     one temperature turns scores into probabilities
-    rule      confident learning (Northcutt et al., "Confident Learning: Estimating Uncertainty in
+    features  Responses to random whitened patches of the images themselves, rectified and pooled
+              over a grid (Coates and Ng, "The Importance of Encoding Versus Training with Sparse
+              Coding and Vector Quantization", 2011).
+    folds     K-fold cross-validation: each image is scored by a ridge regression that was fitted
+              on the other folds, in closed form, so that K folds cost hardly more than one.
+              Duplicates share a fold.
+    scale     One temperature turns scores into probabilities.
+    rule      Confident learning (Northcutt et al., "Confident Learning: Estimating Uncertainty in
               Dataset Labels", 2021): an image may belong to a class if its probability is at least
               the mean over the images labelled with that class. Of these classes the most probable
-              is suggested, where it exceeds the label's probability by MIN_MARGIN
+              is suggested, if it exceeds the label's probability by MIN_MARGIN.
 """
 
 from collections.abc import Sequence
@@ -75,10 +73,14 @@ def find_label_errors(
     """Find suspicious labels.
 
     Args:
-        pixels: uint8 [N, H, W, C]. labels: int64 [N]. index: int64 [M], positions of the images to
-        check. classes: K. device: where features and scores are computed. groups: int64 [N], equal
-        for copies. No image is scored by a model that was fitted on a copy. chunk_size: images
-        whose scores are in memory at once.
+        pixels: uint8 [N, H, W, C].
+        labels: int64 [N].
+        index: int64 [M], positions of the images to check.
+        classes: number of classes, K.
+        device: where features and scores are computed.
+        groups: int64 [N], equal for duplicates. No image is scored by a model that was fitted on
+            a duplicate of it.
+        chunk_size: images whose scores are in memory at once.
     """
     truth = torch.from_numpy(labels[index]).to(device)
     chunks = torch.arange(len(index), device=device).split(chunk_size)
@@ -87,39 +89,62 @@ def find_label_errors(
     model = _fit(features, truth, torch.from_numpy(folds).to(device), classes, chunks)
     scale = _fit_scale(model, truth, chunks)
 
-    # Probabilities [B, K] are computed twice: those of all images would take most of the memory.
-    label_parts = []
-    predicted_parts = []
-    for rows in chunks:
-        probabilities = (scale * model.scores(rows)).softmax(1)
-        label_parts.append(probabilities.gather(1, truth[rows, None])[:, 0])
-        predicted_parts.append(probabilities.argmax(1))
-    label_probability = torch.cat(label_parts)
-    predicted = torch.cat(predicted_parts)
-
-    counts = torch.bincount(truth, minlength=classes).clamp_min(1)
-    sums = torch.zeros(classes, device=device).index_add_(0, truth, label_probability)
-    class_thresholds = sums / counts
-
-    confidence_parts = []
-    suggested_parts = []
-    for rows in chunks:
-        probabilities = (scale * model.scores(rows)).softmax(1)
-        best, best_class = _most_probable_other(probabilities, truth[rows], class_thresholds)
-        confidence_parts.append(best)
-        suggested_parts.append(best_class)
-    confidence = torch.cat(confidence_parts)
-    suggested = torch.cat(suggested_parts)
+    # Two passes, each of which computes the probabilities [B, K] of a chunk: all of them together
+    # would take most of the memory.
+    label_probability, predicted = _score_labels(model, scale, truth, chunks)
+    thresholds = _class_means(label_probability, truth, classes)
+    confidence, suggested = _suggest_classes(model, scale, truth, thresholds, chunks)
 
     margin = confidence - label_probability
-    rows = (margin >= MIN_MARGIN).nonzero()[:, 0]
-    rows = rows[margin[rows].argsort(descending=True)]
+    suspects = (margin >= MIN_MARGIN).nonzero()[:, 0]
+    suspects = suspects[margin[suspects].argsort(descending=True)]
     return LabelErrors(
-        index[rows.cpu().numpy()],
-        suggested[rows].cpu().numpy(),
-        confidence[rows].cpu().numpy(),
+        index[suspects.cpu().numpy()],
+        suggested[suspects].cpu().numpy(),
+        confidence[suspects].cpu().numpy(),
         float((predicted == truth).float().mean()),
     )
+
+
+# Rule
+
+
+def _score_labels(
+    model: "CrossValidatedRidge", scale: float, truth: Tensor, chunks: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Return the probability of each image's label [M], and the predicted class [M]."""
+    label_probabilities = []
+    predictions = []
+    for rows in chunks:
+        probabilities = (scale * model.scores(rows)).softmax(1)
+        label_probabilities.append(probabilities.gather(1, truth[rows, None])[:, 0])
+        predictions.append(probabilities.argmax(1))
+    return torch.cat(label_probabilities), torch.cat(predictions)
+
+
+def _class_means(values: Tensor, truth: Tensor, classes: int) -> Tensor:
+    """Return [K]: the mean of the values [M] over the images labelled with each class."""
+    counts = torch.bincount(truth, minlength=classes).clamp_min(1)
+    sums = torch.zeros(classes, device=values.device).index_add_(0, truth, values)
+    return sums / counts
+
+
+def _suggest_classes(
+    model: "CrossValidatedRidge",
+    scale: float,
+    truth: Tensor,
+    thresholds: Tensor,
+    chunks: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Return the probability [M] of the class to suggest for each image, and the class [M]."""
+    confidences = []
+    suggestions = []
+    for rows in chunks:
+        probabilities = (scale * model.scores(rows)).softmax(1)
+        confidence, suggested = _most_probable_other(probabilities, truth[rows], thresholds)
+        confidences.append(confidence)
+        suggestions.append(suggested)
+    return torch.cat(confidences), torch.cat(suggestions)
 
 
 def _most_probable_other(

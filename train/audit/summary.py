@@ -28,12 +28,13 @@ def summarize(findings: Findings) -> list[str]:
         lines.append(_summarize_duplicates(near, "near"))
     if not near["looked_for"]:
         lines.append(
-            f"near duplicates are not looked for: that takes images of {MIN_SIDE} pixels or more"
+            f"near duplicates are not searched: that needs images of {MIN_SIDE} pixels a side or "
+            "more"
         )
     if not near["complete"]:
         lines.append(
-            "more images look alike than were compared; only the closest were, so there may be "
-            "more near duplicates than these"
+            "too many images are alike to compare all of them: only the closest pairs were "
+            "compared, so there may be more near duplicates"
         )
 
     small_classes = [row for row in findings["class_counts"] if row["note"]]

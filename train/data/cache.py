@@ -5,7 +5,8 @@
 
 The fingerprint (paths, sizes, times) is cheap to compute; the digest needs all bytes. The suffix
 stands for the input size and the decoder's version. An entry is written under a hidden name and
-renamed when it is complete. A lock makes a second job wait for the first and read what it wrote.
+renamed when it is complete. A lock makes a second job, or a second process of a job, wait for the
+first and read what it wrote.
 """
 
 import contextlib
@@ -95,7 +96,7 @@ def _load_or_decode(directory: Path, job: DecodingJob) -> DecodedImages:
     key = directory / f"{job.items.fingerprint()[:32]}-{suffix}.key"
     with FileLock(f"{key}.lock"):
         decoded = _load_entry(key, job)
-        if decoded is None or _is_more_readable(job.items, decoded.metadata):
+        if decoded is None or _has_newly_readable(job.items, decoded.metadata):
             _write_entry(key, suffix, job)
             decoded = _load_entry(key, job)
     if decoded is None:
@@ -121,10 +122,10 @@ def _load_entry(key: Path, job: DecodingJob) -> DecodedImages | None:
     return DecodedImages(pixels, metadata) if complete else None
 
 
-def _is_more_readable(items: Items, metadata: np.ndarray) -> bool:
-    """Whether an item that could not be read can be read now.
+def _has_newly_readable(items: Items, metadata: np.ndarray) -> bool:
+    """Whether one of the items that could not be read can be read now.
 
-    Its permissions or its disk may have changed, which no fingerprint shows.
+    Permissions and mounted disks may change, which no fingerprint shows.
     """
     for i in np.flatnonzero(~metadata["sha256"].any(1)).tolist():
         with contextlib.suppress(OSError):
@@ -154,11 +155,16 @@ def _write_entry(key: Path, suffix: str, job: DecodingJob) -> None:
             shutil.rmtree(entry, ignore_errors=True)
             staged.rename(entry)
 
-        new_key = key.with_name(f".{key.name}-{os.getpid()}")
-        new_key.write_text(entry.name)
-        new_key.replace(key)
+        replace_text(key, entry.name)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file under a hidden name, then rename it, so that a reader never sees half of it."""
+    staged = path.with_name(f".{path.name}-{os.getpid()}")
+    staged.write_text(text)
+    staged.replace(path)
 
 
 def _create_array_file(path: Path, shape: tuple[int, ...]) -> np.memmap:

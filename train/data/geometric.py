@@ -95,30 +95,15 @@ def random_resized_crop_and_rotate(
     Returns uint8 [B, C, *size] in channels-last layout.
     """
     count, channels, height, width = images.shape
-    crop_width = np.ones(count)  # as shares of the image's sides
-    crop_height = np.ones(count)
-    center_x = np.zeros(count)  # in -1..1 with the image's centre at 0
-    center_y = np.zeros(count)
-    if min_area:
-        area = rng.uniform(min_area, 1, count)
-        # A crop of a large area can't be long: it would exceed the image.
-        max_log_ratio = np.minimum(math.log(LARGEST_ASPECT_RATIO), -np.log(area))
-        ratio = np.exp(rng.uniform(-max_log_ratio, max_log_ratio))
-        crop_width = np.sqrt(area * ratio)
-        crop_height = np.sqrt(area / ratio)
-        center_x = rng.uniform(-1, 1, count) * (1 - crop_width)
-        center_y = rng.uniform(-1, 1, count) * (1 - crop_height)
-
-    angle = (
-        np.deg2rad(rng.uniform(-max_degrees, max_degrees, count))
-        if max_degrees
-        else np.zeros(count)
-    )
+    crop_width, crop_height, center_x, center_y = _random_crops(count, min_area, rng)
+    angle = np.zeros(count)
+    if max_degrees:
+        angle = np.deg2rad(rng.uniform(-max_degrees, max_degrees, count))
     cos = np.cos(angle)
     sin = np.sin(angle)
 
-    # From output to input coordinates; H/W keeps the rotation free of shear in images that aren't
-    # square.
+    # From output to input coordinates, both in -1..1. The factors H/W and W/H keep the rotation of
+    # images that are not square free of shear.
     row_x = [crop_width * cos, crop_width * sin * (height / width), center_x]
     row_y = [-crop_height * sin * (width / height), crop_height * cos, center_y]
     matrices = np.stack([*row_x, *row_y], 1).reshape(count, 2, 3)
@@ -128,3 +113,25 @@ def random_resized_crop_and_rotate(
     padding_mode = "reflection" if border == "reflect" else "zeros"
     resampled = F.grid_sample(images.float(), grid, "bilinear", padding_mode, align_corners=False)
     return resampled.round_().to(torch.uint8).contiguous(memory_format=torch.channels_last)
+
+
+def _random_crops(
+    count: int, min_area: float, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Draw a crop of each image; with a `min_area` of 0 it is the whole image.
+
+    Returns width and height as shares of the image's sides, and x and y of the centre in -1..1,
+    where 0 is the centre of the image: float64 [count] each.
+    """
+    if min_area == 0:
+        return np.ones(count), np.ones(count), np.zeros(count), np.zeros(count)
+
+    area = rng.uniform(min_area, 1, count)
+    # A crop of a large area can't be long: it would exceed the image.
+    max_log_ratio = np.minimum(math.log(LARGEST_ASPECT_RATIO), -np.log(area))
+    ratio = np.exp(rng.uniform(-max_log_ratio, max_log_ratio))
+    width = np.sqrt(area * ratio)
+    height = np.sqrt(area / ratio)
+    center_x = rng.uniform(-1, 1, count) * (1 - width)
+    center_y = rng.uniform(-1, 1, count) * (1 - height)
+    return width, height, center_x, center_y

@@ -24,9 +24,9 @@ def choose_input_spec(
 ) -> InputSpec:
     """Return what the network is fed; settings that are None follow the images.
 
-    The size becomes the images' own where all are squares of one small size, 224 otherwise; the
-    channels become 1 where all images are gray. Raises DataError where none of the sampled images
-    can be read.
+    Without a size, images that are all squares of one small size keep theirs; others get 224.
+    Without channels, the result has 1 where all images are gray, else 3. Raises DataError where
+    none of the sampled images can be read.
     """
     if size is None or channels is None:
         images = _sample_images(dataset)
@@ -41,7 +41,7 @@ def choose_input_spec(
 
 
 def _sample_images(dataset: LabelledImages) -> list[np.ndarray]:
-    """Read training images, evenly spread over the part: uint8 [H, W, 3] in their own size each."""
+    """Read training images, evenly spread over the part: uint8 [H, W, 3], not resized."""
     index = dataset.index("train")
     count = min(SAMPLED_IMAGES, len(index))
     positions = index[np.linspace(0, len(index) - 1, count, dtype=np.int64)]

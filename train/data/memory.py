@@ -6,10 +6,10 @@ from typing import Literal
 
 import torch
 
-Memory = Literal["auto", "memory", "stream"]  # what the setting data.memory may say
+Memory = Literal["auto", "memory", "stream"]  # values of the setting data.memory
 Storage = Literal["device", "host", "stream"]
 
-ASSUMED_FREE_BYTES = 4 << 30  # of a machine that can't be asked
+ASSUMED_FREE_BYTES = 4 << 30  # where the system does not report its memory
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -18,7 +18,7 @@ class FreeMemory:
     """Bytes that this process may still allocate."""
 
     host: int
-    device: int  # the same as `host` where the device has no memory of its own
+    device: int  # the same as `host` on devices other than CUDA
 
 
 def measure_free_memory(device: torch.device) -> FreeMemory:
@@ -83,7 +83,7 @@ def available_host_memory() -> int:
 
 
 def _read_fields(path: Path, separator: str | None) -> dict[str, str]:
-    """Parse lines of a name and a value with a separator between."""
+    """Parse lines of a name, a separator (None: white space) and a value."""
     fields = {}
     for line in path.read_text().splitlines():
         name, value = line.split(separator, 1)

@@ -102,7 +102,7 @@ def mixup(images: Tensor, alpha: float, rng: np.random.Generator) -> tuple[Tenso
 
 
 def cutmix(images: Tensor, alpha: float, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Paste a rectangle of the image before it into each image, at the same place.
+    """Replace a random rectangle of each image by the same rectangle of the image before it.
 
     Yun et al., "CutMix: Regularization Strategy to Train Strong Classifiers with Localizable
     Features", 2019. For s from Beta(alpha, alpha), both sides of the rectangle are sqrt(1 - s) of
@@ -114,7 +114,7 @@ def cutmix(images: Tensor, alpha: float, rng: np.random.Generator) -> tuple[Tens
         alpha: of the Beta distribution, > 0; 1 is usual.
         rng: source of the rectangles.
 
-    Returns uint8 [B, C, H, W] and the share of its own area that each image keeps, float32 [B].
+    Returns uint8 [B, C, H, W] and the share of its area that each image keeps, float32 [B].
     """
     count, _, height, width = images.shape
     side_share = np.sqrt(1 - rng.beta(alpha, alpha, count))
@@ -137,5 +137,5 @@ def mix_labels(labels: Tensor, share: Tensor, classes: int) -> Tensor:
         share: float32 [B], as `mixup` and `cutmix` return it.
         classes: K.
     """
-    own = F.one_hot(labels, classes).float()
-    return torch.lerp(own.roll(1, 0), own, share[:, None])
+    one_hot = F.one_hot(labels, classes).float()
+    return torch.lerp(one_hot.roll(1, 0), one_hot, share[:, None])

@@ -37,8 +37,8 @@ METADATA_DTYPE = np.dtype(
     ]
 )
 
-# Limits of one decoding task. Larger tasks would not lower the cost of handing results over any
-# more.
+# Limits of one decoding task. Larger tasks don't lower the cost per image of passing results to the
+# training process.
 TASK_IMAGES = 256
 TASK_BYTES = 2 << 20
 
@@ -96,8 +96,8 @@ class PositionDataset(Dataset):
 class PixelBatches(PositionDataset):
     """Elements are uint8 [B, H, W, C], or a DataError for the training process to raise.
 
-    An error raised here would reach the training process with the worker's traceback as its
-    message.
+    An error that a worker raises would reach the training process with the worker's traceback as
+    its message.
     """
 
     def __getitem__(self, index: np.ndarray) -> Tensor | np.ndarray | DataError:
@@ -142,8 +142,8 @@ def to_shared_memory(pixels: np.ndarray) -> Tensor | np.ndarray:
     """Move a worker's pixels to shared memory where it has room, else return them as they are.
 
     Pixels outside shared memory go through a pipe, which costs the training process about three
-    times as much. A container's /dev/shm has 64 MB by default. torch itself would move them in a
-    thread of its own, and where that finds no room, the batch never arrives.
+    times as much. A container's /dev/shm has 64 MB by default. If torch moved them, it would do so
+    in a background thread, and when that finds no room, the batch never arrives.
     """
     tensor = torch.from_numpy(pixels)
     if get_worker_info() is None:
@@ -236,9 +236,8 @@ def build_worker_loader(
 ) -> DataLoader:
     """Build a loader whose workers make one element of `dataset` for each array of positions.
 
-    The workers draw no random numbers, and the loader has a generator of its own: by default torch
-    seeds workers from the global generator at each start of an epoch, and a resumed run has one
-    start more.
+    The workers draw no random numbers. The loader gets its own generator because torch otherwise
+    draws from the global one at each start of an epoch, and a resumed run has one start more.
     """
     context = "spawn" if workers and not dataset.items.fork_safe else None
     return DataLoader(

@@ -24,7 +24,7 @@ class EpochOrder:
     s of one process with a batch world_size times larger, except in the last two steps.
 
     Each image is seen once an epoch, and all processes make the same number of steps: they differ
-    by one image at most, and an image that would need a step of its own joins the batch before,
+    by one image at most, and an image that would make a batch alone joins the batch before,
     because batch norm can't use a batch of one. A last batch of less than half the batch size
     shares evenly with the one before: a small last batch would distort the batch statistics that
     validation uses.
@@ -42,7 +42,7 @@ class EpochOrder:
     @property
     def steps(self) -> int:
         """Steps of an epoch, the same in all processes."""
-        # One image of a batch too many does not make a step.
+        # A single remaining image joins the batch before, so it is not counted.
         images = self._images_per_process - (self.batch_size > 1)
         return max(1, -(-images // self.batch_size))
 

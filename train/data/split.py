@@ -44,8 +44,8 @@ def split(
 def _stratified_split(
     index: np.ndarray, dataset: LabelledImages, fraction: float, seed: int, name: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Take `fraction` of each class out of `index`: what is left, and what was taken."""
-    # A stream of its own for each part: another test fraction does not change how "val" is drawn.
+    """Return the positions that remain, and `fraction` of each class, taken out of `index`."""
+    # Each part has its own generator: another test fraction does not change how "val" is drawn.
     rng = keyed_rng(f"split {name}", seed)
     taken = []
     for k, label in enumerate(dataset.classes):

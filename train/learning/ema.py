@@ -17,7 +17,7 @@ class WeightAverage(Callback):
     Polyak and Juditsky, "Acceleration of stochastic approximation by averaging", 1992. The decay at
     update t is at most (1 + t) / (10 + t), so that the random start does not slow down a short run.
     Floating-point buffers, such as the statistics of norms, are averaged too. The average is held
-    in float32 at least: bfloat16 would round a change of less than 1/256 away.
+    in float32 at least: bfloat16 loses relative changes below 1/256 by rounding.
 
     Lightning's own callback swaps before its first update (Lightning-AI/pytorch-lightning#21724);
     this one swaps nothing until there is an average.
@@ -38,8 +38,8 @@ class WeightAverage(Callback):
         self.every_steps = every_steps
         self.updates = 0
         self.average: dict[str, Tensor] = {}
-        self._current: dict[str, Tensor] = {}  # the module's own tensors
-        self._trained: dict[str, Tensor] = {}  # copies of them, while the average replaces them
+        self._current: dict[str, Tensor] = {}  # tensors of the module, not copies
+        self._trained: dict[str, Tensor] = {}  # copies, while the average replaces them
         self._is_swapped = False
         self._last_step = 0
 

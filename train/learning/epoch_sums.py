@@ -9,8 +9,8 @@ STEPS_PER_SUM = 64  # steps that are kept before they are added up at once
 class EpochSums:
     """The sums of one part of the data over the steps of an epoch.
 
-    A step only stores its values; up to 64 of them are added up at once, in their order. Adding
-    each one by itself takes fifteen small operations a step, which slows down a small network.
+    A step only stores its values; those of up to 64 steps are added up at once, in their order. To
+    add each step separately takes fifteen small operations, which slows down a small network.
     """
 
     def __init__(self, totals: Tensor):

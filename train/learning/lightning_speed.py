@@ -5,9 +5,9 @@ profiler's context and under a name that it formats, whether or not anything ove
 networks spend a fifth of their time on that. Lightning skips a hook that is not callable, so hooks
 that are not overridden are set to None.
 
-Memory: glibc returns every large block to the kernel when it is freed, and gets it back page by
-page and zeroed when the next step asks for the same size. On a CPU that takes a quarter to a third
-of a step of speednet.
+Memory: glibc returns every large block to the kernel when it is freed. When the next step allocates
+the same size, the kernel hands it out page by page and zeroed. On a CPU that takes a quarter to a
+third of a step of speednet.
 """
 
 import ctypes
@@ -57,9 +57,9 @@ def _skip_hooks(owner: object, base: type) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep freed memory for the next step. The peak may be half as high again.
+    """Let the C library keep freed memory for the next step. Peak memory may rise by half.
 
-    Does nothing where the C library has no such setting, or where the environment sets its own.
+    Does nothing where the C library has no such setting, or where the environment configures it.
     """
     is_configured = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -112,7 +112,7 @@ class Muon(torch.optim.Optimizer):
         sgd(
             parameters,
             gradients,
-            [*self._state_tensors(parameters, "velocity")],
+            [*self._state_tensors(parameters, "velocity")],  # for mypy: torch's list may hold None
             foreach=True,
             weight_decay=group["weight_decay"],
             momentum=momentum,

@@ -117,7 +117,7 @@ def _kernel_weights(network: Network) -> list[Tensor]:
     weights: list[Tensor] = []
     for module in network.modules():
         if isinstance(module, nn.MultiheadAttention):
-            # Its output projection is a linear layer, found as a module of its own.
+            # Its output projection is an nn.Linear among the modules.
             weights.append(module.in_proj_weight)
         elif isinstance(module, nn.Conv2d | nn.Linear):
             weights.append(module.weight)

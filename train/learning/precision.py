@@ -20,17 +20,20 @@ MIXED = (*BFLOAT16_MIXED, "16-mixed", "16")  # on a CPU all of them mean bfloat1
 def choose_precision(requested: Precision, accelerator: str) -> Precision:
     """Return the requested precision, or another where the hardware would emulate bfloat16.
 
-    A GPU older than Ampere computes in float16 and a CPU in float32. Emulated bfloat16 is slower by
-    far, and cuDNN lacks some of its convolutions.
+    A GPU older than Ampere then computes in float16, and a CPU in float32. Emulated bfloat16 is
+    much slower, and cuDNN lacks some convolutions for it.
     """
     is_cpu = accelerator == "cpu"
     if accelerator == "auto":
         is_cpu = not torch.accelerator.is_available()
     if is_cpu:
-        return "32-true" if str(requested) in MIXED and not has_bfloat16() else requested
+        is_emulated = str(requested) in MIXED and not has_bfloat16()
+        return "32-true" if is_emulated else requested
 
-    is_emulated = torch.cuda.is_available() and not gpu_has_bfloat16()
-    return "16-mixed" if str(requested) in BFLOAT16_MIXED and is_emulated else requested
+    gpu_emulates = torch.cuda.is_available() and not gpu_has_bfloat16()
+    if gpu_emulates and str(requested) in BFLOAT16_MIXED:
+        return "16-mixed"
+    return requested
 
 
 @cache

@@ -1,4 +1,7 @@
-"""The system: a network, its loss, metrics, optimizer and schedule. Lightning runs the loop."""
+"""The system: a network, its loss, metrics, optimizer and schedule.
+
+Lightning runs the loop and calls the hooks, in each training process.
+"""
 
 import math
 import sys
@@ -107,7 +110,7 @@ class Classifier(L.LightningModule):
         return data
 
     def expect_checkpoint(self) -> None:
-        """Do not load `weights` in `setup`: a checkpoint is going to provide all of them."""
+        """Do not load `weights` in `setup`: a checkpoint replaces all of them afterwards."""
         self.weights = None
 
     def use_schedule(self, schedule: ScheduleConfig) -> None:
@@ -263,14 +266,14 @@ class Classifier(L.LightningModule):
     def _check_finite(self, part: str, loss: float, process_totals: Tensor) -> None:
         """Raise Diverged for a loss that is not finite.
 
-        `process_totals`, float64 [4]: the sums of this process, which tell the step.
+        `process_totals`, float64 [4]: the sums of this process; the step follows from them.
         """
         if math.isfinite(loss):
             return
-        place = f"the {part} loss of epoch {self.trainer.current_epoch + 1}"
+        which_loss = f"the {part} loss of epoch {self.trainer.current_epoch + 1}"
         if part == "train":
-            place += f" from step {int(process_totals[3]) + 1} on"
-        raise Diverged(place, self.optimizer.lr)
+            which_loss += f" from step {int(process_totals[3]) + 1} on"
+        raise Diverged(which_loss, self.optimizer.lr)
 
     def on_train_epoch_end(self) -> None:
         """Log the training metrics of the epoch."""

@@ -54,7 +54,7 @@ def check_no_training_image_is_scored(
     for part in SCORED_PARTS[command]:
         is_trained_on = np.isin(_image_keys(data, part), record["seen"].numpy())
         rows = np.flatnonzero(is_trained_on)
-        if not len(rows):
+        if len(rows) == 0:
             continue
 
         if is_same_data:

@@ -26,7 +26,7 @@ def open_source(source: str, root: str | None = None, cache: Path | None = None)
             file; or folder, csv, litdata, deeplake or hf with the location after a colon.
         root: directory of a torchvision data set (nothing is downloaded then), or the location
             where `source` is a scheme without one.
-        cache: directory that keeps what is slow to find out; None for none.
+        cache: directory that keeps labels that are slow to read; None for none.
 
     Raises DataError where there is no data set, or where it can't be used.
     """

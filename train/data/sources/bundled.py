@@ -1,4 +1,4 @@
-"""Data sets by name: scikit-learn's digits and some of torchvision's."""
+"""Data sets by name: scikit-learn's digits, and CIFAR and MNIST from torchvision."""
 
 from pathlib import Path
 

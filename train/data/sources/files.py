@@ -71,11 +71,11 @@ def _find_class_folders(root: Path) -> list[tuple[str, Path]]:
     if not _are_parts(folders, part_folders):
         _check_unnamed_parts(root, folders)
         part_folders = [("train", root)]
-    return [
-        (part, class_folder)
-        for part, folder in part_folders
-        for class_folder in _subfolders(folder)
-    ]
+    class_folders = []
+    for part, folder in part_folders:
+        for class_folder in _subfolders(folder):
+            class_folders.append((part, class_folder))
+    return class_folders
 
 
 def _are_parts(folders: list[Path], part_folders: list[tuple[str, Path]]) -> bool:
@@ -90,13 +90,12 @@ def _are_parts(folders: list[Path], part_folders: list[tuple[str, Path]]) -> boo
 def _check_unnamed_parts(root: Path, folders: list[Path]) -> None:
     """Raise DataError where folders look like parts under unknown names.
 
-    They do where all of them hold the same folders, and no images of their own.
+    They do where all of them hold the same folders, and no images directly.
     """
     if len(folders) < 2:
         return
-    inner_names = [[inner.name for inner in _subfolders(folder)] for folder in folders]
-    first = inner_names[0]
-    if len(first) < 2 or any(names != first for names in inner_names):
+    first = _subfolder_names(folders[0])
+    if len(first) < 2 or any(_subfolder_names(folder) != first for folder in folders):
         return
     if any(_holds_images(folder) for folder in folders):
         return
@@ -124,6 +123,10 @@ def _subfolders(folder: Path) -> list[Path]:
     return sorted(
         path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")
     )
+
+
+def _subfolder_names(folder: Path) -> list[str]:
+    return [subfolder.name for subfolder in _subfolders(folder)]
 
 
 def _image_paths(folder: Path, root: Path) -> list[str]:

@@ -35,25 +35,14 @@ def read_huggingface(location: str) -> LabelledImages:
     parts = _parse_parts(path, splits)
     first = splits[next(name for name, part in parts.items() if part == "train")]
 
-    images = [name for name, kind in first.features.items() if isinstance(kind, datasets.Image)]
+    images = _columns_of_type(first, datasets.Image)
     image_column = _first_column(path, first, images, "image")
-    labels = [
-        name for name, kind in first.features.items() if isinstance(kind, datasets.ClassLabel)
-    ]
+    labels = _columns_of_type(first, datasets.ClassLabel)
     labels += [name for name in LABEL_COLUMNS if name in first.features]
     label_column = _first_column(path, first, labels, "label")
 
     _drop_unlabelled_tests(path, splits, parts, label_column)
-    values: list[object] = []
-    for name in parts:
-        values.extend(splits[name][label_column])
-    feature = first.features[label_column]
-    if isinstance(feature, datasets.ClassLabel):
-        classes = list(feature.names)
-        numbers = np.array([NO_LABEL if value is None else value for value in values], np.int64)
-    else:
-        names = [None if value is None else str(value) for value in values]
-        classes, numbers = number_classes(names)
+    classes, numbers = _read_labels([splits[name] for name in parts], label_column)
 
     undecoded = datasets.Image(decode=False)
     tables = [
@@ -96,7 +85,12 @@ def _parse_parts(path: Path, splits: "dict[str, Dataset]") -> dict[str, str]:
     return parts
 
 
+def _columns_of_type(dataset: "Dataset", feature_type: type) -> list[str]:
+    return [name for name, kind in dataset.features.items() if isinstance(kind, feature_type)]
+
+
 def _first_column(path: Path, dataset: "Dataset", candidates: list[str], content: str) -> str:
+    """Return the first candidate. Raises DataError that lists all columns where there is none."""
     if not candidates:
         columns = ", ".join(dataset.column_names)
         raise DataError(f"{path}: no {content} column; its columns are {columns}")
@@ -114,6 +108,20 @@ def _drop_unlabelled_tests(
                 "split off the others"
             )
             del parts[name]
+
+
+def _read_labels(splits: "list[Dataset]", column: str) -> tuple[list[str], np.ndarray]:
+    """Return the class names, and the class of each row of all splits, int64 [N]."""
+    datasets = import_optional("datasets", "huggingface")
+    values: list[object] = []
+    for split in splits:
+        values.extend(split[column])
+
+    feature = splits[0].features[column]
+    if isinstance(feature, datasets.ClassLabel):
+        numbers = np.array([NO_LABEL if value is None else value for value in values], np.int64)
+        return list(feature.names), numbers
+    return number_classes([None if value is None else str(value) for value in values])
 
 
 def _is_unlabelled(values: Iterable[object]) -> bool:

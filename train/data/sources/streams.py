@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from train.data.cache import replace_text
 from train.data.source import (
     PARTS,
     DataError,
@@ -95,7 +96,11 @@ def _open_litdata(location: str) -> "LitDataItems | None":
 
 
 class LitDataItems:
-    """One LitData data set. Each process opens its own, because its readers are threads."""
+    """One LitData data set.
+
+    Each process opens the data set for itself: LitData reads with threads, which do not survive a
+    fork.
+    """
 
     def __init__(self, location: str):
         self.location = location
@@ -108,7 +113,7 @@ class LitDataItems:
 
     @property
     def fork_safe(self) -> bool:
-        """False for object stores: the downloader runs threads of its own."""
+        """False for object stores, whose downloader runs threads."""
         return "://" not in self.location
 
     def _open(self) -> Any:
@@ -163,9 +168,7 @@ class LitDataItems:
         if kept is not None:
             with contextlib.suppress(OSError):  # the cache only saves time
                 kept.parent.mkdir(parents=True, exist_ok=True)
-                staged = kept.with_name(f".{kept.name}-{os.getpid()}")
-                staged.write_text(json.dumps(labels))
-                staged.replace(kept)
+                replace_text(kept, json.dumps(labels))
         return labels
 
     def name(self, i: int) -> str:
@@ -288,7 +291,7 @@ def _deeplake_parts(location: str, dataset: Any, count: int, has_split: bool) ->
 
 
 class DeepLakeItems:
-    """The image column of a Deep Lake data set. Each process opens its own."""
+    """The image column of a Deep Lake data set. Each process opens the data set for itself."""
 
     fork_safe = True
 
