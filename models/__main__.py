@@ -91,7 +91,7 @@ def _add_latest_commands(commands: Subparsers) -> None:
     _add_name(rollback)
 
     prune = _add_command(
-        commands, "prune", run_prune, "delete old versions, but keep latest and the version before it"
+        commands, "prune", run_prune, "delete old versions; latest and the one before it stay"
     )
     _add_name(prune)
     prune.add_argument(

@@ -14,7 +14,6 @@ from typing import Literal
 from models.image import tiff
 from models.image.errors import UndecodableImage, UnsupportedFormat
 
-
 DAMAGED = "the image header is cut short or damaged"
 
 

@@ -16,7 +16,7 @@ from models.networks.torchvision_network import list_torchvision_models, sum_rgb
 IMAGENET = "imagenet"
 
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "network.")
-"""Put before the names of tensors by DistributedDataParallel, torch.compile and Imago's checkpoints."""
+"""Of the names of tensors: by DistributedDataParallel, torch.compile and Imago's checkpoints."""
 
 
 def find_weights_file(weights: str, network: str) -> Path:
