@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -17,12 +18,11 @@ from train.audit.duplicates import SearchLimits, find_near_duplicates
 from train.cli.main import main
 from train.data import Augmentation, ImageData
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore:::lightning")
 
 
 def audit_source(
-    source: Path | str, out: Path | None = None, **settings
+    source: Path | str, out: Path | None = None, **settings: Any
 ) -> tuple[ImageData, audit.Findings]:
     """Audit a source with settings of the data module; nothing is cached by default."""
     data = ImageData(str(source), cache=settings.pop("cache", ""), workers=0, **settings)
@@ -41,7 +41,8 @@ def faulty(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("faulty") / "photos"
     write_image_folder(root / "train", 20)
     write_image_folder(root / "test", 8, first=100)
-    train, test = root / "train", root / "test"
+    train = root / "train"
+    test = root / "test"
     (test / "red" / "copy.png").write_bytes((train / "red" / "003.png").read_bytes())
     brighter = cv2.convertScaleAbs(make_pixels(1, 4), alpha=0.8, beta=30)
     cv2.imwrite(str(test / "green" / "brighter.jpg"), brighter, [cv2.IMWRITE_JPEG_QUALITY, 70])
@@ -78,7 +79,7 @@ def test_exact_copies_are_found_within_and_across_parts(audited):
     assert findings["exact_duplicates"]["other_label"] == 1
 
 
-def test_brighter_and_cropped_copies_are_found_and_nothing_else_is(audited):
+def test_only_brighter_and_cropped_copies_are_near_duplicates(audited):
     _, findings, _ = audited
     near = [
         {pair["first"]["file"], pair["second"]["file"]}
@@ -119,14 +120,12 @@ def test_leaked_validation_images_are_reported(tmp_path):
     assert "1 validation images (4.00%)" in (tmp_path / "out" / "index.html").read_text()
 
 
-def test_unreadable_odd_and_rare_are_listed(audited):
+def test_unreadable_unusual_and_rare_are_listed(audited):
     _, findings, _ = audited
     assert [file["file"] for file in findings["unreadable"]] == ["train/red/short.png"]
     assert findings["unreadable"][0]["problem"].startswith("cut short")
-    odd = {image["file"]: image["why"] for image in findings["odd"]["images"]}
-    assert odd["train/red/wide.png"] == "size 320x32"
-    assert odd["train/red/gray.png"] == "mode L"
-    assert len(odd) == 2
+    unusual = {image["file"]: image["why"] for image in findings["odd"]["images"]}
+    assert unusual == {"train/red/wide.png": "size 320x32", "train/red/gray.png": "mode L"}
     assert {row["label"] for row in findings["class_counts"] if row["note"]} == {"rare"}
 
 
@@ -156,9 +155,9 @@ def test_wrong_labels_are_listed_first(tmp_path):
     label = digits.target.copy()
     label[wrong] = (label[wrong] + 3) % 10
     for i, (image, k) in enumerate(zip(digits.images, label, strict=True)):
-        place = tmp_path / "photos" / str(k)
-        place.mkdir(parents=True, exist_ok=True)
-        cv2.imwrite(str(place / f"{i:04d}.png"), (image * 15).astype(np.uint8))
+        directory = tmp_path / "photos" / str(k)
+        directory.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(directory / f"{i:04d}.png"), (image * 15).astype(np.uint8))
     _, findings = audit_source(tmp_path / "photos")
     assert findings["labels"]["accuracy"] > 0.9
     first = [int(Path(image["file"]).stem) for image in findings["labels"]["suspects"][:20]]
@@ -185,13 +184,10 @@ def test_images_too_small_for_near_duplicates_are_reported(tmp_path, size, looke
     _, findings = audit_source(source, tmp_path / "out", size=size)
     assert findings["near_duplicates"]["count"] == looked_for
     assert findings["near_duplicates"]["looked_for"] == looked_for
-    assert (
-        any("near duplicates are not searched" in line for line in audit.summarize(findings))
-        != looked_for
-    )
-    assert (
-        "Not searched: that needs images of 24 pixels" in (tmp_path / "out/index.html").read_text()
-    ) != looked_for
+    lines = audit.summarize(findings)
+    assert any("near duplicates are not searched" in line for line in lines) != looked_for
+    page = (tmp_path / "out/index.html").read_text()
+    assert ("Not searched: that needs images of 24 pixels" in page) != looked_for
 
 
 def test_findings_are_cached_for_the_same_data_and_split(faulty, tmp_path):
@@ -207,12 +203,13 @@ def test_findings_are_cached_for_the_same_data_and_split(faulty, tmp_path):
 
 
 def test_renamed_files_are_audited_again(tmp_path):
-    source, cache = write_image_folder(tmp_path / "photos"), str(tmp_path / "cache")
+    source = write_image_folder(tmp_path / "photos")
+    cache = str(tmp_path / "cache")
     (source / "red" / "011.png").write_bytes((source / "red" / "003.png").read_bytes())
     audit_source(source, cache=cache)
-    (source / "red" / "011.png").rename(source / "red" / "twin.png")
+    (source / "red" / "011.png").rename(source / "red" / "renamed.png")
     _, findings = audit_source(source, cache=cache)
-    assert findings["exact_duplicates"]["pairs"][0]["second"]["file"] == "red/twin.png"
+    assert findings["exact_duplicates"]["pairs"][0]["second"]["file"] == "red/renamed.png"
 
 
 def darker_noisy_copy(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -300,11 +297,11 @@ def test_mirror_images_are_searched_by_cells():
     pixels = np.concatenate([originals, originals[:20, :, ::-1]])
     cells = SearchLimits(max_exhaustive=100, cell_size=50)
 
-    found = find_near_duplicates(
+    result = find_near_duplicates(
         pixels, np.ones(len(pixels), bool), torch.device("cpu"), mirrored=True, limits=cells
     )
 
-    pairs = set(zip(found.first.tolist(), found.second.tolist(), strict=True))
+    pairs = set(zip(result.first.tolist(), result.second.tolist(), strict=True))
     assert pairs <= {(i, 200 + i) for i in range(20)}
     assert len(pairs) >= 18
 
@@ -325,9 +322,8 @@ def test_the_command_writes_the_report_and_warns(commands, faulty, tmp_path):
 )
 def test_the_command_audits_what_training_uses(commands, tmp_path, flags):
     source = write_image_folder(tmp_path / "photos", 20)
-    mirrored = cv2.flip(
-        make_pixels(1, 4), 1
-    )  # a copy by the folder's recipe, which flips images, and by no other
+    # A duplicate under the folder's recipe, which flips images, and under no other.
+    mirrored = cv2.flip(make_pixels(1, 4), 1)
     cv2.imwrite(str(source / "green/mirrored.jpg"), mirrored, [cv2.IMWRITE_JPEG_QUALITY, 80])
     commands.run("audit", source, *flags, "--out", tmp_path / "report")
     commands.run(

@@ -1,6 +1,8 @@
 """Augmentation, mostly through the batches of training."""
 
-from itertools import pairwise
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +12,11 @@ from support.sample_images import write_image_folder
 from models.image import InputSpec
 from train.data import Augmentation, ImageData
 from train.data.augment import Augmenter
+from train.data.color_jitter import jitter
+from train.data.geometric import random_resized_crop_and_rotate
 from train.data.input_size import training_spec
 from train.data.pixels import read_pixels
+from train.data.sampler import keyed_rng
 
 EVERYTHING = {
     "flip": "random",
@@ -30,16 +35,16 @@ EVERYTHING = {
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory):
+def photos(tmp_path_factory) -> Path:
     return write_image_folder(tmp_path_factory.mktemp("augment") / "photos")
 
 
 class Epochs:
     """Images and labels of whole epochs in the order of the files, uint8 [N, C, H, W]."""
 
-    def __init__(self, source, **chosen):
+    def __init__(self, source: Path, **settings: Any):
         self.data = ImageData(
-            str(source), cache="", workers=0, batch_size=64, augment=Augmentation(**chosen)
+            str(source), cache="", workers=0, batch_size=64, augment=Augmentation(**settings)
         )
         self.data.setup()
 
@@ -55,7 +60,8 @@ class Epochs:
 
 
 def test_augmented_batches_keep_shape_and_type_and_are_deterministic(photos):
-    epochs, again = Epochs(photos, **EVERYTHING), Epochs(photos, **EVERYTHING)
+    epochs = Epochs(photos, **EVERYTHING)
+    again = Epochs(photos, **EVERYTHING)
     images, labels = epochs(1)
     assert images.dtype == np.uint8
     assert images.shape == epochs.plain().shape
@@ -77,13 +83,14 @@ def test_each_augmentation_changes_images(photos, name, value):
 
 def test_random_flips_mirror_about_half(photos):
     epochs = Epochs(photos, flip="random")
-    plain, share = epochs.plain(), []
+    plain = epochs.plain()
+    shares = []
     for epoch in range(20):
         images = epochs(epoch)[0]
         mirrored = (images == plain[..., ::-1]).all((1, 2, 3))
         assert (mirrored | (images == plain).all((1, 2, 3))).all()
-        share.append(mirrored.mean())
-    assert np.mean(share) == pytest.approx(0.5, abs=0.1)
+        shares.append(mirrored.mean())
+    assert np.mean(shares) == pytest.approx(0.5, abs=0.1)
 
 
 def test_alternating_flips_show_both_sides_in_two_epochs(photos):
@@ -101,10 +108,11 @@ def test_first_sides_of_alternating_flips_are_independent():
         )
         images = torch.arange(48, dtype=torch.uint8).view(1, 3, 4, 4).expand(4000, -1, -1, -1)
         rows = torch.arange(4000)
-        found, _ = augment(images, torch.zeros_like(rows), rows, 0, np.random.default_rng(0))
-        return (found != images).any(3).any(2).any(1).numpy() * 2.0 - 1
+        result, _ = augment(images, torch.zeros_like(rows), rows, 0, np.random.default_rng(0))
+        return (result != images).any(3).any(2).any(1).numpy() * 2.0 - 1
 
-    one, other = sides(0), sides(1)
+    one = sides(0)
+    other = sides(1)
     assert np.array_equal(one, sides(0))
     assert abs(one.mean()) < 0.06  # four standard errors
     for lag in range(1, 20):
@@ -122,28 +130,24 @@ def test_padded_crops_are_windows_of_the_padded_image(photos, border):
         ((0, 0), (0, 0), (2, 2), (2, 2)),
         "reflect" if border == "reflect" else "constant",
     )
-    places = set()
+    offsets = set()
     for image, wide in zip(epochs()[0], padded, strict=True):
-        found = [
-            (y, x)
-            for y in range(5)
-            for x in range(5)
-            if np.array_equal(image, wide[:, y : y + 32, x : x + 32])
-        ]
-        assert len(found) == 1
-        places.update(found)
-    assert len(places) > 8
+        matches = []
+        for y, x in product(range(5), range(5)):
+            if np.array_equal(image, wide[:, y : y + 32, x : x + 32]):
+                matches.append((y, x))
+        assert len(matches) == 1
+        offsets.update(matches)
+    assert len(offsets) > 8
 
 
 def test_rotations_are_about_the_centre(photos):
-    assert (
-        np.abs(Epochs(photos, rotation=1e-4)()[0].astype(int) - Epochs(photos).plain()).max() <= 1
-    )
-    from train.data.geometric import random_resized_crop_and_rotate
+    barely_rotated = Epochs(photos, rotation=1e-4)()[0].astype(int)
+    assert np.abs(barely_rotated - Epochs(photos).plain()).max() <= 1
 
     square = torch.arange(64, dtype=torch.uint8).view(1, 1, 8, 8)
 
-    class Right:  # always the upper end of what is asked for
+    class Right:  # always the upper end of the range
         uniform = staticmethod(lambda low, high, count: np.full(count, high))
 
     rotated = random_resized_crop_and_rotate(square, (8, 8), 0, 90.0, "zero", Right())
@@ -160,22 +164,22 @@ def test_rotation_keeps_scale_and_the_crop_from_a_margin(tmp_path):
     kept = kept.transpose(0, 3, 1, 2).astype(int)
     loader = turned.train_dataloader()
     ((images, _),) = loader
-    places = set()
+    offsets = set()
     for row, image in zip(loader.order.batches(0)[0], images.numpy().astype(int), strict=True):
-        (place,) = [
-            (y, x)
-            for y in range(9)
-            for x in range(9)
-            if np.abs(image - kept[row][:, y : y + 32, x : x + 32]).max() <= 1
-        ]
-        places.add(place)
-    assert len(places) > 8
+        matches = []
+        for y, x in product(range(9), range(9)):
+            if np.abs(image - kept[row][:, y : y + 32, x : x + 32]).max() <= 1:
+                matches.append((y, x))
+        assert len(matches) == 1
+        offsets.update(matches)
+    assert len(offsets) > 8
 
 
 def test_cutout_fills_with_the_mean_colour(photos):
     epochs = Epochs(photos, cutout=8)
     mean = np.round(epochs.data.mean).astype(np.uint8).reshape(3, 1, 1)
-    images, plain = epochs()[0], epochs.plain()
+    images = epochs()[0]
+    plain = epochs.plain()
     changed = (images != plain).any(1)
     assert ((images == mean).all(1) | ~changed).all()
     assert 16 <= changed.sum((1, 2)).max() <= 64
@@ -183,8 +187,8 @@ def test_cutout_fills_with_the_mean_colour(photos):
 
 def test_erasing_changes_the_set_share_of_images(photos):
     epochs = Epochs(photos, erasing=0.25)
-    touched = [(epochs(epoch)[0] != epochs.plain()).any((1, 2, 3)).mean() for epoch in range(20)]
-    assert np.mean(touched) == pytest.approx(0.25, abs=0.1)
+    changed = [(epochs(epoch)[0] != epochs.plain()).any((1, 2, 3)).mean() for epoch in range(20)]
+    assert np.mean(changed) == pytest.approx(0.25, abs=0.1)
 
 
 @pytest.mark.parametrize("name", ["mixup", "cutmix"])
@@ -198,14 +202,12 @@ def test_mixed_labels_match_the_pixels(photos, name):
 
 
 def test_colour_jitter_of_gray_stays_gray_and_full_saturation_loss_makes_gray(photos):
-    from train.data.color_jitter import jitter
-
     rng = np.random.default_rng(0)
     gray = torch.from_numpy(rng.integers(0, 256, (4, 1, 8, 8), np.uint8)).expand(-1, 3, -1, -1)
     turned = jitter(gray, 0, 0, 0.5, 0.5, rng).int()
     assert (turned - gray.int()).abs().max() <= 2
 
-    class Low:  # always the lower end of what is asked for
+    class Low:  # always the lower end of the range
         uniform = staticmethod(lambda low, high, count: np.full(count, low))
 
     coloured = torch.from_numpy(rng.integers(0, 256, (4, 3, 8, 8), np.uint8))
@@ -221,43 +223,48 @@ def test_settings_out_of_range_are_refused():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_gives_what_the_cpu_gives(photos):
-    from train.data.sampler import keyed_rng
-
     data = Epochs(photos).data
     augment = Augmenter(
         Augmentation(**EVERYTHING), data.input, data.mean, 3, len(data.dataset.items), 0
     )
     images = torch.from_numpy(data.decoded.pixels).permute(0, 3, 1, 2)
-    labels, rows = torch.from_numpy(data.dataset.labels), torch.arange(len(images))
-    here, shares = augment(images, labels, rows, 0, keyed_rng("test", 0))
-    there, same = augment(images.cuda(), labels.cuda(), rows.cuda(), 0, keyed_rng("test", 0))
-    assert (here.int() - there.cpu().int()).abs().max() <= 2
-    assert torch.allclose(shares, same.cpu(), atol=1e-3)
+    labels = torch.from_numpy(data.dataset.labels)
+    rows = torch.arange(len(images))
+
+    on_cpu, labels_on_cpu = augment(images, labels, rows, 0, keyed_rng("test", 0))
+    on_gpu, labels_on_gpu = augment(
+        images.cuda(), labels.cuda(), rows.cuda(), 0, keyed_rng("test", 0)
+    )
+
+    assert (on_cpu.int() - on_gpu.cpu().int()).abs().max() <= 2
+    assert torch.allclose(labels_on_cpu, labels_on_gpu.cpu(), atol=1e-3)
 
 
-@pytest.mark.parametrize("least", [0.35, 0.9])
-def test_random_resized_crops_have_the_documented_size_and_shape(least):
-    ramp = torch.arange(
-        0, 256, 4, dtype=torch.uint8
-    )  # colours that tell the place: 64 pixels, 4 levels each
-    across, down = ramp.view(1, 64).expand(64, 64), ramp.view(64, 1).expand(64, 64)
+@pytest.mark.parametrize("min_area", [0.35, 0.9])
+def test_random_resized_crops_have_the_documented_size_and_shape(min_area):
+    # The two channels of a pixel are 4 times its x and its y.
+    ramp = torch.arange(0, 256, 4, dtype=torch.uint8)
+    across = ramp.view(1, 64).expand(64, 64)
+    down = ramp.view(64, 1).expand(64, 64)
     images = torch.stack([across, down]).expand(500, 2, 64, 64)
     augment = Augmenter(
-        Augmentation(random_resized_crop=least),
+        Augmentation(random_resized_crop=min_area),
         InputSpec(height=64, width=64),
         [0.0] * 2,
         2,
         500,
         0,
     )
-    found, _ = augment(
+    crops, _ = augment(
         images, torch.zeros(500, dtype=torch.int64), torch.arange(500), 0, np.random.default_rng(0)
     )
-    places = found.double().flatten(2)
-    width, height = ((places.amax(2) - places.amin(2)) / 252).T
-    area, shape = width * height, width / height
-    assert least - 0.01 < area.min() < least + 0.05
+
+    positions = crops.double().flatten(2)
+    width, height = ((positions.amax(2) - positions.amin(2)) / 252).T
+    area = width * height
+    aspect_ratio = width / height
+    assert min_area - 0.01 < area.min() < min_area + 0.05
     assert 0.95 < area.max() < 1.01
-    assert shape.min() > 3 / 4 - 0.01
-    assert shape.max() < 4 / 3 + 0.01
-    assert places[:, 0].mean(1).std() > 4 * (1 - least)  # not always the middle
+    assert aspect_ratio.min() > 3 / 4 - 0.01
+    assert aspect_ratio.max() < 4 / 3 + 0.01
+    assert positions[:, 0].mean(1).std() > 4 * (1 - min_area)  # not always the middle

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support import ROOT
 from support.sample_images import make_png, write_image_folder
 
 from models.image import InputSpec
@@ -14,7 +15,6 @@ from train.data import ImageData
 from train.data.cache import DecodedImages, load_decoded_images
 from train.data.source import FileItems
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore:::lightning")
 
 

@@ -1,6 +1,7 @@
 """The data module: split, order of batches, storage of pixels, unreadable files."""
 
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -14,7 +15,7 @@ from support.sample_images import (
     write_image_folder,
 )
 
-from train.data import DataError, ImageData
+from train.data import Augmentation, DataError, ImageData
 from train.data.sampler import EpochOrder
 
 pytestmark = pytest.mark.filterwarnings("ignore:::lightning")
@@ -25,7 +26,7 @@ def cache(tmp_path: Path) -> str:
     return str(tmp_path / "cache")
 
 
-def ready(source: Path | str, cache: str, **settings) -> ImageData:
+def ready(source: Path | str, cache: str, **settings: Any) -> ImageData:
     data = ImageData(str(source), cache=cache, workers=settings.pop("workers", 0), **settings)
     data.setup()
     return data
@@ -44,7 +45,9 @@ def test_digits_need_nothing_and_stay_gray():
 
 def test_the_split_is_stratified_disjoint_and_follows_the_seed(tmp_path, cache):
     source = write_image_folder(tmp_path / "photos", count=20)
-    data, same, other = (ready(source, cache, seed=seed) for seed in (1, 1, 2))
+    data = ready(source, cache, seed=1)
+    same = ready(source, cache, seed=1)
+    other = ready(source, cache, seed=2)
     parts = [set(data.index[part].tolist()) for part in ("train", "val", "test")]
     assert len(set.union(*parts)) == sum(map(len, parts)) == 60
     for part, count in (("test", 4), ("val", 2), ("train", 14)):
@@ -154,14 +157,11 @@ def test_an_epoch_resumes_at_any_step(tmp_path, cache, memory):
 def test_a_stream_gives_what_memory_gives(tmp_path, cache):
     source = write_image_folder(tmp_path / "photos", size=48)
     for part in ("train_dataloader", "test_dataloader"):
-        kept, streamed = (
-            [*getattr(ready(source, cache, memory=memory, workers=workers, size=32), part)()]
-            for memory, workers in (("memory", 0), ("stream", 2))
-        )
-        assert all(
-            torch.equal(a, b) and torch.equal(x, y)
-            for (a, x), (b, y) in zip(kept, streamed, strict=True)
-        )
+        kept = getattr(ready(source, cache, memory="memory", size=32), part)()
+        streamed = getattr(ready(source, cache, memory="stream", workers=2, size=32), part)()
+        for (images, labels), (same, truth) in zip(kept, streamed, strict=True):
+            assert torch.equal(images, same)
+            assert torch.equal(labels, truth)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -190,7 +190,8 @@ def test_only_training_crops_at_random_from_the_margin_of_short_side(tmp_path, c
         short_side=40,
         batch_size=64,
     )
-    first, second = data.train_dataloader(), data.train_dataloader()
+    first = data.train_dataloader()
+    second = data.train_dataloader()
     second.sampler.set_epoch(1)
     assert next(iter(first))[0].shape[1:] == (3, 32, 32)
     assert not torch.equal(next(iter(first))[0].sum((0, 1)), next(iter(second))[0].sum((0, 1)))
@@ -201,11 +202,10 @@ def test_only_training_crops_at_random_from_the_margin_of_short_side(tmp_path, c
 
 
 def test_validation_and_test_are_never_augmented(tmp_path, cache):
-    from train.data import Augmentation
-
     source = write_image_folder(tmp_path / "photos")
     strong = Augmentation(flip="random", crop_padding=8, cutout=16, brightness=0.5, mixup=1.0)
-    plain, augmented = ready(source, cache), ready(source, cache, augment=strong)
+    plain = ready(source, cache)
+    augmented = ready(source, cache, augment=strong)
     for part in ("val_dataloader", "test_dataloader"):
         for (images, labels), (same, truth) in zip(
             getattr(plain, part)(), getattr(augmented, part)(), strict=True
@@ -306,12 +306,12 @@ def test_sizes_and_colours_follow_the_images(tmp_path, cache):
 
 
 def test_a_wrong_folder_is_refused_in_one_line(tmp_path, cache):
-    def assert_refused(source: Path | str, message: str, **settings) -> None:
+    def assert_refused(source: Path | str, message: str, **settings: Any) -> None:
         with pytest.raises(DataError, match=message) as caught:
             ready(source, cache, **settings)
         assert "\n" not in str(caught.value)
 
-    assert_refused(tmp_path / "nowhere", "no such folder.*nor|no such folder, and none")
+    assert_refused(tmp_path / "nowhere", "no such folder, and none")
     (tmp_path / "empty").mkdir()
     assert_refused(tmp_path / "empty", "no images")
     loose = tmp_path / "loose"
@@ -325,10 +325,10 @@ def test_a_wrong_folder_is_refused_in_one_line(tmp_path, cache):
     for i in range(5):
         (one / "red" / f"{i}.png").write_bytes(make_png(2, i))
     assert_refused(one, "one class, 'red'")
-    odd = write_image_folder(tmp_path / "odd" / "train").parent
-    (odd / "test" / "yellow").mkdir(parents=True)
-    (odd / "test" / "yellow" / "0.png").write_bytes(make_png(0, 0))
-    assert_refused(odd, "'yellow' is not in the training part")
+    extra_class = write_image_folder(tmp_path / "extra class" / "train").parent
+    (extra_class / "test" / "yellow").mkdir(parents=True)
+    (extra_class / "test" / "yellow" / "0.png").write_bytes(make_png(0, 0))
+    assert_refused(extra_class, "'yellow' is not in the training part")
     broken = tmp_path / "broken"
     for name in CLASSES:
         (broken / name).mkdir(parents=True)

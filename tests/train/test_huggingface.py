@@ -15,23 +15,23 @@ NAMES = [CLASSES[label] for label in LABELS]
 pytestmark = pytest.mark.filterwarnings("ignore:::lightning")
 
 
-def write(place: Path, labels: list, missing: tuple[int, ...] = (), **parts: list) -> str:
-    """Save a data set of a part "train" and `parts`; rows in `missing` have no image."""
+def write(path: Path, labels: list, missing: tuple[int, ...] = (), **parts: list) -> str:
+    """Save a data set with the part train and `parts`; the rows `missing` have no image."""
     datasets.disable_progress_bars()
     written = {}
-    for name, some in {"train": labels, **parts}.items():
-        text = any(isinstance(label, str) for label in some)
-        kind = datasets.Value("string") if text else datasets.ClassLabel(names=CLASSES)
+    for name, part_labels in {"train": labels, **parts}.items():
+        is_text = any(isinstance(label, str) for label in part_labels)
+        kind = datasets.Value("string") if is_text else datasets.ClassLabel(names=CLASSES)
         images = [
             None if i in missing else {"bytes": make_png(LABELS[i], i), "path": None}
-            for i in range(len(some))
+            for i in range(len(part_labels))
         ]
         written[name] = datasets.Dataset.from_dict(
-            {"image": images, "label": some},
+            {"image": images, "label": part_labels},
             datasets.Features({"image": datasets.Image(), "label": kind}),
         )
-    datasets.DatasetDict(written).save_to_disk(place)
-    return f"hf:{place}"
+    datasets.DatasetDict(written).save_to_disk(path)
+    return f"hf:{path}"
 
 
 @pytest.mark.parametrize(

@@ -31,15 +31,13 @@ COUNT = 30
 LABELS = [i % 3 for i in range(COUNT)]
 pytestmark = [
     pytest.mark.filterwarnings("ignore:::lightning"),
-    pytest.mark.filterwarnings(
-        "ignore:.*unclosed file.*chunk-:ResourceWarning"
-    ),  # LitData's readers
+    # LitData's readers leave files open.
+    pytest.mark.filterwarnings("ignore:.*unclosed file.*chunk-:ResourceWarning"),
     pytest.mark.filterwarnings(
         "ignore:(?s).*FileIO name.*chunk-:pytest.PytestUnraisableExceptionWarning"
     ),
-    pytest.mark.filterwarnings(
-        "ignore:Global variable:UserWarning"
-    ),  # Deep Lake on forks; ours opens anew in each
+    # Deep Lake warns of forks. Each process opens the data set for itself.
+    pytest.mark.filterwarnings("ignore:Global variable:UserWarning"),
 ]
 
 
@@ -148,11 +146,11 @@ def test_csv_with_missing_files_lists_them(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "place", "first"),
+    ("name", "directory", "first"),
     [("mnist", "MNIST", "0 - zero"), ("fashion-mnist", "FashionMNIST", "T-shirt/top")],
 )
-def test_torchvision_data_at_root_is_not_downloaded(tmp_path, name, place, first):
-    raw = tmp_path / place / "raw"
+def test_torchvision_data_at_root_is_not_downloaded(tmp_path, name, directory, first):
+    raw = tmp_path / directory / "raw"
     raw.mkdir(parents=True)
     for part, count in (("train", 200), ("t10k", 50)):
         labels = np.arange(count, dtype=np.uint8) % 10
@@ -172,17 +170,17 @@ def test_torchvision_data_at_root_is_not_downloaded(tmp_path, name, place, first
         assert torch.equal(images.flatten(1).float().mean(1), 20.0 * labels)
 
 
-def optimize(place: Path, images: list) -> Path:
-    """A LitData directory of these images, with the labels in turn."""
+def optimize(directory: Path, images: list) -> Path:
+    """Write a LitData directory of these images, with LABELS."""
     streaming = pytest.importorskip(
         "litdata.streaming", reason="the extra litdata is not installed"
     )
-    cache = streaming.Cache(str(place), chunk_size=8)
+    cache = streaming.Cache(str(directory), chunk_size=8)
     for i, (image, label) in enumerate(zip(images, LABELS, strict=True)):
         cache[i] = {"image": image, "label": CLASSES[label]}
     cache.done()
     cache.merge()
-    return place
+    return directory
 
 
 @pytest.fixture(scope="module")
@@ -201,9 +199,8 @@ def test_litdata_from_a_directory(optimized):
 
 def test_litdata_labels_are_kept_in_the_given_cache(optimized, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    monkeypatch.setenv(
-        "XDG_CACHE_HOME", str(tmp_path / "file")
-    )  # a home that nothing can be written to
+    # No directory can be made below a file, so the default cache can't be written.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     for cache in (tmp_path / "named", "", tmp_path / "file" / "named"):
         data = ImageData(f"litdata:{optimized}", cache=str(cache), workers=0)
         data.setup()
@@ -212,7 +209,8 @@ def test_litdata_labels_are_kept_in_the_given_cache(optimized, tmp_path, monkeyp
 
 
 def test_cached_labels_of_another_number_of_images_are_read_again(optimized, tmp_path):
-    source, cache = f"litdata:{optimized}/train", tmp_path / "cache"
+    source = f"litdata:{optimized}/train"
+    cache = tmp_path / "cache"
     ImageData(source, cache=str(cache), workers=0).setup()
     (kept,) = cache.glob("labels/*")
     whole = kept.read_text()
@@ -310,9 +308,9 @@ def test_litdata_from_an_object_store_by_workers(bucket):
 
 
 def test_missing_litdata_is_refused_in_one_line(tmp_path, bucket):
-    for place in (str(tmp_path), f"{bucket}/nowhere"):
+    for location in (str(tmp_path), f"{bucket}/nowhere"):
         with pytest.raises(DataError, match=r"no index\.json there"):
-            ImageData(f"litdata:{place}").setup()
+            ImageData(f"litdata:{location}").setup()
 
 
 @pytest.mark.slow

@@ -5,30 +5,29 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from support import ROOT
 from support.sample_images import write_image_folder
 
 from train.data import ImageData
 
 import lightning as L  # isort: skip  (it needs what train declares beside a CPU torch)
 
-ROOT = Path(__file__).parents[2]
-INSIDE = ["unshare", "-rm", "sh", "-c"]  # mounts that nobody else sees
+INSIDE = ["unshare", "-rm", "sh", "-c"]  # with mounts that only this process sees
 LITTLE_SHM = [*INSIDE, 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"', "sh"]
 ONE_CORE = [
     *INSIDE,
     'mount -t tmpfs tmpfs /sys/fs/cgroup && echo 50000 100000 >/sys/fs/cgroup/cpu.max && exec "$@"',
     "sh",
 ]
-MOUNTS = (
+CAN_MOUNT = (
     shutil.which("unshare")
     and subprocess.run([*LITTLE_SHM, "true"], capture_output=True).returncode == 0
 )
 
 
-@pytest.mark.skipif(not MOUNTS, reason="no mounts of one's own here")
+@pytest.mark.skipif(not CAN_MOUNT, reason="needs a user namespace with mounts")
 def test_shared_memory_may_be_too_small_for_a_batch(tmp_path):
     source = write_image_folder(tmp_path / "photos", count=40, size=128)
     script = (
@@ -41,22 +40,22 @@ def test_shared_memory_may_be_too_small_for_a_batch(tmp_path):
     )
     plain, little = (
         subprocess.run(
-            [*place, sys.executable, "-c", script, str(source), workers],
+            [*prefix, sys.executable, "-c", script, str(source), workers],
             cwd=ROOT,
             check=True,
             timeout=100,
             capture_output=True,
             text=True,
         ).stdout.splitlines()
-        for place, workers in (([], "0"), (LITTLE_SHM, "2"))
+        for prefix, workers in (([], "0"), (LITTLE_SHM, "2"))
     )
     assert little == plain
     assert len(set(plain)) == 1
 
 
 @pytest.mark.skipif(
-    not MOUNTS or len(os.sched_getaffinity(0)) < 2,
-    reason="no mounts of one's own here, or one core",
+    not CAN_MOUNT or len(os.sched_getaffinity(0)) < 2,
+    reason="needs a user namespace with mounts, and two cores",
 )
 def test_a_job_uses_no_more_cores_than_its_quota(tmp_path):
     script = (
@@ -81,7 +80,7 @@ def test_a_job_uses_no_more_cores_than_its_quota(tmp_path):
         tmp_path / "runs",
     ]
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    said = subprocess.run(
+    output = subprocess.run(
         [*ONE_CORE, sys.executable, "-c", script, *command],
         cwd=ROOT,
         check=True,
@@ -90,18 +89,19 @@ def test_a_job_uses_no_more_cores_than_its_quota(tmp_path):
         text=True,
         env={**environment, "XDG_CACHE_HOME": str(tmp_path)},
     ).stdout
-    assert said.splitlines()[-1] == "1 1"
+    assert output.splitlines()[-1] == "1 1"
     manifest = json.loads((tmp_path / "store/digits/1/manifest.json").read_text())
     assert manifest["variants"]["fp32"]["latency"]["threads"] == 1
     assert manifest["provenance"]["device"].endswith(", 1 cores")
 
 
 def test_processes_of_a_node_share_its_cores():
-    alone, data, asked = (
-        ImageData("digits").workers,
-        ImageData("digits"),
-        ImageData("digits", workers=3),
-    )
-    data.trainer = asked.trainer = L.Trainer(accelerator="cpu", devices=2, logger=False)
-    assert data.workers == max(1, alone // 2)
-    assert asked.workers == 3
+    one_process = ImageData("digits")
+    by_default = ImageData("digits")
+    as_set = ImageData("digits", workers=3)
+    trainer = L.Trainer(accelerator="cpu", devices=2, logger=False)
+    by_default.attach_trainer(trainer)
+    as_set.attach_trainer(trainer)
+
+    assert by_default.workers == max(1, one_process.workers // 2)
+    assert as_set.workers == 3

@@ -106,60 +106,6 @@ def find_label_errors(
     )
 
 
-# Rule
-
-
-def _score_labels(
-    model: "CrossValidatedRidge", scale: float, truth: Tensor, chunks: Sequence[Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Return the probability of each image's label [M], and the predicted class [M]."""
-    label_probabilities = []
-    predictions = []
-    for rows in chunks:
-        probabilities = (scale * model.scores(rows)).softmax(1)
-        label_probabilities.append(probabilities.gather(1, truth[rows, None])[:, 0])
-        predictions.append(probabilities.argmax(1))
-    return torch.cat(label_probabilities), torch.cat(predictions)
-
-
-def _class_means(values: Tensor, truth: Tensor, classes: int) -> Tensor:
-    """Return [K]: the mean of the values [M] over the images labelled with each class."""
-    counts = torch.bincount(truth, minlength=classes).clamp_min(1)
-    sums = torch.zeros(classes, device=values.device).index_add_(0, truth, values)
-    return sums / counts
-
-
-def _suggest_classes(
-    model: "CrossValidatedRidge",
-    scale: float,
-    truth: Tensor,
-    thresholds: Tensor,
-    chunks: Sequence[Tensor],
-) -> tuple[Tensor, Tensor]:
-    """Return the probability [M] of the class to suggest for each image, and the class [M]."""
-    confidences = []
-    suggestions = []
-    for rows in chunks:
-        probabilities = (scale * model.scores(rows)).softmax(1)
-        confidence, suggested = _most_probable_other(probabilities, truth[rows], thresholds)
-        confidences.append(confidence)
-        suggestions.append(suggested)
-    return torch.cat(confidences), torch.cat(suggestions)
-
-
-def _most_probable_other(
-    probabilities: Tensor, truth: Tensor, thresholds: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return probability [B] and class [B] of the most probable class other than the label.
-
-    Classes below their threshold [K] are left out; without any other, the probability is 0.
-    """
-    candidates = probabilities.where(probabilities >= thresholds, torch.zeros_like(probabilities))
-    candidates = candidates.scatter_(1, truth[:, None], 0)
-    best = candidates.max(1)
-    return best.values, best.indices
-
-
 # Features
 
 
@@ -287,3 +233,57 @@ def _fit_scale(model: CrossValidatedRidge, truth: Tensor, chunks: Sequence[Tenso
         for i, scale in enumerate(SCALES):
             losses[i] += float(cross_entropy(scale * scores, truth[rows], reduction="sum"))
     return float(SCALES[losses.argmin()])
+
+
+# Rule
+
+
+def _score_labels(
+    model: CrossValidatedRidge, scale: float, truth: Tensor, chunks: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Return the probability of each image's label [M], and the predicted class [M]."""
+    label_probabilities = []
+    predictions = []
+    for rows in chunks:
+        probabilities = (scale * model.scores(rows)).softmax(1)
+        label_probabilities.append(probabilities.gather(1, truth[rows, None])[:, 0])
+        predictions.append(probabilities.argmax(1))
+    return torch.cat(label_probabilities), torch.cat(predictions)
+
+
+def _class_means(values: Tensor, truth: Tensor, classes: int) -> Tensor:
+    """Return [K]: the mean of the values [M] over the images labelled with each class."""
+    counts = torch.bincount(truth, minlength=classes).clamp_min(1)
+    sums = torch.zeros(classes, device=values.device).index_add_(0, truth, values)
+    return sums / counts
+
+
+def _suggest_classes(
+    model: CrossValidatedRidge,
+    scale: float,
+    truth: Tensor,
+    thresholds: Tensor,
+    chunks: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Return the probability [M] of the class to suggest for each image, and the class [M]."""
+    confidences = []
+    suggestions = []
+    for rows in chunks:
+        probabilities = (scale * model.scores(rows)).softmax(1)
+        confidence, suggested = _most_probable_other(probabilities, truth[rows], thresholds)
+        confidences.append(confidence)
+        suggestions.append(suggested)
+    return torch.cat(confidences), torch.cat(suggestions)
+
+
+def _most_probable_other(
+    probabilities: Tensor, truth: Tensor, thresholds: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return probability [B] and class [B] of the most probable class other than the label.
+
+    Classes below their threshold [K] are left out; without any other, the probability is 0.
+    """
+    candidates = probabilities.where(probabilities >= thresholds, torch.zeros_like(probabilities))
+    candidates = candidates.scatter_(1, truth[:, None], 0)
+    best = candidates.max(1)
+    return best.values, best.indices

@@ -2,7 +2,7 @@
 
 Each training process holds one `ImageData`. `setup` opens the source, decides where the pixels are
 stored, decodes what is needed, splits the images and measures mean and standard deviation. The
-dataloader methods then build one `BatchLoader` a part.
+dataloader methods then build the `BatchLoader` of a part.
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,7 +31,7 @@ from train.data.statistics import channel_mean_std, data_digest
 
 NO_AUGMENTATION = Augmentation()
 CPU = torch.device("cpu")
-STREAM_SAMPLE = 2048  # images that mean and standard deviation are measured on, when streamed
+STREAM_SAMPLE = 2048  # streamed images that mean and standard deviation are measured on
 CHUNK = 1024  # images that mean and standard deviation are measured on at once
 LISTED_FILES = 10  # unreadable files that a message names
 
@@ -95,7 +95,7 @@ class ImageData(L.LightningDataModule):
             size: side of the network's input in pixels; by default that of the images where all are
                 squares of one small size, 224 otherwise.
             channels: 1 for gray, 3 for colour; by default as the images are.
-            resize: how images of another shape are made to fit: crop, stretch or pad.
+            resize: how images of another shape are fitted to the input: crop, stretch or pad.
             short_side: for crop: the short side is resized to this before the centre is cut out;
                 training crops at random positions.
             batch_size: training images a step and process.
@@ -153,7 +153,7 @@ class ImageData(L.LightningDataModule):
         self.leaked_test_rows = np.zeros(0, np.int64)  # rows of index["test"]; see `record_audit`
         self._workers = workers
         self._ready = False
-        self._tensors: dict[tuple[str, torch.device], Tensor] = {}
+        self._tensors: dict[tuple[str, torch.device], Tensor] = {}  # moved to a device once
 
     # Given by the trainer
 
@@ -186,7 +186,7 @@ class ImageData(L.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Download the data set where needed, in one process a node."""
-        self.dataset  # noqa: B018
+        self.dataset  # noqa: B018  (reading the property opens and downloads it)
 
     @cached_property
     def dataset(self) -> LabelledImages:
@@ -259,7 +259,7 @@ class ImageData(L.LightningDataModule):
         ]
 
     def _check_unreadable(self) -> None:
-        """Print the unreadable images. Raises DataError where they are more than allowed."""
+        """Print the unreadable images. Raises DataError where there are more than allowed."""
         count = len(self.unreadable)
         if count == 0:
             return
@@ -373,7 +373,7 @@ class ImageData(L.LightningDataModule):
         )
 
     def _sampling_weights(self, rows: np.ndarray) -> np.ndarray:
-        """Return float64 [N], sum 1: the chance of each image, the same in sum for each class."""
+        """Return the probability of each image, float64 [N]; all classes have the same sum."""
         weights = self.class_weights.numpy()[self.dataset.labels[rows]].astype(np.float64)
         return weights / weights.sum()
 
@@ -388,14 +388,14 @@ class ImageData(L.LightningDataModule):
         )
 
     def _labels_on_device(self) -> Tensor:
-        """int64 [N], moved to the device once."""
+        """Return the labels, int64 [N], on the device."""
         key = ("labels", self.device)
         if key not in self._tensors:
             self._tensors[key] = torch.from_numpy(self.dataset.labels).to(self.device)
         return self._tensors[key]
 
     def _stored_pixels(self, spec: InputSpec) -> Tensor:
-        """uint8 [N, H, W, C] of `spec`, moved once to where pixels are stored."""
+        """Return all pixels at `spec`, uint8 [N, H, W, C], on the device that stores them."""
         device = self.device if self.storage == "device" else CPU
         key = (spec.model_dump_json(), device)
         if key not in self._tensors:
