@@ -11,6 +11,6 @@ import sys
 if sys.argv[0] == "-m" or os.path.basename(sys.argv[0]) == "imago":
     signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
 
-# Before torchvision and lightning are imported: declares the operators they miss beside a CPU
-# torch.
+# Before torchvision and lightning are imported: declares the operators that they miss with a CPU
+# build of torch.
 import models.networks  # noqa: F401

@@ -1,4 +1,7 @@
-"""`python -m train COMMAND …` and `imago train COMMAND …`; `--help` lists the commands."""
+"""`python -m train COMMAND …` and `imago train COMMAND …`; `--help` lists the commands.
+
+Each process of a run starts here, and so does the launcher that starts several of them.
+"""
 
 import os
 import sys

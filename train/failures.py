@@ -1,7 +1,7 @@
 """Exit statuses of the training commands, and failures of a run whose settings are valid.
 
-Errors in settings and input are ValueError or OSError; train/cli/main.py maps all of them to an
-exit status.
+Errors in settings and input are ValueError or OSError. train/cli/main.py maps each error to an exit
+status.
 """
 
 from enum import IntEnum
@@ -27,11 +27,11 @@ EXIT_STATUS_HELP = (
 
 
 class Diverged(RuntimeError):
-    """The loss is not a finite number."""
+    """The loss is not a finite number. `subject` names the loss and where it diverged."""
 
-    def __init__(self, where: str, learning_rate: float):
+    def __init__(self, subject: str, learning_rate: float):
         super().__init__(
-            f"{where} is not finite: the training diverged; try a lower --model.optimizer.lr (it "
+            f"{subject} is not finite: the training diverged; try a lower --model.optimizer.lr (it "
             f"is {learning_rate:g}), a longer --model.schedule.warmup, or "
             "--trainer.gradient_clip_val 1"
         )
@@ -77,7 +77,7 @@ OUT_OF_MEMORY_TEXTS = (
     "DefaultCPUAllocator: can't allocate memory",
     "not enough memory",
     "out of memory",
-    # Libraries of CUDA that find too little memory left do not always say so.
+    # Errors of CUDA's libraries that do not mention memory, but are raised when too little is left.
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
     "unable to find an engine to execute this",
@@ -86,7 +86,7 @@ OUT_OF_MEMORY_TEXTS = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is a lack of memory; torch raises a plain RuntimeError on the CPU."""
+    """Whether too little memory caused an error; torch raises a plain RuntimeError on the CPU."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     if not isinstance(error, RuntimeError):

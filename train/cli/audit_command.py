@@ -1,4 +1,4 @@
-"""Audit the data that training would use, without training.
+"""The command audit: audit the data that training would use, without training.
 
 python -m train audit DATA [--recipe R] [--out DIR] [fit flags]
 """
@@ -12,10 +12,10 @@ REPORTS = Path("artifacts/audit")
 
 
 def run_audit_command(data: ImageData, report_directory: str | None) -> None:
-    """Write the report and print where it is.
+    """Audit the data, write the report and print its paths.
 
-    Raises DataError, in one line, for data that can't be used; where files can't be read, the
-    report lists them nevertheless.
+    Raises DataError with a one-line message for data that can't be used. If some of its files are
+    unreadable, a report that lists them is written first.
     """
     data.allow_unreadable(1.0)  # the report lists them
     directory = Path(report_directory or REPORTS / data.dataset.name)

@@ -1,8 +1,8 @@
 """The command line of fit, validate, test and predict: parsing, and building of the objects.
 
 LightningCLI, of lightning 2.6, adds the arguments of the trainer, the system, the data module and
-the callbacks, reads recipes and creates the objects. It does not run anything here: what happens in
-which order is written in run.py and the other modules of the commands.
+the callbacks, reads recipes and creates the objects. `CommandLine` runs nothing: run.py and the
+other modules of the commands call the steps in their order.
 """
 
 from pathlib import Path
@@ -75,7 +75,8 @@ class CommandLine(LightningCLI):
     def __init__(self, arguments: list[str]):
         """`arguments`: the command, one of fit, validate, test and predict, and its flags.
 
-        Raises UsageError, ValueError or OSError in one line for what the user can correct.
+        Raises UsageError, ValueError or OSError with a one-line message for what the user can
+        correct.
         """
         super().__init__(
             Classifier,
@@ -114,7 +115,7 @@ class CommandLine(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add what Lightning does not: store, name, loggers, export and callbacks."""
+        """Add what Lightning lacks: store, name, loggers, export and callbacks."""
         parser.add_argument(
             "--store",
             default="artifacts/store",
@@ -166,12 +167,12 @@ class CommandLine(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:  # type: ignore[override]
         """Parse and check the settings."""
-        # Lightning's own accepts more types than the list that the constructor passes.
+        # Lightning declares more types of `args` than the list that the constructor passes.
         self.config = parser.parse_args(args)
         config = self.config[self.config.subcommand]
         validate_config(self.config.subcommand, config)
         if config.weights_only is None:
-            # Lightning would load a checkpoint with pickle, and run the code that it holds.
+            # By default, Lightning would load a checkpoint with pickle, which runs its code.
             config.weights_only = True
 
     # Objects
@@ -185,7 +186,7 @@ class CommandLine(LightningCLI):
             # `--logger` names the loggers, and the directory of the run is not known yet.
             config.trainer.logger = False
         if config.trainer.enable_progress_bar is False:
-            # Lightning refuses False beside a progress bar among the callbacks.
+            # Lightning refuses False where a progress bar is among the callbacks.
             config.trainer.enable_progress_bar = None
             config.progress.quiet = True
         follow_launcher(config.trainer)
@@ -198,7 +199,7 @@ class CommandLine(LightningCLI):
             self.trainer_defaults["callbacks"] = [notice]
 
     def instantiate_trainer(self, **kwargs: Any) -> ImageTrainer:
-        """Build the trainer, with atomic checkpoints and our signal handling."""
+        """Build the trainer, with atomic checkpoints and preemption.py's signal handling."""
         settings = self.settings.trainer
         trainer = super().instantiate_trainer(
             plugins=_add_checkpoint_io(settings.plugins),
@@ -210,7 +211,7 @@ class CommandLine(LightningCLI):
         return trainer
 
     def training_job(self) -> TrainingJob:
-        """What `fit` needs to train and publish."""
+        """Return what `run_training` needs."""
         settings = self.settings
         return TrainingJob(
             trainer=self.trainer,
@@ -236,8 +237,8 @@ class CommandLine(LightningCLI):
     def plain_settings(self, requested: bool = False) -> dict[str, Any]:
         """Return all settings as plain values, as the manifest records them.
 
-        `requested`: with the requested precision, as a run directory records them. Another node may
-        resume the run, and compute in another precision.
+        `requested`: with the requested precision instead of the one in use, as a run directory
+        records them. Another node may resume the run and compute in another precision.
         """
         text = self.parser.dump(self.config, skip_none=False, format="yaml")
         settings: dict[str, Any] = yaml.safe_load(text)[self.subcommand]

@@ -1,4 +1,4 @@
-"""The commands validate, test and predict: a checkpoint on one part of the data."""
+"""The commands validate, test and predict: they run a checkpoint on one part of the data."""
 
 import csv
 import sys

@@ -1,4 +1,7 @@
-"""The commands of `python -m train`, their exit statuses and their messages: one line an error."""
+"""The commands of `python -m train`: dispatch, exit statuses and one-line error messages.
+
+Every process of a run calls `main`, through train/__main__.py.
+"""
 
 import errno
 import logging
@@ -27,13 +30,14 @@ from train.failures import (
 from train.runs.preemption import NOTICE
 
 LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
-DATA_COMMANDS = ("run", "audit", "find-lr", "find-batch-size")  # the data comes first: run DATA
+# Their first argument is the data: `run DATA`.
+DATA_COMMANDS = ("run", "audit", "find-lr", "find-batch-size")
 COMMANDS = (*DATA_COMMANDS, *LIGHTNING_COMMANDS, "launch")  # train/__main__.py dispatches launch
 TRIAL_COMMANDS = ("find-lr", "find-batch-size")
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 EXPECTED_WARNINGS = (
-    ".*LeafSpec.*",  # torch and Lightning use it themselves
+    ".*LeafSpec.*",  # a deprecated class of torch that Lightning uses
     "Checkpoint directory .* exists and is not empty",  # the run directory
     "The number of training batches .* is smaller than the logging interval",  # epochs are logged
     "It is recommended to use `self.log.*sync_dist",  # logged values are sums over all processes
@@ -44,8 +48,8 @@ EXPECTED_WARNINGS = (
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit status; see `ExitStatus`.
 
-    An error is one line on stderr. With IMAGO_TRACEBACK=1 its traceback comes first, as what looks
-    like an invalid setting may be a defect of this program.
+    An error is printed as one line on stderr. With IMAGO_TRACEBACK=1 its traceback comes first,
+    because a message about an invalid setting may hide a defect of this program.
     """
     silence_lightning()
     NOTICE.install_handlers()
@@ -81,10 +85,10 @@ def exit_status_of(error: BaseException) -> ExitStatus:
 
 
 def run(arguments: list[str]) -> CommandLine:
-    """Run one command and return its objects.
+    """Run one command and return the trainer, system and data module that it used.
 
-    Raises ValueError or OSError, in one line, for what the user can correct; Diverged and
-    OutOfMemory for a run that failed.
+    Raises ValueError or OSError with a one-line message for what the user can correct; Diverged
+    and OutOfMemory for a run that failed.
     """
     command = arguments[0] if arguments else ""
     is_help = command.startswith("-")
@@ -109,7 +113,7 @@ def run(arguments: list[str]) -> CommandLine:
 
 
 def run_audit(arguments: list[str]) -> CommandLine:
-    """`audit DATA [--out DIR] [fit flags]`."""
+    """Run `audit DATA [--out DIR] [fit flags]`."""
     report_directory, arguments = extract_flag(arguments, "--out")
     command_line = CommandLine(data_arguments("audit", arguments))
     check_no_checkpoint("audit", command_line)
@@ -119,7 +123,7 @@ def run_audit(arguments: list[str]) -> CommandLine:
 
 
 def run_trial(command: str, arguments: list[str]) -> CommandLine:
-    """`find-lr DATA [fit flags]` and `find-batch-size DATA [fit flags]`."""
+    """Run `find-lr DATA [fit flags]` or `find-batch-size DATA [fit flags]`."""
     command_line = CommandLine(data_arguments(command, arguments))
     check_no_checkpoint(command, command_line)
     find = find_learning_rate if command == "find-lr" else find_batch_size
@@ -137,7 +141,7 @@ def data_arguments(command: str, arguments: list[str]) -> list[str]:
 
 
 def check_no_checkpoint(command: str, command_line: CommandLine) -> None:
-    """Raise UsageError where a checkpoint is given to a command that starts from no checkpoint."""
+    """Raise UsageError where the settings name a checkpoint, for a command that takes none."""
     if command_line.settings.ckpt_path:
         raise UsageError(
             f"--ckpt_path: {command} does not take a checkpoint; leave it out (--model.weights "
@@ -147,7 +151,7 @@ def check_no_checkpoint(command: str, command_line: CommandLine) -> None:
 
 @contextmanager
 def explain_errors(command_line: CommandLine) -> Iterator[None]:
-    """Replace torch's errors about checkpoints and memory by ones that say what to do."""
+    """Replace torch's errors about checkpoints and memory with messages that say what to do."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -162,7 +166,7 @@ def explain_errors(command_line: CommandLine) -> Iterator[None]:
 
 
 def explain_out_of_memory(command_line: CommandLine) -> BatchOutOfMemory:
-    """Return an error that names the batch size that was too large."""
+    """Return the error that names the batch size that was too large."""
     trainer = command_line.trainer
     data = command_line.datamodule
 

@@ -1,4 +1,4 @@
-"""Recipes by name, and `run DATA [--recipe R] [--root DIR] [fit flags]` as arguments of `fit`."""
+"""Recipes by name, and the translation of `run DATA …` to arguments of `fit`."""
 
 from pathlib import Path
 
@@ -12,10 +12,10 @@ class UsageError(ValueError):
 
 
 def expand_data_command(command: str, arguments: list[str]) -> list[str]:
-    """Return `DATA [--recipe R] [--root DIR] [fit flags]` as the arguments of `fit`.
+    """Return the arguments of `fit` for `DATA [--recipe R] [--root DIR] [fit flags]`.
 
-    Without --recipe, the recipe named like the data is taken, or else the one for folders.
-    `command` is named in messages. Raises UsageError.
+    Without --recipe, the recipe with the name of the data is used, or else the one for folders.
+    Messages name `command`. Raises UsageError.
     """
     if arguments[:1] in (["-h"], ["--help"]):
         return ["fit", "--help"]
@@ -36,7 +36,10 @@ def expand_data_command(command: str, arguments: list[str]) -> list[str]:
 
 
 def find_recipe(recipe: str | None, data: str) -> Path:
-    """Return the file of a recipe given by path or name; by default the one for the data."""
+    """Return the file of a recipe that is given by path or by name.
+
+    None stands for the recipe with the name of the data, or else the one for folders.
+    """
     if recipe is None:
         named_like_data = RECIPES / f"{data}.yaml"
         return named_like_data if named_like_data.is_file() else DEFAULT_RECIPE
@@ -70,7 +73,7 @@ def extract_flag(arguments: list[str], flag: str) -> tuple[str | None, list[str]
 
 
 def default_model_name(source: str) -> str:
-    """Return a valid model name: that of the data, or of the last directory of its path."""
+    """Return a valid model name, made of the data's name or of the last part of its path."""
     is_path = "/" in source or source in (".", "..")
     name = Path(source).expanduser().resolve().name if is_path else source
 

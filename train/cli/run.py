@@ -3,8 +3,8 @@
     open data -> audit -> fit
     -> test -> calibrate -> export -> quantize -> certify -> report -> publish
 
-`run_training` and `publish_bundle` are the whole job in the order in which it happens. With several
-processes each of them calls `run_training`; the first one publishes.
+`run_training` calls the first line of steps, and `publish_bundle` the second. Where a run has
+several processes, each of them calls `run_training`, and only the first one publishes.
 """
 
 from dataclasses import dataclass
@@ -53,7 +53,7 @@ from train.runs.trainer import ImageTrainer
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """What one training run needs, as the command line builds it."""
+    """The objects and settings of one training run, as the command line builds them."""
 
     trainer: ImageTrainer
     system: Classifier
@@ -65,8 +65,8 @@ class TrainingJob:
     is_fresh: bool  # never resume
     loggers: str  # names, separated by commas
 
-    start_checkpoint: str | None  # of another run, to train on from
-    weights_only: bool  # whether to load that checkpoint without pickle
+    start_checkpoint: str | None  # of another run, from which this one continues
+    weights_only: bool  # load that checkpoint without running code that its pickle may hold
 
     audit: Audit
     history: History
@@ -82,8 +82,8 @@ class TrainingJob:
 def run_training(job: TrainingJob) -> None:
     """Train a model and publish it as a bundle.
 
-    A run that was interrupted resumes where it stopped. With `--trainer.fast_dev_run` only some
-    batches run, and nothing is written.
+    A run that was interrupted resumes where it stopped. With `--trainer.fast_dev_run` only the
+    given number of batches run, and nothing is written.
     """
     connect_processes(job.trainer)
     if job.trainer.fast_dev_run:
@@ -98,7 +98,7 @@ def run_training(job: TrainingJob) -> None:
     audit(job, run)
     fit(job, run)
 
-    # The others wait: if one of them ended, a launcher would end the first process as well.
+    # The other processes wait: if one of them ended, a launcher would end the first one as well.
     run_in_first_process(job.trainer, lambda: complete_run(job, run))
 
 
@@ -112,8 +112,8 @@ def complete_run(job: TrainingJob, run: Run) -> None:
 def publish_bundle(job: TrainingJob) -> None:
     """Test the best weights and publish them as the next version of the model.
 
-    The bundle appears in the store complete or not at all. Prints one line that says how good the
-    model is and how to serve it.
+    The bundle appears in the store complete or not at all. Prints one line with the test accuracy
+    and the command that serves the model.
     """
     data = job.data
     config = job.export
@@ -161,16 +161,16 @@ def publish_bundle(job: TrainingJob) -> None:
 
 
 def check_store(job: TrainingJob) -> None:
-    """Check that a bundle can be written, now and not after hours of training.
+    """Check before hours of training that a bundle can be written.
 
-    Only the first process has to reach the store.
+    Only the first process writes to the store, so only that one checks it.
     """
     if job.export.enabled and job.trainer.is_global_zero:
         Store(job.store).ensure_writable(job.name)
 
 
 def start_run(job: TrainingJob) -> Run:
-    """Open the run directory, and start everything that writes to it or reports on the run."""
+    """Open the run directory; start what writes to it: checkpoints, loggers, metrics."""
     trainer = job.trainer
     run = open_run(trainer, job.runs, job.name, job.requested_recipe, job.is_fresh)
 
@@ -183,18 +183,18 @@ def start_run(job: TrainingJob) -> Run:
 
 
 def open_data(job: TrainingJob) -> None:
-    """Download the data where needed, once a node; then decode, split and measure it."""
+    """Download the data once a node, where needed; then decode, split and measure it."""
     job.data.attach_trainer(job.trainer)
     run_once_per_node(job.trainer, job.data.prepare_data)
     job.data.setup("fit")
 
 
 def restore_normalization(job: TrainingJob, run: Run) -> None:
-    """Normalize as at the first start of the run.
+    """Give a resumed run the mean and deviation of its first start.
 
-    Mean and deviation of streamed data are measured on a sample, and the memory of this node may be
-    too small for data that was kept in memory before. Raises DataError where the data has changed:
-    neither the order of the images nor the weights would fit.
+    They can differ when they are measured again: data that fitted into memory at the first start
+    may be streamed on this node, and streamed data is measured on a sample. Raises DataError where
+    the data has changed: neither the order of the images nor the weights would fit.
     """
     if run.checkpoint is None:
         return

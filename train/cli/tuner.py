@@ -1,4 +1,4 @@
-"""Short trials with the settings of a recipe that suggest a learning rate and a batch size.
+"""The commands find-lr and find-batch-size: short trials that suggest a value for a recipe.
 
 python -m train find-lr DATA [--recipe R] [fit flags]
 python -m train find-batch-size DATA [--recipe R] [fit flags]
@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import Callback
 
 from train.data import ImageData
 from train.failures import Diverged, is_out_of_memory
+from train.learning.optimizers import OptimizerConfig
 from train.learning.schedules import ScheduleConfig
 from train.learning.system import Classifier
 
@@ -29,6 +30,8 @@ MIN_FINITE_STEPS = 10  # with fewer, there is no curve to read a rate from
 SMOOTHING = 0.9  # of the losses, as an exponential moving average
 DIVERGENCE_FACTOR = 3.0  # a loss this many times the lowest one ends the sweep
 CHECK_EVERY_STEPS = 10  # steps between checks for divergence
+FIRST_PRINTED_STEP = 4
+PRINT_EVERY_STEPS = 8
 
 # The batch sizes
 SMALLEST_BATCH = 16
@@ -36,7 +39,7 @@ WARM_UP_STEPS = 3
 TIMED_STEPS = 8
 SUFFICIENT_SPEED = 0.95  # of the highest one: the smallest such batch size is suggested
 
-# What trials take from the settings of the trainer
+# Settings of the trainer that also apply to the trials
 TRIAL_SETTINGS = (
     "accelerator",
     "precision",
@@ -79,8 +82,14 @@ class LossRecorder(Callback):
         """Record the loss and check for divergence."""
         self._losses.append(outputs["loss"].detach().clone())
         if len(self._losses) % CHECK_EVERY_STEPS == 0:
-            losses = smooth(self.finite_losses())
-            trainer.should_stop = not losses[-1] < DIVERGENCE_FACTOR * losses.min()
+            trainer.should_stop = self._has_diverged()
+
+    def _has_diverged(self) -> bool:
+        losses = self.finite_losses()
+        if len(losses) < len(self._losses):
+            return True
+        smoothed = smooth(losses)
+        return bool(smoothed[-1] >= DIVERGENCE_FACTOR * smoothed.min())
 
     def finite_losses(self) -> np.ndarray:
         """Return the losses up to the first that is not finite, float64 [steps]."""
@@ -90,14 +99,13 @@ class LossRecorder(Callback):
 
 
 class SpeedMeter(Callback):
-    """Measures images a second after the first steps."""
+    """Measures images a second over `TIMED_STEPS` steps that follow `WARM_UP_STEPS` steps."""
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start a measurement."""
+    def __init__(self) -> None:
         self._step = 0
-        self._images = 0
-        self._started = 0.0
-        self._seconds = math.inf
+        self._images = 0  # of the timed steps
+        self._started = 0.0  # time of the last warm-up step
+        self._seconds = math.inf  # of all timed steps
 
     def on_train_batch_end(
         self,
@@ -107,9 +115,9 @@ class SpeedMeter(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Count the images after the warm-up."""
+        """Count the images of the timed steps, and time them."""
         assert isinstance(pl_module, Classifier)
-        # A loss that is not finite would end the trial, and costs a step no time.
+        # A loss that is not finite would end the trial, although it does not change the speed.
         pl_module.sums.clear()
 
         self._step += 1
@@ -142,7 +150,7 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 
 def find_learning_rate(trainer_settings: Namespace, system: Classifier, data: ImageData) -> None:
-    """Raise the learning rate from step to step and print the one at which the loss falls fastest.
+    """Raise the learning rate in each step and print the one at which the loss falls fastest.
 
     The learning-rate range test of Smith, "Cyclical Learning Rates for Training Neural Networks"
     (2017).
@@ -160,19 +168,27 @@ def find_learning_rate(trainer_settings: Namespace, system: Classifier, data: Im
             "the data and --trainer.precision"
         )
     rates = np.array([sweep.rate(step) for step in range(len(losses))])
-    _print_sweep(rates, losses, system)
+    _print_sweep(rates, losses)
+    _print_suggested_rate(rates, losses, system.optimizer)
 
 
-def _print_sweep(rates: np.ndarray, losses: np.ndarray, system: Classifier) -> None:
+def _print_sweep(rates: np.ndarray, losses: np.ndarray) -> None:
     print("learning rate      loss")
-    for step in range(4, len(losses), 8):
+    for step in range(FIRST_PRINTED_STEP, len(losses), PRINT_EVERY_STEPS):
         print(f"{rates[step]:13.1e} {losses[step]:9.4f}")
 
+
+def _print_suggested_rate(
+    rates: np.ndarray, losses: np.ndarray, optimizer: OptimizerConfig
+) -> None:
+    """Print the flags for the rate, below that of the lowest loss, at which the loss falls fastest.
+
+    Muon's second rate is scaled by the same factor as its first.
+    """
     lowest = int(losses.argmin())
     slopes = np.gradient(losses, np.log(rates))
     steepest = int(slopes[: max(lowest, 2)].argmin())
 
-    optimizer = system.optimizer
     flags = f"--model.optimizer.lr {rates[steepest]:.1e}"
     if optimizer.name == "muon":
         others_rate = optimizer.others_lr * rates[steepest] / optimizer.lr
@@ -184,9 +200,10 @@ def _print_sweep(rates: np.ndarray, losses: np.ndarray, system: Classifier) -> N
 
 
 def find_batch_size(trainer_settings: Namespace, system: Classifier, data: ImageData) -> None:
-    """Double the batch size until memory or data end, or the speed does not rise; print the best.
+    """Time growing batch sizes and print the smallest that is about as fast as the fastest.
 
-    The best one is the smallest that is about as fast as the fastest.
+    The size doubles until the memory is too small, the data has fewer images, or the speed no
+    longer rises.
     """
     print("batch size    images/s   memory")
     speeds: dict[int, float] = {}  # images a second, by batch size
@@ -241,7 +258,7 @@ def _has_stopped_rising(speeds: list[float]) -> bool:
 
 
 def build_trial_trainer(trainer_settings: Namespace, callback: Callback, steps: int) -> L.Trainer:
-    """Build a trainer for some steps on one device that writes nothing."""
+    """Build a trainer that runs this number of steps on one device and writes nothing."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     return L.Trainer(

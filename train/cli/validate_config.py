@@ -1,4 +1,4 @@
-"""Checks of settings that are valid each by itself but not together, before anything starts."""
+"""Checks of settings that are valid one by one but not together, before anything starts."""
 
 from pathlib import Path
 
@@ -7,14 +7,14 @@ from jsonargparse import Namespace
 from train.learning.system import METRICS
 from train.runs.checkpoints import is_complete_checkpoint
 
-# The best weights are chosen right after a validation, when the training metrics are those of the
-# epoch before. None keeps the last weights.
+# What may choose the best weights. Training metrics may not: the choice follows a validation, when
+# they are those of the epoch before. None keeps the last weights.
 CHECKPOINT_METRICS: list[str | None] = ["val/loss", "val/accuracy", None]
 RECORDING_MODES = ("reduce-overhead", "max-autotune")  # of torch.compile
 
 
 def validate_config(command: str, config: Namespace) -> None:
-    """Raise ValueError, in one line that says what to do, for settings that do not fit together.
+    """Raise ValueError with a one-line message for settings that do not fit together.
 
     Fills in `checkpoint.mode` and `early_stopping.mode`, which follow from the metric.
     """
@@ -46,7 +46,7 @@ def _check_training(config: Namespace) -> None:
 
 
 def _check_start(command: str, config: Namespace) -> None:
-    """Check what the weights start from."""
+    """Check the checkpoint or weights that the command starts from."""
     has_weights = bool(config.ckpt_path or config.model.weights)
     if not has_weights and command != "fit":
         raise ValueError(
@@ -69,7 +69,7 @@ def _check_start(command: str, config: Namespace) -> None:
 
 
 def _choose_mode(section: str, settings: Namespace, metrics: list[str | None]) -> str:
-    """Return min or max, as the monitored metric needs it."""
+    """Return whether the monitored metric is better when lower (min) or higher (max)."""
     if settings.monitor not in metrics:
         known = ", ".join(name or "null" for name in metrics)
         raise ValueError(f"{section}.monitor: {settings.monitor!r} is not one of {known}")

@@ -1,1 +1,1 @@
-"""Everything between the best weights of a run and a bundle in the store."""
+"""The steps from the best weights of a run to a bundle in the store, run by the first process."""

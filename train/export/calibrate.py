@@ -12,7 +12,7 @@ import torch
 from models.bundle import Calibration
 from train.export.scores import Scores, energy, negative_log_likelihood, softmax
 
-BINS = 15  # of confidence, for the expected calibration error
+BINS = 15  # intervals of confidence, for the expected calibration error
 LOWEST_TEMPERATURE = 0.05
 HIGHEST_TEMPERATURE = 20.0
 
@@ -77,9 +77,9 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """Return the T that minimizes the NLL of softmax(logits / T), by LBFGS on log T.
 
     Guo et al., "On calibration of modern neural networks", 2017. Where every validation image is
-    classified correctly, the NLL falls without end as T approaches 0. Then one image more than
-    there are is assumed to be wrong, as Platt did ("Probabilistic outputs for support vector
-    machines", 1999).
+    classified correctly, the NLL has no minimum: it falls as T approaches 0. Then one additional
+    image is assumed to be wrong, as in Platt, "Probabilistic outputs for support vector machines",
+    1999.
     """
     x = torch.from_numpy(logits).double()
     y = torch.from_numpy(labels)
@@ -144,7 +144,7 @@ def expected_calibration_error(
 def coverage_curve(
     probabilities: np.ndarray, labels: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return falling thresholds [M], and with each the share answered [M] and its accuracy [M].
+    """Return falling thresholds [M], the share that each one answers [M], and its accuracy [M].
 
     There is one row for each distinct confidence: images of equal confidence are answered together
     or not at all.

@@ -11,7 +11,7 @@ from markupsafe import Markup, escape
 Point = tuple[float, float]
 Range = tuple[float, float]
 
-# Of a chart, in SVG units.
+# Size and margins of a chart, in SVG units
 WIDTH = 420
 HEIGHT = 240
 LEFT = 46
@@ -19,10 +19,11 @@ RIGHT = 12
 TOP = 12
 BOTTOM = 34
 
-MAX_NAME_CHARACTERS = 14  # of a class in the confusion matrix
+# The confusion matrix, in SVG units
+MAX_NAME_CHARACTERS = 14  # of a class
 MIN_CELL = 14
 MAX_CELL = 40
-MIN_CELL_WITH_COUNT = 22
+MIN_CELL_WITH_COUNT = 22  # smaller cells show no number
 MATRIX_WIDTH = 560
 
 
@@ -74,7 +75,7 @@ class Chart:
         )
 
     def draw_legend(self, styles: Mapping[str, str]) -> None:
-        """Draw the legend: name to style."""
+        """Draw the legend; `styles` maps names to classes of the style sheet."""
         y = TOP + 8
         for i, (name, style) in enumerate(styles.items()):
             x = LEFT + 10 + 90 * i
@@ -118,10 +119,7 @@ class Chart:
 
 
 def choose_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Return about `count` round numbers in low..high.
-
-    They are steps of 1, 2 or 5 times a power of ten.
-    """
+    """Return about `count` round numbers in low..high, 1, 2 or 5 times a power of ten apart."""
     rough_step = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough_step))
     step = next(multiple * power for multiple in (1, 2, 5, 10) if multiple * power >= rough_step)
@@ -137,7 +135,7 @@ def _widen_if_empty(value_range: Range) -> Range:
 
 
 def draw_curves(series: Mapping[str, Sequence[Point]], x_label: str, y_label: str) -> Markup:
-    """Return up to four lines over one pair of axes."""
+    """Return one or two lines over one pair of axes; the style sheet has two line styles."""
     xs: list[float] = []
     ys: list[float] = []
     for points in series.values():

@@ -1,4 +1,4 @@
-"""Settings of everything that follows the fit: the `export` section of a recipe."""
+"""The `export` section of a recipe: settings of the steps after the fit."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +9,7 @@ from train.export.quantize import QuantizeConfig
 
 @dataclass
 class ExportConfig:
-    """What follows the fit.
+    """Settings of the steps after the fit.
 
     Args:
         enabled: test the best weights and write a bundle.

@@ -1,4 +1,4 @@
-"""Evaluation of the best weights on the validation and the test part."""
+"""Evaluation of the best weights on the validation and the test part, and images of a part."""
 
 from dataclasses import dataclass
 
@@ -46,7 +46,7 @@ def score_part(
     device: torch.device,
     tta: TestTimeAugmentation = "none",
 ) -> Scores:
-    """Return the logits of a whole part, their mean over all views of test-time augmentation."""
+    """Return the logits of a whole part; with test-time augmentation their mean over its views."""
     graph = graph.to(device).eval()
     logits: list[Tensor] = []
     labels: list[Tensor] = []

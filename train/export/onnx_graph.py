@@ -1,7 +1,7 @@
 """The network as it is served, and its export to ONNX.
 
-Pixels go in; everything that depends on the weights is inside: normalization, network, temperature,
-softmax.
+Its input is pixels. It contains everything that depends on the weights: normalization, network,
+temperature, softmax.
 """
 
 import copy
@@ -24,7 +24,7 @@ OPSET = 20
 
 
 class InferenceGraph(nn.Module):
-    """uint8 [N,H,W,C] to the outputs of a bundle's graph.
+    """Maps images uint8 [N,H,W,C] to the outputs of a bundle's graph.
 
     Outputs: `probabilities` [N,K], with the temperature applied; `energy` [N], -logsumexp of the
     logits without temperature (Liu et al., "Energy-based out-of-distribution detection", 2020);
@@ -96,7 +96,7 @@ def export_onnx(
             external_data=False,
             verbose=False,
         )
-        assert program is not None  # with dynamo there always is one
+        assert program is not None  # it is None only with dynamo=False
         program.save(path, external_data=False)
 
     written = check_graph(path, spec, classes, graph.output_names())

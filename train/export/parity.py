@@ -34,9 +34,9 @@ def measure_parity(
 ) -> Parity:
     """Compare an ONNX file with the torch network on real images, uint8 [n,H,W,C].
 
-    Several batch sizes are compared, each on its first 8 batches, as small batches take most time
-    for an image. Where the two best classes of an image lie within twice the tolerance, either
-    label is correct: the image counts as a tie.
+    Each batch size is compared on its first 8 batches only, as small batches take the most time per
+    image. Where the two best classes of an image lie within twice the tolerance, either label is
+    correct: the image counts as a tie.
     """
     max_difference = 0.0
     is_same_label = np.ones(len(images), bool)
@@ -68,9 +68,9 @@ def measure_latencies(
     seconds: float = 0.05,
     budget_seconds: float = LATENCY_BUDGET_SECONDS,
 ) -> dict[str, Latency]:
-    """Time the variants in turn, over several rounds, and keep the best round of each one.
+    """Time the variants in turn, over several rounds, and return the best round of each one.
 
-    As they take turns, other load on the machine slows down all variants and not one of them.
+    As they take turns, other load on the machine slows down all variants alike.
     `seconds` is the time for each variant and batch size in a round.
     """
     best_ms: dict[str, dict[int, float]] = {}

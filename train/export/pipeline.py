@@ -1,7 +1,7 @@
 """The steps from a finished fit to a published bundle.
 
-train/cli/run.py calls them in order, in the first process only. Longer steps are in files of their
-own: calibrate.py, variants.py, report.py.
+train/cli/run.py calls them in order, in the first process only. The longer steps have separate
+files: calibrate.py, variants.py, report.py.
 """
 
 import copy
@@ -119,11 +119,12 @@ class StepTimes:
 
 
 def load_best_model(trainer: ImageTrainer, system: Classifier) -> TrainedModel:
-    """Return the weights of the best checkpoint, or the current ones where none is kept.
+    """Return the model with the weights of the best checkpoint, or the current ones without one.
 
-    Mean and deviation are the system's: weights from elsewhere may bring their own.
+    Mean and deviation come from the system and not from the data, as loaded weights may replace
+    them.
     """
-    # Converted before the weights are loaded: the best weights may be an average in float32.
+    # Convert to float32 first: the best weights may be an average that is kept in float32.
     network = copy.deepcopy(system.network).cpu().float()
     checkpoint_callback = trainer.checkpoint_callback
     if isinstance(checkpoint_callback, ModelCheckpoint) and checkpoint_callback.monitor:
@@ -144,7 +145,7 @@ def load_best_model(trainer: ImageTrainer, system: Classifier) -> TrainedModel:
 
 
 def _load_network_weights(network: Network, checkpoint_path: str) -> None:
-    """Load the network's part of a checkpoint; an empty path means that there is none."""
+    """Load the network's weights from a checkpoint; do nothing where the path is empty."""
     if not checkpoint_path:
         return
     state = torch.load(checkpoint_path, map_location="cpu", weights_only=True)["state_dict"]
@@ -156,7 +157,7 @@ def _load_network_weights(network: Network, checkpoint_path: str) -> None:
 
 
 def set_temperature(model: TrainedModel, calibration: Calibration) -> None:
-    """Put the temperature into the graph, and the graph on the CPU, where it is exported."""
+    """Set the temperature of the graph, and move it to the CPU, where it is exported."""
     model.graph.cpu().requires_grad_(False)
     model.graph.temperature = calibration.temperature
 
@@ -233,15 +234,15 @@ def _measure_baseline(
 
     Widths and heights are those of the files, before they were resized.
     """
-    facts = data.decoded.metadata[data.index["val"]]
-    sizes = np.stack([facts["width"], facts["height"]], 1)
+    metadata = data.decoded.metadata[data.index["val"]]
+    sizes = np.stack([metadata["width"], metadata["height"]], 1)
     rows = evenly_spaced_rows(len(val.labels), MAX_BASELINE_IMAGES)
     images = load_images(data, "val", rows)
     return build_drift_baseline(val.logits, calibration.temperature, images, sizes)
 
 
 def describe_missed_targets(calibration: Calibration, counts: dict[str, int]) -> list[str]:
-    """Return notes on the targets of calibration that the test data does not confirm."""
+    """Return notes on the calibration targets that are not reached."""
     notes: list[str] = []
     level = calibration.conformal_level
     coverage = calibration.conformal_coverage
@@ -263,7 +264,7 @@ def describe_missed_targets(calibration: Calibration, counts: dict[str, int]) ->
 def publish(
     staged: StagedVersion, manifest: Manifest, times: StepTimes, config: ExportConfig
 ) -> Path:
-    """Write manifest, digests and signature, make the version visible; return its directory."""
+    """Write manifest, checksums and signature, make the version visible; return its directory."""
     manifest.provenance.seconds = times.seconds
     manifest.write(staged.path)
     write_checksums(staged.path)
@@ -278,7 +279,7 @@ def publish(
 def describe_bundle(path: Path, manifest: Manifest, store: str, name: str) -> str:
     """Return one line: how good the model is, and the command that serves it."""
     test = manifest.metrics["test"]
-    # As it is called from here: `.venv/bin/python` in a clone.
+    # As the user calls it from the current directory: `.venv/bin/python` in a clone.
     python = sys.executable.removeprefix(f"{Path.cwd()}{os.sep}")
     return (
         f"{path}: test accuracy {test.accuracy:.4f} on {test.images} images; "

@@ -1,4 +1,4 @@
-"""Provenance of a bundle: code, packages, device, data and settings that it was made with."""
+"""Provenance of a bundle: the code, packages, device, data and settings that made it."""
 
 import os
 import platform
@@ -83,10 +83,10 @@ def cpu_name() -> str:
     """Return the CPU's name, whether it has int8 instructions, and the cores of this process."""
     name = platform.machine()
     vnni = ""
-    facts = _read_cpuinfo()
-    if facts:
-        name = facts.get("model name", name)
-        flags = set(facts.get("flags", "").split())
+    cpuinfo = _read_cpuinfo()
+    if cpuinfo:
+        name = cpuinfo.get("model name", name)
+        flags = set(cpuinfo.get("flags", "").split())
         if flags & {"avx512_vnni", "avx_vnni"}:
             vnni = ", VNNI"
     return f"{name}{vnni}, {available_cores()} cores"
@@ -94,15 +94,15 @@ def cpu_name() -> str:
 
 def _read_cpuinfo() -> dict[str, str]:
     """Return the fields of /proc/cpuinfo; empty where there is no such file (not Linux)."""
-    facts: dict[str, str] = {}
+    fields: dict[str, str] = {}
     try:
         with open("/proc/cpuinfo") as file:
             for line in file:
                 key, _, value = line.partition(":")
-                facts[key.strip()] = value.strip()
+                fields[key.strip()] = value.strip()
     except OSError:
         return {}
-    return facts
+    return fields
 
 
 def _read_version(package: str) -> str | None:

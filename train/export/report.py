@@ -1,13 +1,14 @@
 """The report of a bundle, report.html, and its short form, README.md.
 
-It says what the model is for, how good it is, and where it fails.
+The report shows what the model is for, how accurate it is, and where it fails.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
 from models.bundle import Manifest
@@ -51,6 +52,36 @@ def write_report(
     config: ExportConfig,
 ) -> None:
     """Write report.html and README.md into a directory."""
+    variables = _template_variables(manifest, graph, data, scores, history, config)
+    environment = _build_environment()
+    for template, file in (("report.html", "report.html"), ("readme.md", "README.md")):
+        text = environment.get_template(template).render(variables)
+        (directory / file).write_text(text)
+
+
+def _build_environment() -> Environment:
+    """Return the environment of the templates; it escapes variables in HTML, not in Markdown."""
+    environment = Environment(
+        loader=PackageLoader("train.export"),
+        autoescape=select_autoescape(["html"]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["percent"] = format_percent
+    environment.filters["megabytes"] = format_megabytes
+    return environment
+
+
+def _template_variables(
+    manifest: Manifest,
+    graph: InferenceGraph,
+    data: ImageData,
+    scores: PartScores,
+    history: list[dict[str, float]],
+    config: ExportConfig,
+) -> dict[str, Any]:
+    """Return what both templates show, by the name that they use."""
     calibration = manifest.calibration
     test = manifest.metrics["test"]
     val_probabilities = softmax(scores.val.logits, calibration.temperature)
@@ -60,7 +91,7 @@ def write_report(
         zip(manifest.classes, test.per_class, strict=True), key=lambda pair: pair[1].f1
     )
 
-    variables = {
+    return {
         "manifest": manifest,
         "test": test,
         "calibration": calibration,
@@ -83,22 +114,6 @@ def write_report(
         "mean_set_size": float(in_prediction_set.sum(1).mean()),
         "audit": describe_audit(data),
     }
-
-    environment = Environment(
-        loader=PackageLoader("train.export"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["percent"] = format_percent
-    environment.filters["megabytes"] = format_megabytes
-    page = environment.get_template("report.html").render(variables)
-    (directory / "report.html").write_text(page)
-
-    environment.autoescape = False
-    card = environment.get_template("readme.md").render(variables)
-    (directory / "README.md").write_text(card)
 
 
 def format_percent(share: float | None, digits: int = 2) -> str:

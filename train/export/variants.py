@@ -1,4 +1,4 @@
-"""The variants of a bundle's graph: fp32 and int8, one function each, and their certification."""
+"""The fp32 and int8 variants of a bundle's graph, and their certification against torch."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ FP32_FILE = "model.onnx"
 INT8_FILE = "model.int8.onnx"
 PARITY_IMAGES = 64  # validation images
 GATE_BATCH_SIZE = 64
-# Of a probability: the least that the rounding of other CPUs' int8 kernels may change.
+# Of a probability. The int8 kernels of other CPUs round differently.
 MIN_INT8_TOLERANCE = 0.02
 SHOWN_ERROR_CHARACTERS = 200
 
@@ -48,8 +48,8 @@ def quantize_int8(
     """Write model.int8.onnx if it passes its accuracy gate.
 
     Returns the file, or None where it is not shipped, and a note for the report. The gate uses
-    validation images, as it chooses the layers that stay in float; the accuracy is then measured on
-    test images.
+    validation images, because it chooses the layers that stay in float. The reported accuracy is
+    then measured on test images.
     """
     target = fp32.path.with_name(INT8_FILE)
     training_rows = evenly_spaced_rows(data.counts["train"], config.images)
@@ -69,7 +69,7 @@ def quantize_int8(
             config,
         )
     except Exception as error:
-        # The network may hold what onnxruntime's quantizer does not support; it raises anything.
+        # onnxruntime's quantizer raises exceptions of any type for what it does not support.
         target.unlink(missing_ok=True)
         cause = " ".join(str(error).split())[:SHOWN_ERROR_CHARACTERS]
         return None, f"int8 is not shipped: onnxruntime can't quantize this network ({cause})"

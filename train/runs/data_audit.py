@@ -1,4 +1,4 @@
-"""The data audit as a step before the fit, and as a part of the `test` command."""
+"""The data audit as a step of a training run, and as a callback of the `test` command."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ class Audit(L.Callback):
 
 
 def audit_data(trainer: L.Trainer, data: ImageData, report_directory: Path | None) -> None:
-    """Audit the data in the first process and record the findings in each process's data module."""
+    """Audit the data in the first process; apply the findings to the data in every process."""
     findings = run_in_first_process(trainer, lambda: audit.run_audit(data, report_directory))
     if findings is not None:
         audit.apply_findings(data, findings)

@@ -1,8 +1,11 @@
 """Training in several processes: torchrun's settings, and work that one process does for all.
 
+A launcher starts the processes, or Lightning does in `fit`:
+
 python -m train launch --nproc-per-node 2 -m train run DATA
 python -m train launch --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:PORT \
     -m train run DATA
+python -m train run DATA --trainer.devices 2
 """
 
 import atexit
@@ -81,7 +84,7 @@ def gather_rows(trainer: L.Trainer, rows: list[Any]) -> list[Any]:
 
 
 def run_once_per_node(trainer: L.Trainer, work: Callable[[], None]) -> None:
-    """Run something in the first process of each node; the others continue when it is done."""
+    """Run `work` in the first process of each node; the others continue when it is done."""
     if trainer.local_rank == 0:
         work()
     if is_connected():
@@ -94,11 +97,11 @@ def run_once_per_node(trainer: L.Trainer, work: Callable[[], None]) -> None:
 
 
 def run_in_first_process(trainer: L.Trainer, work: Callable[[], Any]) -> Any:
-    """Run something long in the first process; return its result (plain values) in all.
+    """Run `work` in the first process and return its result (plain values) in all processes.
 
-    The others wait on the CPU, as a wait on the GPU times out after half an hour, and handle
-    signals meanwhile. Where the first process ends, they end as interrupted. Processes that are not
-    connected, as before Lightning has started the others, return None unless they are the first.
+    The work may take hours. The others wait on the CPU, as a wait on the GPU times out after half
+    an hour, and handle signals meanwhile. If the first process ends, they end as interrupted.
+    Processes that are not connected return None unless they are the first.
     """
     if not is_connected():
         return work() if trainer.is_global_zero else None
@@ -134,11 +137,11 @@ def _exit_without_first_process(error: RuntimeError) -> NoReturn:
 
 
 def run_process(command: Callable[[], int]) -> int:
-    """Run a command and return the status that this process has to end with.
+    """Run a command and return the exit status for this process.
 
-    A process that fails while it is connected to others ends at once and does not return: Lightning
-    would take down NCCL at its exit, which waits for the others' next collective operation, so that
-    no process would end for half an hour.
+    A process that fails while it is connected to others exits at once and does not return.
+    Otherwise Lightning would shut down NCCL at its exit, which waits for the next collective
+    operation of the others, and no process would end for half an hour.
     """
     try:
         status = command()
@@ -172,7 +175,7 @@ def is_connected() -> bool:
 
 
 def take_over_signals(trainer: L.Trainer) -> None:
-    """Handle SIGTERM here instead of in Lightning, also for the processes that Lightning starts."""
+    """Let preemption.py handle SIGTERM instead of Lightning, and forward it to other processes."""
     loop_state = LightningLoopState(trainer)
     NOTICE.forward_with(loop_state.signal_sender())
     loop_state.disable_signal_handling()

@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import Callback
 
 
 class History(Callback):
-    """One row an epoch: `epoch`, `seconds`, `lr`, the metrics of training and of a validation."""
+    """Collects one row an epoch: `epoch`, `seconds`, `lr`, training and validation metrics."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
@@ -18,14 +18,13 @@ class History(Callback):
         self._validation_metrics: dict[str, float] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock of the first epoch."""
-        # A resumed epoch has no on_train_epoch_start.
+        """Start to time the first epoch."""
+        # Lightning does not call on_train_epoch_start for an epoch that it resumes.
         self._epoch_started = time.monotonic()
         self._epoch = trainer.current_epoch
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the row of the last epoch, whose metrics are complete now."""
-        # The metrics of an epoch are complete when the next one begins.
+        """Write the row of the epoch before, whose metrics are complete only now."""
         if trainer.current_epoch > self._epoch:
             self._write_row(trainer)
         self._epoch_started = time.monotonic()
@@ -74,7 +73,7 @@ class History(Callback):
 
 
 def _learning_rate(trainer: L.Trainer) -> float:
-    """The highest learning rate of all parameter groups."""
+    """Return the highest learning rate of all parameter groups."""
     rates: list[float] = []
     for optimizer in trainer.optimizers:
         rates += [group["lr"] for group in optimizer.param_groups]

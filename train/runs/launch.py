@@ -1,9 +1,9 @@
-"""`python -m train launch --nnodes 2 … -m train run DATA`: torchrun with honest exit statuses.
+"""`python -m train launch --nnodes 2 … -m train run DATA`: torchrun that passes on exit statuses.
 
-torchrun itself ends with 1 whatever happened. Kubernetes must tell an invalid setting (2), which
-stays invalid, and an interruption (143), after which the job resumes, from a failure. So the
-launcher ends with the status of the first process that failed, and with 143 where other nodes have
-gone: they report their own reason.
+It runs in the launcher process of each node, which starts the training processes. torchrun ends
+with 1 after every failure. But Kubernetes retries a job by its exit status: never after an invalid
+setting (2), always after an interruption (143). So the launcher ends with the status of the first
+process that failed. Where it loses the other nodes, it ends with 143, as they report the cause.
 """
 
 import os

@@ -51,12 +51,12 @@ def _is_first_process() -> bool:
 
 
 def build_tensorboard_logger(run: Run) -> Logger:
-    """TensorBoard. Purges what was logged after the checkpoint that the run resumes from."""
+    """Build a TensorBoard logger that drops what was logged after the checkpoint of the run."""
     return TensorBoardLogger(run.path, name=None, version="tensorboard", purge_step=run.step)
 
 
 def build_csv_logger(run: Run) -> Logger:
-    """metrics.csv. Rows after the checkpoint are removed, as the resumed run logs them again."""
+    """Build a logger to metrics.csv, without rows that the resumed run logs again."""
     rows = _rows_before_step(run.path / "csv" / "metrics.csv", run.step)
     logger = CSVLogger(run.path, name="", version="csv")
     if _is_first_process():
@@ -82,9 +82,10 @@ def _rows_before_step(file: Path, step: int) -> list[dict[str, str]]:
 
 
 def build_wandb_logger(run: Run) -> Logger:
-    """Weights & Biases: online where there is an API key, else offline; WANDB_MODE overrides.
+    """Build a logger to Weights & Biases.
 
-    `wandb sync` uploads an offline run later.
+    It is online where there is an API key, else offline; WANDB_MODE overrides this. `wandb sync`
+    uploads an offline run later.
     """
     default_mode = "online" if _has_wandb_key() else "offline"
     return WandbLogger(
@@ -108,7 +109,7 @@ def _has_wandb_key() -> bool:
 
 
 def build_mlflow_logger(run: Run) -> Logger:
-    """MLflow at MLFLOW_TRACKING_URI, else a local store next to the runs.
+    """Build a logger to MLflow at MLFLOW_TRACKING_URI, else to a local store next to the runs.
 
     `mlflow ui --backend-store-uri sqlite:///…/mlflow.db` shows the local store.
     """
@@ -119,7 +120,7 @@ def build_mlflow_logger(run: Run) -> Logger:
         store.mkdir(exist_ok=True)
         tracking_uri = f"sqlite:///{store / 'mlflow.db'}"
         artifacts = store.as_uri()
-        # It reports each table of a new database.
+        # alembic logs each table that it creates in a new database.
         logging.getLogger("alembic").setLevel(logging.WARNING)
 
     run_id_file = run.path / "mlflow-run"

@@ -1,4 +1,4 @@
-"""best.ckpt: the weights of the best epoch, in the directory of the run."""
+"""The callback that keeps best.ckpt, the weights of the best epoch, in the run directory."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ class ModelCheckpoint(LightningModelCheckpoint):
         self._is_resumed = is_resumed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue with the best weights in the directory where the run is now."""
+        """Restore the state, with paths in the current directory of the run."""
         if self._is_resumed:
             state_dict = _move_paths(state_dict, str(self.dirpath))
         super().load_state_dict(state_dict)

@@ -1,8 +1,8 @@
-"""Prometheus metrics of a training run, on a port of their own while the job runs.
+"""Prometheus metrics of a training run, served by a thread of the training process.
 
-Nothing is computed for them in a step: a scrape reads Python's own counters. Loss and accuracy of
-the current epoch come from the system's sums, which are copied from the device without waiting
-every `log_every_n_steps` steps.
+A step only adds to Python counters, which a scrape reads. Loss and accuracy of the current epoch
+come from the system's sums, which are copied from the device every `log_every_n_steps` steps,
+without waiting for it.
 """
 
 import time
@@ -23,10 +23,7 @@ PREFIX = "imago_train_"
 
 
 class Monitor(Callback, Collector):
-    """Serves the metrics of the first process of each node.
-
-    It stands for the other processes of the node, which take the same steps.
-    """
+    """Serves metrics in the first process of each node; the others take the same steps."""
 
     def __init__(self, port: int | None = None, host: str = "0.0.0.0"):
         """
@@ -71,7 +68,7 @@ class Monitor(Callback, Collector):
         self._is_fitting = True
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note that no epoch runs any more."""
+        """Record that the epochs are over."""
         self._is_fitting = False
 
     def on_train_batch_end(
@@ -113,7 +110,7 @@ class Monitor(Callback, Collector):
     def collect(self) -> Iterator[Metric]:
         """Yield all metrics; called in a thread of the metrics server."""
         trainer = self._trainer
-        assert trainer is not None  # set in `start`, before the registry can ask
+        assert trainer is not None  # `start` sets it before it registers this collector
         yield from self._collect_progress(trainer)
         yield from self._collect_quality()
         if trainer.optimizers:
@@ -158,7 +155,7 @@ class Monitor(Callback, Collector):
             yield _gauge("val_accuracy", "Accuracy of the last validation.", accuracy)
 
     def describe(self) -> list[Metric]:
-        """Return nothing, so that registering does not collect yet."""
+        """Return nothing: otherwise the registry would call `collect` when this registers."""
         return []
 
 

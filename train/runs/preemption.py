@@ -1,10 +1,10 @@
 """Shutdown notices: SIGTERM, as a spot node or Kubernetes sends it, and Ctrl-C.
 
-While the network trains, a notice is noted; the loop stops between two steps and writes a
-checkpoint (train/runs/resume.py). At any other time there is nothing to save, as every file appears
-complete or not at all, and the process ends at once. In both cases it ends within
-`SHUTDOWN_SECONDS` and with status 143 (130 after Ctrl-C). The same command resumes; a run that was
-interrupted while it wrote its bundle resumes with the bundle.
+While the network trains, the handler only records the signal; the loop then stops between two
+steps and writes a checkpoint (train/runs/resume.py). At any other time there is nothing to save, as
+every file appears complete or not at all, and the process ends at once. In both cases it ends
+within `SHUTDOWN_SECONDS`, with status 143 (130 after Ctrl-C). The same command resumes; a run that
+was interrupted while it wrote its bundle resumes with the bundle. All training processes use this.
 """
 
 import os
@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable
 from types import FrameType
 
-SHUTDOWN_SECONDS = 9.0  # from the notice to the end of the process, whatever happens
+SHUTDOWN_SECONDS = 9.0  # from the signal to the end of the process, at most
 
 
 class Preempted(SystemExit):
@@ -44,11 +44,11 @@ class ShutdownNotice:
         self._send_signal = send_signal
 
     def defer(self) -> None:
-        """From now on only note a notice: the training loop checks `signum` between steps."""
+        """From now on only record a signal: the training loop checks `signum` between steps."""
         self._is_deferred = True
 
     def stop_deferring(self) -> None:
-        """From now on a notice ends the process at once."""
+        """From now on a signal ends the process at once."""
         self._is_deferred = False
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:

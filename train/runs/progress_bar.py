@@ -1,4 +1,4 @@
-"""Progress of a training run for a person: one bar on a terminal, and one line an epoch."""
+"""Progress of a training run on stderr: one bar on a terminal, and one line an epoch."""
 
 import sys
 import time
@@ -70,7 +70,7 @@ class ProgressBar(LightningProgressBar):
             speed="",
         )
         self._progress.start()
-        # A resumed epoch has no on_train_epoch_start.
+        # Lightning does not call on_train_epoch_start for an epoch that it resumes.
         self._epoch_started = time.perf_counter()
 
     def _total_batches(self, trainer: L.Trainer) -> int | float | None:
@@ -83,7 +83,7 @@ class ProgressBar(LightningProgressBar):
         return f"{trainer.current_epoch + 1}/{self._epochs or '?'}"
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Print the line of the last epoch."""
+        """Print the line of the epoch before."""
         self._print_finished_epoch(trainer)
         self._epoch_started = time.perf_counter()
         self._images = 0
@@ -112,19 +112,24 @@ class ProgressBar(LightningProgressBar):
             return
         epoch, speed = self._finished_epoch
         metrics = trainer.callback_metrics
+        parts = ["train"]
+        if self._has_validated:
+            parts.append("val")
+
         columns = [epoch]
-        for part in ("train", "val") if self._has_validated else ("train",):
+        for part in parts:
             if f"{part}/loss" in metrics:
                 loss = metrics[f"{part}/loss"]
                 accuracy = metrics[f"{part}/accuracy"]
                 columns.append(f"{part} loss {loss:.4f} accuracy {accuracy:.4f}")
         columns.append(speed)
         self.console.print("  ".join(columns), soft_wrap=True)
+
         self._finished_epoch = None
         self._has_validated = False
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note that this epoch has validation metrics."""
+        """Record that this epoch has validation metrics."""
         self._has_validated = not trainer.sanity_checking
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

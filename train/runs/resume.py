@@ -18,7 +18,7 @@ import time
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -39,7 +39,8 @@ from train.runs.checkpoints import (
 )
 from train.runs.preemption import NOTICE, Preempted
 
-BETWEEN_EPOCHS = ("epoch", "end")  # stages at which no epoch is under way
+Stage = Literal["step", "validation", "epoch", "end"]
+BETWEEN_EPOCHS: tuple[Stage, ...] = ("epoch", "end")  # stages at which no epoch is under way
 
 
 class Request(IntEnum):
@@ -65,9 +66,9 @@ def read_data_state(checkpoint: Path) -> DataState:
 
 
 class ResumeCheckpoint(Checkpoint):
-    """Writes a checkpoint every few minutes or steps, and when the process is told to end.
+    """Writes a checkpoint every few minutes or steps, and before a signal ends the process.
 
-    Its base class makes it the last callback, so that the others have updated their states.
+    Lightning calls a `Checkpoint` after all other callbacks, so their states are up to date.
     """
 
     def __init__(self, every_minutes: float = 5.0, every_steps: int = 0, keep: int = 2):
@@ -90,12 +91,11 @@ class ResumeCheckpoint(Checkpoint):
         self._request = Request.NOTHING
         self._saved_step = -1
         self._next_save_time = float("inf")  # of time.monotonic()
-        self._stage: str | None = None  # of the checkpoint that is being written
+        self._stage: Stage | None = None  # of the checkpoint that is being written
         self._loaded_state: dict[str, Any] | None = None  # to restore when training starts
         self._loaded_step = -1
-        # Between processes: the group, and the request that is on its way with its operation.
-        self._group: Any = None
-        self._pending: tuple[Any, torch.Tensor] | None = None
+        self._group: Any = None  # of all processes, to exchange requests; None for one process
+        self._pending: tuple[Any, torch.Tensor] | None = None  # the exchange under way, its request
 
     def write_to(self, directory: Path, is_resumed: bool) -> None:
         """Write checkpoints to the run directory; `is_resumed`: `fit` starts from one of them."""
@@ -103,14 +103,14 @@ class ResumeCheckpoint(Checkpoint):
         self._is_resumed = is_resumed
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Create the group of processes that requests are exchanged in."""
+        """Create the group in which the processes exchange requests."""
         if stage == "fit" and trainer.world_size > 1 and self._group is None:
             self._group = torch.distributed.new_group(backend="gloo")
 
     # When to save
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Restore what a checkpoint holds, and defer shutdown notices to the end of a step."""
+        """Restore what a checkpoint holds, and defer signals to the end of a step."""
         if self._directory is not None:
             NOTICE.defer()
         self._next_save_time = time.monotonic() + self.every_seconds
@@ -146,7 +146,7 @@ class ResumeCheckpoint(Checkpoint):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Interrupt the validation where the process is told to end."""
+        """Interrupt the validation where the process has to stop."""
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         self._update_request(trainer)
@@ -170,7 +170,7 @@ class ResumeCheckpoint(Checkpoint):
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Save before a validation that was interrupted."""
+        """Save the state before a validation that `on_validation_batch_end` interrupted."""
         NOTICE.stop_deferring()
         is_stopped = isinstance(exception, Preempted) and self._request == Request.STOP
         if is_stopped and trainer.validating:
@@ -213,7 +213,9 @@ class ResumeCheckpoint(Checkpoint):
 
     # Save
 
-    def _fulfil_request(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def _fulfil_request(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, stage: Stage
+    ) -> None:
         request = self._request
         self._request = Request.NOTHING
         self._save(trainer, pl_module, stage)
@@ -222,7 +224,7 @@ class ResumeCheckpoint(Checkpoint):
                 LightningLoopState(trainer).flush_step_metrics()
             raise _preempted()
 
-    def _save(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def _save(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: Stage) -> None:
         """Write a checkpoint. If the disk is full, training continues with the earlier one."""
         self._next_save_time = time.monotonic() + self.every_seconds
         if self._directory is None:
@@ -235,7 +237,7 @@ class ResumeCheckpoint(Checkpoint):
         try:
             trainer.save_checkpoint(checkpoint_path(self._directory, trainer.global_step))
         except OSError as error:
-            # Where the other processes wait.
+            # The barrier at the end of save_checkpoint, at which the other processes wait.
             trainer.strategy.barrier("Trainer.save_checkpoint")
             _report_failed_save(self._directory, trainer.global_step, error)
         finally:
@@ -311,7 +313,7 @@ class ResumeCheckpoint(Checkpoint):
             _restore_process_state(process_states[trainer.global_rank], system)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Print a warning where there was nothing to train."""
+        """Print a warning where the checkpoint had already finished its training."""
         is_untrained = trainer.global_step == self._loaded_step
         if is_untrained and not self._is_resumed and trainer.is_global_zero:
             print(
@@ -322,7 +324,10 @@ class ResumeCheckpoint(Checkpoint):
 
 
 def _preempted() -> Preempted:
-    """The exception that ends this process; another process may have received the signal."""
+    """Return the exception that ends this process.
+
+    If only another process has received a signal, this one ends as after SIGTERM.
+    """
     return Preempted(NOTICE.signum or signal.SIGTERM)
 
 
@@ -340,7 +345,7 @@ def _report_failed_save(directory: Path, step: int, error: OSError) -> None:
 
 
 def _process_state(system: Classifier) -> dict[str, Any]:
-    """Random numbers and running sums of this process."""
+    """Return the random state and the running sums of this process."""
     sums: dict[str, torch.Tensor] = {}
     if "train" in system.sums:
         sums["train"] = system.sums["train"].totals().cpu()

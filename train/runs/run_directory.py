@@ -1,8 +1,7 @@
 """The directory of a run, `<root>/<name>/<number>/`: settings, logs, best weights and checkpoints.
 
-A start looks at the newest run of the same settings. It resumes an unfinished one. Where that run
-is finished, or another process works on it, a new run starts. A run is finished when its bundle is
-published.
+`open_run` resumes the newest run with the same settings. Where there is none, or it is finished, or
+another process holds its lock, a new run starts. A run is finished when its bundle is published.
 """
 
 import hashlib
@@ -41,8 +40,8 @@ DECISIVE_SETTINGS = (
     "ckpt_path",
     "processes",
 )
-# Settings within these that decide nothing. eval_batch_size may have to shrink after the last step,
-# where the metrics of the bundle do not fit into memory.
+# Settings within these sections that do not change the result. A user may have to lower
+# eval_batch_size after the last step, if the evaluation for the bundle does not fit into memory.
 INDIFFERENT_SETTINGS = {
     "trainer": ("logger", "default_root_dir", "profiler", "enable_progress_bar"),
     "data": ("eval_batch_size", "workers", "cache", "memory", "memory_share"),
@@ -51,14 +50,14 @@ INDIFFERENT_SETTINGS = {
 
 @dataclass(frozen=True)
 class Run:
-    """A run that this process works on."""
+    """The run that this process works on, whose directory it has locked."""
 
     path: Path
     checkpoint: Path | None = None  # the one to resume from, if any
 
     @property
     def title(self) -> str:
-        """A short name for people, such as digits-3."""
+        """A short name to display, such as digits-3."""
         return f"{self.path.parent.name}-{self.path.name}"
 
     @property
@@ -84,9 +83,10 @@ class Run:
 def open_run(
     trainer: L.Trainer, root: Path, name: str, settings: dict[str, Any], fresh: bool
 ) -> Run:
-    """Return the run to resume, or a new one; the same in all processes. Writes config.yaml to it.
+    """Return the run to resume, or a new one; the same in all processes.
 
-    `settings` are all settings of the command as plain values; `fresh` never resumes.
+    `settings` are all settings of the command as plain values, which are also written to the run's
+    config.yaml. `fresh` always starts a new run.
     """
 
     def choose() -> dict[str, Any]:
@@ -101,7 +101,10 @@ def open_run(
 
 
 def claim_run(root: Path, name: str, settings: dict[str, Any], processes: int, fresh: bool) -> Run:
-    """Choose a run and lock it. The lock holds until this process ends, however it ends."""
+    """Return the run to resume, or a new one, and lock it until this process ends.
+
+    `processes` is their number, which decides the result as the settings do.
+    """
     settings = _decisive_settings(settings | {"processes": processes})
     settings = json.loads(json.dumps(settings, default=str))
     directory = (root / name).resolve()
@@ -121,7 +124,7 @@ def claim_run(root: Path, name: str, settings: dict[str, Any], processes: int, f
 
 
 def _start_new_run(directory: Path, number: int, settings: dict[str, Any]) -> Run:
-    """Create the first directory from `number` on that no other process takes."""
+    """Create and lock the directory `number`, or the next one that no other process has taken."""
     while True:
         path = directory / str(number)
         try:

@@ -21,7 +21,7 @@ MAX_NAME_LENGTH = 12  # characters of a class name
 
 
 class SamplePredictions(Callback):
-    """Logs some validation images with their predictions after a validation."""
+    """Logs validation images with their predictions after a validation, in the first process."""
 
     def __init__(self, images: int = 16, every_epochs: int = 1):
         """
