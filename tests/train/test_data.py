@@ -1,5 +1,6 @@
 """The data module: split, order of batches, storage of pixels, unreadable files."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -235,10 +236,9 @@ def test_every_image_is_seen_once_an_epoch_by_processes_in_step(images, world, b
     orders = [EpochOrder(np.arange(images), batch, True, 7, rank, world) for rank in range(world)]
     epochs = [order.batches(3) for order in orders]
     assert {len(epoch) for epoch in epochs} == {orders[0].steps}
-    assert sorted(np.concatenate([step for epoch in epochs for step in epoch]).tolist()) == list(
-        range(images)
-    )
-    sizes = [len(step) for epoch in epochs for step in epoch]
+    steps = list(itertools.chain.from_iterable(epochs))
+    assert sorted(np.concatenate(steps).tolist()) == list(range(images))
+    sizes = [len(step) for step in steps]
     assert batch == 1 or images == 5 or min(sizes) > 1  # for batch norm
     assert orders[0].steps == 1 or min(sizes) >= batch // 2
     assert max(sizes) <= batch + 2

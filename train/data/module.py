@@ -52,7 +52,40 @@ class SampleImage(NamedTuple):
 
 
 class ImageData(L.LightningDataModule):
-    """Labelled images as batches of (uint8 [B, C, H, W], int64 [B]) on the trainer's device."""
+    """Labelled images as batches of (uint8 [B, C, H, W], int64 [B]) on the trainer's device.
+
+    Args:
+        source: digits, cifar10, cifar100, mnist, fashion-mnist; the path of a folder of class
+            folders, or of a .csv file of path,label[,split]; or litdata:, deeplake: or hf: and
+            a path or URL.
+        root: directory of a torchvision data set on disk; nothing is downloaded then.
+        size: side of the network's input in pixels; by default that of the images where all are
+            squares of one small size, 224 otherwise.
+        channels: 1 for gray, 3 for colour; by default as the images are.
+        resize: how images of another shape are fitted to the input: crop, stretch or pad.
+        short_side: for crop: the short side is resized to this before the centre is cut out;
+            training crops at random positions.
+        batch_size: training images a step and process.
+        eval_batch_size: images a step and process in validation and test; by default twice
+            batch_size.
+        val_fraction: share of the training part that is split off for validation, where the
+            data has no validation part.
+        test_fraction: share of the data that is split off for the test, where the data has no
+            test part.
+        seed: seed of the split, the batch order and the augmentation.
+        sampling: uniform shows each image once an epoch; balanced draws all classes equally
+            often.
+        augment: augmentation of training images; other images are never augmented.
+        memory: auto, memory (decode once, keep the pixels in memory) or stream (workers decode
+            in each epoch).
+        memory_share: share of the free memory for the pixels; larger data is streamed.
+        workers: processes that decode; by default one for each core that this job may use,
+            shared among its processes on the node.
+        cache: directory that keeps pixels and labels for the next run; by default
+            ~/.cache/imago, empty for none.
+        max_unreadable: share of images that may be unreadable; they are left out. More stop the
+            run.
+    """
 
     # `setup` sets these:
     classes: list[str]
@@ -86,39 +119,6 @@ class ImageData(L.LightningDataModule):
         cache: str | None = None,
         max_unreadable: float = 0.05,
     ):
-        """
-        Args:
-            source: digits, cifar10, cifar100, mnist, fashion-mnist; the path of a folder of class
-                folders, or of a .csv file of path,label[,split]; or litdata:, deeplake: or hf: and
-                a path or URL.
-            root: directory of a torchvision data set on disk; nothing is downloaded then.
-            size: side of the network's input in pixels; by default that of the images where all are
-                squares of one small size, 224 otherwise.
-            channels: 1 for gray, 3 for colour; by default as the images are.
-            resize: how images of another shape are fitted to the input: crop, stretch or pad.
-            short_side: for crop: the short side is resized to this before the centre is cut out;
-                training crops at random positions.
-            batch_size: training images a step and process.
-            eval_batch_size: images a step and process in validation and test; by default twice
-                batch_size.
-            val_fraction: share of the training part that is split off for validation, where the
-                data has no validation part.
-            test_fraction: share of the data that is split off for the test, where the data has no
-                test part.
-            seed: seed of the split, the batch order and the augmentation.
-            sampling: uniform shows each image once an epoch; balanced draws all classes equally
-                often.
-            augment: augmentation of training images; other images are never augmented.
-            memory: auto, memory (decode once, keep the pixels in memory) or stream (workers decode
-                in each epoch).
-            memory_share: share of the free memory for the pixels; larger data is streamed.
-            workers: processes that decode; by default one for each core that this job may use,
-                shared among its processes on the node.
-            cache: directory that keeps pixels and labels for the next run; by default
-                ~/.cache/imago, empty for none.
-            max_unreadable: share of images that may be unreadable; they are left out. More stop the
-                run.
-        """
         super().__init__()
         _check_between("val_fraction", val_fraction)
         _check_between("test_fraction", test_fraction)

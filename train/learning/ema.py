@@ -21,14 +21,13 @@ class WeightAverage(Callback):
 
     Lightning's own callback swaps before its first update (Lightning-AI/pytorch-lightning#21724);
     this one swaps nothing until there is an average.
+
+    Args:
+        decay: share of the old average that stays at each update, e.g. 0.999; 0 for no average.
+        every_steps: steps between updates.
     """
 
     def __init__(self, decay: float = 0.0, every_steps: int = 1):
-        """
-        Args:
-            decay: share of the old average that stays at each update, e.g. 0.999; 0 for no average.
-            every_steps: steps between updates.
-        """
         if not 0 <= decay < 1 or every_steps < 1:
             raise ValueError(
                 f"ema: decay must be in 0..1, not {decay}, and every_steps 1 or more, not "

@@ -27,6 +27,16 @@ class Muon(torch.optim.Optimizer):
     The other groups call the functions behind `torch.optim.SGD` and `torch.optim.AdamW` on this
     optimizer's own groups and state. Lightning's schedules, checkpoints and gradient clipping then
     see one optimizer.
+
+    Args:
+        groups: parameter groups; those with `muon: True` hold kernels.
+        lr: learning rate of groups that have none of their own.
+        momentum: of kernels.
+        others: the optimizer of the groups without `muon`.
+        others_momentum: the momentum of these groups, for sgd.
+        nesterov: whether kernels and sgd use Nesterov momentum.
+        betas: for adamw: decay of the running means of gradients and of their squares.
+        eps: for adamw: added to the denominator.
     """
 
     def __init__(
@@ -40,17 +50,6 @@ class Muon(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ):
-        """
-        Args:
-            groups: parameter groups; those with `muon: True` hold kernels.
-            lr: learning rate of groups that have none of their own.
-            momentum: of kernels.
-            others: the optimizer of the groups without `muon`.
-            others_momentum: the momentum of these groups, for sgd.
-            nesterov: whether kernels and sgd use Nesterov momentum.
-            betas: for adamw: decay of the running means of gradients and of their squares.
-            eps: for adamw: added to the denominator.
-        """
         defaults = {
             "lr": lr,
             "momentum": momentum,

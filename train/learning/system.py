@@ -44,6 +44,21 @@ class Classifier(L.LightningModule):
     """Images in 0..255 to logits [B,K].
 
     The network is built in `setup`, when the number of classes and the size of images are known.
+
+    Args:
+        network: name of the network: lenet, convnet, convnet4, speednet or any classification
+            model of torchvision.
+        options: passed to the network, e.g. {widths: [64, 256, 256]} for speednet.
+        weights: file of weights to start from: a bundle's weights.safetensors or a torch state
+            dict; imagenet for torchvision's, downloaded once.
+        optimizer: which optimizer, and its learning rates.
+        schedule: learning rate over the steps.
+        label_smoothing: share of the label that is spread over all classes, in training.
+        weigh_classes: weigh the loss by the inverse frequency of each class, in training.
+        channels_last: use the memory layout in which convolutions are fastest.
+        compile: torch.compile the network, in this mode.
+        tta: test-time augmentation, reported in addition to the plain figures: flip adds the
+            mirror image, shift adds four crops moved by one pixel as well.
     """
 
     network: networks.Network
@@ -64,22 +79,6 @@ class Classifier(L.LightningModule):
         compile: Literal["off", "default", "reduce-overhead", "max-autotune"] = "off",
         tta: TestTimeAugmentation = "none",
     ):
-        """
-        Args:
-            network: name of the network: lenet, convnet, convnet4, speednet or any classification
-                model of torchvision.
-            options: passed to the network, e.g. {widths: [64, 256, 256]} for speednet.
-            weights: file of weights to start from: a bundle's weights.safetensors or a torch state
-                dict; imagenet for torchvision's, downloaded once.
-            optimizer: which optimizer, and its learning rates.
-            schedule: learning rate over the steps.
-            label_smoothing: share of the label that is spread over all classes, in training.
-            weigh_classes: weigh the loss by the inverse frequency of each class, in training.
-            channels_last: use the memory layout in which convolutions are fastest.
-            compile: torch.compile the network, in this mode.
-            tta: test-time augmentation, reported in addition to the plain figures: flip adds the
-                mirror image, shift adds four crops moved by one pixel as well.
-        """
         super().__init__()
         networks.check_name(network)
         if not 0 <= label_smoothing <= 1:
