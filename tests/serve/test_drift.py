@@ -1,11 +1,12 @@
 """imago_drift_psi against numpy, for traffic like the baseline and for other traffic."""
 
 import time
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 from support import tiny_bundle
-from support.server import wait_until
+from support.server import Server, wait_until
 
 from models.bundle import DRIFT_SIGNALS, Histogram
 from models.drift import bin_edges, class_edges, histogram, image_signals, psi
@@ -13,175 +14,207 @@ from models.image import InputSpec, decode
 
 SPEC = InputSpec(height=32, width=32)
 IMAGES = 120
+SAMPLE_SECONDS = 0.045  # a worker samples at most 25 images a second
 
 
-def measure_signals(files: list[bytes], sizes: list[int]) -> dict[str, np.ndarray]:
+class Traffic(NamedTuple):
+    """Image files and the length of their sides in pixels."""
+
+    files: list[bytes]
+    sizes: list[int]
+
+
+def make_traffic(seed: int, sizes: tuple[int, ...], labels: list[str]) -> Traffic:
+    """Make IMAGES image files that cycle through these sizes and labels."""
+    traffic = Traffic([], [])
+    for i in range(IMAGES):
+        size = sizes[i % len(sizes)]
+        label = labels[i % len(labels)]
+        traffic.files.append(tiny_bundle.make_image(label, size, seed=seed + i))
+        traffic.sizes.append(size)
+    return traffic
+
+
+def make_files(count: int, labels: list[str], size: int = 32) -> list[bytes]:
+    return make_traffic(1000, (size,), labels).files[:count]
+
+
+def measure_signals(traffic: Traffic) -> dict[str, np.ndarray]:
     """Measure each signal as training does on the validation data."""
-    pixels = np.stack([decode(data, SPEC) for data in files])
-    out = tiny_bundle.expected_outputs(pixels, 3)
-    looks = np.array([image_signals(image) for image in pixels])
+    pixels = np.stack([decode(file, SPEC) for file in traffic.files])
+    outputs = tiny_bundle.expected_outputs(pixels, 3)
+    signals = np.array([image_signals(image) for image in pixels])
     return {
-        "class": out["probabilities"].argmax(1),
-        "confidence": out["probabilities"].max(1),
-        "energy": out["energy"],
-        "brightness": looks[:, 0],
-        "contrast": looks[:, 1],
-        "sharpness": looks[:, 2],
-        "width": np.array(sizes),
-        "height": np.array(sizes),
+        "class": outputs["probabilities"].argmax(1),
+        "confidence": outputs["probabilities"].max(1),
+        "energy": outputs["energy"],
+        "brightness": signals[:, 0],
+        "contrast": signals[:, 1],
+        "sharpness": signals[:, 2],
+        "width": np.array(traffic.sizes),
+        "height": np.array(traffic.sizes),
     }
 
 
-def make_images(
-    seed: int, sizes: tuple[int, ...], labels: list[str]
-) -> tuple[list[bytes], list[int]]:
-    chosen = [sizes[i % len(sizes)] for i in range(IMAGES)]
-    return [
-        tiny_bundle.make_image(labels[i % len(labels)], size, seed=seed + i)
-        for i, size in enumerate(chosen)
-    ], chosen
+def class_histogram(counts: list[int]) -> Histogram:
+    """Return a baseline of the predicted class: the count of each class."""
+    return Histogram(edges=class_edges(len(counts)).tolist(), counts=counts)
+
+
+def name_classes(count: int) -> list[str]:
+    return [f"class {i}" for i in range(count)]
 
 
 @pytest.fixture(scope="module")
 def baseline() -> dict[str, Histogram]:
-    found = measure_signals(*make_images(0, (32, 48), tiny_bundle.CLASSES))
-    cut = {
-        name: class_edges(3) if name == "class" else bin_edges(values, bins=5)
-        for name, values in found.items()
-    }
-    assert tuple(found) == DRIFT_SIGNALS
-    return {
-        name: Histogram(edges=cut[name].tolist(), counts=histogram(values, cut[name]).tolist())
-        for name, values in found.items()
-    }
+    """The baseline of images of all classes in two sizes."""
+    signals = measure_signals(make_traffic(0, (32, 48), tiny_bundle.CLASSES))
+    assert tuple(signals) == DRIFT_SIGNALS
+
+    histograms: dict[str, Histogram] = {}
+    for name, values in signals.items():
+        edges = class_edges(3) if name == "class" else bin_edges(values, bins=5)
+        counts = histogram(values, edges).tolist()
+        histograms[name] = Histogram(edges=edges.tolist(), counts=counts)
+    return histograms
 
 
-def read_psi(service) -> dict[str, float]:
+def read_psi(server: Server) -> dict[str, float]:
     """Return the index of each signal that has one."""
-    lines = [line for line in service.metrics().splitlines() if line.startswith("imago_drift_psi{")]
-    return {line.split('"')[1]: float(line.split()[-1]) for line in lines}
+    indices: dict[str, float] = {}
+    for line in server.metrics().splitlines():
+        if line.startswith("imago_drift_psi{"):
+            indices[line.split('"')[1]] = float(line.split()[-1])
+    return indices
 
 
-def send(service, files: list[bytes]) -> None:
+def send(server: Server, files: list[bytes]) -> None:
     """Send images one after the other, no faster than drift is sampled."""
-    for data in files:
-        assert service.predict(data).status_code == 200
-        time.sleep(0.045)
+    for file in files:
+        assert server.predict(file).status_code == 200
+        time.sleep(SAMPLE_SECONDS)
+
+
+def send_together(server: Server, files: list[bytes]) -> None:
+    """Send images in one request, so that they are spread over the workers."""
+    parts = [("f", (str(i), file)) for i, file in enumerate(files)]
+    assert server.http.post("/predict", files=parts).status_code == 200
+
+
+def wait_for_reload(server: Server, workers: int = 1) -> None:
+    before = server.metric("imago_reloads_total", outcome="ok")
+    wait_until(lambda: server.metric("imago_reloads_total", outcome="ok") == before + workers)
+
+
+def wait_for_class_psi(server: Server) -> float:
+    """Wait until there is an index, and return that of the predicted class."""
+    wait_until(lambda: read_psi(server) != {})
+    return read_psi(server)["class"]
 
 
 def test_psi_of_each_signal(start, tmp_path, baseline):
     tiny_bundle.publish(tmp_path, baseline=baseline)
-    service = start("--drift-window", str(IMAGES), store=tmp_path)
-    assert read_psi(service) == {}
-    same, sizes = make_images(1000, (32, 48), tiny_bundle.CLASSES)
-    send(service, same[:15])
-    assert read_psi(service) == {}, "too few images for an index"
-    send(service, same[15:])
-    wait_until(
-        lambda: service.metric("imago_drift_images") == IMAGES
-    )  # an answer leaves before it is counted
-    found, want = read_psi(service), measure_signals(same, sizes)
-    for name, histogram_ in baseline.items():
-        live = histogram(want[name], np.array(histogram_.edges))
-        assert found[name] == pytest.approx(psi(np.array(histogram_.counts), live), abs=0.05), name
-    assert found["class"] < 0.02
-    moved, sizes = make_images(2000, (64,), ["red"])
-    send(service, moved)
-    assert service.metric("imago_drift_images") == IMAGES  # the window slides
-    found = read_psi(service)
-    assert min(found[name] for name in ("class", "width", "height", "sharpness")) > 0.5
+    server = start("--drift-window", str(IMAGES), store=tmp_path)
+    assert read_psi(server) == {}
+
+    similar = make_traffic(1000, (32, 48), tiny_bundle.CLASSES)
+    send(server, similar.files[:15])
+    assert read_psi(server) == {}, "too few images for an index"
+    send(server, similar.files[15:])
+    # Images are counted after their answers are sent.
+    wait_until(lambda: server.metric("imago_drift_images") == IMAGES)
+
+    indices = read_psi(server)
+    signals = measure_signals(similar)
+    for name, expected in baseline.items():
+        live = histogram(signals[name], np.array(expected.edges))
+        index = psi(np.array(expected.counts), live)
+        assert indices[name] == pytest.approx(index, abs=0.05), name
+    assert indices["class"] < 0.02
+
+    other = make_traffic(2000, (64,), ["red"])
+    send(server, other.files)
+    assert server.metric("imago_drift_images") == IMAGES  # the window slides
+    indices = read_psi(server)
+    for name in ("class", "width", "height", "sharpness"):
+        assert indices[name] > 0.5, name
 
 
 def test_windows_of_several_workers_are_summed(start, tmp_path, baseline):
     tiny_bundle.publish(tmp_path, baseline=baseline)
-    service = start("--workers", "2", "--drift-window", str(IMAGES), store=tmp_path)
-    files, _ = make_images(1000, (32, 48), tiny_bundle.CLASSES)
-    for at in range(0, IMAGES, 10):  # many in one request are spread over the workers
-        many = [("f", (str(i), data)) for i, data in enumerate(files[at : at + 10])]
-        assert service.http.post("/predict", files=many).status_code == 200
-        time.sleep(0.45)
-    assert service.metric("imago_drift_images") > IMAGES / 2
-    assert read_psi(service)["class"] < 0.1
-
-
-def wait_for_reload(service, workers: int = 1) -> None:
-    before = service.metric("imago_reloads_total", outcome="ok")
-    wait_until(lambda: service.metric("imago_reloads_total", outcome="ok") == before + workers, 120)
+    server = start("--workers", "2", "--drift-window", str(IMAGES), store=tmp_path)
+    files = make_traffic(1000, (32, 48), tiny_bundle.CLASSES).files
+    for first in range(0, IMAGES, 10):
+        send_together(server, files[first : first + 10])
+        time.sleep(10 * SAMPLE_SECONDS)
+    assert server.metric("imago_drift_images") > IMAGES / 2
+    assert read_psi(server)["class"] < 0.1
 
 
 def test_reload_with_fewer_classes_shows_no_drift(start, tmp_path, baseline):
-    many = {"class": Histogram(edges=class_edges(100).tolist(), counts=[10] * 100)}
-    tiny_bundle.publish(tmp_path, classes=[f"class {i}" for i in range(100)], baseline=many)
-    service = start("--reload-seconds", "0.2", store=tmp_path)
-    assert service.predict(tiny_bundle.make_image("red")).status_code == 200
+    hundred = class_histogram([10] * 100)
+    tiny_bundle.publish(tmp_path, classes=name_classes(100), baseline={"class": hundred})
+    server = start("--reload-seconds", "0.2", store=tmp_path)
+    assert server.predict(tiny_bundle.make_image("red")).status_code == 200
+
     tiny_bundle.publish(tmp_path, baseline={"class": baseline["class"]})
-    wait_for_reload(service)
-    send(service, make_images(1000, (32,), tiny_bundle.CLASSES)[0][:36])
-    wait_until(lambda: read_psi(service) != {})
-    assert read_psi(service)["class"] < 0.1
+    wait_for_reload(server)
+    send(server, make_files(36, tiny_bundle.CLASSES))
+    assert wait_for_class_psi(server) < 0.1
 
 
-# Classes next to each other share bins, or each has a bin of its own.
+# Adjacent classes share bins, or each class has a bin.
 @pytest.mark.parametrize("window", ["2000", pytest.param("1000000", marks=pytest.mark.slow)])
 def test_many_thousands_of_classes(start, tmp_path, window):
-    def write(classes: int, at: int) -> None:
-        """Those that are predicted come first; the others come with the baseline from `at` on."""
+    def publish(classes: int, first_expected: int) -> None:
+        """Publish a model that predicts its first classes; the baseline has three others."""
         counts = np.zeros(classes, int)
-        counts[at : at + 3] = 40
+        counts[first_expected : first_expected + 3] = 40
         tiny_bundle.publish(
             tmp_path,
-            classes=[f"class {i}" for i in range(classes)],
+            classes=name_classes(classes),
             size=4,
             samples=3,
-            baseline={
-                "class": Histogram(edges=class_edges(classes).tolist(), counts=counts.tolist())
-            },
+            baseline={"class": class_histogram(counts.tolist())},
         )
 
-    write(20_000, 0)
-    service = start("--reload-seconds", "0.2", "--drift-window", window, store=tmp_path)
-    files = make_images(1000, (4,), tiny_bundle.CLASSES)[0][:36]
-    send(service, files)
-    wait_until(lambda: read_psi(service) != {})
-    assert read_psi(service)["class"] < 0.1
-    write(20_001, 10_000)
-    wait_for_reload(service)
-    assert service.http.get("/model").json()["version"] == "2"
-    send(service, files)
-    wait_until(lambda: read_psi(service) != {})
-    assert read_psi(service)["class"] > 1
-    assert "Traceback" not in service.log.read_text()
+    publish(20_000, first_expected=0)  # the classes that are predicted
+    server = start("--reload-seconds", "0.2", "--drift-window", window, store=tmp_path)
+    files = make_files(36, tiny_bundle.CLASSES, size=4)
+    send(server, files)
+    assert wait_for_class_psi(server) < 0.1
+
+    publish(20_001, first_expected=10_000)
+    wait_for_reload(server)
+    assert server.http.get("/model").json()["version"] == "2"
+    send(server, files)
+    assert wait_for_class_psi(server) > 1
+    assert "Traceback" not in server.log.read_text()
 
 
-def test_bins_are_merged_where_classes_are_too_many_for_the_window(start, tmp_path):
-    even = [20] * 500
-    tiny_bundle.publish(
-        tmp_path,
-        classes=[f"class {i}" for i in range(500)],
-        baseline={"class": Histogram(edges=class_edges(500).tolist(), counts=even)},
-    )
-    service = start("--drift-window", "60", store=tmp_path)
-    send(service, make_images(1000, (32,), ["red"])[0][:62])
-    wait_until(lambda: read_psi(service) != {})
-    want = psi(np.array([10_000 // 6] * 6), np.array([60, 0, 0, 0, 0, 0]))
-    assert read_psi(service)["class"] == pytest.approx(want, rel=0.05)
+def test_bins_are_merged_if_classes_are_too_many_for_the_window(start, tmp_path):
+    uniform = class_histogram([20] * 500)
+    tiny_bundle.publish(tmp_path, classes=name_classes(500), baseline={"class": uniform})
+    server = start("--drift-window", "60", store=tmp_path)
+    send(server, make_files(62, ["red"]))
+
+    # A window of 60 images has 6 bins of 10, and all images are in the first.
+    expected = psi(np.array([10_000 // 6] * 6), np.array([60, 0, 0, 0, 0, 0]))
+    assert wait_for_class_psi(server) == pytest.approx(expected, rel=0.05)
 
 
 def test_idle_worker_publishes_the_new_baseline(start, tmp_path):
-    def even(*counts: int) -> dict[str, Histogram]:
-        return {"class": Histogram(edges=class_edges(3).tolist(), counts=counts)}
+    tiny_bundle.publish(tmp_path, baseline={"class": class_histogram([9000, 1, 1])})
+    server = start("--workers", "2", "--reload-seconds", "0.2", store=tmp_path)
+    files = make_files(36, tiny_bundle.CLASSES)
+    for _ in range(5):  # so that both workers get images
+        send_together(server, files)
 
-    tiny_bundle.publish(tmp_path, baseline=even(9000, 1, 1))
-    service = start("--workers", "2", "--reload-seconds", "0.2", store=tmp_path)
-    files = make_images(1000, (32,), tiny_bundle.CLASSES)[0][:36]
-    for _ in range(5):  # both workers get some
-        service.http.post("/predict", files=[("f", (str(i), data)) for i, data in enumerate(files)])
-    tiny_bundle.publish(tmp_path, baseline=even(40, 40, 40))
-    wait_for_reload(service, workers=2)
-    assert service.metric("imago_drift_images") == 0
-    send(service, files)  # one at a time all go to one worker
-    wait_until(lambda: read_psi(service) != {})
-    assert read_psi(service)["class"] < 0.1
+    tiny_bundle.publish(tmp_path, baseline={"class": class_histogram([40, 40, 40])})
+    wait_for_reload(server, workers=2)
+    assert server.metric("imago_drift_images") == 0
+    send(server, files)  # one at a time: all go to one worker
+    assert wait_for_class_psi(server) < 0.1
 
 
 def test_bundle_without_a_baseline_has_no_index(server):

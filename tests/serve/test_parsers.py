@@ -12,10 +12,13 @@ from serve.http import request_body
 from serve.http.responses import Problem
 from serve.wire import Answer, Job, pack_answer, pack_job, take_answers, take_jobs
 
+JSON = b"application/json"
+MULTIPART = b"multipart/form-data; boundary=b"
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789'()+_-./:=?"
 boundaries = st.text(LETTERS, min_size=1, max_size=70)
 files = st.lists(st.binary(min_size=1, max_size=300), min_size=1, max_size=5)
-U32, U16 = st.integers(0, 2**32 - 1), st.integers(0, 2**16 - 1)
+U32 = st.integers(0, 2**32 - 1)
+U16 = st.integers(0, 2**16 - 1)
 jobs = st.builds(Job, U32, st.floats(0, 1e9), U16, U16, st.binary(max_size=200))
 answers = st.builds(
     Answer,
@@ -31,7 +34,8 @@ answers = st.builds(
 )
 
 
-def form(contents: list[bytes], boundary: str, extra: bytes = b"") -> bytes:
+def build_form(contents: list[bytes], boundary: str, extra: bytes = b"") -> bytes:
+    """Build a multipart body with these files; `extra` is added to the head of each."""
     parts = [
         b'--%b\r\nContent-Disposition: form-data; name="f"; filename="%d"\r\n%b\r\n%b\r\n'
         % (boundary.encode(), i, extra, content)
@@ -40,47 +44,44 @@ def form(contents: list[bytes], boundary: str, extra: bytes = b"") -> bytes:
     return b"".join(parts) + b"--%b--\r\n" % boundary.encode()
 
 
-def images(content: bytes, kind: bytes) -> list[bytes | int] | int:
-    """The images, or the status of the problem; anything else is an error of the parser."""
+def parse_images(content: bytes, content_type: bytes) -> list[bytes | int] | int:
+    """Return each image or the status of its Problem, or the status if the body is refused.
+
+    Any other exception is an error of the parser.
+    """
     try:
-        return [
-            image.status if isinstance(image, Problem) else image
-            for image in request_body.parse_images(content, kind, 10)
-        ]
+        parsed = request_body.parse_images(content, content_type, 10)
     except Problem as problem:
         return problem.status
+    return [image.status if isinstance(image, Problem) else image for image in parsed]
 
 
 @given(files, boundaries, st.booleans())
 def test_multipart_round_trip(contents, boundary, quoted):
-    contents = [c for c in contents if boundary.encode() not in c] or [b"x" * 71]
-    kind = (
-        f'multipart/form-data; boundary="{boundary}"'
-        if quoted
-        else f"multipart/form-data; boundary={boundary}"
-    )
-    assert (
-        images(form(contents, boundary, b"Content-Type: image/png\r\n"), kind.encode()) == contents
-    )
+    contents = [content for content in contents if boundary.encode() not in content]
+    contents = contents or [b"x" * 71]
+    parameter = f'"{boundary}"' if quoted else boundary
+    content_type = f"multipart/form-data; boundary={parameter}"
+    body = build_form(contents, boundary, b"Content-Type: image/png\r\n")
+    assert parse_images(body, content_type.encode()) == contents
 
 
 @given(files, st.integers(0, 2000))
-def test_truncated_multipart_is_refused(contents, cut):
-    contents = [c.replace(b"--b", b"xxx") for c in contents]
-    whole = form(contents, "b")
-    found = images(whole[:cut], b"multipart/form-data; boundary=b")
-    assert found == 400 or found == contents
+def test_truncated_multipart_is_refused_or_complete(contents, cut):
+    contents = [content.replace(b"--b", b"xxx") for content in contents]
+    body = build_form(contents, "b")
+    assert parse_images(body[:cut], MULTIPART) in (400, contents)
 
 
 @given(st.binary(max_size=500), st.sampled_from([b"--b\r\n", b"--b\r\n\r\n\r\n", b"--b--", b""]))
-def test_arbitrary_multipart(content, start):
-    found = images(start + content, b"multipart/form-data; boundary=b")
-    assert found in (400, 413) or all(piece in content for piece in found)
+def test_any_multipart_is_parsed_or_refused(content, start):
+    parsed = parse_images(start + content, MULTIPART)
+    assert parsed in (400, 413) or all(image in content for image in parsed)
 
 
 def test_a_boundary_inside_a_file_does_not_end_it():
     content = b"one\r\n-two\r\n--c\r\n b"
-    assert images(form([content], "b"), b"multipart/form-data; boundary=b") == [content]
+    assert parse_images(build_form([content], "b"), MULTIPART) == [content]
 
 
 def test_fields_that_are_not_files_are_skipped():
@@ -90,17 +91,14 @@ def test_fields_that_are_not_files_are_skipped():
         b'X-Note: ; filename=x\r\nContent-Disposition: form-data; name="x"',
     ):
         field = b"--b\r\n%b\r\n\r\nhello\r\n" % head
-        assert images(field + form([b"image"], "b"), b"multipart/form-data; boundary=b") == [
-            b"image"
-        ]
+        assert parse_images(field + build_form([b"image"], "b"), MULTIPART) == [b"image"]
 
 
 def test_too_many_fields_are_refused():
     field = b'--b\r\nContent-Disposition: form-data; name="x"\r\n\r\nhello\r\n'
-    assert images(20 * field + form([b"image"], "b"), b"multipart/form-data; boundary=b") == [
-        b"image"
-    ]
-    assert images(100 * field + form([b"image"], "b"), b"multipart/form-data; boundary=b") == 413
+    form = build_form([b"image"], "b")
+    assert parse_images(20 * field + form, MULTIPART) == [b"image"]
+    assert parse_images(100 * field + form, MULTIPART) == 413
 
 
 @pytest.mark.parametrize(
@@ -108,21 +106,20 @@ def test_too_many_fields_are_refused():
 )
 def test_spellings_of_the_file_name(name):
     part = b"--b\r\ncontent-disposition: form-data; name=x;%b\r\n\r\nhello\r\n--b--" % name
-    assert images(part, b"multipart/form-data; boundary=b") == [b"hello"]
+    assert parse_images(part, MULTIPART) == [b"hello"]
 
 
 @given(files)
 def test_json_round_trip(contents):
-    texts = [base64.b64encode(c).decode() for c in contents]
-    assert images(json.dumps({"images": texts}).encode(), b"application/json") == contents
+    texts = [base64.b64encode(content).decode() for content in contents]
+    assert parse_images(json.dumps({"images": texts}).encode(), JSON) == contents
 
 
 def test_base64_may_have_the_line_breaks_of_mime():
     content = bytes(range(256))
-    for text in (base64.encodebytes(content), base64.encodebytes(content).replace(b"\n", b"\r\n")):
-        assert images(json.dumps({"image": text.decode()}).encode(), b"application/json") == [
-            content
-        ]
+    text = base64.encodebytes(content).decode()
+    for lines in (text, text.replace("\n", "\r\n")):
+        assert parse_images(json.dumps({"image": lines}).encode(), JSON) == [content]
 
 
 @given(
@@ -136,13 +133,14 @@ def test_base64_may_have_the_line_breaks_of_mime():
         max_leaves=8,
     ).map(lambda value: json.dumps(value).encode())
 )
-def test_arbitrary_json(content):
-    found = images(content, b"application/json; charset=utf-8")
-    assert found in (400, 413) or all(isinstance(piece, bytes) or piece == 400 for piece in found)
+def test_any_json_is_parsed_or_refused(content):
+    parsed = parse_images(content, b"application/json; charset=utf-8")
+    if parsed not in (400, 413):
+        assert all(isinstance(image, bytes) or image == 400 for image in parsed)
 
 
 def test_deeply_nested_json_is_refused():
-    assert images(b"[" * 100_000, b"application/json") == 400
+    assert parse_images(b"[" * 100_000, JSON) == 400
 
 
 @pytest.mark.parametrize(
@@ -152,7 +150,7 @@ def test_json_does_not_take_more_memory_than_its_images(values, status):
     content = b'{"images":[%b]}' % b",".join([values] * 1_000_000)
     tracemalloc.start()
     try:
-        assert images(content, b"application/json") == status
+        assert parse_images(content, JSON) == status
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()
@@ -164,13 +162,16 @@ def test_json_does_not_take_more_memory_than_its_images(values, status):
 def test_frames_are_complete_however_reads_cut_them(pack, take, kind):
     @given(st.lists(kind, max_size=6), st.lists(st.integers(1, 64), min_size=1, max_size=50))
     def check(sent, sizes):
-        data, buffer, found, at = b"".join(map(pack, sent)), bytearray(), [], 0
-        while at < len(data):
-            size = sizes[at % len(sizes)]
-            buffer += data[at : at + size]
-            found += take(buffer)
-            at += size
-        assert found == sent
+        data = b"".join(map(pack, sent))
+        buffer = bytearray()
+        received = []
+        position = 0
+        while position < len(data):
+            size = sizes[position % len(sizes)]
+            buffer += data[position : position + size]
+            received += take(buffer)
+            position += size
+        assert received == sent
         assert not buffer
 
     check()

@@ -14,9 +14,11 @@ from support.server import wait_until
 from models.store import Store
 
 IMAGE = tiny_bundle.make_image("red")
+INFER_PATH = "/v2/models/colours/infer"
+OTHER_CLASSES = ["rot", "grün", "blau", "rosa"]  # one more than the tiny bundle has
 
 
-def test_new_version_and_rollback_under_load(start, tmp_path):
+def test_a_new_version_and_a_rollback_under_load(start, tmp_path):
     tiny_bundle.publish(tmp_path)
     service = start(*FAST_RELOAD, store=tmp_path)
     assert served_version(service) == "1"
@@ -29,95 +31,87 @@ def test_new_version_and_rollback_under_load(start, tmp_path):
     assert set(load.versions) == {"1", "2"}
     assert load.unanswered == []
     assert service.metric("imago_reloads_total", outcome="ok") == 2
-    info = [line for line in service.metrics().splitlines() if line.startswith("imago_model_info{")]
-    assert len(info) == 1
-    assert 'version="1"' in info[0]
+    assert read_served_versions(service) == ["1"]
 
 
 def test_answers_are_those_of_the_new_version(start, tmp_path):
     tiny_bundle.publish(tmp_path)
     service = start(*FAST_RELOAD, store=tmp_path)
-    tiny_bundle.publish(
-        tmp_path, classes=["rot", "grün", "blau", "rosa"], size=48
-    )  # other classes, another size
+    tiny_bundle.publish(tmp_path, classes=OTHER_CLASSES, size=48)
     wait_until(lambda: served_version(service) == "2")
     (prediction,) = service.predict(tiny_bundle.make_image("blue")).json()["predictions"]
     assert prediction["label"] == "blau"
     model = service.http.get("/model").json()
-    assert (model["version"], model["input"]["height"], len(model["classes"])) == ("2", 48, 4)
+    assert model["version"] == "2"
+    assert model["input"]["height"] == 48
+    assert model["classes"] == OTHER_CLASSES
 
 
 def test_labels_and_numbers_are_those_of_the_version_that_answered(start, tmp_path):
     tiny_bundle.publish(tmp_path)
     service = start(*FAST_RELOAD, "--workers", "2", store=tmp_path)
-    classes = {"1": tiny_bundle.CLASSES, "2": ["rot", "grün", "blau", "rosa"]}
-    request = {
-        "inputs": [
-            {
-                "name": "image",
-                "datatype": "BYTES",
-                "shape": [1],
-                "data": [base64.b64encode(tiny_bundle.make_image("blue")).decode()],
-            }
-        ]
-    }
+    classes_by_version = {"1": tiny_bundle.CLASSES, "2": OTHER_CLASSES}
+    text = base64.b64encode(tiny_bundle.make_image("blue")).decode()
+    tensor = {"name": "image", "datatype": "BYTES", "shape": [1], "data": [text]}
 
-    def ask() -> str:
-        answer = service.http.post("/v2/models/colours/infer", json=request).json()
-        found = {output["name"]: output for output in answer["outputs"]}
-        assert found["label"]["data"] == [classes[answer["model_version"]][2]]
-        assert found["probabilities"]["shape"] == [1, len(classes[answer["model_version"]])]
+    def infer() -> str:
+        """Check an answer, and return the version that gave it."""
+        answer = service.http.post(INFER_PATH, json={"inputs": [tensor]}).json()
+        outputs = {output["name"]: output for output in answer["outputs"]}
+        classes = classes_by_version[answer["model_version"]]
+        assert outputs["label"]["data"] == [classes[2]]
+        assert outputs["probabilities"]["shape"] == [1, len(classes)]
         return answer["model_version"]
 
-    assert ask() == "1"
-    tiny_bundle.publish(tmp_path, classes=classes["2"])
-    wait_until(lambda: ask() == "2")
+    assert infer() == "1"
+    tiny_bundle.publish(tmp_path, classes=OTHER_CLASSES)
+    wait_until(lambda: infer() == "2")
     wait_until(lambda: service.metric("imago_reloads_total", outcome="ok") == 2)
-    assert {ask() for _ in range(20)} == {"2"}
+    assert {infer() for _ in range(20)} == {"2"}
 
 
 def test_the_images_of_a_request_are_answered_by_one_version(start, tmp_path):
     tiny_bundle.publish(tmp_path)
     service = start(*FAST_RELOAD, "--workers", "2", "--threads", "1", store=tmp_path)
-    labels = {"1": "blue", "2": "blau"}
+    labels_by_version = {"1": "blue", "2": "blau"}
     files = [("f", (f"{i}", tiny_bundle.make_image("blue"))) for i in range(16)]
-    found, over = [], threading.Event()
+    responses: list[httpx.Response] = []
+    stop = threading.Event()
 
-    def ask() -> None:
+    def send_requests() -> None:
         with httpx.Client(base_url=service.url, timeout=30) as http:
-            while not over.is_set():
-                found.append(http.post("/predict", files=files))
+            while not stop.is_set():
+                responses.append(http.post("/predict", files=files))
 
-    clients = [threading.Thread(target=ask) for _ in range(4)]
+    clients = [threading.Thread(target=send_requests) for _ in range(4)]
     for client in clients:
         client.start()
-    tiny_bundle.publish(tmp_path, classes=["rot", "grün", "blau"])
+    tiny_bundle.publish(tmp_path, classes=OTHER_CLASSES)
     wait_until(lambda: service.metric("imago_reloads_total", outcome="ok") == 2)
-    over.set()
+    stop.set()
     for client in clients:
         client.join()
-    assert {answer.status_code for answer in found} == {200}
-    for answer in (answer.json() for answer in found):
-        assert {p["label"] for p in answer["predictions"]} == {labels[answer["model"]["version"]]}
+
+    for response in responses:
+        assert response.status_code == 200
+        answer = response.json()
+        labels = {prediction["label"] for prediction in answer["predictions"]}
+        assert labels == {labels_by_version[answer["model"]["version"]]}
 
 
-def test_tensor_with_the_shape_of_the_model_before_gets_503(start, tmp_path):
+def test_a_tensor_with_the_shape_of_the_replaced_model_gets_503(start, tmp_path):
     tiny_bundle.publish(tmp_path)
-    service = start(
-        *FAST_RELOAD, "--batch-wait-ms", "1000", "--threads", "1", store=tmp_path
-    )  # so it waits in the queue
-    request = {
-        "inputs": [
-            {"name": "image", "datatype": "UINT8", "shape": [1, 32, 32, 3], "data": [7] * 3072}
-        ]
-    }
+    # Each tensor waits in the queue, so one of them is there when the model is replaced.
+    service = start(*FAST_RELOAD, "--batch-wait-ms", "1000", "--threads", "1", store=tmp_path)
+    tensor = {"name": "image", "datatype": "UINT8", "shape": [1, 32, 32, 3], "data": [7] * 3072}
+    request = {"inputs": [tensor]}
     tiny_bundle.publish(tmp_path, size=48)
-    found = [200]
-    while found[-1] == 200:
-        answer = service.http.post("/v2/models/colours/infer", json=request)
-        found.append(answer.status_code)
-    assert found[-1] == 503, answer.text
-    assert service.http.post("/v2/models/colours/infer", json=request).status_code == 400
+
+    response = service.http.post(INFER_PATH, json=request)
+    while response.status_code == 200:
+        response = service.http.post(INFER_PATH, json=request)
+    assert response.status_code == 503, response.text
+    assert service.http.post(INFER_PATH, json=request).status_code == 400
 
 
 def test_every_worker_reloads(start, tmp_path):
@@ -134,12 +128,11 @@ def test_every_worker_reloads(start, tmp_path):
 
 def read_served_versions(service) -> list[str]:
     """Return the versions for which imago_model_info is 1."""
-    lines = [
-        line for line in service.metrics().splitlines() if line.startswith("imago_model_info{")
-    ]
-    return sorted(
-        line.split('version="')[1].split('"')[0] for line in lines if line.endswith(" 1.0")
-    )
+    versions: list[str] = []
+    for line in service.metrics().splitlines():
+        if line.startswith("imago_model_info{") and line.endswith(" 1.0"):
+            versions.append(line.split('version="')[1].split('"')[0])
+    return sorted(versions)
 
 
 @pytest.mark.parametrize("flags", [("--threads", "2"), ("--threads", "2", "--workers", "2")])
@@ -153,21 +146,20 @@ def test_model_info_of_an_idle_service_names_only_the_new_version(start, tmp_pat
     assert read_served_versions(service) == ["2"]
 
 
-def test_check_does_not_see_environment_variables_that_flags_override(start, tmp_path):
+def test_the_check_does_not_see_environment_variables_that_flags_override(start, tmp_path):
     tiny_bundle.publish(tmp_path)
-    clash = {
-        "IMAGO_PORT": "9090",
+    variables = {
+        "IMAGO_PORT": "9090",  # the default of metrics_port
         "IMAGO_VERSION": "7",
         "imago_workers": "0",
-    }  # 9090 is the default of another port
-    service = start(
-        *FAST_RELOAD, "--version", "latest", "--workers", "1", store=tmp_path, env=clash
-    )
+    }
+    flags = ("--version", "latest", "--workers", "1")
+    service = start(*FAST_RELOAD, *flags, store=tmp_path, env=variables)
     tiny_bundle.publish(tmp_path)
     wait_until(lambda: served_version(service) == "2")
 
 
-def test_version_number_is_not_followed(start, tmp_path):
+def test_a_version_given_by_number_is_kept(start, tmp_path):
     tiny_bundle.publish(tmp_path)
     service = start(*FAST_RELOAD, "--version", "1", store=tmp_path)
     tiny_bundle.publish(tmp_path)

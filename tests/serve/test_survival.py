@@ -47,17 +47,17 @@ def check_kills(server: Server, times: int) -> None:
     assert abs(images - load.statuses[200]) <= 8 * times
 
 
-def test_killed_worker_is_replaced_and_every_request_is_answered(start):
+def test_a_killed_worker_is_replaced_and_every_request_is_answered(start):
     check_kills(start("--threads", "2"), 3)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_hundred_kills_of_the_worker(start):
+def test_a_hundred_kills_of_the_worker(start):
     check_kills(start("--threads", "2"), 100)
 
 
-def test_hanging_worker_is_replaced_and_its_requests_get_503(start):
+def test_a_hanging_worker_is_replaced_and_its_requests_get_503(start):
     server = start("--worker-timeout-seconds", "2", "--deadline-ms", "30000")
     (pid,) = server.workers()
     with LoadGenerator(server.port, IMAGE, clients=4) as load:
@@ -72,7 +72,7 @@ def test_hanging_worker_is_replaced_and_its_requests_get_503(start):
     assert server.metric("imago_restarts_total", process="worker", reason="hang") == 1
 
 
-def test_worker_with_a_hanging_run_is_replaced_before_the_deadline(start, tmp_path):
+def test_a_worker_with_a_hanging_run_is_replaced_before_the_deadline(start, tmp_path):
     """With default settings. The heartbeat of the worker continues."""
     tiny_bundle.loop_forever_on_white(tiny_bundle.publish(tmp_path))
     server = start(store=tmp_path)
@@ -87,7 +87,7 @@ def test_worker_with_a_hanging_run_is_replaced_before_the_deadline(start, tmp_pa
     assert server.predict(IMAGE).json()["predictions"][0]["label"] == "green"
 
 
-def test_slow_graph_is_not_taken_for_a_hang(start, tmp_path):
+def test_a_slow_graph_is_not_taken_for_a_hang(start, tmp_path):
     tiny_bundle.slow_down(tiny_bundle.publish(tmp_path, size=4, samples=2), iterations=300_000)
     server = start(
         "--threads", "1", "--max-batch-size", "1", "--worker-timeout-seconds", "0.1", store=tmp_path
@@ -115,8 +115,8 @@ def test_images_lost_with_their_worker_get_503_and_retry_after(start):
     assert answer.headers["x-model-version"] == answer.json()["model"]["version"] == "1"
 
 
-def test_one_of_two_workers_is_killed(start):
-    """The other keeps serving, and the service is not ready meanwhile."""
+def test_the_other_worker_serves_while_one_is_replaced(start):
+    """The service is not ready meanwhile."""
     server = start("--workers", "2", "--threads", "1")
     with LoadGenerator(server.port, IMAGE, clients=4) as load:
         wait_until(lambda: load.statuses[200] > 20)
@@ -129,7 +129,7 @@ def test_one_of_two_workers_is_killed(start):
     assert set(load.statuses) <= {200, 503}
 
 
-def test_killed_http_process_is_replaced(start):
+def test_a_killed_http_process_is_replaced(start):
     server = start("--api-processes", "2")
     forked = server.http_processes()
     assert len(forked) == 2
@@ -173,7 +173,7 @@ def test_queued_requests_are_answered_after_sigterm(start):
 
 
 @pytest.mark.parametrize("seconds", [2, 3])
-def test_drain_that_can_not_finish_ends_in_time_with_503(start, seconds):
+def test_a_drain_that_cannot_finish_ends_in_time_with_503(start, seconds):
     server = start("--drain-seconds", str(seconds), "--deadline-ms", "60000")
     suspend_processes(server.workers())
     with LoadGenerator(server.port, IMAGE, clients=2) as load:
@@ -194,7 +194,7 @@ def test_sigterm_during_the_start(start):
     assert server.process.wait(60) in (0, -signal.SIGTERM)
 
 
-def test_signal_delivered_to_another_thread_is_handled(start):
+def test_a_signal_delivered_to_another_thread_is_handled(start):
     """The kernel may deliver a signal to any thread; Python handles it in the first."""
     server = start()
     first = server.process.pid
@@ -203,7 +203,7 @@ def test_signal_delivered_to_another_thread_is_handled(start):
     assert server.process.wait(60) == 0
 
 
-def test_signal_to_the_process_group_drains(start):
+def test_a_signal_to_the_process_group_drains(start):
     """Ctrl+C in a terminal and systemd send a signal to all processes of the group."""
     for number in (signal.SIGINT, signal.SIGTERM):
         server = start("--shadow-version", "1", command=["setsid", sys.executable, "-m", "serve"])
@@ -224,25 +224,20 @@ def test_no_process_outlives_a_killed_supervisor(start):
     wait_until(lambda: not any(is_alive(pid) for pid in children))
 
 
-def test_next_start_removes_the_run_directory_of_a_killed_supervisor(start):
+def test_the_next_start_removes_the_run_directory_of_a_killed_supervisor(start):
     killed = start()
     living = start()
-    left = find_run_directory(killed)
-    kept = find_run_directory(living)
+    killed_directory = killed.run_directory()
+    living_directory = living.run_directory()
     children = killed.children()
     killed.process.kill()
     killed.process.wait()
     wait_until(lambda: not any(is_alive(pid) for pid in children))
-    assert left.exists()
+    assert killed_directory.exists()
     start()
-    assert not left.exists()
-    assert kept.exists()
+    assert not killed_directory.exists()
+    assert living_directory.exists()
     assert living.predict(IMAGE).status_code == 200
-
-
-def find_run_directory(server: Server) -> Path:
-    maps = Path(f"/proc/{server.process.pid}/maps").read_text()
-    return Path(re.search(r"(/dev/shm/imago-\w+)/", maps)[1])
 
 
 def is_alive(pid: int) -> bool:
@@ -255,14 +250,15 @@ def is_alive(pid: int) -> bool:
 
 def test_no_files_remain_after_the_shutdown(start, tmp_path):
     """Neither in shared memory nor in the temporary directory."""
-    (tmp_path / "own").mkdir()
-    server = start("--workers", "2", "--shadow-version", "1", env={"TMPDIR": str(tmp_path / "own")})
-    directory = find_run_directory(server)
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    server = start("--workers", "2", "--shadow-version", "1", env={"TMPDIR": str(temporary)})
+    directory = server.run_directory()
     wait_until(lambda: (directory / "shadow.sock").exists())
     assert server.predict(IMAGE).status_code == 200
     assert server.stop() == 0
     assert not directory.exists()
-    assert not list((tmp_path / "own").iterdir())
+    assert not list(temporary.iterdir())
 
 
 def test_serving_needs_no_torch(start):
@@ -280,7 +276,7 @@ def test_serving_needs_no_torch(start):
         "sys.meta_path.insert(0, Block())\n"
         "runpy.run_module('serve', run_name='__main__')\n"
     )
-    ran = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", blocked, "--help"], capture_output=True, text=True, timeout=60
     )
-    assert ran.returncode == 0
+    assert result.returncode == 0

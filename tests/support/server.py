@@ -208,6 +208,13 @@ class Server:
         pids = self.children()
         return [pid for pid in pids if Path(f"/proc/{pid}/cmdline").read_bytes() == supervisor]
 
+    def run_directory(self) -> Path:
+        """Return the run directory of the service, whose files the supervisor has mapped."""
+        maps = Path(f"/proc/{self.process.pid}/maps").read_text()
+        match = re.search(r"(/dev/shm/imago-\w+)/", maps)
+        assert match is not None, "the supervisor has mapped no file of a run directory"
+        return Path(match[1])
+
     def metrics(self) -> str:
         """The text of the metrics page."""
         return httpx.get(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=60).text
