@@ -1,10 +1,10 @@
-"""The findings in words, for the terminal and the model card."""
+"""The findings in words: lines for the terminal and for the model card."""
 
 from train.audit.duplicates import MIN_SIDE
 from train.audit.findings import DuplicateFindings, Findings
 from train.audit.leakage import Leak
 
-LISTED_CLASSES = 10
+LISTED_CLASSES = 10  # classes with few images that a line names
 
 
 def summarize(findings: Findings) -> list[str]:
@@ -13,12 +13,12 @@ def summarize(findings: Findings) -> list[str]:
     if findings["leakage"]["test"]["count"]:
         lines.append(
             _summarize_leak(findings["leakage"]["test"], "test")
-            + "in the data that is trained on; test figures are given with and without them"
+            + "in another part; test metrics are reported with and without them"
         )
     if findings["leakage"]["val"]["count"]:
         lines.append(
             _summarize_leak(findings["leakage"]["val"], "validation")
-            + "in the training part; the best epoch, calibration and thresholds rest on them"
+            + "in the training part; the best epoch, calibration and thresholds depend on them"
         )
 
     near = findings["near_duplicates"]
@@ -53,6 +53,7 @@ def summarize(findings: Findings) -> list[str]:
 
 
 def _summarize_leak(leak: Leak, part: str) -> str:
+    """Return the first half of a line; the caller names the part with the duplicates."""
     images = f"{leak['count']} {part} images ({leak['share']:.1%})"
     return f"WARNING: {images} have an exact or near duplicate "
 

@@ -1,7 +1,8 @@
 """A data set before it is split or decoded: stored images, their labels and their parts.
 
 Each reader in `train.data.sources` returns one `LabelledImages`. Its `items` give the images as
-they are stored, by position; positions 0..N-1 identify an image everywhere else in the project.
+they are stored, by position; positions 0..N-1 identify an image everywhere else in the project. The
+functions at the end of this file are what readers build one from.
 """
 
 import hashlib
@@ -146,6 +147,9 @@ class FileItems:
         return digest.hexdigest()
 
 
+# Helpers of the readers
+
+
 def printable_name(name: str) -> str:
     """Return a file name that any file or terminal can hold: bytes outside UTF-8 become \\xe9."""
     return os.fsencode(name).decode(errors="backslashreplace")
@@ -218,7 +222,10 @@ def number_classes(labels: Sequence[str | None]) -> tuple[list[str], np.ndarray]
 def join_parts(
     arrays: dict[str, tuple[np.ndarray, np.ndarray]],
 ) -> tuple[ArrayItems, np.ndarray, np.ndarray]:
-    """Join (pixels, labels) of each part: items, labels int64 [N], and the part of each image."""
+    """Join (pixels, labels) of each part.
+
+    Returns items, labels int64 [N], and the part of each image [N].
+    """
     pixels = np.concatenate([_with_channel_axis(part_pixels) for part_pixels, _ in arrays.values()])
     labels = np.concatenate(
         [np.asarray(part_labels, np.int64) for _, part_labels in arrays.values()]

@@ -81,7 +81,7 @@ def check_no_training_image_is_scored(
 
 
 def _image_keys(data: ImageData, part: str) -> np.ndarray:
-    """Return int64 [N]: enough of each image's sha256 to tell it from all others."""
+    """Return int64 [N]: the first eight bytes of each image's sha256, which identify it."""
     digests = data.decoded.metadata["sha256"][data.index[part]]
     first_bytes = np.ascontiguousarray(digests[:, :8])
     return first_bytes.view(np.int64)[:, 0]
