@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+from models.bundle import Bundle
 from support import ROOT, tiny_bundle
 from support.forked_commands import ForkedCommands
 from support.server import Server
-
-from models.bundle import Bundle
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -119,6 +119,7 @@ def browser() -> "Iterator[Browser]":
     For one module, since Playwright's event loop must not run while tests of others do.
     """
     from playwright.sync_api import sync_playwright
+
     from support.chromium import find_chromium, launch_chromium
 
     path = find_chromium()

@@ -17,10 +17,10 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from playwright.sync_api import Browser, sync_playwright  # noqa: E402
-from support.chromium import find_chromium, launch_chromium  # noqa: E402
-from support.server import Server  # noqa: E402
 
 from models.store import Store  # noqa: E402
+from support.chromium import find_chromium, launch_chromium  # noqa: E402
+from support.server import Server  # noqa: E402
 
 # CSS pixels.
 WIDTH = 1100

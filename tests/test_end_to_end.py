@@ -16,6 +16,7 @@ import cv2
 import httpx
 import pytest
 from sklearn.datasets import load_digits
+
 from support import ROOT
 from support.server import Server, find_free_ports
 

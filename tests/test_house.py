@@ -6,9 +6,10 @@ import sys
 import tomllib
 from pathlib import Path
 
-import code_style
 import pytest
 from packaging.requirements import Requirement
+
+import code_style
 from support import ROOT
 
 BIN = Path(sys.executable).parent

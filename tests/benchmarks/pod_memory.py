@@ -25,9 +25,9 @@ import yaml
 from project_path import ROOT
 from serve_models import make_jpeg
 from serving import find_free_port, wait_for_url
-from support.load_generator import LoadGenerator
 
 from models.image import InputSpec, decode
+from support.load_generator import LoadGenerator
 
 RESTRICTED = [
     "--read-only",

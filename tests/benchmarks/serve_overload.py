@@ -45,6 +45,7 @@ from serving import (
     write_wrk_script,
     wrk_command,
 )
+
 from support.load_generator import LoadGenerator
 
 MAX_PENDING = 64

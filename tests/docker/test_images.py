@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
 from support import ROOT
 from support.load_generator import LoadGenerator
 from support.server import find_free_ports

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from support.fake_kubectl import RunCluster, make_fake_cluster
 from support.live_cluster import CONTEXT, image_of, kubectl, make, pod_manifest
 

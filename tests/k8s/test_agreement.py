@@ -4,6 +4,8 @@ import re
 import tomllib
 
 import pytest
+
+from serve.settings import PREFIX, Settings
 from support.manifests import (
     CASES,
     HAND_MADE_SECRETS,
@@ -15,8 +17,6 @@ from support.manifests import (
     render,
     render_overlay,
 )
-
-from serve.settings import PREFIX, Settings
 
 ROOT = K8S.parent
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]

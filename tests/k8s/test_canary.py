@@ -6,9 +6,9 @@ import subprocess
 
 import pytest
 import yaml
-from support.manifests import CASES, manifests_of_kind
 
 from serve.metrics.definitions import DURATION_BUCKETS_SECONDS
+from support.manifests import CASES, manifests_of_kind
 
 SHADOW = 'imago_shadow_images_total{namespace="imago",pod="imago-serving-new-a",outcome="%s"}'
 OTHERS = SHADOW.replace("-new-", "-old-")

@@ -5,6 +5,7 @@ import subprocess
 import time
 
 import yaml
+
 from support.live_cluster import (
     MARKS,
     ROOT,

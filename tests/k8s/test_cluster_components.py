@@ -4,6 +4,7 @@ import json
 import time
 
 import pytest
+
 from support.live_cluster import (
     MARKS,
     applied_components,

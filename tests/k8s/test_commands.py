@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from support.fake_kubectl import error_line, needs_kubectl, run_cluster_script
 from support.manifests import K8S, OVERLAYS, overlay_with_components, render
 

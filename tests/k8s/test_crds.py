@@ -15,6 +15,7 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+
 from support import crd_models
 from support.manifests import CASES, render
 

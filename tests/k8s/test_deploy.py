@@ -5,6 +5,7 @@ import shlex
 
 import pytest
 import yaml
+
 from support.fake_kubectl import admission_errors, error_line, needs_kubectl
 from support.manifests import CASES, overlay_with_components, render
 

@@ -10,6 +10,7 @@ from functools import cache
 
 import kubernetes_validate
 import pytest
+
 from support import crd_models
 from support.manifests import CASES, render
 

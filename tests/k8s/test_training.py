@@ -4,6 +4,7 @@ import shlex
 
 import pytest
 import yaml
+
 from support.fake_kubectl import admission_errors, error_line, needs_kubectl
 from support.manifests import K8S, Manifest, overlay_with_components, temporary_overlay
 

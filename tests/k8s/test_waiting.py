@@ -5,6 +5,7 @@ import signal
 import subprocess
 
 import pytest
+
 from support.manifests import containers, pod_templates
 
 

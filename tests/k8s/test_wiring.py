@@ -1,8 +1,8 @@
 """References between manifests: metrics ports, routes, grace periods, GPUs."""
 
 import pytest
-from support.manifests import CASES, containers, manifests_of_kind, pod_templates
 
+from support.manifests import CASES, containers, manifests_of_kind, pod_templates
 from train.runs.preemption import SHUTDOWN_SECONDS
 
 

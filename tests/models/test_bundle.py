@@ -7,13 +7,13 @@ import shutil
 import numpy as np
 import onnx
 import pytest
-from support import tiny_bundle
 
 from models.__main__ import main
 from models.bundle import Bundle, BundleError
 from models.bundle.checksums import write_checksums
 from models.bundle.onnx_screening import read_graph
 from models.image import InputSpec
+from support import tiny_bundle
 
 SPEC = InputSpec(height=32, width=32, channels=3)
 

@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from support import jpeg_builder
 
 from models.image import (
     ImageError,
@@ -24,6 +23,7 @@ from models.image import (
     decode,
     decode_full_size,
 )
+from support import jpeg_builder
 
 SPEC = InputSpec(height=32, width=32)
 

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
-from support import tiny_bundle
 
 from models.bundle import BundleError
 from models.bundle.onnx_screening import read_graph
 from models.image import InputSpec
+from support import tiny_bundle
 
 SPEC = InputSpec(height=32, width=32, channels=3)
 

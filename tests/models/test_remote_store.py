@@ -6,12 +6,12 @@ from pathlib import Path
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
-from support import tiny_bundle
-from support.s3_server import s3_server
 
 from models.__main__ import main
 from models.bundle import Bundle
 from models.store import Store
+from support import tiny_bundle
+from support.s3_server import s3_server
 
 URL = "memory://bucket/store"
 

@@ -4,6 +4,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from support import tiny_bundle
 
 pytest.importorskip("model_signing", reason="the optional extra `signing` is not installed")

@@ -6,11 +6,11 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
-from support import tiny_bundle
 
 from models.__main__ import main
 from models.bundle import Bundle, BundleError, Latency
 from models.store import Store
+from support import tiny_bundle
 
 
 def test_writers_at_the_same_time_get_different_versions(tmp_path):

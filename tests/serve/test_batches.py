@@ -6,6 +6,7 @@ import cv2
 import httpx
 import numpy as np
 import pytest
+
 from support import tiny_bundle
 from support.server import Server, suspended_workers, wait_until
 

@@ -1,9 +1,8 @@
 """The answer cache: off by default, correct when it is on, and empty when the model changes."""
 
+from models.store import Store
 from support import tiny_bundle
 from support.server import wait_until
-
-from models.store import Store
 
 
 def test_the_cache_is_off_by_default(server):

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import ROOT, tiny_bundle
 
 from models.bundle import Calibration, write_checksums
+from support import ROOT, tiny_bundle
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess:

@@ -12,6 +12,7 @@ from subprocess import PIPE
 from typing import IO, Any
 
 import pytest
+
 from support import ROOT, tiny_bundle
 from support.blocked_path import BlockedPath
 from support.server import assert_refused, wait_until

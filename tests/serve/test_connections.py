@@ -4,6 +4,7 @@ import re
 import sys
 
 import pytest
+
 from support import tiny_bundle
 from support.raw_http import RawConnection, request_head
 from support.server import Server, wait_until

@@ -5,12 +5,12 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from support import tiny_bundle
-from support.server import Server, wait_until
 
 from models.bundle import DRIFT_SIGNALS, Histogram
 from models.drift import bin_edges, class_edges, histogram, image_signals, psi
 from models.image import InputSpec, decode
+from support import tiny_bundle
+from support.server import Server, wait_until
 
 SPEC = InputSpec(height=32, width=32)
 IMAGES = 120

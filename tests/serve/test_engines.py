@@ -6,8 +6,6 @@ import cv2
 import numpy as np
 import onnx
 import pytest
-from support import tiny_bundle
-from support.server import assert_refused, loopback_flags, run_serve
 
 from models.image import InputSpec, decode
 from models.store import Store
@@ -15,6 +13,8 @@ from serve.engines import select
 from serve.engines.onnxruntime import OnnxRuntimeEngine
 from serve.model import Model
 from serve.settings import Settings
+from support import tiny_bundle
+from support.server import assert_refused, loopback_flags, run_serve
 
 IMAGES = [tiny_bundle.make_image(label, seed=7) for label in tiny_bundle.CLASSES]
 needs_openvino = pytest.mark.skipif(

@@ -9,6 +9,7 @@ import cv2
 import httpx
 import numpy as np
 import pytest
+
 from support import ROOT, tiny_bundle
 from support.blocked_path import BlockedPath
 from support.server import Server, suspended_workers, wait_until

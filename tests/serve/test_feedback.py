@@ -3,12 +3,12 @@
 import httpx
 import numpy as np
 import pytest
-from support import tiny_bundle
-from support.server import Server, wait_until
 
 from models.image import InputSpec, decode
 from serve.http.feedback import TABLE_SLOTS, AnswerTable
 from serve.wire import Answer
+from support import tiny_bundle
+from support.server import Server, wait_until
 
 BINS = 15  # of the calibration error
 

@@ -3,11 +3,11 @@
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+
+from models.bundle import write_checksums
 from support import tiny_bundle
 from support.blocked_path import BlockedPath
 from support.server import Server, wait_until
-
-from models.bundle import write_checksums
 
 
 def test_a_blocked_store_delays_only_requests_for_its_files(start, tmp_path):

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image
+
 from support import jpeg_builder, tiny_bundle
 
 SIDE = 40

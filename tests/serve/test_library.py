@@ -4,11 +4,11 @@ import subprocess
 import sys
 
 import pytest
-from support import ROOT, tiny_bundle
 
 from models.bundle import BundleError
 from models.image import ImageError
 from serve import Model
+from support import ROOT, tiny_bundle
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
+
 from support import tiny_bundle
 from support.load_generator import LoadGenerator
 from support.raw_http import RawConnection, request_head

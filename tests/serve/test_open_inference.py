@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import tiny_bundle
-from support.blocked_path import BlockedPath
-from support.server import wait_until
 
 from models.image import InputSpec, decode
 from serve.http.open_inference import parse_inference
 from serve.http.responses import Problem
+from support import tiny_bundle
+from support.blocked_path import BlockedPath
+from support.server import wait_until
 
 tritonclient = pytest.importorskip("tritonclient.http")
 SPEC = InputSpec(height=32, width=32)

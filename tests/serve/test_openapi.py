@@ -13,9 +13,9 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
-from support import tiny_bundle
 
 from serve.http.openapi import OPENAPI
+from support import tiny_bundle
 
 CHECKS = [
     not_a_server_error,

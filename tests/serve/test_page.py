@@ -9,10 +9,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from support import tiny_bundle
-from support.server import Server
 
 from models.bundle import Calibration, write_checksums
+from support import tiny_bundle
+from support.server import Server
 
 PASTE = """([name, bytes]) => {
   const files = new DataTransfer();

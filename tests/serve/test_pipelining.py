@@ -8,6 +8,7 @@ import time
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from support import tiny_bundle
 from support.server import Server, suspended_workers, wait_until
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import httpx
 import pytest
-from support import tiny_bundle
 
 from models.image import InputSpec, decode
+from support import tiny_bundle
 
 INPUT = InputSpec(height=32, width=32)
 MEMBERS = (

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import httpx
 import pytest
-from support import ROOT, tiny_bundle
-from support.server import Server
 
 from serve.metrics.shared_counters import read_entries
+from support import ROOT, tiny_bundle
+from support.server import Server
 
 GOOD = tiny_bundle.make_image("blue")
 BAD = b"hello"

@@ -17,11 +17,11 @@ import cv2
 import httpx
 import numpy as np
 import pytest
-from support import tiny_bundle
-from support.server import find_free_ports, wait_until
 
 from models.bundle import Calibration
 from serve.metrics.exposition import CONNECTION_SECONDS, MAX_CONNECTIONS
+from support import tiny_bundle
+from support.server import find_free_ports, wait_until
 
 PROMETHEUS = shutil.which("prometheus")
 PROMTOOL = shutil.which("promtool")

@@ -6,12 +6,12 @@ import time
 
 import httpx
 import pytest
+
+from models.store import Store
 from support import tiny_bundle
 from support.hot_reload import FAST_RELOAD, served_version
 from support.load_generator import LoadGenerator
 from support.server import wait_until
-
-from models.store import Store
 
 IMAGE = tiny_bundle.make_image("red")
 INFER_PATH = "/v2/models/colours/infer"

@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+
+from models.bundle import write_checksums
+from models.store import Store
 from support import tiny_bundle
 from support.blocked_path import BlockedPath
 from support.hot_reload import FAST_RELOAD, check_processes, replace_worker, served_version
 from support.load_generator import LoadGenerator
 from support.server import wait_until
-
-from models.bundle import write_checksums
-from models.store import Store
 
 # Without capabilities, root can't read files without permission.
 WITHOUT_CAPABILITIES = (

@@ -6,6 +6,7 @@ import signal
 import cv2
 import numpy as np
 import pytest
+
 from support import tiny_bundle
 from support.server import Server, wait_until
 

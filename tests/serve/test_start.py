@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import tiny_bundle
-from support.server import assert_refused, loopback_flags, run_serve, wait_until
 
 from models.cpu_quota import available_cores
 from serve.settings import Settings
+from support import tiny_bundle
+from support.server import assert_refused, loopback_flags, run_serve, wait_until
 
 
 def test_help_lists_every_setting_with_its_variable():

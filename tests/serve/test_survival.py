@@ -12,6 +12,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+
 from support import tiny_bundle
 from support.load_generator import LoadGenerator
 from support.server import Server, suspend_processes, wait_until

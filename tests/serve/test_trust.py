@@ -8,11 +8,11 @@ import cv2
 import numpy as np
 import onnx
 import pytest
-from support import tiny_bundle
 
 from models.bundle import Calibration, write_checksums
 from models.bundle.checksums import file_sha256
 from models.image import InputSpec, decode
+from support import tiny_bundle
 
 SPEC = InputSpec(height=32, width=32)
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
-from support.sample_images import CLASSES, make_pixels, make_png, write_image_folder
 
+from support.sample_images import CLASSES, make_pixels, make_png, write_image_folder
 from train import audit
 from train.audit.duplicates import SearchLimits, find_near_duplicates
 from train.cli.main import main

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.sample_images import write_image_folder
 
 from models.image import InputSpec
+from support.sample_images import write_image_folder
 from train.data import Augmentation, ImageData
 from train.data.augment import Augmenter
 from train.data.color_jitter import jitter

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import ROOT
-from support.sample_images import make_png, write_image_folder
 
 from models.image import InputSpec
+from support import ROOT
+from support.sample_images import make_png, write_image_folder
 from train.data import ImageData
 from train.data.cache import DecodedImages, load_decoded_images
 from train.data.source import FileItems

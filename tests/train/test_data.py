@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+
 from support.sample_images import (
     CLASSES,
     classify_by_colour,
@@ -15,7 +16,6 @@ from support.sample_images import (
     make_png,
     write_image_folder,
 )
-
 from train.data import Augmentation, DataError, ImageData
 from train.data.sampler import EpochOrder
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from models import networks
 from support import ROOT
 from support.sample_images import write_image_folder
 from support.server import find_free_ports
-
-from models import networks
 
 # No augmentation, so that images are distinguishable, and no norm over the batch, which each
 # process computes by itself.

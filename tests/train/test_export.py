@@ -15,12 +15,12 @@ import pytest
 import torch
 import yaml
 from safetensors import safe_open
-from support import ROOT
 
 from models import networks
 from models.bundle import DRIFT_SIGNALS, Bundle
 from models.image import decode
 from models.networks.weights import load_weights
+from support import ROOT
 from train.data import ImageData
 
 BATCH_SIZES = (1, 2, 7, 64)

@@ -5,10 +5,10 @@ import subprocess
 import sys
 
 import pytest
-from support import ROOT
-from support.sample_images import make_png
 
 from models.bundle import Bundle
+from support import ROOT
+from support.sample_images import make_png
 from train.cli.main import main
 
 ONE_CONVNET_EPOCH = ["--trainer.max_epochs", "1", "--model.network", "convnet"]

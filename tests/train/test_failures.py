@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import ROOT
-from support.sample_images import write_image_folder
 
 from models import networks
+from support import ROOT
+from support.sample_images import write_image_folder
 from train.failures import is_out_of_memory
 
 QUIET = "--logger", "none", "--progress.quiet", "true", "--audit.enabled", "false"

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.sample_images import CLASSES, make_png
 
+from support.sample_images import CLASSES, make_png
 from train.cli import main
 from train.data import DataError, ImageData
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from support.forked_commands import ForkedCommands
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

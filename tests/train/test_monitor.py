@@ -5,6 +5,7 @@ import urllib.request
 from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
+
 from support.server import find_free_ports
 
 

@@ -5,9 +5,9 @@ import json
 from pathlib import Path
 
 import pytest
-from support.sample_images import write_image_folder
 
 from models.bundle import Bundle
+from support.sample_images import write_image_folder
 
 ODD = {
     "000.png": "caf\udce9.png",

@@ -4,6 +4,7 @@ import json
 
 import torch
 from safetensors.torch import load_file
+
 from support.interrupted_runs import (
     assert_equal,
     assert_same_result,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from support.forked_commands import ForkedCommands
 from support.interrupted_runs import (
     EPOCHS,
@@ -19,7 +20,6 @@ from support.interrupted_runs import (
     start_run,
 )
 from support.sample_images import write_image_folder
-
 from train.runs import checkpoints
 
 

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+from models.image import decode
 from support import ROOT
 from support.s3_server import s3_server
 from support.sample_images import (
@@ -23,8 +25,6 @@ from support.sample_images import (
     make_png,
     write_image_folder,
 )
-
-from models.image import decode
 from train.data import DataError, ImageData
 
 COUNT = 30

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.sample_images import write_image_folder
 
+from support.sample_images import write_image_folder
 from train.data import Augmentation, ImageData
 from train.learning import precision
 from train.learning.optimizers import OptimizerConfig

@@ -7,6 +7,7 @@ import cv2
 import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file
+
 from support.interrupted_runs import STEPS, find_run_directory, finish_run, start_run
 from support.sample_images import write_image_folder
 

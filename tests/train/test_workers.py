@@ -7,9 +7,9 @@ import subprocess
 import sys
 
 import pytest
+
 from support import ROOT
 from support.sample_images import write_image_folder
-
 from train.data import ImageData
 
 import lightning as L  # isort: skip  (it needs what train declares beside a CPU torch)
