@@ -21,14 +21,14 @@ from support.hot_reload import FAST_RELOAD, check_processes, replace_worker, ser
 from support.load_generator import LoadGenerator
 from support.server import wait_until
 
-# Without capabilities, root can't read files without permission.
+# Runs a command without root's right to ignore file modes.
 WITHOUT_CAPABILITIES = (
     ["setpriv", "--inh-caps=-all", "--bounding-set=-all"] if os.geteuid() == 0 else []
 )
 
 
 def publish_bad_version(store: Path, how: str) -> None:
-    """Write a version 2 that must not be served, and let `latest` point to it."""
+    """Write a version 2 that must not be served, and promote it as `latest`."""
     path = tiny_bundle.publish(store, promote=False)
     if how == "changed":
         (path / "model.onnx").write_bytes((path / "model.onnx").read_bytes() + b"\0")
@@ -71,27 +71,26 @@ def test_bad_version_is_refused_and_the_old_one_keeps_serving(start, tmp_path, h
     assert set(load.statuses) == {200}
     assert set(load.versions) == {"1"}
     assert service.is_ready()
-    assert service.metric("imago_reloads_total", outcome="refused") == 1, (
-        "a refused version is not tried again"
-    )
-    lines = [json.loads(line) for line in service.log.read_text().splitlines() if "refused" in line]
-    assert len(lines) == 1
-    assert (lines[0]["level"], lines[0]["from"], lines[0]["to"]) == ("error", 1, 2)
+    # A refused version is not tried again.
+    assert service.metric("imago_reloads_total", outcome="refused") == 1
+    (line,) = [line for line in service.log.read_text().splitlines() if "refused" in line]
+    entry = json.loads(line)
+    assert entry["level"] == "error"
+    assert entry["from"] == 1
+    assert entry["to"] == 2
 
 
 @pytest.mark.parametrize("how", ["changed", "a graph that fails", "no permission"])
 def test_worker_killed_while_latest_is_bad_loads_the_old_version(start, tmp_path, how):
     tiny_bundle.publish(tmp_path)
-    service = start(
-        *FAST_RELOAD, store=tmp_path, command=[*WITHOUT_CAPABILITIES, sys.executable, "-m", "serve"]
-    )
+    command = [*WITHOUT_CAPABILITIES, sys.executable, "-m", "serve"]
+    service = start(*FAST_RELOAD, store=tmp_path, command=command)
     publish_bad_version(tmp_path, how)
     wait_until(lambda: service.metric("imago_reloads_total", outcome="refused") == 1)
     replace_worker(service)
     assert served_version(service) == "1"
-    wait_until(
-        lambda: service.metric("imago_reloads_total", outcome="refused") == 2
-    )  # it looked by itself
+    # The new worker checks the version again and refuses it too.
+    wait_until(lambda: service.metric("imago_reloads_total", outcome="refused") == 2)
     assert service.metric("imago_restarts_total", process="worker", reason="crash") == 1
 
 
@@ -103,19 +102,18 @@ def test_worker_killed_while_the_check_hangs_loads_the_old_version(start, tmp_pa
     (first,) = check_processes(tmp_path)
     replace_worker(service)
     assert served_version(service) == "1"
-    wait_until(
-        lambda: check_processes(tmp_path) and first not in check_processes(tmp_path)
-    )  # a check does not outlive its worker
+    # A check does not outlive its worker. The new worker starts another.
+    wait_until(lambda: check_processes(tmp_path) and first not in check_processes(tmp_path))
     assert service.stop() == 0
     wait_until(lambda: not check_processes(tmp_path))
 
 
-def test_version_that_can_not_be_read_temporarily_is_tried_again(start, tmp_path):
+def test_a_version_that_is_temporarily_unreadable_is_tried_again(start, tmp_path):
     store = tmp_path / "store"
     tiny_bundle.publish(store)
-    away = BlockedPath(tmp_path / "away", store / "colours" / "2", error=errno.EIO)
-    service = start(*FAST_RELOAD, store=store, env=away.env)
-    with away.blocked():
+    blocked_path = BlockedPath(tmp_path / "fail", store / "colours" / "2", error=errno.EIO)
+    service = start(*FAST_RELOAD, store=store, env=blocked_path.env)
+    with blocked_path.blocked():
         tiny_bundle.publish(store)
         wait_until(lambda: service.log.read_text().count("tried again: version 2") > 1)
         assert served_version(service) == "1"
@@ -132,7 +130,7 @@ def test_version_changed_after_its_check_is_refused(start, tmp_path):
     Store(tmp_path).promote("colours", 1)
     wait_until(lambda: served_version(service) == "1")
     graph = onnx.load(second / "model.onnx")
-    graph.producer_name = "another"  # it answers the samples as before
+    graph.producer_name = "another"  # the outputs stay the same
     onnx.save(graph, second / "model.onnx")
     Store(tmp_path).promote("colours", 2)
     wait_until(lambda: service.metric("imago_reloads_total", outcome="refused") == 1)
@@ -141,7 +139,7 @@ def test_version_changed_after_its_check_is_refused(start, tmp_path):
     Store(tmp_path).promote("colours", 1)
     tiny_bundle.update_checksums(second)
     wait_until(lambda: not check_processes(tmp_path))
-    time.sleep(0.5)  # so that it has looked at `latest`
+    time.sleep(0.5)  # so that the worker has read `latest`
     Store(tmp_path).promote("colours", 2)
     wait_until(lambda: served_version(service) == "2")
 
@@ -171,9 +169,8 @@ def test_version_withdrawn_during_its_check_is_not_served(start, tmp_path):
     wait_until(lambda: check_processes(tmp_path))
     (pid,) = check_processes(tmp_path)
     os.kill(pid, signal.SIGSTOP)
-    assert b"--threads\x001\0" in Path(f"/proc/{pid}/cmdline").read_bytes(), (
-        "it takes no more cores than we may"
-    )
+    # The check takes no more cores than the worker.
+    assert b"--threads\x001\0" in Path(f"/proc/{pid}/cmdline").read_bytes()
     Store(tmp_path).promote("colours", 1)
     os.kill(pid, signal.SIGCONT)
     wait_until(lambda: not check_processes(tmp_path))

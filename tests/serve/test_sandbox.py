@@ -1,4 +1,4 @@
-"""Strict containers: PID 1, read-only root, no capabilities, a network of its own."""
+"""Strict containers: PID 1, read-only root, no capabilities, a separate network namespace."""
 
 import contextlib
 import os
@@ -19,40 +19,77 @@ SETUP = (
     "&& (mount -o remount,ro,bind /tmp 2>/dev/null || true) "
     '&& ip link set lo up && exec setpriv --no-new-privs --bounding-set=-all "$@"'
 )
+LISTEN = "0A"  # a state of a socket in /proc/net/tcp
 UNSHARE = ["unshare", "--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
+IPV6 = ["sh", "-c", "ip link set lo up && ip -6 address show dev lo | grep -q ::1"]
+
+# Sends the bytes on stdin to the URL in the first argument, and prints the status of the response.
+CLIENT = """
+import sys, httpx
+data = sys.stdin.buffer.read()
+method = "POST" if data else "GET"
+headers = {"Content-Type": "image/png"}
+print(httpx.request(method, sys.argv[1], content=data, headers=headers).status_code)
+"""
+
+
+def succeeds(command: list[str]) -> bool:
+    """Whether the command exists and exits with status 0."""
+    if shutil.which(command[0]) is None:
+        return False
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
 needs_namespaces = pytest.mark.skipif(
-    not all(map(shutil.which, ("unshare", "nsenter", "setpriv", "ip")))
-    or subprocess.run([*UNSHARE, "sh", "-c", SETUP, "sh", "true"], capture_output=True).returncode
-    != 0,
+    not all(map(shutil.which, ("nsenter", "setpriv", "ip")))
+    or not succeeds([*UNSHARE, "sh", "-c", SETUP, "sh", "true"]),
     reason="this user can't make namespaces",
 )
-
-IPV6 = ["sh", "-c", "ip link set lo up && ip -6 address show dev lo | grep -q ::1"]
-needs_ipv6 = pytest.mark.skipif(
-    shutil.which("unshare") is None
-    or subprocess.run([*UNSHARE, *IPV6], capture_output=True).returncode != 0,
-    reason="this machine has no IPv6",
-)
+needs_ipv6 = pytest.mark.skipif(not succeeds([*UNSHARE, *IPV6]), reason="this machine has no IPv6")
 
 
-def ask(pid: int, path: str, data: bytes | None = None, at: str = "127.0.0.1:8000") -> int:
-    """Send a request from the server's network namespace and return the status."""
-    code = (
-        "import sys, httpx; data = sys.stdin.buffer.read() or None; "
-        "print(httpx.request('POST' if data else 'GET', 'http://' + sys.argv[1], content=data, "
-        "headers={'Content-Type': 'image/png'}).status_code)"
-    )
-    done = subprocess.run(
-        ["nsenter", "-t", str(pid), "-n", sys.executable, "-c", code, at + path],
-        input=data or b"",
+def request_status(pid: int, path: str, data: bytes = b"", address: str = "127.0.0.1:8000") -> int:
+    """Send a request from the network namespace of a process. Return the status, 0 if it fails."""
+    result = subprocess.run(
+        ["nsenter", "-t", str(pid), "-n", sys.executable, "-c", CLIENT, f"http://{address}{path}"],
+        input=data,
         capture_output=True,
     )
-    return int(done.stdout or 0)
+    return int(result.stdout or 0)
+
+
+def find_child(pid: int) -> int | None:
+    """Return the first child of a process, which is PID 1 in its namespace, if it has started."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return int(children[0]) if children else None
+
+
+def read_status(pid: int, field: str) -> list[str]:
+    """Return the values of a line of /proc/<pid>/status."""
+    text = Path(f"/proc/{pid}/status").read_text()
+    return text.split(f"{field}:")[1].split("\n")[0].split()
+
+
+def read_listening_ports(pid: int) -> set[int]:
+    """Return the TCP ports that are open in the network namespace of a process."""
+    ports: set[int] = set()
+    for kind in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{kind}").read_text().splitlines()[1:]:
+            _, address, _, state, *_ = line.split()
+            if state == LISTEN:
+                ports.add(int(address.rpartition(":")[2], 16))
+    return ports
+
+
+def handles_sigterm(pid: int) -> bool:
+    """Whether a process has a handler for SIGTERM."""
+    caught = int(read_status(pid, "SigCgt")[0], 16)
+    return bool(caught >> (signal.SIGTERM - 1) & 1)
 
 
 @contextlib.contextmanager
 def sandboxed(store: Path, log: Path, host: str) -> Iterator[int]:
-    """Run a service; give its process id outside the namespace, and end it by SIGTERM."""
+    """Run a service, yield its process id outside the namespace, and end it by SIGTERM."""
     command = [sys.executable, "-m", "serve", "--store", str(store), "--host", host]
     with log.open("wb") as file:
         outer = subprocess.Popen(
@@ -65,13 +102,13 @@ def sandboxed(store: Path, log: Path, host: str) -> Iterator[int]:
     try:
         end = time.monotonic() + 60
         while True:
-            children = Path(f"/proc/{outer.pid}/task/{outer.pid}/children").read_text().split()
-            if children and ask(int(children[0]), "/health/ready") == 200:
+            inner = find_child(outer.pid)
+            if inner is not None and request_status(inner, "/health/ready") == 200:
                 break
             assert outer.poll() is None, log.read_text()
             assert time.monotonic() < end, log.read_text()
-        yield int(children[0])
-        os.kill(int(children[0]), signal.SIGTERM)
+        yield inner
+        os.kill(inner, signal.SIGTERM)
         assert outer.wait(60) == 0
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -83,20 +120,9 @@ def sandboxed(store: Path, log: Path, host: str) -> Iterator[int]:
 def test_pid_1_on_a_read_only_root_without_capabilities(tmp_path):
     tiny_bundle.publish(tmp_path / "store")
     with sandboxed(tmp_path / "store", tmp_path / "log", "127.0.0.1") as inner:
-        assert (
-            Path(f"/proc/{inner}/status").read_text().split("NSpid:")[1].split("\n")[0].split()[-1]
-            == "1"
-        )
-        assert ask(inner, "/predict", tiny_bundle.make_image("red")) == 200
-        rows = [
-            line.split()
-            for kind in ("tcp", "tcp6")
-            for line in Path(f"/proc/{inner}/net/{kind}").read_text().splitlines()[1:]
-        ]
-        assert {int(row[1].rpartition(":")[2], 16) for row in rows if row[3] == "0A"} == {
-            8000,
-            9090,
-        }, "listening"
+        assert read_status(inner, "NSpid")[-1] == "1"
+        assert request_status(inner, "/predict", tiny_bundle.make_image("red")) == 200
+        assert read_listening_ports(inner) == {8000, 9090}
     text = (tmp_path / "log").read_text()
     assert "Traceback" not in text
     assert "telemetry" not in text
@@ -112,22 +138,19 @@ def test_pid_1_handles_sigterm_during_imports(bundle_store, tmp_path):
         )
     try:
         end = time.monotonic() + 60
-        handled = False
-        while not handled:
+        while True:
             assert time.monotonic() < end
-            children = Path(f"/proc/{outer.pid}/task/{outer.pid}/children").read_text().split()
-            if (
-                children
-                and b"serve" in Path(f"/proc/{children[0]}/cmdline").read_bytes().split(b"\0")[:4]
-            ):
-                assert "numpy" not in Path(f"/proc/{children[0]}/maps").read_text(), (
-                    "a signal before the handler is set would be lost"
-                )
-                caught = (
-                    Path(f"/proc/{children[0]}/status").read_text().split("SigCgt:")[1].split()[0]
-                )
-                handled = bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
-        os.kill(int(children[0]), signal.SIGTERM)
+            inner = find_child(outer.pid)
+            if inner is None:
+                continue
+            command_line = Path(f"/proc/{inner}/cmdline").read_bytes().split(b"\0")
+            if b"serve" not in command_line[:4]:
+                continue  # still the setup of the namespace
+            # A signal that arrives before the handler is set would be lost.
+            assert "numpy" not in Path(f"/proc/{inner}/maps").read_text()
+            if handles_sigterm(inner):
+                break
+        os.kill(inner, signal.SIGTERM)
         assert outer.wait(60) == 128 + signal.SIGTERM
     finally:
         outer.kill()
@@ -137,10 +160,8 @@ def test_pid_1_handles_sigterm_during_imports(bundle_store, tmp_path):
 # The capability lets the user read the interpreter and the temporary directory, and write nothing.
 OTHER_USER = [
     "setpriv",
-    "--reuid",
-    "12345",
-    "--regid",
-    "0",
+    *("--reuid", "12345"),
+    *("--regid", "0"),
     "--clear-groups",
     "--bounding-set=-all,+dac_read_search",
     "--inh-caps=-all,+dac_read_search",
@@ -149,22 +170,17 @@ OTHER_USER = [
 
 
 @pytest.mark.skipif(
-    os.getuid() != 0
-    or shutil.which("setpriv") is None
-    or subprocess.run([*OTHER_USER, "true"], capture_output=True).returncode != 0,
+    os.getuid() != 0 or not succeeds([*OTHER_USER, "true"]),
     reason="this user can't become another",
 )
-def test_runs_as_a_user_without_an_account(start):
+def test_the_service_runs_as_a_user_without_an_account(start):
     """OpenShift runs containers with any user id, group 0 and no home directory."""
-    service = start(
-        "--shadow-version",
-        "1",
-        env={"HOME": "/nonexistent"},
-        command=[*OTHER_USER, sys.executable, "-m", "serve"],
-    )
+    command = [*OTHER_USER, sys.executable, "-m", "serve"]
+    service = start("--shadow-version", "1", env={"HOME": "/nonexistent"}, command=command)
     for pid in [service.process.pid, *service.children()]:
-        assert Path(f"/proc/{pid}/status").read_text().split("Uid:")[1].split()[:4] == ["12345"] * 4
-    assert service.predict(tiny_bundle.make_image("red")).json()["predictions"][0]["label"] == "red"
+        assert read_status(pid, "Uid") == ["12345"] * 4
+    (prediction,) = service.predict(tiny_bundle.make_image("red")).json()["predictions"]
+    assert prediction["label"] == "red"
     assert service.http.get("/samples/0").status_code == 200
     assert service.stop() == 0
     assert "Traceback" not in service.log.read_text()
@@ -174,6 +190,7 @@ def test_runs_as_a_user_without_an_account(start):
 @needs_ipv6
 def test_both_ports_are_open_on_ipv4_and_ipv6(bundle_store, tmp_path):
     with sandboxed(bundle_store, tmp_path / "log", "::") as inner:
-        assert ask(inner, "/predict", tiny_bundle.make_image("red"), at="[::1]:8000") == 200
+        image = tiny_bundle.make_image("red")
+        assert request_status(inner, "/predict", image, address="[::1]:8000") == 200
         for host in ("127.0.0.1", "[::1]"):
-            assert ask(inner, "/metrics", at=f"{host}:9090") == 200
+            assert request_status(inner, "/metrics", address=f"{host}:9090") == 200
