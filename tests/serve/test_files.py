@@ -19,9 +19,7 @@ def test_a_blocked_store_delays_only_requests_for_its_files(start, tmp_path):
     sample = (path / "samples" / "00.png").read_bytes()
     with ThreadPoolExecutor(2) as threads:
         with blocked_path.blocked():
-            requests = [
-                threads.submit(service.http.get, path) for path in ("/samples/0", "/report")
-            ]
+            requests = [threads.submit(service.http.get, url) for url in ("/samples/0", "/report")]
             wait_until(blocked_path.is_reached)
             assert service.predict(tiny_bundle.make_image("red")).status_code == 200
             assert not any(request.done() for request in requests)
@@ -31,14 +29,8 @@ def test_a_blocked_store_delays_only_requests_for_its_files(start, tmp_path):
 
 def test_status_is_503_if_the_store_does_not_respond_in_time(start, tmp_path):
     blocked_path = BlockedPath(tmp_path / "hang", tiny_bundle.publish(tmp_path / "store"))
-    service = start(
-        "--reload-seconds",
-        "0",
-        "--deadline-ms",
-        "300",
-        store=tmp_path / "store",
-        env=blocked_path.env,
-    )
+    flags = ("--reload-seconds", "0", "--deadline-ms", "300")
+    service = start(*flags, store=tmp_path / "store", env=blocked_path.env)
     with blocked_path.blocked():
         for path in ("/samples/0", "/report"):
             response = service.http.get(path, timeout=10)
@@ -62,10 +54,10 @@ def server_with_report(tmp_path_factory):
 def test_security_headers_forbid_other_scripts_and_hosts(server_with_report, path):
     answer = server_with_report.http.get(path)
     assert answer.status_code == 200
-    policy = dict(
-        part.strip().partition(" ")[::2]
-        for part in answer.headers["content-security-policy"].split(";")
-    )
+    policy: dict[str, str] = {}
+    for part in answer.headers["content-security-policy"].split(";"):
+        directive, _, value = part.strip().partition(" ")
+        policy[directive] = value
     for directive in ("default-src", "base-uri", "form-action", "frame-ancestors"):
         assert policy[directive] == "'none'"
     assert policy.get("script-src", "'none'") in ("'none'", "'self'")

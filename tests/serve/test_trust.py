@@ -24,7 +24,7 @@ def make_flat_image(*rgb: int) -> bytes:
 CASES = {
     "sure": make_flat_image(255, 0, 0),
     "between two": make_flat_image(120, 120, 0),
-    "nothing": make_flat_image(0, 0, 0),
+    "black": make_flat_image(0, 0, 0),
     "white": make_flat_image(255, 255, 255),
 }
 CALIBRATION = Calibration(
@@ -34,33 +34,31 @@ CALIBRATION = Calibration(
 
 @pytest.fixture(scope="module")
 def expected() -> dict[str, np.ndarray]:
-    return tiny_bundle.expected_outputs(
-        np.stack([decode(data, SPEC) for data in CASES.values()]), 3
-    )
+    """The outputs of the graph for the images in CASES."""
+    pixels = np.stack([decode(image, SPEC) for image in CASES.values()])
+    return tiny_bundle.expected_outputs(pixels, 3)
 
 
 def test_flags_follow_the_thresholds_of_the_bundle(start, tmp_path, expected):
     tiny_bundle.publish(tmp_path, calibration=CALIBRATION)
     service = start(store=tmp_path)
-    for i, (name, data) in enumerate(CASES.items()):
-        (prediction,) = service.predict(data).json()["predictions"]
-        probabilities, energy = expected["probabilities"][i], expected["energy"][i]
+    predictions: dict[str, dict] = {}
+    for i, (name, image) in enumerate(CASES.items()):
+        (prediction,) = service.predict(image).json()["predictions"]
+        predictions[name] = prediction
+        probabilities = expected["probabilities"][i]
+        energy = expected["energy"][i]
         assert prediction["confidence"] == pytest.approx(probabilities.max(), abs=1e-4), name
         assert prediction["energy"] == pytest.approx(energy, abs=1e-3), name
         assert prediction["abstain"] is bool(probabilities.max() < 0.6), name
         assert prediction["out_of_distribution"] is bool(energy > -2.0), name
-        assert set(prediction["prediction_set"]) == {
-            c for c, p in zip(tiny_bundle.CLASSES, probabilities, strict=True) if p >= 0.2
-        }
-    predictions = {
-        name: service.predict(data).json()["predictions"][0] for name, data in CASES.items()
-    }
-    assert [name for name, p in predictions.items() if p["abstain"]] == [
-        "between two",
-        "nothing",
-        "white",
-    ]
-    assert [name for name, p in predictions.items() if p["out_of_distribution"]] == ["nothing"]
+        members = [tiny_bundle.CLASSES[index] for index in np.flatnonzero(probabilities >= 0.2)]
+        assert sorted(prediction["prediction_set"]) == sorted(members), name
+
+    abstained = [name for name, prediction in predictions.items() if prediction["abstain"]]
+    assert abstained == ["between two", "black", "white"]
+    unusual = [name for name, value in predictions.items() if value["out_of_distribution"]]
+    assert unusual == ["black"]
     assert len(predictions["between two"]["prediction_set"]) == 2
 
 
@@ -83,26 +81,27 @@ def test_activation_map_shows_the_region_of_the_class(server):
 
 
 def test_activation_map_on_request_leaves_other_answers_unchanged(server):
-    data = [tiny_bundle.make_image(tiny_bundle.CLASSES[i % 3], seed=i) for i in range(60)]
-    plain = [server.predict(d).json()["predictions"][0] for d in data]
+    images = [tiny_bundle.make_image(tiny_bundle.CLASSES[i % 3], seed=i) for i in range(60)]
+
+    def predict(image: bytes, query: str) -> dict:
+        (prediction,) = server.predict(image, query).json()["predictions"]
+        return prediction
+
+    separate = [predict(image, "") for image in images]
+    queries = ["", "?explain=cam"] * 30
     with ThreadPoolExecutor(8) as pool:  # batches mix both kinds
-        mixed = list(
-            pool.map(
-                lambda i: server.predict(data[i], "?explain=cam" if i % 2 else "").json(), range(60)
-            )
-        )
-    for i, (one, other) in enumerate(zip(plain, mixed, strict=True)):
-        (prediction,) = other["predictions"]
-        assert ("cam" in prediction) is bool(i % 2)
-        prediction.pop("cam", None)
-        assert prediction["label"] == one["label"]
-        assert prediction["confidence"] == pytest.approx(one["confidence"], abs=1e-5)
+        mixed = list(pool.map(predict, images, queries))
+
+    for query, prediction, expected in zip(queries, mixed, separate, strict=True):
+        assert ("cam" in prediction) is bool(query)
+        assert prediction["label"] == expected["label"]
+        assert prediction["confidence"] == pytest.approx(expected["confidence"], abs=1e-5)
 
 
 def test_request_for_an_activation_map_that_the_model_lacks_gets_400(start, tmp_path):
     path = tiny_bundle.publish(tmp_path)
     graph = onnx.load(path / "model.onnx")
-    del graph.graph.output[3]
+    del graph.graph.output[tiny_bundle.OUTPUTS.index("cam")]
     onnx.save(graph, path / "model.onnx")
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["outputs"].remove("cam")
