@@ -12,7 +12,7 @@ from support.server import Server, wait_until
 
 def test_a_blocked_store_delays_only_requests_for_its_files(start, tmp_path):
     path = tiny_bundle.publish(tmp_path / "store")
-    (path / "report.html").write_text("How good it is")
+    (path / "report.html").write_text("Accuracy of the model")
     write_checksums(path)
     blocked_path = BlockedPath(tmp_path / "hang", tmp_path / "store")
     service = start("--reload-seconds", "0", store=tmp_path / "store", env=blocked_path.env)
@@ -24,7 +24,7 @@ def test_a_blocked_store_delays_only_requests_for_its_files(start, tmp_path):
             assert service.predict(tiny_bundle.make_image("red")).status_code == 200
             assert not any(request.done() for request in requests)
         contents = [request.result().content for request in requests]
-        assert contents == [sample, b"How good it is"]
+        assert contents == [sample, b"Accuracy of the model"]
 
 
 def test_status_is_503_if_the_store_does_not_respond_in_time(start, tmp_path):
@@ -44,7 +44,7 @@ def test_status_is_503_if_the_store_does_not_respond_in_time(start, tmp_path):
 def server_with_report(tmp_path_factory):
     store = tmp_path_factory.mktemp("reported")
     path = tiny_bundle.publish(store)
-    (path / "report.html").write_text("How good it is")
+    (path / "report.html").write_text("Accuracy of the model")
     write_checksums(path)
     with Server(store, tmp_path_factory.mktemp("log") / "log") as running:
         yield running.wait_ready()

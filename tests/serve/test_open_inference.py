@@ -19,18 +19,17 @@ from support.server import wait_until
 
 tritonclient = pytest.importorskip("tritonclient.http")
 SPEC = InputSpec(height=32, width=32)
-PIXELS = np.stack(
-    [
-        decode(tiny_bundle.make_image(label, seed=i), SPEC)
-        for i, label in enumerate(tiny_bundle.CLASSES)
-    ]
-)
-WANT = tiny_bundle.expected_outputs(PIXELS, 3)
-INFER = "/v2/models/colours/infer"
+IMAGES = [tiny_bundle.make_image(label, seed=i) for i, label in enumerate(tiny_bundle.CLASSES)]
+PIXELS = np.stack([decode(image, SPEC) for image in IMAGES])
+EXPECTED = tiny_bundle.expected_outputs(PIXELS, 3)
+OUTPUTS = ("probabilities", "energy", "label")
+INFER_PATH = "/v2/models/colours/infer"
+LENGTH_HEADER = b"inference-header-content-length"
 
 
 @pytest.fixture
 def client(server):
+    """A client of the server by tritonclient."""
     client = tritonclient.InferenceServerClient(server.url.removeprefix("http://"))
     yield client
     client.close()
@@ -47,11 +46,8 @@ def test_health_and_metadata(client):
     metadata = client.get_model_metadata("colours")
     assert metadata["versions"] == ["1"]
     assert metadata["inputs"] == [{"name": "image", "datatype": "UINT8", "shape": [-1, 32, 32, 3]}]
-    assert {o["name"]: o["datatype"] for o in metadata["outputs"]} == {
-        "probabilities": "FP32",
-        "energy": "FP32",
-        "label": "BYTES",
-    }
+    datatypes = {output["name"]: output["datatype"] for output in metadata["outputs"]}
+    assert datatypes == {"probabilities": "FP32", "energy": "FP32", "label": "BYTES"}
 
 
 @pytest.mark.parametrize("binary_in", [True, False])
@@ -59,34 +55,30 @@ def test_health_and_metadata(client):
 def test_uint8_tensors_are_classified(client, binary_in, binary_out):
     tensor = tritonclient.InferInput("image", list(PIXELS.shape), "UINT8")
     tensor.set_data_from_numpy(PIXELS, binary_data=binary_in)
-    names = ("probabilities", "energy", "label")
-    wanted = (
-        None
-        if binary_out is None
-        else [tritonclient.InferRequestedOutput(name, binary_data=binary_out) for name in names]
+    outputs = None  # all
+    if binary_out is not None:
+        outputs = [tritonclient.InferRequestedOutput(name, binary_out) for name in OUTPUTS]
+
+    answer = client.infer(
+        "colours", [tensor], outputs=outputs, request_id="id-7", model_version="1"
     )
-    answer = client.infer("colours", [tensor], outputs=wanted, request_id="mine", model_version="1")
-    assert np.allclose(answer.as_numpy("probabilities"), WANT["probabilities"], atol=1e-5)
-    assert np.allclose(answer.as_numpy("energy"), WANT["energy"], atol=1e-4)
-    labels = [v.decode() if isinstance(v, bytes) else v for v in answer.as_numpy("label")]
-    assert labels == tiny_bundle.CLASSES
+    assert np.allclose(answer.as_numpy("probabilities"), EXPECTED["probabilities"], atol=1e-5)
+    assert np.allclose(answer.as_numpy("energy"), EXPECTED["energy"], atol=1e-4)
+    labels = answer.as_numpy("label").astype(str)
+    assert labels.tolist() == tiny_bundle.CLASSES
     response = answer.get_response()
-    assert (response["id"], response["model_name"], response["model_version"]) == (
-        "mine",
-        "colours",
-        "1",
-    )
+    assert response["id"] == "id-7"
+    assert response["model_name"] == "colours"
+    assert response["model_version"] == "1"
 
 
 @pytest.mark.parametrize("shape", [[3], [3, 1]])
 def test_image_files_are_classified(client, shape):
-    files = [tiny_bundle.make_image(label, seed=i) for i, label in enumerate(tiny_bundle.CLASSES)]
     tensor = tritonclient.InferInput("image", shape, "BYTES")
-    tensor.set_data_from_numpy(np.array(files, np.object_).reshape(shape))
-    answer = client.infer(
-        "colours", [tensor], outputs=[tritonclient.InferRequestedOutput("probabilities")]
-    )
-    assert np.allclose(answer.as_numpy("probabilities"), WANT["probabilities"], atol=1e-5)
+    tensor.set_data_from_numpy(np.array(IMAGES, np.object_).reshape(shape))
+    output = tritonclient.InferRequestedOutput("probabilities")
+    answer = client.infer("colours", [tensor], outputs=[output])
+    assert np.allclose(answer.as_numpy("probabilities"), EXPECTED["probabilities"], atol=1e-5)
     assert answer.as_numpy("energy") is None
 
 
@@ -96,7 +88,7 @@ def test_image_files_are_classified(client, shape):
         ("PUT", "/v2/health/live", 405),
         ("DELETE", "/v2/models/colours", 405),
         ("POST", "/v2/models/colours/ready", 405),
-        ("GET", INFER, 405),
+        ("GET", INFER_PATH, 405),
         ("POST", "/v2/nothing", 404),
         ("GET", "/v2/models/colours/nothing", 404),
         ("GET", "/v2/models", 404),
@@ -108,14 +100,15 @@ def test_methods_and_paths(server, method, path, status):
     answer = server.http.request(method, path)
     assert answer.status_code == status
     if status == 405:
-        assert answer.headers["allow"] == ("POST" if path == INFER else "GET, HEAD")
+        assert answer.headers["allow"] == ("POST" if path == INFER_PATH else "GET, HEAD")
 
 
 def test_image_files_in_json_are_base64(server):
     data = [base64.b64encode(tiny_bundle.make_image("blue")).decode()]
     body = {"inputs": [{"name": "image", "datatype": "BYTES", "shape": [1], "data": data}]}
-    answer = server.http.post(INFER, json=body).json()
-    assert {o["name"]: o["data"] for o in answer["outputs"]}["label"] == ["blue"]
+    answer = server.http.post(INFER_PATH, json=body).json()
+    outputs = {output["name"]: output["data"] for output in answer["outputs"]}
+    assert outputs["label"] == ["blue"]
 
 
 def test_errors_have_the_form_of_the_protocol(client):
@@ -129,17 +122,14 @@ def test_errors_have_the_form_of_the_protocol(client):
 
 def build_request(**changes: object) -> dict:
     """Return a request with one image, whose input has these changes."""
-    return {
-        "inputs": [
-            {
-                "name": "image",
-                "shape": [1, 32, 32, 3],
-                "datatype": "UINT8",
-                "data": [7] * 3072,
-                **changes,
-            }
-        ]
+    tensor = {
+        "name": "image",
+        "shape": [1, 32, 32, 3],
+        "datatype": "UINT8",
+        "data": [7] * 3072,
+        **changes,
     }
+    return {"inputs": [tensor]}
 
 
 @pytest.mark.parametrize(
@@ -183,9 +173,10 @@ def build_request(**changes: object) -> dict:
     ],
 )
 def test_requests_in_json(server, body, status):
-    answer = server.http.post(INFER, json=body)
+    answer = server.http.post(INFER_PATH, json=body)
     assert answer.status_code == status
-    assert status == 200 or answer.json()["error"]
+    if status != 200:
+        assert answer.json()["error"]
 
 
 @pytest.mark.parametrize(
@@ -212,17 +203,15 @@ def test_memory_for_json_stays_proportional_to_its_size(data, status):
 def test_length_of_json_is_checked_before_it_is_read(server, length):
     """A slice that ends at -1 would have more values than images need, and status 413."""
     content = b"[" + b"0," * (3 << 19) + b"0] "
-    response = server.http.post(
-        INFER, content=content, headers={"Inference-Header-Content-Length": length}
-    )
-    assert response.status_code == (413 if int(length) > 2 << 20 else 400)
+    status = 413 if int(length) > 2 << 20 else 400
+    headers = {LENGTH_HEADER: length.encode()}
+    response = server.http.post(INFER_PATH, content=content, headers=headers)
+    assert response.status_code == status
+
     tracemalloc.start()
     try:
-        assert (
-            parse_status(content, {b"inference-header-content-length": length.encode()})
-            == response.status_code
-        )
-        assert tracemalloc.get_traced_memory()[1] < 1 << 20, "a copy of it is made"
+        assert parse_status(content, headers) == status
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20, "the content was copied"
     finally:
         tracemalloc.stop()
 
@@ -231,20 +220,20 @@ def test_api_key_and_metrics_are_those_of_predict(start):
     service = start("--api-key", "secret")
     assert service.http.get("/v2/health/ready").status_code == 200
     assert service.http.get("/v2/models/colours").status_code == 401
-    assert service.http.post(INFER, json=build_request()).status_code == 401
-    keyed = service.http.post(INFER, json=build_request(), headers={"X-API-Key": "secret"})
+    assert service.http.post(INFER_PATH, json=build_request()).status_code == 401
+    keyed = service.http.post(INFER_PATH, json=build_request(), headers={"X-API-Key": "secret"})
     assert keyed.status_code == 200
     assert service.metric("imago_requests_total", code="200") == 1
     assert service.metric("imago_images_total", outcome="answered") == 1
 
 
 def test_status_is_503_until_a_model_is_ready(start, tmp_path):
-    hang = BlockedPath(tmp_path / "hang", tiny_bundle.publish(tmp_path / "store"))
-    with hang.blocked():
-        service = start(store=tmp_path / "store", env=hang.env, wait=False)
+    blocked_path = BlockedPath(tmp_path / "hang", tiny_bundle.publish(tmp_path / "store"))
+    with blocked_path.blocked():
+        service = start(store=tmp_path / "store", env=blocked_path.env, wait=False)
         wait_until(service.is_live)
         for answer in (
-            service.http.post(INFER, json=build_request()),
+            service.http.post(INFER_PATH, json=build_request()),
             service.http.get("/v2/models/colours"),
         ):
             assert answer.status_code == 503
@@ -252,32 +241,25 @@ def test_status_is_503_until_a_model_is_ready(start, tmp_path):
             assert "no model is ready" in answer.json()["error"]
         assert service.metric("imago_rejected_total", reason="not_ready") == 1
     service.wait_ready()
-    assert service.http.post(INFER, json=build_request()).status_code == 200
+    assert service.http.post(INFER_PATH, json=build_request()).status_code == 200
 
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: (
-        st.lists(inner, max_size=4)
-        | st.dictionaries(
-            st.sampled_from(
-                [
-                    "inputs",
-                    "name",
-                    "shape",
-                    "datatype",
-                    "data",
-                    "parameters",
-                    "outputs",
-                    "binary_data_size",
-                    "binary_data",
-                ]
-            )
-            | st.text(max_size=4),
-            inner,
-            max_size=5,
-        )
-    ),
+KEYS = [
+    "inputs",
+    "name",
+    "shape",
+    "datatype",
+    "data",
+    "parameters",
+    "outputs",
+    "binary_data_size",
+    "binary_data",
+]
+keys = st.sampled_from(KEYS) | st.text(max_size=4)
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+json_values = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(keys, inner, max_size=5),
     max_leaves=12,
 )
 
@@ -294,21 +276,16 @@ def parse_status(content: bytes, headers: dict[bytes, bytes]) -> int:
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
-@given(value=JSON, tail=st.binary(max_size=40), length=st.integers(-5, 300) | st.just("x"))
+@given(value=json_values, tail=st.binary(max_size=40), length=st.integers(-5, 300) | st.just("x"))
 def test_any_json_is_parsed_or_refused(value, tail, length):
     text = json.dumps(value).encode()
-    assert parse_status(
-        text + tail, {b"inference-header-content-length": str(length).encode()}
-    ) in (
-        200,
-        400,
-    )
+    headers = {LENGTH_HEADER: str(length).encode()}
+    assert parse_status(text + tail, headers) in (200, 400)
     assert parse_status(text, {}) in (200, 400)
-    image = {
-        "inputs": [{"name": "image", "datatype": "BYTES", "shape": [1], "data": value}],
-        "outputs": value,
-    }
-    assert parse_status(json.dumps(image).encode(), {}) in (200, 400)
+
+    tensor = {"name": "image", "datatype": "BYTES", "shape": [1], "data": value}
+    request = {"inputs": [tensor], "outputs": value}
+    assert parse_status(json.dumps(request).encode(), {}) in (200, 400)
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -317,22 +294,17 @@ def test_any_json_is_parsed_or_refused(value, tail, length):
     cut=st.integers(0, 300),
 )
 def test_binary_files_are_split_as_they_were_joined(files, cut):
-    binary = b"".join(struct.pack("<I", len(f)) + f for f in files)
-    for data, whole in ((binary, True), (binary[:cut], cut >= len(binary))):
-        text = json.dumps(
-            {
-                "inputs": [
-                    {
-                        "name": "image",
-                        "datatype": "BYTES",
-                        "shape": [len(files)],
-                        "parameters": {"binary_data_size": len(data)},
-                    }
-                ]
-            }
-        ).encode()
-        headers = {b"inference-header-content-length": str(len(text)).encode()}
-        if whole:
+    binary = b"".join(struct.pack("<I", len(file)) + file for file in files)
+    for data in (binary, binary[:cut]):
+        tensor = {
+            "name": "image",
+            "datatype": "BYTES",
+            "shape": [len(files)],
+            "parameters": {"binary_data_size": len(data)},
+        }
+        text = json.dumps({"inputs": [tensor]}).encode()
+        headers = {LENGTH_HEADER: str(len(text)).encode()}
+        if data == binary:
             assert parse_inference(text + data, headers, SPEC.model_dump(), 64).images == files
         else:
             assert parse_status(text + data, headers) == 400
