@@ -96,12 +96,12 @@ def test_the_service_is_not_ready_while_a_killed_worker_is_replaced(start, tmp_p
 @pytest.mark.parametrize("processes", ["1", "2"])
 def test_the_ready_metric_is_never_ahead_of_the_health_check(start, processes):
     server = start("--api-processes", processes, wait=False)
-    seen = set()
+    observed = set()
     while not server.is_ready():
         try:
             metric = server.metric("imago_ready")
         except httpx.TransportError:
             continue
-        seen.add((metric, server.is_ready()))
-    assert (0, False) in seen
-    assert (1, False) not in seen
+        observed.add((metric, server.is_ready()))
+    assert (0, False) in observed
+    assert (1, False) not in observed

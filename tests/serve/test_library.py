@@ -13,13 +13,12 @@ from support import ROOT, tiny_bundle
 
 @pytest.fixture(scope="module")
 def model(bundle_store) -> Model:
+    """A loaded model with one thread."""
     return Model.open(bundle_store, "colours", threads=1)
 
 
 def test_predictions_are_those_of_the_server(model, server):
-    images = [
-        tiny_bundle.make_image(tiny_bundle.CLASSES[seed % 3], seed=seed) for seed in range(20)
-    ]
+    images = [tiny_bundle.make_image(tiny_bundle.CLASSES[i % 3], seed=i) for i in range(20)]
     predictions = model.predict(images, top_k=2)
     assert [prediction.label for prediction in predictions[:3]] == tiny_bundle.CLASSES
     for image, prediction in zip(images, predictions, strict=True):

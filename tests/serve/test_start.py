@@ -84,11 +84,8 @@ def test_a_bundle_whose_graph_fails_is_refused(tmp_path):
         (("--version", "first"), ("--version",)),
         (("--api-key", "x", "--api-key-file", "/etc/hostname"), ("api_key",)),
         (("--api-key-file", "/nowhere"), ("/nowhere",)),
-        (
-            ("--api-key-file", "/proc/self/mem"),
-            # Even root can't read this one.
-            ("/proc/self/mem", "can't be read"),
-        ),
+        # Even root can't read this file.
+        (("--api-key-file", "/proc/self/mem"), ("/proc/self/mem", "can't be read")),
         (("--api-key-file", sys.executable), (sys.executable, "can't be read")),
     ],
 )
@@ -122,19 +119,17 @@ def test_an_empty_key_is_refused(bundle_store, flags, env, words):
 )
 def test_white_space_around_the_key_is_ignored(start, flags, env):
     service = start(*flags, env=env)
-    assert service.predict(tiny_bundle.make_image("red")).status_code == 401
-    assert (
-        service.predict(tiny_bundle.make_image("red"), **{"X-API-Key": "secret"}).status_code == 200
-    )
+    image = tiny_bundle.make_image("red")
+    assert service.predict(image).status_code == 401
+    assert service.predict(image, **{"X-API-Key": "secret"}).status_code == 200
 
 
 def test_threads_are_per_worker(bundle_store):
-    assert "cores of each worker; 0: the CPU quota divided by the workers" in " ".join(
-        run_serve("--help").stdout.split()
-    )
-    output = run_serve(
-        "check", "--store", str(bundle_store), "--threads", "3", "--workers", "2"
-    ).stdout
+    help_text = " ".join(run_serve("--help").stdout.split())
+    assert "cores of each worker; 0: the CPU quota divided by the workers" in help_text
+
+    flags = ("--threads", "3", "--workers", "2")
+    output = run_serve("check", "--store", str(bundle_store), *flags).stdout
     assert "3 for each of 2 workers" in output
 
 
@@ -147,8 +142,8 @@ def test_threads_follow_the_cpu_affinity(start, tmp_path):
             command=["taskset", "-c", ",".join(map(str, cores)), sys.executable, "-m", "serve"]
         )
         maps = Path(f"/proc/{service.workers()[0]}/maps").read_text()
-        most = min(len(cores), available_cores())
-        assert len(set(re.findall(r"/worker-0-(\d+)\.metrics", maps))) == most
+        threads = set(re.findall(r"/worker-0-(\d+)\.metrics", maps))
+        assert len(threads) == min(len(cores), available_cores())
 
 
 def test_a_port_in_use_is_refused(bundle_store):
@@ -191,9 +186,8 @@ def test_tracing_is_refused_without_its_packages(bundle_store, tmp_path):
 
 def test_the_log_names_the_model_and_its_url(start):
     server = start()
-    wait_until(
-        lambda: f"serving colours on http://127.0.0.1:{server.port}" in server.log.read_text()
-    )
+    message = f"serving colours on http://127.0.0.1:{server.port}"
+    wait_until(lambda: message in server.log.read_text())
 
 
 def test_sigterm_stops_the_service(start):

@@ -2,14 +2,23 @@
 
 import gzip
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import pytest
 
 from support import tiny_bundle
+from support.server import wait_until
 
 trace_service = pytest.importorskip("opentelemetry.proto.collector.trace.v1.trace_service_pb2")
+
+
+def read_attributes(message: Any) -> dict[str, str | int]:
+    """Return the attributes of a span or a resource."""
+    return {
+        attribute.key: attribute.value.string_value or attribute.value.int_value
+        for attribute in message.attributes
+    }
 
 
 @pytest.fixture
@@ -24,8 +33,7 @@ def collector():
                 body = gzip.decompress(body)
             request = trace_service.ExportTraceServiceRequest.FromString(body)
             for resource in request.resource_spans:
-                names = {a.key: a.value.string_value for a in resource.resource.attributes}
-                assert names["service.name"] == "imago"
+                assert read_attributes(resource.resource)["service.name"] == "imago"
                 for scope in resource.scope_spans:
                     spans.extend(scope.spans)
             self.send_response(200)
@@ -46,37 +54,37 @@ def test_spans_of_requests(start, collector):
     url, spans = collector
     env = {"OTEL_EXPORTER_OTLP_ENDPOINT": url, "OTEL_BSP_SCHEDULE_DELAY": "100"}
     service = start("--tracing", "true", env=env)
-    parent = "0af7651916cd43dd8448eb211c80319c"
+    trace_id = "0af7651916cd43dd8448eb211c80319c"
     answer = service.predict(
-        tiny_bundle.make_image("red"), traceparent=f"00-{parent}-b7ad6b7169203331-01"
+        tiny_bundle.make_image("red"), traceparent=f"00-{trace_id}-b7ad6b7169203331-01"
     )
     service.predict(b"no image")
-    end = time.monotonic() + 30
-    while sum(s.name == "POST /predict" for s in spans) < 2:
-        assert time.monotonic() < end, "no spans came"
-        time.sleep(0.05)
-    good, bad = (s for s in spans if s.name == "POST /predict")
-    attributes = {a.key: a.value.string_value or a.value.int_value for a in good.attributes}
-    assert good.trace_id.hex() == parent
-    assert good.parent_span_id.hex() == "b7ad6b7169203331"
+
+    def find_requests() -> list[Any]:
+        return [span for span in spans if span.name == "POST /predict"]
+
+    wait_until(lambda: len(find_requests()) == 2, 30)
+    answered, refused = find_requests()
+    attributes = read_attributes(answered)
+    assert answered.trace_id.hex() == trace_id
+    assert answered.parent_span_id.hex() == "b7ad6b7169203331"
     assert attributes["http.response.status_code"] == 200
     assert attributes["imago.request_id"] == answer.json()["id"]
     assert attributes["imago.model_version"] == "1"
-    parts = {s.name: s for s in spans if s.parent_span_id == good.span_id}
-    assert set(parts) == {"queue", "decode", "infer"}
-    for part in parts.values():
-        assert good.start_time_unix_nano <= part.start_time_unix_nano <= part.end_time_unix_nano
-        assert part.end_time_unix_nano <= good.end_time_unix_nano
-    assert {a.key: a.value.int_value for a in bad.attributes}["http.response.status_code"] == 415
+
+    steps = [span for span in spans if span.parent_span_id == answered.span_id]
+    assert {step.name for step in steps} == {"queue", "decode", "infer"}
+    for step in steps:
+        assert answered.start_time_unix_nano <= step.start_time_unix_nano
+        assert step.start_time_unix_nano <= step.end_time_unix_nano
+        assert step.end_time_unix_nano <= answered.end_time_unix_nano
+    assert read_attributes(refused)["http.response.status_code"] == 415
 
 
 def test_buffered_spans_are_sent_at_shutdown(start, collector):
     url, spans = collector
-    service = start(
-        "--tracing",
-        "true",
-        env={"OTEL_EXPORTER_OTLP_ENDPOINT": url, "OTEL_BSP_SCHEDULE_DELAY": "60000"},
-    )
+    env = {"OTEL_EXPORTER_OTLP_ENDPOINT": url, "OTEL_BSP_SCHEDULE_DELAY": "60000"}
+    service = start("--tracing", "true", env=env)
     service.predict(tiny_bundle.make_image("red"))
     assert not spans
     assert service.stop() == 0
