@@ -15,13 +15,13 @@ def test_a_blocked_store_delays_only_requests_for_its_files(start, tmp_path):
     (path / "report.html").write_text("Accuracy of the model")
     write_checksums(path)
     blocked_path = BlockedPath(tmp_path / "hang", tmp_path / "store")
-    service = start("--reload-seconds", "0", store=tmp_path / "store", env=blocked_path.env)
+    server = start("--reload-seconds", "0", store=tmp_path / "store", env=blocked_path.env)
     sample = (path / "samples" / "00.png").read_bytes()
     with ThreadPoolExecutor(2) as threads:
         with blocked_path.blocked():
-            requests = [threads.submit(service.http.get, url) for url in ("/samples/0", "/report")]
+            requests = [threads.submit(server.http.get, url) for url in ("/samples/0", "/report")]
             wait_until(blocked_path.is_reached)
-            assert service.predict(tiny_bundle.make_image("red")).status_code == 200
+            assert server.predict(tiny_bundle.make_image("red")).status_code == 200
             assert not any(request.done() for request in requests)
         contents = [request.result().content for request in requests]
         assert contents == [sample, b"Accuracy of the model"]
@@ -30,14 +30,14 @@ def test_a_blocked_store_delays_only_requests_for_its_files(start, tmp_path):
 def test_status_is_503_if_the_store_does_not_respond_in_time(start, tmp_path):
     blocked_path = BlockedPath(tmp_path / "hang", tiny_bundle.publish(tmp_path / "store"))
     flags = ("--reload-seconds", "0", "--deadline-ms", "300")
-    service = start(*flags, store=tmp_path / "store", env=blocked_path.env)
+    server = start(*flags, store=tmp_path / "store", env=blocked_path.env)
     with blocked_path.blocked():
         for path in ("/samples/0", "/report"):
-            response = service.http.get(path, timeout=10)
+            response = server.http.get(path, timeout=10)
             assert response.status_code == 503
             assert response.headers["retry-after"] == "1"
             assert "the store does not answer" in response.json()["detail"]
-    assert service.http.get("/samples/0").status_code == 200
+    assert server.http.get("/samples/0").status_code == 200
 
 
 @pytest.fixture(scope="module")

@@ -7,17 +7,17 @@ from support import tiny_bundle
 
 
 def test_json_lines_have_requests_but_no_images(start):
-    service = start("--access-log", "true")
+    server = start("--access-log", "true")
     image = tiny_bundle.make_image("red")
     encoded = base64.b64encode(image).decode()
     ids = [
-        service.predict(image).json()["id"],
-        service.http.post("/predict", json={"image": encoded}).json()["id"],
-        service.predict(b"no image").json()["request_id"],
+        server.predict(image).json()["id"],
+        server.http.post("/predict", json={"image": encoded}).json()["id"],
+        server.predict(b"no image").json()["request_id"],
     ]
-    service.http.get("/a%0ab")
-    assert service.stop() == 0
-    text = service.log.read_text()
+    server.http.get("/a%0ab")
+    assert server.stop() == 0
+    text = server.log.read_text()
     entries = [json.loads(line) for line in text.splitlines()]
     requests = [entry for entry in entries if entry.get("path") == "/predict"]
     for entry, request_id, status in zip(requests, ids, (200, 200, 415), strict=True):
@@ -32,12 +32,12 @@ def test_json_lines_have_requests_but_no_images(start):
 
 
 def test_a_path_cannot_forge_lines_or_fields_of_a_text_log(start):
-    service = start("--access-log", "true", "--log-format", "text")
+    server = start("--access-log", "true", "--log-format", "text")
     paths = ("/a%0a16:00:00%20INFO%20all%20is%20well", "/a%20status=200", "/a%e2%80%a8b")
     for path in paths:
-        assert service.http.get(path).status_code == 404
-    assert service.stop() == 0
-    lines = [line for line in service.log.read_text().splitlines() if "/a" in line]
+        assert server.http.get(path).status_code == 404
+    assert server.stop() == 0
+    lines = [line for line in server.log.read_text().splitlines() if "/a" in line]
     assert len(lines) == len(paths)
     for line in lines:
         assert 'path="/a' in line

@@ -217,31 +217,31 @@ def test_length_of_json_is_checked_before_it_is_read(server, length):
 
 
 def test_api_key_and_metrics_are_those_of_predict(start):
-    service = start("--api-key", "secret")
-    assert service.http.get("/v2/health/ready").status_code == 200
-    assert service.http.get("/v2/models/colours").status_code == 401
-    assert service.http.post(INFER_PATH, json=build_request()).status_code == 401
-    keyed = service.http.post(INFER_PATH, json=build_request(), headers={"X-API-Key": "secret"})
+    server = start("--api-key", "secret")
+    assert server.http.get("/v2/health/ready").status_code == 200
+    assert server.http.get("/v2/models/colours").status_code == 401
+    assert server.http.post(INFER_PATH, json=build_request()).status_code == 401
+    keyed = server.http.post(INFER_PATH, json=build_request(), headers={"X-API-Key": "secret"})
     assert keyed.status_code == 200
-    assert service.metric("imago_requests_total", code="200") == 1
-    assert service.metric("imago_images_total", outcome="answered") == 1
+    assert server.metric("imago_requests_total", code="200") == 1
+    assert server.metric("imago_images_total", outcome="answered") == 1
 
 
 def test_status_is_503_until_a_model_is_ready(start, tmp_path):
     blocked_path = BlockedPath(tmp_path / "hang", tiny_bundle.publish(tmp_path / "store"))
     with blocked_path.blocked():
-        service = start(store=tmp_path / "store", env=blocked_path.env, wait=False)
-        wait_until(service.is_live)
+        server = start(store=tmp_path / "store", env=blocked_path.env, wait=False)
+        wait_until(server.is_live)
         for answer in (
-            service.http.post(INFER_PATH, json=build_request()),
-            service.http.get("/v2/models/colours"),
+            server.http.post(INFER_PATH, json=build_request()),
+            server.http.get("/v2/models/colours"),
         ):
             assert answer.status_code == 503
             assert answer.headers["retry-after"] == "1"
             assert "no model is ready" in answer.json()["error"]
-        assert service.metric("imago_rejected_total", reason="not_ready") == 1
-    service.wait_ready()
-    assert service.http.post(INFER_PATH, json=build_request()).status_code == 200
+        assert server.metric("imago_rejected_total", reason="not_ready") == 1
+    server.wait_ready()
+    assert server.http.post(INFER_PATH, json=build_request()).status_code == 200
 
 
 KEYS = [

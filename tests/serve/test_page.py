@@ -290,8 +290,8 @@ def test_the_page_fits_the_width_of_the_screen(page, tmp_path, width):
 
 
 def test_the_page_asks_for_the_api_key(browser, start, store, tmp_path):
-    service = start("--api-key", "secret", store=store)
-    context = browser.new_context(base_url=service.url)
+    server = start("--api-key", "secret", store=store)
+    context = browser.new_context(base_url=server.url)
     opened = context.new_page()
     opened.goto("/")
     opened.locator("#strip button").first.click()

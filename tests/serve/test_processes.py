@@ -102,14 +102,14 @@ def test_request_ids_differ_between_processes(service):
 def test_unchecked_service_of_the_benchmarks_answers(start):
     """It counts nothing and gives all requests the same id."""
     script = ROOT / "tests" / "benchmarks" / "serve_unchecked.py"
-    service = start("--max-pending", "1", command=[sys.executable, str(script)])
+    server = start("--max-pending", "1", command=[sys.executable, str(script)])
     for _ in range(20):
-        answer = service.http.post("/predict", files=[("f", ("a", GOOD)), ("f", ("b", GOOD))])
+        answer = server.http.post("/predict", files=[("f", ("a", GOOD)), ("f", ("b", GOOD))])
         assert [p["label"] for p in answer.json()["predictions"]] == ["blue", "blue"]
         assert answer.headers["x-request-id"] == "0"
     counted = [
         line
-        for line in service.metrics().splitlines()
+        for line in server.metrics().splitlines()
         if line[0] != "#" and not line.endswith(" 0.0")
     ]
     assert {re.match(r"\w+", line)[0] for line in counted} == {"imago_ready", "imago_model_info"}

@@ -32,13 +32,13 @@ PNG = {"Content-Type": "image/png"}
 JSON = {"Content-Type": "application/json"}
 
 
-def send(service: Server, clients: int = 8, rounds: int = 12) -> tuple[Counter, Counter]:
+def send(server: Server, clients: int = 8, rounds: int = 12) -> tuple[Counter, Counter]:
     """Send requests of all kinds over several connections.
 
     Returns how often each status code and each predicted label was received.
     """
     with ThreadPoolExecutor(clients) as threads:
-        results = list(threads.map(partial(send_rounds, service, rounds), range(clients)))
+        results = list(threads.map(partial(send_rounds, server, rounds), range(clients)))
     codes = Counter()
     labels = Counter()
     for client_codes, client_labels in results:
@@ -47,13 +47,13 @@ def send(service: Server, clients: int = 8, rounds: int = 12) -> tuple[Counter, 
     return codes, labels
 
 
-def send_rounds(service: Server, rounds: int, client_number: int) -> tuple[Counter, Counter]:
+def send_rounds(server: Server, rounds: int, client_number: int) -> tuple[Counter, Counter]:
     """Send one request of each kind per round: one image, many, no image, and malformed JSON."""
     codes = Counter()
     labels = Counter()
     images = [tiny_bundle.make_image(tiny_bundle.CLASSES[i % 3], seed=i) for i in range(4)]
     files = [("f", (str(i), image)) for i, image in enumerate([*images, b"no image"])]
-    with httpx.Client(base_url=service.url, timeout=30) as http:
+    with httpx.Client(base_url=server.url, timeout=30) as http:
         for i in range(rounds):
             label = tiny_bundle.CLASSES[i % 3]
             image = tiny_bundle.make_image(label, seed=100 * client_number + i)
@@ -103,20 +103,20 @@ def test_counts_of_several_processes_add_up(service):
 
 def test_out_of_distribution_counts_agree_with_the_answers(start, tmp_path):
     tiny_bundle.publish(tmp_path, calibration=Calibration(energy_threshold=-3.0))
-    service = start("--workers", "2", store=tmp_path)
+    server = start("--workers", "2", store=tmp_path)
     gray = cv2.imencode(".png", np.full((32, 32, 3), 9, np.uint8))[1].tobytes()
     red = tiny_bundle.make_image("red")
     for i in range(12):
         gray_images = i % 4
         images = [gray] * gray_images + [red] * (3 - gray_images)
         files = [("f", (str(j), image)) for j, image in enumerate([*images, b"no image"])]
-        predictions = service.http.post("/predict", files=files).json()["predictions"]
+        predictions = server.http.post("/predict", files=files).json()["predictions"]
         flags = [prediction["out_of_distribution"] for prediction in predictions[:3]]
         assert flags == [True] * gray_images + [False] * (3 - gray_images)
 
     # Predictions are counted after the answer is sent.
-    wait_until(lambda: service.metric("imago_confidence_count") == 36)
-    assert service.metric("imago_out_of_distribution_total") == 18
+    wait_until(lambda: server.metric("imago_confidence_count") == 36)
+    assert server.metric("imago_out_of_distribution_total") == 18
 
 
 @pytest.mark.parametrize(
@@ -136,12 +136,12 @@ def test_the_helper_refuses_series_that_cannot_exist(server, name, labels, words
 
 def test_model_info_has_only_the_version_of_the_replaced_worker(start, tmp_path):
     tiny_bundle.publish(tmp_path)
-    service = start("--reload-seconds", "0", store=tmp_path)
+    server = start("--reload-seconds", "0", store=tmp_path)
     tiny_bundle.publish(tmp_path)
-    (worker,) = service.workers()
+    (worker,) = server.workers()
     os.kill(worker, signal.SIGKILL)
-    wait_until(lambda: service.http.get("/model").json().get("version") == "2")
-    lines = service.metrics().splitlines()
+    wait_until(lambda: server.http.get("/model").json().get("version") == "2")
+    lines = server.metrics().splitlines()
     (info,) = [line for line in lines if line.startswith("imago_model_info{")]
     assert 'version="2"' in info
 
@@ -221,42 +221,42 @@ def query(url: str, expression: str) -> dict[str, float]:
 
 
 def test_a_disconnected_scraper_is_logged_at_debug_level(start):
-    service = start("--log-level", "debug")
+    server = start("--log-level", "debug")
     for request_start in (b"GET /met", b"GET /metrics HTTP/1.1\r\nX: "):
-        scraper = socket.create_connection(("127.0.0.1", service.metrics_port))
+        scraper = socket.create_connection(("127.0.0.1", server.metrics_port))
         scraper.sendall(request_start)
         scraper.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         scraper.close()  # sends RST
-    wait_until(lambda: service.log.read_text().count("a scrape was not answered") == 2)
-    assert service.metric("imago_ready") == 1
-    assert service.stop() == 0
-    lines = [json.loads(line) for line in service.log.read_text().splitlines()]
+    wait_until(lambda: server.log.read_text().count("a scrape was not answered") == 2)
+    assert server.metric("imago_ready") == 1
+    assert server.stop() == 0
+    lines = [json.loads(line) for line in server.log.read_text().splitlines()]
     assert [line["level"] for line in lines if "scrape" in line["message"]] == ["debug", "debug"]
 
 
 def test_slow_scrapers_are_limited_in_number_and_time(start):
-    service = start()
-    before = count_threads(service)
+    server = start()
+    before = count_threads(server)
     with contextlib.ExitStack() as stack:
         scrapers = [
-            stack.enter_context(socket.create_connection(("127.0.0.1", service.metrics_port), 30))
+            stack.enter_context(socket.create_connection(("127.0.0.1", server.metrics_port), 30))
             for _ in range(3 * MAX_CONNECTIONS)
         ]
-        wait_until(lambda: count_threads(service) > before)
+        wait_until(lambda: count_threads(server) > before)
         for scraper in scrapers:
             scraper.settimeout(0.1)
         end = time.monotonic() + 3 * CONNECTION_SECONDS
         while scrapers:
-            assert count_threads(service) <= before + MAX_CONNECTIONS
+            assert count_threads(server) <= before + MAX_CONNECTIONS
             assert time.monotonic() < end, f"{len(scrapers)} are still open"
             scrapers = [scraper for scraper in scrapers if not is_closed(scraper)]
-    wait_until(lambda: count_threads(service) == before)
-    assert service.metric("imago_ready") == 1
+    wait_until(lambda: count_threads(server) == before)
+    assert server.metric("imago_ready") == 1
 
 
-def count_threads(service: Server) -> int:
+def count_threads(server: Server) -> int:
     """Return the number of threads of the supervisor."""
-    return len(os.listdir(f"/proc/{service.process.pid}/task"))
+    return len(os.listdir(f"/proc/{server.process.pid}/task"))
 
 
 def is_closed(scraper: socket.socket) -> bool:
@@ -272,16 +272,14 @@ def is_closed(scraper: socket.socket) -> bool:
 
 def test_label_counts_are_bounded(start, tmp_path: Path):
     tiny_bundle.publish(tmp_path, classes=[f"class {i}" for i in range(300)])
-    service = start(store=tmp_path)
+    server = start(store=tmp_path)
     for i in range(20):
-        service.http.get(f"/{i}")
-        service.http.post(f"/v2/models/unknown-{i}/infer", json={})
-        service.http.request(f"METHOD{i}", "/predict")
-        service.predict(
-            tiny_bundle.make_image("blue"), f"?top_k={i}", **{"X-Request-ID": f"id-{i}"}
-        )
+        server.http.get(f"/{i}")
+        server.http.post(f"/v2/models/unknown-{i}/infer", json={})
+        server.http.request(f"METHOD{i}", "/predict")
+        server.predict(tiny_bundle.make_image("blue"), f"?top_k={i}", **{"X-Request-ID": f"id-{i}"})
     series: Counter[str] = Counter()
-    for line in service.metrics().splitlines():
+    for line in server.metrics().splitlines():
         if line[0] != "#":
             series[re.match(r"\w+", line)[0]] += 1
     assert series["imago_predictions_total"] <= 101

@@ -63,17 +63,17 @@ def publish_bad_version(store: Path, how: str) -> None:
 )
 def test_bad_version_is_refused_and_the_old_one_keeps_serving(start, tmp_path, how):
     tiny_bundle.publish(tmp_path)
-    service = start(*FAST_RELOAD, store=tmp_path)
-    with LoadGenerator(service.port, tiny_bundle.make_image("red"), clients=1) as load:
+    server = start(*FAST_RELOAD, store=tmp_path)
+    with LoadGenerator(server.port, tiny_bundle.make_image("red"), clients=1) as load:
         publish_bad_version(tmp_path, how)
-        wait_until(lambda: service.metric("imago_reloads_total", outcome="refused") == 1)
+        wait_until(lambda: server.metric("imago_reloads_total", outcome="refused") == 1)
         time.sleep(1)
     assert set(load.statuses) == {200}
     assert set(load.versions) == {"1"}
-    assert service.is_ready()
+    assert server.is_ready()
     # A refused version is not tried again.
-    assert service.metric("imago_reloads_total", outcome="refused") == 1
-    (line,) = [line for line in service.log.read_text().splitlines() if "refused" in line]
+    assert server.metric("imago_reloads_total", outcome="refused") == 1
+    (line,) = [line for line in server.log.read_text().splitlines() if "refused" in line]
     entry = json.loads(line)
     assert entry["level"] == "error"
     assert entry["from"] == 1
@@ -84,27 +84,27 @@ def test_bad_version_is_refused_and_the_old_one_keeps_serving(start, tmp_path, h
 def test_worker_killed_while_latest_is_bad_loads_the_old_version(start, tmp_path, how):
     tiny_bundle.publish(tmp_path)
     command = [*WITHOUT_CAPABILITIES, sys.executable, "-m", "serve"]
-    service = start(*FAST_RELOAD, store=tmp_path, command=command)
+    server = start(*FAST_RELOAD, store=tmp_path, command=command)
     publish_bad_version(tmp_path, how)
-    wait_until(lambda: service.metric("imago_reloads_total", outcome="refused") == 1)
-    replace_worker(service)
-    assert served_version(service) == "1"
+    wait_until(lambda: server.metric("imago_reloads_total", outcome="refused") == 1)
+    replace_worker(server)
+    assert served_version(server) == "1"
     # The new worker checks the version again and refuses it too.
-    wait_until(lambda: service.metric("imago_reloads_total", outcome="refused") == 2)
-    assert service.metric("imago_restarts_total", process="worker", reason="crash") == 1
+    wait_until(lambda: server.metric("imago_reloads_total", outcome="refused") == 2)
+    assert server.metric("imago_restarts_total", process="worker", reason="crash") == 1
 
 
 def test_worker_killed_while_the_check_hangs_loads_the_old_version(start, tmp_path):
     tiny_bundle.publish(tmp_path)
-    service = start(*FAST_RELOAD, store=tmp_path)
+    server = start(*FAST_RELOAD, store=tmp_path)
     publish_bad_version(tmp_path, "a graph that hangs")
     wait_until(lambda: check_processes(tmp_path))
     (first,) = check_processes(tmp_path)
-    replace_worker(service)
-    assert served_version(service) == "1"
+    replace_worker(server)
+    assert served_version(server) == "1"
     # A check does not outlive its worker. The new worker starts another.
     wait_until(lambda: check_processes(tmp_path) and first not in check_processes(tmp_path))
-    assert service.stop() == 0
+    assert server.stop() == 0
     wait_until(lambda: not check_processes(tmp_path))
 
 
@@ -112,59 +112,59 @@ def test_a_version_that_is_temporarily_unreadable_is_tried_again(start, tmp_path
     store = tmp_path / "store"
     tiny_bundle.publish(store)
     blocked_path = BlockedPath(tmp_path / "fail", store / "colours" / "2", error=errno.EIO)
-    service = start(*FAST_RELOAD, store=store, env=blocked_path.env)
+    server = start(*FAST_RELOAD, store=store, env=blocked_path.env)
     with blocked_path.blocked():
         tiny_bundle.publish(store)
-        wait_until(lambda: service.log.read_text().count("tried again: version 2") > 1)
-        assert served_version(service) == "1"
-    wait_until(lambda: served_version(service) == "2")
-    assert service.metric("imago_reloads_total", outcome="refused") == 0
-    assert service.metric("imago_reloads_total", outcome="ok") == 1
+        wait_until(lambda: server.log.read_text().count("tried again: version 2") > 1)
+        assert served_version(server) == "1"
+    wait_until(lambda: served_version(server) == "2")
+    assert server.metric("imago_reloads_total", outcome="refused") == 0
+    assert server.metric("imago_reloads_total", outcome="ok") == 1
 
 
 def test_version_changed_after_its_check_is_refused(start, tmp_path):
     tiny_bundle.publish(tmp_path)
-    service = start(*FAST_RELOAD, store=tmp_path)
+    server = start(*FAST_RELOAD, store=tmp_path)
     second = tiny_bundle.publish(tmp_path)
-    wait_until(lambda: served_version(service) == "2")
+    wait_until(lambda: served_version(server) == "2")
     Store(tmp_path).promote("colours", 1)
-    wait_until(lambda: served_version(service) == "1")
+    wait_until(lambda: served_version(server) == "1")
     graph = onnx.load(second / "model.onnx")
     graph.producer_name = "another"  # the outputs stay the same
     onnx.save(graph, second / "model.onnx")
     Store(tmp_path).promote("colours", 2)
-    wait_until(lambda: service.metric("imago_reloads_total", outcome="refused") == 1)
-    assert "model.onnx: changed since it was written" in service.log.read_text()
-    assert served_version(service) == "1"
+    wait_until(lambda: server.metric("imago_reloads_total", outcome="refused") == 1)
+    assert "model.onnx: changed since it was written" in server.log.read_text()
+    assert served_version(server) == "1"
     Store(tmp_path).promote("colours", 1)
     tiny_bundle.update_checksums(second)
     wait_until(lambda: not check_processes(tmp_path))
     time.sleep(0.5)  # so that the worker has read `latest`
     Store(tmp_path).promote("colours", 2)
-    wait_until(lambda: served_version(service) == "2")
+    wait_until(lambda: served_version(server) == "2")
 
 
 def test_worker_killed_before_the_check_reloads_later(start, tmp_path):
     tiny_bundle.publish(tmp_path)
-    service = start("--reload-seconds", "3", store=tmp_path)
+    server = start("--reload-seconds", "3", store=tmp_path)
     tiny_bundle.publish(tmp_path)
-    replace_worker(service)
-    wait_until(lambda: served_version(service) == "2")
-    assert service.metric("imago_reloads_total", outcome="ok") == 1
+    replace_worker(server)
+    wait_until(lambda: served_version(server) == "2")
+    assert server.metric("imago_reloads_total", outcome="ok") == 1
 
 
 def test_worker_killed_after_the_old_version_was_deleted_loads_the_new_one(start, tmp_path):
     tiny_bundle.publish(tmp_path)
-    service = start("--reload-seconds", "1000", store=tmp_path)
+    server = start("--reload-seconds", "1000", store=tmp_path)
     tiny_bundle.publish(tmp_path)
     shutil.rmtree(tmp_path / "colours" / "1")
-    replace_worker(service)
-    assert served_version(service) == "2"
+    replace_worker(server)
+    assert served_version(server) == "2"
 
 
 def test_version_withdrawn_during_its_check_is_not_served(start, tmp_path):
     tiny_bundle.publish(tmp_path)
-    service = start(*FAST_RELOAD, "--threads", "1", store=tmp_path)
+    server = start(*FAST_RELOAD, "--threads", "1", store=tmp_path)
     tiny_bundle.publish(tmp_path)
     wait_until(lambda: check_processes(tmp_path))
     (pid,) = check_processes(tmp_path)
@@ -175,5 +175,5 @@ def test_version_withdrawn_during_its_check_is_not_served(start, tmp_path):
     os.kill(pid, signal.SIGCONT)
     wait_until(lambda: not check_processes(tmp_path))
     tiny_bundle.publish(tmp_path)
-    wait_until(lambda: served_version(service) == "3")
-    assert service.metric("imago_reloads_total", outcome="ok") == 1
+    wait_until(lambda: served_version(server) == "3")
+    assert server.metric("imago_reloads_total", outcome="ok") == 1

@@ -176,14 +176,14 @@ OTHER_USER = [
 def test_the_service_runs_as_a_user_without_an_account(start):
     """OpenShift runs containers with any user id, group 0 and no home directory."""
     command = [*OTHER_USER, sys.executable, "-m", "serve"]
-    service = start("--shadow-version", "1", env={"HOME": "/nonexistent"}, command=command)
-    for pid in [service.process.pid, *service.children()]:
+    server = start("--shadow-version", "1", env={"HOME": "/nonexistent"}, command=command)
+    for pid in [server.process.pid, *server.children()]:
         assert read_status(pid, "Uid") == ["12345"] * 4
-    (prediction,) = service.predict(tiny_bundle.make_image("red")).json()["predictions"]
+    (prediction,) = server.predict(tiny_bundle.make_image("red")).json()["predictions"]
     assert prediction["label"] == "red"
-    assert service.http.get("/samples/0").status_code == 200
-    assert service.stop() == 0
-    assert "Traceback" not in service.log.read_text()
+    assert server.http.get("/samples/0").status_code == 200
+    assert server.stop() == 0
+    assert "Traceback" not in server.log.read_text()
 
 
 @needs_namespaces

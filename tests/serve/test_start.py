@@ -118,10 +118,10 @@ def test_an_empty_key_is_refused(bundle_store, flags, env, words):
     ],
 )
 def test_white_space_around_the_key_is_ignored(start, flags, env):
-    service = start(*flags, env=env)
+    server = start(*flags, env=env)
     image = tiny_bundle.make_image("red")
-    assert service.predict(image).status_code == 401
-    assert service.predict(image, **{"X-API-Key": "secret"}).status_code == 200
+    assert server.predict(image).status_code == 401
+    assert server.predict(image, **{"X-API-Key": "secret"}).status_code == 200
 
 
 def test_threads_are_per_worker(bundle_store):
@@ -138,10 +138,10 @@ def test_threads_follow_the_cpu_affinity(start, tmp_path):
     """Each predictor thread has its own file of counters, so their number shows the threads."""
     all_cores = sorted(os.sched_getaffinity(0))
     for cores in (all_cores[:1], all_cores):
-        service = start(
+        server = start(
             command=["taskset", "-c", ",".join(map(str, cores)), sys.executable, "-m", "serve"]
         )
-        maps = Path(f"/proc/{service.workers()[0]}/maps").read_text()
+        maps = Path(f"/proc/{server.workers()[0]}/maps").read_text()
         threads = set(re.findall(r"/worker-0-(\d+)\.metrics", maps))
         assert len(threads) == min(len(cores), available_cores())
 

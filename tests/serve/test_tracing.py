@@ -53,12 +53,12 @@ def collector():
 def test_spans_of_requests(start, collector):
     url, spans = collector
     env = {"OTEL_EXPORTER_OTLP_ENDPOINT": url, "OTEL_BSP_SCHEDULE_DELAY": "100"}
-    service = start("--tracing", "true", env=env)
+    server = start("--tracing", "true", env=env)
     trace_id = "0af7651916cd43dd8448eb211c80319c"
-    answer = service.predict(
+    answer = server.predict(
         tiny_bundle.make_image("red"), traceparent=f"00-{trace_id}-b7ad6b7169203331-01"
     )
-    service.predict(b"no image")
+    server.predict(b"no image")
 
     def find_requests() -> list[Any]:
         return [span for span in spans if span.name == "POST /predict"]
@@ -84,8 +84,8 @@ def test_spans_of_requests(start, collector):
 def test_buffered_spans_are_sent_at_shutdown(start, collector):
     url, spans = collector
     env = {"OTEL_EXPORTER_OTLP_ENDPOINT": url, "OTEL_BSP_SCHEDULE_DELAY": "60000"}
-    service = start("--tracing", "true", env=env)
-    service.predict(tiny_bundle.make_image("red"))
+    server = start("--tracing", "true", env=env)
+    server.predict(tiny_bundle.make_image("red"))
     assert not spans
-    assert service.stop() == 0
+    assert server.stop() == 0
     assert "POST /predict" in [span.name for span in spans]

@@ -41,10 +41,10 @@ def expected() -> dict[str, np.ndarray]:
 
 def test_flags_follow_the_thresholds_of_the_bundle(start, tmp_path, expected):
     tiny_bundle.publish(tmp_path, calibration=CALIBRATION)
-    service = start(store=tmp_path)
+    server = start(store=tmp_path)
     predictions: dict[str, dict] = {}
     for i, (name, image) in enumerate(CASES.items()):
-        (prediction,) = service.predict(image).json()["predictions"]
+        (prediction,) = server.predict(image).json()["predictions"]
         predictions[name] = prediction
         probabilities = expected["probabilities"][i]
         energy = expected["energy"][i]
@@ -109,8 +109,8 @@ def test_request_for_an_activation_map_that_the_model_lacks_gets_400(start, tmp_
     manifest["variants"]["fp32"] |= {"sha256": file_sha256(file), "bytes": file.stat().st_size}
     (path / "manifest.json").write_text(json.dumps(manifest))
     write_checksums(path)
-    service = start(store=tmp_path)
-    answer = service.predict(tiny_bundle.make_image("red"), "?explain=cam")
+    server = start(store=tmp_path)
+    answer = server.predict(tiny_bundle.make_image("red"), "?explain=cam")
     assert answer.status_code == 400
     assert "no heat maps" in answer.json()["detail"]
-    assert service.predict(tiny_bundle.make_image("red")).status_code == 200
+    assert server.predict(tiny_bundle.make_image("red")).status_code == 200
