@@ -53,7 +53,7 @@ def _quote(text: str) -> str:
 
 
 def configure(settings: Settings) -> None:
-    """Send the records of this process to stderr; those of libraries from WARNING up."""
+    """Send the log records of this process to stderr; of libraries, only warnings and errors."""
     handler = logging.StreamHandler(sys.stderr)
     if settings.log_format == "json":
         handler.setFormatter(JsonFormatter())

@@ -98,9 +98,9 @@ class PredictionComposer:
 def encode_activation_map(activations: np.ndarray, spec: InputSpec) -> str:
     """Encode a class-activation map, float [h, w], as a gray PNG in base64.
 
-    The largest activation is 255, and what is not positive is 0. The image has the shape of the
-    network's input, scaled down if its longer side exceeds MAX_ACTIVATION_MAP_PIXELS. Method: CAM,
-    Zhou et al. 2016.
+    The largest activation becomes 255, and each that is not positive 0. The image has the shape of
+    the network's input, scaled down if its longer side exceeds MAX_ACTIVATION_MAP_PIXELS. Method:
+    CAM, Zhou et al. 2016.
     """
     positive = np.maximum(activations, 0)
     factor = 255 / max(float(positive.max()), 1e-12)

@@ -77,7 +77,7 @@ class SharedState:
         """Let processes end from now on."""
         self.page[_STOPPING] = 1
 
-    # What HTTP processes have accepted and not yet answered. All read the sum over the processes.
+    # The work that HTTP processes have accepted and not yet answered. All processes read the sums.
 
     def set_pending(self, http_process: int, images: int, requests: int, body_bytes: int) -> None:
         """Publish the counts of one HTTP process."""
@@ -87,11 +87,11 @@ class SharedState:
         page[_PENDING_BYTES + http_process] = body_bytes
 
     def pending_images(self, http_processes: int) -> int:
-        """Return how many images are accepted and not yet answered."""
+        """Return the number of images that are accepted and not yet answered."""
         return int(sum(self.page[_PENDING_IMAGES : _PENDING_IMAGES + http_processes]))
 
     def pending_requests(self, http_processes: int) -> int:
-        """Return how many requests are accepted and not yet answered."""
+        """Return the number of requests that are accepted and not yet answered."""
         return int(sum(self.page[_PENDING_REQUESTS : _PENDING_REQUESTS + http_processes]))
 
     def pending_bytes(self, http_processes: int) -> int:
@@ -133,11 +133,11 @@ class SharedState:
         self.page[_RUN_SECONDS + worker] = seconds
 
     def run_seconds(self, worker: int) -> float:
-        """Return what the worker has published with `set_run_seconds`."""
+        """Return the seconds that the worker has published with `set_run_seconds`."""
         return self.page[_RUN_SECONDS + worker]
 
     def stalled_seconds(self, worker: int, predictors: int) -> float:
-        """Return for how many seconds the worker has made no progress.
+        """Return the seconds for which the worker has made no progress.
 
         This is the time since its last heartbeat, or since a predictor began with one image or one
         run of the graph, whichever is longer. It is 0 before the first heartbeat is due.

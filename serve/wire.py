@@ -1,4 +1,4 @@
-"""The frames that cross the Unix socket between an HTTP process and a worker process.
+"""The frames on the Unix socket between an HTTP process and a worker process.
 
 An HTTP process sends jobs, one image each. A worker sends one answer for each job. When a
 connection opens and after each model swap, it also describes its model, in an answer with the id
@@ -54,7 +54,7 @@ class Answer(NamedTuple):
     """The answer to one job, or the model that a worker serves (id MODEL_INFO).
 
     With status 200 `body` holds a prediction, or the description of the model, as JSON. With any
-    other status it holds one line of text that says what is wrong.
+    other status it holds one line of text, the reason.
     """
 
     id: int

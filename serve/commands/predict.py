@@ -1,6 +1,6 @@
 """`imago serve predict`: classify image files without a server.
 
-Decoding, graph and thresholds are those of the service.
+It decodes, predicts and applies thresholds exactly as the service does.
 """
 
 import argparse
@@ -107,7 +107,8 @@ def find_files(paths: Iterable[Path]) -> list[Path]:
 def find_images(directory: Path) -> list[Path]:
     """Return the images in a directory and those below it, sorted by path.
 
-    What may not be read is in the list too, so that it appears in the results with its error.
+    Files and directories without read permission are in the list too, so that the results show
+    their errors.
     """
     errors: list[OSError] = []
     images: list[Path] = []

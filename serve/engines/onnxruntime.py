@@ -15,7 +15,7 @@ from serve.engines.base import measure_seconds
 # nothing.
 SPIN_MICROSECONDS = 100
 SPEED_TEST_REPEATS = 3
-LOG_LEVEL_FATAL = 4  # onnxruntime also raises what it would log
+LOG_LEVEL_FATAL = 4  # onnxruntime also raises its errors as exceptions
 
 
 class OnnxRuntimeEngine:

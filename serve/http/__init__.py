@@ -1,4 +1,4 @@
-"""What runs in an HTTP process.
+"""The code of an HTTP process.
 
 `app` is the ASGI app and the `Service` behind it, `protocol` the connection of one client.
 `predict_request` answers POST /predict in the steps of `predict_endpoint`; `request_body` finds the

@@ -71,8 +71,8 @@ class PendingRequest:
     def set_answer(self, index: int, answer: Answer) -> None:
         """Store the answer to one image. The last one finishes the request.
 
-        If the model was swapped in between and two versions answered, all images are sent again, at
-        most once.
+        If the model was replaced in between and two versions answered, the answered images are sent
+        again, at most once.
         """
         self.answers[index] = answer
         self.missing -= 1
@@ -329,8 +329,8 @@ class Dispatcher:
     ) -> None:
         """Send the images without an answer.
 
-        While workers swap their models one after the other, the images of one request go to workers
-        with the same version.
+        While workers replace their models one by one, the images of one request go to workers with
+        the same version.
         """
         workers = self.ready_workers
         if len(images) > 1 and len(workers) > 1:

@@ -32,7 +32,7 @@ _EMPTY_SLOT = bytes(_SLOT.size)
 
 
 class PastPrediction(NamedTuple):
-    """What the table keeps of a prediction."""
+    """The part of a prediction that the table stores."""
 
     version: int  # of the model
     class_index: int  # of the predicted class

@@ -261,7 +261,7 @@ def parse_inference(
 
 
 def _parse_json_length(content: bytes, headers: dict[bytes, bytes]) -> int:
-    """Return how many bytes of JSON the content begins with; a header says so if tensors follow."""
+    """Return the length of the JSON at the start of the content. A header states it, if sent."""
     try:
         length = int(headers.get(JSON_LENGTH_HEADER, b"%d" % len(content)))
     except ValueError as error:

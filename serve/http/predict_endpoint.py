@@ -34,10 +34,10 @@ class PredictInput(NamedTuple):
 
 
 class Reservation:
-    """What an admitted request holds of the service's capacity.
+    """The part of the service's capacity that an admitted request holds.
 
     Bytes are reserved as they arrive, and images when the body is complete. So a slow client does
-    not take capacity for what it has announced and not sent.
+    not hold capacity for bytes that it has announced and not sent.
     """
 
     __slots__ = ("bytes", "images")
@@ -288,7 +288,7 @@ class PredictEndpoint:
                 max(answer.infer_us for answer in answers),
             )
 
-        # An answer that came from no worker has no version.
+        # An answer that no worker gave has no version.
         version = version or self.dispatcher.version
         body = b'{"id":"%b","model":{"name":%b,"version":"%d"},"predictions":[%b]}' % (
             request_id.encode(),

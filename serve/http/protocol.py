@@ -97,7 +97,7 @@ class HeadBudget:
         self.has_progress = False  # a request began or ended, or a piece of a body arrived
 
     def start_read(self, size: int) -> None:
-        """Begin a read of `size` bytes. What the parser finds in it is set in the attributes."""
+        """Begin a read of `size` bytes. The parser callbacks then set the attributes."""
         self.read_bytes = size
         self.body_bytes = 0
         self.has_new_head = False
@@ -129,8 +129,8 @@ class HttpProtocol(HttpToolsProtocol):
     Implements `ClientConnection`, `PredictConnection` and `UpgradedConnection`.
 
     `current` is the request that is answered now. Requests that the client pipelines wait in
-    `pipeline`, and reading stops meanwhile. No request begins while the client does not take the
-    responses before it.
+    `pipeline`, and the connection is not read meanwhile. No request starts until the client has
+    taken the responses before it.
     """
 
     def __init__(
@@ -187,7 +187,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._continue()
 
     def data_received(self, data: bytes) -> None:
-        """Parse what the client sent, within the limits."""
+        """Parse the received bytes, within the limits."""
         if self.phase is CLOSED:
             return
         budget = self.head_budget
@@ -215,7 +215,7 @@ class HttpProtocol(HttpToolsProtocol):
     # Parsing. The parser calls the methods `on_…`, in this order.
 
     def _feed_parser(self, data: bytes) -> None:
-        """Parse what the client sent, or refuse it."""
+        """Parse the received bytes, and refuse the client if they are not valid HTTP."""
         try:
             try:
                 self.parser.feed_data(data)

@@ -157,8 +157,8 @@ def parse_json(body: bytes, max_images: int) -> list[ImageOrProblem]:
 def load_bounded_json(text: bytes, max_lists: int, max_commas: int) -> Any:
     """Parse JSON whose values take no more memory than the images of a request need.
 
-    Brackets and commas are counted before parsing: a million times `{},` would take 70 MB and block
-    all other requests meanwhile. Raises Problem 400 or 413.
+    Brackets and commas are counted before parsing: a million objects `{}` would take 70 MB and
+    block all other requests. Raises Problem 400 or 413.
     """
     if text.count(b"{") > MAX_EXTRA_ELEMENTS or text.count(b"[") > max_lists:
         raise Problem(400, "the JSON has more objects or lists than images need")

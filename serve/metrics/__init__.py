@@ -1,6 +1,6 @@
 """The service's Prometheus metrics.
 
-`definitions` says what is counted, `shared_counters` holds the numbers of one writer in shared
-memory, `collector` sums them over all processes, `derived_metrics` computes what is not a sum, and
-`exposition` answers `/metrics`.
+`definitions` lists the metrics. Each process counts in `shared_counters`, in shared memory. In the
+supervisor, `collector` sums the counters of all processes, `derived_metrics` computes the metrics
+that are not sums, and `exposition` answers `/metrics`.
 """

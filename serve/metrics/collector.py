@@ -77,7 +77,7 @@ def build_family(name: str, definition: Definition, series: Series) -> Metric:
     family_type = CounterMetricFamily if definition.kind == "counter" else GaugeMetricFamily
     family = family_type(full_name, definition.help, labels=definition.labels)
     for labels, numbers in series.items():
-        # An info metric is 0 for a model that is no longer served. It is left out.
+        # An info metric of a model that is no longer served is 0. It is not shown.
         if definition.combine == "max" and numbers[0] == 0:
             continue
         family.add_metric(labels, float(numbers[0]))

@@ -1,7 +1,7 @@
-"""What the service counts: type, help text, labels and buckets of every metric that is stored.
+"""The metrics that the service counts: their types, help texts, labels and buckets.
 
-All processes of the service read these definitions. Metrics that are computed during a scrape are
-in `serve.metrics.derived_metrics`.
+All processes of the service use these definitions. Metrics that are computed during a scrape are in
+`serve.metrics.derived_metrics`.
 """
 
 from typing import Literal, NamedTuple

@@ -28,7 +28,7 @@ def compute_drift(baseline: Counts, window: Counts, models: int) -> Iterator[Met
 
     There is no index while the window is too small for its bins, nor while workers swap models one
     after the other and `models`, the number of models served, is 2. Bins that are empty on both
-    sides are ignored: they may be those of an earlier model.
+    sides are ignored: they may belong to an earlier model.
     """
     index = GaugeMetricFamily(
         "imago_drift_psi",
@@ -58,8 +58,8 @@ def compute_feedback(window: Counts) -> Iterator[Metric]:
     """Yield accuracy and expected calibration error of the last labels, summed over processes.
 
     `window` counts by (part, bin of confidence); the parts are the number of labels, how many of
-    them were correct, and the sum of their confidences. The calibration error is that of Naeini et
-    al. (2015).
+    them were correct, and the sum of their confidences. The calibration error is defined by Naeini
+    et al. (2015).
     """
     total = 0.0
     correct = 0.0

@@ -31,7 +31,7 @@ def limit_connections(settings: Settings) -> Settings:
 
 
 def raise_open_file_limit(wanted: int) -> int:
-    """Let this process and those it starts open this many files. Return how many they may open."""
+    """Let this process and its children open `wanted` files. Return the limit that is now set."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return wanted

@@ -47,7 +47,7 @@ SIGNAL_CHECK_SECONDS = 0.2
 
 
 class WorkerProgram(Protocol):
-    """What a worker process runs. It is pickled into the process."""
+    """The program of a worker process. It is pickled into the process."""
 
     def setup(self) -> None:
         """Load the model."""

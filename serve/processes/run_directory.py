@@ -16,8 +16,8 @@ def create_run_directory() -> str:
 
     It lies in shared memory if possible, else in the temporary directory. This process holds a lock
     on a file in it until it ends, in whatever way. So a directory whose lock is free belongs to no
-    running service. Such leftovers are removed because /dev/shm is small, and that of a pod
-    outlives its containers.
+    running service. Such leftovers are removed because /dev/shm is small, and in a pod
+    it outlives the containers.
     """
     _set_temporary_directory()
     parent = SHARED_MEMORY

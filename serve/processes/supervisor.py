@@ -38,7 +38,7 @@ from serve.worker.worker import Worker
 # Monitoring. A process that ends is noticed at once.
 MONITOR_SECONDS = 1.0
 STARTUP_MONITOR_SECONDS = 0.1  # until all workers have started
-# A run that takes this many times its duration at the start is a hang, however busy the cores are.
+# A run that takes this many times its duration at the start is a hang, even on busy cores.
 HANG_FACTOR = 5
 
 # The drain.

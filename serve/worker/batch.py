@@ -1,4 +1,4 @@
-"""A batch on its way through a predictor: decoded images, then the outputs of the graph."""
+"""A batch inside a predictor: first decoded images, then the outputs of the graph."""
 
 from dataclasses import dataclass
 

@@ -58,7 +58,7 @@ class QueuedJob:
 class Batcher:
     """Forms batches of the jobs that arrive on a Unix socket.
 
-    It is work-conserving: the free predictors share the jobs that are there.
+    It is work-conserving: free predictors share the waiting jobs, and none stays idle.
     """
 
     def __init__(
@@ -71,8 +71,8 @@ class Batcher:
     ):
         """Listen on the Unix socket `path`.
 
-        `active_predictors` is how many threads take batches; `pack_model_info` returns the frame
-        that each HTTP process gets when it connects.
+        `active_predictors` is the number of threads that take batches; `pack_model_info` returns
+        the frame that each HTTP process gets when it connects.
         """
         self.active_predictors = active_predictors
         self.max_batch_size = max_batch_size
@@ -94,7 +94,7 @@ class Batcher:
         self.selector.register(self.listener, selectors.EVENT_READ)
 
     def set_active_predictors(self, count: int) -> None:
-        """Change how many threads take batches."""
+        """Change the number of threads that take batches."""
         self.active_predictors = count
 
     def broadcast(self, frame: bytes) -> None:

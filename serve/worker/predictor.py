@@ -43,13 +43,13 @@ class ModelReplacedError(ImageError):
 
 @dataclass
 class PredictorContext:
-    """What all predictors of a worker share."""
+    """The objects that all predictors of a worker share."""
 
     worker_number: int
     settings: Settings
     state: SharedState
     batcher: Batcher
-    current_model: Callable[[], Model]  # called once for each batch; the model may change between
+    current_model: Callable[[], Model]  # called for each batch, as the model may be replaced
     observers: list[Observer]
 
 
@@ -149,8 +149,8 @@ class Predictor:
             pixels = np.frombuffer(job.body, np.uint8)
             return pixels.reshape(spec.height, spec.width, spec.channels)
 
-        # Large images are decoded one after the other. A predictor that waits for its turn does not
-        # hang, so it counts as idle until `decode` calls back.
+        # Large images are decoded one at a time. A predictor that waits for others does not hang,
+        # so it counts as idle until `decode` calls back.
         self.state.set_idle(self.worker_number, self.number)
         return decode(job.body, spec, self.settings.max_pixels, self._set_busy)
 

@@ -108,7 +108,7 @@ class Reloader:
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
-        """Let the workers of a service reload one after the other."""
+        """Let the workers of a service reload one by one."""
         with open(os.path.join(self.run_directory, LOCK_NAME), "w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield

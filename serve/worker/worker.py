@@ -99,7 +99,7 @@ class Worker:
             os._exit(0)
 
     def _active_predictors(self) -> int:
-        """Return how many threads take batches: one for a light model, else all."""
+        """Return the number of threads that take batches: one for a light model, else all."""
         return 1 if self.model.is_light else self.threads
 
     def _pack_model_info(self) -> bytes:

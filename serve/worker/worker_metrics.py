@@ -1,4 +1,4 @@
-"""What a worker process counts: predictions of each predictor thread, and the model it serves."""
+"""The metrics of a worker process: predictions of each predictor thread, and the served model."""
 
 import numpy as np
 
