@@ -70,20 +70,25 @@ class PredictEndpoint:
         if settings.cache_entries:
             self.cache = AnswerCache(settings.cache_entries, counters)
 
-        # Reserved by the requests of this process.
-        self.images = 0
-        self.requests = 0
-        self.bytes = 0
+        # The sums over the requests that this process has admitted.
+        self._reserved_images = 0
+        self._admitted_requests = 0
+        self._reserved_bytes = 0
         self._pending_slot = counters.slot("pending_images")
         self._change_reserved(0, 0, 0)
 
     def _change_reserved(self, images: int, requests: int, size: int) -> None:
         """Add to what this process has reserved, and publish the sums to all HTTP processes."""
-        self.images += images
-        self.requests += requests
-        self.bytes += size
-        self.state.set_pending(self.process_number, self.images, self.requests, self.bytes)
-        self.counters.values[self._pending_slot] = self.images
+        self._reserved_images += images
+        self._admitted_requests += requests
+        self._reserved_bytes += size
+        self.state.set_pending(
+            self.process_number,
+            self._reserved_images,
+            self._admitted_requests,
+            self._reserved_bytes,
+        )
+        self.counters.values[self._pending_slot] = self._reserved_images
 
     def admit(self, headers: dict[bytes, bytes]) -> Reservation:
         """Admit a request by its head, before its body is read.

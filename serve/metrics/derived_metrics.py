@@ -30,7 +30,7 @@ def compute_drift(baseline: Counts, window: Counts, models: int) -> Iterator[Met
     after the other and `models`, the number of models served, is 2. Bins that are empty on both
     sides are ignored: they may belong to an earlier model.
     """
-    index = GaugeMetricFamily(
+    psi_metric = GaugeMetricFamily(
         "imago_drift_psi",
         "Population stability index of the last images against the bundle's baseline; "
         "above 0.25 the data has changed considerably.",
@@ -38,17 +38,17 @@ def compute_drift(baseline: Counts, window: Counts, models: int) -> Iterator[Met
     )
     images = 0.0
     for signal in sorted({signal for signal, _ in window}):
-        bins = sorted(int(bin_) for name, bin_ in window if name == signal)
-        live = np.array([window[signal, str(bin_)] for bin_ in bins])
-        expected = np.array([baseline.get((signal, str(bin_)), 0.0) for bin_ in bins])
+        indices = sorted(int(index) for name, index in window if name == signal)
+        live = np.array([window[signal, str(i)] for i in indices])
+        expected = np.array([baseline.get((signal, str(i)), 0.0) for i in indices])
         images = max(images, live.sum())
 
         min_images = MIN_IMAGES_PER_BIN * np.count_nonzero(expected)
         if models == 1 and expected.any() and live.sum() >= min_images:
             used = (expected > 0) | (live > 0)
-            index.add_metric((signal,), psi(expected[used], live[used]))
+            psi_metric.add_metric((signal,), psi(expected[used], live[used]))
 
-    yield index
+    yield psi_metric
     yield GaugeMetricFamily(
         "imago_drift_images", "Images in the windows that drift is measured on.", images
     )
@@ -64,10 +64,10 @@ def compute_feedback(window: Counts) -> Iterator[Metric]:
     total = 0.0
     correct = 0.0
     calibration_gap = 0.0
-    for bin_ in range(FEEDBACK_BINS):
-        bin_correct = window.get(("correct", str(bin_)), 0.0)
-        bin_confidence = window.get(("confidence", str(bin_)), 0.0)
-        total += window.get(("count", str(bin_)), 0.0)
+    for i in range(FEEDBACK_BINS):
+        bin_correct = window.get(("correct", str(i)), 0.0)
+        bin_confidence = window.get(("confidence", str(i)), 0.0)
+        total += window.get(("count", str(i)), 0.0)
         correct += bin_correct
         calibration_gap += abs(bin_correct - bin_confidence)
 

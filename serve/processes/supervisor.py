@@ -83,7 +83,7 @@ class Supervisor:
         self.sockets: list[socket.socket] = []
         self.http_processes: dict[int, BaseProcess] = {}
         self.shadow_processes: list[BaseProcess] = []  # one, or none
-        self.worker_crashes = 0
+        self.worker_failures = 0  # crashes and hangs
         self.model_is_unusable = False  # a worker could not load the model at the start
         for number in range(settings.api_processes):
             self._publish_not_ready(number)
@@ -268,7 +268,7 @@ class Supervisor:
             if key.kind == "shadow":
                 policy.give_up()
                 return
-            if key.kind == "worker" and not self._has_had_a_worker():
+            if key.kind == "worker" and self._is_first_start():
                 self.model_is_unusable = True
                 self.litserve.stop()
                 return
@@ -278,16 +278,16 @@ class Supervisor:
         fields = {"number": key.number, "reason": reason, "exit_code": process.exitcode}
         logs.logger.error("%s process replaced", key.kind, extra={"fields": fields})
         self.counters.add("restarts", key.kind, reason)
-        if key.kind == "worker" and reason == "crash":
-            self.worker_crashes += 1
+        if key.kind == "worker":
+            self.worker_failures += 1
         self._replace(key)
         policy.record_restart()
 
-    def _has_had_a_worker(self) -> bool:
-        """Whether a worker has started, or has failed for another reason than its model."""
-        if self.worker_crashes > 0:
-            return True
-        return any(self.state.has_started(number) for number in range(self.settings.workers))
+    def _is_first_start(self) -> bool:
+        """Whether no worker has started or was replaced yet."""
+        if self.worker_failures > 0:
+            return False
+        return not any(self.state.has_started(number) for number in range(self.settings.workers))
 
     def _replace(self, key: ProcessKey) -> None:
         """Start a process that replaces one that has ended."""
