@@ -12,7 +12,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,7 +22,8 @@ from support import ROOT
 from support.load_generator import LoadGenerator
 from support.server import find_free_ports
 
-NAMES = dict(zip(("serve", "train"), os.environ.get("IMAGO_TEST_IMAGES", "").split(), strict=False))
+IMAGE_NAMES = os.environ.get("IMAGO_TEST_IMAGES", "").split()
+NAMES = dict(zip(("serve", "train"), IMAGE_NAMES, strict=False))
 BASE = os.environ.get("BASE", "docker.io/library/python:3.11-slim-bookworm")
 RUNTIME = os.environ.get("RUNTIME", "cpu")  # of the serving image
 pytestmark = [
@@ -43,7 +44,11 @@ RESTRICTED = [
 MEGABYTE = 1_000_000
 
 
+Engine = Callable[..., subprocess.CompletedProcess[str]]  # the fixture `engine`
+
+
 def name(kind: str) -> str:
+    """Return the name and tag of the image, of "serve" or "train"."""
     return NAMES[kind]
 
 
@@ -56,7 +61,7 @@ def volume(engine, tmp_path_factory) -> Path:
         (root / part).chmod(0o777)  # the user of the images does not exist on this machine
     root.chmod(0o755)
     root.parent.chmod(0o755)
-    done = engine(
+    result = engine(
         "run",
         "--rm",
         *RESTRICTED,
@@ -73,57 +78,55 @@ def volume(engine, tmp_path_factory) -> Path:
         "--trainer.default_root_dir=/data/runs",
         timeout=1500,
     )
-    print(done.stdout + done.stderr)
+    print(result.stdout + result.stderr)
     return root
 
 
 class Service:
     """A running container of the serving image, and its ports on this machine."""
 
-    def __init__(self, engine, store: Path, *flags: str, port: int | None = None):
+    def __init__(self, engine: Engine, store: Path, *flags: str, port: int | None = None):
         """With `port` it uses the network of this machine.
 
         A published port stays open longer than its container, and loses connections.
         """
         self.engine = engine
-        network = (
-            ["--publish=127.0.0.1::8000", "--publish=127.0.0.1::9090"]
-            if port is None
-            else [
+        network = ["--publish=127.0.0.1::8000", "--publish=127.0.0.1::9090"]
+        if port is not None:
+            network = [
                 "--network=host",
                 f"--env=IMAGO_PORT={port}",
                 "--env=IMAGO_METRICS_PORT=0",
                 "--env=IMAGO_HOST=127.0.0.1",
             ]
+        started = engine(
+            "run",
+            "--detach",
+            *RESTRICTED,
+            "--memory=1g",
+            "--cpus=1",
+            f"--volume={store}:/store:ro",
+            *network,
+            *flags,
+            name("serve"),
         )
-        self.id = (
-            engine(
-                "run",
-                "--detach",
-                *RESTRICTED,
-                "--memory=1g",
-                "--cpus=1",
-                "--volume",
-                f"{store}:/store:ro",
-                *network,
-                *flags,
-                name("serve"),
-            )
-            .stdout.strip()
-            .splitlines()[-1]
-        )
+        self.id = started.stdout.strip().splitlines()[-1]
         self.port = port or self.published(8000)
         self.metrics_port = 0 if port else self.published(9090)
 
     def published(self, port: int) -> int:
+        """Return the port of this machine on which a port of the container is published."""
         return int(self.engine("port", self.id, str(port)).stdout.strip().rpartition(":")[2])
 
-    def ask(self, path: str, body: bytes | None = None, port: int | None = None) -> tuple[int, str]:
+    def send(
+        self, path: str, body: bytes | None = None, port: int | None = None
+    ) -> tuple[int, str]:
+        """GET, or POST a body. Return status and text; 0 and the error without a response."""
         url = f"http://127.0.0.1:{port or self.port}{path}"
         request = urllib.request.Request(url, body, {"Content-Type": "image/png"} if body else {})
         try:
-            with urllib.request.urlopen(request, timeout=20) as answer:
-                return answer.status, answer.read().decode()
+            with urllib.request.urlopen(request, timeout=20) as response:
+                return response.status, response.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
         except OSError as error:
@@ -131,17 +134,19 @@ class Service:
 
     def wait_ready(self) -> None:
         end = time.monotonic() + 60
-        while self.ask("/health/ready")[0] != 200:
+        while self.send("/health/ready")[0] != 200:
             assert time.monotonic() < end, self.logs()
             time.sleep(0.2)
 
     def logs(self) -> str:
-        done = self.engine("logs", self.id)
-        return done.stdout + done.stderr
+        result = self.engine("logs", self.id)
+        return result.stdout + result.stderr
 
 
 @pytest.fixture
 def serve(engine):
+    """Return a context manager that runs the service within its block."""
+
     @contextmanager
     def start(store: Path, *flags: str, port: int | None = None) -> Iterator[Service]:
         service = Service(engine, store, *flags, port=port)
@@ -155,6 +160,7 @@ def serve(engine):
 
 
 def bundle(volume: Path) -> tuple[Path, dict]:
+    """Return the directory and the manifest of the trained bundle."""
     path = volume / "store/digits/1"
     return path, json.loads((path / "manifest.json").read_text())
 
@@ -176,8 +182,8 @@ def test_serving_has_no_torch_no_compiler_no_pip(engine):
     script = """import importlib.util, shutil
 modules = ("torch", "lightning", "pip", "setuptools", "ensurepip")
 programs = ("gcc", "cc", "g++", "ld", "make", "pip", "pip3")
-found = [name for name in modules if importlib.util.find_spec(name)]
-print(found + [name for name in programs if shutil.which(name)])
+present = [name for name in modules if importlib.util.find_spec(name)]
+print(present + [name for name in programs if shutil.which(name)])
 """
     for options in ((), ("--entrypoint=/usr/bin/env",)):
         words = ["python3", "-c", script] if options else ["-c", script]
@@ -186,10 +192,8 @@ print(found + [name for name in programs if shutil.which(name)])
             engine("run", "--rm", *RESTRICTED, *entry, name("serve"), *words).stdout.strip() == "[]"
         )
     search = ["/", "-xdev", "(", "-name", "pip", "-o", "-name", "torch", ")"]
-    everywhere = engine(
-        "run", "--rm", "--user=0", "--entrypoint=find", name("serve"), *search
-    ).stdout
-    assert everywhere.strip() == ""
+    result = engine("run", "--rm", "--user=0", "--entrypoint=find", name("serve"), *search)
+    assert result.stdout.strip() == ""
 
 
 @pytest.mark.parametrize("kind", ["serve", "train"])
@@ -198,11 +202,13 @@ def test_each_debian_package_has_its_licence(engine, kind):
   [ -e "/usr/share/doc/$package/copyright" ] || echo "$package"
 done
 ls -d /usr/share/doc/dpkg"""
-    found = engine("run", "--rm", *RESTRICTED, "--entrypoint=sh", name(kind), "-c", script).stdout
-    assert found.split() == ["/usr/share/doc/dpkg"]
+    result = engine("run", "--rm", *RESTRICTED, "--entrypoint=sh", name(kind), "-c", script)
+    assert result.stdout.split() == ["/usr/share/doc/dpkg"]
 
 
-@pytest.mark.skipif(RUNTIME != "cpu", reason="CUDA and OpenVINO weigh what they weigh")
+@pytest.mark.skipif(
+    RUNTIME != "cpu", reason="the limit is that of the image without CUDA and OpenVINO"
+)
 def test_serving_is_small(engine):
     size = int(engine("image", "inspect", "--format", "{{.Size}}", name("serve")).stdout)
     assert size <= 450 * MEGABYTE, f"{size / MEGABYTE:.0f} MB"
@@ -232,8 +238,8 @@ def test_no_layer_contains_the_package_index(engine):
         history = engine("history", "--no-trunc", name(kind)).stdout
         assert "extra-index" not in history
         search = ["/", "-xdev", "-name", "pip.conf"]
-        found = engine("run", "--rm", "--user=0", "--entrypoint=find", name(kind), *search).stdout
-        assert found.strip() == "", "a machine's pip settings are in the image"
+        result = engine("run", "--rm", "--user=0", "--entrypoint=find", name(kind), *search)
+        assert result.stdout.strip() == "", "a machine's pip settings are in the image"
 
 
 @pytest.mark.parametrize("kind", ["serve", "train"])
@@ -242,42 +248,42 @@ def test_a_second_build_gives_the_same_layers(engine, kind):
     if "Podman" not in engine("version").stdout:
         pytest.skip("docker keeps the times of files")
     flags = os.environ.get("BUILD_FLAGS", "")
-    again = {
+    settings = {
         "PREFIX": "localhost/imago-again-",
         "TAG": "test",
         "BUILD_FLAGS": f"{flags} --no-cache",
     }
     subprocess.run(
-        [ROOT / "docker/build", kind], env=os.environ | again, check=True, capture_output=True
+        [ROOT / "docker/build", kind], env=os.environ | settings, check=True, capture_output=True
     )
     suffix = f"-{RUNTIME}" if kind == "serve" and RUNTIME != "cpu" else ""
-    both = name(kind), f"localhost/imago-again-{kind}:test{suffix}"
+    rebuilt = f"localhost/imago-again-{kind}:test{suffix}"
     try:
-        first, second = (
-            json.loads(engine("image", "inspect", image).stdout)[0]["RootFS"]["Layers"]
-            for image in both
-        )
+        assert read_layers(engine, name(kind)) == read_layers(engine, rebuilt)
     finally:
-        engine("rmi", both[1])
-    assert first == second
+        engine("rmi", rebuilt)
+
+
+def read_layers(engine: Engine, image: str) -> list[str]:
+    """Return the digests of an image's layers."""
+    (description,) = json.loads(engine("image", "inspect", image).stdout)
+    return description["RootFS"]["Layers"]
 
 
 def test_the_trained_bundle_is_served(volume, serve):
     path, manifest = bundle(volume)
-    with serve(
-        volume / "store", "--env=IMAGO_MODEL=digits", "--user=12345:54321"
-    ) as service:  # any user
+    flags = ("--env=IMAGO_MODEL=digits", "--user=12345:54321")  # any user can run it
+    with serve(volume / "store", *flags) as service:
         service.wait_ready()
-        right = 0
+        correct = 0
         for sample in manifest["samples"]:
-            status, answer = service.ask(
-                "/predict", (path / "samples" / sample["file"]).read_bytes()
-            )
+            image = (path / "samples" / sample["file"]).read_bytes()
+            status, answer = service.send("/predict", image)
             assert status == 200, answer
-            right += json.loads(answer)["predictions"][0]["index"] == sample["label"]
-        assert right >= 0.9 * len(manifest["samples"])
-        assert service.ask("/predict", b"\x89PNG\r\n\x1a\nno picture")[0] == 422
-        status, metrics = service.ask("/metrics", port=service.metrics_port)
+            correct += json.loads(answer)["predictions"][0]["index"] == sample["label"]
+        assert correct >= 0.9 * len(manifest["samples"])
+        assert service.send("/predict", b"\x89PNG\r\n\x1a\nno picture")[0] == 422
+        status, metrics = service.send("/metrics", port=service.metrics_port)
         assert status == 200
         assert f'imago_requests_total{{code="200"}} {len(manifest["samples"])}' in metrics
         assert 'imago_requests_total{code="422"} 1' in metrics
@@ -285,12 +291,13 @@ def test_the_trained_bundle_is_served(volume, serve):
         assert 'name="digits"' in metrics
 
 
-def health_check(engine) -> list[str]:
+def health_check(engine: Engine) -> list[str]:
+    """Return the command of the image's health check."""
     (image,) = json.loads(engine("image", "inspect", name("serve")).stdout)
     health = image["Config"].get("Healthcheck") or image["Healthcheck"]  # docker; podman
-    how, *check = health["Test"]
-    assert how == "CMD"
-    return check
+    kind, *command = health["Test"]
+    assert kind == "CMD"
+    return command
 
 
 def test_the_health_check_of_the_image(volume, serve, engine):
@@ -302,7 +309,7 @@ def test_the_health_check_of_the_image(volume, serve, engine):
 def test_the_health_check_fails_with_a_damaged_bundle(damaged, engine):
     """The service exits; a shell keeps its container for the health check."""
     script = 'python -m serve; echo "ended with $?"; exec "$@"'
-    done = engine(
+    result = engine(
         "run",
         "--rm",
         *RESTRICTED,
@@ -318,8 +325,8 @@ def test_the_health_check_fails_with_a_damaged_bundle(damaged, engine):
         *health_check(engine),
         check=False,
     )
-    assert "ended with 2" in done.stdout, done.stdout + done.stderr
-    assert done.returncode == 1, done.stderr
+    assert "ended with 2" in result.stdout, result.stdout + result.stderr
+    assert result.returncode == 1, result.stderr
 
 
 def test_sigterm_under_load_loses_no_request(volume, serve, engine):
@@ -352,10 +359,10 @@ def damaged(volume, tmp_path) -> Path:
 def test_a_damaged_bundle_never_becomes_ready(damaged, serve):
     with serve(damaged, port=find_free_ports(1)[0]) as service:
         end = time.monotonic() + 15
-        answered = set()
+        statuses = set()
         while time.monotonic() < end:
-            answered.add(service.ask("/health/ready")[0])
+            statuses.add(service.send("/health/ready")[0])
             time.sleep(0.25)
-        assert 200 not in answered
-        assert service.ask("/predict", b"x")[0] != 200
+        assert 200 not in statuses
+        assert service.send("/predict", b"x")[0] != 200
         assert "model.onnx" in service.logs()

@@ -25,24 +25,24 @@ IMAGE = {
 
 def installed(lock: str) -> set[str]:
     """Return the packages of a lock file that an image contains."""
-    found = set()
+    packages = set()
     for line in re.findall(r"^[a-z].*?(?= \\$|$)", (DOCKER / lock).read_text(), re.MULTILINE):
         requirement = Requirement(line)
         if requirement.marker is None or requirement.marker.evaluate(IMAGE):
-            found.add(canonicalize_name(requirement.name))
-    return found
+            packages.add(canonicalize_name(requirement.name))
+    return packages
 
 
 def table() -> dict[str, str]:
     """Return the licence of each package in the table."""
-    found: dict[str, str] = {}
+    licences: dict[str, str] = {}
     for licence, packages in re.findall(r"^\| ([A-Z][\w.-]+) \| (.+) \|$", SECTION, re.MULTILINE):
         for package in re.sub(r" \([^)]*\)", "", packages).split(", "):
             name = canonicalize_name(package)
             if package != "Imago itself":
-                assert name not in found, f"{package} twice"
-                found[name] = licence
-    return found
+                assert name not in licences, f"{package} twice"
+                licences[name] = licence
+    return licences
 
 
 def test_the_table_lists_exactly_the_installed_packages():
@@ -59,16 +59,14 @@ def test_packages_of_other_runtimes_are_listed_below_the_table():
 @pytest.mark.parametrize(("package", "licence"), sorted(table().items()))
 def test_a_package_has_the_licence_in_the_table(package, licence):
     try:
-        about = metadata(package)
+        declared = metadata(package)
     except PackageNotFoundError:
-        pytest.skip("not installed here")
-    licence_fields = [
-        about.get("License-Expression"),
-        about.get("License"),
-        *(about.get_all("Classifier") or []),
+        pytest.skip("not installed on this machine")
+    fields = [
+        declared.get("License-Expression"),
+        declared.get("License"),
+        *(declared.get_all("Classifier") or []),
     ]
-    assert any(
-        licence.partition("-")[0] in one
-        for one in licence_fields
-        if one and not one.startswith("Programming")
-    )
+    licence_name = licence.partition("-")[0]
+    licence_fields = [text for text in fields if text and not text.startswith("Programming")]
+    assert any(licence_name in text for text in licence_fields)

@@ -1,7 +1,9 @@
 """Manifests and code agree: settings, ports, arguments, selectors, references."""
 
 import re
+import textwrap
 import tomllib
+from collections.abc import Iterable
 
 import pytest
 
@@ -22,6 +24,17 @@ ROOT = K8S.parent
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 
 
+def find_named(manifests: Iterable[Manifest], name: str) -> Manifest:
+    """Return the manifest with this name; raise ValueError without one or with several."""
+    (manifest,) = (m for m in manifests if m["metadata"]["name"] == name)
+    return manifest
+
+
+def variables(container: Manifest) -> dict[str, str]:
+    """Return the container's own variables, without those of ConfigMaps."""
+    return {variable["name"]: variable["value"] for variable in container.get("env", [])}
+
+
 def serving_settings(case: str) -> dict[str, str]:
     """Return the data of the serving ConfigMap."""
     for config_map in manifests_of_kind(case, "ConfigMap"):
@@ -39,8 +52,8 @@ def test_settings_are_those_of_the_service(case, monkeypatch):
     data = serving_settings(case)
     for deployment in manifests_of_kind(case, "Deployment"):
         for container in deployment["spec"]["template"]["spec"]["containers"]:
-            variables = {e["name"]: e["value"] for e in container.get("env", [])}
-            settings = {k: v for k, v in (data | variables).items() if is_setting(k)}
+            environment = data | variables(container)
+            settings = {name: value for name, value in environment.items() if is_setting(name)}
             assert settings
             for name in settings:
                 assert name.removeprefix(PREFIX).lower() in Settings.model_fields, name
@@ -56,127 +69,138 @@ def test_settings_are_those_of_the_service(case, monkeypatch):
 @pytest.mark.parametrize("case", CASES)
 def test_ports_agree(case):
     data = serving_settings(case)
-    wanted = {"http": int(data["IMAGO_PORT"]), "metrics": int(data["IMAGO_METRICS_PORT"])}
+    ports = {"http": int(data["IMAGO_PORT"]), "metrics": int(data["IMAGO_METRICS_PORT"])}
     for deployment in manifests_of_kind(case, "Deployment"):
         (serve,) = deployment["spec"]["template"]["spec"]["containers"]
-        assert {p["name"]: p["containerPort"] for p in serve["ports"]} == wanted
-    (service,) = (
-        s for s in manifests_of_kind(case, "Service") if s["metadata"]["name"] == "imago-serving"
-    )
-    assert {p["name"]: p["targetPort"] for p in service["spec"]["ports"]} == {n: n for n in wanted}
+        assert {port["name"]: port["containerPort"] for port in serve["ports"]} == ports
+
+    service = find_named(manifests_of_kind(case, "Service"), "imago-serving")
+    for port in service["spec"]["ports"]:
+        assert port["targetPort"] == port["name"]
+    assert {port["name"] for port in service["spec"]["ports"]} == ports.keys()
+
     for monitor in manifests_of_kind(case, "PodMonitor", "ServiceMonitor"):
         (endpoint,) = monitor["spec"].get("podMetricsEndpoints") or monitor["spec"]["endpoints"]
-        assert endpoint["port"] in wanted
-    exposed = re.search(
-        r"^EXPOSE (.*)", (ROOT / "docker/serve.Dockerfile").read_text(), re.MULTILINE
-    ).group(1)
-    assert exposed.split() == [str(port) for port in wanted.values()]
+        assert endpoint["port"] in ports
+
+    dockerfile = (ROOT / "docker/serve.Dockerfile").read_text()
+    exposed = re.search(r"^EXPOSE (.*)", dockerfile, re.MULTILINE)[1]
+    assert exposed.split() == [str(port) for port in ports.values()]
 
 
-def labelled(template, wanted):
-    return wanted.items() <= template["metadata"]["labels"].items()
+def has_labels(template: Manifest, labels: dict[str, str]) -> bool:
+    return labels.items() <= template["metadata"]["labels"].items()
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_selectors_find_pods(case):
-    templates = [template for _, template in pod_templates(case)]
-    for manifest in render(case):
-        spec = manifest.get("spec", {})
-        match manifest["kind"]:
-            case "Deployment":
-                assert labelled(spec["template"], spec["selector"]["matchLabels"])
-                others = [
-                    d["spec"]["template"]
-                    for d in manifests_of_kind(case, "Deployment")
-                    if d is not manifest
-                ]
-                assert not any(labelled(other, spec["selector"]["matchLabels"]) for other in others)
-                for constraint in spec["template"]["spec"]["topologySpreadConstraints"]:
-                    assert labelled(spec["template"], constraint["labelSelector"]["matchLabels"])
-            case "Service":
-                wanted = {
-                    k: v
-                    for k, v in spec["selector"].items()
-                    if not k.startswith("batch.kubernetes.io/")
-                }
-                assert any(labelled(t, wanted) for t in templates)
-            case "PodDisruptionBudget" | "PodMonitor":
-                assert any(labelled(t, spec["selector"]["matchLabels"]) for t in templates)
-            case "ServiceMonitor":
-                services = [s["metadata"]["labels"] for s in manifests_of_kind(case, "Service")]
-                assert any(
-                    spec["selector"]["matchLabels"].items() <= labels.items() for labels in services
-                )
-            case "NetworkPolicy" if (
-                "bucket" not in manifest["metadata"]["name"] or "bucket" in case
-            ):
-                assert any(labelled(t, spec["podSelector"]["matchLabels"]) for t in templates)
-            case "HorizontalPodAutoscaler" | "ScaledObject":
-                kind = "Rollout" if manifests_of_kind(case, "Rollout") else "Deployment"
-                assert spec["scaleTargetRef"].get("kind", "Deployment") == kind
-                scaled = {d["metadata"]["name"]: d for d in manifests_of_kind(case, kind)}[
-                    spec["scaleTargetRef"]["name"]
-                ]
-                assert "replicas" not in scaled["spec"], "each apply would override the autoscaler"
+def selects_pods(case: str, labels: dict[str, str]) -> bool:
+    """Whether a pod of this case has the labels."""
+    return any(has_labels(template, labels) for _, template in pod_templates(case))
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_references_resolve(case):
+def test_deployments_select_their_own_pods_only(case):
+    deployments = manifests_of_kind(case, "Deployment")
+    for deployment in deployments:
+        spec = deployment["spec"]
+        selector = spec["selector"]["matchLabels"]
+        assert has_labels(spec["template"], selector)
+        for other in deployments:
+            is_selected = has_labels(other["spec"]["template"], selector)
+            assert is_selected is (other is deployment)
+        for constraint in spec["template"]["spec"]["topologySpreadConstraints"]:
+            assert has_labels(spec["template"], constraint["labelSelector"]["matchLabels"])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_selectors_match_pods(case):
+    for service in manifests_of_kind(case, "Service"):
+        selector = service["spec"]["selector"]
+        labels = {k: v for k, v in selector.items() if not k.startswith("batch.kubernetes.io/")}
+        assert selects_pods(case, labels)
+    for manifest in manifests_of_kind(case, "PodDisruptionBudget", "PodMonitor"):
+        assert selects_pods(case, manifest["spec"]["selector"]["matchLabels"])
+    for policy in manifests_of_kind(case, "NetworkPolicy"):
+        is_for_bucket = "bucket" in policy["metadata"]["name"]
+        if not is_for_bucket or "bucket" in case:
+            assert selects_pods(case, policy["spec"]["podSelector"]["matchLabels"])
+
+    for monitor in manifests_of_kind(case, "ServiceMonitor"):
+        labels = monitor["spec"]["selector"]["matchLabels"]
+        assert any(has_labels(service, labels) for service in manifests_of_kind(case, "Service"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_autoscalers_scale_the_owner_of_the_pods(case):
+    kind = "Rollout" if manifests_of_kind(case, "Rollout") else "Deployment"
+    for autoscaler in manifests_of_kind(case, "HorizontalPodAutoscaler", "ScaledObject"):
+        target = autoscaler["spec"]["scaleTargetRef"]
+        assert target.get("kind", "Deployment") == kind
+        scaled = find_named(manifests_of_kind(case, kind), target["name"])
+        assert "replicas" not in scaled["spec"], "each apply would override the autoscaler"
+
+
+def config_map_data(case: str) -> dict[str, str]:
+    """Return the data of all ConfigMaps together."""
+    data: dict[str, str] = {}
+    for config_map in manifests_of_kind(case, "ConfigMap"):
+        data |= config_map.get("data", {})
+    return data
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_references_of_pods_resolve(case):
     names = {(m["kind"], m["metadata"]["name"]) for m in render(case)}
     for _, template in pod_templates(case):
         spec = template["spec"]
         assert ("ServiceAccount", spec["serviceAccountName"]) in names
         for volume in spec["volumes"]:
-            if claim := volume.get("persistentVolumeClaim"):
-                assert ("PersistentVolumeClaim", claim["claimName"]) in names
-            if secret := volume.get("secret"):
-                assert secret["secretName"] in HAND_MADE_SECRETS
+            if "persistentVolumeClaim" in volume:
+                claim = volume["persistentVolumeClaim"]["claimName"]
+                assert ("PersistentVolumeClaim", claim) in names
+            if "secret" in volume:
+                assert volume["secret"]["secretName"] in HAND_MADE_SECRETS
+
+        volume_names = {volume["name"] for volume in spec["volumes"]}
         for container in containers(template):
-            assert {m["name"] for m in container.get("volumeMounts", [])} <= {
-                v["name"] for v in spec["volumes"]
-            }
+            mounts = container.get("volumeMounts", [])
+            assert {mount["name"] for mount in mounts} <= volume_names
             for source in container.get("envFrom", []):
                 assert ("ConfigMap", source["configMapRef"]["name"]) in names
-            data = {
-                key: value
-                for c in manifests_of_kind(case, "ConfigMap")
-                for key, value in c.get("data", {}).items()
-            }
-            for variable in re.findall(r"\$\((\w+)\)", " ".join(container.get("args", []))):
-                assert variable in data, f"{container['name']}: {variable}"
+            arguments = " ".join(container.get("args", []))
+            assert set(re.findall(r"\$\((\w+)\)", arguments)) <= config_map_data(case).keys()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_references_of_routes_and_rollouts_resolve(case):
+    names = {(m["kind"], m["metadata"]["name"]) for m in render(case)}
     for route in manifests_of_kind(case, "HTTPRoute"):
-        assert all(
-            ("Service", b["name"]) in names
-            for r in route["spec"]["rules"]
-            for b in r["backendRefs"]
-        )
+        for rule in route["spec"]["rules"]:
+            for backend in rule["backendRefs"]:
+                assert ("Service", backend["name"]) in names
     for rollout in manifests_of_kind(case, "Rollout"):
         assert ("Deployment", rollout["spec"]["workloadRef"]["name"]) in names
-        assert all(
-            ("AnalysisTemplate", t["templateName"]) in names
-            for t in rollout["spec"]["strategy"]["canary"]["analysis"]["templates"]
-        )
+        for template in rollout["spec"]["strategy"]["canary"]["analysis"]["templates"]:
+            assert ("AnalysisTemplate", template["templateName"]) in names
 
 
 def test_images_have_the_version_of_the_project():
     for case in CASES:
         for _, template in pod_templates(case):
             for container in containers(template):
-                if container["image"].startswith("localhost/imago-"):
-                    assert container["image"].split(":")[1].removesuffix("-cuda") == VERSION, (
-                        container["image"]
-                    )
+                name, _, tag = container["image"].partition(":")
+                if name.startswith("localhost/imago-"):
+                    assert tag.removesuffix("-cuda") == VERSION, container["image"]
 
 
 def test_limits_of_ingress_and_gateway_fit_the_service():
     (ingress,) = manifests_of_kind("components/ingress", "Ingress")
-    notes = ingress["metadata"]["annotations"]
-    largest = Settings.model_fields["max_body_bytes"].default
-    assert (
-        int(notes["nginx.ingress.kubernetes.io/proxy-body-size"].removesuffix("m")) << 20 == largest
-    )
+    annotations = ingress["metadata"]["annotations"]
+    body_size = annotations["nginx.ingress.kubernetes.io/proxy-body-size"]
+    max_body_bytes = Settings.model_fields["max_body_bytes"].default
+    assert int(body_size.removesuffix("m")) << 20 == max_body_bytes
+
     deadline = Settings.model_fields["deadline_ms"].default / 1000
-    assert int(notes["nginx.ingress.kubernetes.io/proxy-read-timeout"]) > deadline
+    assert int(annotations["nginx.ingress.kubernetes.io/proxy-read-timeout"]) > deadline
     (route,) = manifests_of_kind("components/gateway-route", "HTTPRoute")
     assert int(route["spec"]["rules"][0]["timeouts"]["request"].removesuffix("s")) > deadline
 
@@ -199,12 +223,12 @@ def train_arguments() -> list[tuple[str, ...]]:
 
 def train_containers(case: str) -> list[Manifest]:
     """Return the training containers; a TrainJob has command and arguments in `trainer`."""
-    found = [trainjob["spec"]["trainer"] for trainjob in manifests_of_kind(case, "TrainJob")]
+    trainers = [trainjob["spec"]["trainer"] for trainjob in manifests_of_kind(case, "TrainJob")]
     for _, template in pod_templates(case):
         for container in containers(template):
             if "imago-train:" in container["image"]:
-                found.append(container)
-    return found
+                trainers.append(container)
+    return trainers
 
 
 def test_training_takes_the_arguments_of_every_manifest(commands):
@@ -217,19 +241,16 @@ def test_training_takes_the_arguments_of_every_manifest(commands):
 
 def test_torchrun_gets_the_number_of_nodes_of_the_job():
     (job,) = manifests_of_kind("components/training-multinode", "Job")
-    spec, container = job["spec"], job["spec"]["template"]["spec"]["containers"][0]
+    spec = job["spec"]
+    arguments = spec["template"]["spec"]["containers"][0]["args"]
     assert spec["parallelism"] == spec["completions"]
-    assert f"--nnodes={spec['completions']}" in container["args"]
-    assert f"--trainer.num_nodes={spec['completions']}" in container["args"]
-    endpoint = next(a for a in container["args"] if a.startswith("--rdzv-endpoint="))
-    service = next(
-        s
-        for s in manifests_of_kind("components/training-multinode", "Service")
-        if s["metadata"]["name"] == "imago-train"
-    )
-    assert endpoint.endswith(
-        f"={service['metadata']['name']}:{service['spec']['ports'][0]['port']}"
-    )
+    assert f"--nnodes={spec['completions']}" in arguments
+    assert f"--trainer.num_nodes={spec['completions']}" in arguments
+
+    services = manifests_of_kind("components/training-multinode", "Service")
+    service = find_named(services, "imago-train")
+    port = service["spec"]["ports"][0]["port"]
+    assert f"--rdzv-endpoint=imago-train:{port}" in arguments
     assert service["spec"]["clusterIP"] == "None", "its address must be that of the first pod"
     assert spec["template"]["spec"]["subdomain"] == service["metadata"]["name"], (
         "torchrun announces its full name"
@@ -251,8 +272,8 @@ def test_on_several_nodes_the_launcher_is_used(case):
     """The Job needs its exit status; torchrun always exits with 1."""
     from torch.distributed import run
 
-    started = [m["spec"]["trainer"] for m in manifests_of_kind(case, "TrainJob")]
-    for container in started or train_containers(case):
+    trainers = [m["spec"]["trainer"] for m in manifests_of_kind(case, "TrainJob")]
+    for container in trainers or train_containers(case):
         assert container["command"] == LAUNCHER
         flags = run.parse_args(container["args"])
         assert (flags.module, flags.training_script, flags.max_restarts) == (True, "train", 3)
@@ -261,61 +282,50 @@ def test_on_several_nodes_the_launcher_is_used(case):
 
 
 def test_a_cron_job_and_a_canary_are_copies_of_the_originals():
-    (cron,), (job,) = (
-        manifests_of_kind("components/cron-training on local", "CronJob"),
-        manifests_of_kind("overlays/local", "Job"),
-    )
-    assert (
-        cron["spec"]["jobTemplate"]["spec"]["template"]["spec"] == job["spec"]["template"]["spec"]
-    )
-    named = {
-        d["metadata"]["name"]: d for d in manifests_of_kind("components/canary-plain", "Deployment")
-    }
-    canary, stable = named["imago-serving-canary"], named["imago-serving"]
-    same = ("image", "ports", "readinessProbe", "resources", "securityContext")
-    one, other = (d["spec"]["template"]["spec"]["containers"][0] for d in (canary, stable))
-    assert {k: one[k] for k in same} == {k: other[k] for k in same}
+    (cron_job,) = manifests_of_kind("components/cron-training on local", "CronJob")
+    (job,) = manifests_of_kind("overlays/local", "Job")
+    copied_job = cron_job["spec"]["jobTemplate"]["spec"]
+    assert copied_job["template"]["spec"] == job["spec"]["template"]["spec"]
+
+    templates = dict(pod_templates("components/canary-plain"))
+    (canary,) = templates["Deployment/imago-serving-canary"]["spec"]["containers"]
+    (stable,) = templates["Deployment/imago-serving"]["spec"]["containers"]
+    for field in ("image", "ports", "readinessProbe", "resources", "securityContext"):
+        assert canary[field] == stable[field]
 
 
 def test_a_canary_keeps_the_other_variables_of_its_environment():
-    with_gpu = dict(pod_templates("components/gpu-serving,canary-plain on local"))[
-        "Deployment/imago-serving-canary"
-    ]
-    (serve,) = with_gpu["spec"]["containers"]
-    found = {e["name"]: e["value"] for e in serve["env"]}
-    assert found == {"IMAGO_ENGINE": "cuda", "IMAGO_VERSION": "2", "IMAGO_SHADOW_VERSION": "1"}
+    templates = dict(pod_templates("components/gpu-serving,canary-plain on local"))
+    (serve,) = templates["Deployment/imago-serving-canary"]["spec"]["containers"]
+    assert variables(serve) == {
+        "IMAGO_ENGINE": "cuda",
+        "IMAGO_VERSION": "2",
+        "IMAGO_SHADOW_VERSION": "1",
+    }
 
 
 def test_network_policies_allow_the_bucket_of_the_model():
     case = "components/network-policy,model-from-bucket on local"
-    (policy,) = (
-        p["spec"]
-        for p in manifests_of_kind(case, "NetworkPolicy")
-        if p["metadata"]["name"] == "imago-serving-bucket"
-    )
-    template = dict(pod_templates(case))["Deployment/imago-serving"]
-    assert labelled(template, policy["podSelector"]["matchLabels"])
+    policies = manifests_of_kind(case, "NetworkPolicy")
+    policy = find_named(policies, "imago-serving-bucket")["spec"]
     assert {"port": 443, "protocol": "TCP"} in policy["egress"][0]["ports"]
-    without = dict(pod_templates("overlays/cpu"))["Deployment/imago-serving"]
-    assert not labelled(without, policy["podSelector"]["matchLabels"])
+
+    labels = policy["podSelector"]["matchLabels"]
+    assert has_labels(dict(pod_templates(case))["Deployment/imago-serving"], labels)
+    assert not has_labels(dict(pod_templates("overlays/cpu"))["Deployment/imago-serving"], labels)
 
 
 def test_network_policies_allow_the_resolvers_of_nodes():
     """Only an address selects a DNS cache on the node or a resolver of the cloud."""
-    (policy,) = (
-        p["spec"]
-        for p in manifests_of_kind("overlays/cpu", "NetworkPolicy")
-        if p["metadata"]["name"] == "imago-default"
-    )
-    (dns,) = policy["egress"]
-    assert {(p["port"], p["protocol"]) for p in dns["ports"]} == {(53, "UDP"), (53, "TCP")}
-    assert {to["ipBlock"]["cidr"] for to in dns["to"] if "ipBlock" in to} == {
-        "169.254.20.10/32",
-        "169.254.169.254/32",
-    }
-    assert {"k8s-app": "kube-dns"} in [
-        to["podSelector"]["matchLabels"] for to in dns["to"] if "podSelector" in to
-    ]
+    policies = manifests_of_kind("overlays/cpu", "NetworkPolicy")
+    (dns,) = find_named(policies, "imago-default")["spec"]["egress"]
+    ports = {(port["port"], port["protocol"]) for port in dns["ports"]}
+    assert ports == {(53, "UDP"), (53, "TCP")}
+
+    addresses = {peer["ipBlock"]["cidr"] for peer in dns["to"] if "ipBlock" in peer}
+    assert addresses == {"169.254.20.10/32", "169.254.169.254/32"}
+    pods = [peer["podSelector"]["matchLabels"] for peer in dns["to"] if "podSelector" in peer]
+    assert pods == [{"k8s-app": "kube-dns"}]
 
 
 def test_serving_on_gpus_uses_the_cuda_image():
@@ -340,40 +350,40 @@ def test_a_model_image_has_the_version_that_its_pod_serves(case):
         spec = deployment["spec"]["template"]["spec"]
         (reference,) = (v["image"]["reference"] for v in spec["volumes"] if "image" in v)
         for container in spec["initContainers"] + spec["containers"]:
-            found = data | {e["name"]: e["value"] for e in container.get("env", [])}
-            assert reference.endswith(f":{found['IMAGO_MODEL']}-{found['IMAGO_VERSION']}"), (
-                container["name"]
-            )
+            settings = data | variables(container)
+            tag = f"{settings['IMAGO_MODEL']}-{settings['IMAGO_VERSION']}"
+            assert reference.endswith(f":{tag}"), container["name"]
 
 
 def test_the_overlay_in_the_readme_trains_and_serves_the_users_data():
     text = (K8S / "README.md").read_text()
-    lines = text[
-        text.index("    apiVersion: kustomize") : text.index("Then `make deploy OVERLAY=mine`")
-    ].splitlines()
-    manifests = render_overlay("\n".join(line[4:] for line in lines))
-    maps = [m for m in manifests if m["kind"] == "ConfigMap"]
-    data = {k: v for m in maps for k, v in m["data"].items()}
+    start = text.index("    apiVersion: kustomize")
+    end = text.index("Then `make deploy OVERLAY=mine`")
+    manifests = render_overlay(textwrap.dedent(text[start:end]))
+
+    data: dict[str, str] = {}
+    for manifest in manifests:
+        if manifest["kind"] == "ConfigMap":
+            assert manifest["immutable"]
+            data |= manifest["data"]
     assert (data["DATA"], data["IMAGO_MODEL"]) == ("/data/photos", "photos")
-    assert all(m["immutable"] for m in maps)
 
 
 def test_volumes_of_the_node_can_be_claimed_from_any_namespace():
     manifests = render_overlay("{kind: Kustomization, namespace: team, resources: [../local]}")
-    assert {m["metadata"]["namespace"] for m in manifests if "namespace" in m["metadata"]} == {
-        "team"
-    }
-    volumes = {
-        m["metadata"]["name"]: m["spec"] for m in manifests if m["kind"] == "PersistentVolume"
-    }
-    claims = {
-        m["spec"]["volumeName"]: m["spec"]
-        for m in manifests
-        if m["kind"] == "PersistentVolumeClaim"
-    }
+    volumes: dict[str, Manifest] = {}
+    claims: dict[str, Manifest] = {}
+    for manifest in manifests:
+        metadata = manifest["metadata"]
+        assert metadata.get("namespace", "team") == "team"
+        if manifest["kind"] == "PersistentVolume":
+            volumes[metadata["name"]] = manifest["spec"]
+        if manifest["kind"] == "PersistentVolumeClaim":
+            claims[manifest["spec"]["volumeName"]] = manifest["spec"]
+
     assert volumes.keys() == claims.keys()
     for name, volume in volumes.items():
+        storage_class = volume["storageClassName"]
         assert "claimRef" not in volume, "it would fix the namespace"
-        assert volume["storageClassName"] == claims[name]["storageClassName"] != "", (
-            "other claims could bind it"
-        )
+        assert storage_class, "without a class other claims could bind it"
+        assert storage_class == claims[name]["storageClassName"]

@@ -86,10 +86,10 @@ def test_agreement_without_comparisons_is_inconclusive(series, value, verdict, t
             }
         )
     )
-    done = subprocess.run(
+    result = subprocess.run(
         [promtool, "test", "rules", "cases.yaml"], cwd=tmp_path, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert result.returncode == 0, result.stdout + result.stderr
     assert judged(metric, [] if value is None else [value]) == verdict
 
 

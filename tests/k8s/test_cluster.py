@@ -41,12 +41,12 @@ def test_a_second_deploy_changes_nothing():
 
 
 def test_a_missing_image_is_one_line():
-    done = subprocess.run(
+    result = subprocess.run(
         ["make", "deploy", "TAG=no-such"], cwd=ROOT, capture_output=True, text=True
     )
     try:
-        assert done.returncode == 2
-        assert "imago-serve:no-such is not on the node" in done.stderr.splitlines()[-2]
+        assert result.returncode == 2
+        assert "imago-serve:no-such is not on the node" in result.stderr.splitlines()[-2]
     finally:
         kubectl("rollout", "undo", "deployment/imago-serving")
         wait_for_rollout()

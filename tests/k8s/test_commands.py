@@ -60,10 +60,10 @@ def test_the_script_works_with_the_tools_of_macos():
 
 @needs_kubectl
 def test_registry_and_tag_are_set_in_the_images():
-    done = run_cluster_script(
+    result = run_cluster_script(
         "render", OVERLAY="gpu", REGISTRY="registry.example.com/team", TAG="7"
     )
-    images = {line.split("image: ")[1] for line in done.stdout.splitlines() if " image: " in line}
+    images = {line.split("image: ")[1] for line in result.stdout.splitlines() if " image: " in line}
     assert images == {
         "registry.example.com/team/imago-serve:7-cuda",
         "registry.example.com/team/imago-train:7",
@@ -73,27 +73,27 @@ def test_registry_and_tag_are_set_in_the_images():
 @needs_kubectl
 def test_a_model_image_gets_the_registry_and_keeps_its_tag():
     with overlay_with_components("model-from-image") as name:
-        done = run_cluster_script(
+        result = run_cluster_script(
             "render", OVERLAY=name, REGISTRY="registry.example.com/team", TAG="7"
         )
-    assert "reference: registry.example.com/team/imago-model:digits-1\n" in done.stdout
+    assert "reference: registry.example.com/team/imago-model:digits-1\n" in result.stdout
 
 
 @needs_kubectl
 def test_make_prints_the_error(unreachable_cluster):
-    done = subprocess.run(
+    result = subprocess.run(
         ["make", "deploy", "OVERLAY=moon"], cwd=Path(K8S).parent, capture_output=True, text=True
     )
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[0] == "make: no overlay 'moon'; choose one of: cpu gpu local"
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[0] == "make: no overlay 'moon'; choose one of: cpu gpu local"
 
 
 @pytest.mark.parametrize("verb", ["deploy", "undeploy", "logs", "scale"])
 def test_make_passes_the_given_variables_and_no_others(verb):
     def passed(**given: str) -> dict[str, str]:
         words = ["make", "-n", verb, *(f"{name}={value}" for name, value in given.items())]
-        done = subprocess.run(words, cwd=K8S.parent, capture_output=True, text=True, check=True)
-        *settings, script, passed_verb = shlex.split(done.stdout.replace("\\\n", ""))
+        result = subprocess.run(words, cwd=K8S.parent, capture_output=True, text=True, check=True)
+        *settings, script, passed_verb = shlex.split(result.stdout.replace("\\\n", ""))
         assert (script, passed_verb) == ("k8s/cluster", verb)
         return dict(setting.split("=", 1) for setting in settings)
 
@@ -128,7 +128,7 @@ def reports(*images: tuple[str, str]) -> str:
     "reason", ["ErrImagePull", "ImagePullBackOff", "ErrImageNeverPull", "InvalidImageName"]
 )
 def test_a_missing_image_is_one_line(reason, cluster):
-    done, _ = cluster(
+    result, _ = cluster(
         "deploy",
         {
             "rollout status": "exit 1",
@@ -137,13 +137,13 @@ def test_a_missing_image_is_one_line(reason, cluster):
             ),
         },
     )
-    assert "the image nowhere/imago-serve:1 is not on the node" in error_line(done)
-    assert "Serving." not in done.stdout
+    assert "the image nowhere/imago-serve:1 is not on the node" in error_line(result)
+    assert "Serving." not in result.stdout
 
 
 @needs_kubectl
 def test_a_training_failure_during_the_wait_is_one_line(cluster, tmp_path):
-    done, _ = cluster(
+    result, _ = cluster(
         "deploy",
         {
             "rollout status": "exit 1",
@@ -155,13 +155,13 @@ def test_a_training_failure_during_the_wait_is_one_line(cluster, tmp_path):
     )
     assert (
         "training failed: Container train exited with 2; read its log with: make logs"
-        in error_line(done)
+        in error_line(result)
     )
 
 
 @needs_kubectl
 def test_pods_that_wait_for_something_else_are_waited_for(cluster):
-    done, _ = cluster(
+    result, _ = cluster(
         "deploy",
         {
             "rollout status": "exit 1",
@@ -171,27 +171,27 @@ def test_pods_that_wait_for_something_else_are_waited_for(cluster):
         },
         WAIT="0",
     )
-    assert "not ready after 0 s; run: kubectl -n imago describe pods" in error_line(done)
+    assert "not ready after 0 s; run: kubectl -n imago describe pods" in error_line(result)
 
 
 @needs_kubectl
 def test_with_a_cron_job_the_command_to_train_now_is_printed(cluster):
     with overlay_with_components("cron-training") as name:
-        done, _ = cluster("deploy", {"rollout status": "exit 1"}, WAIT="0", OVERLAY=name)
+        result, _ = cluster("deploy", {"rollout status": "exit 1"}, WAIT="0", OVERLAY=name)
     hint = (
         "train one now: kubectl -n imago create job imago-train-first --from=cronjob/imago-train\n"
     )
-    assert done.stdout.endswith(hint), "also before WAIT is over"
-    assert error_line(done).startswith("make: not ready after 0 s")
-    assert done.stderr.endswith(hint)
+    assert result.stdout.endswith(hint), "also before WAIT is over"
+    assert error_line(result).startswith("make: not ready after 0 s")
+    assert result.stderr.endswith(hint)
 
 
 @needs_kubectl
 def test_scale_refuses_where_an_autoscaler_sets_the_replicas(cluster):
-    done, calls = cluster(
+    result, calls = cluster(
         "scale", {"get scaledobject,hpa": "echo horizontalpodautoscaler/imago-serving"}, N="3"
     )
-    error = error_line(done)
+    error = error_line(result)
     assert "an autoscaler sets the replicas" in error
     assert error.endswith("kubectl -n imago edit horizontalpodautoscaler/imago-serving\n")
     assert "--replicas" not in calls
@@ -199,28 +199,28 @@ def test_scale_refuses_where_an_autoscaler_sets_the_replicas(cluster):
 
 @needs_kubectl
 def test_an_autoscaler_is_found_without_keda(cluster):
-    done, _ = cluster(
+    result, _ = cluster(
         "scale", {"get scaledobject,hpa": "exit 1", "get hpa": "echo hpa/imago-serving"}, N="3"
     )
-    assert "edit hpa/imago-serving" in error_line(done)
+    assert "edit hpa/imago-serving" in error_line(result)
 
 
 @needs_kubectl
 @pytest.mark.parametrize("kind", ["deployment", "rollout"])
 def test_scale_changes_the_owner_of_the_pods(kind, cluster):
-    done, calls = cluster("scale", {} if kind == "rollout" else {"get rollout": "exit 1"}, N="3")
-    assert done.returncode == 0, done.stderr
+    result, calls = cluster("scale", {} if kind == "rollout" else {"get rollout": "exit 1"}, N="3")
+    assert result.returncode == 0, result.stderr
     assert f"-n imago scale {kind}/imago-serving --replicas=3" in calls
 
 
 @needs_kubectl
 @pytest.mark.parametrize("purge", [True, False])
 def test_undeploy_keeps_the_volumes_without_purge(purge, cluster):
-    done, calls = cluster("undeploy", {}, **{"PURGE": "1"} if purge else {})
-    assert done.returncode == 0, done.stderr
+    result, calls = cluster("undeploy", {}, **{"PURGE": "1"} if purge else {})
+    assert result.returncode == 0, result.stderr
     (deleted,) = (line for line in calls.splitlines() if line.startswith("delete"))
     assert ("-l app.kubernetes.io/component!=storage" in deleted) is not purge
-    assert ("PURGE=1 deletes them too" in done.stdout) is not purge
+    assert ("PURGE=1 deletes them too" in result.stdout) is not purge
 
 
 def test_storage_is_labelled_in_every_overlay():
@@ -234,17 +234,17 @@ def test_storage_is_labelled_in_every_overlay():
 @needs_kubectl
 @pytest.mark.parametrize("follow", [True, False])
 def test_logs_are_those_of_all_pods_of_imago(follow, cluster):
-    done, calls = cluster(
+    result, calls = cluster(
         "logs",
         {"get pods": "echo pod/imago-serving-x", "logs -l": "echo a line"},
         **{"FOLLOW": "1"} if follow else {},
     )
-    assert (done.returncode, done.stdout) == (0, "a line\n")
+    assert (result.returncode, result.stdout) == (0, "a line\n")
     assert "logs -l app.kubernetes.io/part-of=imago --all-containers" in calls
     assert ("--follow" in calls) is follow
 
 
 @needs_kubectl
 def test_logs_without_pods_are_one_line(cluster):
-    done, _ = cluster("logs", {})
-    assert "no pods in the namespace 'imago'; deploy first" in error_line(done)
+    result, _ = cluster("logs", {})
+    assert "no pods in the namespace 'imago'; deploy first" in error_line(result)

@@ -20,8 +20,8 @@ JOB = (
     "job", ["The Job", "Error from server (Invalid): Job.batch"]
 )  # kubectl prints both forms
 def test_a_job_whose_settings_differ_is_replaced(job, cluster):
-    done, calls = cluster("deploy", admission_errors(f"{job} {JOB}"))
-    error_line(done)
+    result, calls = cluster("deploy", admission_errors(f"{job} {JOB}"))
+    error_line(result)
     assert "-n imago delete job imago-train --cascade=foreground" in calls
     assert "\napply -f -" in calls
 
@@ -29,19 +29,19 @@ def test_a_job_whose_settings_differ_is_replaced(job, cluster):
 @needs_kubectl
 def test_a_failed_job_is_replaced_even_without_changes(cluster, tmp_path):
     failed = f"[ -e {tmp_path}/deleted ] || echo 'the backoff limit is reached'"
-    done, calls = cluster(
+    result, calls = cluster(
         "deploy",
         {"get job imago-train": failed, "delete job imago-train": f"touch {tmp_path}/deleted"},
     )
-    assert done.returncode == 0, done.stderr
+    assert result.returncode == 0, result.stderr
     assert calls.index("delete job imago-train --cascade=foreground") < calls.index("\napply -f -")
-    assert "Serving." in done.stdout
+    assert "Serving." in result.stdout
 
 
 @needs_kubectl
 def test_an_unchanged_job_is_kept(cluster):
-    done, calls = cluster("deploy", {})
-    assert done.returncode == 0, done.stderr
+    result, calls = cluster("deploy", {})
+    assert result.returncode == 0, result.stderr
     assert "delete" not in calls
 
 
@@ -62,7 +62,7 @@ def deployed(
 
     Return the replicas of each applied Deployment and Rollout, and the last applied manifest.
     """
-    done, _ = cluster(
+    result, _ = cluster(
         "deploy",
         {
             "get deployment imago-serving": f"echo {live}" if live is not None else ":",
@@ -75,7 +75,7 @@ def deployed(
         },
         OVERLAY=overlay,
     )
-    assert done.returncode == 0, done.stderr
+    assert result.returncode == 0, result.stderr
     applied = yaml.safe_load_all((tmp_path / "applied").read_text())
     before = tmp_path / "before"
     return (
@@ -149,10 +149,10 @@ def test_a_train_job_is_replaced_where_it_or_its_runtime_differs(
     status, replaced, cluster, tmp_path
 ):
     with overlay_with_components("training-kubeflow") as name:
-        done, calls = cluster(
+        result, calls = cluster(
             "deploy", {"diff -l": f"cat >{tmp_path}/diffed; exit {status}"}, OVERLAY=name
         )
-    assert done.returncode == 0, done.stderr
+    assert result.returncode == 0, result.stderr
     assert (
         "-n imago delete trainjob imago-train --cascade=foreground --ignore-not-found\n" in calls
     ) is replaced
@@ -169,7 +169,7 @@ def test_a_train_job_is_replaced_where_it_or_its_runtime_differs(
 @needs_kubectl
 def test_a_train_job_that_failed_is_replaced(cluster, tmp_path):
     with overlay_with_components("training-kubeflow") as name:
-        done, calls = cluster(
+        result, calls = cluster(
             "deploy",
             {
                 "get trainjob imago-train": f"[ -e {tmp_path}/deleted ] || echo 'jobset failed'",
@@ -177,7 +177,7 @@ def test_a_train_job_that_failed_is_replaced(cluster, tmp_path):
             },
             OVERLAY=name,
         )
-    assert done.returncode == 0, done.stderr
+    assert result.returncode == 0, result.stderr
     assert calls.index("delete trainjob imago-train") < calls.index("\napply -f -")
 
 
@@ -206,29 +206,29 @@ LIVE = (
 @needs_kubectl
 @pytest.mark.parametrize("verb", ["deploy", "undeploy"])
 def test_objects_of_another_overlay_are_listed_with_the_command_to_delete_them(verb, cluster):
-    done, calls = cluster(
+    result, calls = cluster(
         verb,
         {
             "api-resources": "printf '%s\\n' deployments.apps pods configmaps",
             "get deployments.apps,configmaps -l": shlex.join(["printf", r"%s\n", *LIVE]),
         },
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count(f"kubectl -n imago delete {LIVE[1]} {LIVE[2]} {LIVE[5]}\n") == 1
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count(f"kubectl -n imago delete {LIVE[1]} {LIVE[2]} {LIVE[5]}\n") == 1
     assert "-n imago delete" not in calls, "only a person deletes them"
 
 
 @needs_kubectl
 def test_without_such_objects_nothing_is_printed(cluster):
-    done, _ = cluster(
+    result, _ = cluster(
         "deploy",
         {
             "api-resources": "echo deployments.apps",
             "get deployments.apps -l": "echo Deployment/imago-serving",
         },
     )
-    assert done.returncode == 0, done.stderr
-    assert "still in the cluster" not in done.stdout
+    assert result.returncode == 0, result.stderr
+    assert "still in the cluster" not in result.stdout
 
 
 def plural(kind: str) -> str:
@@ -254,16 +254,16 @@ def test_every_kind_in_the_manifests_can_be_listed(cluster):
 
 @needs_kubectl
 def test_nothing_is_changed_where_a_volume_can_not_be_changed(cluster):
-    done, calls = cluster(
+    result, calls = cluster(
         "deploy",
         admission_errors(
             'The PersistentVolumeClaim "imago-store" is invalid: spec: Forbidden: immutable',
             f"The Job {JOB}",
         ),
     )
-    assert done.returncode == 2
-    assert "make: nothing was changed" in done.stderr.splitlines()[-1]
-    assert 'PersistentVolumeClaim "imago-store" is invalid' in done.stderr
+    assert result.returncode == 2
+    assert "make: nothing was changed" in result.stderr.splitlines()[-1]
+    assert 'PersistentVolumeClaim "imago-store" is invalid' in result.stderr
     assert "delete" not in calls
     assert "\napply -f -" not in calls
 
@@ -280,10 +280,10 @@ MADE = shlex.join(["printf", r"configmap/%s\n", *SETTINGS])
 @needs_kubectl
 def test_unused_settings_are_deleted(cluster):
     """Older ReplicaSets, Jobs and pods would not start without theirs."""
-    done, calls = cluster(
+    result, calls = cluster(
         "deploy", {"get configmaps -l": MADE, "get replicasets": f"echo 'name: {SETTINGS[0]}'"}
     )
-    assert done.returncode == 0, done.stderr
+    assert result.returncode == 0, result.stderr
     (deleted,) = (line for line in calls.splitlines() if " delete " in line)
     assert deleted == f"-n imago delete configmaps {SETTINGS[1]} {SETTINGS[2]} --ignore-not-found"
     assert calls.index("\napply -f -") < calls.index(" delete "), (

@@ -290,10 +290,10 @@ def test_alerts_fire_only_when_they_should(promtool, tmp_path):
         yaml.safe_dump({"groups": [{"name": "all", "rules": bare}]})
     )
     (tmp_path / "cases.yaml").write_text(yaml.safe_dump({**cases, "rule_files": ["rules.yaml"]}))
-    done = subprocess.run(
+    result = subprocess.run(
         [promtool, "test", "rules", "cases.yaml"], cwd=tmp_path, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_rules_and_queries_are_promql(promtool, tmp_path):
@@ -301,7 +301,7 @@ def test_rules_and_queries_are_promql(promtool, tmp_path):
     (tmp_path / "rules.yaml").write_text(
         yaml.safe_dump({"groups": [*rules(), {"name": "queries", "rules": recorded}]})
     )
-    done = subprocess.run(
+    result = subprocess.run(
         [promtool, "check", "rules", "rules.yaml"], cwd=tmp_path, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert result.returncode == 0, result.stdout + result.stderr

@@ -165,11 +165,11 @@ def test_checkov_finds_nothing(tmp_path):
         (tmp_path / f"{re.sub('[^a-z]+', '-', case)[:80]}.yaml").write_text(
             yaml.safe_dump_all(render(case))
         )
-    done = subprocess.run(
+    result = subprocess.run(
         [CHECKOV, "--config-file", K8S / ".checkov.yaml", "-d", tmp_path],
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stdout
-    checked = int(re.search(r"Passed checks: (\d+)", done.stdout)[1])
+    assert result.returncode == 0, result.stdout
+    checked = int(re.search(r"Passed checks: (\d+)", result.stdout)[1])
     assert checked > 100 * len(CASES)

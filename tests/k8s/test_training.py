@@ -35,12 +35,12 @@ def deploy(cluster, tmp_path):
     """Deploy TAG=new. Return the result, the calls of kubectl and the applied manifests."""
 
     def run(answers: dict[str, str], **env: str) -> tuple:
-        done, calls = cluster(
+        result, calls = cluster(
             "deploy", {"apply -f -": f"cat >{tmp_path}/applied"} | answers, TAG="new", **env
         )
         applied = tmp_path / "applied"
         return (
-            done,
+            result,
             calls,
             list(yaml.safe_load_all(applied.read_text())) if applied.exists() else [],
         )
@@ -55,19 +55,19 @@ def image(manifests: list[Manifest], kind: str) -> str:
     return found["containers"][0]["image"]
 
 
-def training_line(done) -> str:
+def training_line(result) -> str:
     """Return the line about training."""
-    assert done.returncode == 0, done.stdout + done.stderr
-    (line,) = (line for line in done.stdout.splitlines() if line.startswith("Training: "))
+    assert result.returncode == 0, result.stdout + result.stderr
+    (line,) = (line for line in result.stdout.splitlines() if line.startswith("Training: "))
     return line
 
 
 @needs_kubectl
 @pytest.mark.parametrize(("state", "what"), [(DONE, "completed"), (RUNNING, "runs"), (NEW, "runs")])
 def test_a_new_tag_updates_serving_and_not_training(state, what, deploy):
-    done, calls, applied = deploy(existing_job(state))
-    assert what in training_line(done)
-    assert training_line(done).endswith(
+    result, calls, applied = deploy(existing_job(state))
+    assert what in training_line(result)
+    assert training_line(result).endswith(
         "to train again: make deploy OVERLAY=local TAG=new TRAIN=1"
     ), "the same tag"
     assert "delete" not in calls
@@ -78,10 +78,10 @@ def test_a_new_tag_updates_serving_and_not_training(state, what, deploy):
 @needs_kubectl
 def test_a_job_that_has_not_started_gets_the_new_image(deploy):
     """The old image may be what it waits for."""
-    done, calls, applied = deploy(
+    result, calls, applied = deploy(
         existing_job(WAITING) | {"--dry-run": admission_errors(IMMUTABLE)["--dry-run"]}
     )
-    assert "has not started" in training_line(done)
+    assert "has not started" in training_line(result)
     assert "delete job imago-train --cascade=foreground" in calls
     assert image(applied, "Job") == "localhost/imago-train:new"
 
@@ -105,8 +105,8 @@ def test_a_job_that_has_not_started_gets_the_new_image(deploy):
 def test_training_is_replaced_and_the_reason_printed(state, answers, env, why, deploy, tmp_path):
     gone = {"delete job": f"touch {tmp_path}/gone"}
     answers = {words: f"[ -e {tmp_path}/gone ] || {action}" for words, action in answers.items()}
-    done, calls, applied = deploy(answers | gone | existing_job(state), **env)
-    assert why in training_line(done)
+    result, calls, applied = deploy(answers | gone | existing_job(state), **env)
+    assert why in training_line(result)
     assert calls.index("delete job imago-train --cascade=foreground") < calls.index("\napply -f -")
     if "--dry-run" not in answers:
         assert image(applied, "Job") == "localhost/imago-train:new"
@@ -114,14 +114,14 @@ def test_training_is_replaced_and_the_reason_printed(state, answers, env, why, d
 
 @needs_kubectl
 def test_a_running_job_is_not_stopped_without_train_1(deploy):
-    done, calls, applied = deploy(
+    result, calls, applied = deploy(
         existing_job(RUNNING) | {"--dry-run": admission_errors(IMMUTABLE)["--dry-run"]}
     )
     assert (
         "nothing was changed: training runs with other settings than the overlay 'local'"
-        in error_line(done)
+        in error_line(result)
     )
-    assert "make deploy OVERLAY=local TAG=new TRAIN=1" in done.stderr
+    assert "make deploy OVERLAY=local TAG=new TRAIN=1" in result.stderr
     assert "delete" not in calls
     assert applied == []
 
@@ -152,8 +152,8 @@ def test_a_job_of_the_user_keeps_its_image(deploy):
 
 @needs_kubectl
 def test_without_a_job_training_starts(deploy):
-    done, calls, applied = deploy({})
-    assert training_line(done) == "Training: starts"
+    result, calls, applied = deploy({})
+    assert training_line(result) == "Training: starts"
     assert "delete" not in calls
     assert image(applied, "Job") == "localhost/imago-train:new"
 
@@ -163,10 +163,10 @@ def test_without_a_job_training_starts(deploy):
 def test_a_new_tag_does_not_restart_a_train_job(state, deploy, tmp_path):
     """Its image is in the runtime, which `make deploy` compares with the cluster."""
     with overlay_with_components("training-kubeflow") as name:
-        done, calls, applied = deploy(
+        result, calls, applied = deploy(
             existing_job(state) | {"diff -l": f"cat >{tmp_path}/diffed"}, OVERLAY=name
         )
-    training_line(done)
+    training_line(result)
     assert "delete" not in calls
     assert image(applied, "TrainingRuntime") == OLD
     assert (
@@ -177,9 +177,9 @@ def test_a_new_tag_does_not_restart_a_train_job(state, deploy, tmp_path):
 @needs_kubectl
 def test_a_cron_job_gets_the_new_image(deploy):
     with overlay_with_components("cron-training") as name:
-        done, calls, applied = deploy(existing_job(DONE), OVERLAY=name, TRAIN="1")
-    assert done.returncode == 0, done.stderr
-    assert "Training waits for its schedule" in done.stdout
+        result, calls, applied = deploy(existing_job(DONE), OVERLAY=name, TRAIN="1")
+    assert result.returncode == 0, result.stderr
+    assert "Training waits for its schedule" in result.stdout
     assert "delete" not in calls, "the Job of the earlier overlay is listed for a person to delete"
     (cron,) = (m for m in applied if m["kind"] == "CronJob")
     assert (
