@@ -19,57 +19,54 @@ import yaml
 from support import crd_models
 from support.manifests import CASES, render
 
-PLACE = os.environ.get("IMAGO_TEST_CRDS")
+DIRECTORY = os.environ.get("IMAGO_TEST_CRDS")
 pytestmark = pytest.mark.skipif(
-    not PLACE, reason="IMAGO_TEST_CRDS names no directory of CustomResourceDefinitions"
+    not DIRECTORY, reason="IMAGO_TEST_CRDS names no directory of CustomResourceDefinitions"
 )
-WORDS = (
-    "default",
-    "example",
-    "format",
-)  # of a schema, which ask for nothing, or for what JSON Schema has no name for
-OPEN = ("x-kubernetes-preserve-unknown-fields", "x-kubernetes-embedded-resource")
+# Keywords of a schema that restrict nothing, or that JSON Schema does not know.
+IGNORED_KEYWORDS = ("default", "example", "format")
+OPEN_KEYWORDS = ("x-kubernetes-preserve-unknown-fields", "x-kubernetes-embedded-resource")
 
 
-def strict(schema: Any, top: bool = True) -> Any:
+def forbid_unknown_fields(schema: Any, is_top: bool = True) -> Any:
     """Return a definition's schema as JSON Schema without additional properties.
 
     The cluster would silently drop unknown fields.
     """
     if isinstance(schema, list):
-        return [strict(part, top=False) for part in schema]
+        return [forbid_unknown_fields(part, is_top=False) for part in schema]
     if not isinstance(schema, dict):
         return schema
-    found = {
-        key: {name: strict(part, top=False) for name, part in value.items()}
-        if key == "properties"
-        else strict(value, top=False)
-        for key, value in schema.items()
-        if key not in WORDS
-    }
-    if found.pop("x-kubernetes-int-or-string", False):
-        found.pop("type", None)
-        found["anyOf"] = [{"type": "string"}, {"type": "integer"}]
-    if (
-        found.get("properties")
-        and "additionalProperties" not in found
-        and not any(found.get(word) for word in OPEN)
-    ):
-        found["additionalProperties"] = False
-    if top:
-        found["properties"] |= {"apiVersion": {}, "kind": {}, "metadata": {}}
-    return found
+
+    strict: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key == "properties":  # the keys inside are names of fields, not keywords
+            strict[key] = {
+                name: forbid_unknown_fields(part, is_top=False) for name, part in value.items()
+            }
+        elif key not in IGNORED_KEYWORDS:
+            strict[key] = forbid_unknown_fields(value, is_top=False)
+
+    if strict.pop("x-kubernetes-int-or-string", False):
+        strict.pop("type", None)
+        strict["anyOf"] = [{"type": "string"}, {"type": "integer"}]
+    is_open = any(strict.get(keyword) for keyword in OPEN_KEYWORDS)
+    if strict.get("properties") and not is_open:
+        strict.setdefault("additionalProperties", False)
+    if is_top:
+        strict["properties"] |= {"apiVersion": {}, "kind": {}, "metadata": {}}
+    return strict
 
 
 def definitions() -> Iterator[tuple[tuple[str, str], Any]]:
     """Yield (apiVersion, kind) and the schema of each version of each definition."""
-    for file in sorted(Path(PLACE or "").glob("*.yaml")):
+    for file in sorted(Path(DIRECTORY or "").glob("*.yaml")):
         for definition in yaml.load_all(file.read_text(), yaml.CSafeLoader):
             spec = definition["spec"]
             for version in spec["versions"]:
                 yield (
                     (f"{spec['group']}/{version['name']}", spec["names"]["kind"]),
-                    strict(version["schema"]["openAPIV3Schema"]),
+                    forbid_unknown_fields(version["schema"]["openAPIV3Schema"]),
                 )
 
 

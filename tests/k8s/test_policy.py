@@ -7,9 +7,17 @@ from pathlib import Path
 
 import pytest
 import yaml
+from support.manifests import (
+    CASES,
+    K8S,
+    Manifest,
+    containers,
+    manifests_of_kind,
+    pod_templates,
+    render,
+)
 
-from support.manifests import CASES, K8S, containers, manifests_of_kind, pod_templates, render
-
+# Volumes that the restricted profile allows.
 VOLUMES = {
     "configMap",
     "csi",
@@ -20,15 +28,22 @@ VOLUMES = {
     "persistentVolumeClaim",
     "projected",
     "secret",
-}  # allowed by the restricted profile
+}
+POD_FAILURE_RULES = (("FailJob", 2), ("Ignore", 143))  # action and exit status
 CHECKOV = Path(os.environ.get("CHECKOV", K8S.parent / ".venv/checkov/bin/checkov"))
 
 
-def all_pods(case):
-    found = pod_templates(case)
-    training = "TrainingRuntime" if "kubeflow" in case else "CronJob" if "cron" in case else "Job"
-    assert {name.split("/")[0] for name, _ in found} == {"Deployment", training}
-    return found
+def all_pods(case: str) -> list[tuple[str, Manifest]]:
+    """Return (kind/name, pod template) of serving and training; none may be missing."""
+    training = "Job"
+    if "kubeflow" in case:
+        training = "TrainingRuntime"
+    elif "cron" in case:
+        training = "CronJob"
+
+    templates = pod_templates(case)
+    assert {name.split("/")[0] for name, _ in templates} == {"Deployment", training}
+    return templates
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -87,47 +102,44 @@ def test_serving_updates_probes_and_drains(case):
         pod = spec["template"]["spec"]
         assert len(pod["topologySpreadConstraints"]) == 2
         (serve,) = pod["containers"]
-        assert (
-            serve["livenessProbe"]["httpGet"]["path"]
-            == serve["startupProbe"]["httpGet"]["path"]
-            == "/health/live"
-        )
+        assert serve["startupProbe"]["httpGet"]["path"] == "/health/live"
+        assert serve["livenessProbe"]["httpGet"]["path"] == "/health/live"
         assert serve["readinessProbe"]["httpGet"]["path"] == "/health/ready"
-        settings = manifests_of_kind(case, "ConfigMap")
-        drain = next(
-            float(c["data"]["IMAGO_DRAIN_SECONDS"])
-            for c in settings
-            if "IMAGO_DRAIN_SECONDS" in c["data"]
+        (settings,) = (
+            config_map["data"]
+            for config_map in manifests_of_kind(case, "ConfigMap")
+            if "IMAGO_DRAIN_SECONDS" in config_map["data"]
         )
-        wait = serve["lifecycle"]["preStop"]["sleep"]["seconds"]
-        assert pod["terminationGracePeriodSeconds"] > wait + drain
+        drain_seconds = float(settings["IMAGO_DRAIN_SECONDS"])
+        pre_stop_seconds = serve["lifecycle"]["preStop"]["sleep"]["seconds"]
+        assert pod["terminationGracePeriodSeconds"] > pre_stop_seconds + drain_seconds
         cpu = serve["resources"]["limits"]["cpu"]
         assert cpu.isdecimal(), "threads follow the limit, so it is a whole number of cores"
 
 
+def training_jobs(case: str) -> list[Manifest]:
+    """Return the spec of each Job, also of those that a CronJob or a TrainingRuntime creates."""
+    jobs = [job["spec"] for job in manifests_of_kind(case, "Job")]
+    for cron_job in manifests_of_kind(case, "CronJob"):
+        jobs.append(cron_job["spec"]["jobTemplate"]["spec"])
+    for runtime in manifests_of_kind(case, "TrainingRuntime"):
+        for job in runtime["spec"]["template"]["spec"]["replicatedJobs"]:
+            jobs.append(job["template"]["spec"])
+    return jobs
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_training_restarts_after_disruptions_and_not_after_invalid_settings(case):
-    jobs = [j["spec"] for j in manifests_of_kind(case, "Job")] + [
-        j["spec"]["jobTemplate"]["spec"] for j in manifests_of_kind(case, "CronJob")
-    ]
-    for runtime in manifests_of_kind(case, "TrainingRuntime"):
-        jobs += [
-            job["template"]["spec"] for job in runtime["spec"]["template"]["spec"]["replicatedJobs"]
-        ]
-    for job in jobs:
+    for job in training_jobs(case):
         (train,) = containers(job["template"])
-        assert job["podFailurePolicy"]["rules"] == [
-            {
-                "action": action,
-                "onExitCodes": {"containerName": train["name"], "operator": "In", "values": [code]},
-            }
-            for action, code in (("FailJob", 2), ("Ignore", 143))
-        ] + [
-            {
-                "action": "Ignore",
-                "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
-            }
-        ]
+        rules: list[Manifest] = []
+        for action, status in POD_FAILURE_RULES:
+            exit_codes = {"containerName": train["name"], "operator": "In", "values": [status]}
+            rules.append({"action": action, "onExitCodes": exit_codes})
+        disruption = {"type": "DisruptionTarget", "status": "True"}
+        rules.append({"action": "Ignore", "onPodConditions": [disruption]})
+
+        assert job["podFailurePolicy"]["rules"] == rules
         assert job["template"]["spec"]["restartPolicy"] == "Never"
         assert job["ttlSecondsAfterFinished"] > 0
         assert job["podReplacementPolicy"] == "Failed"

@@ -1,36 +1,43 @@
 """References between manifests: metrics ports, routes, grace periods, GPUs."""
 
+from collections.abc import Iterator
+
 import pytest
 
 from support.manifests import CASES, containers, manifests_of_kind, pod_templates
 from train.runs.preemption import SHUTDOWN_SECONDS
 
+GPU_TOLERATION = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
 
-def trainers(case):
-    """Return (arguments, ports) of every training container; a TrainJob has the arguments."""
-    jobs = manifests_of_kind(case, "TrainJob")
+
+def trainers(case: str) -> Iterator[tuple[list[str], dict[str, int]]]:
+    """Yield (arguments, ports) of every training container; a TrainJob has the arguments."""
+    train_jobs = manifests_of_kind(case, "TrainJob")
     for _, template in pod_templates(case):
         for container in containers(template):
-            if "imago-train:" in container["image"]:
-                ports = {p["name"]: p["containerPort"] for p in container["ports"]}
-                yield (jobs[0]["spec"]["trainer"]["args"] if jobs else container["args"]), ports
+            if "imago-train:" not in container["image"]:
+                continue
+            ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+            trainer = train_jobs[0]["spec"]["trainer"] if train_jobs else container
+            yield trainer["args"], ports
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_training_exports_metrics_on_the_scraped_port(case):
-    found = list(trainers(case))
-    assert found
-    for arguments, ports in found:
+    pairs = list(trainers(case))
+    assert pairs
+    for arguments, ports in pairs:
         assert f"--monitor.port={ports['metrics']}" in arguments
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_routes_lead_to_the_http_port_of_the_service(case):
     """Not to the metrics port."""
-    services = {
-        s["metadata"]["name"]: {p["name"]: p["port"] for p in s["spec"]["ports"]}
-        for s in manifests_of_kind(case, "Service")
-    }
+    services: dict[str, dict[str, int]] = {}
+    for service in manifests_of_kind(case, "Service"):
+        ports = {port["name"]: port["port"] for port in service["spec"]["ports"]}
+        services[service["metadata"]["name"]] = ports
+
     for ingress in manifests_of_kind(case, "Ingress"):
         for rule in ingress["spec"]["rules"]:
             for path in rule["http"]["paths"]:
@@ -45,37 +52,32 @@ def test_routes_lead_to_the_http_port_of_the_service(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_training_has_time_to_save_a_checkpoint(case):
-    grace = [
-        t["spec"]["terminationGracePeriodSeconds"]
-        for _, t in pod_templates(case)
-        if any("imago-train:" in c["image"] for c in containers(t))
-    ]
-    assert grace
-    assert min(grace) > SHUTDOWN_SECONDS
+    grace_periods: list[int] = []
+    for _, template in pod_templates(case):
+        if "imago-train:" in containers(template)[-1]["image"]:
+            grace_periods.append(template["spec"]["terminationGracePeriodSeconds"])
+    assert grace_periods
+    assert min(grace_periods) > SHUTDOWN_SECONDS
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if "gpu" in c])
 def test_gpu_pods_request_a_gpu_and_select_a_node_with_one(case):
-    parts = {
-        part: case == "overlays/gpu" or f"gpu-{part}" in case for part in ("serving", "training")
-    }
     for name, template in pod_templates(case):
-        kind = "serving" if name.startswith("Deployment/") else "training"
-        *_, container = containers(template)
-        spec, limits = template["spec"], container["resources"]["limits"]
-        if parts[kind]:
+        spec = template["spec"]
+        limits = containers(template)[-1]["resources"]["limits"]
+        role = "serving" if name.startswith("Deployment/") else "training"
+        if case == "overlays/gpu" or f"gpu-{role}" in case:
             assert limits["nvidia.com/gpu"] == "1", name
             assert spec["nodeSelector"] == {"nvidia.com/gpu.present": "true"}, name
-            assert {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"} in spec[
-                "tolerations"
-            ], name
+            assert GPU_TOLERATION in spec["tolerations"], name
         else:
             assert "nvidia.com/gpu" not in limits, name
             assert not {"nodeSelector", "tolerations"} & set(spec), name
 
 
 def test_gpu_components_change_every_kind_with_pods():
-    found = {
-        name.partition("/")[0] for case in CASES if "gpu" in case for name, _ in pod_templates(case)
-    }
-    assert found == {"Deployment", "Job", "CronJob", "TrainingRuntime"}
+    kinds: set[str] = set()
+    for case in CASES:
+        if "gpu" in case:
+            kinds |= {name.partition("/")[0] for name, _ in pod_templates(case)}
+    assert kinds == {"Deployment", "Job", "CronJob", "TrainingRuntime"}
