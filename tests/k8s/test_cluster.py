@@ -28,10 +28,8 @@ pytestmark = MARKS
 
 def test_the_job_completes_and_the_deployment_is_ready():
     kubectl("wait", "--for=condition=Complete", "job/imago-train", "--timeout=300s")
-    assert (
-        kubectl("get", "deployment", "imago-serving", "-o", "jsonpath={.status.readyReplicas}")
-        == "2"
-    )
+    ready = "jsonpath={.status.readyReplicas}"
+    assert kubectl("get", "deployment", "imago-serving", "-o", ready) == "2"
 
 
 def test_a_second_deploy_changes_nothing():
@@ -53,27 +51,27 @@ def test_a_missing_image_is_one_line():
 
 
 def test_a_rolling_update_loses_no_request():
-    with sustained_load() as account:
+    with sustained_load() as counts:
         kubectl("rollout", "restart", "deployment/imago-serving")
         wait_for_rollout()
         wait_for("the old pods to go", lambda: len(serving_pods()) == 2)
-    assert_no_request_lost(account)
+    assert_no_request_lost(counts)
 
 
 def test_deleted_pods_lose_no_request():
-    with sustained_load() as account:
+    with sustained_load() as counts:
         for name in serving_pods():
             kubectl("delete", name, "--wait=true")
             wait_for_rollout()
-    assert_no_request_lost(account)
+    assert_no_request_lost(counts)
 
 
 def test_scaling_loses_no_request():
-    with sustained_load() as account:
+    with sustained_load() as counts:
         for count in (1, 3, 1, 2):
             make("scale", f"N={count}")
             wait_for(f"{count} pods", lambda count=count: len(serving_pods()) == count)
-    assert_no_request_lost(account)
+    assert_no_request_lost(counts)
 
 
 MAKE_DAMAGED_VERSION = """
@@ -88,6 +86,20 @@ graph.write_bytes(graph.read_bytes()[:-8] + b"damaged!")
 """
 
 
+def damaged_pod_status() -> dict:
+    """Return the container's status in the pod of version 99, empty where there is none yet."""
+    damaged_version = {"name": "IMAGO_VERSION", "value": "99"}
+    for pod in json.loads(kubectl("get", "pods", "-l", SELECTOR, "-o", "json"))["items"]:
+        if damaged_version in pod["spec"]["containers"][0].get("env", []):
+            statuses = pod["status"].get("containerStatuses", [{}])
+            return statuses[0]
+    return {}
+
+
+def is_started(status: dict) -> bool:
+    return bool(status.get("started") or status.get("restartCount"))
+
+
 def test_a_damaged_version_gets_no_traffic():
     kubectl(
         "apply",
@@ -99,40 +111,17 @@ def test_a_damaged_version_gets_no_traffic():
     )
     kubectl("wait", "--for=jsonpath={.status.phase}=Succeeded", "pod/damage", "--timeout=60s")
     kubectl("delete", "pod", "damage")
-    with sustained_load() as account:
+    with sustained_load() as counts:
         kubectl("set", "env", "deployment/imago-serving", "IMAGO_VERSION=99")
-        new = None
-
-        def started() -> bool:
-            nonlocal new
-            found = json.loads(kubectl("get", "pods", "-l", SELECTOR, "-o", "json"))["items"]
-            new = next(
-                (
-                    p
-                    for p in found
-                    if {"name": "IMAGO_VERSION", "value": "99"}
-                    in p["spec"]["containers"][0].get("env", [])
-                ),
-                None,
-            )
-            status = (new or {"status": {}})["status"].get("containerStatuses", [{}])[0]
-            return bool(status.get("started") or status.get("restartCount"))
-
-        wait_for("the new pod to start", started)
+        wait_for("the new pod to start", lambda: is_started(damaged_pod_status()))
         time.sleep(15)
-        name = new["metadata"]["name"]
-        status = json.loads(kubectl("get", "pod", name, "-o", "json"))["status"][
-            "containerStatuses"
-        ][0]
-        assert not status["ready"]
-        assert (
-            kubectl("get", "deployment", "imago-serving", "-o", "jsonpath={.status.readyReplicas}")
-            == "2"
-        )
+        assert not damaged_pod_status()["ready"]
+        ready = "jsonpath={.status.readyReplicas}"
+        assert kubectl("get", "deployment", "imago-serving", "-o", ready) == "2"
         kubectl("rollout", "undo", "deployment/imago-serving")
         wait_for_rollout()
-    assert_no_request_lost(account)
-    assert set(account["versions"]) == {"1"}
+    assert_no_request_lost(counts)
+    assert set(counts["versions"]) == {"1"}
 
 
 def train_pods() -> list[dict]:
@@ -162,17 +151,16 @@ def test_an_invalid_setting_fails_at_once():
     )
 
 
+def has_trained_five_epochs() -> bool:
+    pods = train_pods()
+    if not pods or pods[0]["status"]["phase"] != "Running":
+        return False
+    return "epoch 5/60" in kubectl("logs", "job/imago-train")
+
+
 def test_training_resumes_after_an_eviction():
     restart_training("--trainer.max_epochs=60", "--name=resumed")
-    wait_for(
-        "some epochs",
-        lambda: (
-            train_pods()
-            and train_pods()[0]["status"]["phase"] == "Running"
-            and "epoch 5/60" in kubectl("logs", "job/imago-train")
-        ),
-        240,
-    )
+    wait_for("the fifth epoch", has_trained_five_epochs, 240)
     first = train_pods()[0]["metadata"]["name"]
     assert evict(first)
     kubectl("wait", "--for=condition=Complete", "job/imago-train", "--timeout=600s")

@@ -25,10 +25,9 @@ from support.live_cluster import (
 pytestmark = MARKS
 
 
-def replicas() -> int:
-    return int(
-        kubectl("get", "deployment", "imago-serving", "-o", "jsonpath={.status.readyReplicas}") or 0
-    )
+def ready_replicas() -> int:
+    ready = "jsonpath={.status.readyReplicas}"
+    return int(kubectl("get", "deployment", "imago-serving", "-o", ready) or 0)
 
 
 # Only pending images, because CPU needs metrics-server, and a short stabilization window.
@@ -54,21 +53,19 @@ QUICK_SCALE_DOWN = {
 def test_replicas_follow_pending_images():
     if "v1beta1.custom.metrics.k8s.io" not in kubectl("get", "apiservices", "-o", "name"):
         pytest.skip("the cluster has no custom metrics API (prometheus-adapter)")
-    scraped = (
-        ["pod-monitor"]
-        if "podmonitors.monitoring.coreos.com" in kubectl("get", "crds", "-o", "name")
-        else []
-    )
-    with applied_components("hpa", *scraped, patches=(QUICK_SCALE_DOWN,)):
+    components = ["hpa"]
+    if "podmonitors.monitoring.coreos.com" in kubectl("get", "crds", "-o", "name"):
+        components.append("pod-monitor")
+
+    with applied_components(*components, patches=(QUICK_SCALE_DOWN,)):
         wait_for("one replica without load", lambda: len(serving_pods()) == 1, 300)
-        with sustained_load(
-            clients=64, rate=None, side=1500
-        ) as load:  # 64 pending images are enough for 4 replicas; 3 are allowed
-            wait_for("3 replicas", lambda: replicas() == 3, 300)
-        assert_no_request_lost(load)
-        with sustained_load() as load:
-            wait_for("one replica after it", lambda: len(serving_pods()) == 1, 300)
-        assert_no_request_lost(load)
+        # 64 pending images are enough for 4 replicas; 3 are allowed.
+        with sustained_load(clients=64, rate=None, side=1500) as counts:
+            wait_for("3 replicas", lambda: ready_replicas() == 3, 300)
+        assert_no_request_lost(counts)
+        with sustained_load() as counts:
+            wait_for("one replica afterwards", lambda: len(serving_pods()) == 1, 300)
+        assert_no_request_lost(counts)
 
 
 MAKE_SECOND_VERSION = """
@@ -99,18 +96,18 @@ def test_a_canary_gets_its_share_and_loses_no_request():
     with applied_components("canary-plain"):
         wait_for_rollout()
         wait_for_rollout("imago-serving-canary")
-        with sustained_load(clients=16) as account:
+        with sustained_load(clients=16) as counts:
             time.sleep(10)
             metrics = kubectl(
                 "exec", "deployment/imago-serving-canary", "--", "python", "-c", METRICS
             )
-    assert_no_request_lost(account)
-    assert 0.05 < account["versions"]["2"] / sum(account["versions"].values()) < 0.6
+    assert_no_request_lost(counts)
+    assert 0.05 < counts["versions"]["2"] / sum(counts["versions"].values()) < 0.6
     assert "imago_shadow_images_total{" in metrics
 
 
 def test_a_drain_evicts_one_pod_at_a_time():
-    with applied_components("pdb"), sustained_load() as account:
+    with applied_components("pdb"), sustained_load() as counts:
         kubectl(
             "wait",
             "--for=jsonpath={.status.disruptionsAllowed}=1",
@@ -123,13 +120,13 @@ def test_a_drain_evicts_one_pod_at_a_time():
         assert not evict(second)
         wait_for("the second eviction to be granted", lambda: evict(second))
         wait_for_rollout()
-    assert_no_request_lost(account)
+    assert_no_request_lost(counts)
 
 
 def test_network_policies_let_predictions_through():
-    with applied_components("network-policy"), sustained_load() as account:
+    with applied_components("network-policy"), sustained_load() as counts:
         time.sleep(5)
-    assert_no_request_lost(account)
+    assert_no_request_lost(counts)
 
 
 def test_the_cron_job_trains():

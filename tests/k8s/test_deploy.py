@@ -2,11 +2,11 @@
 
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 import yaml
-
-from support.fake_kubectl import admission_errors, error_line, needs_kubectl
+from support.fake_kubectl import RunCluster, admission_errors, error_line, needs_kubectl
 from support.manifests import CASES, overlay_with_components, render
 
 JOB = (
@@ -56,32 +56,33 @@ spec:
 
 
 def deployed(
-    cluster, tmp_path, live: int | None, overlay: str, rollout: int | None = None
-) -> tuple[list, str]:
-    """Deploy over `live` replicas.
+    cluster: RunCluster,
+    tmp_path: Path,
+    live: int | None,
+    overlay: str,
+    rollout: int | None = None,
+) -> tuple[list[int | None], str]:
+    """Deploy over a Deployment with `live` replicas, and a Rollout with `rollout`; None: no object.
 
     Return the replicas of each applied Deployment and Rollout, and the last applied manifest.
     """
-    result, _ = cluster(
-        "deploy",
-        {
-            "get deployment imago-serving": f"echo {live}" if live is not None else ":",
-            "get rollout imago-serving": f"echo {rollout}"
-            if rollout is not None
-            else "exit 1",  # as without Argo
-            "view-last-applied": f"echo {shlex.quote(LAST_APPLIED)}",
-            "set-last-applied": f"cat >{tmp_path}/before",
-            "apply -f -": f"cat >{tmp_path}/applied",
-        },
-        OVERLAY=overlay,
-    )
+    answers = {
+        "get deployment imago-serving": ":" if live is None else f"echo {live}",
+        # Without Argo Rollouts kubectl fails.
+        "get rollout imago-serving": "exit 1" if rollout is None else f"echo {rollout}",
+        "view-last-applied": f"echo {shlex.quote(LAST_APPLIED)}",
+        "set-last-applied": f"cat >{tmp_path}/before",
+        "apply -f -": f"cat >{tmp_path}/applied",
+    }
+    result, _ = cluster("deploy", answers, OVERLAY=overlay)
     assert result.returncode == 0, result.stderr
-    applied = yaml.safe_load_all((tmp_path / "applied").read_text())
+
+    replicas: list[int | None] = []
+    for manifest in yaml.safe_load_all((tmp_path / "applied").read_text()):
+        if manifest["kind"] in ("Deployment", "Rollout"):
+            replicas.append(manifest["spec"].get("replicas"))
     before = tmp_path / "before"
-    return (
-        [m["spec"].get("replicas") for m in applied if m["kind"] in ("Deployment", "Rollout")],
-        before.read_text() if before.exists() else LAST_APPLIED,
-    )
+    return replicas, before.read_text() if before.exists() else LAST_APPLIED
 
 
 @needs_kubectl
@@ -153,16 +154,12 @@ def test_a_train_job_is_replaced_where_it_or_its_runtime_differs(
             "deploy", {"diff -l": f"cat >{tmp_path}/diffed; exit {status}"}, OVERLAY=name
         )
     assert result.returncode == 0, result.stderr
-    assert (
-        "-n imago delete trainjob imago-train --cascade=foreground --ignore-not-found\n" in calls
-    ) is replaced
+    deletion = "-n imago delete trainjob imago-train --cascade=foreground --ignore-not-found\n"
+    assert (deletion in calls) is replaced
     (line,) = (line for line in calls.splitlines() if line.startswith("diff"))
     label = line.split()[2]
-    diffed_kinds = {
-        m["kind"]
-        for m in yaml.safe_load_all((tmp_path / "diffed").read_text())
-        if label in m["metadata"].get("labels", {})
-    }
+    diffed = yaml.safe_load_all((tmp_path / "diffed").read_text())
+    diffed_kinds = {m["kind"] for m in diffed if label in m["metadata"].get("labels", {})}
     assert diffed_kinds == {"TrainJob", "TrainingRuntime"}
 
 
@@ -238,13 +235,13 @@ def plural(kind: str) -> str:
 
 @needs_kubectl
 def test_every_kind_in_the_manifests_can_be_listed(cluster):
-    made = {
-        (m["apiVersion"].rpartition("/")[0], m["kind"].lower())
-        for case in CASES
-        for m in render(case)
-    }
-    kept = {("", "namespace"), ("", "persistentvolume"), ("", "persistentvolumeclaim")}
-    names = {f"{plural(kind)}.{group}".rstrip(".") for group, kind in made - kept}
+    kept = {"Namespace", "PersistentVolume", "PersistentVolumeClaim"}
+    names: set[str] = set()
+    for case in CASES:
+        for manifest in render(case):
+            group = manifest["apiVersion"].rpartition("/")[0]
+            if manifest["kind"] not in kept:
+                names.add(f"{plural(manifest['kind'].lower())}.{group}".rstrip("."))
     _, calls = cluster(
         "deploy", {"api-resources": shlex.join(["printf", r"%s\n", *names, "secrets", "pods"])}
     )

@@ -7,45 +7,47 @@ import shutil
 import subprocess
 import textwrap
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from support.manifests import CASES, K8S, manifests_of_kind, pod_templates, render_overlay
 
 from serve.http.dispatcher import image_outcome
 from serve.http.openapi import OPENAPI
 from serve.metrics.definitions import METRICS
 from support.manifests import CASES, K8S, manifests_of_kind, render_overlay
 
-HERE = Path(__file__).parent
+ALERT_CASES = Path(__file__).parent / "alerts.yaml"
 RUNBOOK = (K8S / "README.md").read_text()
-COMPUTED = {
+# Computed by serve.metrics.derived_metrics on each scrape.
+DERIVED = {
     "imago_drift_psi": ("signal",),
     "imago_drift_images": (),
     "imago_feedback_accuracy": (),
     "imago_feedback_ece": (),
-}  # computed by serve.metrics.derived_metrics on each scrape
-TARGET = {"namespace", "pod", "job", "container"}  # added by Prometheus
-JOBS = {"job_name"}  # of kube-state-metrics' series on Jobs
+}
+TARGET_LABELS = {"namespace", "pod", "job", "container"}  # added by Prometheus
+JOB_LABELS = {"job_name"}  # of kube-state-metrics' series on Jobs
 
 
-def series() -> dict[str, tuple[str, ...]]:
+def serving_series() -> dict[str, tuple[str, ...]]:
     """Return the labels of every series of the service, by name."""
-    found = dict(COMPUTED)
+    labels = dict(DERIVED)
     for name, definition in METRICS.items():
-        full = f"imago_{name}"
         if definition.kind == "histogram":
-            found |= {
-                f"{full}_bucket": (*definition.labels, "le"),
-                f"{full}_sum": definition.labels,
-                f"{full}_count": definition.labels,
-            }
+            labels[f"imago_{name}_bucket"] = (*definition.labels, "le")
+            labels[f"imago_{name}_sum"] = definition.labels
+            labels[f"imago_{name}_count"] = definition.labels
+        elif definition.kind == "counter":
+            labels[f"imago_{name}_total"] = definition.labels
         else:
-            found[full + ("_total" if definition.kind == "counter" else "")] = definition.labels
-    return found
+            labels[f"imago_{name}"] = definition.labels
+    return labels
 
 
-def training() -> set[str]:
+def training_series() -> set[str]:
     """Return the names of the series of a training job."""
     from train.runs import monitor
 
@@ -53,14 +55,34 @@ def training() -> set[str]:
     trained._trainer = monitor.L.Trainer(
         max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False
     )
-    return {
-        family.name + ("_total" if family.type == "counter" else "") for family in trained.collect()
-    }
+    suffixes = {"counter": "_total"}
+    return {family.name + suffixes.get(family.type, "") for family in trained.collect()}
 
 
-def rules() -> list[dict]:
+def all_series() -> dict[str, tuple[str, ...]]:
+    """Return the labels of every series of the service and of a training job, by name."""
+    return serving_series() | dict.fromkeys(training_series(), ())
+
+
+def rule_groups() -> list[dict]:
     (manifest,) = manifests_of_kind("components/prometheus-rules", "PrometheusRule")
     return manifest["spec"]["groups"]
+
+
+def alerts() -> dict[str, dict]:
+    """Return the alerts by name."""
+    rules: dict[str, dict] = {}
+    for group in rule_groups():
+        for rule in group["rules"]:
+            rules[rule["alert"]] = rule
+    return rules
+
+
+def adapter_rule() -> dict:
+    """Return the only rule of prometheus-adapter."""
+    values = yaml.safe_load((K8S / "components/hpa/prometheus-adapter-values.yaml").read_text())
+    (rule,) = values["rules"]["custom"]
+    return rule
 
 
 def dashboard() -> dict:
@@ -71,43 +93,41 @@ def dashboard() -> dict:
 
 
 def queries() -> dict[str, str]:
-    """Return every PromQL query of the manifests by its place, with variables filled in."""
-    found = {r["alert"]: r["expr"] for group in rules() for r in group["rules"]}
+    """Return every PromQL query of the manifests by its source, with variables filled in."""
+    queries = {name: rule["expr"] for name, rule in alerts().items()}
     for panel in dashboard()["panels"]:
         for target in panel["targets"]:
             query = target["expr"].replace("$__rate_interval", "5m").replace("$namespace", "imago")
-            found[f"panel {panel['title']} {target['refId']}"] = query
+            queries[f"panel {panel['title']} {target['refId']}"] = query
+
     (template,) = manifests_of_kind("components/canary-rollout", "AnalysisTemplate")
     for metric in template["spec"]["metrics"]:
-        found[f"analysis {metric['name']}"] = re.sub(
-            r"\{\{.*?\}\}", "x", metric["provider"]["prometheus"]["query"]
-        )
-    (scaled,) = manifests_of_kind("components/keda", "ScaledObject")
-    found["keda"] = next(
-        t["metadata"]["query"] for t in scaled["spec"]["triggers"] if t["type"] == "prometheus"
-    )
-    (adapter,) = yaml.safe_load(
-        (K8S / "components/hpa/prometheus-adapter-values.yaml").read_text()
-    )["rules"]["custom"]
-    found["adapter"] = (
+        query = metric["provider"]["prometheus"]["query"]
+        queries[f"analysis {metric['name']}"] = re.sub(r"\{\{.*?\}\}", "x", query)
+
+    (scaled_object,) = manifests_of_kind("components/keda", "ScaledObject")
+    queries["keda"] = scaled_object["spec"]["triggers"][0]["metadata"]["query"]
+
+    adapter = adapter_rule()
+    queries["adapter series"] = adapter["seriesQuery"]
+    queries["adapter"] = (
         adapter["metricsQuery"]
         .replace("<<.Series>>", "imago_pending_images")
         .replace("<<.LabelMatchers>>", 'namespace="imago"')
         .replace("<<.GroupBy>>", "pod")
     )
-    found["adapter series"] = adapter["seriesQuery"]
-    return found
+    return queries
 
 
 def test_queries_use_existing_series_and_labels():
-    known = series() | dict.fromkeys(training(), ())
+    series = all_series()
     used = set()
-    for where, query in queries().items():
+    for source, query in queries().items():
         for name, selector in re.findall(r"\b(imago_\w+)(?:\{([^}]*)\})?", query):
-            assert name in known, f"{where}: {name}"
+            assert name in series, f"{source}: {name}"
             used.add(name)
             labels = set(re.findall(r"(\w+)\s*(?:=~|!~|!=|=)", selector))
-            assert labels <= {*known[name], *TARGET}, f"{where}: {labels}"
+            assert labels <= {*series[name], *TARGET_LABELS}, f"{source}: {labels}"
     assert len(used) > 15
 
 
@@ -137,60 +157,65 @@ def string_constants(node: ast.AST) -> set[str]:
 
 
 def test_queries_use_existing_label_values():
-    known = label_values()
+    known_values = label_values()
     used_labels = set()
-    for where, query in queries().items():
-        for name, selector in re.findall(r"\bimago_(\w+?)(?:_total)?\{([^}]*)\}", query):
-            for label, _, value in re.findall(r'(\w+)\s*(=~|!~|!=|=)\s*"([^"]*)"', selector):
-                if label not in TARGET:
-                    used_labels.add(label)
-                    for one in value.split("|"):
-                        assert any(re.fullmatch(one, counts) for counts in known[name]), (
-                            f"{where}: {label} {one}"
-                        )
+    for source, query in queries().items():
+        for name, label, value in label_matchers(query):
+            used_labels.add(label)
+            for pattern in value.split("|"):
+                matches = [known for known in known_values[name] if re.fullmatch(pattern, known)]
+                assert matches, f"{source}: {label} {pattern}"
     assert used_labels == {"code", "outcome"}
 
 
+def label_matchers(query: str) -> Iterator[tuple[str, str, str]]:
+    """Yield metric, label and value of each condition, but those on labels of the target."""
+    for name, selector in re.findall(r"\bimago_(\w+?)(?:_total)?\{([^}]*)\}", query):
+        for label, value in re.findall(r'(\w+)\s*(?:=~|!~|!=|=)\s*"([^"]*)"', selector):
+            if label not in TARGET_LABELS:
+                yield name, label, value
+
+
 def test_queries_group_by_existing_labels():
-    known = series() | dict.fromkeys(training(), ())
-    for where, query in queries().items():
+    series = all_series()
+    for source, query in queries().items():
         names = set(re.findall(r"\bimago_\w+", query))
-        labels = (
-            {label for name in names for label in known[name]}
-            | TARGET
-            | (JOBS if "kube_job_" in query else set())
-        )
+        if not names:
+            continue
+        labels = TARGET_LABELS.union(*(series[name] for name in names))
+        if "kube_job_" in query:
+            labels |= JOB_LABELS
         for grouping in re.findall(r"\bby \(([^)]*)\)", query):
-            if names:
-                assert {g.strip() for g in grouping.split(",")} <= labels, f"{where}: {grouping}"
+            assert set(re.split(r"\s*,\s*", grouping)) <= labels, f"{source}: {grouping}"
 
 
 def test_training_alerts_match_jobs_created_by_hand():
-    made = re.findall(r"create job (\S+) --from", RUNBOOK + (K8S / "cluster").read_text())
-    assert len(made) >= 2
-    patterns = {
-        pattern
-        for query in queries().values()
-        for pattern in re.findall(r'\b(?:job_name|pod)=~"(imago-train[^"]*)"', query)
-    }
+    names = re.findall(r"create job (\S+) --from", RUNBOOK + (K8S / "cluster").read_text())
+    assert len(names) >= 2
+    all_queries = "\n".join(queries().values())
+    patterns = set(re.findall(r'\b(?:job_name|pod)=~"(imago-train[^"]*)"', all_queries))
     assert patterns
-    assert all(re.fullmatch(pattern, name) for pattern in patterns for name in made)
+    for pattern in patterns:
+        assert all(re.fullmatch(pattern, name) for name in names), pattern
 
 
 def test_both_autoscalers_use_the_same_metric():
     (hpa,) = manifests_of_kind("components/hpa", "HorizontalPodAutoscaler")
-    (pods,) = (m["pods"] for m in hpa["spec"]["metrics"] if m["type"] == "Pods")
-    (rule,) = yaml.safe_load((K8S / "components/hpa/prometheus-adapter-values.yaml").read_text())[
-        "rules"
-    ]["custom"]
-    assert pods["metric"]["name"] == rule["name"]["matches"] == rule["seriesQuery"].split("{")[0]
-    assert METRICS[pods["metric"]["name"].removeprefix("imago_")].kind == "gauge"
-    (scaled,) = manifests_of_kind("components/keda", "ScaledObject")
-    assert scaled["spec"]["triggers"][0]["metadata"]["threshold"] == pods["target"]["averageValue"]
+    pods_metric, cpu_metric = hpa["spec"]["metrics"]
+    (scaled_object,) = manifests_of_kind("components/keda", "ScaledObject")
+    pods_trigger, cpu_trigger = scaled_object["spec"]["triggers"]
+
+    name = pods_metric["pods"]["metric"]["name"]
+    assert METRICS[name.removeprefix("imago_")].kind == "gauge"
+    assert adapter_rule()["name"]["matches"] == name
+    assert adapter_rule()["seriesQuery"].startswith(name + "{")
+    target = pods_metric["pods"]["target"]["averageValue"]
+    assert pods_trigger["metadata"]["threshold"] == target
+
     (deployment,) = manifests_of_kind("components/hpa", "Deployment")
     containers = {c["name"] for c in deployment["spec"]["template"]["spec"]["containers"]}
-    assert hpa["spec"]["metrics"][1]["containerResource"]["container"] in containers
-    assert scaled["spec"]["triggers"][1]["metadata"]["containerName"] in containers
+    assert cpu_metric["containerResource"]["container"] in containers
+    assert cpu_trigger["metadata"]["containerName"] in containers
 
 
 def test_missing_metrics_remove_no_replica():
@@ -215,80 +240,64 @@ def test_the_patch_in_the_readme_changes_the_namespace_of_the_query():
 
 @pytest.mark.parametrize("case", CASES)
 def test_autoscalers_target_seventy_percent_of_the_cpu_limit(case):
-    deployment = next(
-        d for d in manifests_of_kind(case, "Deployment") if d["metadata"]["name"] == "imago-serving"
-    )
-    limit = int(
-        deployment["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"]
-    )
-    targets = [
-        m["containerResource"]["target"]
-        for hpa in manifests_of_kind(case, "HorizontalPodAutoscaler")
-        for m in hpa["spec"]["metrics"]
-        if m["type"] == "ContainerResource"
-    ]
-    targets += [
-        {"type": t["metricType"], "averageValue": t["metadata"]["value"]}
-        for s in manifests_of_kind(case, "ScaledObject")
-        for t in s["spec"]["triggers"]
-        if t["type"] == "cpu"
-    ]
-    wanted = (
-        manifests_of_kind(case, "HorizontalPodAutoscaler", "ScaledObject")
-        and case != "overlays/gpu"
-    )
-    assert targets == (
-        [{"type": "AverageValue", "averageValue": f"{700 * limit}m"}] if wanted else []
-    )
+    targets: list[tuple[str, str]] = []
+    for hpa in manifests_of_kind(case, "HorizontalPodAutoscaler"):
+        for metric in hpa["spec"]["metrics"]:
+            if metric["type"] == "ContainerResource":
+                target = metric["containerResource"]["target"]
+                targets.append((target["type"], target["averageValue"]))
+    for scaled_object in manifests_of_kind(case, "ScaledObject"):
+        for trigger in scaled_object["spec"]["triggers"]:
+            if trigger["type"] == "cpu":
+                targets.append((trigger["metricType"], trigger["metadata"]["value"]))
+
+    template = dict(pod_templates(case))["Deployment/imago-serving"]
+    limit = int(template["spec"]["containers"][0]["resources"]["limits"]["cpu"])
+    has_autoscaler = manifests_of_kind(case, "HorizontalPodAutoscaler", "ScaledObject")
+    if has_autoscaler and case != "overlays/gpu":
+        assert targets == [("AverageValue", f"{700 * limit}m")]
+    else:
+        assert targets == []
 
 
 def test_each_alert_has_an_entry_in_the_runbook():
-    for group in rules():
-        for rule in group["rules"]:
-            anchor = rule["annotations"]["runbook"].removeprefix("k8s/README.md#")
-            assert anchor == rule["alert"].lower()
-            section = re.search(
-                rf"^### {rule['alert']}\n\n(.+?)(?=^#|\Z)", RUNBOOK, re.MULTILINE | re.DOTALL
-            )
-            assert section, rule["alert"]
-            assert len(section[1]) > 200, rule["alert"]
+    for name, rule in alerts().items():
+        anchor = rule["annotations"]["runbook"].removeprefix("k8s/README.md#")
+        assert anchor == name.lower()
+        pattern = rf"^### {name}\n\n(.+?)(?=^#|\Z)"
+        section = re.search(pattern, RUNBOOK, re.MULTILINE | re.DOTALL)
+        assert section, name
+        assert len(section[1]) > 200, name
 
 
 def test_the_readme_lets_prometheus_select_every_monitor_and_rule():
-    """By default the chart's Prometheus selects only objects of its own release."""
-    kinds = {
-        m["kind"]
-        for case in CASES
-        for m in manifests_of_kind(case, "PodMonitor", "ServiceMonitor", "PrometheusRule")
-    }
-    shown = set(re.findall(r"prometheusSpec\.(\w+)SelectorNilUsesHelmValues=false", RUNBOOK))
-    named = {
-        "PodMonitor": "podMonitor",
-        "ServiceMonitor": "serviceMonitor",
-        "PrometheusRule": "rule",
-    }
-    assert shown == {named[kind] for kind in kinds}
+    """By default the chart's Prometheus selects only objects of the chart's release."""
+    assert manifests_of_kind("components/pod-monitor", "PodMonitor")
+    assert manifests_of_kind("components/service-monitor", "ServiceMonitor")
+    assert manifests_of_kind("components/prometheus-rules", "PrometheusRule")
+    selectors = re.findall(r"prometheusSpec\.(\w+)SelectorNilUsesHelmValues=false", RUNBOOK)
+    assert set(selectors) == {"podMonitor", "serviceMonitor", "rule"}
 
 
 @pytest.fixture
 def promtool() -> str:
-    found = shutil.which("promtool")
-    return found or pytest.skip("promtool is not installed (Debian: apt-get install prometheus)")
+    path = shutil.which("promtool")
+    return path or pytest.skip("promtool is not installed (Debian: apt-get install prometheus)")
 
 
 def test_alerts_fire_only_when_they_should(promtool, tmp_path):
-    (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": rules()}))
-    cases = yaml.safe_load((HERE / "alerts.yaml").read_text())
-    annotations = {r["alert"]: r["annotations"] for group in rules() for r in group["rules"]}
+    cases = yaml.safe_load(ALERT_CASES.read_text())
     fired = set()
     for case in cases["tests"]:
         for check in case["alert_rule_test"]:
-            fired |= {check["alertname"]} if check.get("exp_alerts") else set()
-    assert fired == set(annotations), "each alert has a case in which it fires"
-    bare = [{**r, "annotations": {}} for group in rules() for r in group["rules"]]
-    (tmp_path / "rules.yaml").write_text(
-        yaml.safe_dump({"groups": [{"name": "all", "rules": bare}]})
-    )
+            if check.get("exp_alerts"):
+                fired.add(check["alertname"])
+    assert fired == alerts().keys(), "each alert has a case in which it fires"
+
+    # The cases do not repeat the annotations.
+    rules = [rule | {"annotations": {}} for rule in alerts().values()]
+    groups = [{"name": "all", "rules": rules}]
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": groups}))
     (tmp_path / "cases.yaml").write_text(yaml.safe_dump({**cases, "rule_files": ["rules.yaml"]}))
     result = subprocess.run(
         [promtool, "test", "rules", "cases.yaml"], cwd=tmp_path, capture_output=True, text=True
@@ -298,9 +307,8 @@ def test_alerts_fire_only_when_they_should(promtool, tmp_path):
 
 def test_rules_and_queries_are_promql(promtool, tmp_path):
     recorded = [{"record": f"q:{i}", "expr": query} for i, query in enumerate(queries().values())]
-    (tmp_path / "rules.yaml").write_text(
-        yaml.safe_dump({"groups": [*rules(), {"name": "queries", "rules": recorded}]})
-    )
+    groups = [*rule_groups(), {"name": "queries", "rules": recorded}]
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": groups}))
     result = subprocess.run(
         [promtool, "check", "rules", "rules.yaml"], cwd=tmp_path, capture_output=True, text=True
     )

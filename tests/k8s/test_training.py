@@ -1,6 +1,7 @@
 """`make deploy` with an existing training job: a new image alone does not restart it."""
 
 import shlex
+import subprocess
 
 import pytest
 import yaml
@@ -14,6 +15,8 @@ IMMUTABLE = (
     'The Job "imago-train" is invalid: spec.template: '
     "Invalid value: core.PodTemplateSpec{}: field is immutable"
 )
+# A dry run of the manifests, where the job's settings differ.
+REFUSED = {"--dry-run": admission_errors(IMMUTABLE)["--dry-run"]}
 
 
 def existing_job(state: str) -> dict[str, str]:
@@ -24,7 +27,8 @@ def existing_job(state: str) -> dict[str, str]:
     }
 
 
-DONE = "True- 0"
+# Whether the job completed, and its ready pods.
+COMPLETED = "True- 0"
 RUNNING = "- 1"
 NEW = "- "
 WAITING = "- 0"
@@ -35,27 +39,24 @@ def deploy(cluster, tmp_path):
     """Deploy TAG=new. Return the result, the calls of kubectl and the applied manifests."""
 
     def run(answers: dict[str, str], **env: str) -> tuple:
-        result, calls = cluster(
-            "deploy", {"apply -f -": f"cat >{tmp_path}/applied"} | answers, TAG="new", **env
-        )
         applied = tmp_path / "applied"
-        return (
-            result,
-            calls,
-            list(yaml.safe_load_all(applied.read_text())) if applied.exists() else [],
-        )
+        answers = {"apply -f -": f"cat >{applied}"} | answers
+        result, calls = cluster("deploy", answers, TAG="new", **env)
+        text = applied.read_text() if applied.exists() else ""
+        return result, calls, list(yaml.safe_load_all(text))
 
     return run
 
 
 def image(manifests: list[Manifest], kind: str) -> str:
-    (found,) = (m["spec"]["template"]["spec"] for m in manifests if m["kind"] == kind)
+    """Return the image of the first container of the only object of this kind."""
+    (spec,) = (m["spec"]["template"]["spec"] for m in manifests if m["kind"] == kind)
     if kind == "TrainingRuntime":
-        found = found["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
-    return found["containers"][0]["image"]
+        spec = spec["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    return spec["containers"][0]["image"]
 
 
-def training_line(result) -> str:
+def training_line(result: subprocess.CompletedProcess[str]) -> str:
     """Return the line about training."""
     assert result.returncode == 0, result.stdout + result.stderr
     (line,) = (line for line in result.stdout.splitlines() if line.startswith("Training: "))
@@ -63,7 +64,9 @@ def training_line(result) -> str:
 
 
 @needs_kubectl
-@pytest.mark.parametrize(("state", "what"), [(DONE, "completed"), (RUNNING, "runs"), (NEW, "runs")])
+@pytest.mark.parametrize(
+    ("state", "what"), [(COMPLETED, "completed"), (RUNNING, "runs"), (NEW, "runs")]
+)
 def test_a_new_tag_updates_serving_and_not_training(state, what, deploy):
     result, calls, applied = deploy(existing_job(state))
     assert what in training_line(result)
@@ -78,9 +81,7 @@ def test_a_new_tag_updates_serving_and_not_training(state, what, deploy):
 @needs_kubectl
 def test_a_job_that_has_not_started_gets_the_new_image(deploy):
     """The old image may be what it waits for."""
-    result, calls, applied = deploy(
-        existing_job(WAITING) | {"--dry-run": admission_errors(IMMUTABLE)["--dry-run"]}
-    )
+    result, calls, applied = deploy(existing_job(WAITING) | REFUSED)
     assert "has not started" in training_line(result)
     assert "delete job imago-train --cascade=foreground" in calls
     assert image(applied, "Job") == "localhost/imago-train:new"
@@ -91,12 +92,12 @@ def test_a_job_that_has_not_started_gets_the_new_image(deploy):
     ("state", "answers", "env", "why"),
     [
         (
-            DONE,
-            {"--dry-run": admission_errors(IMMUTABLE)["--dry-run"]},
+            COMPLETED,
+            REFUSED,
             {},
             "restarts, because its settings differ",
         ),
-        (DONE, {}, {"TRAIN": "1"}, "restarts, because TRAIN=1 is set"),
+        (COMPLETED, {}, {"TRAIN": "1"}, "restarts, because TRAIN=1 is set"),
         (RUNNING, {}, {"TRAIN": "1"}, "restarts, because TRAIN=1 is set"),
         (WAITING, {FAILED: "echo 'exit code 2'"}, {}, "restarts, because it failed: exit code 2"),
     ],
@@ -114,9 +115,7 @@ def test_training_is_replaced_and_the_reason_printed(state, answers, env, why, d
 
 @needs_kubectl
 def test_a_running_job_is_not_stopped_without_train_1(deploy):
-    result, calls, applied = deploy(
-        existing_job(RUNNING) | {"--dry-run": admission_errors(IMMUTABLE)["--dry-run"]}
-    )
+    result, calls, applied = deploy(existing_job(RUNNING) | REFUSED)
     assert (
         "nothing was changed: training runs with other settings than the overlay 'local'"
         in error_line(result)
@@ -145,7 +144,7 @@ def test_a_job_of_the_user_keeps_its_image(deploy):
         "{kind: Kustomization, namespace: imago, resources: [../local, fetch.yaml]}"
     ) as name:
         (K8S / "overlays" / name / "fetch.yaml").write_text(yaml.safe_dump(job))
-        _, _, applied = deploy(existing_job(DONE), OVERLAY=name)
+        _, _, applied = deploy(existing_job(COMPLETED), OVERLAY=name)
     jobs = {m["metadata"]["name"]: image([m], "Job") for m in applied if m["kind"] == "Job"}
     assert jobs == {"fetch": "example.com/fetch:1", "imago-train": OLD}
 
@@ -159,7 +158,7 @@ def test_without_a_job_training_starts(deploy):
 
 
 @needs_kubectl
-@pytest.mark.parametrize("state", [DONE, RUNNING])
+@pytest.mark.parametrize("state", [COMPLETED, RUNNING])
 def test_a_new_tag_does_not_restart_a_train_job(state, deploy, tmp_path):
     """Its image is in the runtime, which `make deploy` compares with the cluster."""
     with overlay_with_components("training-kubeflow") as name:
@@ -177,7 +176,7 @@ def test_a_new_tag_does_not_restart_a_train_job(state, deploy, tmp_path):
 @needs_kubectl
 def test_a_cron_job_gets_the_new_image(deploy):
     with overlay_with_components("cron-training") as name:
-        result, calls, applied = deploy(existing_job(DONE), OVERLAY=name, TRAIN="1")
+        result, calls, applied = deploy(existing_job(COMPLETED), OVERLAY=name, TRAIN="1")
     assert result.returncode == 0, result.stderr
     assert "Training waits for its schedule" in result.stdout
     assert "delete" not in calls, "the Job of the earlier overlay is listed for a person to delete"
