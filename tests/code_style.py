@@ -162,7 +162,10 @@ def is_nested_comprehension(node: ast.AST) -> bool:
 
 
 def count_nodes(modules: list[Module], condition: Callable[[ast.AST], bool]) -> int:
-    return sum(condition(node) for module in modules for node in ast.walk(module.tree))
+    count = 0
+    for module in modules:
+        count += sum(condition(node) for node in ast.walk(module.tree))
+    return count
 
 
 def find_imports(module: Module, names: set[str]) -> set[str]:

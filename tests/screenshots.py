@@ -2,8 +2,8 @@
 
     python tests/screenshots.py [--store artifacts/store] [--model digits] [--out .github/assets]
 
-It serves the model from the store (`make train` puts `digits` there), classifies two of the
-bundle's own samples on the page, and opens the bundle's report.html. Needs Chromium.
+It serves the model from the store (`make train` puts `digits` there), classifies two samples of
+the bundle on the page, and opens the bundle's report.html. Needs Chromium.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The whole way: train the embedded default, serve the bundle, predict real scans."""
+"""Train the built-in digits, serve the bundle, and predict real scans."""
 
 import json
 import os
@@ -79,7 +79,7 @@ def test_the_bundle_records_the_printed_accuracy(trained):
 
 
 def test_the_service_recognises_the_digits(served):
-    """Over many real scans, so that a wrong channel, scale or class order is found."""
+    """Over many real scans: a wrong channel, scale or class order lowers the accuracy."""
     indices = range(0, 1797, 9)
     correct = 0
     for start in range(0, len(indices), IMAGES_PER_REQUEST):

@@ -1,4 +1,4 @@
-"""The repository's own rules: layout, imports, style, language, lock files and make."""
+"""Rules of the repository: layout, imports, style, language, links, lock files and make."""
 
 import re
 import subprocess
@@ -35,6 +35,9 @@ BANNED_PHRASES = [
     "what was seen",
 ]
 GENERATED = (".lock", ".json", "LICENSE", ".png", ".svg")
+
+# `[text](target)` and `![text](target)`, without the #anchor.
+MARKDOWN_TARGET = re.compile(r"\]\(([^)\s#]+)")
 
 
 def list_tracked_files() -> list[str]:
@@ -91,6 +94,19 @@ def test_no_text_holds_a_banned_phrase():
         text = " ".join(path.read_text().lower().split())
         offences += [f"{name}: {phrase}" for phrase in BANNED_PHRASES if phrase in text]
     assert offences == []
+
+
+def test_relative_links_in_markdown_lead_to_files():
+    broken: list[str] = []
+    for name in list_tracked_files():
+        if not name.endswith(".md"):
+            continue
+        file = ROOT / name
+        for target in MARKDOWN_TARGET.findall(file.read_text()):
+            is_relative = not re.match(r"[a-z]+:", target)
+            if is_relative and not (file.parent / target).exists():
+                broken.append(f"{name}: {target}")
+    assert broken == []
 
 
 def test_locks_satisfy_the_declared_ranges_and_name_no_index():

@@ -51,11 +51,11 @@ class Laps:
         self._lap_start = read_clocks()
 
     def restart(self) -> None:
-        """Start a lap here."""
+        """Start a lap now."""
         self._lap_start = read_clocks()
 
     def end(self, name: str) -> None:
-        """End a lap; the next one starts here."""
+        """End a lap and start the next one."""
         now = read_clocks()
         self.seconds[name] = now - self._lap_start
         self._lap_start = now

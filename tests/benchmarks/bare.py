@@ -119,5 +119,8 @@ def write_result(script: str, result: dict[str, Any], keys: tuple[str, ...]) -> 
     """
     file = Path(script).with_suffix(".json")
     old_results = json.loads(file.read_text()) if file.exists() else []
-    kept = [old for old in old_results if any(old[key] != result[key] for key in keys)]
+    kept: list[dict[str, Any]] = []
+    for old in old_results:
+        if any(old[key] != result[key] for key in keys):
+            kept.append(old)
     file.write_text(json.dumps([*kept, result], indent=1) + "\n")

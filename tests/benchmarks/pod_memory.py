@@ -2,7 +2,7 @@
 
     make images && python tests/benchmarks/pod_memory.py [--tag 0.1.0] [--prefix localhost/imago-]
 
-Runs the images by docker/engine with the limits of k8s/base: a training of the embedded default,
+Runs the images by docker/engine with the limits of k8s/base: a training of the built-in digits,
 twice; then the service with one client, with 16, 64 and 200 clients that send images of 2.3
 megapixels, as many as its bounds admit, and with a shadow. Each figure is the peak of what the
 container's control group holds, sampled twenty times a second: anonymous, shared and kernel memory,
@@ -137,7 +137,7 @@ def running_container(
 
 
 def measure_training(image: str, root: Path) -> int:
-    """The peak in bytes of a training of the embedded default."""
+    """The peak in bytes of a training of the built-in digits."""
     volumes = [f"{root}/store:/store", f"{root}/data:/data"]
     command = "run digits --store=/store --trainer.default_root_dir=/data/runs --fresh"
     with running_container(image, read_resources("Job"), volumes, command) as container:
@@ -193,7 +193,7 @@ def measure_pods(serve: str, train: str) -> None:
         root = Path(directory)
         for folder in (root, root / "store", root / "data"):
             folder.mkdir(exist_ok=True)
-            os.chmod(folder, 0o777)  # the images' user does not exist here
+            os.chmod(folder, 0o777)  # the user of the images does not exist on this machine
 
         print_line("training, digits", measure_training(train, root), "Job")
         measure_training(train, root)  # a second version, for the shadow

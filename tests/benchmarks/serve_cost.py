@@ -111,8 +111,8 @@ def measure_sequential_rate(bare: BareRuntime, seconds: float) -> float:
 
 
 def measure_checks(store: Path, script: Path, seconds: int) -> dict:
-    """The whole service divided by the one without checks."""
-    programs = {"whole": ["-m", "serve"], "unchecked": [UNCHECKED]}
+    """The complete service divided by the one without checks."""
+    programs = {"complete": ["-m", "serve"], "unchecked": [UNCHECKED]}
     with ExitStack() as stack:
         servers = {}
         for kind, program in programs.items():
@@ -129,7 +129,7 @@ def measure_checks(store: Path, script: Path, seconds: int) -> dict:
     line = {}
     for figure in CHECKED_FIGURES:
         ratios = [
-            getattr(loads["whole"], figure) / getattr(loads["unchecked"], figure)
+            getattr(loads["complete"], figure) / getattr(loads["unchecked"], figure)
             for loads in rounds
         ]
         line[f"checks_{figure}"] = round(statistics.median(ratios), 4)

@@ -80,6 +80,7 @@ def write_bundle(store: Path, case: str) -> None:
         logits = graph.logits(torch.from_numpy(images)).numpy()
     names = graph.output_names()
     expected = {key: value.numpy() for key, value in zip(names, outputs, strict=True)}
+    original_sizes = np.array([[width, height]] * SAMPLES)
 
     with Store(store).stage(case) as staged:
         directory = staged.path
@@ -90,12 +91,7 @@ def write_bundle(store: Path, case: str) -> None:
             quantize(directory / "model.onnx", int8, images, lambda _: 1.0, 1.0, QuantizeConfig())
             variants["int8"] = describe_variant(int8, "int8")
 
-        samples = directory / "samples"
-        samples.mkdir()
-        for i, data in enumerate(files):
-            (samples / f"{i:02d}.jpg").write_bytes(data)
-        np.savez(samples / "expected.npz", pixels=images, **expected)
-
+        write_samples(directory / "samples", files, {"pixels": images, **expected})
         manifest = Manifest(
             name=case,
             version=staged.version,
@@ -109,9 +105,7 @@ def write_bundle(store: Path, case: str) -> None:
             calibration=Calibration(
                 abstain_threshold=0.5, conformal_quantile=0.9, energy_threshold=0.0
             ),
-            baseline=build_drift_baseline(
-                logits, 1.0, images, np.array([[width, height]] * SAMPLES)
-            ),
+            baseline=build_drift_baseline(logits, 1.0, images, original_sizes),
             provenance=Provenance(
                 data=DataInfo(source="noise", digest="0" * 64, counts={}), device="cpu", seed=0
             ),
@@ -119,6 +113,14 @@ def write_bundle(store: Path, case: str) -> None:
         manifest.write(directory)
         write_checksums(directory)
         staged.publish()
+
+
+def write_samples(directory: Path, files: list[bytes], expected: dict[str, np.ndarray]) -> None:
+    """Write the sample images and expected.npz."""
+    directory.mkdir()
+    for i, data in enumerate(files):
+        (directory / f"{i:02d}.jpg").write_bytes(data)
+    np.savez(directory / "expected.npz", **expected)
 
 
 def describe_variant(graph: Path, precision: str) -> Variant:

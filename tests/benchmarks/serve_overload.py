@@ -5,10 +5,10 @@
 
 The capacity is what 32 clients in a closed loop get (wrk; ResNet-18 at 32 or 224 pixels). Then hey
 offers a little more than ten times that rate, from eight times as many connections as MAX_PENDING.
-`offered` is what arrived, in capacities: on few cores the client of the fast case cannot send as
-much as it wants to, that of the large one can. Responses are counted by the server's own metrics
-over `--seconds` in the middle of a load, since at its start nothing is done yet, and requests in
-flight at its end are lost.
+`offered` is the load that arrived, as a multiple of the capacity: on few cores the client of the
+small case cannot send ten times the capacity, that of the large one can. Responses are counted by
+the server's metrics over `--seconds` in the middle of a load, because at its start nothing is
+answered yet, and requests in flight at its end are lost.
 
 Both clients share the cores with the server, so figures are divided by the share that a client
 left: `goodput = (200s a second / share left) / (capacity / share left)`; `goodput_raw` is without
@@ -166,32 +166,29 @@ def measure(store: Path, case: str, variant: str, seconds: int, rounds: int) -> 
     script = write_wrk_script(store, image)
     body = store / "flood.body"
     body.write_bytes(image)
-    whole = seconds + 2 * EDGE_SECONDS
+    load_seconds = seconds + 2 * EDGE_SECONDS
 
     measured: list[dict[str, float]] = []
     flags = ("--variant", variant, "--max-pending", str(MAX_PENDING))
     with running_service(store, case, *flags) as server:
-        closed_loop = wrk_command(server.port, script, whole)
+        closed_loop = wrk_command(server.port, script, load_seconds)
         measure_load(server, script, 2)
         before = measure_steady_load(closed_loop, server, seconds)
         for _ in range(rounds):
             rate = FLOOD_FACTOR * before.answered
             flood = measure_steady_load(
-                hey_command(server.port, body, whole, rate), server, seconds
+                hey_command(server.port, body, load_seconds, rate), server, seconds
             )
             after = measure_steady_load(closed_loop, server, seconds)
             measured.append(compare(flood, before, after))
             before = after
         refusals = measure_refusals(server, image, script)
 
-    medians = {key: statistics.median(each[key] for each in measured) for key in measured[0]}
-    return {
-        "case": case,
-        "variant": variant,
-        "rounds": rounds,
-        **{key: round(value, 3) for key, value in medians.items()},
-        "refusal_ms": refusals,
-    }
+    line: dict[str, object] = {"case": case, "variant": variant, "rounds": rounds}
+    for figure in measured[0]:
+        values = [each[figure] for each in measured]
+        line[figure] = round(statistics.median(values), 3)
+    return line | {"refusal_ms": refusals}
 
 
 def compare(flood: SteadyLoad, before: SteadyLoad, after: SteadyLoad) -> dict[str, float]:

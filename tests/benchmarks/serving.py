@@ -90,7 +90,7 @@ def tree_cpu_seconds(pid: int) -> float:
 
 
 def find_http_process(pid: int) -> int:
-    """The HTTP process of our service: the child that the supervisor `pid` forked."""
+    """The HTTP process of Imago's service: the child that the supervisor `pid` forked."""
     supervisor = Path(f"/proc/{pid}/cmdline").read_bytes()
     for child in find_descendants(pid):
         if Path(f"/proc/{child}/cmdline").read_bytes() == supervisor:
@@ -99,7 +99,7 @@ def find_http_process(pid: int) -> int:
 
 
 def find_worker(pid: int) -> int:
-    """The inference worker of our service: the child that multiprocessing spawned."""
+    """The inference worker of Imago's service: the child that multiprocessing spawned."""
     for child in find_descendants(pid):
         if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
             return child
@@ -141,7 +141,7 @@ def wait_for_url(url: str) -> None:
 def running_service(
     store: Path, model: str, *flags: str, program: list[str] | None = None
 ) -> Iterator[RunningServer]:
-    """Run our own server; `program` replaces `-m serve`."""
+    """Run Imago's service; `program` replaces `-m serve`."""
     port = find_free_port()
     metrics_port = find_free_port()
     command = [

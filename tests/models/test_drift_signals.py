@@ -54,7 +54,8 @@ def test_the_index_rises_only_when_the_data_changes():
     baseline = RANDOM.normal(size=5000)
     edges = bin_edges(baseline)
     counts = histogram(baseline, edges)
-    same, shifted = RANDOM.normal(size=2000), RANDOM.normal(1, size=2000)
+    same = RANDOM.normal(size=2000)
+    shifted = RANDOM.normal(1, size=2000)
     assert psi(counts, histogram(same, edges)) < 0.02
     assert psi(counts, histogram(shifted, edges)) > 0.25
 

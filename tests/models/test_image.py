@@ -9,11 +9,12 @@ from PIL import Image, ImageOps
 
 from models.image import InputSpec, decode, decode_full_size, resize_to_input
 
-H, W = 48, 80
+H = 48
+W = 80
 
 
 def picture(channels: int = 3, seed: int = 0) -> np.ndarray:
-    """Smooth uint8 [H, W, channels], different in each corner to show wrong turns or channels."""
+    """Smooth uint8 [H, W, channels]; corners and channels differ, so that swapped ones show."""
     low = np.random.default_rng(seed).integers(0, 256, (4, 5, channels), np.uint8)
     return cv2.resize(low, (W, H), interpolation=cv2.INTER_CUBIC).reshape(H, W, channels)
 
@@ -42,7 +43,7 @@ def decode_with_pillow(data: bytes, channels: int) -> np.ndarray:
     return out.reshape(*out.shape[:2], channels)
 
 
-def ppm16(image: np.ndarray, suffix: str) -> bytes:
+def encode_sixteen_bit(image: np.ndarray, suffix: str) -> bytes:
     """16-bit colour, which Pillow can't write; `image` in RGB or RGBA order."""
     code = cv2.COLOR_RGB2BGR if image.shape[2] == 3 else cv2.COLOR_RGBA2BGRA
     return cv2.imencode(suffix, cv2.cvtColor(image, code).astype(np.uint16) * 257)[1].tobytes()
@@ -58,12 +59,12 @@ LOSSLESS = {
     "png rgb": save(RGB, "PNG"),
     "png gray": save(RGB.convert("L"), "PNG"),
     "png gray alpha": save(RGBA.convert("LA"), "PNG"),
-    "png gray see-through": save(RGB.convert("L"), "PNG", transparency=100),
+    "png gray transparent": save(RGB.convert("L"), "PNG", transparency=100),
     "png 1 bit": save(RGB.convert("1"), "PNG"),
-    "png 1 bit see-through": save(RGB.convert("1"), "PNG", transparency=0),
+    "png 1 bit transparent": save(RGB.convert("1"), "PNG", transparency=0),
     "png palette": save(RGB.quantize(16), "PNG"),
     "png palette alpha": save(RGB.quantize(16), "PNG", transparency=bytes(range(0, 256, 16))),
-    "png rgb see-through": save(RGB, "PNG", transparency=tuple(picture()[0, 0].tolist())),
+    "png rgb transparent": save(RGB, "PNG", transparency=tuple(picture()[0, 0].tolist())),
     "png rgba": save(RGBA, "PNG"),
     "png gray 16": save(GRAY16, "PNG"),
     "png animated": save(RGB, "PNG", save_all=True, append_images=[NEXT]),
@@ -71,7 +72,7 @@ LOSSLESS = {
     "webp alpha": save(RGBA, "WEBP", lossless=True, exact=True),
     "webp animated": save(RGB, "WEBP", lossless=True, save_all=True, append_images=[NEXT]),
     "gif": save(RGB.quantize(64), "GIF"),
-    "gif see-through": save(RGB.quantize(64), "GIF", transparency=5),
+    "gif transparent": save(RGB.quantize(64), "GIF", transparency=5),
     "gif animated": save(RGB.quantize(64), "GIF", save_all=True, append_images=[NEXT.quantize(64)]),
     "bmp rgb": save(RGB, "BMP"),
     "bmp gray": save(RGB.convert("L"), "BMP"),
@@ -99,22 +100,22 @@ LOSSY = {
     "tiff jpeg": save(RGB, "TIFF", compression="jpeg", quality=95),
     "tiff cmyk": save(RGB.convert("CMYK"), "TIFF"),
 }
-TURNED = {
-    f"{kind} turned {turn}": save(RGB, kind, exif=exif(turn), **options)
-    for kind, options in (
-        ("JPEG", {"quality": 95}),
-        ("PNG", {}),
-        ("WEBP", {"lossless": True}),
-        ("TIFF", {}),
-    )
-    for turn in range(1, 9)
-}
+ROTATED = {}
+for kind, options in {
+    "JPEG": {"quality": 95},
+    "PNG": {},
+    "WEBP": {"lossless": True},
+    "TIFF": {},
+}.items():
+    for orientation in range(1, 9):
+        file = save(RGB, kind, exif=exif(orientation), **options)
+        ROTATED[f"{kind} of orientation {orientation}"] = file
 
 
 @pytest.mark.parametrize("channels", [3, 1])
-@pytest.mark.parametrize("name", LOSSLESS | LOSSY | TURNED)
+@pytest.mark.parametrize("name", LOSSLESS | LOSSY | ROTATED)
 def test_agrees_with_pillow(name, channels):
-    data = (LOSSLESS | LOSSY | TURNED)[name]
+    data = (LOSSLESS | LOSSY | ROTATED)[name]
     expected = decode_with_pillow(data, channels)
     actual = decode_full_size(data, channels)
     assert actual.shape == expected.shape
@@ -129,24 +130,24 @@ def test_agrees_with_pillow(name, channels):
 @pytest.mark.parametrize("mode", [RGB, RGBA], ids=["rgb", "rgba"])
 def test_sixteen_bit_colour_is_reduced_to_eight(suffix, mode):
     expected = decode_with_pillow(save(mode, "PNG"), 3)
-    actual = decode_full_size(ppm16(np.asarray(mode), suffix), 3)
-    assert np.abs(actual.astype(int) - expected).max() <= 1
+    actual = decode_full_size(encode_sixteen_bit(np.asarray(mode), suffix), 3)
+    assert largest_difference(actual, expected) <= 1
+
+
+def largest_difference(actual: np.ndarray, expected: np.ndarray) -> int:
+    return np.abs(actual.astype(int) - expected).max()
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "RGB", "LA", "L"])
 def test_a_picture_of_many_strips_agrees_with_pillow(mode):
     large = RGBA.resize((997, 811), Image.Resampling.BICUBIC).convert(mode)
+    data = save(large, "PNG", exif=exif(6))
     for channels in (3, 1):
-        data = save(large, "PNG", exif=exif(6))
-        assert (
-            np.abs(
-                decode_full_size(data, channels).astype(int) - decode_with_pillow(data, channels)
-            ).max()
-            <= 1
-        )
+        actual = decode_full_size(data, channels)
+        assert largest_difference(actual, decode_with_pillow(data, channels)) <= 1
     if mode.startswith("RGB"):
-        deep = decode_full_size(ppm16(np.asarray(large), ".png"), 3)
-        assert np.abs(deep.astype(int) - decode_with_pillow(save(large, "PNG"), 3)).max() <= 1
+        actual = decode_full_size(encode_sixteen_bit(np.asarray(large), ".png"), 3)
+        assert largest_difference(actual, decode_with_pillow(save(large, "PNG"), 3)) <= 1
 
 
 def test_transparent_pixels_are_laid_over_white():
@@ -196,14 +197,15 @@ def test_bmp_run_lengths():
     assert np.array_equal(decode_full_size(data, 3), decode_with_pillow(data, 3))
 
 
-@pytest.mark.parametrize("turn", [1, 6])
+@pytest.mark.parametrize("orientation", [1, 6])
 @pytest.mark.parametrize("side", [900, 1800, 3600])
-def test_a_jpeg_decoded_at_a_fraction_agrees_with_the_whole(side, turn):
+def test_a_jpeg_decoded_at_a_fraction_agrees_with_the_full_size(side, orientation):
     large = RGB.resize((side * 4 // 3, side), Image.Resampling.BICUBIC)
-    data = save(large, "JPEG", quality=92, exif=exif(turn))
+    data = save(large, "JPEG", quality=92, exif=exif(orientation))
     spec = InputSpec(height=224, width=224, short_side=256)
-    reduced, whole = decode(data, spec), resize_to_input(decode_full_size(data, 3), spec)
-    assert np.abs(reduced.astype(int) - whole).mean() < 2
+    reduced = decode(data, spec)
+    from_full_size = resize_to_input(decode_full_size(data, 3), spec)
+    assert np.abs(reduced.astype(int) - from_full_size).mean() < 2
 
 
 @pytest.mark.parametrize("policy", ["crop", "stretch", "pad"])
@@ -235,9 +237,8 @@ def test_crop_keeps_the_centre_and_pad_the_whole():
 def test_a_short_side_larger_than_the_size_cuts_the_border():
     image = np.zeros((256, 256, 1), np.uint8)
     image[16:240, 16:240] = 255
-    assert (
-        resize_to_input(image, InputSpec(height=224, width=224, channels=1, short_side=256)) == 255
-    ).all()
+    spec = InputSpec(height=224, width=224, channels=1, short_side=256)
+    assert (resize_to_input(image, spec) == 255).all()
 
 
 def test_pixels_of_the_input_size_are_unchanged():

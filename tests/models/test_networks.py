@@ -29,7 +29,9 @@ FAMILIES = {
     "vgg11": (32,),
     "vit_b_16": (32,),
 }
-CASES = [(name, size) for name, sizes in FAMILIES.items() for size in sizes]
+CASES = []
+for family, sizes in FAMILIES.items():
+    CASES += [(family, size) for size in sizes]
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +47,9 @@ def check_outputs(network: networks.Network, channels: int, size: int, classes: 
     x = torch.randn(2, channels, size, size)
     with torch.no_grad():
         network.eval()
-        outputs, logits, embedding = network.outputs(x), network(x), network.embed(x)
+        outputs = network.outputs(x)
+        logits = network(x)
+        embedding = network.embed(x)
     assert logits.shape == (2, classes)
     assert torch.isfinite(logits).all()
     torch.testing.assert_close(outputs["logits"], logits)
@@ -131,7 +135,8 @@ def test_weights_of_torchvision_keep_a_new_head(tmp_path):
 
 
 def test_weights_of_a_bundle_set_the_head_for_as_many_classes(tmp_path):
-    first, second = networks.build("lenet", 5, 3, 32), networks.build("lenet", 5, 3, 32)
+    first = networks.build("lenet", 5, 3, 32)
+    second = networks.build("lenet", 5, 3, 32)
     file = tmp_path / "weights.safetensors"
     save_file(first.state_dict(), file)
     assert load_weights(second, file) == []
@@ -140,14 +145,13 @@ def test_weights_of_a_bundle_set_the_head_for_as_many_classes(tmp_path):
 
 def test_whitened_patches_are_uncorrelated():
     network = networks.build("speednet", 5, 3, 32)
-    images = torch.nn.functional.avg_pool2d(
-        torch.randn(500, 3, 34, 34), 3, 1
-    )  # neighbours are correlated, as in photos
+    noise = torch.randn(500, 3, 34, 34)
+    images = torch.nn.functional.avg_pool2d(noise, 3, 1)  # neighbours are correlated, as in photos
     network.prepare(images)
     assert not network.whiten.weight.requires_grad
     with torch.no_grad():
-        answers = network.whiten(images)[:, :12].permute(1, 0, 2, 3).reshape(12, -1)
-    torch.testing.assert_close(torch.cov(answers), torch.eye(12), atol=0.05, rtol=0)
+        outputs = network.whiten(images)[:, :12].permute(1, 0, 2, 3).reshape(12, -1)
+    torch.testing.assert_close(torch.cov(outputs), torch.eye(12), atol=0.05, rtol=0)
 
 
 @pytest.mark.parametrize(

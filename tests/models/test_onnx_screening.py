@@ -101,13 +101,13 @@ def test_a_graph_that_does_not_fit_the_manifest_is_refused(bundle, verify, chang
     assert message in line
 
 
-WHOLE = tiny_bundle.build_graph(SPEC, 3).SerializeToString()
+VALID = tiny_bundle.build_graph(SPEC, 3).SerializeToString()
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_a_damaged_graph_is_read_or_raises_bundle_error(tmp_path_factory, data):
-    damaged = bytearray(WHOLE)
+    damaged = bytearray(VALID)
     for _ in range(data.draw(st.integers(1, 4))):
         damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
     file = tmp_path_factory.getbasetemp() / "damaged.onnx"
@@ -119,13 +119,14 @@ def test_a_damaged_graph_is_read_or_raises_bundle_error(tmp_path_factory, data):
 def test_text_for_an_opset_is_refused(tmp_path):
     opset = b"\x42\x03\x12\x01A"  # field 8 of 3 bytes, in it field 2 of 1 byte
     file = tmp_path / "text.onnx"
-    file.write_bytes(WHOLE + opset)
+    file.write_bytes(VALID + opset)
     with pytest.raises(BundleError, match="a message where a number should be"):
         read_graph(file)
 
 
 def test_a_graph_is_read_as_the_onnx_package_reads_it(bundle):
-    graph, model = read_graph(bundle / "model.onnx"), onnx.load(bundle / "model.onnx")
+    graph = read_graph(bundle / "model.onnx")
+    model = onnx.load(bundle / "model.onnx")
     assert graph.opset == model.opset_import[0].version
     assert graph.operators == {node.op_type for node in model.graph.node}
     assert list(graph.inputs) == ["image"]

@@ -18,7 +18,9 @@ from models.bundle.signing import verify_signature
 
 def key_pair(directory: Path, name: str) -> tuple[Path, Path]:
     key = ec.generate_private_key(ec.SECP256R1())
-    private, public = directory / f"{name}.pem", directory / f"{name}.pub"
+    """Write a new pair of keys; return the files of the private and the public key."""
+    private = directory / f"{name}.pem"
+    public = directory / f"{name}.pub"
     private.write_bytes(
         key.private_bytes(
             serialization.Encoding.PEM,
@@ -65,16 +67,15 @@ def verify_refused(bundle: Path, public: Path, capsys: pytest.CaptureFixture) ->
 
 def test_a_bundle_without_signature_is_refused(tmp_path, capsys):
     _, public = key_pair(tmp_path, "key")
-    assert "bundle.sig: no such file, so the bundle is not signed" in verify_refused(
-        tiny_bundle.publish(tmp_path), public, capsys
-    )
+    error = verify_refused(tiny_bundle.publish(tmp_path), public, capsys)
+    assert "bundle.sig: no such file, so the bundle is not signed" in error
 
 
 def test_another_key_is_refused(signed, tmp_path, capsys):
     bundle, _ = signed
-    assert "bundle.sig: does not match this key and these files" in verify_refused(
-        bundle, key_pair(tmp_path, "b")[1], capsys
-    )
+    _, other_public = key_pair(tmp_path, "other")
+    error = verify_refused(bundle, other_public, capsys)
+    assert "bundle.sig: does not match this key and these files" in error
 
 
 @pytest.mark.parametrize(
@@ -103,32 +104,21 @@ def test_an_invalid_signature_is_refused(signed, content, capsys):
 
 def test_an_invalid_key_is_refused(signed, tmp_path, capsys):
     bundle, public = signed
-    (tmp_path / "bad.pem").write_text("nonsense")
-    assert "bad.pem: not a usable public key" in verify_refused(
-        bundle, tmp_path / "bad.pem", capsys
-    )
-    assert "none.pem: not a usable public key" in verify_refused(
-        bundle, tmp_path / "none.pem", capsys
-    )
-    assert (
-        main(
-            [
-                "sign",
-                "colours",
-                "--store",
-                str(bundle.parents[1]),
-                "--key",
-                str(tmp_path / "bad.pem"),
-            ]
-        )
-        == 2
-    )
+    bad = tmp_path / "bad.pem"
+    bad.write_text("nonsense")
+    assert "bad.pem: not a usable public key" in verify_refused(bundle, bad, capsys)
+    missing = tmp_path / "none.pem"
+    assert "none.pem: not a usable public key" in verify_refused(bundle, missing, capsys)
+
+    store = str(bundle.parents[1])
+    assert main(["sign", "colours", "--store", store, "--key", str(bad)]) == 2
     assert "bad.pem: not a usable private key" in capsys.readouterr().err
     verify_signature(bundle, public)  # the earlier signature is still there
 
 
 def test_openssl_keys_work(tmp_path):
-    key, public = tmp_path / "key.pem", tmp_path / "key.pub"
+    key = tmp_path / "key.pem"
+    public = tmp_path / "key.pub"
     subprocess.run(
         ["openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", key], check=True
     )

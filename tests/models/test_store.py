@@ -1,5 +1,6 @@
 """The store: through the commands, and with many writers at once."""
 
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from models.__main__ import main
-from models.bundle import Bundle, BundleError, Latency
+from models.bundle import Bundle, BundleError, Latency, write_checksums
 from models.store import Store
 from support import tiny_bundle
 
@@ -40,9 +41,10 @@ def test_a_writer_that_fails_leaves_nothing_visible(tmp_path):
 
 
 def test_an_incomplete_bundle_is_never_published(tmp_path):
-    whole, store = tiny_bundle.publish(tmp_path), Store(tmp_path)
+    published = tiny_bundle.publish(tmp_path)
+    store = Store(tmp_path)
     with store.stage("colours") as staged:
-        (staged.path / "manifest.json").write_bytes((whole / "manifest.json").read_bytes())
+        shutil.copy(published / "manifest.json", staged.path)
         with pytest.raises(BundleError, match="SHA256SUMS: no such file"):
             staged.publish()
     assert store.versions("colours") == [1]
@@ -61,13 +63,8 @@ def test_a_late_writer_does_not_move_latest_back(tmp_path):
 
 
 def copy_as(source: Path, target: Path, version: int) -> None:
-    from models.bundle.checksums import write_checksums
-
-    for file in source.rglob("*"):
-        if file.is_file():
-            copy = target / file.relative_to(source)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_bytes(file.read_bytes())
+    """Copy a bundle to `target`, with another version in its manifest."""
+    shutil.copytree(source, target, dirs_exist_ok=True)
     manifest = Bundle(source, verify=False).manifest
     manifest.version = version
     manifest.write(target)
@@ -176,11 +173,11 @@ def test_the_commands_do_not_import_torch(three):
         "from models.__main__ import main; "
         "sys.exit(main(['verify', 'colours', '--store', sys.argv[1]]))"
     )
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", code, str(three)],
         capture_output=True,
         text=True,
         check=False,
         cwd=Path(__file__).parents[2],
     )
-    assert done.returncode == 0, done.stderr
+    assert result.returncode == 0, result.stderr

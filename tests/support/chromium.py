@@ -1,4 +1,4 @@
-"""The machine's own Chromium, driven by Playwright, which downloads none."""
+"""The Chromium that is installed on this machine, driven by Playwright, which downloads none."""
 
 import shutil
 

@@ -1,7 +1,7 @@
 """Run `python -m train …` and `python -m serve …` without the seconds that their imports take.
 
-One process imports everything once and forks a child for each command. A command is a process of
-its own, with its own signals, limits and exit status, and its first line is that of the package's
+One process imports everything once and forks a child for each command. Each command is a separate
+process, with its signals, limits and exit status, and begins with the first line of the package's
 __main__. It starts in 20 ms instead of 8 s for train and 1 s for serve.
 
 Run as a module (`python -m support.forked_commands PACKAGE`), this file is the process that forks:

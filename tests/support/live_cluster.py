@@ -73,7 +73,7 @@ def pod_manifest(name: str, image: str, command: list[str], *claims: str) -> str
         "image": image,
         "command": command,
         "volumeMounts": mounts,
-        # Few, so that a client is scheduled beside the server it calls.
+        # Small, so that the pod fits on the node next to the server.
         "resources": {"requests": {"cpu": "250m", "memory": "64Mi"}},
         "securityContext": {
             "allowPrivilegeEscalation": False,

@@ -121,7 +121,7 @@ class LoadGenerator:
             connection.close()
 
     def _wait_until_due(self) -> float | None:
-        """Wait for the next request's turn; return its time, or None when the load is to end."""
+        """Wait until the next request is due; return that time, or None when the load ends."""
         if self._rate is None:
             return None if self._stop.wait(self._pause) else time.monotonic()
 
@@ -167,12 +167,14 @@ def make_gray_png(side: int) -> bytes:
         checksum = zlib.crc32(kind + data)
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
 
-    rows = b"".join(b"\0" + bytes((y * side + x) % 256 for x in range(side)) for y in range(side))
+    rows: list[bytes] = []
+    for y in range(side):
+        rows.append(b"\0" + bytes((y * side + x) % 256 for x in range(side)))  # \0: no filter
     header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
     return (
         b"\x89PNG\r\n\x1a\n"
         + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IDAT", zlib.compress(b"".join(rows)))
         + chunk(b"IEND", b"")
     )
 

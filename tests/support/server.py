@@ -26,7 +26,7 @@ SERVE = [sys.executable, "-m", "serve"]
 def find_free_ports(count: int) -> list[int]:
     """Return ports of 127.0.0.1 on which no process listens.
 
-    Each worker of pytest-xdist draws from its own hundred, from 18000 up, so that two workers never
+    Each worker of pytest-xdist has a range of 100 ports, from 18000 up, so that two workers never
     take the same port between this call and the server's bind.
     """
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
@@ -56,7 +56,7 @@ def loopback_flags() -> list[str]:
 
 
 def run_serve(*flags: str, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run `python -m serve` to its end, with `env` as its whole environment beside PATH."""
+    """Run `python -m serve` to its end, with PATH and `env` as its environment."""
     return subprocess.run(
         [*SERVE, *flags],
         capture_output=True,
@@ -123,7 +123,7 @@ class Server:
         """`command` replaces `python -m serve`; the flags follow it.
 
         `forker` starts the process without the second that imports take, unless `command` or a
-        variable in `env` needs an interpreter of its own.
+        variable in `env` needs a new interpreter.
         """
         self.port, self.metrics_port = find_free_ports(2)
         self.url = f"http://127.0.0.1:{self.port}"

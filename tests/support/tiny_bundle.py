@@ -44,7 +44,7 @@ def make_image(label: str, size: int = 32, kind: str = ".png", seed: int = 0) ->
 
 
 def class_weights(classes: int, channels: int, scale: float) -> np.ndarray:
-    """float32 [classes, channels]: class i looks at channel i modulo the channels."""
+    """float32 [classes, channels]: class i weighs channel i modulo the number of channels."""
     identity = np.eye(channels, dtype=np.float32)
     return np.resize(identity, (classes, channels)) * CHANNEL_WEIGHT * scale
 
