@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from support.fake_kubectl import RunCluster, admission_errors, error_line, needs_kubectl
 from support.manifests import CASES, overlay_with_components, render
 

@@ -12,12 +12,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support.manifests import CASES, K8S, manifests_of_kind, pod_templates, render_overlay
 
 from serve.http.dispatcher import image_outcome
 from serve.http.openapi import OPENAPI
 from serve.metrics.definitions import METRICS
-from support.manifests import CASES, K8S, manifests_of_kind, render_overlay
+from support.manifests import CASES, K8S, manifests_of_kind, pod_templates, render_overlay
 
 ALERT_CASES = Path(__file__).parent / "alerts.yaml"
 RUNBOOK = (K8S / "README.md").read_text()
