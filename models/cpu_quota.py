@@ -13,7 +13,7 @@ PROCESS_CGROUPS = Path("/proc/self/cgroup")
 
 
 def available_cores() -> int:
-    """Return the lesser of affinity and CPU quota, rounded up to whole cores, at least one."""
+    """Return the smaller of affinity and CPU quota, rounded up to whole cores, at least one."""
     affinity = len(os.sched_getaffinity(0))
     membership = PROCESS_CGROUPS.read_text() if PROCESS_CGROUPS.exists() else ""
     quota = read_quota(membership, CGROUP_ROOT)

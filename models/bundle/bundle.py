@@ -51,7 +51,7 @@ class Bundle:
 
     @property
     def digest(self) -> str:
-        """One sha256 that identifies the whole bundle: that of its SHA256SUMS."""
+        """The sha256 of SHA256SUMS, which identifies all files of the bundle."""
         return file_sha256(self.path / CHECKSUMS_FILE)
 
     def variant_path(self, variant: str) -> Path:

@@ -29,7 +29,7 @@ MAX_PIXELS = 50_000_000
 
 ONE_AT_A_TIME_BYTES = 64 << 20
 """Images that take more than this are decoded one at a time, so that a container's memory
-suffices whatever the number of threads."""
+suffices for any number of threads."""
 
 COEFFICIENT_BYTES = 8
 """A pixel of a JPEG in several scans: two bytes for each of up to four components, at any scale."""

@@ -142,7 +142,7 @@ def _read_file(path: Path) -> Any:
         raise ValueError(
             f"{path}: no such file; give a .safetensors file or a torch state dict"
         ) from error
-    except Exception as error:  # torch raises whatever its zip or pickle reader raises
+    except Exception as error:  # torch passes on the errors of its zip and pickle readers
         kind = "a safetensors file"
         if not isinstance(error, SafetensorError):
             kind = "a file of weights only"

@@ -9,7 +9,7 @@ ratios. On a CPU that others use as well, the ratio by processor time (`cpu_rati
 reliable.
 
 Prints one JSON line for each case: device, images/s of both, ratios, and the peak memory of the
-command alone, in a process of its own. --keep also writes them into train_speed.json in this
+command alone, in a separate process. --keep also writes them into train_speed.json in this
 folder. The images are random, 32x32 in color, unless DIR is given. With MALLOC_ARENA_MAX or a
 similar variable in the environment, the memory settings of train.learning.lightning_speed stay
 off; the difference is what they gain.

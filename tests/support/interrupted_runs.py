@@ -11,7 +11,7 @@ EPOCHS = 3
 STEPS = 11
 """Steps per epoch, with batches of 120."""
 
-# Dropout, EMA and random crops: everything that draws random numbers or keeps a state of its own.
+# Dropout, EMA and random crops: everything that draws random numbers or keeps state.
 RECIPE = f"""
 seed_everything: 3
 data:

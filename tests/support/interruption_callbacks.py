@@ -32,7 +32,7 @@ class SendSignal(Callback):
         self.kind, self.moment, self.number = description.split(":")
         self.is_sent = False
         if self.kind == "GROUP":
-            os.setpgid(0, 0)  # a group of its own, as a launcher gives it
+            os.setpgid(0, 0)  # a new process group, as under a launcher
 
     def _send_at(self, moment: str, number: int, trainer: L.Trainer) -> None:
         is_due = (moment, str(number)) == (self.moment, self.number)

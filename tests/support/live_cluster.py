@@ -112,7 +112,7 @@ def image_of(kind: str) -> str:
 def sustained_load(
     clients: int = 4, rate: float | None = 150, side: int = 8
 ) -> Iterator[dict[str, object]]:
-    """Run the load generator in a pod of its own within the block.
+    """Run the load generator in a separate pod within the block.
 
     `rate`: requests per second, None for as many as the clients can; `side`: pixels a side of the
     image. The dict is filled with the counts after the block.

@@ -1,4 +1,4 @@
-"""An S3 server in the test's own process, by moto."""
+"""An S3 server in the process of the test, by moto."""
 
 import contextlib
 from collections.abc import Iterator

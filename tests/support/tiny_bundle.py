@@ -30,7 +30,7 @@ from models.store import Store
 
 CLASSES = ["red", "green", "blue"]
 CHANNEL_WEIGHT = 8.0
-"""How much a pixel's own channel counts for its class."""
+"""Factor of the mean of a channel in the logit of its class."""
 OUTPUTS = ["probabilities", "energy", "embedding", "cam"]
 ENDLESS = 2**62
 """Iterations of a loop that ends in no test's time."""
