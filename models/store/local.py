@@ -1,8 +1,8 @@
 """`Store`: bundles in a local directory, `<store>/<name>/<version>/`, versions 1, 2, 3, …
 
-`<store>/<name>/latest` is a link to one version. A version becomes visible as a whole or not at all, two
-jobs that finish at the same time get two versions, and `latest` moves in one atomic rename.
-Training publishes here; the server and `imago models` read it.
+`<store>/<name>/latest` is a link to one version. A version becomes visible as a whole or not at
+all, two jobs that finish at the same time get two versions, and `latest` moves in one atomic
+rename. Training publishes here; the server and `imago models` read it.
 """
 
 import fcntl
