@@ -93,29 +93,29 @@ def dashboard() -> dict:
 
 def queries() -> dict[str, str]:
     """Return every PromQL query of the manifests by its source, with variables filled in."""
-    queries = {name: rule["expr"] for name, rule in alerts().items()}
+    by_source = {name: rule["expr"] for name, rule in alerts().items()}
     for panel in dashboard()["panels"]:
         for target in panel["targets"]:
             query = target["expr"].replace("$__rate_interval", "5m").replace("$namespace", "imago")
-            queries[f"panel {panel['title']} {target['refId']}"] = query
+            by_source[f"panel {panel['title']} {target['refId']}"] = query
 
     (template,) = manifests_of_kind("components/canary-rollout", "AnalysisTemplate")
     for metric in template["spec"]["metrics"]:
         query = metric["provider"]["prometheus"]["query"]
-        queries[f"analysis {metric['name']}"] = re.sub(r"\{\{.*?\}\}", "x", query)
+        by_source[f"analysis {metric['name']}"] = re.sub(r"\{\{.*?\}\}", "x", query)
 
     (scaled_object,) = manifests_of_kind("components/keda", "ScaledObject")
-    queries["keda"] = scaled_object["spec"]["triggers"][0]["metadata"]["query"]
+    by_source["keda"] = scaled_object["spec"]["triggers"][0]["metadata"]["query"]
 
     adapter = adapter_rule()
-    queries["adapter series"] = adapter["seriesQuery"]
-    queries["adapter"] = (
+    by_source["adapter series"] = adapter["seriesQuery"]
+    by_source["adapter"] = (
         adapter["metricsQuery"]
         .replace("<<.Series>>", "imago_pending_images")
         .replace("<<.LabelMatchers>>", 'namespace="imago"')
         .replace("<<.GroupBy>>", "pod")
     )
-    return queries
+    return by_source
 
 
 def test_queries_use_existing_series_and_labels():
