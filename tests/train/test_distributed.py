@@ -3,7 +3,6 @@
 import collections
 import csv
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,26 +15,18 @@ from support import ROOT
 from support.sample_images import write_image_folder
 from support.server import find_free_ports
 
-# No augmentation, so that images are distinguishable, and no norm over the batch, which each
-# process computes by itself.
-# Plain SGD, which feels the size of the gradients and not their direction alone.
+# No augmentation, so that images are distinguishable, and no batch norm, whose statistics each
+# process computes by itself. Plain SGD, as its steps depend on the size of the gradients.
 SETTINGS = (
     "run",
     "digits",
-    "--trainer.max_epochs",
-    "2",
-    "--trainer.log_every_n_steps",
-    "1",
-    "--logger",
-    "csv",
-    "--audit.enabled",
-    "false",
-    "--model.network",
-    "convnet",
-    "--model.optimizer.name",
-    "sgd",
-    "--model.optimizer.lr",
-    "0.05",
+    "--trainer.max_epochs=2",
+    "--trainer.log_every_n_steps=1",
+    "--logger=csv",
+    "--audit.enabled=false",
+    "--model.network=convnet",
+    "--model.optimizer.name=sgd",
+    "--model.optimizer.lr=0.05",
     "--trainer.callbacks+=support.interruption_callbacks.SendSignal",
     "--trainer.callbacks+=support.interruption_callbacks.RecordBatches",
 )
@@ -58,8 +49,7 @@ def torchrun(
         through=(
             "-m",
             "torch.distributed.run",
-            "--rdzv-backend",
-            "c10d",
+            "--rdzv-backend=c10d",
             "--rdzv-endpoint",
             f"127.0.0.1:{find_free_ports(1)[0]}",
             *flags,
@@ -91,10 +81,8 @@ def launch(
                 "-m",
                 "train",
                 *first,
-                "--trainer.default_root_dir",
-                str(directory / "runs"),
-                "--store",
-                str(directory / "store"),
+                f"--trainer.default_root_dir={directory / 'runs'}",
+                f"--store={directory / 'store'}",
                 *settings,
             ],
             cwd=directory,
@@ -107,20 +95,21 @@ def launch(
     return process
 
 
-def history(directory: Path) -> list[dict[str, float]]:
-    """Loss and accuracy of training and validation, by epoch."""
+def read_history(directory: Path) -> list[dict[str, float]]:
+    """Return loss and accuracy of training and validation, by epoch."""
     with open(directory / "runs/digits/1/csv/metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    names = ("train/loss", "train/accuracy", "val/loss", "val/accuracy")
-    return [
-        {name: float(value) for name, value in zip(names, values, strict=True)}
-        for values in zip(
-            *([row[name] for row in rows if row[name]] for name in names), strict=True
-        )
-    ]
+    by_epoch: list[dict[str, float]] = []
+    for name in ("train/loss", "train/accuracy", "val/loss", "val/accuracy"):
+        values = [float(row[name]) for row in rows if row[name]]
+        if not by_epoch:
+            by_epoch = [{} for _ in values]
+        for epoch, value in zip(by_epoch, values, strict=True):
+            epoch[name] = value
+    return by_epoch
 
 
-def seen(directory: Path) -> dict[str, collections.Counter]:
+def count_trained_images(directory: Path) -> dict[str, collections.Counter]:
     """How often each image was trained on, by epoch, over all processes."""
     counts: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
     for file in (directory / "seen").iterdir():
@@ -137,12 +126,9 @@ def one(commands, tmp_path_factory) -> Path:
     (directory / "seen").mkdir()
     commands.run(
         *SETTINGS,
-        "--data.batch_size",
-        64,
-        "--export.enabled",
-        "false",
-        "--trainer.default_root_dir",
-        directory / "runs",
+        "--data.batch_size=64",
+        "--export.enabled=false",
+        f"--trainer.default_root_dir={directory / 'runs'}",
         env={"RECORD": str(directory / "seen")},
         cwd=directory,
     )
@@ -150,25 +136,26 @@ def one(commands, tmp_path_factory) -> Path:
 
 
 def assert_alike(two: Path, one: Path) -> None:
-    for row, expected in zip(history(two), history(one), strict=True):
+    for row, expected in zip(read_history(two), read_history(one), strict=True):
         for name, value in expected.items():
             # The prediction for one of the 143 validation images may differ.
-            assert row[name] == pytest.approx(value, abs=0.008 if "accuracy" in name else 1e-3), (
-                name
-            )
-    assert seen(two) == seen(one)
-    assert sum(seen(two)["0"].values()) == 1295
+            tolerance = 0.008 if "accuracy" in name else 1e-3
+            assert row[name] == pytest.approx(value, abs=tolerance), name
+
+    trained_images = count_trained_images(two)
+    assert trained_images == count_trained_images(one)
+    assert sum(trained_images["0"].values()) == 1295
     assert [p.name for p in (two / "store/digits").iterdir() if p.name[0].isdigit()] == ["1"]
 
 
 @pytest.mark.slow
 def test_two_processes_stopped_and_resumed_give_the_results_of_one(one, tmp_path):
-    stopped = torchrun(tmp_path, "--data.batch_size", "32", kill="LAUNCHER:step:27")
+    stopped = torchrun(tmp_path, "--data.batch_size=32", kill="LAUNCHER:step:27")
     log = (tmp_path / "log").read_text()
     assert stopped.returncode != 0, log
     (checkpoint,) = (tmp_path / "runs/digits/1").glob("step-*.ckpt")
     assert 27 <= int(checkpoint.stem.removeprefix("step-")) < 42, log
-    finished = torchrun(tmp_path, "--data.batch_size", "32")
+    finished = torchrun(tmp_path, "--data.batch_size=32")
     log = (tmp_path / "log").read_text()
     assert finished.returncode == 0, log
     assert log.count("resuming from step") == 1
@@ -177,9 +164,7 @@ def test_two_processes_stopped_and_resumed_give_the_results_of_one(one, tmp_path
 
 @pytest.mark.slow
 def test_lightning_starts_the_processes_itself(one, tmp_path):
-    done = launch(
-        tmp_path, "--data.batch_size", "32", "--trainer.devices", "2", "--trainer.strategy", "ddp"
-    )
+    done = launch(tmp_path, "--data.batch_size=32", "--trainer.devices=2", "--trainer.strategy=ddp")
     assert done.returncode == 0, (tmp_path / "log").read_text()
     assert_alike(tmp_path, one)
 
@@ -187,23 +172,19 @@ def test_lightning_starts_the_processes_itself(one, tmp_path):
 @pytest.mark.slow
 def test_two_launchers_meet(one, tmp_path):
     flags = (
-        "--nnodes",
-        "2",
-        "--nproc-per-node",
-        "1",
-        "--rdzv-id",
-        "imago",
+        "--nnodes=2",
+        "--nproc-per-node=1",
+        "--rdzv-id=imago",
         "--rdzv-endpoint",
         f"127.0.0.1:{find_free_ports(1)[0]}",
     )
-    nodes = [
-        torchrun(tmp_path, "--data.batch_size", "32", flags=flags, wait=False) for _ in range(2)
-    ]
+    nodes = [torchrun(tmp_path, "--data.batch_size=32", flags=flags, wait=False) for _ in range(2)]
     try:
         assert [node.wait(280) for node in nodes] == [0, 0], (tmp_path / "log").read_text()
     finally:
         for node in nodes:
-            node.send_signal(signal.SIGKILL) if node.poll() is None else None
+            if node.poll() is None:
+                node.kill()
     assert_alike(tmp_path, one)
 
 
@@ -211,24 +192,21 @@ def test_two_launchers_meet(one, tmp_path):
 def test_two_processes_train_on_from_the_checkpoint_of_one(one, tmp_path):
     done = torchrun(
         tmp_path,
-        "--data.batch_size",
-        "32",
-        "--trainer.max_epochs",
-        "3",
-        "--ckpt_path",
-        str(one / "runs/digits/1/last.ckpt"),
+        "--data.batch_size=32",
+        "--trainer.max_epochs=3",
+        f"--ckpt_path={one / 'runs/digits/1/last.ckpt'}",
     )
     log = (tmp_path / "log").read_text()
     assert done.returncode == 0, log
-    assert set(seen(tmp_path)) == {"2"}
-    assert history(tmp_path)[0]["val/accuracy"] > 0.8
+    assert set(count_trained_images(tmp_path)) == {"2"}
+    assert read_history(tmp_path)[0]["val/accuracy"] > 0.8
 
 
 @pytest.mark.slow
 def test_all_processes_end_when_one_fails(tmp_path):
     """Only the first one checks the store."""
     (tmp_path / "store").write_text("")
-    done = torchrun(tmp_path, "--data.batch_size", "32", "--trainer.max_epochs", "1")
+    done = torchrun(tmp_path, "--data.batch_size=32", "--trainer.max_epochs=1")
     assert done.returncode != 0
     assert "can't be created" in (tmp_path / "log").read_text()
 
@@ -238,14 +216,10 @@ def test_predictions_of_all_processes_are_one_table(commands, tmp_path):
     torch.save(networks.build("convnet", 10, 1, 8).state_dict(), tmp_path / "weights.pt")
     first = (
         "predict",
-        "--data.source",
-        "digits",
-        "--model.network",
-        "convnet",
-        "--model.weights",
-        "weights.pt",
-        "--progress.quiet",
-        "true",
+        "--data.source=digits",
+        "--model.network=convnet",
+        "--model.weights=weights.pt",
+        "--progress.quiet=true",
     )
     one = commands.run(*first, cwd=tmp_path).text
     done = torchrun(tmp_path, first=first)
@@ -271,19 +245,9 @@ def test_a_process_whose_test_images_are_all_leaked_stays_in_step(tmp_path):
     torch.save(networks.build("convnet", 3, 3, 32).state_dict(), tmp_path / "weights.pt")
     done = torchrun(
         tmp_path,
-        "--model.weights",
-        "weights.pt",
-        "--data.batch_size",
-        "2",
-        first=(
-            "test",
-            "--data.source",
-            "photos",
-            "--model.network",
-            "convnet",
-            "--audit.enabled",
-            "true",
-        ),
+        "--model.weights=weights.pt",
+        "--data.batch_size=2",
+        first=("test", "--data.source=photos", "--model.network=convnet", "--audit.enabled=true"),
     )
     log = (tmp_path / "log").read_text()
     assert done.returncode == 0, log

@@ -16,14 +16,15 @@ from support import ROOT
 from support.sample_images import write_image_folder
 from train.failures import is_out_of_memory
 
-QUIET = "--logger", "none", "--progress.quiet", "true", "--audit.enabled", "false"
+NO_OUTPUT = ("--progress.quiet=true", "--audit.enabled=false")
+QUIET = ("--logger=none", *NO_OUTPUT)
 
 
 @pytest.mark.parametrize(
     ("settings", "status", "words"),
     [
         (
-            ("--model.optimizer.name", "sgd", "--model.optimizer.lr", "1e30"),
+            ("--model.optimizer.name=sgd", "--model.optimizer.lr=1e30"),
             1,
             "train: the train loss of epoch 1 from step 2 on is not finite: the training diverged; "
             "try a lower --model.optimizer.lr (it is 1e+30)",
@@ -44,7 +45,7 @@ QUIET = "--logger", "none", "--progress.quiet", "true", "--audit.enabled", "fals
             2,
             "train: [Errno 2] No such file or directory: '/proc/nowhere",
         ),
-        (("--trainer.precision", "16-mixed", "--trainer.accelerator", "gpu"), 2, "train: "),
+        (("--trainer.precision=16-mixed", "--trainer.accelerator=gpu"), 2, "train: "),
         (("--model.label_smoothing", 1.5), 2, "model.label_smoothing: 1.5 is not in 0..1"),
         (("--model.optimizer.head_lr", 0), 2, "model.optimizer.head_lr: 0.0 is not above 0"),
         (("--model.optimizer.bias_lr", 0), 2, "model.optimizer.bias_lr: 0.0 is not above 0"),
@@ -68,28 +69,20 @@ QUIET = "--logger", "none", "--progress.quiet", "true", "--audit.enabled", "fals
         (("--model.schedule.gamma", -1), 2, "model.schedule.gamma: -1.0 is not above 0"),
         (("--early_stopping.patience", -3), 2, "early_stopping.patience: -3 is less than 0"),
         (
-            ("--trainer.max_epochs", -1, "--trainer.max_time", "00:00:00:05"),
+            ("--trainer.max_epochs", -1, "--trainer.max_time=00:00:00:05"),
             2,
             "the number of steps is unknown",
         ),
+        (("--model.network=speednet", "--model.options={widths: 64}"), 2, "widths: 64 is no list"),
+        (("--model.network=speednet", "--model.options={widths: []}"), 2, "widths: [] is no list"),
         (
-            ("--model.network", "speednet", "--model.options", "{widths: 64}"),
-            2,
-            "widths: 64 is no list",
-        ),
-        (
-            ("--model.network", "speednet", "--model.options", "{widths: []}"),
-            2,
-            "widths: [] is no list",
-        ),
-        (
-            ("--model.network", "speednet", "--model.options", "{depth: two}"),
+            ("--model.network=speednet", "--model.options={depth: two}"),
             2,
             "depth: 'two' is no whole number",
         ),
         (("--ckpt_path", __file__), 2, "not a checkpoint, or damaged"),
         (
-            ("--data.sampling", "balanced", "--model.weigh_classes", "true"),
+            ("--data.sampling=balanced", "--model.weigh_classes=true"),
             2,
             "both compensate for rare classes; choose one",
         ),
@@ -108,11 +101,7 @@ QUIET = "--logger", "none", "--progress.quiet", "true", "--audit.enabled", "fals
             2,
             "'train/loss' is not one of val/loss, val/accuracy, null",
         ),
-        (
-            ("--checkpoint.mode", "max"),
-            2,
-            "checkpoint.mode: max would prefer the worst val/loss",
-        ),
+        (("--checkpoint.mode", "max"), 2, "checkpoint.mode: max would prefer the worst val/loss"),
         (
             ("--early_stopping.mode", "max"),
             2,
@@ -153,11 +142,9 @@ def test_an_unknown_command_is_refused(commands, tmp_path, argv, words):
 
 
 def test_a_variable_enables_tracebacks(commands, tmp_path):
-    settings = "run", "digits", *QUIET, "--model.label_smoothing", 1.5
-    plain, full = (
-        commands.start(*settings, env={"IMAGO_TRACEBACK": value}, cwd=tmp_path)
-        for value in (None, "1")
-    )
+    settings = "run", "digits", *QUIET, "--model.label_smoothing=1.5"
+    plain = commands.start(*settings, env={"IMAGO_TRACEBACK": None}, cwd=tmp_path)
+    full = commands.start(*settings, env={"IMAGO_TRACEBACK": "1"}, cwd=tmp_path)
     assert plain.status() == full.status() == 2
     assert "Traceback" not in plain.text
     assert full.text.startswith("Traceback")
@@ -166,19 +153,17 @@ def test_a_variable_enables_tracebacks(commands, tmp_path):
 
 @pytest.mark.parametrize("subcommand", ["validate", "test", "predict"])
 def test_random_weights_are_not_evaluated(commands, tmp_path, subcommand):
-    (tmp_path / "rubbish.ckpt").write_bytes(b"PK no checkpoint")
+    (tmp_path / "damaged.ckpt").write_bytes(b"PK no checkpoint")
     for flags, words in (
         ((), f"train: {subcommand}: the weights would be random; give --ckpt_path"),
-        (("--ckpt_path", "rubbish.ckpt"), "train: --ckpt_path rubbish.ckpt: not a checkpoint, or"),
+        (("--ckpt_path", "damaged.ckpt"), "train: --ckpt_path damaged.ckpt: not a checkpoint, or"),
         (("--ckpt_path", "nowhere.ckpt"), "nowhere.ckpt"),
     ):
         command = commands.start(
             subcommand,
-            "--data.source",
-            "digits",
-            "--model.network",
-            "convnet",
-            *QUIET[2:],
+            "--data.source=digits",
+            "--model.network=convnet",
+            *NO_OUTPUT,
             *flags,
             cwd=tmp_path,
         )
@@ -189,24 +174,14 @@ def test_random_weights_are_not_evaluated(commands, tmp_path, subcommand):
 
 def test_a_checkpoint_of_another_network_is_refused(commands, tmp_path):
     commands.run(
-        "run",
-        "digits",
-        *QUIET,
-        "--trainer.max_epochs",
-        1,
-        "--export.enabled",
-        "false",
-        cwd=tmp_path,
+        "run", "digits", *QUIET, "--trainer.max_epochs=1", "--export.enabled=false", cwd=tmp_path
     )
     command = commands.start(
         "test",
-        "--data.source",
-        "digits",
-        *QUIET[2:],
-        "--data.size",
-        16,
-        "--ckpt_path",
-        next(tmp_path.rglob("best.ckpt")),
+        "--data.source=digits",
+        *NO_OUTPUT,
+        "--data.size=16",
+        f"--ckpt_path={next(tmp_path.rglob('best.ckpt'))}",
         cwd=tmp_path,
     )
     assert command.status() == 2
@@ -220,43 +195,31 @@ def elsewhere(commands, tmp_path_factory) -> Path:
     write_image_folder(directory / "photos", 40)
     commands.run(
         "fit",
-        "--data.source",
-        "photos",
+        "--data.source=photos",
         *QUIET,
-        "--model.network",
-        "convnet",
-        "--trainer.max_epochs",
-        1,
-        "--data.val_fraction",
-        0.15,
-        "--data.test_fraction",
-        0.15,
-        "--export.enabled",
-        "false",
+        "--model.network=convnet",
+        "--trainer.max_epochs=1",
+        "--data.val_fraction=0.15",
+        "--data.test_fraction=0.15",
+        "--export.enabled=false",
         cwd=directory,
     )
     return directory
 
 
 def test_missing_weights_are_reported_and_not_evaluated(commands, elsewhere, tmp_path):
-    torch.save(
-        networks.build("convnet", 10, 3, 8).state_dict(), tmp_path / "ten.pt"
-    )  # and the photos have three
+    # The weights are for ten classes, and the photos have three.
+    torch.save(networks.build("convnet", 10, 3, 8).state_dict(), tmp_path / "ten.pt")
     settings = (
-        "--data.source",
-        "photos",
-        "--data.size",
-        8,
-        "--model.network",
-        "convnet",
-        "--model.weights",
-        tmp_path / "ten.pt",
-        *QUIET[2:],
-        "--trainer.default_root_dir",
-        tmp_path,
+        "--data.source=photos",
+        "--data.size=8",
+        "--model.network=convnet",
+        f"--model.weights={tmp_path / 'ten.pt'}",
+        *NO_OUTPUT,
+        f"--trainer.default_root_dir={tmp_path}",
     )
     trained = commands.run(
-        "fit", *settings, "--trainer.max_epochs", 1, "--export.enabled", "false", cwd=elsewhere
+        "fit", *settings, "--trainer.max_epochs=1", "--export.enabled=false", cwd=elsewhere
     )
     assert (
         f"train: {tmp_path / 'ten.pt'}: loaded all but head.weight, head.bias, which start"
@@ -267,7 +230,9 @@ def test_missing_weights_are_reported_and_not_evaluated(commands, elsewhere, tmp
         assert refused.status() == 2
         assert "ten.pt has no head.weight, head.bias that fit, so" in refused.text.splitlines()[-1]
     best = next(tmp_path.rglob("best.ckpt"))
-    assert "ten.pt" not in commands.run("test", *settings, "--ckpt_path", best, cwd=elsewhere).text
+    assert (
+        "ten.pt" not in commands.run("test", *settings, f"--ckpt_path={best}", cwd=elsewhere).text
+    )
 
 
 SPLIT = "--data.val_fraction 0.15 --data.test_fraction 0.15 --seed_everything 0"
@@ -282,16 +247,11 @@ def test_images_that_a_checkpoint_was_trained_on_are_not_evaluated(
 ):
     settings = (
         subcommand,
-        "--data.source",
-        "photos",
-        "--model.network",
-        "convnet",
-        "--progress.quiet",
-        "true",
-        "--ckpt_path",
-        next(elsewhere.rglob("best.ckpt")),
-        "--trainer.default_root_dir",
-        tmp_path,
+        "--data.source=photos",
+        "--model.network=convnet",
+        "--progress.quiet=true",
+        f"--ckpt_path={next(elsewhere.rglob('best.ckpt'))}",
+        f"--trainer.default_root_dir={tmp_path}",
     )
     refused = commands.start(*settings, cwd=elsewhere)
     assert refused.status() == 2
@@ -307,11 +267,9 @@ def test_images_that_a_checkpoint_was_trained_on_are_not_evaluated(
 def test_changed_data_is_refused_and_new_data_is_evaluated(commands, elsewhere, tmp_path):
     settings = (
         "test",
-        "--model.network",
-        "convnet",
-        *QUIET[2:],
-        "--ckpt_path",
-        next(elsewhere.rglob("best.ckpt")),
+        "--model.network=convnet",
+        *NO_OUTPUT,
+        f"--ckpt_path={next(elsewhere.rglob('best.ckpt'))}",
         *SPLIT.split(),
         "--data.source",
     )
@@ -335,24 +293,18 @@ def test_changed_data_is_refused_and_new_data_is_evaluated(commands, elsewhere, 
     ],
 )
 def test_out_of_memory_names_the_batch_size_to_try(commands, tmp_path, evaluating, flag):
-    sizes = (
-        ("--data.batch_size", 2, "--data.eval_batch_size", 144)
-        if evaluating
-        else ("--data.batch_size", 1294)
-    )
+    sizes = ["--data.batch_size=1294"]
+    if evaluating:
+        sizes = ["--data.batch_size=2", "--data.eval_batch_size=144"]
     command = commands.start(
         "run",
         "digits",
         *QUIET,
         *sizes,
-        "--data.size",
-        256,
-        "--data.cache",
-        tmp_path / "cache",
-        "--model.network",
-        "vgg11",
-        "--trainer.limit_train_batches",
-        1,
+        "--data.size=256",
+        f"--data.cache={tmp_path / 'cache'}",
+        "--model.network=vgg11",
+        "--trainer.limit_train_batches=1",
         cwd=tmp_path,
         limits={"RLIMIT_AS": 6 << 30},
     )
@@ -402,25 +354,16 @@ def test_out_of_memory_is_one_line_in_every_command_and_in_the_export(
     command = commands.start(
         subcommand,
         *data,
-        *QUIET[2:],
-        "--model.network",
-        "convnet",
-        "--model.weights",
-        "weights.pt",
-        "--data.size",
-        512,
-        "--data.batch_size",
-        2,
-        "--data.eval_batch_size",
-        400,
-        "--data.cache",
-        "",
-        "--trainer.limit_val_batches",
-        0,
-        "--trainer.limit_train_batches",
-        1,
-        "--trainer.max_epochs",
-        1,
+        *NO_OUTPUT,
+        "--model.network=convnet",
+        "--model.weights=weights.pt",
+        "--data.size=512",
+        "--data.batch_size=2",
+        "--data.eval_batch_size=400",
+        "--data.cache=",
+        "--trainer.limit_val_batches=0",
+        "--trainer.limit_train_batches=1",
+        "--trainer.max_epochs=1",
         cwd=tmp_path,
         limits={"RLIMIT_AS": 6 << 30},
     )
@@ -435,7 +378,7 @@ def test_out_of_memory_is_one_line_in_every_command_and_in_the_export(
 def test_an_unknown_key_in_a_recipe_is_refused_with_status_2(commands, tmp_path):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("data:\n  source: digits\nmodel:\n  netwrok: lenet\n")
-    refused = commands.start("fit", "--config", recipe, "--store", tmp_path / "store")
+    refused = commands.start("fit", f"--config={recipe}", f"--store={tmp_path / 'store'}")
     assert refused.status() == 2
     assert len(refused.text.strip().splitlines()) == 1
     assert "netwrok" in refused.text
@@ -454,10 +397,8 @@ def test_nothing_is_trained_where_no_bundle_can_be_written(commands, tmp_path, f
     refused = commands.start(
         "run",
         "digits",
-        "--trainer.default_root_dir",
-        tmp_path / "runs",
-        "--store",
-        tmp_path / "store",
+        f"--trainer.default_root_dir={tmp_path / 'runs'}",
+        f"--store={tmp_path / 'store'}",
         *[flag.format(tmp_path) for flag in flags],
     )
     assert refused.status() == 2

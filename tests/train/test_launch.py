@@ -20,16 +20,16 @@ match sys.argv[1:]:
         sys.exit(int(status))
     case ["killed"]:
         os.kill(os.getpid(), signal.SIGKILL)
-    case ["meet", place]:
+    case ["meet", directory]:
         import torch
         from torch import distributed
         launcher = os.getppid()
         distributed.init_process_group("gloo")
-        open(f"{place}/met-{launcher}-{os.environ['RANK']}", "w").close()
+        open(f"{directory}/met-{launcher}-{os.environ['RANK']}", "w").close()
         while os.getppid() == launcher:
-            over = torch.tensor(os.path.exists(f"{place}/over"), dtype=torch.int)
-            distributed.all_reduce(over)
-            if over:
+            is_over = torch.tensor(os.path.exists(f"{directory}/over"), dtype=torch.int)
+            distributed.all_reduce(is_over)
+            if is_over:
                 sys.exit()
             time.sleep(0.05)
 """
@@ -38,7 +38,7 @@ Start = Callable[..., subprocess.Popen]
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts launchers of the worker program; those that still run end with the test."""
+    """A function that starts a launcher of WORKER. Launchers that still run end with the test."""
     (tmp_path / "worker.py").write_text(WORKER)
     environment = {
         **os.environ,
@@ -70,7 +70,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 @pytest.fixture
 def node(start: Start, tmp_path: Path) -> Start:
-    """Starts one of the two nodes of a run; they meet at the one that is `first`."""
+    """A function that starts one of the two nodes of a run; the `first` one hosts the meeting."""
     flags = (
         "--nnodes=2",
         "--nproc-per-node=1",
@@ -106,14 +106,15 @@ def test_the_status_is_that_of_the_process(start, tmp_path):
 
 def test_sigterm_ends_it_before_the_nodes_have_met(node):
     alone = node(first=True)
-    time.sleep(3)  # amid its imports
+    time.sleep(3)  # it still imports
     alone.terminate()
     assert alone.wait(60) == 143
 
 
 @pytest.mark.parametrize("notice", [signal.SIGTERM, signal.SIGKILL])
 def test_nodes_end_as_interrupted_when_the_first_one_is_lost(notice, node, tmp_path):
-    first, other = node(first=True), node()
+    first = node(first=True)
+    other = node()
     wait_until_met(tmp_path, first, other)
     first.send_signal(notice)
     assert first.wait(60) == (143 if notice == signal.SIGTERM else -9)
@@ -122,13 +123,15 @@ def test_nodes_end_as_interrupted_when_the_first_one_is_lost(notice, node, tmp_p
 
 @pytest.mark.slow
 def test_another_node_replaces_a_lost_one(node, tmp_path):
-    first, other = node(first=True), node()
+    first = node(first=True)
+    other = node()
     wait_until_met(tmp_path, first, other)
     other.terminate()
     assert other.wait(60) == 143
-    for mark in tmp_path.glob("met-*"):
-        mark.unlink()
+    for file in tmp_path.glob("met-*"):
+        file.unlink()
     replacement = node()
     wait_until_met(tmp_path, first, replacement)
     (tmp_path / "over").touch()
-    assert (first.wait(60), replacement.wait(60)) == (0, 0)
+    assert first.wait(60) == 0
+    assert replacement.wait(60) == 0

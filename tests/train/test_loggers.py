@@ -25,23 +25,15 @@ def train(commands: ForkedCommands, directory: Path, logger: str) -> Path:
     settings = (
         "run",
         "digits",
-        "--logger",
-        logger,
-        "--trainer.max_epochs",
-        2,
-        "--trainer.log_every_n_steps",
-        5,
-        "--data.batch_size",
-        100,
-        "--export.enabled",
-        "false",
-        "--audit.enabled",
-        "false",
-        "--progress.quiet",
-        "true",
+        f"--logger={logger}",
+        "--trainer.max_epochs=2",
+        "--trainer.log_every_n_steps=5",
+        "--data.batch_size=100",
+        "--export.enabled=false",
+        "--audit.enabled=false",
+        "--progress.quiet=true",
         "--trainer.callbacks+=support.interruption_callbacks.SendSignal",
-        "--trainer.default_root_dir",
-        directory / "runs",
+        f"--trainer.default_root_dir={directory / 'runs'}",
     )
     environment = {
         "HOME": str(directory),
@@ -49,12 +41,9 @@ def train(commands: ForkedCommands, directory: Path, logger: str) -> Path:
         "WANDB_API_KEY": None,
         "MLFLOW_TRACKING_URI": None,
     }
-    assert (
-        commands.start(
-            *settings, env={**environment, "SEND_SIGNAL": "TERM:step:20"}, cwd=directory
-        ).status()
-        == 143
-    )
+    interruption = {"SEND_SIGNAL": "TERM:step:20"}
+    interrupted = commands.start(*settings, env=environment | interruption, cwd=directory)
+    assert interrupted.status() == 143
     commands.run(*settings, env=environment, cwd=directory)
     return directory / "runs/digits/1"
 
@@ -90,25 +79,18 @@ def test_steps_before_the_first_checkpoint_are_not_logged_twice(commands, tmp_pa
     settings = (
         "run",
         "digits",
-        "--trainer.max_epochs",
-        1,
-        "--trainer.log_every_n_steps",
-        1,
-        "--data.batch_size",
-        100,
-        "--export.enabled",
-        "false",
-        "--audit.enabled",
-        "false",
+        "--trainer.max_epochs=1",
+        "--trainer.log_every_n_steps=1",
+        "--data.batch_size=100",
+        "--export.enabled=false",
+        "--audit.enabled=false",
         "--trainer.callbacks+=support.interruption_callbacks.SendSignal",
     )
-    assert (
-        commands.start(*settings, env={"SEND_SIGNAL": "TERM:epoch:2"}, cwd=tmp_path).status() == 0
-    )
+    finished = commands.start(*settings, env={"SEND_SIGNAL": "TERM:epoch:2"}, cwd=tmp_path)
+    assert finished.status() == 0
     (run,) = (tmp_path / "artifacts/runs/digits").iterdir()
-    (
-        run / "finished"
-    ).unlink()  # as if it had been killed, with all it had logged on disk, and no checkpoint yet
+    # As if it had been killed before its first checkpoint, with its logs on disk.
+    (run / "finished").unlink()
     (run / "last.ckpt").unlink()
     assert "no complete checkpoint" in commands.run(*settings, cwd=tmp_path).text
     events = EventAccumulator(str(run / "tensorboard"))
@@ -129,7 +111,8 @@ def leveldb_log(data: bytes) -> Iterator[bytes]:
         if block - offset % block < 7:
             offset += block - offset % block
             continue
-        length, kind = int.from_bytes(data[offset + 4 : offset + 6], "little"), data[offset + 6]
+        length = int.from_bytes(data[offset + 4 : offset + 6], "little")
+        kind = data[offset + 6]
         record += data[offset + 7 : offset + 7 + length]
         offset += 7 + length
         if kind in (1, 4):
@@ -168,26 +151,20 @@ def test_mlflow_local_store(commands, tmp_path):
     client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow/mlflow.db")
     (run,) = client.search_runs([client.get_experiment_by_name("digits").experiment_id])
     assert run.data.metrics.keys() >= METRICS
-    assert [metric.step for metric in client.get_metric_history(run.info.run_id, "val/loss")] == [
-        12,
-        25,
-    ]
-    assert [
-        Path(file.path).name for file in client.list_artifacts(run.info.run_id, "val/predictions")
-    ] == ["0000013.png", "0000026.png"]
+    history = client.get_metric_history(run.info.run_id, "val/loss")
+    assert [metric.step for metric in history] == [12, 25]
+    pictures = client.list_artifacts(run.info.run_id, "val/predictions")
+    assert [Path(picture.path).name for picture in pictures] == ["0000013.png", "0000026.png"]
 
 
 def test_several_at_once(commands, tmp_path):
     settings = (
         "run",
         "digits",
-        "--trainer.max_epochs",
-        1,
-        "--export.enabled",
-        "false",
-        "--audit.enabled",
-        "false",
+        "--trainer.max_epochs=1",
+        "--export.enabled=false",
+        "--audit.enabled=false",
         "--trainer.default_root_dir",
     )
-    commands.run(*settings, tmp_path, "--logger", "csv,tensorboard")
+    commands.run(*settings, tmp_path, "--logger=csv,tensorboard")
     assert {"csv", "tensorboard"} <= {p.name for p in (tmp_path / "digits/1").iterdir()}

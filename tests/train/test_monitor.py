@@ -8,14 +8,16 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from support.server import find_free_ports
 
+LISTEN_STATE = "0A"  # in /proc/net/tcp
+
 
 def scrape(port: int) -> dict[str, float]:
     text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
-    return {
-        sample.name: sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-    }
+    values: dict[str, float] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            values[sample.name] = sample.value
+    return values
 
 
 def start_sleeping_run(commands, directory, step: int, *flags, moment: str = "step"):
@@ -24,16 +26,11 @@ def start_sleeping_run(commands, directory, step: int, *flags, moment: str = "st
     command = commands.start(
         "run",
         "digits",
-        "--monitor.port",
-        port,
-        "--monitor.host",
-        "127.0.0.1",
-        "--logger",
-        "none",
-        "--audit.enabled",
-        "false",
-        "--progress.quiet",
-        "true",
+        f"--monitor.port={port}",
+        "--monitor.host=127.0.0.1",
+        "--logger=none",
+        "--audit.enabled=false",
+        "--progress.quiet=true",
         *flags,
         "--trainer.callbacks+=support.interruption_callbacks.SendSignal",
         env={"SEND_SIGNAL": f"SLEEP:{moment}:{step}"},
@@ -45,9 +42,9 @@ def start_sleeping_run(commands, directory, step: int, *flags, moment: str = "st
 
 def test_metrics_follow_the_training(commands, tmp_path):
     command, port = start_sleeping_run(
-        commands, tmp_path, 20, "--trainer.log_every_n_steps", 1, "--data.batch_size", 100
+        commands, tmp_path, 20, "--trainer.log_every_n_steps=1", "--data.batch_size=100"
     )
-    # in the twentieth step, the seventh of the second epoch: 1,295 images make 13
+    # Step 20 is the seventh of the second epoch: 1,295 images make 13 steps.
     metrics = scrape(port)
     assert metrics["imago_train_epoch"] == 2
     assert metrics["imago_train_epochs"] == 40
@@ -62,7 +59,7 @@ def test_metrics_follow_the_training(commands, tmp_path):
     assert metrics["imago_train_fitting"] == 1
     assert metrics["process_resident_memory_bytes"] > 1e8
     other = commands.start(
-        "run", "digits", "--monitor.port", port, "--monitor.host", "127.0.0.1", cwd=tmp_path
+        "run", "digits", f"--monitor.port={port}", "--monitor.host=127.0.0.1", cwd=tmp_path
     )
     assert other.status() == 2
     assert (
@@ -74,7 +71,7 @@ def test_metrics_follow_the_training(commands, tmp_path):
 
 def test_fitting_is_0_while_the_bundle_is_written(commands, tmp_path):
     command, port = start_sleeping_run(
-        commands, tmp_path, 0, "--trainer.max_epochs", 1, moment="after"
+        commands, tmp_path, 0, "--trainer.max_epochs=1", moment="after"
     )
     metrics = scrape(port)
     assert metrics["imago_train_images_total"] > 1000
@@ -84,7 +81,7 @@ def test_fitting_is_0_while_the_bundle_is_written(commands, tmp_path):
 
 def test_without_step_logs_metrics_follow_the_epochs(commands, tmp_path):
     command, port = start_sleeping_run(
-        commands, tmp_path, 4, "--trainer.log_every_n_steps", 0, "--data.batch_size", 500
+        commands, tmp_path, 4, "--trainer.log_every_n_steps=0", "--data.batch_size=500"
     )
     # in the first step of the second epoch
     assert scrape(port)["imago_train_loss"] > 0
@@ -95,21 +92,20 @@ def test_without_a_port_nothing_listens(commands, tmp_path):
     command = commands.start(
         "run",
         "digits",
-        "--logger",
-        "none",
-        "--audit.enabled",
-        "false",
+        "--logger=none",
+        "--audit.enabled=false",
         "--trainer.callbacks+=support.interruption_callbacks.SendSignal",
         env={"SEND_SIGNAL": "SLEEP:step:3"},
         cwd=tmp_path,
     )
     command.wait_for("asleep")
-    tables = "".join(
-        Path(f"/proc/{command.pid}/net/{name}").read_text() for name in ("tcp", "tcp6")
-    )
-    listening = {line.split()[9] for line in tables.splitlines() if line.split()[3] == "0A"}
-    held = {
-        os.readlink(f"/proc/{command.pid}/fd/{fd}") for fd in os.listdir(f"/proc/{command.pid}/fd")
-    }
-    assert not {f"socket:[{inode}]" for inode in listening} & held
+    process = Path(f"/proc/{command.pid}")
+    listening: set[str] = set()  # sockets of any process
+    for table in ("tcp", "tcp6"):
+        for line in (process / "net" / table).read_text().splitlines():
+            columns = line.split()
+            if columns[3] == LISTEN_STATE:
+                listening.add(f"socket:[{columns[9]}]")
+    open_files = {os.readlink(file) for file in (process / "fd").iterdir()}
+    assert not listening & open_files
     command.send_signal(9)

@@ -9,34 +9,23 @@ import pytest
 from models.bundle import Bundle
 from support.sample_images import write_image_folder
 
-ODD = {
+# Bytes that are not UTF-8 (Python writes the byte E9 as \udce9), control characters, a backslash.
+ODD_NAMES = {
     "000.png": "caf\udce9.png",
     "001.png": "back\\slash.png",
     "002.png": "new\nline.png",
     "003.png": "a b\r.png",
 }
-QUICK = [
-    "--trainer.max_epochs",
-    "1",
-    "--name",
-    "odd",
-    "--data.cache",
-    "",
-    "--export.quantize.enabled",
-    "false",
-]
+QUICK = ["--trainer.max_epochs=1", "--name=odd", "--data.cache=", "--export.quantize.enabled=false"]
 
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """A folder whose files have odd names; one class has an odd name, and a file that is no image.
-
-    Python writes the byte E9 as \\udce9.
-    """
+    """A folder whose files have odd names; one class has an odd name and an unreadable file."""
     root = write_image_folder(tmp_path / "photos", count=16)
-    for name in root.iterdir():
-        for plain, odd in ODD.items():
-            (name / plain).rename(name / odd)
+    for class_folder in root.iterdir():
+        for plain, odd in ODD_NAMES.items():
+            (class_folder / plain).rename(class_folder / odd)
     (root / "red" / "br\udcf6ken.png").write_bytes(b"no image")
     (root / "red").rename(root / "rosa \udce9")
     return root
@@ -47,12 +36,9 @@ def test_a_folder_with_odd_names_becomes_a_bundle(commands, tmp_path, photos):
         "run",
         photos,
         *QUICK,
-        "--data.val_fraction",
-        "0.5",
-        "--store",
-        tmp_path / "store",
-        "--trainer.default_root_dir",
-        tmp_path / "runs",
+        "--data.val_fraction=0.5",
+        f"--store={tmp_path / 'store'}",
+        f"--trainer.default_root_dir={tmp_path / 'runs'}",
     )
     assert r"rosa \xe9/br\xf6ken.png" in run.text
     bundle = Bundle(tmp_path / "store/odd/1")
@@ -65,35 +51,29 @@ def test_a_folder_with_odd_names_becomes_a_bundle(commands, tmp_path, photos):
 
 
 def test_odd_names_in_the_audit_and_in_predictions_are_valid_text(commands, tmp_path, photos):
-    commands.run("audit", photos, "--out", tmp_path / "audit")
+    commands.run("audit", photos, f"--out={tmp_path / 'audit'}")
     text = (tmp_path / "audit/audit.json").read_text("ascii")
     json.loads(text)
-    assert r"\ud" not in text  # half a surrogate pair: no reader but Python takes it
+    assert r"\ud" not in text  # half a surrogate pair, which only Python accepts
     assert json.loads(text)["unreadable"][0]["file"] == r"rosa \xe9/br\xf6ken.png"
     (tmp_path / "audit/index.html").read_text("utf-8")
-    split = "--data.cache", "", "--data.val_fraction", "0.1", "--data.test_fraction", "0.5"
+    split = "--data.cache=", "--data.val_fraction=0.1", "--data.test_fraction=0.5"
     commands.run(
         "run",
         photos,
         *QUICK,
         *split,
-        "--export.enabled",
-        "false",
-        "--trainer.default_root_dir",
-        tmp_path / "runs",
+        "--export.enabled=false",
+        f"--trainer.default_root_dir={tmp_path / 'runs'}",
     )
     checkpoint = next((tmp_path / "runs").rglob("best.ckpt"))
     run = commands.run(
         "predict",
-        "--data.source",
-        photos,
-        "--model.network",
-        "lenet",
-        "--ckpt_path",
-        checkpoint,
+        f"--data.source={photos}",
+        "--model.network=lenet",
+        f"--ckpt_path={checkpoint}",
         *split,
-        "--progress.quiet",
-        "true",
+        "--progress.quiet=true",
     )
     output = run.log.read_text("utf-8")
     rows = [
@@ -107,7 +87,7 @@ def test_odd_names_in_the_audit_and_in_predictions_are_valid_text(commands, tmp_
 def test_a_directory_whose_name_is_not_utf8_is_refused_in_one_line(commands, tmp_path, photos):
     directory = photos.rename(tmp_path / "b\udcfccher")
     refused = commands.start(
-        "run", directory, *QUICK, "--trainer.default_root_dir", tmp_path / "runs"
+        "run", directory, *QUICK, f"--trainer.default_root_dir={tmp_path / 'runs'}"
     )
     assert refused.status() == 2
     assert refused.text.startswith("train: ")

@@ -1,4 +1,4 @@
-"""A run resumes on another node: in another directory, with less memory, another processor."""
+"""A run resumes on another node: in another directory, with less memory, on another processor."""
 
 import json
 
@@ -20,42 +20,33 @@ def test_a_moved_run_resumes(commands, tmp_path):
     runs = tmp_path / "runs"
     moved = tmp_path / "moved"
     settings = (
-        "--trainer.max_epochs",
-        1,
-        "--export.enabled",
-        "true",
-        "--export.quantize.enabled",
-        "false",
-        "--export.report",
-        "false",
-        "--store",
-        tmp_path / "store",
+        "--trainer.max_epochs=1",
+        "--export.enabled=true",
+        "--export.quantize.enabled=false",
+        "--export.report=false",
+        f"--store={tmp_path / 'store'}",
     )
     assert start_run(commands, runs, *settings, kill="TERM:end:0").status() == 143
     runs.rename(moved)
     assert "resuming from step" in finish_run(commands, moved, *settings).text
     best = torch.load(find_run_directory(moved) / "best.ckpt", weights_only=True)["state_dict"]
-    kept = load_file(tmp_path / "store/digits/1/weights.safetensors")
-    assert_equal(kept, {name.removeprefix("network."): best[f"network.{name}"] for name in kept})
+    published = load_file(tmp_path / "store/digits/1/weights.safetensors")
+    assert_equal(published, {name: best[f"network.{name}"] for name in published})
 
 
 def test_a_run_resumes_on_a_node_with_less_memory(commands, tmp_path):
     """It normalizes as before, though only a sample of streamed images is measured."""
     photos = write_image_folder(tmp_path / "photos", 1000, 8)
     settings = (
-        "--data.source",
-        photos,
-        "--name",
-        "digits",
-        "--trainer.max_epochs",
-        2,
-        "--trainer.limit_train_batches",
-        4,
+        f"--data.source={photos}",
+        "--name=digits",
+        "--trainer.max_epochs=2",
+        "--trainer.limit_train_batches=4",
     )
     finish_run(commands, tmp_path / "whole", *settings)
     assert start_run(commands, tmp_path / "killed", *settings, kill="TERM:step:3").status() == 143
     resumed = finish_run(
-        commands, tmp_path / "killed", *settings, "--data.memory_share", 1e-9, "--data.workers", 1
+        commands, tmp_path / "killed", *settings, "--data.memory_share=1e-9", "--data.workers=1"
     )
     assert "streamed by workers" in resumed.text
     assert "resuming from step 3:" in resumed.text
@@ -64,15 +55,7 @@ def test_a_run_resumes_on_a_node_with_less_memory(commands, tmp_path):
 
 def test_a_run_records_the_requested_precision(commands, tmp_path):
     """A node without bfloat16 computes in float32; the next one may have it."""
-    assert (
-        start_run(
-            commands, tmp_path, "--trainer.precision", "bf16-mixed", kill="TERM:step:1"
-        ).status()
-        == 143
-    )
-    assert (
-        json.loads((find_run_directory(tmp_path) / "settings.json").read_text())["trainer"][
-            "precision"
-        ]
-        == "bf16-mixed"
-    )
+    precision = "--trainer.precision=bf16-mixed"
+    assert start_run(commands, tmp_path, precision, kill="TERM:step:1").status() == 143
+    settings = json.loads((find_run_directory(tmp_path) / "settings.json").read_text())
+    assert settings["trainer"]["precision"] == "bf16-mixed"
