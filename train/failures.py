@@ -53,7 +53,7 @@ class BatchOutOfMemory(OutOfMemory):
 
 
 class AuditOutOfMemory(OutOfMemory):
-    """The data is too large for the audit, whatever the batch size."""
+    """The data is too large for the audit, which does not depend on the batch size."""
 
     def __init__(self, device: torch.device):
         super().__init__(
@@ -77,7 +77,7 @@ OUT_OF_MEMORY_TEXTS = (
     "DefaultCPUAllocator: can't allocate memory",
     "not enough memory",
     "out of memory",
-    # Errors of CUDA's libraries that do not mention memory, but are raised when too little is left.
+    # CUDA's libraries raise these where too little memory is free.
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
     "unable to find an engine to execute this",

@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def silence_lightning() -> None:
-    """Hide Lightning's advice and warnings that do not apply here."""
+    """Hide Lightning's advice and warnings that do not apply to these commands."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in EXPECTED_WARNINGS:

@@ -211,7 +211,7 @@ def restore_normalization(job: TrainingJob, run: Run) -> None:
 
 
 def audit(job: TrainingJob, run: Run) -> None:
-    """Look for duplicates, leaked images and suspicious labels; write the report to the run."""
+    """Search for duplicates, leaked images and suspicious labels; write the report to the run."""
     if job.audit.enabled:
         audit_data(job.trainer, job.data, run.path / "audit")
 

@@ -25,6 +25,7 @@ def validate_config(command: str, config: Namespace) -> None:
 
 
 def _check_training(config: Namespace) -> None:
+    """Check settings of the checkpoint, the classes and the compiler that exclude one another."""
     if config.checkpoint.save_top_k not in (0, 1):
         raise ValueError(
             f"checkpoint.save_top_k: {config.checkpoint.save_top_k} is not supported; give 1 to "

@@ -113,7 +113,7 @@ class ReliabilityBin(NamedTuple):
 def reliability_bins(
     probabilities: np.ndarray, labels: np.ndarray, bins: int = BINS
 ) -> list[ReliabilityBin]:
-    """Group predictions into bins of equal width over the confidence; empty bins are left out."""
+    """Group predictions into bins of equal width over the confidence; omit empty bins."""
     confidence = probabilities.max(1)
     is_correct = probabilities.argmax(1) == labels
     bin_of_image = np.minimum((confidence * bins).astype(int), bins - 1)
@@ -200,7 +200,7 @@ def conformal_coverage(probabilities: np.ndarray, labels: np.ndarray, quantile: 
 def coverage_error(level: float, calibrated_on: int, tested_on: int) -> float:
     """Return the standard error of a measured coverage.
 
-    It comes from both the images that the quantile is fitted on and those it is tested on.
+    Both the images that fit the quantile and those that test it contribute to the error.
     """
     variance = level * (1 - level) * (1 / calibrated_on + 1 / tested_on)
     return float(np.sqrt(variance))

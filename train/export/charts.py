@@ -92,6 +92,7 @@ class Chart:
         )
 
     def _draw_axes(self, x_label: str, y_label: str) -> None:
+        """Draw horizontal grid lines, the numbers of both axes, and their labels."""
         for tick in choose_ticks(*self.y_range):
             _, y = self.to_pixels(self.x_range[0], tick)
             self._parts.append(
@@ -187,6 +188,7 @@ def draw_confusion_matrix(matrix: Sequence[Sequence[int]], classes: Sequence[str
 def _draw_matrix_cell(
     x: int, y: int, cell: int, count: int, share: float, style: str, title: str
 ) -> str:
+    """Return a square, shaded by its share of the row, with its count where there is space."""
     svg = (
         f'<rect class="cell" x="{x}" y="{y}" width="{cell}" height="{cell}"/>'
         f'<rect class="{style}" x="{x}" y="{y}" width="{cell - 1}" height="{cell - 1}" '

@@ -128,7 +128,7 @@ def _divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def load_images(data: ImageData, part: str, rows: np.ndarray) -> np.ndarray:
-    """Return the network's input for some images of a part, uint8 [n,H,W,C]."""
+    """Return the network's input for these rows of a part, uint8 [n,H,W,C]."""
     index = data.index[part][rows]
     if data.storage != "stream":
         return np.ascontiguousarray(data.decoded.pixels[index])

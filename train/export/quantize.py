@@ -153,6 +153,7 @@ def _prepare(source: Path, target: Path) -> list[str]:
 
 
 def _write_int8(prepared: Path, target: Path, images: np.ndarray, float_layers: list[str]) -> None:
+    """Quantize all layers but `float_layers`."""
     from onnxruntime import quantization
 
     with _silence_quantizer():

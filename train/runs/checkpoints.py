@@ -80,8 +80,8 @@ def newest_checkpoint(directory: Path) -> Path | None:
 def is_complete_checkpoint(path: Path) -> bool:
     """Whether all of a checkpoint reads back.
 
-    torch writes zip files with a CRC for each record. The CRCs do not cover the zip's own
-    directory, so each record is read as torch finds it there, and the checkpoint is opened as a
+    torch writes zip files with a CRC for each record. The CRCs do not cover the directory of the
+    zip file, so each record is read as torch finds it there, and the checkpoint is opened as a
     whole (memory mapped, so that no tensor is copied).
     """
     try:
@@ -94,11 +94,13 @@ def is_complete_checkpoint(path: Path) -> bool:
 
 
 def _records_match_checksums(path: Path) -> bool:
+    """Whether each record, as torch reads it, matches the CRC in the zip file."""
     reader = torch._C.PyTorchFileReader(str(path))
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
-            # Records are not compressed. Where the two sizes differ, torch fills only a part of the
-            # memory, and the rest may still hold the right bytes of an earlier reading.
+            # Records are not compressed, so the two sizes are equal. Where they differ, torch fills
+            # only a part of the memory; the rest may contain the same record from an earlier read,
+            # and its CRC would match.
             if entry.compress_size != entry.file_size:
                 return False
             record = reader.get_record(entry.filename.partition("/")[2])
@@ -108,7 +110,7 @@ def _records_match_checksums(path: Path) -> bool:
 
 
 def delete_old_checkpoints(directory: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and files that a killed process left."""
+    """Delete all but the newest `keep` checkpoints, and unfinished files of killed processes."""
     old = list_checkpoints(directory)[keep:]
     unfinished = directory.glob(f".*{UNFINISHED_SUFFIX}")
     for path in [*old, *unfinished]:

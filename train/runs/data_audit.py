@@ -14,14 +14,13 @@ class Audit(L.Callback):
     """Settings of the audit. As a callback it audits the data before a test.
 
     The training run calls `audit_data` itself, before the fit.
+
+    Args:
+        enabled: search for duplicates, leaked images and suspicious labels; the findings are
+            stored for the next run on the same data and split.
     """
 
     def __init__(self, enabled: bool = True):
-        """
-        Args:
-            enabled: look for duplicates, leaked images and suspicious labels; the findings are kept
-                for the next run on the same data and split.
-        """
         self.enabled = enabled
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

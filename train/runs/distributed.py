@@ -119,11 +119,12 @@ def run_in_first_process(trainer: L.Trainer, work: Callable[[], Any]) -> Any:
     return json.loads(content_bytes.numpy().tobytes())
 
 
-def _broadcast(tensor: torch.Tensor, group: Any) -> None:
+def _broadcast(tensor: torch.Tensor, group: torch.distributed.ProcessGroup) -> None:
+    """Fill the tensor of each process with that of the first process."""
     _wait(torch.distributed.broadcast(tensor, 0, group, async_op=True))
 
 
-def _wait(work: Any) -> None:
+def _wait(work: torch.distributed.Work) -> None:
     """Wait for a collective operation, and let Python handle signals meanwhile."""
     while not work.is_completed():
         time.sleep(POLL_SECONDS)
@@ -131,6 +132,7 @@ def _wait(work: Any) -> None:
 
 
 def _exit_without_first_process(error: RuntimeError) -> NoReturn:
+    """Print that the first process is lost, and end this one as interrupted."""
     reason = str(error).splitlines()[0]
     print(f"train: lost the connection to the first process: {reason}", file=sys.stderr, flush=True)
     raise Preempted(NOTICE.signum or signal.SIGTERM) from error
@@ -162,6 +164,7 @@ def run_process(command: Callable[[], int]) -> int:
 
 
 def _exit_at_once(status: int) -> NoReturn:
+    """End this process, with its exit handlers, but without the destructors of libraries."""
     keep_process_group_at_exit()
     atexit._run_exitfuncs()
     sys.stdout.flush()

@@ -6,7 +6,14 @@ NEVER = 10**9  # validations
 
 
 class EarlyStopping(LightningEarlyStopping):
-    """Ends the run when validation no longer improves; off unless `patience` is set."""
+    """Ends the run when validation no longer improves; off unless `patience` is set.
+
+    Args:
+        patience: validations without a better value before the run ends; 0 never ends it.
+        monitor: metric to watch.
+        mode: min or max; auto follows the metric.
+        min_delta: smallest change that counts as better.
+    """
 
     def __init__(
         self,
@@ -15,13 +22,6 @@ class EarlyStopping(LightningEarlyStopping):
         mode: str = "auto",
         min_delta: float = 0.0,
     ):
-        """
-        Args:
-            patience: validations without a better value before the run ends; 0 never ends it.
-            monitor: metric to watch.
-            mode: min or max; auto follows the metric.
-            min_delta: smallest change that counts as better.
-        """
         if patience < 0:
             raise ValueError(f"early_stopping.patience: {patience} is less than 0")
         super().__init__(

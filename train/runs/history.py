@@ -14,7 +14,7 @@ class History(Callback):
         self.rows: list[dict[str, float]] = []
         self._epoch = 0  # the current one, from 0
         self._epoch_started: float | None = None  # None when its row is written
-        # Of the current epoch: Lightning keeps the metrics of an older validation.
+        # Of the current epoch only; trainer.callback_metrics keeps those of an earlier epoch.
         self._validation_metrics: dict[str, float] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -45,6 +45,7 @@ class History(Callback):
         self._write_row(trainer)
 
     def _write_row(self, trainer: L.Trainer) -> None:
+        """Append the row of the current epoch, unless it is written already."""
         if self._epoch_started is None:
             return
         row: dict[str, float] = {

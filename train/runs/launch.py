@@ -42,5 +42,5 @@ def launch(arguments: Sequence[str]) -> int:
 
 
 def _shell_status(exit_code: int) -> int:
-    """Return 128 plus the number of the signal that killed a process, or else its own status."""
+    """Return 128 plus the number of the signal that killed a process, or else the status itself."""
     return exit_code if exit_code > 0 else 128 - exit_code

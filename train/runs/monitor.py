@@ -23,14 +23,14 @@ PREFIX = "imago_train_"
 
 
 class Monitor(Callback, Collector):
-    """Serves metrics in the first process of each node; the others take the same steps."""
+    """Serves metrics in the first process of each node; the others take the same steps.
+
+    Args:
+        port: port of the Prometheus metrics of the training, at /metrics; none by default.
+        host: address to listen on.
+    """
 
     def __init__(self, port: int | None = None, host: str = "0.0.0.0"):
-        """
-        Args:
-            port: port of the Prometheus metrics of the training, at /metrics; none by default.
-            host: address to listen on.
-        """
         if port is not None and not 0 < port < 65536:
             raise ValueError(f"monitor.port: {port} is not between 1 and 65535")
         self.port = port
@@ -103,6 +103,7 @@ class Monitor(Callback, Collector):
         self._measured_images = self._images
 
     def _measure_speed(self) -> None:
+        """Compute the speed since the last call, and start the next measurement."""
         seconds = time.monotonic() - self._measured_at
         self._images_per_second = (self._images - self._measured_images) / seconds
         self._start_measuring()
@@ -121,6 +122,7 @@ class Monitor(Callback, Collector):
         yield from _collect_gpu_memory(trainer.strategy.root_device)
 
     def _collect_progress(self, trainer: ImageTrainer) -> Iterator[Metric]:
+        """Yield epochs, steps, images and speed."""
         has_epochs = bool(trainer.max_epochs and trainer.max_epochs > 0)
         epochs = float(trainer.max_epochs or 0) if has_epochs else float("inf")
         yield _gauge(
@@ -143,6 +145,7 @@ class Monitor(Callback, Collector):
         )
 
     def _collect_quality(self) -> Iterator[Metric]:
+        """Yield loss and accuracy of the current epoch and of the last validation."""
         loss, correct, images, _ = self._sums.tolist()
         if images:
             yield _gauge("loss", "Mean loss of the current epoch.", loss / images)

@@ -52,6 +52,7 @@ class ShutdownNotice:
         self._is_deferred = False
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
+        """Record the first signal, forward it, and end the process unless that is deferred."""
         if self.signum == signal.SIGINT and signum == signal.SIGINT:
             os._exit(128 + signum)  # a second Ctrl-C does not wait for the end of the step
 
@@ -68,6 +69,7 @@ class ShutdownNotice:
             raise Preempted(signum)
 
     def _exit_late(self) -> None:
+        """End the process while a step still runs."""
         print(
             f"train: the step did not end within {SHUTDOWN_SECONDS:.0f} s of the signal; the next "
             "start resumes from the last checkpoint",

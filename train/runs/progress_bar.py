@@ -18,24 +18,24 @@ from rich.progress import (
 
 
 class ProgressBar(LightningProgressBar):
-    """One bar over the whole run, drawn by its own thread, and one line an epoch.
+    """One bar over the whole run, drawn by a separate thread, and one line an epoch.
 
     It never reads a tensor within an epoch, so it costs no time in a step. Where the output is not
     a terminal, it prints only the lines.
+
+    Args:
+        quiet: print nothing.
     """
 
     def __init__(self, quiet: bool = False):
-        """
-        Args:
-            quiet: print nothing.
-        """
         super().__init__()
         self.console = Console(file=sys.stderr, quiet=quiet, highlight=False)
         self._epochs: int | None = None  # None where steps or time end the run
         self._epoch_started = 0.0
         self._images = 0  # of the current epoch
         self._finished_epoch: tuple[str, str] | None = None  # epoch and speed, not printed yet
-        self._has_validated = False  # in that epoch: Lightning keeps old validation metrics
+        # In that epoch; trainer.callback_metrics also keeps the metrics of an earlier validation.
+        self._has_validated = False
 
     def disable(self) -> None:
         """Print nothing from now on."""
@@ -74,6 +74,7 @@ class ProgressBar(LightningProgressBar):
         self._epoch_started = time.perf_counter()
 
     def _total_batches(self, trainer: L.Trainer) -> int | float | None:
+        """Return the batches of the whole run; None where their number is unknown."""
         total = trainer.num_training_batches * self._epochs if self._epochs else None
         if trainer.max_steps > 0:
             return min(total or trainer.max_steps, trainer.max_steps)

@@ -69,15 +69,14 @@ class ResumeCheckpoint(Checkpoint):
     """Writes a checkpoint every few minutes or steps, and before a signal ends the process.
 
     Lightning calls a `Checkpoint` after all other callbacks, so their states are up to date.
+
+    Args:
+        every_minutes: time between checkpoints; 0 for none by time.
+        every_steps: steps between checkpoints; 0 for none by steps.
+        keep: number of newest checkpoints to keep, so that a damaged one costs little.
     """
 
     def __init__(self, every_minutes: float = 5.0, every_steps: int = 0, keep: int = 2):
-        """
-        Args:
-            every_minutes: time between checkpoints; 0 for none by time.
-            every_steps: steps between checkpoints; 0 for none by steps.
-            keep: number of newest checkpoints to keep, so that a damaged one costs little.
-        """
         if every_minutes < 0 or every_steps < 0 or keep < 1:
             raise ValueError(
                 "resume: every_minutes and every_steps must be 0 or more, and keep 1 or more"
@@ -94,8 +93,10 @@ class ResumeCheckpoint(Checkpoint):
         self._stage: Stage | None = None  # of the checkpoint that is being written
         self._loaded_state: dict[str, Any] | None = None  # to restore when training starts
         self._loaded_step = -1
-        self._group: Any = None  # of all processes, to exchange requests; None for one process
-        self._pending: tuple[Any, torch.Tensor] | None = None  # the exchange under way, its request
+        # Of all processes, to exchange requests; None for one process.
+        self._group: torch.distributed.ProcessGroup | None = None
+        # The exchange that is under way, and its request.
+        self._pending: tuple[torch.distributed.Work, torch.Tensor] | None = None
 
     def write_to(self, directory: Path, is_resumed: bool) -> None:
         """Write checkpoints to the run directory; `is_resumed`: `fit` starts from one of them."""
@@ -216,6 +217,7 @@ class ResumeCheckpoint(Checkpoint):
     def _fulfil_request(
         self, trainer: L.Trainer, pl_module: L.LightningModule, stage: Stage
     ) -> None:
+        """Save at a stage, and end the process where the request is to stop."""
         request = self._request
         self._request = Request.NOTHING
         self._save(trainer, pl_module, stage)
@@ -332,6 +334,7 @@ def _preempted() -> Preempted:
 
 
 def _report_failed_save(directory: Path, step: int, error: OSError) -> None:
+    """Print why a checkpoint is missing, and from which step the run can resume."""
     checkpoints = list_checkpoints(directory)
     rest = "there is no earlier one"
     if checkpoints:

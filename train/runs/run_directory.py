@@ -138,6 +138,7 @@ def _start_new_run(directory: Path, number: int, settings: dict[str, Any]) -> Ru
 
 
 def _resume(path: Path) -> Run:
+    """Return a run with its newest checkpoint, and print the step from which it resumes."""
     checkpoint = newest_checkpoint(path)
     if checkpoint is None:
         print(f"train: {path}: no complete checkpoint yet, starts from step 0", file=sys.stderr)
@@ -165,6 +166,7 @@ def _report_other_settings(path: Path, settings: dict[str, Any]) -> None:
 
 
 def _decisive_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that decide the result. Raises KeyError where sections are missing."""
     decisive = {key: settings.get(key) for key in DECISIVE_SETTINGS}
     for section, indifferent in INDIFFERENT_SETTINGS.items():
         decisive[section] = {
@@ -206,6 +208,7 @@ _locks: list[FileLock] = []  # held by this process; the kernel releases them wh
 
 
 def _try_lock(path: Path) -> bool:
+    """Lock a run directory for this process; return False where another process holds the lock."""
     lock = FileLock(path / LOCK_FILE)
     try:
         lock.acquire(timeout=0)

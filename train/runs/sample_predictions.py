@@ -21,14 +21,14 @@ MAX_NAME_LENGTH = 12  # characters of a class name
 
 
 class SamplePredictions(Callback):
-    """Logs validation images with their predictions after a validation, in the first process."""
+    """Logs validation images with their predictions after a validation, in the first process.
+
+    Args:
+        images: number of validation images; 0 for none.
+        every_epochs: epochs between two pictures.
+    """
 
     def __init__(self, images: int = 16, every_epochs: int = 1):
-        """
-        Args:
-            images: number of validation images; 0 for none.
-            every_epochs: epochs between two pictures.
-        """
         if images < 0 or every_epochs < 1:
             raise ValueError("samples: images must be 0 or more and every_epochs 1 or more")
         self.images = images
