@@ -69,7 +69,7 @@ QUIET = ("--logger=none", *NO_OUTPUT)
         (("--model.schedule.gamma", -1), 2, "model.schedule.gamma: -1.0 is not above 0"),
         (("--early_stopping.patience", -3), 2, "early_stopping.patience: -3 is less than 0"),
         (
-            ("--trainer.max_epochs", -1, "--trainer.max_time=00:00:00:05"),
+            ("--trainer.max_epochs=-1", "--trainer.max_time=00:00:00:05"),
             2,
             "the number of steps is unknown",
         ),
