@@ -15,7 +15,7 @@ LIVE_AND_CLOSE = b"GET /health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n
 
 
 def get_status(server: Server, request: bytes) -> int:
-    """Send a request on a connection of its own and return the status."""
+    """Send a request on a new connection and return the status."""
     return RawConnection(server, request).read_response()[0]
 
 
