@@ -17,7 +17,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, MutableMapping
 from itertools import count
 from types import FrameType
 from typing import Any
@@ -76,14 +76,16 @@ class ServiceApp:
         self.run_directory = run_directory
         self.process_number = process_number
 
-    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Run the lifespan, or answer a request."""
         if scope["type"] == "lifespan":
             await self._run_lifespan(scope, receive, send)
         elif scope["type"] == "http":
             await scope["state"][STATE_KEY].handle(scope, receive, send)
 
-    async def _run_lifespan(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+    async def _run_lifespan(
+        self, scope: MutableMapping[str, Any], receive: Receive, send: Send
+    ) -> None:
         """Create the service, and close it when the lifespan ends."""
         service = Service(self.settings, self.run_directory, self.process_number)
         scope["state"][STATE_KEY] = service

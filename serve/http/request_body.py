@@ -8,10 +8,10 @@ untrusted: time and memory stay proportional to the size of the body.
 import binascii
 import json
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from serve.http.responses import Problem
+from serve.http.responses import Problem, Receive
 
 MAX_PART_HEAD_BYTES = 8192
 MAX_EXTRA_ELEMENTS = 64  # objects, lists or form fields that a request may have besides its images
@@ -24,7 +24,7 @@ ImageOrProblem = bytes | Problem
 
 
 async def read_body(
-    receive: Callable[[], Awaitable[dict[str, Any]]],
+    receive: Receive,
     max_bytes: int,
     on_progress: Callable[[int], None] | None = None,
 ) -> bytes:

@@ -4,16 +4,18 @@ Errors are RFC 9457 problem details (application/problem+json).
 """
 
 import json
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from http import HTTPStatus
 from typing import Any, Protocol
 
+from starlette import types
+
 Header = tuple[bytes, bytes]
-Scope = Mapping[str, Any]
-Receive = Callable[[], Awaitable[dict[str, Any]]]
-Send = Callable[[dict[str, Any]], Awaitable[None]]
+Scope = Mapping[str, Any]  # of ASGI; read only
+Receive = types.Receive
+Send = types.Send
 
 JSON = b"application/json"
 PROBLEM_JSON = b"application/problem+json"
