@@ -12,11 +12,15 @@ CGROUP_ROOT = Path("/sys/fs/cgroup")
 PROCESS_CGROUPS = Path("/proc/self/cgroup")
 
 
-def available_cores() -> int:
-    """Return the smaller of affinity and CPU quota, rounded up to whole cores, at least one."""
+def available_cores(root: Path = CGROUP_ROOT, process_cgroups: Path = PROCESS_CGROUPS) -> int:
+    """Return the smaller of affinity and CPU quota, rounded up to whole cores, at least one.
+
+    `root` is the mount of the cgroup file system, `process_cgroups` the file that names the cgroups
+    of this process.
+    """
     affinity = len(os.sched_getaffinity(0))
-    membership = PROCESS_CGROUPS.read_text() if PROCESS_CGROUPS.exists() else ""
-    quota = read_quota(membership, CGROUP_ROOT)
+    membership = process_cgroups.read_text() if process_cgroups.exists() else ""
+    quota = read_quota(membership, root)
     if not quota:
         return affinity
     return max(1, min(affinity, math.ceil(quota)))

@@ -47,22 +47,24 @@ class AnswerTable:
     moment may mix their entries, which is rare and harmless for statistics.
     """
 
-    def __init__(self, run_directory: str) -> None:
-        """Open the table in `run_directory`, or create it."""
+    def __init__(self, run_directory: str, slots: int = TABLE_SLOTS) -> None:
+        """Open the table in `run_directory`, or create it. All processes use as many slots."""
+        self.slots = slots
+        size = slots * _SLOT.size
         with open(os.path.join(run_directory, "answers"), "a+b") as file:
-            file.truncate(TABLE_SLOTS * _SLOT.size)
-            self.map = mmap.mmap(file.fileno(), TABLE_SLOTS * _SLOT.size)
+            file.truncate(size)
+            self.map = mmap.mmap(file.fileno(), size)
 
     def put(self, request_id: str, image: int, answer: Answer) -> None:
         """Store the prediction for one image, given by its position in the request."""
-        offset, key = _locate(request_id, image)
+        offset, key = _locate(request_id, image, self.slots)
         _SLOT.pack_into(
             self.map, offset, key, answer.version, answer.class_index, answer.confidence
         )
 
     def get(self, request_id: str, image: int) -> PastPrediction | None:
         """Return the prediction for one image, or None if it is unknown, replaced or removed."""
-        offset, key = _locate(request_id, image)
+        offset, key = _locate(request_id, image, self.slots)
         stored_key, version, class_index, confidence = _SLOT.unpack_from(self.map, offset)
         if stored_key != key:
             return None
@@ -72,18 +74,18 @@ class AnswerTable:
         """Return the prediction for one image and remove it."""
         answer = self.get(request_id, image)
         if answer is not None:
-            offset, _ = _locate(request_id, image)
+            offset, _ = _locate(request_id, image, self.slots)
             self.map[offset : offset + _SLOT.size] = _EMPTY_SLOT
         return answer
 
 
-def _locate(request_id: str, image: int) -> tuple[int, bytes]:
+def _locate(request_id: str, image: int, slots: int) -> tuple[int, bytes]:
     """Return the byte offset of an answer's slot and the key that is stored in it."""
     name = request_id.encode()
     if image:
         name = b"%b %d" % (name, image)
     key = hashlib.blake2b(name, digest_size=8).digest()
-    slot = int.from_bytes(key[:2], "little") % TABLE_SLOTS
+    slot = int.from_bytes(key[:2], "little") % slots
     return slot * _SLOT.size, key
 
 

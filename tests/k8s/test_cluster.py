@@ -114,7 +114,7 @@ def test_a_damaged_version_gets_no_traffic():
     with sustained_load() as counts:
         kubectl("set", "env", "deployment/imago-serving", "IMAGO_VERSION=99")
         wait_for("the new pod to start", lambda: is_started(damaged_pod_status()))
-        time.sleep(15)
+        time.sleep(15)  # a pod that became ready later, wrongly, would do so within seconds
         assert not damaged_pod_status()["ready"]
         ready = "jsonpath={.status.readyReplicas}"
         assert kubectl("get", "deployment", "imago-serving", "-o", ready) == "2"

@@ -97,7 +97,7 @@ def test_a_canary_gets_its_share_and_loses_no_request():
         wait_for_rollout()
         wait_for_rollout("imago-serving-canary")
         with sustained_load(clients=16) as counts:
-            time.sleep(10)
+            time.sleep(10)  # of load: enough requests to measure the share of each version
             metrics = kubectl(
                 "exec", "deployment/imago-serving-canary", "--", "python", "-c", METRICS
             )
@@ -125,7 +125,7 @@ def test_a_drain_evicts_one_pod_at_a_time():
 
 def test_network_policies_let_predictions_through():
     with applied_components("network-policy"), sustained_load() as counts:
-        time.sleep(5)
+        time.sleep(5)  # of load, with the policies in place
     assert_no_request_lost(counts)
 
 

@@ -17,6 +17,7 @@ from serve.http.dispatcher import image_outcome
 from serve.http.openapi import OPENAPI
 from serve.metrics.definitions import METRICS
 from support.manifests import CASES, K8S, manifests_of_kind, pod_templates, render_overlay
+from support.server import find_free_ports
 
 ALERT_CASES = Path(__file__).parent / "alerts.yaml"
 RUNBOOK = (K8S / "README.md").read_text()
@@ -48,14 +49,16 @@ def serving_series() -> dict[str, tuple[str, ...]]:
 
 def training_series() -> set[str]:
     """Return the names of the series of a training job."""
-    from train.runs import monitor
+    from train.runs.monitor import Monitor
+    from train.runs.trainer import ImageTrainer
 
-    trained = monitor.Monitor(9090)
-    trained._trainer = monitor.L.Trainer(
-        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False
+    (port,) = find_free_ports(1)
+    monitor = Monitor(port, "127.0.0.1")
+    monitor.start(
+        ImageTrainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False)
     )
     suffixes = {"counter": "_total"}
-    return {family.name + suffixes.get(family.type, "") for family in trained.collect()}
+    return {family.name + suffixes.get(family.type, "") for family in monitor.collect()}
 
 
 def all_series() -> dict[str, tuple[str, ...]]:

@@ -57,6 +57,7 @@ def test_training_has_time_to_save_a_checkpoint(case):
         if "imago-train:" in containers(template)[-1]["image"]:
             grace_periods.append(template["spec"]["terminationGracePeriodSeconds"])
     assert grace_periods
+    # The constant is the time in which training promises to end after a signal.
     assert min(grace_periods) > SHUTDOWN_SECONDS
 
 

@@ -59,10 +59,9 @@ def test_without_a_readable_quota_there_is_none(tmp_path, text):
 @pytest.mark.parametrize(
     ("limit", "cores"), [("50000 100000", 1), ("150000 100000", 2), ("6400000 100000", None)]
 )
-def test_cores_are_whole_and_at_most_those_of_the_affinity(tmp_path, monkeypatch, limit, cores):
+def test_cores_are_whole_and_at_most_those_of_the_affinity(tmp_path, limit, cores):
     write_cgroup(tmp_path, ".", cpu__max=limit)
     (tmp_path / "process").write_text("0::/\n")
-    monkeypatch.setattr(cpu_quota, "CGROUP_ROOT", tmp_path)
-    monkeypatch.setattr(cpu_quota, "PROCESS_CGROUPS", tmp_path / "process")
     usable = len(os.sched_getaffinity(0))
-    assert cpu_quota.available_cores() == min(cores or usable, usable)
+    available = cpu_quota.available_cores(tmp_path, tmp_path / "process")
+    assert available == min(cores or usable, usable)

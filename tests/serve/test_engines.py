@@ -89,6 +89,7 @@ def test_cuda_without_a_gpu_is_refused_in_one_line(bundle_store):
 @needs_no_gpu
 def test_auto_falls_back_to_the_cpu_without_a_gpu(bundle_store, monkeypatch):
     """For example, an image for GPUs on a node that has none."""
+    # onnxruntime-gpu can't be installed beside the onnxruntime of the other tests.
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     assert load_model(bundle_store).engine.name == "onnxruntime"
 
@@ -100,6 +101,7 @@ def test_auto_falls_back_to_the_cpu_if_the_gpu_fails(bundle_store, monkeypatch):
         def run(self, *_):
             raise RuntimeError("out of memory")
 
+    # No setting makes a GPU fail, and most machines that run the tests have none.
     monkeypatch.setattr(select, "has_cuda_provider", lambda: True)
     monkeypatch.setattr(select, "CudaEngine", BrokenEngine)
     assert load_model(bundle_store).engine.name == "onnxruntime"

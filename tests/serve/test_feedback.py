@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from models.image import InputSpec, decode
-from serve.http.feedback import TABLE_SLOTS, AnswerTable
+from serve.http.feedback import AnswerTable
 from serve.wire import Answer
 from support import tiny_bundle
 from support.server import Server, wait_until
@@ -170,20 +170,21 @@ def test_feedback_is_limited_in_size_and_requires_the_key(start):
 
 
 def test_the_answer_table_is_bounded_and_shared_between_processes(tmp_path):
-    first = AnswerTable(str(tmp_path))
-    second = AnswerTable(str(tmp_path))
-    for i in range(3 * TABLE_SLOTS):
+    slots = 4096
+    first = AnswerTable(str(tmp_path), slots)
+    second = AnswerTable(str(tmp_path), slots)
+    for i in range(3 * slots):
         answer = Answer(id=1, status=200, version=1, body=b"", class_index=i % 7, confidence=0.5)
         first.put(f"request-{i}", 0, answer)
-    assert (tmp_path / "answers").stat().st_size < 4 << 20
+    assert (tmp_path / "answers").stat().st_size < 64 * slots
 
-    last = 3 * TABLE_SLOTS - 1
+    last = 3 * slots - 1
     assert second.pop(f"request-{last}", 0) == (1, last % 7, 0.5)
     assert first.pop(f"request-{last}", 0) is None
 
     # Of the latest answers, the table still holds those whose slot no other answer took.
     kept = 0
-    for i in range(2 * TABLE_SLOTS, last):
+    for i in range(2 * slots, last):
         if second.pop(f"request-{i}", 0) is not None:
             kept += 1
-    assert kept > 0.6 * TABLE_SLOTS
+    assert kept > 0.6 * slots

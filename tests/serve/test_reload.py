@@ -2,7 +2,6 @@
 
 import base64
 import threading
-import time
 
 import httpx
 import pytest
@@ -162,6 +161,9 @@ def test_the_check_does_not_see_environment_variables_that_flags_override(start,
 def test_a_version_given_by_number_is_kept(start, tmp_path):
     tiny_bundle.publish(tmp_path)
     server = start(*FAST_RELOAD, "--version", "1", store=tmp_path)
-    tiny_bundle.publish(tmp_path)
-    time.sleep(2)
+    following = start(*FAST_RELOAD, store=tmp_path)
+    for version in ("2", "3"):
+        tiny_bundle.publish(tmp_path)
+        # A server that follows `latest` shows that the time between two checks has passed.
+        wait_until(lambda version=version: served_version(following) == version)
     assert served_version(server) == "1"

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -64,10 +63,12 @@ def publish_bad_version(store: Path, how: str) -> None:
 def test_bad_version_is_refused_and_the_old_one_keeps_serving(start, tmp_path, how):
     tiny_bundle.publish(tmp_path)
     server = start(*FAST_RELOAD, store=tmp_path)
-    with LoadGenerator(server.port, tiny_bundle.make_image("red"), clients=1) as load:
+    with LoadGenerator(server.port, tiny_bundle.make_image("red"), clients=1, pause=0.05) as load:
         publish_bad_version(tmp_path, how)
         wait_until(lambda: server.metric("imago_reloads_total", outcome="refused") == 1)
-        time.sleep(1)
+        # Twenty more responses take at least a second, in which `latest` is checked several times.
+        responses = len(load.responses)
+        wait_until(lambda: len(load.responses) >= responses + 20)
     assert set(load.statuses) == {200}
     assert set(load.versions) == {"1"}
     assert server.is_ready()
@@ -136,10 +137,13 @@ def test_version_changed_after_its_check_is_refused(start, tmp_path):
     wait_until(lambda: server.metric("imago_reloads_total", outcome="refused") == 1)
     assert "model.onnx: changed since it was written" in server.log.read_text()
     assert served_version(server) == "1"
-    Store(tmp_path).promote("colours", 1)
+
+    # It is tried again once `latest` has pointed to another version, here to one that is refused.
     tiny_bundle.update_checksums(second)
-    wait_until(lambda: not check_processes(tmp_path))
-    time.sleep(0.5)  # so that the worker has read `latest`
+    third = tiny_bundle.publish(tmp_path, promote=False)
+    (third / "manifest.json").unlink()
+    Store(tmp_path).promote("colours", 3)
+    wait_until(lambda: server.metric("imago_reloads_total", outcome="refused") == 2)
     Store(tmp_path).promote("colours", 2)
     wait_until(lambda: served_version(server) == "2")
 

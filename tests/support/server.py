@@ -75,12 +75,14 @@ def assert_refused(result: subprocess.CompletedProcess[str], *words: str) -> Non
         assert word in result.stderr
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 120) -> None:
+def wait_until(
+    condition: Callable[[], object], seconds: float = 120, poll_seconds: float = 0.02
+) -> None:
     """Poll until the condition holds; fail after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"the condition did not hold within {seconds} s"
-        time.sleep(0.02)
+        time.sleep(poll_seconds)
 
 
 def suspend_processes(pids: list[int]) -> None:

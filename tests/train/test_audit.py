@@ -378,6 +378,7 @@ def test_out_of_memory_in_the_audit_does_not_blame_the_batch_size(
     def exhaust_memory(*_) -> None:
         torch.empty(1 << 60, dtype=torch.uint8)
 
+    # No data set of a test is so large that the audit runs out of memory.
     monkeypatch.setattr("train.audit.labels.find_label_errors", exhaust_memory)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     status = main(

@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ import torch
 from models import networks
 from support import ROOT
 from support.sample_images import write_image_folder
+from support.server import wait_until
 from train.failures import is_out_of_memory
 
 NO_OUTPUT = ("--progress.quiet=true", "--audit.enabled=false")
@@ -333,13 +333,13 @@ def test_sigterm_is_handled_before_the_imports_are_done():
         [sys.executable, "-m", "train", "--help"], cwd=ROOT, stdout=subprocess.DEVNULL
     )
     process_files = Path(f"/proc/{process.pid}")
-    handled_signals = 0
-    while not handled_signals & 1 << signal.SIGTERM - 1:
-        assert process.poll() is None
-        handled_signals = int(
-            (process_files / "status").read_text().split("SigCgt:")[1].split()[0], 16
-        )
-        time.sleep(0.01)
+
+    def handles_sigterm() -> bool:
+        status = (process_files / "status").read_text()
+        handled_signals = int(status.split("SigCgt:")[1].split()[0], 16)
+        return bool(handled_signals & 1 << signal.SIGTERM - 1)
+
+    wait_until(handles_sigterm, poll_seconds=0.005)  # libtorch is mapped soon after
     assert "libtorch" not in (process_files / "maps").read_text()
     process.terminate()
     assert process.wait(60) == 143

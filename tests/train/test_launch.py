@@ -4,14 +4,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from support import ROOT
-from support.server import find_free_ports
+from support.server import find_free_ports, wait_until
 
 WORKER = """
 import os, signal, sys, time
@@ -86,11 +85,12 @@ def node(start: Start, tmp_path: Path) -> Start:
 
 def wait_until_met(directory: Path, *nodes: subprocess.Popen) -> None:
     """Wait until the processes of these nodes have met."""
-    end = time.monotonic() + 120
-    while not all(list(directory.glob(f"met-{node.pid}-*")) for node in nodes):
-        assert time.monotonic() < end, "they did not meet"
-        assert all(node.poll() is None for node in nodes), [node.poll() for node in nodes]
-        time.sleep(0.05)
+
+    def have_met() -> bool:
+        assert [node.poll() for node in nodes] == [None] * len(nodes), "a launcher has ended"
+        return all(any(directory.glob(f"met-{node.pid}-*")) for node in nodes)
+
+    wait_until(have_met)
 
 
 def test_the_status_is_that_of_the_process(start, tmp_path):
@@ -106,7 +106,7 @@ def test_the_status_is_that_of_the_process(start, tmp_path):
 
 def test_sigterm_ends_it_before_the_nodes_have_met(node):
     alone = node(first=True)
-    time.sleep(3)  # it still imports
+    wait_until(lambda: "libtorch" in Path(f"/proc/{alone.pid}/maps").read_text())  # it imports
     alone.terminate()
     assert alone.wait(60) == 143
 

@@ -20,6 +20,7 @@ from support.interrupted_runs import (
     start_run,
 )
 from support.sample_images import write_image_folder
+from support.server import wait_until
 from train.runs import checkpoints
 
 
@@ -159,8 +160,7 @@ def test_a_finished_run_and_another_job_s_run_are_not_resumed(commands, tmp_path
     short = "--trainer.max_epochs=1", "--trainer.limit_train_batches=2"
     frozen = start_run(commands, tmp_path, *short, kill="STOP:step:1")
     frozen.wait_for("pixels kept")
-    while not (tmp_path / "digits/1/settings.json").exists():
-        time.sleep(0.01)
+    wait_until((tmp_path / "digits/1/settings.json").exists)
     finish_run(commands, tmp_path, *short)  # the first run is another job's: this is a second
     frozen.send_signal(signal.SIGKILL)
     assert frozen.status() == 137
@@ -318,7 +318,7 @@ def test_sigkill_at_any_moment(commands, undisturbed, tmp_path):
     moment = 1.0
     while True:
         command = start_run(commands, runs, "--resume.every_steps=1")
-        time.sleep(moment)
+        time.sleep(moment)  # the moment itself is what the test varies
         with contextlib.suppress(ProcessLookupError):  # it ended first
             command.send_signal(signal.SIGKILL)
         if command.status() == 0:

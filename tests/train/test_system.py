@@ -190,6 +190,7 @@ def test_whitening_is_computed_from_images_without_augmentation(tmp_path, augmen
 def test_float16_replaces_bfloat16_on_a_gpu_without_bfloat16_units(
     monkeypatch, requested, accelerator, used
 ):
+    # No machine of the tests has a GPU without bfloat16 units: torch reports one.
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(
