@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 import yaml
+
 from support import ROOT
 
 WORKFLOW = yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text())
