@@ -33,7 +33,7 @@ Private parts that are used:
 import asyncio
 import copy
 import socket
-import threading
+import time
 from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
 
@@ -77,11 +77,12 @@ class LitServeAdapter(litserve.LitServer):
             _WorkerApi(worker), accelerator="cpu", workers_per_device=worker_count, timeout=False
         )
         self.owner = owner
+        self._shutdown_event = _ShutdownFlag()  # from now on, so that a signal is never lost
 
     def run_service(
         self, host: str, port: int, http_processes: int, uvicorn_options: dict[str, Any]
     ) -> None:
-        """Start everything and return after `stop` or a KeyboardInterrupt in this thread."""
+        """Start everything and return after `stop`, also if that was called before."""
         self.run(
             host=host,
             port=port,
@@ -91,7 +92,7 @@ class LitServeAdapter(litserve.LitServer):
         )
 
     def stop(self) -> None:
-        """Make `run_service` end the processes and return."""
+        """Make `run_service` end the processes and return. A signal handler may call it."""
         self._shutdown_event.set()
 
     @property
@@ -114,7 +115,6 @@ class LitServeAdapter(litserve.LitServer):
 
     def _init_manager(self, num_api_servers: int) -> "_NoManager":
         self.workers_setup_status: dict[str, str] = {}
-        self._shutdown_event = _ShutdownEvent()
         self.litapi_request_queues = {self.lit_api.api_path: None}
         self._transport = _UnusedTransport()
         return _NoManager()
@@ -195,16 +195,23 @@ class _NoManager:
         pass
 
 
-class _ShutdownEvent(threading.Event):
-    """The event that the first thread waits for.
+class _ShutdownFlag:
+    """What the first thread waits for, instead of the manager's event.
 
-    Only the first thread handles signals, but the kernel may give a signal to another thread, which
-    does not wake the first. So the first one wakes often.
+    It is set by a signal handler, which may interrupt the first thread anywhere. So it has no lock,
+    which the interrupted code might hold. Waiting polls: only the first thread handles signals, but
+    the kernel may give one to another thread, which does not wake the first.
     """
 
-    def wait(self, timeout: float | None = None) -> bool:
-        if timeout is not None:
-            return super().wait(timeout)
-        while not super().wait(SIGNAL_CHECK_SECONDS):
-            pass
-        return True
+    def __init__(self) -> None:
+        self._is_set = False
+
+    def set(self) -> None:
+        self._is_set = True
+
+    def is_set(self) -> bool:
+        return self._is_set
+
+    def wait(self) -> None:
+        while not self._is_set:
+            time.sleep(SIGNAL_CHECK_SECONDS)

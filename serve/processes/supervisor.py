@@ -332,7 +332,9 @@ class Supervisor:
         _sleep_until(earliest_end)
         while self._has_pending_requests() and time.monotonic() < latest_end:
             time.sleep(DRAIN_POLL_SECONDS)
-        raise KeyboardInterrupt  # makes LitServe shut down
+        # Not by an exception: it would be lost where the signal interrupts code that ignores
+        # exceptions, such as the hooks of a fork.
+        self.litserve.stop()
 
     def _has_pending_requests(self) -> bool:
         return self.state.pending_requests(self.settings.api_processes) > 0

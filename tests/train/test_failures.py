@@ -73,12 +73,20 @@ QUIET = ("--logger=none", *NO_OUTPUT)
             2,
             "the number of steps is unknown",
         ),
-        (("--model.network=speednet", "--model.options={widths: 64}"), 2, "widths: 64 is no list"),
-        (("--model.network=speednet", "--model.options={widths: []}"), 2, "widths: [] is no list"),
+        (
+            ("--model.network=speednet", "--model.options={widths: 64}"),
+            2,
+            "widths: 64 is not a list",
+        ),
+        (
+            ("--model.network=speednet", "--model.options={widths: []}"),
+            2,
+            "widths: [] is not a list",
+        ),
         (
             ("--model.network=speednet", "--model.options={depth: two}"),
             2,
-            "depth: 'two' is no whole number",
+            "depth: 'two' is not a whole number",
         ),
         (("--ckpt_path", __file__), 2, "not a checkpoint, or damaged"),
         (
