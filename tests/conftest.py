@@ -23,6 +23,30 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 MAX_ENDING_SERVERS = 8
 
+# Test files that take longest, the longest first. They start first, so that no process works on one
+# of them alone at the end.
+LONG_FILES = (
+    "tests/train/test_resume.py",
+    "tests/train/test_failures.py",
+    "tests/serve/test_reload_refused.py",
+    "tests/train/test_export.py",
+    "tests/serve/test_drift.py",
+    "tests/serve/test_survival.py",
+    "tests/train/test_weights.py",
+    "tests/train/test_workers.py",
+    "tests/train/test_launch.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the files that take longest."""
+    ranks = {name: rank for rank, name in enumerate(LONG_FILES)}
+
+    def rank(item: pytest.Item) -> int:
+        return ranks.get(item.nodeid.partition("::")[0], len(LONG_FILES))
+
+    items.sort(key=rank)
+
 
 @pytest.fixture(scope="session")
 def bundle_store(tmp_path_factory: pytest.TempPathFactory) -> Path:

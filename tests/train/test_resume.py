@@ -68,6 +68,7 @@ def test_sigterm_saves_and_the_same_command_resumes(commands, undisturbed, tmp_p
     assert_same_result(runs, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_run_killed_many_times_ends_like_an_uninterrupted_one(commands, undisturbed, tmp_path):
     runs = tmp_path / "runs"
     for kill in (
@@ -296,6 +297,7 @@ def test_accumulated_gradients_are_not_lost(commands, tmp_path):
     assert_same_result(tmp_path / "killed", tmp_path / "undisturbed")
 
 
+@pytest.mark.slow
 def test_a_stream_resumes_where_it_stopped(commands, tmp_path):
     """Dropout shows whether random numbers differ. The second signal also reaches the workers."""
     stream = (
