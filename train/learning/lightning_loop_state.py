@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning as L
 from lightning.fabric.utilities.distributed import _destroy_dist_connection
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 
 class LightningLoopState:
@@ -70,12 +71,18 @@ class LightningLoopState:
         fit_loop._restarting = False
         fit_loop.epoch_loop.restarting = False
 
-    def processes_start_externally(self) -> bool:
-        """Whether a launcher such as torchrun has started all processes, and not Lightning itself.
+    def start_processes(self) -> bool:
+        """Start the processes of this node before `fit` does; return whether all are started now.
 
-        `_accelerator_connector.cluster_environment`: the trainer has no public way to ask.
+        `strategy.launcher.launch` starts them where no launcher such as torchrun has. It sets
+        LOCAL_RANK, by which it knows in `fit` that nothing is left to start. Launchers that do not
+        run this command again in each process (ddp_spawn, ddp_fork) have to wait for `fit`.
         """
-        return self._trainer._accelerator_connector.cluster_environment.creates_processes_externally
+        launcher = self._trainer.strategy.launcher
+        if not isinstance(launcher, _SubprocessScriptLauncher):
+            return False
+        launcher.launch(_do_nothing)
+        return True
 
     def connect_processes(self) -> None:
         """Join the process group before `fit` does, so that processes can agree on a run directory.
@@ -103,6 +110,10 @@ class LightningLoopState:
         connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         epoch_loop = self._trainer.fit_loop.epoch_loop
         epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+
+def _do_nothing() -> None:
+    """Run by a launcher that has started its processes."""
 
 
 def restart_validation(fit_loop_state: dict[str, Any]) -> None:

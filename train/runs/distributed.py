@@ -1,6 +1,6 @@
 """Training in several processes: torchrun's settings, and work that one process does for all.
 
-A launcher starts the processes, or Lightning does in `fit`:
+A launcher starts the processes, or Lightning does:
 
 python -m train launch --nproc-per-node 2 -m train run DATA
 python -m train launch --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:PORT \
@@ -29,7 +29,6 @@ from train.runs.preemption import NOTICE, Preempted
 
 WORK_TIMEOUT = timedelta(days=7)  # an audit or a bundle may take hours
 POLL_SECONDS = 0.05
-CHOICE_VARIABLE = "IMAGO_TRAIN_CHOSEN"  # carries a choice to the processes that Lightning starts
 
 
 def follow_launcher(trainer_settings: Namespace) -> None:
@@ -45,30 +44,26 @@ def follow_launcher(trainer_settings: Namespace) -> None:
 
 
 def connect_processes(trainer: L.Trainer) -> None:
-    """Join the process group, where a launcher has started all processes.
+    """Start the other processes, where no launcher has done so, and join the process group.
 
-    Otherwise this is the only process, or Lightning starts the others in `fit`.
+    Lightning would do both in `fit`. But the processes share a run directory, the data and the
+    audit, and all of these come before.
     """
+    if trainer.world_size == 1:
+        return
     loop_state = LightningLoopState(trainer)
-    if trainer.world_size > 1 and loop_state.processes_start_externally():
+    if loop_state.start_processes():
         loop_state.connect_processes()
 
 
 def share_choice(trainer: L.Trainer, choose: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Return what the first process chooses (plain values), in all processes.
 
-    Call it after `connect_processes` and before `fit`.
+    Call it after `connect_processes`.
     """
-    if trainer.world_size == 1:
+    if not is_connected():
         return choose()
-    if CHOICE_VARIABLE in os.environ:  # Lightning has started this process
-        choice: dict[str, Any] = json.loads(os.environ[CHOICE_VARIABLE])
-        return choice
-    if is_connected():
-        return trainer.strategy.broadcast(choose() if trainer.is_global_zero else {})
-    choice = choose()
-    os.environ[CHOICE_VARIABLE] = json.dumps(choice)
-    return choice
+    return trainer.strategy.broadcast(choose() if trainer.is_global_zero else {})
 
 
 def gather_rows(trainer: L.Trainer, rows: list[Any]) -> list[Any]:
