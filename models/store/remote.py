@@ -61,8 +61,8 @@ def pull(
     """Copy a version from the store at `url` into `store`.
 
     Returns the bundle and whether it was copied: false where it exists already. An interrupted copy
-    stays invisible. Raises BundleError where there is no such version, it is incomplete, or `store`
-    has the version with other contents.
+    stays invisible. Raises BundleError if the version does not exist, if it is incomplete, or if
+    `store` has the version with other contents.
     """
     if str(version) != LATEST and not str(version).isdecimal():
         raise BundleError(f"can't pull version {version!r} of {name}; give a number or latest")

@@ -93,7 +93,7 @@ def cpu_name() -> str:
 
 
 def _read_cpuinfo() -> dict[str, str]:
-    """Return the fields of /proc/cpuinfo; empty where there is no such file (not Linux)."""
+    """Return the fields of /proc/cpuinfo; empty if the file is missing (not Linux)."""
     fields: dict[str, str] = {}
     try:
         with open("/proc/cpuinfo") as file:
