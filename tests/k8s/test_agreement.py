@@ -165,7 +165,10 @@ def test_references_of_pods_resolve(case):
             mounts = container.get("volumeMounts", [])
             assert {mount["name"] for mount in mounts} <= volume_names
             for source in container.get("envFrom", []):
-                assert ("ConfigMap", source["configMapRef"]["name"]) in names
+                if "secretRef" in source:
+                    assert source["secretRef"]["name"] in HAND_MADE_SECRETS
+                else:
+                    assert ("ConfigMap", source["configMapRef"]["name"]) in names
             arguments = " ".join(container.get("args", []))
             assert set(re.findall(r"\$\((\w+)\)", arguments)) <= config_map_data(case).keys()
 

@@ -46,6 +46,32 @@ def test_an_unchanged_job_is_kept(cluster):
     assert "delete" not in calls
 
 
+@needs_kubectl
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_key_is_made_for_a_service_that_is_reachable_from_outside(cluster, tmp_path, exists):
+    answers = {
+        "get secret imago-api-key": ":" if exists else "exit 1",
+        "create secret": f"cat >{tmp_path}/key",
+    }
+    with overlay_with_components("ingress") as overlay:
+        result, calls = cluster("deploy", answers, OVERLAY=overlay)
+    assert result.returncode == 0, result.stderr
+    if exists:
+        assert "create secret" not in calls
+    else:
+        assert "create secret generic imago-api-key --from-file=IMAGO_API_KEY=/dev/stdin" in calls
+        key = (tmp_path / "key").read_text().strip()
+        assert len(key) == 32
+        assert key not in calls + result.stdout
+        assert "get secret imago-api-key" in result.stdout
+
+
+@needs_kubectl
+def test_no_key_is_made_for_a_service_without_one(cluster):
+    _, calls = cluster("deploy", {})
+    assert "secret" not in calls
+
+
 LAST_APPLIED = """
 apiVersion: apps/v1
 kind: Deployment

@@ -51,6 +51,15 @@ def test_routes_lead_to_the_http_port_of_the_service(case):
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_pods_that_are_reachable_from_outside_have_a_key(case):
+    is_reachable = bool(manifests_of_kind(case, "Ingress", "HTTPRoute"))
+    for deployment in manifests_of_kind(case, "Deployment"):
+        (serve,) = deployment["spec"]["template"]["spec"]["containers"]
+        has_key = {"secretRef": {"name": "imago-api-key"}} in serve["envFrom"]
+        assert has_key == (is_reachable or "api-key" in case)
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_training_has_time_to_save_a_checkpoint(case):
     grace_periods: list[int] = []
     for _, template in pod_templates(case):

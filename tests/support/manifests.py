@@ -34,8 +34,8 @@ CASES = (
     + COMPONENT_COMBINATIONS
 )
 
-# Created by hand, as k8s/README.md and the components say.
-HAND_MADE_SECRETS = {"imago-tls", "imago-bucket"}
+# Created by hand or by `make deploy`, as k8s/README.md and the components say.
+HAND_MADE_SECRETS = {"imago-tls", "imago-bucket", "imago-api-key"}
 
 Manifest = dict
 
