@@ -67,7 +67,8 @@ class Settings(BaseSettings):
     max_pixels: int = Field(
         50_000_000,
         ge=1,
-        description="pixels of one image according to its header; half as many at 16 bits",
+        description="pixels of one image according to its header; fewer where decoding takes more "
+        "than 10 bytes a pixel, as at 16 bits a colour",
     )
     max_connections: int = Field(1024, ge=1, description="open connections of each HTTP process")
     deadline_ms: int = Field(

@@ -4,7 +4,7 @@
     pixels = decode(data, input_spec)   # uint8 [height, width, channels], as the network takes it
 
 Untrusted bytes reach a decoder only after their magic number names one of six formats and their
-header states an allowed size. No other codec is reachable.
+header states an allowed size, and without what makes no pixels. No other codec is reachable.
 """
 
 from models.image.decode import MAX_PIXELS, decode, decode_full_size

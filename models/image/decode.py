@@ -1,13 +1,13 @@
 """Decode the bytes of one image to uint8 pixels with OpenCV.
 
 Used by training (sources, samples of a bundle) and by the workers of the server. What decoding may
-hold in memory is known from the header before it begins. Large images are decoded one at a time.
+hold in memory is known from the header before it begins, and all threads share a bound on it.
 """
 
 import struct
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import cv2
 import numpy as np
@@ -15,24 +15,31 @@ import numpy as np
 from models.image.errors import ImageTooLarge, UndecodableImage
 from models.image.header import Header, read_header
 from models.image.input_spec import InputSpec
+from models.image.native_messages import dropped_native_messages
 from models.image.resize import resize_to_input
+from models.image.sanitize import sanitize
 from models.image.tiff import ORIENTATION, read_tiff_tags
 
 # Callers run one decode a core; a second pool of threads inside would only contend with them.
 cv2.setNumThreads(1)
-# The error is in the response, so a copy on stderr is not needed. libpng and libjpeg still write
-# there.
+# The error is in the response, so a copy on stderr is not needed.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 MAX_PIXELS = 50_000_000
 """Largest image that is decoded, by default."""
 
-ONE_AT_A_TIME_BYTES = 64 << 20
-"""Images that take more than this are decoded one at a time, so that a container's memory
-suffices for any number of threads."""
+MAX_PIXEL_BYTES = 10
+"""An image may take this many bytes for each pixel that is allowed: 477 MiB by default."""
 
-COEFFICIENT_BYTES = 8
-"""A pixel of a JPEG in several scans: two bytes for each of up to four components, at any scale."""
+MAX_BYTES_WITH_TABLES = 560 << 20
+"""The same for a lossless WebP, with the code tables that it may declare."""
+
+SHARED_BYTES = 400 << 20
+"""What all threads together may hold for images that are being decoded; one image that takes more
+is decoded alone. So a container's memory suffices for any number of threads."""
+
+UNCOUNTED_BYTES = 4 << 20
+"""Images that take less than this are decoded without asking how much the others hold."""
 
 STRIP_PIXELS = 1 << 18
 """Pixels that are flattened at once."""
@@ -67,8 +74,33 @@ _ORIENTATION_FLIPS = {
     8: _FLIP_ROWS,
 }
 
-_large_image_lock = threading.Lock()
-_no_lock = nullcontext()
+
+class _SharedMemory:
+    """Bounds what the threads of a process hold together, first come, first served."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.free = total
+        self.changed = threading.Condition()
+        self.turn = threading.Lock()
+
+    @contextmanager
+    def reserve(self, amount: int) -> Iterator[None]:
+        """Wait until `amount` bytes are free, or all if that is more; hold them in the block."""
+        amount = min(amount, self.total)
+        with self.turn, self.changed:
+            self.changed.wait_for(lambda: self.free >= amount)
+            self.free -= amount
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.free += amount
+                self.changed.notify()
+
+
+_shared_memory = _SharedMemory(SHARED_BYTES)
+_no_reservation = nullcontext()
 
 
 def _do_nothing() -> None:
@@ -84,15 +116,15 @@ def decode(
     """Decode one image to the network's input: uint8 [height, width, channels] of `spec`.
 
     EXIF orientation is applied, transparent pixels are laid over white, and of an animation the
-    first frame is taken. `on_start` is called when decoding begins, which may be later: large
-    images are decoded one at a time.
+    first frame is taken. `on_start` is called when decoding begins, which may be later: a large
+    image waits until others have freed their memory.
 
-    Raises UnsupportedFormat, ImageTooLarge (more than `max_pixels`, or more bytes than that many
-    pixels have at 8 bits a colour) or UndecodableImage.
+    Raises UnsupportedFormat, ImageTooLarge (more than `max_pixels`, or more than MAX_PIXEL_BYTES
+    for each of them) or UndecodableImage.
     """
     header = _read_allowed_header(data, max_pixels)
     reduction = _jpeg_reduction(header, spec)
-    with _memory_guard(header, reduction):
+    with _reserve_memory(header, reduction, max_pixels):
         on_start()
         pixels = _decode_pixels(data, header, spec.channels, reduction)
         return resize_to_input(pixels, spec)
@@ -104,7 +136,8 @@ def decode_full_size(data: bytes, channels: int, max_pixels: int = MAX_PIXELS) -
     Raises as `decode` does.
     """
     header = _read_allowed_header(data, max_pixels)
-    return _decode_pixels(data, header, channels, reduction=1)
+    with _reserve_memory(header, 1, max_pixels):
+        return _decode_pixels(data, header, channels, reduction=1)
 
 
 def _read_allowed_header(data: bytes, max_pixels: int) -> Header:
@@ -113,11 +146,6 @@ def _read_allowed_header(data: bytes, max_pixels: int) -> Header:
     if pixels > max_pixels:
         raise ImageTooLarge(
             f"{header.width}x{header.height} pixels are more than the {max_pixels} allowed"
-        )
-    if pixels * header.pixel_bytes > 4 * max_pixels:
-        raise ImageTooLarge(
-            f"{header.width}x{header.height} pixels of {header.pixel_bytes} bytes are more than "
-            f"the {4 * max_pixels} bytes allowed; send 8 bits a colour"
         )
     return header
 
@@ -137,14 +165,28 @@ def _jpeg_reduction(header: Header, spec: InputSpec) -> int:
     return reduction
 
 
-def _memory_guard(header: Header, reduction: int) -> AbstractContextManager[object]:
-    """Return the lock that all large images share; for small ones a context without a lock."""
-    pixel_bytes = header.pixel_bytes / reduction**2
-    if header.has_several_scans:
-        pixel_bytes = COEFFICIENT_BYTES
-    if header.width * header.height * pixel_bytes > ONE_AT_A_TIME_BYTES:
-        return _large_image_lock
-    return _no_lock
+def _reserve_memory(
+    header: Header, reduction: int, max_pixels: int
+) -> AbstractContextManager[None]:
+    """Return a context that holds the memory that decoding takes; for small images a void one.
+
+    Raises ImageTooLarge for more than MAX_PIXEL_BYTES for each pixel that is allowed.
+    """
+    pixels = header.width * header.height
+    most_bytes = pixels * header.pixel_bytes // reduction**2 + header.extra_bytes
+    allowed_bytes = MAX_PIXEL_BYTES * max_pixels
+    if header.table_bytes and most_bytes <= allowed_bytes:
+        most_bytes += header.table_bytes
+        allowed_bytes = max(allowed_bytes, MAX_BYTES_WITH_TABLES)
+    if most_bytes > allowed_bytes:
+        raise ImageTooLarge(
+            f"decoding {header.width}x{header.height} pixels of this kind takes {most_bytes} "
+            f"bytes, more than the {allowed_bytes} allowed; send fewer pixels, or 8 bits a colour"
+        )
+
+    if most_bytes < UNCOUNTED_BYTES:
+        return _no_reservation
+    return _shared_memory.reserve(most_bytes)
 
 
 def _decode_pixels(data: bytes, header: Header, channels: int, reduction: int) -> np.ndarray:
@@ -174,15 +216,16 @@ def _run_decoder(data: bytes, header: Header, flag: int) -> tuple[np.ndarray, by
 
     OpenCV applies it to all formats but PNG and WebP read unchanged.
     """
-    buffer = np.frombuffer(data, np.uint8)
+    buffer = np.frombuffer(sanitize(data, header), np.uint8)
     exif = b""
     image: np.ndarray | None
     try:
-        if header.format in ("png", "webp"):
-            image, kinds, chunks = cv2.imdecodeWithMetadata(buffer, flag)
-            exif = _find_exif(kinds, chunks)
-        else:
-            image = cv2.imdecode(buffer, flag)
+        with dropped_native_messages:
+            if header.format in ("png", "webp"):
+                image, kinds, chunks = cv2.imdecodeWithMetadata(buffer, flag)
+                exif = _find_exif(kinds, chunks)
+            else:
+                image = cv2.imdecode(buffer, flag)
     except cv2.error as error:
         raise UndecodableImage(f"the {header.format} data can't be decoded") from error
     if image is None:

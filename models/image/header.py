@@ -1,13 +1,14 @@
-"""Read an image's format and size from its header, before any decoder sees the bytes.
+"""Read an image's format, size and memory from its header, before any decoder sees the bytes.
 
 The parsers are stricter than the decoders behind them: where a parser and a decoder could read the
 same file differently, the file is refused. Otherwise a file could show a small size here and a huge
-one to the decoder.
+one to the decoder. Every loop over a header has a bound, as it holds the interpreter's lock.
 
 One function a format reads its header: JPEG, PNG, GIF, WebP, BMP and TIFF.
 """
 
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,11 +36,16 @@ class Header:
     transparent: int | None = None
     """Gray value that a PNG without alpha channel declares transparent."""
 
-    pixel_bytes: int = 4
-    """Most bytes that decoding holds for each pixel."""
+    pixel_bytes: int = 8
+    """Most bytes that decoding holds for each decoded pixel. OpenCV holds a picture of up to four
+    channels twice while it becomes an array."""
 
-    has_several_scans: bool = False
-    """Of a JPEG: all its coefficients stay in memory until the last scan is read."""
+    extra_bytes: int = 0
+    """Bytes that decoding holds besides, at any scale: coefficients of a JPEG in several scans,
+    strips of a TIFF."""
+
+    table_bytes: int = 0
+    """Most bytes of code tables that a lossless WebP of this size may declare."""
 
 
 def read_header(data: bytes) -> Header:
@@ -78,13 +84,11 @@ def _parse_header(data: bytes) -> Header:
     raise UnsupportedFormat("not a JPEG, PNG, WebP, BMP, GIF or TIFF image")
 
 
-def _sixteen_bit_pixel_bytes(samples: int) -> int:
-    """Bytes that decoding holds for a pixel of 16 bits a sample."""
-    if samples == 1:
-        return 4
-    if samples == 3:
-        return 6
-    return 8  # gray with alpha is decoded as colour with alpha
+def _count_pixel_bytes(is_gray: bool, depth: int) -> int:
+    """Bytes that decoding holds for a pixel: two copies, or one and its conversion to RGB."""
+    if is_gray:
+        return 6 if depth == 16 else 4
+    return 16 if depth == 16 else 8  # gray with alpha is decoded as colour with alpha
 
 
 # ---------------------------------------------------------------------------------------------
@@ -110,7 +114,12 @@ _SOS = 0xDA  # start of scan
 _PROGRESSIVE_FRAMES = frozenset((_SOF2, _SOF6, _SOF10, _SOF14))
 _NOT_FRAMES = frozenset((_DHT, _JPG, _DAC))  # among the markers from SOF0 to SOF15
 _INVALID_BEFORE_SCAN = frozenset((_STUFFING, _SOI, _EOI, _SOS))
+_MAX_SEGMENTS = 1000  # before the first scan; a colour profile takes up to 255
+_MAX_FILL_BYTES = 1000
 _MAX_SCANS = 100  # progressive encoders write about ten; each costs a pass over the picture
+_MAX_SCAN_PIXELS = 1_000_000_000  # of all passes together
+_COEFFICIENT_BYTES = 2
+_JPEG_PIXEL_BYTES = 6  # three channels, twice
 
 
 def _parse_jpeg(data: bytes) -> Header:
@@ -118,7 +127,7 @@ def _parse_jpeg(data: bytes) -> Header:
     position = 2
     frame = 0  # position of the length field of the start of frame, once it is seen
 
-    while True:
+    for _ in range(_MAX_SEGMENTS):
         marker, position = _read_jpeg_marker(data, position)
         if marker == _TEM or _RST0 <= marker <= _RST7:
             continue
@@ -134,37 +143,70 @@ def _parse_jpeg(data: bytes) -> Header:
         if is_frame:
             frame = position
         position += length
+    else:
+        raise UndecodableImage(f"the jpeg has more than {_MAX_SEGMENTS} segments before its pixels")
 
     height, width, frame_components = struct.unpack_from(">HHB", data, frame + 3)
     scan_components = data[position + 2]
     is_progressive = data[frame - 1] in _PROGRESSIVE_FRAMES
     # Decoders stop after the first scan of any other frame.
     has_several_scans = is_progressive or scan_components < frame_components
-    if has_several_scans and data.count(bytes((0xFF, _SOS)), position) >= _MAX_SCANS:
+    if not has_several_scans:
+        return Header("jpeg", width, height, pixel_bytes=_JPEG_PIXEL_BYTES)
+
+    pixels = width * height
+    _check_scans(data.count(bytes((0xFF, _SOS)), position) + 1, pixels)
+    samples = _count_samples(data[frame + 9 : frame + 9 + 3 * frame_components : 3])
+    # All coefficients stay in memory until the last scan is read.
+    coefficient_bytes = int(pixels * samples * _COEFFICIENT_BYTES)
+    return Header(
+        "jpeg", width, height, pixel_bytes=_JPEG_PIXEL_BYTES, extra_bytes=coefficient_bytes
+    )
+
+
+def _check_scans(scans: int, pixels: int) -> None:
+    """Raise UndecodableImage where so many scans of so many pixels take too long."""
+    if scans > _MAX_SCANS:
         raise UndecodableImage(f"the jpeg has more than {_MAX_SCANS} scans")
-    return Header("jpeg", width, height, has_several_scans=has_several_scans)
+    if scans * pixels > _MAX_SCAN_PIXELS:
+        raise UndecodableImage(f"the jpeg has {scans} scans, which are too many for its size")
+
+
+def _count_samples(sampling_factors: bytes) -> float:
+    """Return the samples a pixel; each byte holds a component's factors, horizontal and vertical.
+
+    Raises UndecodableImage for a factor of zero.
+    """
+    areas = [(factors >> 4) * (factors & 15) for factors in sampling_factors]
+    if not areas or not all(areas):
+        raise UndecodableImage(DAMAGED)
+    return sum(areas) / max(areas)
 
 
 def _read_jpeg_marker(data: bytes, position: int) -> tuple[int, int]:
     """Return the marker at `position` and the position after it; 0xFF fill bytes may precede it."""
     if data[position] != 0xFF:
         raise UndecodableImage(DAMAGED)
-    while data[position] == 0xFF:
+    for _ in range(_MAX_FILL_BYTES):
+        if data[position] != 0xFF:
+            return data[position], position + 1
         position += 1
-    return data[position], position + 1
+    raise UndecodableImage(DAMAGED)
 
 
 # ---------------------------------------------------------------------------------------------
 # PNG: a signature of 8 bytes, then chunks of length, type, body and checksum (ISO/IEC 15948).
 
 _PNG_GRAY = 0
-# Colour type -> samples a pixel, of the types that may have 16 bits a sample.
+# Colour type -> samples a pixel.
 _PNG_SAMPLES = {
     0: 1,  # gray
     2: 3,  # RGB
+    3: 1,  # palette
     4: 2,  # gray and alpha
     6: 4,  # RGB and alpha
 }
+_MAX_PNG_CHUNKS = 50_000  # encoders write pixels in chunks of 8 KiB or more
 
 
 def _parse_png(data: bytes) -> Header:
@@ -173,36 +215,76 @@ def _parse_png(data: bytes) -> Header:
     if chunk_type != b"IHDR" or length != 13:
         raise UndecodableImage(DAMAGED)
 
-    pixel_bytes = 4
-    if depth == 16:
-        pixel_bytes = _sixteen_bit_pixel_bytes(_PNG_SAMPLES[colour_type])
-    transparent = _read_png_transparent_gray(data, depth) if colour_type == _PNG_GRAY else None
-    return Header("png", width, height, transparent=transparent, pixel_bytes=pixel_bytes)
+    is_gray = colour_type == _PNG_GRAY
+    return Header(
+        "png",
+        width,
+        height,
+        transparent=_read_png_transparent_gray(data, depth) if is_gray else None,
+        pixel_bytes=_count_pixel_bytes(is_gray, depth),
+    )
 
 
 def _read_png_transparent_gray(data: bytes, depth: int) -> int | None:
     """Return the gray value that the tRNS chunk declares transparent, scaled to 8 bits."""
-    transparent = None
-    position = 8
-    chunk_type = b""
-    while chunk_type != b"IDAT":
-        length, chunk_type = struct.unpack_from(">I4s", data, position)
+    for chunk_type, position, _ in iterate_png_chunks(data):
+        if chunk_type == b"IDAT":
+            return None
         if chunk_type == b"tRNS":
             (transparent,) = struct.unpack_from(">H", data, position + 8)
             if depth < 8:  # decoders scale fewer bits to 0..255
                 transparent = transparent * 255 // (2**depth - 1)
-        position += 12 + length
-    return transparent
+            return transparent
+    return None
+
+
+def iterate_png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Yield the type, the start and the end of each chunk up to IEND.
+
+    Raises struct.error where the file ends before IEND, and UndecodableImage where it has more
+    chunks than any encoder writes.
+    """
+    position = 8
+    for _ in range(_MAX_PNG_CHUNKS):
+        length, chunk_type = struct.unpack_from(">I4s", data, position)
+        end = position + 12 + length
+        yield chunk_type, position, end
+        if chunk_type == b"IEND":
+            return
+        position = end
+    raise UndecodableImage(f"the png has more than {_MAX_PNG_CHUNKS} chunks")
+
+
+def count_png_row_bytes(data: bytes) -> int:
+    """Return the bytes of all uncompressed rows, each with the byte that names its filter."""
+    width, height, depth, colour_type = struct.unpack_from(">IIBB", data, 16)
+    return height * (1 + (width * _PNG_SAMPLES[colour_type] * depth + 7) // 8)
 
 
 # ---------------------------------------------------------------------------------------------
 # GIF, WebP (RFC 9649) and BMP
 
 
+_GIF_PIXEL_BYTES = 10  # two pictures with alpha, palette indices, the decoder's table
+_WEBP_MAX_CHUNKS = 10_000  # each frame of an animation is one
+# Chunk type -> most bytes that decoding holds for a pixel.
+_WEBP_PIXEL_BYTES = {
+    b"VP8 ": 8,
+    b"VP8L": 8,
+    b"ALPH": 10,  # the alpha plane and what it is decoded from
+    b"ANMF": 16,  # a frame of an animation: two canvases, the frame and the picture
+}
+# A lossless WebP may have its own set of five code tables for each block of 4x4 pixels.
+_WEBP_MAX_TABLE_SETS = 1 << 16
+_WEBP_TABLE_SET_BYTES = 6 << 10
+_WEBP_TABLE_BLOCK_PIXELS = 16
+_WEBP_TABLE_SET_MIN_BITS = 20  # in the file
+
+
 def _parse_gif(data: bytes) -> Header:
     """Read the logical screen size, which follows the signature."""
     width, height = struct.unpack_from("<HH", data, 6)
-    return Header("gif", width, height)
+    return Header("gif", width, height, pixel_bytes=_GIF_PIXEL_BYTES)
 
 
 def _parse_webp(data: bytes) -> Header:
@@ -215,15 +297,63 @@ def _parse_webp(data: bytes) -> Header:
 
     if chunk_type == b"VP8L":  # 14 bits each, less one
         (bits,) = struct.unpack_from("<I", data, 21)
-        return Header("webp", (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1)
+        width = (bits & 0x3FFF) + 1
+        height = (bits >> 14 & 0x3FFF) + 1
+        table_bytes = _count_webp_table_bytes(data, width * height)
+        return Header("webp", width, height, table_bytes=table_bytes)
 
     if chunk_type == b"VP8X":  # 24 bits each, less one
         width_low, width_high, height_low, height_high = struct.unpack_from("<HBHB", data, 24)
         width = (width_low | width_high << 16) + 1
         height = (height_low | height_high << 16) + 1
-        return Header("webp", width, height)
+        pixels_type = _find_webp_pixels(data)
+        is_lossy = pixels_type == b"VP8 "
+        return Header(
+            "webp",
+            width,
+            height,
+            pixel_bytes=_WEBP_PIXEL_BYTES[pixels_type],
+            table_bytes=0 if is_lossy else _count_webp_table_bytes(data, width * height),
+        )
 
     raise UndecodableImage(DAMAGED)
+
+
+def _find_webp_pixels(data: bytes) -> bytes:
+    """Return the type of the first chunk that holds pixels, of an extended file."""
+    for chunk_type, _, _ in iterate_webp_chunks(data):
+        if chunk_type in _WEBP_PIXEL_BYTES:
+            return chunk_type
+    raise UndecodableImage(DAMAGED)
+
+
+def iterate_webp_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Yield the type, the start and the end of each chunk; the last may be cut short.
+
+    Raises UndecodableImage where the file has more chunks than any encoder writes.
+    """
+    (riff_bytes,) = struct.unpack_from("<I", data, 4)
+    file_end = min(len(data), 8 + riff_bytes)
+
+    position = 12
+    for _ in range(_WEBP_MAX_CHUNKS):
+        if position >= file_end:
+            return
+        chunk_type, length = struct.unpack_from("<4sI", data, position)
+        end = min(position + 8 + length + (length & 1), len(data))
+        yield chunk_type, position, end
+        position = end
+    raise UndecodableImage(f"the webp has more than {_WEBP_MAX_CHUNKS} chunks")
+
+
+def _count_webp_table_bytes(data: bytes, pixels: int) -> int:
+    """Return the most bytes of code tables that a lossless picture of this size may declare."""
+    table_sets = min(
+        _WEBP_MAX_TABLE_SETS,
+        pixels // _WEBP_TABLE_BLOCK_PIXELS,
+        len(data) * 8 // _WEBP_TABLE_SET_MIN_BITS,
+    )
+    return table_sets * _WEBP_TABLE_SET_BYTES
 
 
 _BMP_OS2_HEADER_BYTES = 12
@@ -249,6 +379,7 @@ def _parse_bmp(data: bytes) -> Header:
 # ---------------------------------------------------------------------------------------------
 # TIFF 6.0: only what the decoder reads well, checked tag by tag.
 
+_TIFF_JPEG = 7
 _TIFF_COMPRESSIONS = frozenset(
     (
         1,  # none
@@ -256,7 +387,7 @@ _TIFF_COMPRESSIONS = frozenset(
         3,  # CCITT group 3
         4,  # CCITT group 4
         5,  # LZW
-        7,  # JPEG
+        _TIFF_JPEG,
         8,  # Deflate (Adobe)
         32773,  # PackBits
         32946,  # Deflate
@@ -272,10 +403,13 @@ _TIFF_PHOTOMETRICS = frozenset(
         6,  # YCbCr
     )
 )
+_TIFF_GRAY_PHOTOMETRICS = frozenset((0, 1))
 _TIFF_SIXTEEN_BIT_PHOTOMETRICS = frozenset((1, 2))
 _TIFF_BITS = frozenset((1, 2, 4, 8, 16))
 _TIFF_MAX_SAMPLES = 4
 _TIFF_MAX_TILE_PIXELS = 1 << 24
+_TIFF_MAX_BLOCKS = 1 << 16
+_TIFF_RGBA_BYTES = 4  # a pixel, in the buffer that libtiff fills with a strip or tile
 _UNSIGNED_INTEGER = 1  # SampleFormat
 _CHUNKY = 1  # PlanarConfiguration: the samples of a pixel lie together
 _UNASSOCIATED_ALPHA = 2  # ExtraSamples: colours are not multiplied by alpha
@@ -291,24 +425,68 @@ def _parse_tiff(data: bytes) -> Header:
             f"compression {tags.get(tiff.COMPRESSION, 1)})"
         )
 
-    tile_pixels = tags.get(tiff.TILE_WIDTH, 1) * tags.get(tiff.TILE_LENGTH, 1)
-    if tile_pixels > _TIFF_MAX_TILE_PIXELS:
-        raise UndecodableImage(f"the tiff has tiles of more than {_TIFF_MAX_TILE_PIXELS} pixels")
-
     width = tags[tiff.IMAGE_WIDTH]
     height = tags[tiff.IMAGE_LENGTH]
-    if tags.get(tiff.BITS_PER_SAMPLE, 1) != 16:
-        # libtiff returns 8-bit colours multiplied by alpha
-        return Header("tiff", width, height, alpha="premultiplied")
+    bits = tags.get(tiff.BITS_PER_SAMPLE, 1)
+    samples = tags.get(tiff.SAMPLES_PER_PIXEL, 1)
+    pixel_bytes = _count_pixel_bytes(samples == 1 and not _has_colours(tags), bits)
+    block_pixels = _count_tiff_block_pixels(tags, width, height)
+    block_bytes = block_pixels * (_TIFF_RGBA_BYTES + (samples * bits + 7) // 8)
+    if tags.get(tiff.COMPRESSION) == _TIFF_JPEG:
+        block_bytes += block_pixels * samples * _COEFFICIENT_BYTES
+        if data.count(bytes((0xFF, _SOS))) * block_pixels > _MAX_SCAN_PIXELS:
+            raise UndecodableImage("the tiff has more scans than a picture of its size needs")
 
-    extra = tags.get(tiff.EXTRA_SAMPLES, _UNASSOCIATED_ALPHA)
+    is_straight = False  # libtiff returns 8-bit colours multiplied by alpha
+    if bits == 16:
+        is_straight = tags.get(tiff.EXTRA_SAMPLES, _UNASSOCIATED_ALPHA) == _UNASSOCIATED_ALPHA
     return Header(
         "tiff",
         width,
         height,
-        alpha="straight" if extra == _UNASSOCIATED_ALPHA else "premultiplied",
-        pixel_bytes=_sixteen_bit_pixel_bytes(tags.get(tiff.SAMPLES_PER_PIXEL, 1)),
+        alpha="straight" if is_straight else "premultiplied",
+        pixel_bytes=pixel_bytes,
+        # The block is freed before the picture is copied.
+        extra_bytes=max(0, block_bytes - width * height * pixel_bytes // 2),
     )
+
+
+def _has_colours(tags: dict[int, int]) -> bool:
+    return tags[tiff.PHOTOMETRIC_INTERPRETATION] not in _TIFF_GRAY_PHOTOMETRICS
+
+
+def _count_tiff_block_pixels(tags: dict[int, int], width: int, height: int) -> int:
+    """Return the pixels of a strip or tile.
+
+    Raises UndecodableImage where there are too many of them: each is decoded whole, also where only
+    a part of it lies in the picture, and costs time of its own.
+    """
+    if width <= 0 or height <= 0:
+        return 0
+
+    if tiff.TILE_WIDTH in tags or tiff.TILE_LENGTH in tags:
+        block_width = tags[tiff.TILE_WIDTH]
+        block_height = tags[tiff.TILE_LENGTH]
+        if block_width * block_height > _TIFF_MAX_TILE_PIXELS:
+            raise UndecodableImage(
+                f"the tiff has tiles of more than {_TIFF_MAX_TILE_PIXELS} pixels"
+            )
+    else:
+        block_width = width
+        block_height = min(height, tags.get(tiff.ROWS_PER_STRIP, height))
+    if block_width <= 0 or block_height <= 0:
+        raise UndecodableImage(DAMAGED)
+
+    blocks = -(-width // block_width) * -(-height // block_height)
+    if tags.get(tiff.PLANAR_CONFIGURATION, _CHUNKY) != _CHUNKY:
+        blocks *= tags.get(tiff.SAMPLES_PER_PIXEL, 1)
+    if blocks > _TIFF_MAX_BLOCKS:
+        raise UndecodableImage(f"the tiff has more than {_TIFF_MAX_BLOCKS} strips or tiles")
+
+    block_pixels = block_width * block_height
+    if blocks * block_pixels > _TIFF_MAX_SAMPLES * 4 * width * height + _TIFF_MAX_TILE_PIXELS:
+        raise UndecodableImage("the tiles of the tiff are much larger than its picture")
+    return block_pixels
 
 
 def _is_supported_tiff(tags: dict[int, int]) -> bool:

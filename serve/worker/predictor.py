@@ -149,8 +149,8 @@ class Predictor:
             pixels = np.frombuffer(job.body, np.uint8)
             return pixels.reshape(spec.height, spec.width, spec.channels)
 
-        # Large images are decoded one at a time. A predictor that waits for others does not hang,
-        # so it counts as idle until `decode` calls back.
+        # A large image waits until others have freed their memory. A predictor that waits does not
+        # hang, so it counts as idle until `decode` calls back.
         self.state.set_idle(self.worker_number, self.number)
         return decode(job.body, spec, self.settings.max_pixels, self._set_busy)
 
