@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TypeAlias
 
-from models.bundle import Bundle, BundleError, Latency, Variant
+from models.bundle import Bundle, BundleError, Calibration, Latency, Variant
 from models.bundle.verify import BundleReport, VariantReport, verify_bundle
 from models.store import LATEST, Store
 from models.store.remote import pull, push
@@ -31,6 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BundleError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1 if options.command is run_verify else 2
+    except OSError as error:  # such as a full disk, or a store that is read-only
+        print(f"error: {error.filename or options.store}: {error.strerror}", file=sys.stderr)
+        return 2
 
 
 # ---------------------------------------------------------------------------------------------
@@ -208,11 +211,10 @@ def run_show(options: Options) -> int:
     for name, variant in manifest.variants.items():
         print(f"  {name:9s}  {_format_variant(variant)}")
 
-    calibration = manifest.calibration
-    print(
-        f"  calibrated temperature {calibration.temperature:.3f}, "
-        f"abstains below {calibration.abstain_threshold:.3f}"
-    )
+    for name, variant in manifest.variants.items():
+        if variant.calibration is not None:
+            print(f"  calibrated {name}: {_format_calibration(variant.calibration)}")
+    print(f"  calibrated {_format_calibration(manifest.calibration)}")
 
     provenance = manifest.provenance
     commit = (provenance.git_commit or "unknown")[:12]
@@ -246,6 +248,10 @@ def _print_report(report: BundleReport) -> None:
     )
     for variant in report.variants:
         print(f"  {_format_variant_report(variant)}")
+        if manifest.calibration_of(variant.variant).always_abstains:
+            print(
+                f"  {variant.variant:5s} abstains on every image: no threshold is accurate enough"
+            )
 
     if report.problems:
         print(f"FAILED: {'; '.join(report.problems)}")
@@ -321,6 +327,13 @@ def _format_variant(variant: Variant) -> str:
         f"{variant.bytes / 1e6:.2f} MB, accuracy {_format_share(variant.accuracy)}, "
         f"{speed}, opset {variant.opset}"
     )
+
+
+def _format_calibration(calibration: Calibration) -> str:
+    abstains = f"abstains below {calibration.abstain_threshold:.3f}"
+    if calibration.always_abstains:
+        abstains = "abstains on every image"
+    return f"temperature {calibration.temperature:.3f}, {abstains}"
 
 
 def _format_latency(latency: Latency) -> str:

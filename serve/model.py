@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from models.bundle import Bundle, BundleError
-from models.bundle.signing import verify_signature
 from models.bundle.verify import Samples, compare_outputs, decode_samples
 from models.cpu_quota import available_cores
 from models.image import decode
@@ -37,14 +36,15 @@ PREDICT_BATCH_SIZE = 16  # images that `Model.predict` decodes at once
 class Model:
     """A model that has passed its self check and is warm. It does not change after it is made.
 
-    Raises BundleError if the signature is wrong, or if no engine reproduces the bundle's samples on
-    this machine.
+    `bundle` comes from `open_bundle`. Raises BundleError if its signature was not checked although
+    the settings demand it, or if no engine reproduces its samples on this machine.
     """
 
     def __init__(self, bundle: Bundle, settings: Settings, threads: int):
-        if settings.public_key:
-            verify_signature(bundle.path, settings.public_key)
-        self.bundle = bundle
+        if settings.public_key and bundle.public_key != settings.public_key:
+            raise BundleError(f"{bundle.path}: opened without a check of its signature")
+        # Not the bundle itself, which holds the contents of its files.
+        self.path = bundle.path
         self.manifest = bundle.manifest
         self.name = bundle.manifest.name
         self.version = bundle.manifest.version
@@ -56,14 +56,16 @@ class Model:
             raise BundleError(f"{bundle.path}: {samples.problem}")
         self.variant, self.engine = _select_variant(bundle, samples, settings, threads)
 
-        self.composer = PredictionComposer(self.manifest)
+        self.calibration = self.manifest.calibration_of(self.variant)
+        self.baseline = self.manifest.baseline_of(self.variant)
+        self.composer = PredictionComposer(self.manifest.classes, self.calibration)
         # The outputs that each prediction needs.
         self.output_names: tuple[str, ...] = ("probabilities", "energy")
         self.has_activation_maps = "cam" in self.engine.outputs
         # The JSON that HTTP processes receive and GET /model returns.
         self.description = json.dumps(self._describe(), separators=(",", ":")).encode()
 
-        self._warm_up(settings.max_batch_size)
+        self._warm_up(bundle, settings.max_batch_size)
         run = partial(_run_on_zeros, bundle, self.engine, settings.max_batch_size, False)
         self.run_seconds = measure_seconds(run, SPEED_TEST_REPEATS)  # of a full batch on one core
         self.is_light = self.run_seconds < LIGHT_SECONDS_PER_IMAGE * settings.max_batch_size
@@ -85,8 +87,7 @@ class Model:
     @classmethod
     def from_settings(cls, settings: Settings, threads: int) -> "Model":
         """Load the bundle that the settings name. Raises BundleError."""
-        bundle = Store(settings.store).open(settings.model, settings.version)
-        return cls(bundle, settings, threads)
+        return cls(open_bundle(settings, settings.version), settings, threads)
 
     def decode(self, data: bytes) -> np.ndarray:
         """Decode an image file to uint8 [H, W, C], as the network takes it. Raises ImageError."""
@@ -116,11 +117,11 @@ class Model:
         texts = self.composer.compose(probabilities, energy, [top_k] * len(pixels))
         return [Prediction.model_validate_json(text + "}") for text in texts]
 
-    def _warm_up(self, max_batch_size: int) -> None:
+    def _warm_up(self, bundle: Bundle, max_batch_size: int) -> None:
         """Run the smallest and the largest batch, so that no request waits for a first run."""
         for batch_size in (1, max_batch_size):
             for use_all_threads in (False, True):
-                _run_on_zeros(self.bundle, self.engine, batch_size, use_all_threads)
+                _run_on_zeros(bundle, self.engine, batch_size, use_all_threads)
 
     def _describe(self) -> dict[str, Any]:
         manifest = self.manifest
@@ -143,13 +144,21 @@ class Model:
             "classes": manifest.classes,
             "input": manifest.input.model_dump(),
             "outputs": list(self.engine.outputs),
-            "calibration": manifest.calibration.model_dump(),
+            "calibration": self.calibration.model_dump(),
             "metrics": metrics,
             "notes": manifest.notes,
             "explains": ["cam"] if self.has_activation_maps else [],
             "samples": samples,
-            "report": (self.bundle.path / "report.html").is_file(),
+            "report": (self.path / "report.html").is_file(),
         }
+
+
+def open_bundle(settings: Settings, version: str | int) -> Bundle:
+    """Open a version of the settings' model. Check its signature if the settings have a key.
+
+    Raises BundleError if it can't be trusted.
+    """
+    return Store(settings.store).open(settings.model, version, public_key=settings.public_key)
 
 
 def _select_variant(
@@ -198,12 +207,12 @@ def _load_engine(
 
     Raises the error of the last engine if none does.
     """
-    path = bundle.variant_path(variant)
+    graph = bundle.read_graph(variant)
     precision = bundle.manifest.variants[variant].precision
     *preferred, last = engine_factories(settings.engine, precision)
 
     def load(factory: EngineFactory) -> Engine:
-        engine = factory(path, threads)
+        engine = factory(graph, threads)
         _check_samples(bundle, samples, variant, engine)
         return engine
 

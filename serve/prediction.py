@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from pydantic import BaseModel
 
-from models.bundle import Manifest
+from models.bundle import Calibration
 from models.image import InputSpec, resize_to_input
 
 MAX_ACTIVATION_MAP_PIXELS = 64  # longer side of a class-activation map
@@ -40,14 +40,13 @@ class PredictionComposer:
     Labels are escaped once, since every prediction contains labels.
     """
 
-    def __init__(self, manifest: Manifest):
-        calibration = manifest.calibration
-        self.labels = [json.dumps(label) for label in manifest.classes]
+    def __init__(self, classes: list[str], calibration: Calibration):
+        self.labels = [json.dumps(label) for label in classes]
         self.class_starts = [
             f'{{"label":{label},"index":{index},"confidence":'
             for index, label in enumerate(self.labels)
         ]
-        self.abstain_threshold = calibration.abstain_threshold
+        self.lowest_answered_confidence = calibration.lowest_answered_confidence
         self.energy_threshold = calibration.energy_threshold
 
         # A class belongs to the prediction set from this probability on; None: the set is the
@@ -82,7 +81,7 @@ class PredictionComposer:
 
             members = top[:1] if is_member is None else is_member[i].nonzero()[0].tolist()
             prediction_set = ",".join([self.labels[index] for index in members])
-            abstain = confidence < self.abstain_threshold
+            abstain = confidence < self.lowest_answered_confidence
             unusual = self.energy_threshold is not None and energies[i] > self.energy_threshold
 
             predictions.append(

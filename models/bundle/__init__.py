@@ -4,15 +4,10 @@ bundle = Bundle("artifacts/store/digits/3")  # raises BundleError if it can't be
 bundle.manifest.classes
 """
 
-from models.bundle.bundle import EXPECTED_FILE, SAMPLES_DIRECTORY, Bundle
-from models.bundle.checksums import (
-    CHECKSUMS_FILE,
-    SIGNATURE_FILE,
-    file_sha256,
-    resolve_inside,
-    write_checksums,
-)
+from models.bundle.bundle import EXPECTED_FILE, SAMPLES_DIRECTORY, Bundle, GraphFile
+from models.bundle.checksums import write_checksums
 from models.bundle.errors import BundleError
+from models.bundle.files import CHECKSUMS_FILE, SIGNATURE_FILE, file_sha256, resolve_inside
 from models.bundle.manifest import (
     DRIFT_SIGNALS,
     MANIFEST_FILE,
@@ -44,6 +39,7 @@ __all__ = [
     "Calibration",
     "ClassMetrics",
     "DataInfo",
+    "GraphFile",
     "Histogram",
     "Latency",
     "Manifest",

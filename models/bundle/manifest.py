@@ -4,6 +4,7 @@ The classes below are its JSON schema. Unknown fields are refused.
 """
 
 import json
+import math
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,14 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from models.bundle.errors import BundleError
+from models.bundle.files import read_file
 from models.image import InputSpec
 
-FORMAT = 1
-"""Grows when a reader of today could misread what a later version writes."""
+FORMAT = 2
+"""Grows with each new field, as readers refuse unknown ones. Older formats stay readable.
+
+2: calibration and baseline of each variant.
+"""
 
 MANIFEST_FILE = "manifest.json"
 MAX_MANIFEST_BYTES = 32 << 20
@@ -37,6 +42,67 @@ DRIFT_SIGNALS = (
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+
+class Calibration(_Part):
+    """Fitted on validation data with the outputs of one graph.
+
+    The temperature is inside the graph; the server applies the rest.
+    """
+
+    temperature: float = 1.0
+    nll_before: float | None = None
+    nll_after: float | None = None
+    ece_before: float | None = None
+    ece_after: float | None = None
+    abstain_threshold: float = Field(
+        default=0.0, ge=0, le=1, description="predictions with less confidence abstain"
+    )
+    abstain_accuracy: float | None = Field(
+        default=None, description="requested accuracy of the predictions that don't abstain"
+    )
+    abstain_coverage: float | None = Field(
+        default=None, description="share of images that don't abstain"
+    )
+    abstain_test_accuracy: float | None = Field(
+        default=None, description="the same accuracy, measured on the test part"
+    )
+    abstain_test_coverage: float | None = Field(
+        default=None, description="the same share, measured on the test part"
+    )
+    conformal_level: float | None = Field(
+        default=None, description="requested coverage of prediction sets"
+    )
+    conformal_quantile: float | None = Field(
+        default=None, description="a class is in the set when 1 - its probability is at most this"
+    )
+    conformal_coverage: float | None = Field(
+        default=None, description="coverage measured on the test part"
+    )
+    energy_threshold: float | None = Field(
+        default=None, description="more energy than this is out of distribution"
+    )
+
+    @property
+    def always_abstains(self) -> bool:
+        """Whether every prediction abstains: no threshold reaches the requested accuracy."""
+        return self.abstain_threshold == 1 and not self.abstain_coverage
+
+    @property
+    def lowest_answered_confidence(self) -> float:
+        """Predictions with less confidence abstain. Infinite where all do.
+
+        A threshold of 1 is not enough for that: the confidence of an image that the network is very
+        sure of is rounded to 1.
+        """
+        return math.inf if self.always_abstains else self.abstain_threshold
+
+
+class Histogram(_Part):
+    """Distribution of one drift signal on validation data."""
+
+    edges: list[float] = Field(description="n + 1 increasing edges; the outer bins are open")
+    counts: list[int] = Field(description="n counts")
 
 
 class Parity(_Part):
@@ -74,53 +140,12 @@ class Variant(_Part):
     tolerance: float = Field(
         default=1e-4, description="allowed |difference| of a probability from expected.npz"
     )
-
-
-class Calibration(_Part):
-    """Fitted on validation data.
-
-    The temperature is inside the graph; the server applies the rest.
-    """
-
-    temperature: float = 1.0
-    nll_before: float | None = None
-    nll_after: float | None = None
-    ece_before: float | None = None
-    ece_after: float | None = None
-    abstain_threshold: float = Field(
-        default=0.0, description="predictions with less confidence abstain"
+    calibration: Calibration | None = Field(
+        default=None, description="fitted with this variant; null: the manifest's"
     )
-    abstain_accuracy: float | None = Field(
-        default=None, description="requested accuracy of the predictions that don't abstain"
+    baseline: dict[str, Histogram] = Field(
+        default={}, description="drift signals that differ from the manifest's baseline"
     )
-    abstain_coverage: float | None = Field(
-        default=None, description="share of images that don't abstain"
-    )
-    abstain_test_accuracy: float | None = Field(
-        default=None, description="the same accuracy, measured on the test part"
-    )
-    abstain_test_coverage: float | None = Field(
-        default=None, description="the same share, measured on the test part"
-    )
-    conformal_level: float | None = Field(
-        default=None, description="requested coverage of prediction sets"
-    )
-    conformal_quantile: float | None = Field(
-        default=None, description="a class is in the set when 1 - its probability is at most this"
-    )
-    conformal_coverage: float | None = Field(
-        default=None, description="coverage measured on the test part"
-    )
-    energy_threshold: float | None = Field(
-        default=None, description="more energy than this is out of distribution"
-    )
-
-
-class Histogram(_Part):
-    """Distribution of one drift signal on validation data."""
-
-    edges: list[float] = Field(description="n + 1 increasing edges; the outer bins are open")
-    counts: list[int] = Field(description="n counts")
 
 
 class ClassMetrics(_Part):
@@ -188,9 +213,11 @@ class Manifest(_Part):
         description="probabilities, energy, embedding, and cam where the head allows it"
     )
     variants: dict[str, Variant] = Field(min_length=1)
-    calibration: Calibration = Calibration()
+    calibration: Calibration = Field(
+        default=Calibration(), description="of fp32, and of variants without their own"
+    )
     baseline: dict[str, Histogram] = Field(
-        default={}, description="drift signal -> histogram of validation data"
+        default={}, description="drift signal -> histogram of validation data, with fp32"
     )
     metrics: dict[str, Metrics] = Field(
         default={}, description="by part of the data: val, test, and others that were measured"
@@ -211,24 +238,40 @@ class Manifest(_Part):
                 )
         return self
 
+    def calibration_of(self, variant: str) -> Calibration:
+        """Return the calibration to apply to the outputs of a variant."""
+        return self.variants[variant].calibration or self.calibration
+
+    def baseline_of(self, variant: str) -> dict[str, Histogram]:
+        """Return the drift baseline of a variant: signal -> histogram of validation data."""
+        return self.baseline | self.variants[variant].baseline
+
     def write(self, directory: Path) -> None:
         """Write manifest.json into a directory."""
         (directory / MANIFEST_FILE).write_text(self.model_dump_json(indent=1) + "\n")
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """Read and validate manifest.json.
-
-    Raises BundleError for a file that is missing, too large, not JSON, not valid, or of a newer
-    format.
-    """
+    """Read and validate manifest.json. Raises BundleError as `read_file` and `parse_manifest`."""
+    missing = f"no such file, so {directory} is not a bundle"
     file = directory / MANIFEST_FILE
-    content = _read_json(file, directory)
+    return parse_manifest(read_file(file, MAX_MANIFEST_BYTES, missing), file)
+
+
+def parse_manifest(data: bytes, source: object) -> Manifest:
+    """Validate the contents of manifest.json; `source` names the file in error messages.
+
+    Raises BundleError for contents that are not JSON, not valid, or of a newer format.
+    """
+    try:
+        content = json.loads(data)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise BundleError(f"{source}: not readable as JSON: {error}") from error
 
     file_format = content.get("format") if isinstance(content, dict) else None
     if isinstance(file_format, int) and file_format > FORMAT:
         raise BundleError(
-            f"{file}: format {file_format} is newer than format {FORMAT}, "
+            f"{source}: format {file_format} is newer than format {FORMAT}, "
             "the newest that this version reads; update Imago"
         )
 
@@ -237,15 +280,4 @@ def read_manifest(directory: Path) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "manifest"
-        raise BundleError(f"{file}: {field}: {first['msg']}") from error
-
-
-def _read_json(file: Path, directory: Path) -> object:
-    try:
-        if file.stat().st_size > MAX_MANIFEST_BYTES:
-            raise BundleError(f"{file}: larger than {MAX_MANIFEST_BYTES} bytes")
-        return json.loads(file.read_bytes())
-    except FileNotFoundError as error:
-        raise BundleError(f"{file}: no such file, so {directory} is not a bundle") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise BundleError(f"{file}: not readable as JSON: {error}") from error
+        raise BundleError(f"{source}: {field}: {first['msg']}") from error

@@ -54,7 +54,6 @@ Messages and fields of onnx.proto3 (ONNX IR 10) that are read; all others are sk
                        2       dim_param: text
 """
 
-import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,6 +66,11 @@ MAX_BYTES = 2**31 - 1
 
 MAX_DEPTH = 16
 """Of messages inside messages."""
+
+# The mark of onnxruntime's own format, which it recognizes in a file of any name. Such a file can
+# be valid ONNX as well, and hold another graph.
+ORT_MAGIC = b"ORTM"
+ORT_MAGIC_SLICE = slice(4, 8)
 
 ALLOWED_DOMAINS = frozenset(("", "ai.onnx", "com.microsoft"))
 """Domains of operators: that of ONNX, by both names, and that of onnxruntime."""
@@ -151,12 +155,15 @@ class _NotAllowed(ValueError):
     """The file is valid, but contains something that bundles must not contain."""
 
 
-def check_graph(path: Path, input_spec: InputSpec, classes: int, outputs: list[str]) -> Graph:
-    """Read an ONNX file and compare its signature with the manifest's.
+def check_graph(
+    path: Path, content: bytes, input_spec: InputSpec, classes: int, outputs: list[str]
+) -> Graph:
+    """Parse the contents of an ONNX file and compare its signature with the manifest's.
 
-    Raises BundleError that states the difference, or as `read_graph` does.
+    `path` names the file in error messages. Raises BundleError that states the difference, or as
+    `parse_graph` does.
     """
-    graph = read_graph(path)
+    graph = parse_graph(path, content)
     _check_input(path, graph, input_spec)
 
     if sorted(graph.outputs) != sorted(outputs):
@@ -195,23 +202,22 @@ def _check_output(path: Path, name: str, output: TensorType, classes: int) -> No
         raise BundleError(f"{path}: its output {name} has {output.shape[1]} classes, not {classes}")
 
 
-def read_graph(path: Path) -> Graph:
-    """Read opset, signature and operators of an ONNX file.
+def parse_graph(path: Path, content: bytes) -> Graph:
+    """Return opset, signature and operators of an ONNX file with these contents.
 
-    Raises BundleError for a file that is missing, too large, damaged, or not allowed.
+    `path` names the file in error messages. Raises BundleError for contents that are too large,
+    damaged, or not allowed.
     """
+    if not 0 < len(content) <= MAX_BYTES:
+        raise BundleError(
+            f"{path}: {len(content)} bytes is not a valid size for an ONNX file (1 to {MAX_BYTES})"
+        )
+    if content[ORT_MAGIC_SLICE] == ORT_MAGIC:
+        raise BundleError(f"{path}: in onnxruntime's own format; only ONNX is allowed")
+
+    graph = Graph()
     try:
-        size = path.stat().st_size
-        if not 0 < size <= MAX_BYTES:
-            raise BundleError(
-                f"{path}: {size} bytes is not a valid size for an ONNX file (1 to {MAX_BYTES})"
-            )
-        graph = Graph()
-        with path.open("rb") as file:
-            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            _read_message(memoryview(content), "model", graph, depth=0)
-    except OSError as error:
-        raise BundleError(f"{path}: not readable: {error.strerror or error}") from error
+        _read_message(memoryview(content), "model", graph, depth=0)
     except _NotAllowed as error:
         raise BundleError(f"{path}: {error}") from error
     except (ValueError, IndexError) as error:

@@ -3,6 +3,9 @@
 `<store>/<name>/latest` is a link to one version. A version becomes visible as a whole or not at
 all, two jobs that finish at the same time get two versions, and `latest` moves in one atomic
 rename. Training publishes here; the server and `imago models` read it.
+
+A copy of a store may have lost its links: `latest` is then a copy of the version (cp -rL, zip,
+`aws s3 sync`), or a file with its number (a file system without links). Both are read.
 """
 
 import fcntl
@@ -16,11 +19,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from models.bundle import MANIFEST_FILE, NAME_PATTERN, Bundle, BundleError
+from models.bundle import MANIFEST_FILE, NAME_PATTERN, Bundle, BundleError, read_manifest
+from models.bundle.files import read_file
 
 LATEST = "latest"
 LOCK_FILE = ".lock"
 STAGING_PREFIX = ".staging-"
+MAX_LATEST_BYTES = 32
 ABANDONED_SECONDS = 24 * 3600
 """Age from which a staging directory counts as one of a job that died."""
 
@@ -49,10 +54,11 @@ class Store:
 
     def latest(self, name: str) -> int | None:
         """Return the version that `latest` points to, or None."""
+        latest = self.root / name / LATEST
         try:
-            target = os.readlink(self.root / name / LATEST)
+            target = os.path.normpath(os.readlink(latest))
         except OSError:
-            return None
+            target = _read_latest_without_link(latest)
         return int(target) if target.isdecimal() else None
 
     def path(self, name: str, version: str | int = LATEST) -> Path:
@@ -71,28 +77,48 @@ class Store:
         versions = ", ".join(map(str, self.versions(name)))
         raise BundleError(f"{self.root}: {name} has no version {version}; it has {versions}")
 
-    def open(self, name: str, version: str | int = LATEST, verify: bool = True) -> Bundle:
+    def open(
+        self,
+        name: str,
+        version: str | int = LATEST,
+        verify: bool = True,
+        public_key: Path | None = None,
+    ) -> Bundle:
         """Open a version. Raises BundleError as `path` and `Bundle` do."""
-        return Bundle(self.path(name, version), verify)
+        return Bundle(self.path(name, version), verify, public_key)
 
-    def ensure_writable(self, name: str) -> Path:
-        """Return the directory for the versions of a name; create it where it is missing.
+    def check_writable(self, name: str) -> None:
+        """Raise BundleError where a version of this name could not be published.
 
-        Raises BundleError for an invalid name, or where nothing can be written.
+        Nothing is created: a job that fails before it publishes leaves no trace in the store.
         """
+        self._check_name(name)
+        directory = self.root / name
+        self._check_latest_is_replaceable(name)
+        while not directory.exists() and directory != directory.parent:
+            directory = directory.parent
+        if not directory.is_dir():
+            raise BundleError(f"{self.root / name}: can't be created: {directory} is a file")
+        if not os.access(directory, os.W_OK | os.X_OK):
+            raise BundleError(f"{directory}: not writable")
+
+    def _check_name(self, name: str) -> None:
         if not re.fullmatch(NAME_PATTERN, name):
             raise BundleError(
                 f"{name!r} can't name a model; use up to 63 of a-z, 0-9, '.', '_' and '-', "
                 "beginning with a letter or digit"
             )
-        directory = self.root / name
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise BundleError(f"{directory}: can't be created: {error.strerror}") from error
-        if not os.access(directory, os.W_OK):
-            raise BundleError(f"{directory}: not writable")
-        return directory
+
+    def _check_latest_is_replaceable(self, name: str) -> None:
+        """Raise BundleError where `latest` is a directory that is no copy of a version."""
+        latest = self.root / name / LATEST
+        if latest.is_symlink() or not latest.is_dir():
+            return
+        version = self.latest(name)
+        if version is None or not (self.root / name / str(version)).is_dir():
+            raise BundleError(
+                f"{latest}: a directory that is not a copy of a version of {name}; move it away"
+            )
 
     @contextmanager
     def stage(self, name: str, version: int | None = None) -> Iterator["StagedVersion"]:
@@ -106,7 +132,12 @@ class Store:
         next free one; no two writers get the same. Raises BundleError where `version` exists or
         is being written.
         """
-        self.ensure_writable(name)
+        self._check_name(name)
+        directory = self.root / name
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BundleError(f"{directory}: can't be created: {error.strerror}") from error
         if version is None:
             number, directory = self._claim_next(name)
         else:
@@ -153,11 +184,26 @@ class Store:
         return directory
 
     def promote(self, name: str, version: int) -> None:
-        """Point `latest` at a version in one atomic rename. Raises BundleError without it."""
+        """Point `latest` at a version in one atomic rename.
+
+        Raises BundleError without that version, or where nothing can be written.
+        """
         self.path(name, version)
-        link = self.root / name / f".latest-{secrets.token_hex(8)}"
-        link.symlink_to(str(version))
-        os.replace(link, self.root / name / LATEST)
+        self._check_latest_is_replaceable(name)
+        latest = self.root / name / LATEST
+        token = secrets.token_hex(8)
+        link = self.root / name / f".latest-{token}"
+        copy = self.root / name / f"{STAGING_PREFIX}{LATEST}-{token}"
+        try:
+            _write_link(link, version)
+            if latest.is_dir() and not latest.is_symlink():
+                os.rename(latest, copy)
+            os.replace(link, latest)
+        except OSError as error:
+            with suppress(OSError):
+                link.unlink()
+            raise BundleError(f"{latest}: can't be moved: {error.strerror}") from error
+        shutil.rmtree(copy, ignore_errors=True)
 
     def advance(self, name: str, version: int) -> None:
         """Point `latest` at a version, unless it points at a newer one.
@@ -250,6 +296,24 @@ class StagedVersion:
         if promote:
             self.store.advance(self.name, self.version)
         return Bundle(target, verify=False)
+
+
+def _read_latest_without_link(latest: Path) -> str:
+    """Return the version that a `latest` stands for which is no link, or an empty text."""
+    try:
+        if latest.is_dir():
+            return str(read_manifest(latest).version)
+        return read_file(latest, MAX_LATEST_BYTES).decode().strip()
+    except (OSError, ValueError):  # includes BundleError and UnicodeDecodeError
+        return ""
+
+
+def _write_link(path: Path, version: int) -> None:
+    """Create a link to a version, or a file with its number on a file system without links."""
+    try:
+        path.symlink_to(str(version))
+    except OSError:
+        path.write_text(f"{version}\n")
 
 
 def _list_directories(path: Path) -> list[str]:

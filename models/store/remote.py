@@ -5,7 +5,8 @@ because object stores have no rename and no links:
 
 - SHA256SUMS is written last, after every other file was read back and compared. A version without
   it does not exist.
-- `<name>/latest` is an object that holds the number.
+- `<name>/latest` is an object that holds the number. In a bucket that a local store was copied to,
+  it can be a copy of the version.
 
 A local directory, also as file://, is treated as a `Store`.
 """
@@ -15,12 +16,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from models.bundle import CHECKSUMS_FILE, SIGNATURE_FILE, Bundle, BundleError, file_sha256
+from models.bundle import (
+    CHECKSUMS_FILE,
+    MANIFEST_FILE,
+    SIGNATURE_FILE,
+    Bundle,
+    BundleError,
+    file_sha256,
+)
 from models.bundle.checksums import MAX_CHECKSUMS_BYTES, parse_checksums
-from models.store.local import LATEST, Store
+from models.bundle.manifest import MAX_MANIFEST_BYTES, parse_manifest
+from models.store.local import LATEST, MAX_LATEST_BYTES, Store
 
 MAX_BUNDLE_BYTES = 32 << 30
-MAX_LATEST_BYTES = 32
 CHUNK_BYTES = 4 << 20
 
 
@@ -86,7 +94,7 @@ def pull(
                 store.advance(name, number)
             return bundle, False
 
-        files = list(parse_checksums(checksums_text.decode(), f"{source_url}/{CHECKSUMS_FILE}"))
+        files = list(parse_checksums(checksums_text, f"{source_url}/{CHECKSUMS_FILE}"))
         if remote.has_signature(name, number):
             files.append(SIGNATURE_FILE)
         total_bytes = sum(remote.size(name, number, file) for file in files)
@@ -150,10 +158,17 @@ class RemoteStore:
         if self.local_store:
             return self.local_store.latest(name)
         path = self.path(name, LATEST)
-        if not self.filesystem.exists(path):
-            return None
+        if not self.filesystem.isfile(path):
+            return self._read_copied_latest(self.path(name, LATEST, MANIFEST_FILE))
         text = self.filesystem.cat_file(path, start=0, end=MAX_LATEST_BYTES).decode().strip()
         return int(text) if text.isdecimal() else None
+
+    def _read_copied_latest(self, manifest_path: str) -> int | None:
+        """Return the version of a manifest, or None where there is none."""
+        if not self.filesystem.isfile(manifest_path):
+            return None
+        content = self.filesystem.cat_file(manifest_path, start=0, end=MAX_MANIFEST_BYTES)
+        return parse_manifest(content, manifest_path).version
 
     def advance(self, name: str, version: int) -> None:
         """Make `latest` name a version, unless it names a newer one."""
@@ -183,7 +198,7 @@ class RemoteStore:
         """Upload all files of a bundle, SHA256SUMS last: with it the version exists."""
         name = bundle.manifest.name
         version = bundle.manifest.version
-        checksums = parse_checksums(checksums_text.decode(), CHECKSUMS_FILE)
+        checksums = parse_checksums(checksums_text, CHECKSUMS_FILE)
         signature = bundle.path / SIGNATURE_FILE
         if signature.exists():
             checksums[SIGNATURE_FILE] = file_sha256(signature)

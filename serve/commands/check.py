@@ -9,11 +9,10 @@ import json
 import sys
 from collections.abc import Callable
 
-from models.bundle import Bundle
 from models.cpu_quota import available_cores
 from models.store import LATEST, Store
 from serve import options
-from serve.model import Model
+from serve.model import Model, open_bundle
 from serve.settings import Settings
 from serve.worker.exit_status import STORE_UNREADABLE
 from serve.worker.version_check import is_transient
@@ -76,8 +75,10 @@ def load_model(settings: Settings, show_line: ShowLine) -> Model:
         f"{', follows latest' if follows_latest else ''}",
     )
 
-    bundle = Bundle(path)
+    bundle = open_bundle(settings, settings.version)
     show_line("checksums", "all files match")
+    if bundle.public_key:
+        show_line("signature", "by the given key")
 
     model = Model(bundle, settings, threads)
     variants = ", ".join(bundle.manifest.variants)
@@ -96,8 +97,11 @@ def show_manifest(model: Model, show_line: ShowLine) -> None:
     ellipsis = ", …" if len(manifest.classes) > MAX_CLASSES_SHOWN else ""
     show_line("classes", f"{len(manifest.classes)}: {names}{ellipsis}")
 
-    calibration = manifest.calibration
-    show_line("abstains below", f"confidence {calibration.abstain_threshold:.3g}")
+    calibration = model.calibration
+    if calibration.always_abstains:
+        show_line("abstains", "on every image: no threshold is accurate enough")
+    else:
+        show_line("abstains below", f"confidence {calibration.abstain_threshold:.3g}")
     if calibration.conformal_level is None:
         show_line("prediction sets", "none")
     else:

@@ -2,10 +2,11 @@
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+
+from models.bundle import GraphFile
 
 
 class Engine(Protocol):
@@ -25,9 +26,10 @@ class Engine(Protocol):
         """Run the graph on uint8 [N, H, W, C] and return the named outputs in this order."""
 
 
-# Makes an engine from the path of a graph and a number of threads. Raises BundleError for a file
-# that it can't load, and ValueError if this machine lacks what the engine needs.
-EngineFactory = Callable[[Path, int], Engine]
+# Makes an engine from the contents of a graph and a number of threads. It does not read the file
+# once more, as that may have changed since it was checked. Raises BundleError for a graph that it
+# can't load, and ValueError if this machine lacks what the engine needs.
+EngineFactory = Callable[[GraphFile, int], Engine]
 
 
 def measure_seconds(run: Callable[[], object], repeats: int) -> float:

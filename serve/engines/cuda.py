@@ -1,11 +1,11 @@
 """onnxruntime on an NVIDIA GPU."""
 
 import ctypes
-from pathlib import Path
 
 import numpy as np
 import onnxruntime
 
+from models.bundle import GraphFile
 from serve.engines.onnxruntime import create_session
 
 PROVIDER = "CUDAExecutionProvider"
@@ -26,8 +26,8 @@ class CudaEngine:
     name = "cuda"
     is_bfloat16 = False
 
-    def __init__(self, path: Path, threads: int):
-        """Load the graph. Raises ValueError if no GPU is usable, BundleError for a bad file."""
+    def __init__(self, graph: GraphFile, threads: int):
+        """Load the graph. Raises ValueError if no GPU is usable, BundleError for a bad graph."""
         if not has_cuda_provider():
             raise ValueError(
                 "engine cuda: this onnxruntime has no CUDA; "
@@ -44,7 +44,7 @@ class CudaEngine:
         # The wheels of CUDA and cuDNN put their libraries where the linker does not search.
         onnxruntime.preload_dlls()
         providers = [(PROVIDER, PROVIDER_OPTIONS), "CPUExecutionProvider"]
-        self.session = create_session(path, threads, providers)
+        self.session = create_session(graph, threads, providers)
         if PROVIDER not in self.session.get_providers():
             raise ValueError("engine cuda: this machine has no usable GPU; choose another engine")
         self.outputs = tuple(output.name for output in self.session.get_outputs())

@@ -1,13 +1,12 @@
 """onnxruntime on the CPU, the default engine."""
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
 
-from models.bundle import BundleError
+from models.bundle import BundleError, GraphFile
 from serve.engines.base import measure_seconds
 
 # Threads of a session over all threads spin for this time while they wait for the next node of the
@@ -29,13 +28,14 @@ class OnnxRuntimeEngine:
     name = "onnxruntime"
     is_bfloat16 = False
 
-    def __init__(self, path: Path, threads: int):
-        self.path = path
+    def __init__(self, graph: GraphFile, threads: int):
+        self.graph: GraphFile | None = graph  # until both sessions exist
         self.threads = threads
-        self.single_thread_session = create_session(path, 1, ["CPUExecutionProvider"])
+        self.single_thread_session = create_session(graph, 1, ["CPUExecutionProvider"])
         self.all_threads_session: onnxruntime.InferenceSession | None = None
         if threads == 1:
             self.all_threads_session = self.single_thread_session
+            self.graph = None
         self.outputs = tuple(output.name for output in self.single_thread_session.get_outputs())
 
     def run(
@@ -46,13 +46,15 @@ class OnnxRuntimeEngine:
             return self.single_thread_session.run(output_names, {"image": images})
 
         if self.all_threads_session is None:  # at the first lone batch, which is the self check
-            self.all_threads_session = self._create_all_threads_session()
+            assert self.graph is not None
+            self.all_threads_session = self._create_all_threads_session(self.graph)
+            self.graph = None
         return self.all_threads_session.run(output_names, {"image": images})
 
-    def _create_all_threads_session(self) -> onnxruntime.InferenceSession:
+    def _create_all_threads_session(self, graph: GraphFile) -> onnxruntime.InferenceSession:
         """Return a session over all threads if it is faster, else that of a single thread."""
         session = create_session(
-            self.path, self.threads, ["CPUExecutionProvider"], spin_microseconds=SPIN_MICROSECONDS
+            graph, self.threads, ["CPUExecutionProvider"], spin_microseconds=SPIN_MICROSECONDS
         )
         if _measure_session(session) < _measure_session(self.single_thread_session):
             return session
@@ -60,7 +62,7 @@ class OnnxRuntimeEngine:
 
 
 def create_session(
-    path: Path, threads: int, providers: list[Any], spin_microseconds: int = 0
+    graph: GraphFile, threads: int, providers: list[Any], spin_microseconds: int = 0
 ) -> onnxruntime.InferenceSession:
     """Load a graph. Raises BundleError if onnxruntime can't."""
     options = onnxruntime.SessionOptions()
@@ -69,11 +71,17 @@ def create_session(
     options.log_severity_level = LOG_LEVEL_FATAL
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.add_session_config_entry("session.intra_op.spin_duration_us", str(spin_microseconds))
+    # Never its own format, which it would otherwise recognize by the contents.
+    options.add_session_config_entry("session.load_model_format", "ONNX")
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=providers)
+        session = onnxruntime.InferenceSession(graph.content, options, providers=providers)
     except Exception as error:  # the exceptions of onnxruntime have no other base class
         reason = str(error).splitlines()[0]
-        raise BundleError(f"{path}: onnxruntime can't load it: {reason}") from error
+        raise BundleError(f"{graph.path}: onnxruntime can't load it: {reason}") from error
+    # onnxruntime (seen in 1.31) keeps the bytes for as long as the session, in case it creates it
+    # once more with other providers. They would take as much memory as the weights.
+    session._model_bytes = b""
+    return session
 
 
 def _measure_session(session: onnxruntime.InferenceSession) -> float:

@@ -6,12 +6,11 @@ samples keep their labels.
 """
 
 import threading
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from models.bundle import BundleError
+from models.bundle import BundleError, GraphFile
 
 
 class OpenVinoEngine:
@@ -21,10 +20,10 @@ class OpenVinoEngine:
     model with a single stream over all cores.
     """
 
-    def __init__(self, path: Path, threads: int, bfloat16: bool = False):
+    def __init__(self, graph: GraphFile, threads: int, bfloat16: bool = False):
         """Load the graph.
 
-        Raises BundleError for a bad file, ValueError if the extra or bfloat16 is missing.
+        Raises BundleError for a bad graph, ValueError if the extra or bfloat16 is missing.
         """
         try:
             import openvino
@@ -43,19 +42,19 @@ class OpenVinoEngine:
             "INFERENCE_PRECISION_HINT": "bf16" if bfloat16 else "f32",
         }
         try:
-            graph = core.read_model(path)
-            self.outputs = tuple(output.any_name for output in graph.outputs)
+            model = core.read_model(graph.content)
+            self.outputs = tuple(output.any_name for output in model.outputs)
             self.single_thread_model = core.compile_model(
-                graph, "CPU", {**config, "NUM_STREAMS": threads}
+                model, "CPU", {**config, "NUM_STREAMS": threads}
             )
             self.all_threads_model = self.single_thread_model
             if threads > 1:
                 self.all_threads_model = core.compile_model(
-                    graph, "CPU", {**config, "NUM_STREAMS": 1}
+                    model, "CPU", {**config, "NUM_STREAMS": 1}
                 )
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
-            raise BundleError(f"{path}: OpenVINO can't load it: {reason}") from error
+            raise BundleError(f"{graph.path}: OpenVINO can't load it: {reason}") from error
 
         # An inference request belongs to one thread.
         self.single_thread_requests = threading.local()

@@ -14,11 +14,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from models.bundle import Bundle, BundleError
+from models.bundle import BundleError
 from models.store import Store
 from serve import logs
 from serve.metrics.shared_counters import SharedCounters
-from serve.model import Model
+from serve.model import Model, open_bundle
 from serve.settings import Settings
 from serve.worker.served_version import record_served_version
 from serve.worker.version_check import check_version, is_transient
@@ -100,7 +100,7 @@ class Reloader:
         """Check a version and load it. Raises an exception of any kind if that fails."""
         with self._lock():
             result = check_version(self.settings, self.run_directory, version, self.threads)
-            bundle = Bundle(self.store.path(self.settings.model, version))
+            bundle = open_bundle(self.settings, version)
             if bundle.digest != result.digest:
                 raise BundleError(f"version {version}: changed since it was checked")
             settings = self.settings.model_copy(update={"variant": result.variant})

@@ -6,9 +6,9 @@ it again, also while the store's latest version is a bad one.
 
 import os
 
-from models.store import LATEST, Store
+from models.store import LATEST
 from serve import logs
-from serve.model import Model
+from serve.model import Model, open_bundle
 from serve.settings import Settings
 
 RECORD_NAME = "serving"
@@ -28,18 +28,17 @@ def load_first_model(settings: Settings, run_directory: str, threads: int) -> Mo
 
     Raises ValueError (BundleError is one) or OSError if no version can be loaded.
     """
-    store = Store(settings.store)
     *preferred, last = _versions_to_try(settings, run_directory)
 
     model: Model | None = None
     for version in preferred:
         try:
-            model = Model(store.open(settings.model, version), settings, threads)
+            model = Model(open_bundle(settings, version), settings, threads)
             break
         except (ValueError, OSError) as error:
             logs.logger.error("version %s refused, loading %s instead: %s", version, last, error)
     if model is None:
-        model = Model(store.open(settings.model, last), settings, threads)
+        model = Model(open_bundle(settings, last), settings, threads)
 
     record_served_version(run_directory, model.version)
     return model

@@ -20,10 +20,9 @@ import time
 import numpy as np
 
 from models.image import decode
-from models.store import Store
 from serve import logs
 from serve.metrics.shared_counters import SharedCounters
-from serve.model import Model
+from serve.model import Model, open_bundle
 from serve.settings import Settings
 from serve.wire import TENSOR
 from serve.worker.batch import CompletedBatch
@@ -91,8 +90,8 @@ def run_shadow(settings: Settings, version: int, run_directory: str) -> None:
     supervisor_pid = os.getppid()
 
     try:
-        bundle = Store(settings.store).open(settings.model, version)
-        model = Model(bundle, settings.model_copy(update={"max_batch_size": 1}), threads=1)
+        single = settings.model_copy(update={"max_batch_size": 1})
+        model = Model(open_bundle(settings, version), single, threads=1)
     except ValueError as error:  # includes BundleError
         logs.logger.error("shadow version not loaded: %s", error)
         sys.exit(MODEL_UNUSABLE)

@@ -61,9 +61,9 @@ class WorkerMetrics:
         for index in probabilities.argmax(1).tolist():
             counters.values[self.label_slots[index]] += 1
 
-        calibration = model.manifest.calibration
+        calibration = model.calibration
         if calibration.abstain_threshold:
-            abstained = confidence < calibration.abstain_threshold
+            abstained = confidence < calibration.lowest_answered_confidence
             counters.add("abstained", by=int(abstained.sum()))
         if calibration.energy_threshold is not None:
             out_of_distribution = outputs[1] > calibration.energy_threshold

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from models import networks
+from models.bundle import GraphFile
 from models.bundle.verify import load_runner
 from models.image import InputSpec
 from train.export.onnx_graph import InferenceGraph, export_onnx
@@ -73,7 +74,10 @@ def measure(name: str, directory: Path) -> Result:
     quantize(fp32, int8, images, lambda file: 1.0, 1.0, QuantizeConfig())
     quantized = time.perf_counter()
 
-    runners = {"fp32": load_runner(fp32), "int8": load_runner(int8)}
+    runners = {
+        "fp32": load_runner(GraphFile.read(fp32)),
+        "int8": load_runner(GraphFile.read(int8)),
+    }
     parity = measure_parity(runners["fp32"], graph, images)
     latencies = measure_latencies(runners, images, SECONDS_PER_TIMING, LATENCY_BUDGET_SECONDS)
     batch_ms: dict[str, dict[int, float]] = {}

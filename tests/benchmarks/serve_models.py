@@ -61,7 +61,7 @@ def write_bundle(store: Path, case: str) -> None:
     import torch
 
     from models import networks
-    from train.export.drift_baseline import build_drift_baseline
+    from train.export.drift_baseline import build_image_baseline, build_prediction_baseline
     from train.export.onnx_graph import InferenceGraph, export_onnx
     from train.export.quantize import QuantizeConfig, quantize
 
@@ -105,7 +105,8 @@ def write_bundle(store: Path, case: str) -> None:
             calibration=Calibration(
                 abstain_threshold=0.5, conformal_quantile=0.9, energy_threshold=0.0
             ),
-            baseline=build_drift_baseline(logits, 1.0, images, original_sizes),
+            baseline=build_prediction_baseline(logits, 1.0)
+            | build_image_baseline(images, original_sizes),
             provenance=Provenance(
                 data=DataInfo(source="noise", digest="0" * 64, counts={}), device="cpu", seed=0
             ),

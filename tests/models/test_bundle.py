@@ -1,17 +1,20 @@
 """Changed, damaged and hostile bundles, through `imago models verify PATH`."""
 
+import io
 import json
 import os
 import shutil
+import socket
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 
 from models.__main__ import main
-from models.bundle import Bundle, BundleError
-from models.bundle.checksums import write_checksums
-from models.bundle.onnx_screening import read_graph
+from models.bundle import Bundle, Calibration, write_checksums
 from models.image import InputSpec
 from support import tiny_bundle
 
@@ -114,9 +117,11 @@ def test_a_bundle_renamed_in_its_store_is_refused(bundle, tmp_path, verify):
     ("changes", "message"),
     [
         (
-            {"format": 2},
-            "format 2 is newer than format 1, the newest that this version reads; update Imago",
+            {"format": 3},
+            "format 3 is newer than format 2, the newest that this version reads; update Imago",
         ),
+        ({"calibration": {"abstain_threshold": 1.5}}, "abstain_threshold: Input should be less"),
+        ({"calibration": {"abstain_threshold": float("nan")}}, "abstain_threshold: Input should"),
         ({"classes": ["one"]}, "classes: List should have at least 2 items"),
         ({"version": 0}, "version: Input should be greater than or equal to 1"),
         ({"name": "../etc"}, "name: String should match pattern"),
@@ -147,6 +152,7 @@ def test_an_invalid_manifest_is_refused(bundle, verify, changes, message):
 @pytest.mark.parametrize("text", ["", "[]", "nonsense", "{", "[" * 100_000, "\xff\xfe"])
 def test_a_file_that_is_not_a_manifest_is_refused(bundle, verify, text):
     (bundle / "manifest.json").write_text(text, encoding="latin-1")
+    write_checksums(bundle)
     status, line = verify(bundle)
     assert status == 1
     assert "manifest.json: " in line
@@ -171,20 +177,133 @@ def test_a_path_outside_the_bundle_in_the_checksums_is_refused(bundle, verify):
     assert "'../../secret' points outside the bundle" in line
 
 
-def test_a_link_to_a_file_outside_the_bundle_is_refused(bundle, tmp_path, verify):
-    shutil.move(bundle / "model.onnx", tmp_path / "elsewhere.onnx")
-    os.symlink(tmp_path / "elsewhere.onnx", bundle / "model.onnx")
+@pytest.mark.parametrize("file", ["./00.png", "../samples/00.png", "/etc/hostname", "none.png"])
+def test_a_sample_that_is_not_listed_is_refused(bundle, verify, file):
+    samples = [sample.model_dump() for sample in Bundle(bundle).manifest.samples]
+    samples[0]["file"] = file
+    tiny_bundle.edit_manifest(bundle, samples=samples)
+    write_checksums(bundle)
     status, line = verify(bundle)
     assert status == 1
-    assert "'model.onnx' points outside the bundle" in line
+    assert f"{file.lstrip('./')}: not listed in SHA256SUMS" in line
 
 
-def test_expected_outputs_that_would_run_code_are_refused(bundle, verify):
-    np.savez(bundle / "samples" / "expected.npz", probabilities=np.array([{"a": 1}], dtype=object))
-    tiny_bundle.update_checksums(bundle)
+def link_outside(bundle: Path) -> None:
+    outside = bundle.with_name("elsewhere.onnx")
+    shutil.move(bundle / "model.onnx", outside)
+    os.symlink(outside, bundle / "model.onnx")
+
+
+def link_inside(bundle: Path) -> None:
+    os.rename(bundle / "samples" / "00.png", bundle / "samples" / "first.png")
+    os.symlink("first.png", bundle / "samples" / "00.png")
+
+
+def link_directory(bundle: Path) -> None:
+    outside = bundle.with_name("elsewhere")
+    shutil.move(bundle / "samples", outside)
+    os.symlink(outside, bundle / "samples")
+
+
+def replace_by_pipe(bundle: Path) -> None:
+    (bundle / "samples" / "00.png").unlink()
+    os.mkfifo(bundle / "samples" / "00.png")
+
+
+def replace_checksums_by_pipe(bundle: Path) -> None:
+    (bundle / "SHA256SUMS").unlink()
+    os.mkfifo(bundle / "SHA256SUMS")
+
+
+def add_socket(bundle: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(bundle / "s"))
+
+
+def add_ort_file(bundle: Path) -> None:
+    (bundle / "model.ort").write_bytes(b"x")
+    write_checksums_unchecked(bundle, "model.ort")
+
+
+def write_checksums_unchecked(bundle: Path, name: str) -> None:
+    """List a file that `write_checksums` refuses."""
+    with (bundle / "SHA256SUMS").open("a") as file:
+        file.write(f"{'0' * 64}  {name}\n")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (link_outside, "model.onnx: a link; a bundle holds regular files only"),
+        (link_inside, "samples/00.png: a link; a bundle holds regular files only"),
+        (link_directory, "samples: a link; a bundle holds regular files only"),
+        (replace_by_pipe, "samples/00.png: not a regular file"),
+        (replace_checksums_by_pipe, "SHA256SUMS: not a regular file"),
+        (add_socket, "s: not a regular file"),
+        (add_ort_file, "model.ort: in onnxruntime's own format; only ONNX is allowed"),
+    ],
+)
+def test_anything_but_regular_files_is_refused(bundle, verify, change, message):
+    change(bundle)
     status, line = verify(bundle)
     assert status == 1
-    assert "expected.npz: unreadable expected outputs" in line
+    assert message in line
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "samples/.DS_Store", "._model.onnx", "Thumbs.db"])
+def test_files_of_file_managers_are_ignored(bundle, verify, name):
+    digest = Bundle(bundle).digest
+    (bundle / name).write_bytes(b"x")
+    assert verify(bundle)[0] == 0
+    write_checksums(bundle)
+    assert Bundle(bundle).digest == digest
+
+
+def pack(**arrays: object) -> bytes:
+    """Return the bytes of an .npz file."""
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    return file.getvalue()
+
+
+def pack_header(shape: tuple[int, ...]) -> bytes:
+    """Return the bytes of an .npz file with an array that has a header and no data."""
+    header = io.BytesIO()
+    description = {"descr": "<f8", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, description)
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("probabilities.npy", header.getvalue())
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda _: b"nonsense", "unreadable expected outputs"),
+        (lambda _: pack_header((10**14,)), "unreadable expected outputs"),
+        (lambda _: pack_header((2**62, 2**62)), "unreadable expected outputs"),
+        (lambda _: pack(probabilities=np.array([{"a": 1}], dtype=object)), "not numbers"),
+        (lambda arrays: pack(**arrays | {"probabilities": [["a"] * 3] * 16}), "not numbers"),
+        (lambda arrays: pack(**arrays | {"energy": np.full(16, np.nan)}), "energy is not finite"),
+        (lambda arrays: pack(**arrays | {"energy": np.float32(1)}), "energy has the shape ()"),
+        (lambda arrays: pack(**arrays | {"cam": arrays["cam"][1:]}), "cam has the shape (15,"),
+        (lambda arrays: pack(**arrays | {"pixels": arrays["cam"]}), "pixels has the shape"),
+        (lambda arrays: pack(probabilities=arrays["probabilities"]), "lacks energy"),
+    ],
+)
+def test_bad_expected_outputs_are_refused(
+    bundle, verify, change: Callable[[dict[str, np.ndarray]], bytes], message
+):
+    file = bundle / "samples" / "expected.npz"
+    with np.load(file) as archive:
+        arrays = dict(archive)
+    file.write_bytes(change(arrays))
+    write_checksums(bundle)
+    status, line = verify(bundle)
+    assert status == 1
+    assert "expected.npz: " in line
+    assert message in line
 
 
 def test_another_graph_than_that_of_the_manifest_is_refused(bundle, verify):
@@ -195,15 +314,37 @@ def test_another_graph_than_that_of_the_manifest_is_refused(bundle, verify):
     assert "model.onnx: not the fp32 file of manifest.json" in line
 
 
-def test_files_that_are_too_large_are_refused(bundle, verify):
-    with (bundle / "manifest.json").open("ab") as file:
-        file.truncate(1 << 30)  # sparse: takes no disk space
-    assert "manifest.json: larger than" in verify(bundle)[1]
-    shutil.copy(bundle / "SHA256SUMS", bundle / "sums")
-    with (bundle / "model.onnx").open("ab") as file:
-        file.truncate(2**31)
-    with pytest.raises(BundleError, match="2147483648 bytes is not a valid size for an ONNX file"):
-        read_graph(bundle / "model.onnx")
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("manifest.json", 1 << 30),
+        ("model.onnx", 1 << 31),
+        ("samples/00.png", 1 << 30),
+        ("samples/expected.npz", 1 << 30),
+        ("SHA256SUMS", 1 << 30),
+    ],
+)
+def test_files_that_are_too_large_are_refused(bundle, verify, name, size):
+    with (bundle / name).open("ab") as file:
+        file.truncate(size)  # sparse: takes no disk space
+    assert f"{name}: larger than" in verify(bundle)[1]
+
+
+def test_verify_names_a_variant_that_abstains_on_every_image(bundle, capsys):
+    calibration = Calibration(abstain_threshold=1).model_dump()
+    tiny_bundle.edit_manifest(bundle, calibration=calibration)
+    write_checksums(bundle)
+    assert main(["verify", str(bundle)]) == 0
+    assert "fp32  abstains on every image" in capsys.readouterr().out
+
+
+def test_a_bundle_of_the_first_format_is_read(bundle, verify):
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    for variant in manifest["variants"].values():
+        del variant["calibration"], variant["baseline"]
+    tiny_bundle.edit_manifest(bundle, format=1, variants=manifest["variants"])
+    write_checksums(bundle)
+    assert verify(bundle)[0] == 0
 
 
 def test_the_digest_covers_every_file(bundle):

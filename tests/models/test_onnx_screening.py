@@ -1,6 +1,7 @@
 """Graphs with another signature or forbidden contents are refused before a runtime opens them."""
 
 import contextlib
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -10,11 +11,15 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from models.bundle import BundleError
-from models.bundle.onnx_screening import read_graph
+from models.bundle.onnx_screening import Graph, parse_graph
 from models.image import InputSpec
 from support import tiny_bundle
 
 SPEC = InputSpec(height=32, width=32, channels=3)
+
+
+def read_graph(file: Path) -> Graph:
+    return parse_graph(file, file.read_bytes())
 
 
 def with_external_data(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -74,6 +79,13 @@ def with_training(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
+def with_the_mark_of_another_format(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return valid ONNX whose bytes 4 to 7 make onnxruntime read it as its own format."""
+    model.producer_name = "ORTM"
+    assert model.SerializeToString()[4:8] == b"ORTM"
+    return model
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -89,6 +101,7 @@ def with_training(model: onnx.ModelProto) -> onnx.ModelProto:
         (with_flat_probabilities, "its output is probabilities float32 [3], not float32 of rank 2"),
         (with_another_opset, "has opset 17, but manifest.json says 18"),
         (with_training, "contains training information"),
+        (with_the_mark_of_another_format, "in onnxruntime's own format"),
     ],
 )
 def test_a_graph_that_does_not_fit_the_manifest_is_refused(bundle, verify, change, message):

@@ -58,6 +58,21 @@ def test_push_and_pull(local, tmp_path, url, capsys):
     assert Bundle(other / "colours" / "1").digest == Bundle(local / "colours" / "1").digest
 
 
+def test_latest_of_a_bucket_can_be_a_copy_of_the_version(local, tmp_path):
+    """As `aws s3 sync` leaves it, which follows links."""
+    bucket = fsspec.filesystem("memory")
+    for path in local.rglob("*"):
+        if path.is_file():
+            bucket.put_file(str(path), f"/bucket/store/{path.relative_to(local)}")
+    latest = local / "colours" / "latest"
+    for path in latest.resolve().rglob("*"):
+        if path.is_file():
+            file = path.relative_to(latest.resolve())
+            bucket.put_file(str(path), f"/bucket/store/colours/latest/{file}")
+    assert run(tmp_path / "other", "pull", "colours", URL) == 0
+    assert Store(tmp_path / "other").latest("colours") == 2
+
+
 def test_a_second_copy_does_nothing(local, tmp_path, capsys):
     for message in ("pushed to", "already at"):
         assert run(local, "push", "colours", URL) == 0

@@ -1,5 +1,7 @@
 """Signed bundles, with generated keys and with PEM files of openssl."""
 
+import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -12,13 +14,14 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from models.__main__ import main
-from models.bundle.checksums import BundleError, write_checksums
-from models.bundle.signing import verify_signature
+from models.bundle import Bundle, BundleError, write_checksums
+from serve.model import Model, open_bundle
+from serve.settings import Settings
 
 
 def key_pair(directory: Path, name: str) -> tuple[Path, Path]:
-    key = ec.generate_private_key(ec.SECP256R1())
     """Write a new pair of keys; return the files of the private and the public key."""
+    key = ec.generate_private_key(ec.SECP256R1())
     private = directory / f"{name}.pem"
     public = directory / f"{name}.pub"
     private.write_bytes(
@@ -55,7 +58,7 @@ def test_a_signed_bundle_passes(signed, capsys):
 
 def test_a_signed_bundle_may_be_moved(signed, tmp_path):
     bundle, public = signed
-    verify_signature(bundle.rename(tmp_path / "elsewhere"), public)
+    Bundle(bundle.rename(tmp_path / "elsewhere"), public_key=public)
 
 
 def verify_refused(bundle: Path, public: Path, capsys: pytest.CaptureFixture) -> str:
@@ -82,17 +85,59 @@ def test_another_key_is_refused(signed, tmp_path, capsys):
     "change",
     [
         lambda bundle: (bundle / "model.onnx").write_bytes(b"other"),
+        lambda bundle: (bundle / "manifest.json").write_bytes(b"{"),
         lambda bundle: (bundle / "extra").write_bytes(b"more"),
         lambda bundle: (bundle / ".gitignore").write_bytes(b"more"),
         lambda bundle: (bundle / "samples" / "00.png").unlink(),
     ],
-    ids=["changed", "added", "hidden", "removed"],
+    ids=["changed", "changed manifest", "added", "hidden", "removed"],
 )
 def test_changes_after_signing_are_refused_though_checksums_match(signed, change, capsys):
     bundle, public = signed
     change(bundle)
     write_checksums(bundle)
     assert "bundle.sig: does not match" in verify_refused(bundle, public, capsys)
+
+
+def load(bundle: Path, public: Path) -> Model:
+    settings = Settings(store=bundle.parents[1], model="colours", public_key=public)
+    return Model(open_bundle(settings, 1), settings, threads=1)
+
+
+def test_a_model_is_made_of_the_bytes_that_were_verified(signed, monkeypatch):
+    """Each file is opened once, so it can't change between the check and its use."""
+    bundle, public = signed
+    files: list[str] = []
+    plain_open = os.open
+
+    def record_and_open(path: str, *arguments: int, **options: int) -> int:
+        files.append(os.fspath(path))
+        return plain_open(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", record_and_open)
+    model = load(bundle, public)
+    (prediction,) = model.predict([tiny_bundle.make_image("green")])
+    assert prediction.label == "green"
+    opened = [file for file in files if file.startswith(str(bundle))]
+    expected = [str(path) for path in bundle.rglob("*") if path.is_file()]
+    assert sorted(opened) == sorted(expected)
+
+
+def test_a_model_does_not_read_files_that_were_replaced_after_the_check(signed):
+    bundle, public = signed
+    settings = Settings(store=bundle.parents[1], model="colours", public_key=public)
+    opened = open_bundle(settings, 1)
+    shutil.rmtree(bundle)
+    model = Model(opened, settings, threads=1)
+    (prediction,) = model.predict([tiny_bundle.make_image("green")])
+    assert prediction.label == "green"
+
+
+def test_a_model_of_a_bundle_without_a_check_of_its_signature_is_refused(signed):
+    bundle, public = signed
+    settings = Settings(store=bundle.parents[1], model="colours", public_key=public)
+    with pytest.raises(BundleError, match="without a check of its signature"):
+        Model(Bundle(bundle), settings, threads=1)
 
 
 @pytest.mark.parametrize("content", ["", "{}", "nonsense", '{"mediaType": "x"}'])
@@ -113,7 +158,7 @@ def test_an_invalid_key_is_refused(signed, tmp_path, capsys):
     store = str(bundle.parents[1])
     assert main(["sign", "colours", "--store", store, "--key", str(bad)]) == 2
     assert "bad.pem: not a usable private key" in capsys.readouterr().err
-    verify_signature(bundle, public)  # the earlier signature is still there
+    Bundle(bundle, public_key=public)  # the earlier signature is still there
 
 
 def test_openssl_keys_work(tmp_path):
@@ -127,9 +172,9 @@ def test_openssl_keys_work(tmp_path):
     )
     bundle = tiny_bundle.publish(tmp_path / "store")
     with pytest.raises(BundleError):
-        verify_signature(bundle, public)
+        Bundle(bundle, public_key=public)
     assert main(["sign", "colours", "--store", str(tmp_path / "store"), "--key", str(key)]) == 0
-    verify_signature(bundle, public)
+    Bundle(bundle, public_key=public)
 
 
 def test_a_server_with_a_public_key_serves_signed_bundles_only(signed, start, tmp_path):

@@ -78,6 +78,53 @@ def three(tmp_path) -> Path:
     return tmp_path
 
 
+@pytest.fixture(params=["a copy", "a file"])
+def copied(three, tmp_path_factory, request) -> Path:
+    """A copy of a store in which `latest`, version 3, is no link."""
+    store = tmp_path_factory.mktemp("copied") / "store"
+    shutil.copytree(three, store)  # follows links, as `cp -rL` does
+    latest = store / "colours" / "latest"
+    assert not latest.is_symlink()
+    if request.param == "a file":
+        shutil.rmtree(latest)
+        latest.write_text("3\n")
+    return store
+
+
+def test_a_store_that_was_copied_without_links_is_read_and_written(copied, capsys):
+    store = Store(copied)
+    store.check_writable("colours")
+    assert store.open("colours").manifest.version == 3
+    assert run(copied, "promote", "colours", "1") == 0
+    assert store.latest("colours") == 1
+    assert (copied / "colours" / "latest").is_symlink()
+    assert tiny_bundle.publish(copied).name == "4"
+    assert store.latest("colours") == 4
+    assert not list((copied / "colours").glob(".*latest*"))
+
+
+def test_a_new_version_replaces_a_copied_latest(copied):
+    assert tiny_bundle.publish(copied).name == "4"
+    assert Store(copied).latest("colours") == 4
+
+
+def test_latest_that_is_another_directory_is_refused_before_training(three, capsys):
+    latest = three / "colours" / "latest"
+    latest.unlink()
+    latest.mkdir()
+    (latest / "notes").touch()
+    with pytest.raises(BundleError, match="not a copy of a version of colours; move it away"):
+        Store(three).check_writable("colours")
+    assert run(three, "promote", "colours", "1") == 2
+    assert "latest: a directory that is not a copy" in capsys.readouterr().err
+    assert (latest / "notes").exists()
+
+
+def test_a_check_creates_nothing(tmp_path):
+    Store(tmp_path / "store").check_writable("colours")
+    assert not list(tmp_path.iterdir())
+
+
 def run(store: Path, *arguments: str) -> int:
     return main([*arguments, "--store", str(store)])
 

@@ -50,6 +50,9 @@ def publish_bad_version(store: Path, how: str) -> None:
         tiny_bundle.loop_forever(path)
     elif how == "no permission":
         (path / "model.onnx").chmod(0)
+    elif how == "a link":
+        shutil.rmtree(path)
+        os.symlink("1", path)
     elif how == "no manifest":
         (path / "manifest.json").unlink()
     os.symlink("2", store / "colours" / "next")
@@ -58,7 +61,15 @@ def publish_bad_version(store: Path, how: str) -> None:
 
 @pytest.mark.parametrize(
     "how",
-    ["changed", "no graph", "other outputs", "no such class", "no manifest", "a graph that fails"],
+    [
+        "changed",
+        "no graph",
+        "other outputs",
+        "no such class",
+        "no manifest",
+        "a graph that fails",
+        "a link",
+    ],
 )
 def test_bad_version_is_refused_and_the_old_one_keeps_serving(start, tmp_path, how):
     tiny_bundle.publish(tmp_path)
@@ -72,6 +83,7 @@ def test_bad_version_is_refused_and_the_old_one_keeps_serving(start, tmp_path, h
     assert set(load.statuses) == {200}
     assert set(load.versions) == {"1"}
     assert server.is_ready()
+    assert server.metric("imago_reloads_total", outcome="ok") == 0
     # A refused version is not tried again.
     assert server.metric("imago_reloads_total", outcome="refused") == 1
     (line,) = [line for line in server.log.read_text().splitlines() if "refused" in line]

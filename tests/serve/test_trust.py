@@ -9,9 +9,9 @@ import numpy as np
 import onnx
 import pytest
 
-from models.bundle import Calibration, write_checksums
-from models.bundle.checksums import file_sha256
+from models.bundle import Calibration, Histogram, file_sha256, write_checksums
 from models.image import InputSpec, decode
+from serve.model import Model
 from support import tiny_bundle
 
 SPEC = InputSpec(height=32, width=32)
@@ -60,6 +60,33 @@ def test_flags_follow_the_thresholds_of_the_bundle(start, tmp_path, expected):
     unusual = [name for name, value in predictions.items() if value["out_of_distribution"]]
     assert unusual == ["black"]
     assert len(predictions["between two"]["prediction_set"]) == 2
+
+
+def test_every_prediction_abstains_with_a_threshold_of_1(start, tmp_path):
+    """Also those whose confidence is exactly 1 in float32."""
+    tiny_bundle.publish(tmp_path, calibration=Calibration(abstain_threshold=1), scale=100)
+    server = start(store=tmp_path)
+    (prediction,) = server.predict(CASES["sure"]).json()["predictions"]
+    assert prediction["confidence"] == 1
+    assert prediction["abstain"] is True
+    assert server.metric("imago_abstained_total") == 1
+
+
+@pytest.mark.parametrize(("variant", "abstains"), [("fp32", False), ("int8", True)])
+def test_thresholds_and_baseline_are_those_of_the_served_variant(tmp_path, variant, abstains):
+    path = tiny_bundle.publish(tmp_path)
+    tiny_bundle.add_int8(path)
+    variants = json.loads((path / "manifest.json").read_text())["variants"]
+    baseline = Histogram(edges=[0, 1, 2], counts=[1, 2])
+    variants["int8"]["calibration"] = Calibration(abstain_threshold=0.999).model_dump()
+    variants["int8"]["baseline"] = {"class": baseline.model_dump()}
+    tiny_bundle.edit_manifest(path, variants=variants)
+    write_checksums(path)
+
+    model = Model.open(tmp_path, variant=variant, threads=1)
+    (prediction,) = model.predict([tiny_bundle.make_image("red")])
+    assert prediction.abstain is abstains
+    assert model.baseline == ({"class": baseline} if variant == "int8" else {})
 
 
 def decode_activation_map(prediction: dict) -> np.ndarray:

@@ -22,9 +22,9 @@ from models.bundle import (
     Provenance,
     Sample,
     Variant,
+    file_sha256,
     write_checksums,
 )
-from models.bundle.checksums import file_sha256
 from models.image import InputSpec, decode
 from models.store import Store
 

@@ -18,6 +18,7 @@ from safetensors import safe_open
 
 from models import networks
 from models.bundle import DRIFT_SIGNALS, Bundle
+from models.drift import histogram as count_by_bin
 from models.image import decode
 from models.networks.weights import load_weights
 from support import ROOT
@@ -107,6 +108,15 @@ def test_expected_npz_holds_the_torch_outputs_for_the_samples(bundle):
     assert {sample.label for sample in bundle.manifest.samples} == set(range(10))
 
 
+def test_weights_are_the_same_to_the_byte_for_the_same_run(bundle):
+    """safetensors itself writes the metadata in random order."""
+    content = (bundle.path / "weights.safetensors").read_bytes()
+    header_bytes = int.from_bytes(content[:8], "little")
+    metadata = json.loads(content[8 : 8 + header_bytes])["__metadata__"]
+    assert list(metadata) == sorted(metadata)
+    assert header_bytes % 8 == 0
+
+
 def test_each_variant_is_one_file_of_the_pinned_opset(bundle):
     for variant in bundle.manifest.variants.values():
         model = onnx.load(bundle.path / variant.file, load_external_data=False)
@@ -171,6 +181,36 @@ def test_calibration_and_drift_baseline_are_those_of_the_data(bundle):
     width = manifest.baseline["width"]  # all scans are 8 pixels wide
     assert width.counts == [0, counts["val"], 0]
     assert width.edges[1] < 8 < width.edges[2]
+
+
+def test_calibration_and_drift_baseline_of_int8_are_those_of_its_own_outputs(bundle):
+    data = ImageData("digits", size=16, cache="")
+    data.setup()
+    session = onnxruntime.InferenceSession(bundle.variant_path("int8"))
+
+    def run(part: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the confidence of the prediction and of the true class, and the energy."""
+        rows = data.index[part]
+        images = {"image": data.decoded.pixels[rows]}
+        probabilities, energy = session.run(["probabilities", "energy"], images)
+        labels = data.dataset.labels[rows]
+        return probabilities.max(1), probabilities[np.arange(len(rows)), labels], energy
+
+    int8 = bundle.manifest.variants["int8"]
+    confidence, _, energy = run("val")
+    threshold = np.quantile(energy, 0.95)
+    assert int8.calibration.energy_threshold == pytest.approx(threshold, abs=1e-3)
+    assert set(int8.baseline) == {"class", "confidence", "energy"}
+    for signal, values in (("confidence", confidence), ("energy", energy)):
+        baseline = int8.baseline[signal]
+        counts = count_by_bin(values, np.array(baseline.edges))
+        assert np.abs(counts - baseline.counts).max() <= 1, signal  # rounded at an edge
+
+    _, true_confidence, _ = run("test")
+    covered = (true_confidence >= 1 - int8.calibration.conformal_quantile).mean()
+    assert int8.calibration.conformal_coverage == pytest.approx(covered, abs=0.005)
+    assert int8.calibration.temperature == bundle.manifest.calibration.temperature
+    assert bundle.manifest.variants["fp32"].calibration is None
 
 
 @pytest.mark.parametrize("part", ["val", "test"])

@@ -8,6 +8,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from models import networks
+from models.bundle import GraphFile
 from models.bundle.verify import load_runner
 from models.image import InputSpec
 from train.export.onnx_graph import InferenceGraph, export_onnx
@@ -49,7 +50,7 @@ def hard_to_quantize(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def measure_accuracy(file: Path) -> float:
-    probabilities = load_runner(file)(IMAGES[TRAINING_IMAGES:])["probabilities"]
+    probabilities = load_runner(GraphFile.read(file))(IMAGES[TRAINING_IMAGES:])["probabilities"]
     return float((probabilities.argmax(1) == DIGITS.target[TRAINING_IMAGES:]).mean())
 
 

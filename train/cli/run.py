@@ -93,13 +93,24 @@ def run_training(job: TrainingJob) -> None:
 
     check_store(job)
     run = start_run(job)
-    open_data(job)
-    restore_normalization(job, run)
-    audit(job, run)
-    fit(job, run)
+    try:
+        open_data(job)
+        restore_normalization(job, run)
+        audit(job, run)
+        fit(job, run)
+    except BaseException:
+        discard_if_not_started(job, run)
+        raise
 
     # The other processes wait: if one of them ended, a launcher would end the first one as well.
     run_in_first_process(job.trainer, lambda: complete_run(job, run))
+
+
+def discard_if_not_started(job: TrainingJob, run: Run) -> None:
+    """Delete the directory of a new run that has failed before its first step."""
+    trainer = job.trainer
+    if run.is_new and trainer.is_global_zero and trainer.global_step == 0:
+        run.discard()
 
 
 def complete_run(job: TrainingJob, run: Run) -> None:
@@ -138,15 +149,21 @@ def publish_bundle(job: TrainingJob) -> None:
         notes: list[str] = []
         if config.quantize.enabled:
             with times.measure("quantize"):
-                int8, note = quantize_int8(fp32, data, scores, config.quantize)
+                int8, note = quantize_int8(fp32, data, config.quantize, calibration.temperature)
             notes.append(note)
             if int8 is not None:
                 files.append(int8)
 
         with times.measure("certify"):
-            variants = certify_variants(files, model.graph, data, samples.expected)
+            variants = certify_variants(
+                files, model.graph, data, samples.expected, config.calibrate
+            )
         notes += describe_speedup(variants)
         notes += describe_missed_targets(calibration, data.counts)
+        for name, variant in variants.items():
+            if variant.calibration is not None:
+                missed = describe_missed_targets(variant.calibration, data.counts)
+                notes += [f"{name}: {note}" for note in missed]
 
         contents = BundleContents(model, scores, calibration, samples.entries, variants, notes)
         manifest = build_manifest(staged, contents, data, record, times)
@@ -166,7 +183,7 @@ def check_store(job: TrainingJob) -> None:
     Only the first process writes to the store, so only that one checks it.
     """
     if job.export.enabled and job.trainer.is_global_zero:
-        Store(job.store).ensure_writable(job.name)
+        Store(job.store).check_writable(job.name)
 
 
 def start_run(job: TrainingJob) -> Run:

@@ -43,9 +43,15 @@ class CalibrateConfig:
                 raise ValueError(f"calibrate.{name}: {value} is not between 0 and 1")
 
 
-def calibrate(val: Scores, test: Scores, config: CalibrateConfig) -> Calibration:
-    """Fit on validation scores and measure the outcome on test scores."""
-    temperature = fit_temperature(val.logits, val.labels) if config.temperature else 1.0
+def calibrate(
+    val: Scores, test: Scores, config: CalibrateConfig, temperature: float | None = None
+) -> Calibration:
+    """Fit on validation scores and measure the outcome on test scores.
+
+    `temperature` is that of a graph which already contains it; without one it is fitted, too.
+    """
+    if temperature is None:
+        temperature = fit_temperature(val.logits, val.labels) if config.temperature else 1.0
     uncalibrated = softmax(val.logits)
     calibrated = softmax(val.logits, temperature)
     threshold, coverage = fit_abstain_threshold(calibrated, val.labels, config.abstain_accuracy)

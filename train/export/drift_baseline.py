@@ -13,29 +13,37 @@ from train.export.scores import energy, softmax
 MAX_BASELINE_IMAGES = 4096
 
 
-def build_drift_baseline(
-    logits: np.ndarray, temperature: float, images: np.ndarray, sizes: np.ndarray
-) -> dict[str, Histogram]:
-    """Return histograms by signal.
+def build_prediction_baseline(logits: np.ndarray, temperature: float) -> dict[str, Histogram]:
+    """Return histograms of the signals `class`, `confidence` and `energy` of logits [N,K].
 
-    `class`, `confidence` and `energy` come from logits [N,K]; `brightness`, `contrast` and
-    `sharpness` from the network's input, uint8 [M,H,W,C]; `width` and `height` from the sizes of
-    the original files, [N,2].
+    They are those of the graph that computed the logits: int8 differs from fp32.
     """
     probabilities = softmax(logits, temperature)
+    classes = logits.shape[1]
+    confidence = probabilities.max(1)
+    energies = energy(logits)
+    return {
+        "class": _build_histogram(probabilities.argmax(1), class_edges(classes)),
+        "confidence": _build_histogram(confidence, bin_edges(confidence)),
+        "energy": _build_histogram(energies, bin_edges(energies)),
+    }
+
+
+def build_image_baseline(images: np.ndarray, sizes: np.ndarray) -> dict[str, Histogram]:
+    """Return histograms of the signals of images.
+
+    `brightness`, `contrast` and `sharpness` come from the network's input, uint8 [M,H,W,C]; `width`
+    and `height` from the sizes of the original files, [N,2].
+    """
     signals = np.array([image_signals(image) for image in images])
     values_by_signal = {
-        "confidence": probabilities.max(1),
-        "energy": energy(logits),
         "brightness": signals[:, 0],
         "contrast": signals[:, 1],
         "sharpness": signals[:, 2],
         "width": sizes[:, 0],
         "height": sizes[:, 1],
     }
-
-    classes = logits.shape[1]
-    histograms = {"class": _build_histogram(probabilities.argmax(1), class_edges(classes))}
+    histograms: dict[str, Histogram] = {}
     for signal, values in values_by_signal.items():
         histograms[signal] = _build_histogram(values, bin_edges(values))
     return histograms

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from models.bundle.checksums import BundleError
+from models.bundle import BundleError
 from models.bundle.onnx_screening import check_graph
 from models.image import InputSpec
 from models.networks.base import Network
@@ -99,7 +99,7 @@ def export_onnx(
         assert program is not None  # it is None only with dynamo=False
         program.save(path, external_data=False)
 
-    written = check_graph(path, spec, classes, graph.output_names())
+    written = check_graph(path, path.read_bytes(), spec, classes, graph.output_names())
     if written.opset != opset:
         raise BundleError(f"{path}: has opset {written.opset} instead of {opset}")
     return written.opset

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from models.bundle import (
     EXPECTED_FILE,
@@ -38,7 +38,11 @@ from models.store import StagedVersion
 from train.data import ImageData
 from train.export.calibrate import coverage_error
 from train.export.config import ExportConfig
-from train.export.drift_baseline import MAX_BASELINE_IMAGES, build_drift_baseline
+from train.export.drift_baseline import (
+    MAX_BASELINE_IMAGES,
+    build_image_baseline,
+    build_prediction_baseline,
+)
 from train.export.evaluate import (
     PartScores,
     compute_all_metrics,
@@ -173,7 +177,23 @@ def write_weights(directory: Path, model: TrainedModel) -> None:
     state = model.graph.network.state_dict()
     tensors = {name: value.contiguous() for name, value in state.items()}
     encoded = {key: json.dumps(value) for key, value in metadata.items()}
-    save_file(tensors, directory / "weights.safetensors", encoded)
+    content = _sort_safetensors_header(save(tensors, encoded))
+    (directory / "weights.safetensors").write_bytes(content)
+
+
+def _sort_safetensors_header(content: bytes) -> bytes:
+    """Return a file in safetensors format with its metadata sorted by name.
+
+    safetensors 0.8 writes them in random order, so that no two files were the same to the byte. The
+    file is 8 bytes, the little-endian length of the header; the header, JSON that may be padded
+    with blanks; and the data of the tensors.
+    """
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data is aligned
+    return len(text).to_bytes(8, "little") + text + content[end:]
 
 
 def write_samples(
@@ -238,7 +258,8 @@ def _measure_baseline(
     sizes = np.stack([metadata["width"], metadata["height"]], 1)
     rows = evenly_spaced_rows(len(val.labels), MAX_BASELINE_IMAGES)
     images = load_images(data, "val", rows)
-    return build_drift_baseline(val.logits, calibration.temperature, images, sizes)
+    predictions = build_prediction_baseline(val.logits, calibration.temperature)
+    return predictions | build_image_baseline(images, sizes)
 
 
 def describe_missed_targets(calibration: Calibration, counts: dict[str, int]) -> list[str]:

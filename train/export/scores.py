@@ -17,6 +17,11 @@ class Scores:
         """Which images are classified correctly, bool [N]."""
         return self.logits.argmax(1) == self.labels
 
+    @property
+    def accuracy(self) -> float:
+        """Share of images that are classified correctly, 0..1."""
+        return float(self.correct.mean())
+
     def without(self, rows: np.ndarray) -> "Scores":
         """Return the scores of all images but these rows, int64 [n]."""
         return Scores(np.delete(self.logits, rows, 0), np.delete(self.labels, rows))
@@ -36,6 +41,21 @@ def energy(logits: np.ndarray) -> np.ndarray:
     """
     top = logits.max(1)
     return -(top + np.log(np.exp(logits - top[:, None]).sum(1)))
+
+
+def recover_logits(
+    probabilities: np.ndarray, energies: np.ndarray, temperature: float
+) -> np.ndarray:
+    """Return the logits [N,K] of a graph from its outputs `probabilities` [N,K] and `energy` [N].
+
+    The probabilities are softmax(logits / temperature), so they give the logits up to a constant,
+    and the energy, -logsumexp(logits), gives the constant. A probability that was rounded to 0
+    counts as the smallest float32.
+    """
+    smallest = np.finfo(np.float32).tiny
+    logits = temperature * np.log(np.maximum(probabilities.astype(np.float64), smallest))
+    constant = energy(logits) - energies
+    return (logits + constant[:, None]).astype(np.float32)
 
 
 def negative_log_likelihood(

@@ -5,14 +5,16 @@ from pathlib import Path
 
 import numpy as np
 
-from models.bundle import BundleError, Variant, file_sha256
+from models.bundle import BundleError, GraphFile, Variant, file_sha256
 from models.bundle.verify import Runner, compare_outputs, load_runner
 from train.data import ImageData
+from train.export.calibrate import CalibrateConfig, calibrate
+from train.export.drift_baseline import build_prediction_baseline
 from train.export.evaluate import PartScores, evenly_spaced_rows, load_images
 from train.export.onnx_graph import InferenceGraph, export_onnx
 from train.export.parity import FP32_TOLERANCE, measure_latencies, measure_parity
 from train.export.quantize import QuantizeConfig, quantize
-from train.export.scores import Scores
+from train.export.scores import Scores, recover_logits
 
 FP32_FILE = "model.onnx"
 INT8_FILE = "model.int8.onnx"
@@ -30,7 +32,8 @@ class VariantFile:
     precision: str  # fp32 or int8
     path: Path
     opset: int
-    accuracy: float  # on the test part, 0..1
+    val: Scores  # of this file, for the validation part or rows of it
+    test: Scores
 
 
 def export_fp32(
@@ -39,33 +42,33 @@ def export_fp32(
     """Write model.onnx, the graph in float32."""
     path = directory / FP32_FILE
     opset = export_onnx(graph, data.input, len(data.classes), path)
-    return VariantFile("fp32", path, opset, accuracy=float(scores.test.correct.mean()))
+    return VariantFile("fp32", path, opset, scores.val, scores.test)
 
 
 def quantize_int8(
-    fp32: VariantFile, data: ImageData, scores: PartScores, config: QuantizeConfig
+    fp32: VariantFile, data: ImageData, config: QuantizeConfig, temperature: float
 ) -> tuple[VariantFile | None, str]:
     """Write model.int8.onnx if it passes its accuracy gate.
 
     Returns the file, or None where it is not shipped, and a note for the report. The gate uses
     validation images, because it chooses the layers that stay in float. The reported accuracy is
-    then measured on test images.
+    then measured on test images. `temperature` is that of the graph.
     """
     target = fp32.path.with_name(INT8_FILE)
     training_rows = evenly_spaced_rows(data.counts["train"], config.images)
-    val_rows = evenly_spaced_rows(len(scores.val.labels), config.gate_images)
-    test_rows = evenly_spaced_rows(len(scores.test.labels), config.gate_images)
+    val_rows = evenly_spaced_rows(len(fp32.val.labels), config.gate_images)
+    test_rows = evenly_spaced_rows(len(fp32.test.labels), config.gate_images)
 
-    def measure_val_accuracy(file: Path) -> float:
-        return _measure_accuracy(file, data, "val", scores.val, val_rows)
+    def score_val(file: Path) -> Scores:
+        return _score_rows(file, data, "val", fp32.val.labels, val_rows, temperature)
 
     try:
         result = quantize(
             fp32.path,
             target,
             load_images(data, "train", training_rows),
-            measure_val_accuracy,
-            float(scores.val.correct[val_rows].mean()),
+            lambda file: score_val(file).accuracy,
+            float(fp32.val.correct[val_rows].mean()),
             config,
         )
     except Exception as error:
@@ -78,23 +81,28 @@ def quantize_int8(
     if not result.passed:
         return None, note
 
-    accuracy = _measure_accuracy(target, data, "test", scores.test, test_rows)
-    fp32_accuracy = float(scores.test.correct[test_rows].mean())
-    note += f"; it loses {100 * (fp32_accuracy - accuracy):.2f} points of test accuracy"
-    return VariantFile("int8", target, fp32.opset, accuracy), note
+    test = _score_rows(target, data, "test", fp32.test.labels, test_rows, temperature)
+    fp32_accuracy = float(fp32.test.correct[test_rows].mean())
+    note += f"; it loses {100 * (fp32_accuracy - test.accuracy):.2f} points of test accuracy"
+    return VariantFile("int8", target, fp32.opset, score_val(target), test), note
 
 
-def _measure_accuracy(
-    file: Path, data: ImageData, part: str, scores: Scores, rows: np.ndarray
-) -> float:
-    """Return the share of these images of a part that an ONNX file classifies correctly, 0..1."""
-    run = load_runner(file)
+def _score_rows(
+    file: Path,
+    data: ImageData,
+    part: str,
+    labels: np.ndarray,
+    rows: np.ndarray,
+    temperature: float,
+) -> Scores:
+    """Return the scores that an ONNX file gives these rows of a part; `labels` are all of it."""
+    run = load_runner(GraphFile.read(file))
     batches = np.array_split(rows, -(-len(rows) // GATE_BATCH_SIZE))
-    is_correct: list[np.ndarray] = []
+    logits: list[np.ndarray] = []
     for batch_rows in batches:
-        probabilities = run(load_images(data, part, batch_rows))["probabilities"]
-        is_correct.append(probabilities.argmax(1) == scores.labels[batch_rows])
-    return float(np.concatenate(is_correct).mean())
+        outputs = run(load_images(data, part, batch_rows))
+        logits.append(recover_logits(outputs["probabilities"], outputs["energy"], temperature))
+    return Scores(np.concatenate(logits), labels[rows])
 
 
 def certify_variants(
@@ -102,13 +110,15 @@ def certify_variants(
     graph: InferenceGraph,
     data: ImageData,
     expected: dict[str, np.ndarray],
+    config: CalibrateConfig,
 ) -> dict[str, Variant]:
     """Measure parity with the torch network and latency; return the manifest's entries by name.
 
+    int8 is calibrated on its own outputs, with the temperature that its graph has from fp32.
     `expected`: pixels and outputs of the bundle's samples. Raises BundleError where the fp32 file
     differs from the torch network.
     """
-    runners = {file.precision: load_runner(file.path) for file in files}
+    runners = {file.precision: load_runner(GraphFile.read(file.path)) for file in files}
     rows = evenly_spaced_rows(data.counts["val"], PARITY_IMAGES)
     images = load_images(data, "val", rows)
     parity = {name: measure_parity(run, graph, images) for name, run in runners.items()}
@@ -124,20 +134,22 @@ def certify_variants(
     variants: dict[str, Variant] = {}
     for file in files:
         name = file.precision
-        tolerance = FP32_TOLERANCE
-        if name == "int8":
-            tolerance = _choose_int8_tolerance(runners[name], expected)
-        variants[name] = Variant(
+        variant = Variant(
             file=file.path.name,
             precision=name,
             sha256=file_sha256(file.path),
             bytes=file.path.stat().st_size,
             opset=file.opset,
-            accuracy=file.accuracy,
+            accuracy=file.test.accuracy,
             latency=latencies[name],
             parity=parity[name],
-            tolerance=tolerance,
+            tolerance=FP32_TOLERANCE,
         )
+        if name == "int8":
+            variant.tolerance = _choose_int8_tolerance(runners[name], expected)
+            variant.calibration = calibrate(file.val, file.test, config, graph.temperature)
+            variant.baseline = build_prediction_baseline(file.val.logits, graph.temperature)
+        variants[name] = variant
     return variants
 
 
