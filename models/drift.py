@@ -1,13 +1,23 @@
 """Drift: signals measured on images and answers, and how two distributions are compared.
 
 Training keeps histograms of the validation data in the manifest. The server takes the same
-histograms of live traffic and reports the population stability index between the two.
+histograms of live traffic and reports by how much the population stability index between the two
+exceeds what chance explains: both sides are samples, and the validation part is often small.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import cv2
 import numpy as np
+
+MIN_IMAGES_PER_BIN = 10
+"""On each side. With fewer, an index is mostly noise."""
+
+MIN_BINS = 2
+
+NORMAL_QUANTILE = 2.326
+"""Of 99 %: how sure it is that chance does not explain an index above 0."""
 
 
 class ImageSignals(NamedTuple):
@@ -79,13 +89,69 @@ def psi(baseline: np.ndarray, live: np.ndarray) -> float:
     no change and above 0.25 a large one. Half a count is added to every bin so that an empty one
     stays finite.
 
-    Without any drift the mean is about (bins - 1)(1/n + 1/m) for n and m samples (Yurdakul,
-    "Statistical properties of population stability index", 2018): compare only when n and m are
-    many times the number of bins.
+    Without any drift it is not 0, as both histograms are samples: see `psi_by_chance`.
     """
     p = _shares(baseline)
     q = _shares(live)
     return float(((q - p) * np.log(q / p)).sum())
+
+
+def psi_by_chance(bins: int, baseline_images: float, live_images: float) -> float:
+    """Return the index that 99 % of samples of one and the same distribution don't exceed.
+
+    Without drift, PSI is distributed as (1/n + 1/m) times chi-squared with bins - 1 degrees of
+    freedom, for n and m images: Yurdakul, "Statistical properties of population stability index",
+    2018. Its quantile is approximated as in Wilson and Hilferty, "The distribution of
+    chi-square", 1931.
+    """
+    degrees = bins - 1
+    if degrees < 1:
+        return 0.0
+    variance = 2 / (9 * degrees)
+    quantile = degrees * (1 - variance + NORMAL_QUANTILE * variance**0.5) ** 3
+    return (1 / baseline_images + 1 / live_images) * quantile
+
+
+def drift_index(baseline: np.ndarray, live: np.ndarray) -> float:
+    """Return by how much PSI exceeds what chance explains; 0 where it does not.
+
+    Bins that are empty on both sides are ignored.
+    """
+    used = (baseline > 0) | (live > 0)
+    chance = psi_by_chance(int(used.sum()), baseline.sum(), live.sum())
+    return max(0.0, psi(baseline[used], live[used]) - chance)
+
+
+def count_bins(baseline_images: int, live_images: int) -> int:
+    """Return the largest number of bins for which both sides have enough images."""
+    return max(MIN_BINS, min(baseline_images, live_images) // MIN_IMAGES_PER_BIN)
+
+
+def merge_bins(
+    edges: Sequence[float], counts: Sequence[int], max_bins: int
+) -> tuple[list[float], list[int]]:
+    """Return the inner edges and the counts of a histogram with about `max_bins` bins at most.
+
+    Neighbouring bins are merged to bins of about the same count; a bin that holds more than that
+    stays alone. An empty bin at either end stays as well: it counts what the baseline has not, such
+    as another image size, and adds no noise.
+    """
+    first = 1 if counts[0] == 0 else 0
+    last = len(counts) - 1 if counts[-1] == 0 else len(counts)
+    inner = np.array(counts[first:last])
+    if len(inner) <= max_bins:
+        return list(edges[1:-1]), list(counts)
+
+    # The position of each bin's middle in the cumulative counts, 0..1, says which merged bin it
+    # joins.
+    middle = (inner.cumsum() - inner / 2) / max(1, inner.sum())
+    merged = np.minimum(middle * max_bins, max_bins - 1).astype(int)
+    starts = first + np.flatnonzero(np.diff(merged, prepend=-1))
+    if first:
+        starts = np.insert(starts, 0, 0)
+    if last < len(counts):
+        starts = np.append(starts, last)
+    return [edges[i] for i in starts[1:]], np.add.reduceat(np.array(counts), starts).tolist()
 
 
 def _shares(counts: np.ndarray) -> np.ndarray:

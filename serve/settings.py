@@ -95,8 +95,8 @@ class Settings(BaseSettings):
     drift_window: int = Field(
         2000,
         ge=0,
-        description="last images of each worker that drift is measured on; classes are merged to "
-        "bins so that each bin has at least 10 images; 0: none",
+        description="last images of each worker that drift is measured on; values and classes are "
+        "merged to bins of at least 10 images; 0: none",
     )
     cache_entries: int = Field(
         0, ge=0, description="answers that each HTTP process caches by image; 0: none"

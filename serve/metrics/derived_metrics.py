@@ -5,10 +5,8 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from prometheus_client.core import GaugeMetricFamily, Metric
 
-from models.drift import psi
+from models.drift import MIN_IMAGES_PER_BIN, drift_index
 from serve.metrics.definitions import FEEDBACK_BINS
-
-MIN_IMAGES_PER_BIN = 10  # fewer give a stability index that is mostly noise
 
 # A value for each combination of label values.
 Counts = Mapping[tuple[str, ...], float]
@@ -28,12 +26,12 @@ def compute_drift(baseline: Counts, window: Counts, models: int) -> Iterator[Met
 
     There is no index while the window is too small for its bins, nor while workers swap models one
     after the other and `models`, the number of models served, is 2. Bins that are empty on both
-    sides are ignored: they may belong to an earlier model.
+    sides are ignored: they may belong to an earlier model. What chance explains is subtracted.
     """
     psi_metric = GaugeMetricFamily(
         "imago_drift_psi",
-        "Population stability index of the last images against the bundle's baseline; "
-        "above 0.25 the data has changed considerably.",
+        "Population stability index of the last images against the bundle's baseline, "
+        "less what chance explains: 0 without drift, above 0.25 the data has changed considerably.",
         labels=("signal",),
     )
     images = 0.0
@@ -45,8 +43,7 @@ def compute_drift(baseline: Counts, window: Counts, models: int) -> Iterator[Met
 
         min_images = MIN_IMAGES_PER_BIN * np.count_nonzero(expected)
         if models == 1 and expected.any() and live.sum() >= min_images:
-            used = (expected > 0) | (live > 0)
-            psi_metric.add_metric((signal,), psi(expected[used], live[used]))
+            psi_metric.add_metric((signal,), drift_index(expected, live))
 
     yield psi_metric
     yield GaugeMetricFamily(

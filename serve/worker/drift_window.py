@@ -1,8 +1,9 @@
 """Drift: histograms of a worker's last images, to compare with the bundle's baseline.
 
 Each worker keeps a window of its last images and publishes their histograms as counters. The
-metrics server sums them over all workers and computes a population stability index for each signal.
-So the index is right with any number of workers.
+metrics server sums them over all workers and computes an index for each signal, so the index is
+right with any number of workers. There are as many bins as the baseline and the window have images
+for.
 """
 
 import threading
@@ -10,12 +11,9 @@ import time
 from bisect import bisect_right
 from collections import deque
 
-import numpy as np
-
 from models.bundle import Histogram
-from models.drift import image_signals
+from models.drift import count_bins, image_signals, merge_bins
 from models.image import read_header
-from serve.metrics.derived_metrics import MIN_IMAGES_PER_BIN
 from serve.metrics.shared_counters import SharedCounters
 from serve.model import Model
 from serve.wire import TENSOR
@@ -25,7 +23,6 @@ from serve.worker.batch import CompletedBatch
 MAX_IMAGES_PER_BATCH = 4
 # A fair sample of the traffic, at a cost that does not show.
 MAX_IMAGES_PER_SECOND = 25
-MIN_BINS = 2
 
 
 class DriftWindow:
@@ -53,7 +50,7 @@ class DriftWindow:
             self.images: deque[list[int]] = deque()
             self.edges: dict[str, list[float]] = {}  # between the bins of each signal
             self.bins: dict[str, list[int]] = {}  # their indices in `counters.values`
-            for signal, histogram in model.manifest.baseline.items():
+            for signal, histogram in model.baseline.items():
                 self._add_signal(signal, histogram)
 
     def __call__(self, batch: CompletedBatch) -> None:
@@ -78,7 +75,8 @@ class DriftWindow:
 
     def _add_signal(self, signal: str, histogram: Histogram) -> None:
         """Publish the baseline of a signal and create the bins of its window."""
-        edges, counts = merge_bins(histogram, max(MIN_BINS, self.size // MIN_IMAGES_PER_BIN))
+        max_bins = count_bins(sum(histogram.counts), self.size)
+        edges, counts = merge_bins(histogram.edges, histogram.counts, max_bins)
         self.edges[signal] = edges
         self.bins[signal] = []
         for i, count in enumerate(counts):
@@ -98,25 +96,6 @@ class DriftWindow:
         if len(self.images) > self.size:
             for index in self.images.popleft():
                 self.counters.values[index] -= 1
-
-
-def merge_bins(histogram: Histogram, max_bins: int) -> tuple[list[float], list[int]]:
-    """Return the inner edges and the counts of a histogram, with at most `max_bins` bins.
-
-    Where there are more, as for thousands of classes, neighbouring bins are merged to bins of about
-    the same count. A bin that holds more than that stays alone.
-    """
-    counts = np.array(histogram.counts)
-    if len(counts) <= max_bins:
-        return histogram.edges[1:-1], histogram.counts
-
-    # The position of each bin's middle in the cumulative counts, 0..1, says which merged bin it
-    # joins.
-    middle = (counts.cumsum() - counts / 2) / max(1, counts.sum())
-    merged = np.minimum(middle * max_bins, max_bins - 1).astype(int)
-    first = np.flatnonzero(np.diff(merged, prepend=-1))  # first bin of each merged bin
-    edges = [histogram.edges[i] for i in first[1:]]
-    return edges, np.add.reduceat(counts, first).tolist()
 
 
 def measure_signals(batch: CompletedBatch, i: int) -> dict[str, float]:

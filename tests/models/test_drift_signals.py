@@ -6,7 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.drift import bin_edges, class_edges, histogram, image_signals, psi
+from models.drift import (
+    bin_edges,
+    class_edges,
+    count_bins,
+    drift_index,
+    histogram,
+    image_signals,
+    merge_bins,
+    psi,
+)
 
 RANDOM = np.random.default_rng(0)
 
@@ -63,3 +72,58 @@ def test_the_index_rises_only_when_the_data_changes():
 def test_class_histogram():
     labels = np.array([0, 1, 1, 2])
     assert histogram(labels, class_edges(4)).tolist() == [1, 2, 1, 0]
+
+
+ALERT = 0.25
+"""The index above which ImagoDrift fires."""
+LIVE_IMAGES = 2000
+DRAWS = 200
+
+
+def share_of_alerts(
+    baselines: np.ndarray, traffic: np.ndarray, edges: np.ndarray | None = None
+) -> float:
+    """Return in which share of the rows the index is above ALERT, computed as the server does.
+
+    `baselines` [DRAWS,n] and `traffic` [DRAWS,m] are values of one signal, one draw a row.
+    """
+    alerts = 0
+    for baseline, live in zip(baselines, traffic, strict=True):
+        fine_edges = bin_edges(baseline) if edges is None else edges
+        counts = histogram(baseline, fine_edges).tolist()
+        max_bins = count_bins(len(baseline), len(live))
+        inner_edges, merged = merge_bins(fine_edges.tolist(), counts, max_bins)
+        merged_edges = np.array([-np.inf, *inner_edges, np.inf])
+        alerts += drift_index(np.array(merged), histogram(live, merged_edges)) > ALERT
+    return alerts / len(baselines)
+
+
+@pytest.mark.parametrize("images", [15, 20, 30, 50, 100, 1000])
+def test_a_continuous_signal_alerts_for_drift_only(images):
+    random = np.random.default_rng(images)
+    baselines = random.normal(size=(DRAWS, images))
+    traffic = random.normal(size=(DRAWS, LIVE_IMAGES))
+    assert share_of_alerts(baselines, traffic) <= 0.01
+    assert share_of_alerts(baselines, traffic + 2) >= 0.99
+
+
+@pytest.mark.parametrize("images_per_class", [1, 2, 3, 10])
+def test_the_predicted_class_alerts_for_drift_only(images_per_class):
+    """A fifth of the predictions is wrong, and the validation part holds each class equally."""
+    classes = 100
+    random = np.random.default_rng(images_per_class)
+    labels = np.tile(np.arange(classes), (DRAWS, images_per_class))
+    guesses = random.integers(0, classes, labels.shape)
+    baselines = np.where(random.random(labels.shape) < 0.8, labels, guesses)
+    edges = class_edges(classes)
+    traffic = random.integers(0, classes, (DRAWS, LIVE_IMAGES))
+    assert share_of_alerts(baselines, traffic, edges) <= 0.01
+    assert share_of_alerts(baselines, traffic // 2, edges) >= 0.99
+
+
+@pytest.mark.parametrize("images", [15, 1000])
+@pytest.mark.parametrize("size", [100, 640])
+def test_a_new_size_alerts_with_any_number_of_validation_images(images, size):
+    baseline = np.full((1, images), 320)
+    assert share_of_alerts(baseline, np.full((1, LIVE_IMAGES), 320)) == 0
+    assert share_of_alerts(baseline, np.full((1, LIVE_IMAGES), size)) == 1

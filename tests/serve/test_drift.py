@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from models.bundle import DRIFT_SIGNALS, Histogram
-from models.drift import bin_edges, class_edges, histogram, image_signals, psi
+from models.drift import bin_edges, class_edges, drift_index, histogram, image_signals
 from models.image import InputSpec, decode
 from support import tiny_bundle
 from support.server import Server, wait_until
@@ -141,7 +141,7 @@ def test_psi_of_each_signal(start, tmp_path, baseline):
     signals = measure_signals(similar)
     for name, expected in baseline.items():
         live = histogram(signals[name], np.array(expected.edges))
-        index = psi(np.array(expected.counts), live)
+        index = drift_index(np.array(expected.counts), live)
         assert indices[name] == pytest.approx(index, abs=0.05), name
     assert indices["class"] < 0.02
 
@@ -217,7 +217,7 @@ def test_bins_are_merged_if_classes_are_too_many_for_the_window(start, tmp_path)
     send(server, make_files(60, ["red"]))
 
     # A window of 60 images has 6 bins of 10, and all images are in the first.
-    expected = psi(np.array([10_000 // 6] * 6), np.array([60, 0, 0, 0, 0, 0]))
+    expected = drift_index(np.array([10_000 // 6] * 6), np.array([60, 0, 0, 0, 0, 0]))
     assert wait_for_class_psi(server) == pytest.approx(expected, rel=0.05)
 
 
