@@ -1,5 +1,6 @@
 """Each failure is one line that says what to try, and an exit status other than 0."""
 
+import os
 import re
 import shutil
 import signal
@@ -14,6 +15,8 @@ from models import networks
 from support import ROOT
 from support.sample_images import write_image_folder
 from support.server import wait_until
+from train.cli.main import main
+from train.data import ImageData
 from train.failures import is_out_of_memory
 
 NO_OUTPUT = ("--progress.quiet=true", "--audit.enabled=false")
@@ -333,6 +336,31 @@ def test_out_of_memory_names_the_batch_size_to_try(commands, tmp_path, evaluatin
 )
 def test_out_of_memory_errors_of_cuda_libraries_are_known(words, memory):
     assert is_out_of_memory(RuntimeError(words)) == memory
+
+
+def test_a_run_that_fails_to_start_leaves_no_directory(commands, tmp_path):
+    refused = commands.start(
+        "run",
+        f"{tmp_path}/nowhere",
+        f"--trainer.default_root_dir={tmp_path / 'runs'}",
+        f"--store={tmp_path / 'store'}",
+    )
+    assert refused.status() == 2
+    assert "nowhere: no such folder" in refused.text
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_user_without_home_directory_has_no_cache(monkeypatch, capsys):
+    """As in a container that runs as any user."""
+    monkeypatch.delenv("HOME")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 54321)
+    assert ImageData("digits").cache is None
+    assert (
+        "decoded images are not cached: ~/.cache: this user has no home" in capsys.readouterr().err
+    )
+    assert main(["audit", "~/photos"]) == 2
+    assert "train: ~/photos: this user has no home directory; set HOME" in capsys.readouterr().err
 
 
 def test_sigterm_is_handled_before_the_imports_are_done():

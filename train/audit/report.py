@@ -8,7 +8,7 @@ from train.audit.findings import Findings, Refusal, collect_findings, describe_r
 from train.audit.page import render_page, render_refusal
 from train.audit.summary import summarize
 from train.data import ImageData
-from train.data.source import notify
+from train.data.source import expand_home, notify
 from train.failures import AuditOutOfMemory, is_out_of_memory
 
 
@@ -51,7 +51,7 @@ def write_refusal(data: ImageData, problem: str, out: str | Path) -> None:
 
 
 def _write_report(out: str | Path, content: Findings | Refusal, page: str) -> None:
-    directory = Path(out).expanduser()
+    directory = expand_home(out)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "audit.json").write_text(json.dumps(content, indent=1) + "\n")
     # Names of classes may hold lone surrogates, which UTF-8 has no bytes for.

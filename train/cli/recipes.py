@@ -1,5 +1,6 @@
 """Recipes by name, and the translation of `run DATA …` to arguments of `fit`."""
 
+import os
 from pathlib import Path
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -75,7 +76,7 @@ def extract_flag(arguments: list[str], flag: str) -> tuple[str | None, list[str]
 def default_model_name(source: str) -> str:
     """Return a valid model name, made of the data's name or of the last part of its path."""
     is_path = "/" in source or source in (".", "..")
-    name = Path(source).expanduser().resolve().name if is_path else source
+    name = Path(os.path.expanduser(source)).resolve().name if is_path else source
 
     characters: list[str] = []
     for character in name.lower():

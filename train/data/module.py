@@ -24,7 +24,15 @@ from train.data.loader import BatchLoader, MemoryBatchLoader, StreamBatchLoader
 from train.data.memory import Memory, Storage, choose_storage, measure_free_memory
 from train.data.pixels import read_pixels, to_image_bytes
 from train.data.sampler import EpochOrder
-from train.data.source import PARTS, ArrayItems, DataError, LabelledImages, cache_home, notify
+from train.data.source import (
+    PARTS,
+    ArrayItems,
+    DataError,
+    LabelledImages,
+    cache_home,
+    expand_home,
+    notify,
+)
 from train.data.sources import open_source
 from train.data.split import split
 from train.data.statistics import channel_mean_std, data_digest
@@ -473,7 +481,14 @@ def _check_at_least(name: str, value: int | None, minimum: int) -> None:
 
 
 def _cache_directory(cache: str | None) -> Path | None:
-    """The directory of the setting `cache`: None is the default one, an empty text is none."""
-    if cache is None:
+    """The directory of the setting `cache`: None is the default one, an empty text is none.
+
+    A user without a home directory has no default one, as in a container that runs as any user.
+    """
+    if cache is not None:
+        return expand_home(cache) if cache else None
+    try:
         return cache_home()
-    return Path(cache).expanduser() if cache else None
+    except DataError as error:
+        notify(f"decoded images are not cached: {error}")
+        return None

@@ -38,10 +38,23 @@ class DataError(ValueError):
     """Data that can't be used. The message is one line: the file or setting, and what to do."""
 
 
+def expand_home(path: str | Path) -> Path:
+    """Return a path with ~ replaced. Raises DataError where the user has no home directory."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise DataError(
+            f"{path}: this user has no home directory; set HOME, or give a path without ~"
+        ) from error
+
+
 def cache_home() -> Path:
-    """Return $XDG_CACHE_HOME/imago, by default ~/.cache/imago."""
+    """Return $XDG_CACHE_HOME/imago, by default ~/.cache/imago.
+
+    Raises DataError where the user has no home directory.
+    """
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "imago"
+    return expand_home(base) / "imago"
 
 
 @rank_zero_only

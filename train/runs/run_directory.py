@@ -6,7 +6,9 @@ another process holds its lock, a new run starts. A run is finished when its bun
 
 import hashlib
 import json
+import shutil
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,7 @@ class Run:
 
     path: Path
     checkpoint: Path | None = None  # the one to resume from, if any
+    is_new: bool = False  # created by this process
 
     @property
     def title(self) -> str:
@@ -70,6 +73,13 @@ class Run:
     def step(self) -> int:
         """Optimizer steps done before this start."""
         return checkpoint_step(self.checkpoint) if self.checkpoint else 0
+
+    def discard(self) -> None:
+        """Delete the directory of a run that failed to start, and its parents if they are empty."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        with suppress(OSError):
+            self.path.parent.rmdir()
+            self.path.parent.parent.rmdir()
 
     def finish(self) -> None:
         """Mark the run as finished, and keep only its last checkpoint, as last.ckpt."""
@@ -93,11 +103,11 @@ def open_run(
         run = claim_run(root, name, settings, trainer.world_size, fresh)
         (run.path / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
         checkpoint = str(run.checkpoint) if run.checkpoint else None
-        return {"path": str(run.path), "checkpoint": checkpoint}
+        return {"path": str(run.path), "checkpoint": checkpoint, "is_new": run.is_new}
 
     choice = share_choice(trainer, choose)
     checkpoint = Path(choice["checkpoint"]) if choice["checkpoint"] else None
-    return Run(Path(choice["path"]), checkpoint)
+    return Run(Path(choice["path"]), checkpoint, choice["is_new"])
 
 
 def claim_run(root: Path, name: str, settings: dict[str, Any], processes: int, fresh: bool) -> Run:
@@ -134,7 +144,7 @@ def _start_new_run(directory: Path, number: int, settings: dict[str, Any]) -> Ru
             continue
         if _try_lock(path):
             (path / SETTINGS_FILE).write_text(json.dumps(settings, indent=1, sort_keys=True))
-            return Run(path)
+            return Run(path, is_new=True)
 
 
 def _resume(path: Path) -> Run:

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 
-from train.data.source import NO_LABEL, DataError, LabelledImages, printable_name
+from train.data.source import NO_LABEL, DataError, LabelledImages, expand_home, printable_name
 from train.data.sources import bundled, files, huggingface, streams
 
 # scheme -> reader of (location, cache directory)
 READERS: dict[str, Callable[[str, Path | None], LabelledImages]] = {
-    "folder": lambda location, cache: files.read_folder(Path(location).expanduser()),
-    "csv": lambda location, cache: files.read_csv(Path(location).expanduser()),
+    "folder": lambda location, cache: files.read_folder(expand_home(location)),
+    "csv": lambda location, cache: files.read_csv(expand_home(location)),
     "litdata": streams.read_litdata,
     "deeplake": lambda location, cache: streams.read_deeplake(location),
     "hf": lambda location, cache: huggingface.read_huggingface(location),
@@ -53,7 +53,7 @@ def _read_source(source: str, root: str | None, cache: Path | None) -> LabelledI
     if scheme in READERS and location:
         return READERS[scheme](location, cache)
 
-    path = Path(source).expanduser()
+    path = expand_home(source)
     if path.is_dir():
         return files.read_folder(path)
     if path.suffix.lower() == ".csv":

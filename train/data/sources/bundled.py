@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from train.data.source import DataError, LabelledImages, cache_home, join_parts
+from train.data.source import DataError, LabelledImages, cache_home, expand_home, join_parts
 
 # name -> class in torchvision.datasets
 TORCHVISION_CLASSES = {
@@ -38,7 +38,7 @@ def load_torchvision(name: str, root: str | None) -> LabelledImages:
     from torchvision import datasets
 
     dataset_class = getattr(datasets, TORCHVISION_CLASSES[name])
-    directory = Path(root).expanduser() if root else cache_home() / "torchvision"
+    directory = expand_home(root) if root else cache_home() / "torchvision"
     arrays = {}
     for part, train in (("train", True), ("test", False)):
         try:

@@ -11,6 +11,7 @@ from train.data.source import (
     NO_LABEL,
     DataError,
     LabelledImages,
+    expand_home,
     import_optional,
     notify,
     number_classes,
@@ -30,7 +31,7 @@ def read_huggingface(location: str) -> LabelledImages:
     label. Raises DataError.
     """
     datasets = import_optional("datasets", "huggingface")
-    path = Path(location).expanduser()
+    path = expand_home(location)
     splits = _load_splits(path)
     parts = _parse_parts(path, splits)
     first = splits[next(name for name, part in parts.items() if part == "train")]

@@ -15,6 +15,7 @@ from train.data.source import (
     PARTS,
     DataError,
     LabelledImages,
+    expand_home,
     import_optional,
     number_classes,
     parse_part,
@@ -38,7 +39,7 @@ def read_litdata(location: str, cache: Path | None) -> LabelledImages:
     import_optional("litdata", "litdata")
     _allow_plain_http()
     is_url = "://" in location
-    location = location.rstrip("/") if is_url else str(Path(location).expanduser())
+    location = location.rstrip("/") if is_url else str(expand_home(location))
 
     datasets = _open_parts(location)
     labels: list[str | None] = []
@@ -235,7 +236,7 @@ def read_deeplake(location: str) -> LabelledImages:
     ClassLabel, or one named label. A column named split holds each row's part. Raises DataError.
     """
     package = import_optional("deeplake", "deeplake")
-    url = location if "://" in location else f"file://{Path(location).expanduser().resolve()}"
+    url = location if "://" in location else f"file://{expand_home(location).resolve()}"
     try:
         dataset = package.open_read_only(url)
     except Exception as error:  # the errors share no base class
