@@ -172,7 +172,7 @@ class Bundle:
 
         name = self.manifest.name
         version = str(self.manifest.version)
-        if (directory.parent.name, directory.name) != (name, version):
+        if (directory.parent.resolve().name, directory.name) != (name, version):
             raise BundleError(
                 f"{self.path / MANIFEST_FILE}: belongs to {name}/{version}, "
                 "so the directory was renamed, or is a link"
