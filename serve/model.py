@@ -20,7 +20,7 @@ from models.store import LATEST, Store
 from serve import logs, options
 from serve.engines.base import Engine, EngineFactory, measure_seconds
 from serve.engines.select import engine_factories
-from serve.prediction import Prediction, PredictionComposer
+from serve.prediction import Prediction, PredictionComposer, find_finite_rows
 from serve.settings import Settings
 from serve.wire import DEFAULT_TOP_K
 
@@ -112,8 +112,11 @@ class Model:
         """Classify decoded images, uint8 [N, H, W, C].
 
         `use_all_threads` speeds up one batch; leave it off if several threads predict at once.
+        Raises ValueError if an output is NaN or infinite.
         """
         probabilities, energy = self.engine.run(pixels, self.output_names, use_all_threads)
+        if len(find_finite_rows((probabilities, energy))) < len(pixels):
+            raise ValueError("the outputs of the model are NaN or infinite")
         texts = self.composer.compose(probabilities, energy, [top_k] * len(pixels))
         return [Prediction.model_validate_json(text + "}") for text in texts]
 

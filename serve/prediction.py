@@ -5,6 +5,8 @@ Used by worker processes and by `serve.model`.
 
 import base64
 import json
+import math
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
@@ -114,3 +116,20 @@ def encode_activation_map(activations: np.ndarray, spec: InputSpec) -> str:
     )
     png = cv2.imencode(".png", resize_to_input(gray, size))[1]
     return base64.b64encode(png.data).decode()
+
+
+def are_finite(outputs: Sequence[np.ndarray]) -> bool:
+    """Whether outputs of the graph hold no NaN and no infinity.
+
+    A sum of squares is finite only if each of its terms is, and takes less time than a test of each
+    number. It also overflows for numbers above 1e19, which `find_finite_rows` then tests exactly.
+    """
+    return all(math.isfinite(np.vdot(output, output)) for output in outputs)
+
+
+def find_finite_rows(outputs: Sequence[np.ndarray]) -> list[int]:
+    """Return the images, rows of the outputs [N, ...], for which all numbers are finite."""
+    is_finite = np.ones(len(outputs[0]), bool)
+    for output in outputs:
+        is_finite &= np.isfinite(output).reshape(len(output), -1).all(1)
+    return is_finite.nonzero()[0].tolist()

@@ -1,7 +1,7 @@
 """A page of shared memory with the state that all processes of the service read.
 
-It holds the phase of the shutdown, how much work each HTTP process has accepted, and the signs of
-life of each worker. Each number has one writer, so no lock is needed. A sum over several numbers
+It holds the phase of the shutdown, how much work each HTTP process has accepted, and the heartbeat
+of each worker. Each number has one writer, so no lock is needed. A sum over several numbers
 may be a few microseconds old. Times are seconds of `time.monotonic()`, which all processes of a
 machine share.
 """
@@ -12,7 +12,6 @@ import time
 
 FILE_NAME = "state"
 MAX_PROCESSES = 64  # HTTP processes, and workers
-MAX_PREDICTORS = 1024  # threads of one worker
 START_SECONDS = 120  # a new worker may take this long to load its model
 
 # The layout: indices into the page, which is an array of float64.
@@ -27,11 +26,7 @@ _PENDING_BYTES = 192
 # One number for each worker, written by that worker; the supervisor resets it before it starts the
 # worker.
 _HEARTBEAT = 256
-_RUN_SECONDS = 320
-# MAX_PREDICTORS numbers for each worker: since when a predictor thread is busy with one image or
-# run, 0 if it is idle.
-_BUSY_SINCE = 384
-_SIZE_BYTES = 8 * (_BUSY_SINCE + MAX_PROCESSES * MAX_PREDICTORS)
+_SIZE_BYTES = 8 * (_HEARTBEAT + MAX_PROCESSES)
 
 
 class SharedState:
@@ -101,14 +96,8 @@ class SharedState:
     # Signs of life of workers.
 
     def reset_worker(self, worker: int) -> None:
-        """Prepare the numbers of a worker that starts now.
-
-        It has START_SECONDS until its first heartbeat.
-        """
+        """Give a worker that starts now START_SECONDS until its first heartbeat."""
         self.page[_HEARTBEAT + worker] = time.monotonic() + START_SECONDS
-        self.set_run_seconds(worker, 0)
-        for predictor in range(MAX_PREDICTORS):
-            self.set_idle(worker, predictor)
 
     def set_heartbeat(self, worker: int) -> None:
         """Publish that the worker is alive now."""
@@ -118,33 +107,6 @@ class SharedState:
         """Whether the worker has sent a heartbeat."""
         return self.page[_HEARTBEAT + worker] <= time.monotonic()
 
-    def set_busy(self, worker: int, predictor: int) -> float:
-        """Record that a predictor starts to decode an image or to run the graph. Return now."""
-        now = time.monotonic()
-        self.page[_BUSY_SINCE + worker * MAX_PREDICTORS + predictor] = now
-        return now
-
-    def set_idle(self, worker: int, predictor: int) -> None:
-        """Record that a predictor waits for jobs, or for permission to decode."""
-        self.page[_BUSY_SINCE + worker * MAX_PREDICTORS + predictor] = 0
-
-    def set_run_seconds(self, worker: int, seconds: float) -> None:
-        """Publish how long the worker's graph takes for a full batch on one core."""
-        self.page[_RUN_SECONDS + worker] = seconds
-
-    def run_seconds(self, worker: int) -> float:
-        """Return the seconds that the worker has published with `set_run_seconds`."""
-        return self.page[_RUN_SECONDS + worker]
-
-    def stalled_seconds(self, worker: int, predictors: int) -> float:
-        """Return the seconds for which the worker has made no progress.
-
-        This is the time since its last heartbeat, or since a predictor began with one image or one
-        run of the graph, whichever is longer. It is 0 before the first heartbeat is due.
-        """
-        first = _BUSY_SINCE + worker * MAX_PREDICTORS
-        times = [self.page[_HEARTBEAT + worker]]
-        for busy_since in self.page[first : first + predictors]:
-            if busy_since:
-                times.append(busy_since)
-        return max(0.0, time.monotonic() - min(times))
+    def seconds_since_heartbeat(self, worker: int) -> float:
+        """Return the seconds since the worker's last heartbeat; 0 before the first one is due."""
+        return max(0.0, time.monotonic() - self.page[_HEARTBEAT + worker])

@@ -157,9 +157,27 @@ def classify_batch(model: Model, top_k: int, files: list[Path]) -> list[Result]:
             outcomes[position] = str(error)
 
     if pixels:
-        predictions = model.predict_pixels(np.stack(pixels), top_k)
+        predictions = predict_each(model, pixels, top_k)
         outcomes.update(zip(decoded, predictions, strict=True))
     return [(file, outcomes[position]) for position, file in enumerate(files)]
+
+
+def predict_each(model: Model, pixels: list[np.ndarray], top_k: int) -> list[Prediction | str]:
+    """Return the prediction of each image, or why the model gives none.
+
+    An image on which the model fails does not affect the others.
+    """
+    try:
+        return [*model.predict_pixels(np.stack(pixels), top_k)]
+    except Exception as error:  # engines raise exceptions of any kind
+        if len(pixels) == 1:
+            lines = str(error).splitlines() or [type(error).__name__]
+            return [f"the model failed on this image: {lines[0]}"]
+
+    outcomes: list[Prediction | str] = []
+    for image in pixels:
+        outcomes += predict_each(model, [image], top_k)
+    return outcomes
 
 
 def write_table(model: Model, results: list[Result]) -> None:

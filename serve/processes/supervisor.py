@@ -31,15 +31,15 @@ from serve.processes.restart_policy import RestartPolicy
 from serve.processes.run_directory import create_run_directory
 from serve.settings import Settings
 from serve.shared_state import SharedState
-from serve.worker.exit_status import MODEL_UNUSABLE
+from serve.worker.exit_status import HANGING, MODEL_UNUSABLE
 from serve.worker.shadow import run_shadow
-from serve.worker.worker import Worker
+from serve.worker.worker import HEARTBEAT_SECONDS, Worker
 
 # Monitoring. A process that ends is noticed at once.
 MONITOR_SECONDS = 1.0
 STARTUP_MONITOR_SECONDS = 0.1  # until all workers have started
-# A run that takes this many times its duration at the start is a hang, even on busy cores.
-HANG_FACTOR = 5
+# A worker without a heartbeat for so long hangs, where `worker_timeout_seconds` is even shorter.
+MIN_HEARTBEAT_TIMEOUT_SECONDS = 4 * HEARTBEAT_SECONDS
 
 # The drain.
 DRAIN_POLL_SECONDS = 0.05
@@ -242,18 +242,18 @@ class Supervisor:
 
     def _failure_reason(self, key: ProcessKey) -> FailureReason | None:
         """Return why a process must be replaced, or None if it runs well."""
-        if not self._process(key).is_alive():
-            return "crash"
+        process = self._process(key)
+        if not process.is_alive():
+            is_hang = key.kind == "worker" and process.exitcode == HANGING
+            return "hang" if is_hang else "crash"
         if key.kind == "worker" and self._worker_hangs(key.number):
             return "hang"
         return None
 
     def _worker_hangs(self, number: int) -> bool:
-        """Whether a worker makes no progress for longer than its graph ever takes."""
-        limit = max(
-            self.settings.worker_timeout_seconds, HANG_FACTOR * self.state.run_seconds(number)
-        )
-        return self.state.stalled_seconds(number, self.threads) > limit
+        """Whether a worker as a whole hangs. It ends by itself if only a predictor hangs."""
+        limit = max(self.settings.worker_timeout_seconds, MIN_HEARTBEAT_TIMEOUT_SECONDS)
+        return self.state.seconds_since_heartbeat(number) > limit
 
     def _handle_failure(
         self, key: ProcessKey, reason: FailureReason, policy: RestartPolicy

@@ -14,9 +14,8 @@ import numpy as np
 from models.image import ImageError, decode
 from serve import logs
 from serve.model import Model
-from serve.prediction import encode_activation_map
+from serve.prediction import are_finite, encode_activation_map, find_finite_rows
 from serve.settings import Settings
-from serve.shared_state import SharedState
 from serve.wire import ARRAYS, CAM, LABEL_LENGTH, TENSOR, Answer, Job, pack_answer
 from serve.worker.batch import CompletedBatch, DecodedBatch
 from serve.worker.batcher import Batcher, HttpProcessConnection, QueuedJob
@@ -24,6 +23,7 @@ from serve.worker.worker_metrics import WorkerMetrics
 
 INACTIVE_CHECK_SECONDS = 0.5
 NO_ACTIVATION_MAPS = "this model has no heat maps; leave explain out"
+NOT_FINITE = b"the outputs of the model for this image are NaN or infinite"
 OTHER_TENSOR_SHAPE = "the model was replaced by one with another input shape; try again"
 
 Observer = Callable[[CompletedBatch], None]
@@ -45,9 +45,7 @@ class ModelReplacedError(ImageError):
 class PredictorContext:
     """The objects that all predictors of a worker share."""
 
-    worker_number: int
     settings: Settings
-    state: SharedState
     batcher: Batcher
     current_model: Callable[[], Model]  # called for each batch, as the model may be replaced
     observers: list[Observer]
@@ -59,12 +57,20 @@ class Predictor:
     def __init__(self, number: int, context: PredictorContext, metrics: WorkerMetrics):
         self.number = number
         self.metrics = metrics
-        self.worker_number = context.worker_number
         self.settings = context.settings
-        self.state = context.state
         self.batcher = context.batcher
         self.current_model = context.current_model
         self.observers = context.observers
+
+        # Since when it decodes one image or runs the graph, in seconds of time.monotonic(); 0 while
+        # it waits for jobs or for permission to decode. The image, if it is a single one.
+        self.busy_since = 0.0
+        self.current_job: QueuedJob | None = None
+
+    def stalled_seconds(self, now: float) -> float:
+        """Return for how long it has been busy with one image or one run, 0 if it is idle."""
+        busy_since = self.busy_since
+        return now - busy_since if busy_since else 0.0
 
     def start(self) -> None:
         """Start the thread."""
@@ -97,7 +103,18 @@ class Predictor:
                 ]
             )
         finally:
-            self.state.set_idle(self.worker_number, self.number)
+            self._set_idle()
+
+    def _set_busy(self, queued: QueuedJob | None) -> float:
+        """Record that work on one image, or on several at once (None), starts. Return now."""
+        now = time.monotonic()
+        self.current_job = queued
+        self.busy_since = now
+        return now
+
+    def _set_idle(self) -> None:
+        self.busy_since = 0.0
+        self.current_job = None
 
     def _process_batch(self, jobs: list[QueuedJob], is_alone: bool) -> None:
         """Answer the jobs. `jobs` grows by those that arrive while they are decoded."""
@@ -117,7 +134,7 @@ class Predictor:
 
         for queued in jobs:
             job = queued.job
-            expired = job.deadline < self.state.set_busy(self.worker_number, self.number)
+            expired = job.deadline < self._set_busy(queued)
             if not expired:
                 start = time.perf_counter()
                 try:
@@ -151,15 +168,15 @@ class Predictor:
 
         # A large image waits until others have freed their memory. A predictor that waits does not
         # hang, so it counts as idle until `decode` calls back.
-        self.state.set_idle(self.worker_number, self.number)
-        return decode(job.body, spec, self.settings.max_pixels, self._set_busy)
+        self.busy_since = 0.0
+        return decode(job.body, spec, self.settings.max_pixels, self._restart_clock)
 
-    def _set_busy(self) -> None:
-        self.state.set_busy(self.worker_number, self.number)
+    def _restart_clock(self) -> None:
+        self.busy_since = time.monotonic()
 
     def _drop_expired(self, batch: DecodedBatch) -> DecodedBatch:
         """Leave out jobs whose deadline passed while others were decoded."""
-        now = self.state.set_busy(self.worker_number, self.number)
+        now = self._set_busy(None)
         remaining = [i for i, queued in enumerate(batch.jobs) if queued.job.deadline >= now]
         if len(remaining) == len(batch.jobs):
             return batch
@@ -173,7 +190,7 @@ class Predictor:
             output_names = (*output_names, "cam")
 
         images = np.stack(batch.pixels)
-        self.state.set_busy(self.worker_number, self.number)
+        self._set_busy(batch.jobs[0] if len(batch.jobs) == 1 else None)
         start = time.perf_counter()
         try:
             outputs = model.engine.run(images, output_names, batch.is_alone)
@@ -181,6 +198,15 @@ class Predictor:
             self._recover_from_failed_run(batch)
             return
         infer_seconds = time.perf_counter() - start
+
+        if not are_finite(outputs):
+            rows = find_finite_rows(outputs)
+            self._refuse_other_rows(batch, rows)
+            if not rows:
+                return
+            batch = batch.select(rows)
+            images = images[rows]
+            outputs = [output[rows] for output in outputs]
 
         queue_us = [max(0, int((batch.started - queued.arrived) * 1e6)) for queued in batch.jobs]
         send_answers(_compose_answers(batch, outputs, queue_us, int(infer_seconds * 1e6)))
@@ -201,6 +227,17 @@ class Predictor:
         queued = batch.jobs[0]
         detail = b"the model failed on this image"
         send_answers([(queued, Answer(queued.job.id, 500, batch.model.version, detail))])
+
+    def _refuse_other_rows(self, batch: DecodedBatch, finite_rows: list[int]) -> None:
+        """Answer the images whose outputs are NaN or infinite with status 500."""
+        version = batch.model.version
+        answers: list[tuple[QueuedJob, Answer]] = []
+        for row, queued in enumerate(batch.jobs):
+            if row not in finite_rows:
+                answers.append((queued, Answer(queued.job.id, 500, version, NOT_FINITE)))
+        if answers:
+            logs.logger.error("the outputs for %d images are NaN or infinite", len(answers))
+            send_answers(answers)
 
 
 def _group_by_outputs(batch: DecodedBatch) -> list[DecodedBatch]:

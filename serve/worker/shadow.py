@@ -23,6 +23,7 @@ from models.image import decode
 from serve import logs
 from serve.metrics.shared_counters import SharedCounters
 from serve.model import Model, open_bundle
+from serve.prediction import are_finite
 from serve.settings import Settings
 from serve.wire import TENSOR
 from serve.worker.batch import CompletedBatch
@@ -124,6 +125,8 @@ def compare(datagram: bytes, model: Model, max_pixels: int, counters: SharedCoun
     try:
         pixels = decode(datagram[image_start:], model.manifest.input, max_pixels)
         outputs = model.engine.run(pixels[None], ("probabilities",), use_all_threads=False)
+        if not are_finite(outputs):
+            raise ValueError("its outputs are NaN or infinite")
     except Exception as error:  # an ImageError, or an exception of any kind from the engine
         counters.add("shadow_images", "failed")
         logs.logger.info("the shadow version failed on an image: %s", error)

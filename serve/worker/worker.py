@@ -17,16 +17,19 @@ from serve.model import Model
 from serve.settings import Settings
 from serve.shared_state import SharedState
 from serve.wire import MODEL_INFO, Answer, pack_answer
-from serve.worker.batcher import Batcher
+from serve.worker.batcher import Batcher, QueuedJob
 from serve.worker.drift_window import DriftWindow
-from serve.worker.exit_status import MODEL_UNUSABLE
-from serve.worker.predictor import Observer, Predictor, PredictorContext
+from serve.worker.exit_status import HANGING, MODEL_UNUSABLE
+from serve.worker.predictor import Observer, Predictor, PredictorContext, send_answers
 from serve.worker.reload import Reloader
 from serve.worker.served_version import load_first_model
 from serve.worker.shadow import ShadowSender
 from serve.worker.worker_metrics import WorkerMetrics, set_served_model
 
 HEARTBEAT_SECONDS = 0.5
+# A run that takes this many times its duration at the start is a hang, even on busy cores.
+HANG_FACTOR = 5
+HANGING_IMAGE = b"this image takes too long to process; sending it again does not help"
 
 
 class Worker:
@@ -62,10 +65,10 @@ class Worker:
         )
         self.model_counters = SharedCounters(f"{self.metrics_prefix}-model.metrics")
         set_served_model(self.model_counters, self.model)
-        self.state.set_run_seconds(number, self.model.run_seconds)
+        self.run_seconds = self.model.run_seconds
 
         self.drift_window = self._create_drift_window()
-        self._start_predictors()
+        self.predictors = self._start_predictors()
         if self.settings.version == LATEST and self.settings.reload_seconds:
             self._start_reloader()
         self._send_heartbeats()
@@ -73,8 +76,7 @@ class Worker:
     def replace_model(self, model: Model) -> None:
         """Serve another model from the next batch on, and announce it to all HTTP processes."""
         # Batches of both models may run at this moment, so the slower one sets the time to wait.
-        run_seconds = max(self.model.run_seconds, model.run_seconds)
-        self.state.set_run_seconds(self.number, run_seconds)
+        self.run_seconds = max(self.model.run_seconds, model.run_seconds)
 
         self.model = model
         self.batcher.set_active_predictors(self._active_predictors())
@@ -116,7 +118,7 @@ class Worker:
         counters = SharedCounters(f"{self.metrics_prefix}-shadow.metrics")
         return ShadowSender(self.run_directory, self.settings.shadow_share, self.batcher, counters)
 
-    def _start_predictors(self) -> None:
+    def _start_predictors(self) -> list[Predictor]:
         """Start a predictor thread for each core."""
         observers: list[Observer] = []
         if self.drift_window is not None:
@@ -125,16 +127,18 @@ class Worker:
             observers.append(self._create_shadow_sender())
 
         context = PredictorContext(
-            self.number,
             self.settings,
-            self.state,
             self.batcher,
             self._current_model,
             observers,
         )
+        predictors: list[Predictor] = []
         for i in range(self.threads):
             metrics = WorkerMetrics(f"{self.metrics_prefix}-{i}.metrics", self.model)
-            Predictor(i, context, metrics).start()
+            predictor = Predictor(i, context, metrics)
+            predictor.start()
+            predictors.append(predictor)
+        return predictors
 
     def _start_reloader(self) -> None:
         counters = SharedCounters(f"{self.metrics_prefix}-reload.metrics")
@@ -148,8 +152,35 @@ class Worker:
         ).start()
 
     def _send_heartbeats(self) -> None:
-        """Show the supervisor that this process is alive. Exit when the supervisor is gone."""
+        """Show the supervisor that this process is alive.
+
+        Exit when the supervisor is gone, or when a predictor hangs.
+        """
         while os.getppid() == self.supervisor_pid:
             self.state.set_heartbeat(self.number)
+            self._exit_if_a_predictor_hangs()
             time.sleep(HEARTBEAT_SECONDS)
         os._exit(1)
+
+    def _exit_if_a_predictor_hangs(self) -> None:
+        """Answer the images on which predictors hang with status 422, and end the process.
+
+        They must not be sent again. HTTP processes answer all other jobs of this worker with 503,
+        also those of a run on several images, of which it is unknown which one hangs.
+        """
+        limit_seconds = max(self.settings.worker_timeout_seconds, HANG_FACTOR * self.run_seconds)
+        now = time.monotonic()
+        stalled = [(predictor.stalled_seconds(now), predictor) for predictor in self.predictors]
+        if max(seconds for seconds, _ in stalled) <= limit_seconds:
+            return
+
+        answers: list[tuple[QueuedJob, Answer]] = []
+        for seconds, predictor in stalled:
+            queued = predictor.current_job
+            # Another predictor may hang as well, only not for as long.
+            if queued is not None and seconds > limit_seconds / 2:
+                answers.append(
+                    (queued, Answer(queued.job.id, 422, self.model.version, HANGING_IMAGE))
+                )
+        send_answers(answers)
+        os._exit(HANGING)

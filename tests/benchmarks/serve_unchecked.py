@@ -19,7 +19,8 @@ from serve.http.dispatcher import PendingRequest
 from serve.http.feedback import FeedbackEndpoint
 from serve.http.predict_endpoint import PredictEndpoint, Reservation
 from serve.http.responses import Receive, Request, Scope
-from serve.shared_state import SharedState
+from serve.worker.batcher import QueuedJob
+from serve.worker.predictor import Predictor
 from serve.worker.worker_metrics import WorkerMetrics
 
 
@@ -50,7 +51,7 @@ def admit_all(endpoint: PredictEndpoint, headers: dict[bytes, bytes]) -> Reserva
     return Reservation()
 
 
-def set_busy_untimed(state: SharedState, worker: int, predictor: int) -> float:
+def set_busy_untimed(predictor: Predictor, queued: QueuedJob | None) -> float:
     """Return a time that no deadline is before."""
     return 0.0
 
@@ -72,7 +73,7 @@ replace(
 replace(FeedbackEndpoint, remember=do_nothing)
 replace(PendingRequest, finish=finish_uncounted)
 replace(WorkerMetrics, count_batch=do_nothing)
-replace(SharedState, set_idle=do_nothing, set_busy=set_busy_untimed)
+replace(Predictor, _set_idle=do_nothing, _set_busy=set_busy_untimed, _restart_clock=do_nothing)
 
 if __name__ == "__main__":
     sys.exit(main(["--drift-window", "0", "--reload-seconds", "0", *sys.argv[1:]]))

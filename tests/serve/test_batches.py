@@ -13,6 +13,10 @@ from support.server import Server, suspended_workers, wait_until
 IMAGE = tiny_bundle.make_image("red")
 
 
+BLACK_IMAGE = cv2.imencode(".png", np.zeros((32, 32, 3), np.uint8))[1].tobytes()
+BRIGHT_IMAGE = cv2.imencode(".png", np.full((32, 32, 3), 255, np.uint8))[1].tobytes()
+
+
 @pytest.fixture(scope="module")
 def slow_image() -> bytes:
     """An image that takes at least a tenth of a second to decode."""
@@ -88,23 +92,34 @@ def test_images_that_expire_in_a_batch_are_dropped(start, slow_image):
     assert server.metric("imago_images_total", outcome="expired") == statuses.count(504)
 
 
-def test_an_image_on_which_the_model_fails_does_not_affect_its_batch(start, tmp_path):
-    tiny_bundle.fail_on_bright_pixels(tiny_bundle.publish(tmp_path))
-    bright_image = cv2.imencode(".png", np.full((32, 32, 3), 255, np.uint8))[1].tobytes()
+@pytest.mark.parametrize(
+    ("alter", "image", "detail"),
+    [
+        (tiny_bundle.fail_on_bright_pixels, BRIGHT_IMAGE, "the model failed on this image"),
+        (tiny_bundle.give_nan_for_black, BLACK_IMAGE, "NaN or infinite"),
+    ],
+    ids=["error", "NaN"],
+)
+def test_an_image_on_which_the_model_fails_does_not_affect_its_batch(
+    start, tmp_path, alter, image, detail
+):
+    alter(tiny_bundle.publish(tmp_path))
     server = start("--threads", "1", store=tmp_path)
 
     images = [IMAGE] * 8
-    images[3] = bright_image
+    images[3] = image
     responses = predict_together(server, images)
 
     failed = responses.pop(3)
     assert failed.status_code == 500
-    assert failed.json()["detail"] == "the model failed on this image"
+    assert detail in failed.json()["detail"]
     for response in responses:
         assert response.status_code == 200
         assert response.json()["predictions"][0]["label"] == "red"
     assert server.metric("imago_images_total", outcome="failed") == 1
     assert server.metric("imago_restarts_total", process="worker", reason="crash") == 0
+    wait_until(lambda: server.metric("imago_confidence_count") == 7)
+    assert server.metric("imago_confidence_sum") == pytest.approx(7, abs=0.5)
 
 
 def test_a_worker_with_a_long_batch_is_not_restarted(start, slow_image):

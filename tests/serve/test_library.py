@@ -1,13 +1,17 @@
 """`from serve import Model`: predictions in a Python program, without a server."""
 
+import json
 import subprocess
 import sys
 
+import cv2
+import numpy as np
 import pytest
 
 from models.bundle import BundleError
 from models.image import ImageError
 from serve import Model
+from serve.commands import predict
 from support import ROOT, tiny_bundle
 
 
@@ -33,6 +37,23 @@ def test_no_images_give_no_predictions(model):
 def test_an_image_that_cannot_be_decoded_raises(model):
     with pytest.raises(ImageError, match="not a JPEG"):
         model.predict([tiny_bundle.make_image("red"), b"no image"])
+
+
+def test_outputs_that_are_not_finite_raise(tmp_path, capsys):
+    """The command `predict` names the file, and classifies the others."""
+    tiny_bundle.give_nan_for_black(tiny_bundle.publish(tmp_path / "store"))
+    black = cv2.imencode(".png", np.zeros((32, 32, 3), np.uint8))[1].tobytes()
+    red = tiny_bundle.make_image("red")
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        Model.open(tmp_path / "store").predict([red, black])
+
+    for name, image in {"a.png": red, "b.png": black}.items():
+        (tmp_path / name).write_bytes(image)
+    files = [str(tmp_path / name) for name in ("a.png", "b.png")]
+    assert predict.main([*files, "--store", str(tmp_path / "store"), "--format", "json"]) == 1
+    classified, failed = json.loads(capsys.readouterr().out)["predictions"]
+    assert classified["label"] == "red"
+    assert "NaN or infinite" in failed["error"]
 
 
 def test_the_only_model_needs_no_name(bundle_store):

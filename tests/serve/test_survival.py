@@ -73,16 +73,28 @@ def test_a_hanging_worker_is_replaced_and_its_requests_get_503(start):
     assert server.metric("imago_restarts_total", process="worker", reason="hang") == 1
 
 
-def test_a_worker_with_a_hanging_run_is_replaced_before_the_deadline(start, tmp_path):
-    """With default settings. The heartbeat of the worker continues."""
+def test_only_the_image_on_which_a_worker_hangs_gets_422(start, tmp_path):
+    """With the default deadline and timeout: the worker is replaced before the deadline."""
     tiny_bundle.loop_forever_on_white(tiny_bundle.publish(tmp_path))
-    server = start(store=tmp_path)
-    bright = cv2.imencode(".png", np.full((32, 32, 3), 255, np.uint8))[1].tobytes()
-    with ThreadPoolExecutor(1) as executor:
-        response = executor.submit(server.predict, bright)
+    server = start("--threads", "1", "--max-batch-size", "1", store=tmp_path)
+    white = cv2.imencode(".png", np.full((32, 32, 3), 255, np.uint8))[1].tobytes()
+    with ThreadPoolExecutor(3) as executor:
+        hanging = executor.submit(server.predict, white)
+        wait_until(lambda: server.metric("imago_pending_images") == 1)
+        waiting = [executor.submit(server.predict, IMAGE) for _ in range(2)]
         wait_until(lambda: not server.is_ready())
         assert server.metric("imago_ready") == 0
-        assert response.result().status_code == 503
+
+    response = hanging.result()
+    assert response.status_code == 422
+    assert "takes too long" in response.json()["detail"]
+    assert "retry-after" not in response.headers
+    for response in [future.result() for future in waiting]:
+        assert response.status_code == 503
+        assert response.headers["retry-after"] == "1"
+    assert server.metric("imago_images_total", outcome="refused") == 1
+    assert server.metric("imago_images_total", outcome="failed") == 2
+
     server.wait_ready()
     assert server.metric("imago_restarts_total", process="worker", reason="hang") == 1
     assert server.predict(IMAGE).json()["predictions"][0]["label"] == "green"

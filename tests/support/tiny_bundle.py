@@ -238,6 +238,21 @@ def fail_on_bright_pixels(bundle: Path, least: float = 1.0, file: str = "model.o
     )
 
 
+def give_nan_for_black(bundle: Path) -> None:
+    """Make all outputs for a black image NaN; those of the others stay the same."""
+    insert_nodes(
+        bundle,
+        helper.make_node("ReduceMax", ["given", "pixels"], ["brightest"], keepdims=1),
+        helper.make_node("Sub", ["brightest", "least"], ["difference"]),
+        helper.make_node("Sqrt", ["difference"], ["root"]),
+        helper.make_node("Mul", ["root", "zero"], ["zero_or_nan"]),
+        helper.make_node("Add", ["given", "zero_or_nan"], ["unit"]),
+        pixels=np.array([1, 2, 3]),
+        least=np.float32(0.001),
+        zero=np.float32(0),
+    )
+
+
 def loop_forever(bundle: Path) -> None:
     """Make the graph loop endlessly for every image."""
     insert_nodes(bundle, _loop("count"), count=np.array(ENDLESS), true=np.array(True))
