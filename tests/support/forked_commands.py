@@ -29,8 +29,28 @@ from support import ROOT
 TIMEOUT_SECONDS = 280
 POLL_SECONDS = 0.01
 
-SLOW_IMPORTS = {"train": "train.cli.main", "serve": "serve.processes.supervisor"}
-"""What each package's __main__ imports at the start or later, without __main__ itself."""
+
+def warm_up_serve() -> None:
+    """Import what `python -m serve` imports."""
+    importlib.import_module("serve.processes.supervisor")
+
+
+def warm_up_train() -> None:
+    """Import what `python -m train` imports at the start and later, and export a graph once.
+
+    The first export of a process compiles the converters of all operators, which takes seconds.
+    """
+    importlib.import_module("train.cli.main")
+    for module in ("sklearn.datasets", "sklearn.linear_model", "onnxruntime.quantization", "s3fs"):
+        importlib.import_module(module)
+
+    torch = importlib.import_module("torch")
+    images = torch.zeros(2, 1, 4, 4)
+    network = torch.nn.Conv2d(1, 1, 3).eval()
+    torch.onnx.export(network, (images,), dynamo=True, verbose=False)
+
+
+WARM_UPS = {"train": warm_up_train, "serve": warm_up_serve}
 
 
 class ForkedCommand:
@@ -147,7 +167,8 @@ class ForkedCommands:
 
 def serve_requests(package: str) -> None:
     """Read requests from stdin until it closes."""
-    importlib.import_module(SLOW_IMPORTS[package])
+    with contextlib.redirect_stdout(sys.stderr):
+        WARM_UPS[package]()
     for line in sys.stdin:
         request = json.loads(line)
         if os.fork() == 0:

@@ -46,13 +46,13 @@ DESCRIPTION = (
 PARSER_SETTINGS: dict[str, Any] = {
     "prog": "python -m train",
     "description": f"{DESCRIPTION} {EXIT_STATUS_HELP}",
-    "fit": {
-        "description": "Train a model and publish it as a bundle; resume an interrupted run. "
-        + EXIT_STATUS_HELP
-    },
-    "validate": {"description": "Evaluate a checkpoint on the validation part."},
-    "test": {"description": "Evaluate a checkpoint on the test part."},
-    "predict": {"description": "Print a checkpoint's predictions for the test part as CSV."},
+}
+COMMAND_DESCRIPTIONS = {
+    "fit": "Train a model and publish it as a bundle; resume an interrupted run. "
+    + EXIT_STATUS_HELP,
+    "validate": "Evaluate a checkpoint on the validation part.",
+    "test": "Evaluate a checkpoint on the test part.",
+    "predict": "Print a checkpoint's predictions for the test part as CSV.",
 }
 
 
@@ -78,6 +78,11 @@ class CommandLine(LightningCLI):
         Raises UsageError, ValueError or OSError with a one-line message for what the user can
         correct.
         """
+        self._arguments = arguments
+        parser_settings = dict(PARSER_SETTINGS)
+        for name in self.subcommands():
+            parser_settings[name] = {"description": COMMAND_DESCRIPTIONS[name]}
+
         super().__init__(
             Classifier,
             ImageData,
@@ -91,8 +96,17 @@ class CommandLine(LightningCLI):
                 "enable_model_summary": False,
                 "max_epochs": 10,
             },
-            parser_kwargs=PARSER_SETTINGS,
+            parser_kwargs=parser_settings,
         )
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # static in Lightning
+        """Return the commands to add to the parser: the one that is given, or all for --help.
+
+        The arguments of one command take about as long to add as an import of torch.
+        """
+        commands = LightningCLI.subcommands()
+        given = [word for word in self._arguments[:1] if word in commands]
+        return {name: commands[name] for name in given or commands}
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run nothing. Lightning 2.6 calls this private method at the end of its constructor."""
@@ -213,6 +227,7 @@ class CommandLine(LightningCLI):
     def training_job(self) -> TrainingJob:
         """Return what `run_training` needs."""
         settings = self.settings
+        recipe = self._plain_settings()
         return TrainingJob(
             trainer=self.trainer,
             system=self.model,
@@ -230,21 +245,23 @@ class CommandLine(LightningCLI):
             model_checkpoint=settings.checkpoint,
             resume_checkpoint=settings.resume,
             export=settings.export,
-            recipe=self.plain_settings(),
-            requested_recipe=self.plain_settings(requested=True),
+            recipe=recipe,
+            requested_recipe=self._requested_recipe(recipe),
         )
 
-    def plain_settings(self, requested: bool = False) -> dict[str, Any]:
-        """Return all settings as plain values, as the manifest records them.
-
-        `requested`: with the requested precision instead of the one in use, as a run directory
-        records them. Another node may resume the run and compute in another precision.
-        """
+    def _plain_settings(self) -> dict[str, Any]:
+        """Return all settings as plain values, as the manifest records them."""
         text = self.parser.dump(self.config, skip_none=False, format="yaml")
         settings: dict[str, Any] = yaml.safe_load(text)[self.subcommand]
-        if requested:
-            settings["trainer"]["precision"] = self.requested_precision
         return settings
+
+    def _requested_recipe(self, recipe: dict[str, Any]) -> dict[str, Any]:
+        """Return the recipe with the requested precision, as a run directory records it.
+
+        Another node may resume the run and compute in another precision.
+        """
+        trainer = {**recipe["trainer"], "precision": self.requested_precision}
+        return {**recipe, "trainer": trainer}
 
 
 def _add_checkpoint_io(plugins: Any) -> list[Any]:
