@@ -4,7 +4,8 @@ Requests pass through the same queue as those to /predict. Runs in HTTP processe
 
 There is one input, `image`: UINT8 [N, height, width, channels] as the network takes it, or BYTES
 [N] with the bytes of image files. The outputs are `probabilities` FP32 [N, K], `energy` FP32 [N]
-and `label` BYTES [N].
+and `label` BYTES [N]. With Triton's parameter `classification`, `probabilities` is BYTES [N, k]
+with the k most likely classes.
 
 https://github.com/kserve/open-inference-protocol
 """
@@ -39,6 +40,9 @@ class RequestedOutput:
 
     name: str
     is_binary: bool  # send it after the JSON instead of in it
+
+    top_classes: int = 0
+    """Send this many of the most likely classes as text instead of the tensor; 0: the tensor."""
 
 
 @dataclass
@@ -115,7 +119,11 @@ class OpenInference:
 
     def _describe_server(self) -> Response:
         return json_response(
-            {"name": "imago", "version": "2", "extensions": ["binary_tensor_data"]}
+            {
+                "name": "imago",
+                "version": "2",
+                "extensions": ["binary_tensor_data", "classification"],
+            }
         )
 
     def _live(self) -> Response:
@@ -158,17 +166,23 @@ class OpenInference:
             return PredictInput(inference.images, 1, inference.flags | ARRAYS)
 
         answers = await self.predict_endpoint.predict(request, parse)
-        for answer in answers:
+        for i, answer in enumerate(answers):
             if answer.status != 200:
-                raise Problem(answer.status, answer.body.decode())
+                position = f"image {i}: " if len(answers) > 1 else ""
+                raise Problem(answer.status, position + answer.body.decode())
 
         assert inference is not None
         self.predict_endpoint.feedback.remember(request.id, answers)
-        return build_response(self.dispatcher.model["name"], inference, answers)
+        return build_response(self.dispatcher.model, inference, answers)
 
 
-def build_response(model_name: str, inference: InferenceRequest, answers: list[Answer]) -> Response:
-    """Compose the outputs of all images. Binary outputs follow the JSON, in the same order."""
+def build_response(
+    model: dict[str, Any], inference: InferenceRequest, answers: list[Answer]
+) -> Response:
+    """Compose the outputs of all images. Binary outputs follow the JSON, in the same order.
+
+    `model` is the description of the model that answered.
+    """
     labels: list[bytes] = []
     rows: list[np.ndarray] = []
     for answer in answers:
@@ -182,7 +196,10 @@ def build_response(model_name: str, inference: InferenceRequest, answers: list[A
     chunks: list[bytes] = []
     for output in inference.outputs:
         if output.name == "label":
-            entry, chunk = _encode_labels(labels, output.is_binary)
+            entry, chunk = _encode_texts("label", labels, [len(labels)], output.is_binary)
+        elif output.top_classes:
+            texts, shape = _rank_classes(values[:, :-1], model["classes"], output.top_classes)
+            entry, chunk = _encode_texts(output.name, texts, shape, output.is_binary)
         else:
             entry, chunk = _encode_tensor(output.name, tensors[output.name], output.is_binary)
         entries.append(entry)
@@ -191,7 +208,7 @@ def build_response(model_name: str, inference: InferenceRequest, answers: list[A
             chunks.append(chunk)
 
     version = answers[-1].version
-    members = {"model_name": model_name, "model_version": str(version), "outputs": entries}
+    members = {"model_name": model["name"], "model_version": str(version), "outputs": entries}
     if inference.id is not None:
         members["id"] = inference.id
     text = json.dumps(members, separators=(",", ":")).encode()
@@ -203,12 +220,33 @@ def build_response(model_name: str, inference: InferenceRequest, answers: list[A
     return Response(200, b"".join((text, *chunks)), b"application/octet-stream", headers)
 
 
-def _encode_labels(labels: list[bytes], is_binary: bool) -> tuple[dict[str, Any], bytes]:
-    """Return the JSON entry of the labels, and their bytes if they are sent in binary."""
-    entry: dict[str, Any] = {"name": "label", "datatype": "BYTES", "shape": [len(labels)]}
+def _rank_classes(
+    probabilities: np.ndarray, classes: list[str], count: int
+) -> tuple[list[bytes], list[int]]:
+    """Return `count` classes of each image, the most likely first, and the shape of the texts.
+
+    A text is "<probability>:<index>:<label>", as Triton's classification extension has it. Raises
+    Problem 503 if another model answered than the one with these classes.
+    """
+    if probabilities.shape[1] != len(classes):
+        raise Problem(503, "the model was replaced during the request; try again")
+
+    texts: list[bytes] = []
+    ranking = (-probabilities).argsort(1, kind="stable")[:, :count]
+    for row, indices in zip(probabilities, ranking.tolist(), strict=True):
+        for index in indices:
+            texts.append(f"{row[index]:.6f}:{index}:{classes[index]}".encode())
+    return texts, list(ranking.shape)
+
+
+def _encode_texts(
+    name: str, texts: list[bytes], shape: list[int], is_binary: bool
+) -> tuple[dict[str, Any], bytes]:
+    """Return the JSON entry of a BYTES tensor, and its bytes if it is sent in binary."""
+    entry: dict[str, Any] = {"name": name, "datatype": "BYTES", "shape": shape}
     if is_binary:
-        return entry, b"".join([_LENGTH.pack(len(label)) + label for label in labels])
-    entry["data"] = [label.decode() for label in labels]
+        return entry, b"".join([_LENGTH.pack(len(text)) + text for text in texts])
+    entry["data"] = [text.decode() for text in texts]
     return entry, b""
 
 
@@ -226,10 +264,8 @@ def parse_inference(
 ) -> InferenceRequest:
     """Parse the body of an inference request for a model with the input `spec`.
 
-    Raises Problem 400, 413 or 415.
+    Raises Problem 400 or 413.
     """
-    if b"content-encoding" in headers:
-        raise Problem(415, "compressed bodies are not supported; send the body as it is")
     image_shape = [spec["height"], spec["width"], spec["channels"]]
     json_end = _parse_json_length(content, headers)
     members = _load_json(content[:json_end], image_shape, max_images)
@@ -307,7 +343,7 @@ def _parse_tensor(data: bytes | list[Any], shape: list[int], image_shape: list[i
     if shape[1:] != image_shape:
         raise Problem(400, f"shape must be [N, {', '.join(map(str, image_shape))}]")
     if isinstance(data, list):
-        data = _flatten(data, len(shape))
+        data = _pack_numbers(_flatten(data, len(shape)))
 
     image_bytes = math.prod(image_shape)
     expected = shape[0] * image_bytes
@@ -316,8 +352,8 @@ def _parse_tensor(data: bytes | list[Any], shape: list[int], image_shape: list[i
     return [data[start : start + image_bytes] for start in range(0, len(data), image_bytes)]
 
 
-def _flatten(data: list[Any], dimensions: int) -> bytes:
-    """Return the numbers of a list that is flat or nested up to `dimensions` deep.
+def _flatten(data: list[Any], dimensions: int) -> list[Any]:
+    """Return the elements of a list that is flat or nested up to `dimensions` deep.
 
     NumPy is not used, because it gives every element the size of the longest string in the list.
     """
@@ -328,7 +364,11 @@ def _flatten(data: list[Any], dimensions: int) -> bytes:
         if types != {list} or len(set(map(len, data))) > 1:
             raise Problem(400, "data is not a tensor")
         data = list(chain.from_iterable(data))
+    return data
 
+
+def _pack_numbers(data: list[Any]) -> bytes:
+    """Return numbers from 0 to 255 as bytes. Raises Problem 400 for other elements."""
     # The type excludes bool, which is a subclass of int; bytes() checks the range.
     if set(map(type, data)) <= {int}:
         try:
@@ -339,17 +379,25 @@ def _flatten(data: list[Any], dimensions: int) -> bytes:
 
 
 def _parse_files(data: bytes | list[Any], shape: list[int]) -> list[bytes]:
-    """Return the elements of BYTES [N] or [N, 1]. In JSON they are base64."""
-    if isinstance(data, list):
-        try:
-            files = [request_body.decode_base64(text) for text in data[: shape[0] + 1]]
-        except (ValueError, TypeError, AttributeError) as error:
-            raise Problem(400, "BYTES in JSON must be base64") from error
-    else:
+    """Return the elements of BYTES [N] or [N, 1]. In JSON they are base64, flat or nested."""
+    if isinstance(data, bytes):
         files = _split_binary_files(data, shape[0])
+    else:
+        files = _decode_files(_flatten(data, len(shape))[: shape[0] + 1])
 
     if shape not in ([len(files)], [len(files), 1]):
         raise Problem(400, f"the shape {shape} does not fit the {len(files)} images that were sent")
+    return files
+
+
+def _decode_files(texts: list[Any]) -> list[bytes]:
+    """Return the files that are base64 in JSON. Raises Problem 400 for the first that is not."""
+    files: list[bytes] = []
+    for i, text in enumerate(texts):
+        file = request_body.decode_base64_image(text, f"data[{i}] of the input")
+        if isinstance(file, Problem):
+            raise file
+        files.append(file)
     return files
 
 
@@ -381,15 +429,29 @@ def _parse_outputs(members: dict[str, Any]) -> list[RequestedOutput]:
             raise Problem(400, unknown)
         if any(output.name == entry["name"] for output in outputs):
             raise Problem(400, f"the output {entry['name']} is requested twice")
-        binary_data = _read_parameters(entry).get("binary_data", is_binary)
-        outputs.append(RequestedOutput(entry["name"], binary_data is True))
+        parameters = _read_parameters(entry)
+        binary_data = parameters.get("binary_data", is_binary)
+        top_classes = _parse_classification(entry["name"], parameters)
+        outputs.append(RequestedOutput(entry["name"], binary_data is True, top_classes))
     return outputs
+
+
+def _parse_classification(output: str, parameters: dict[str, Any]) -> int:
+    """Return the number of classes that Triton's classification extension asks for, 0 for none."""
+    count = parameters.get("classification", 0)
+    if type(count) is not int or count < 0:
+        raise Problem(400, "classification must be a number of classes")
+    if count and output != "probabilities":
+        raise Problem(400, f"classification is available for probabilities, not for {output}")
+    return count
 
 
 def _read_parameters(entry: dict[str, Any]) -> dict[str, Any]:
     parameters = entry.get("parameters", {})
     if not isinstance(parameters, dict):
         raise Problem(400, "parameters must be an object")
+    if "shared_memory_region" in parameters:
+        raise Problem(400, "shared_memory_region is not supported; send tensors in the request")
     return parameters
 
 

@@ -97,7 +97,8 @@ class PredictEndpoint:
         """
         content_length = int(headers.get(b"content-length", b"0"))
         self._check_body_size(content_length)
-        if headers.get(b"content-encoding", b"identity") != b"identity":
+        encoding = headers.get(b"content-encoding")
+        if encoding is not None and encoding.strip().lower() not in (b"", b"identity"):
             raise Problem(415, "compressed bodies are not supported; send the body as it is")
         if self.state.refusing:
             raise Problem(503, "the service is shutting down", "draining", close=True)

@@ -1,8 +1,8 @@
 """Read the body of a request and find the images in it.
 
-A body is the bytes of one image, multipart/form-data with one or many files, or JSON with base64
-images. Used by the endpoints for predictions and feedback, in HTTP processes. All input is
-untrusted: time and memory stay proportional to the size of the body.
+A body is the bytes of one image, multipart with one or many files, or JSON with base64 images. Used
+by the endpoints for predictions and feedback, in HTTP processes. All input is untrusted: time and
+memory stay proportional to the size of the body.
 """
 
 import binascii
@@ -11,13 +11,26 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from models.image import ImageError, read_header
 from serve.http.responses import Problem, Receive
 
 MAX_PART_HEAD_BYTES = 8192
 MAX_EXTRA_ELEMENTS = 64  # objects, lists or form fields that a request may have besides its images
 
-_BOUNDARY = re.compile(rb'boundary=(?:"([^"\r\n]{1,70})"|([^\s;,"]{1,70}))', re.IGNORECASE)
-_FILE_HEADER = re.compile(rb"^content-disposition:.*;\s*filename\*?=", re.IGNORECASE | re.MULTILINE)
+MULTIPART_TYPES = (b"multipart/form-data", b"multipart/mixed", b"multipart/related")
+
+_HEADER = re.IGNORECASE | re.MULTILINE
+_BOUNDARY = re.compile(rb'boundary\s*=\s*(?:"([^"\r\n]{1,70})"|([^\s;,"]{1,70}))', re.IGNORECASE)
+_LINE_END = re.compile(rb"[ \t]*(\r?\n)")
+_FOLD = re.compile(rb"\r?\n[ \t]+")  # a header that continues on the next line
+_FILE_NAME = re.compile(rb'^content-disposition[ \t]*:.*;\s*filename\*?\s*=\s*(?:(""))?', _HEADER)
+_MEDIA_TYPE = re.compile(rb"^content-type[ \t]*:[ \t]*([^\s;]+)", _HEADER)
+_TRANSFER_ENCODING = re.compile(rb"^content-transfer-encoding[ \t]*:[ \t]*([^\s;]+)", _HEADER)
+_PLAIN_ENCODINGS = (b"7bit", b"8bit", b"binary")
+
+# Base64 with the URL-safe alphabet (RFC 4648) and with line breaks, as in MIME.
+_TO_STANDARD_ALPHABET = bytes.maketrans(b"-_", b"+/")
+_BLANKS = b" \t\r\n"
 
 # The bytes of an image, or the error that replaces its prediction in the answer.
 ImageOrProblem = bytes | Problem
@@ -68,7 +81,7 @@ def parse_images(body: bytes, content_type: bytes, max_images: int) -> Sequence[
     images: Sequence[ImageOrProblem]
     if media_type.startswith(b"image/") or media_type == b"application/octet-stream":
         images = [body]
-    elif media_type == b"multipart/form-data":
+    elif media_type in MULTIPART_TYPES:
         images = parse_multipart(body, content_type, max_images)
     elif media_type == b"application/json":
         images = parse_json(body, max_images)
@@ -89,36 +102,42 @@ def parse_images(body: bytes, content_type: bytes, max_images: int) -> Sequence[
     raise Problem(400, "there is no image in the body")
 
 
-def parse_multipart(body: bytes, content_type: bytes, max_files: int) -> list[bytes]:
-    """Return the files of a multipart/form-data body (RFC 7578), in order; ignore other fields.
+def parse_multipart(body: bytes, content_type: bytes, max_files: int) -> list[ImageOrProblem]:
+    """Return the images of a multipart body (RFC 2046, RFC 7578), in order; ignore other fields.
 
-    Raises Problem 400 for a malformed body, 413 for too many files or fields.
+    Lines may end with LF alone, which is then the case in the whole body. Raises Problem 400 for a
+    malformed body, 413 for too many files or fields.
     """
     match = _BOUNDARY.search(content_type)
     if not match:
-        raise Problem(400, "multipart/form-data without a boundary")
+        raise Problem(400, "the Content-Type has no boundary; let the HTTP library set it")
     boundary = b"--" + (match[1] or match[2])
-    if not body.startswith(boundary):
-        raise Problem(400, "the multipart body does not begin with its boundary")
+    position = _find_first_boundary(body, boundary) + len(boundary)
+    line_end = _LINE_END.match(body, position)
+    newline = line_end[1] if line_end else b"\r\n"
+    delimiter = newline + boundary
 
-    files: list[bytes] = []
-    delimiter = b"\r\n" + boundary
-    position = len(boundary)
+    images: list[ImageOrProblem] = []
     for _ in range(max_files + MAX_EXTRA_ELEMENTS + 1):
         if body.startswith(b"--", position):
-            return files
-        if not body.startswith(b"\r\n", position):
+            return images
+        line_end = _LINE_END.match(body, position)
+        if line_end is None or line_end[1] != newline:
             raise Problem(400, "the multipart body is malformed after a boundary")
 
-        head_end = body.find(b"\r\n\r\n", position, position + MAX_PART_HEAD_BYTES)
-        part_end = body.find(delimiter, head_end + 2) if head_end >= 0 else -1
+        # A part without headers begins with an empty line.
+        position = line_end.start(1)
+        head_end = body.find(2 * newline, position, position + MAX_PART_HEAD_BYTES)
+        part_end = body.find(delimiter, head_end + len(newline)) if head_end >= 0 else -1
         if part_end < 0:
             raise Problem(400, "the multipart body ends before its closing boundary")
 
-        if _FILE_HEADER.search(body, position, head_end):
-            if len(files) == max_files:
+        head = _FOLD.sub(b" ", body[position:head_end])
+        content = body[head_end + 2 * len(newline) : part_end]
+        if is_image_part(head, content):
+            if len(images) == max_files:
                 raise _too_many_images(max_files)
-            files.append(body[head_end + 4 : part_end])
+            images.append(decode_part(head, content, f"image {len(images) + 1}"))
         position = part_end + len(delimiter)
 
     raise Problem(
@@ -128,30 +147,70 @@ def parse_multipart(body: bytes, content_type: bytes, max_files: int) -> list[by
     )
 
 
+def _find_first_boundary(body: bytes, boundary: bytes) -> int:
+    """Return the position of the first boundary, which text for old mailers may precede."""
+    if body.startswith(boundary):
+        return 0
+    position = body.find(b"\n" + boundary)
+    if position < 0:
+        raise Problem(400, "the boundary in the Content-Type does not occur in the multipart body")
+    return position + 1
+
+
+def is_image_part(head: bytes, content: bytes) -> bool:
+    """Whether a part is an image: by its file name, its media type or its first bytes.
+
+    Browsers send an empty file name without content for a form in which no file was chosen.
+    """
+    file_name = _FILE_NAME.search(head)
+    if file_name is not None:
+        return bool(content) or file_name[1] is None
+
+    match = _MEDIA_TYPE.search(head)
+    media_type = match[1].lower() if match else b""
+    if media_type.startswith(b"image/") or media_type == b"application/octet-stream":
+        return True
+    if content.startswith(b"data:image/"):
+        return True
+    try:
+        read_header(content)
+    except ImageError:
+        return False
+    return True
+
+
+def decode_part(head: bytes, content: bytes, name: str) -> ImageOrProblem:
+    """Undo the Content-Transfer-Encoding of a part; `name` is that of the part in messages."""
+    match = _TRANSFER_ENCODING.search(head)
+    encoding = match[1].lower() if match else b""
+    if encoding == b"base64" or content.startswith(b"data:image/"):
+        return decode_base64_image(content.decode("latin-1"), name)
+    if encoding == b"quoted-printable":
+        return binascii.a2b_qp(content)
+    if encoding and encoding not in _PLAIN_ENCODINGS:
+        return Problem(400, f"{name} has an unknown Content-Transfer-Encoding; send it as binary")
+    return content
+
+
 def parse_json(body: bytes, max_images: int) -> list[ImageOrProblem]:
     """Return the images of `{"image": "<base64>"}` or `{"images": ["<base64>", …]}`.
 
-    A string may also be a data: URL. Raises Problem 400 for other content, 413 for too many images.
+    Raises Problem 400 for other content, 413 for too many images.
     """
     # A data: URL contains a comma as well.
     max_commas = 2 * max_images + MAX_EXTRA_ELEMENTS
     members = load_bounded_json(body, MAX_EXTRA_ELEMENTS, max_commas)
     if not isinstance(members, dict) or ("image" in members) == ("images" in members):
         raise Problem(400, 'send {"image": "<base64>"} or {"images": ["<base64>", ...]}')
+    if "image" in members:
+        return [decode_base64_image(members["image"], "image")]
 
-    texts = members["images"] if "images" in members else [members["image"]]
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise Problem(400, "images must be strings of base64")
+    texts = members["images"]
+    if not isinstance(texts, list):
+        raise Problem(400, "images is not a list of strings of base64")
     if len(texts) > max_images:
         raise _too_many_images(max_images)
-
-    images: list[ImageOrProblem] = []
-    for text in texts:
-        try:
-            images.append(decode_base64(text.rpartition("base64,")[2]))
-        except ValueError:
-            images.append(Problem(400, "the image is not valid base64"))
-    return images
+    return [decode_base64_image(text, f"images[{i}]") for i, text in enumerate(texts)]
 
 
 def load_bounded_json(text: bytes, max_lists: int, max_commas: int) -> Any:
@@ -172,12 +231,33 @@ def load_bounded_json(text: bytes, max_lists: int, max_commas: int) -> Any:
         raise Problem(400, "the body is not JSON") from error
 
 
-def decode_base64(text: str) -> bytes:
-    """Decode strict base64, in which line breaks are allowed as in MIME (RFC 2045).
+def decode_base64_image(text: Any, name: str) -> ImageOrProblem:
+    """Decode the base64 of one image, or return a Problem that says that `name` is not base64."""
+    if not isinstance(text, str):
+        return Problem(400, f"{name} is not a string of base64")
+    try:
+        return decode_base64(text)
+    except ValueError:
+        return Problem(400, f"{name} is not valid base64")
 
-    Raises ValueError.
+
+def decode_base64(text: str) -> bytes:
+    """Decode base64 of the standard or the URL-safe alphabet, or a data: URL.
+
+    Blanks, line breaks and padding are optional. Raises ValueError.
     """
-    return binascii.a2b_base64(text.replace("\n", "").replace("\r", ""), strict_mode=True)
+    if text[:5].lower() == "data:":
+        head, _, text = text.partition(",")
+        if not head.lower().endswith(";base64"):
+            raise ValueError("the data: URL is not base64")
+    try:
+        return binascii.a2b_base64(text, strict_mode=True)
+    except ValueError:
+        pass  # other characters than those of padded, standard base64
+
+    content = text.encode("ascii").translate(_TO_STANDARD_ALPHABET, _BLANKS).rstrip(b"=")
+    padding = b"=" * (-len(content) % 4)
+    return binascii.a2b_base64(content + padding, strict_mode=True)
 
 
 def _too_many_images(max_images: int) -> Problem:

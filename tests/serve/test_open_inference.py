@@ -42,7 +42,8 @@ def test_health_and_metadata(client):
     assert client.is_model_ready("colours", "1")
     assert not client.is_model_ready("colours", "2")
     assert not client.is_model_ready("other")
-    assert client.get_server_metadata()["extensions"] == ["binary_tensor_data"]
+    extensions = client.get_server_metadata()["extensions"]
+    assert extensions == ["binary_tensor_data", "classification"]
     metadata = client.get_model_metadata("colours")
     assert metadata["versions"] == ["1"]
     assert metadata["inputs"] == [{"name": "image", "datatype": "UINT8", "shape": [-1, 32, 32, 3]}]
@@ -82,6 +83,24 @@ def test_image_files_are_classified(client, shape):
     assert answer.as_numpy("energy") is None
 
 
+@pytest.mark.parametrize("is_binary", [True, False])
+def test_classification_returns_the_most_likely_classes(client, is_binary):
+    """As Triton's server does."""
+    tensor = tritonclient.InferInput("image", list(PIXELS.shape), "UINT8")
+    tensor.set_data_from_numpy(PIXELS)
+    output = tritonclient.InferRequestedOutput("probabilities", is_binary, class_count=2)
+    rows = client.infer("colours", [tensor], outputs=[output]).as_numpy("probabilities")
+    assert rows.shape == (3, 2)
+    for i, row in enumerate(rows.astype(str)):
+        for text in row:
+            probability, index, label = text.split(":")
+            assert label == tiny_bundle.CLASSES[int(index)]
+            assert float(probability) == pytest.approx(
+                EXPECTED["probabilities"][i, int(index)], abs=1e-5
+            )
+        assert row[0].endswith(f":{i}:{tiny_bundle.CLASSES[i]}")
+
+
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
@@ -109,6 +128,38 @@ def test_image_files_in_json_are_base64(server):
     answer = server.http.post(INFER_PATH, json=body).json()
     outputs = {output["name"]: output["data"] for output in answer["outputs"]}
     assert outputs["label"] == ["blue"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "data", "message"),
+    [
+        ([2], ["$image", "?"], "data[1] of the input is not valid base64"),
+        ([2, 1], [["$image"], [7]], "data[1] of the input is not a string"),
+        ([2, 1], [["$image"], ["bm8gaW1hZ2U"]], "image 1: not a JPEG"),
+    ],
+)
+def test_messages_name_the_image_that_is_wrong(server, shape, data, message):
+    image = base64.b64encode(IMAGES[0]).decode()
+    data = json.loads(json.dumps(data).replace("$image", image))
+    body = {"inputs": [{"name": "image", "datatype": "BYTES", "shape": shape, "data": data}]}
+    answer = server.http.post(INFER_PATH, json=body)
+    assert message in answer.json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ({"name": "energy", "parameters": {"classification": 1}}, "classification"),
+        ({"name": "label", "parameters": {"classification": 1}}, "classification"),
+        ({"name": "probabilities", "parameters": {"classification": -1}}, "classification"),
+        ({"name": "probabilities", "parameters": {"classification": "2"}}, "classification"),
+        ({"name": "energy", "parameters": {"shared_memory_region": "x"}}, "shared_memory_region"),
+    ],
+)
+def test_what_an_output_cannot_be_is_refused_by_name(server, output, message):
+    answer = server.http.post(INFER_PATH, json=build_request() | {"outputs": [output]})
+    assert answer.status_code == 400
+    assert message in answer.json()["error"]
 
 
 def test_errors_have_the_form_of_the_protocol(client):
@@ -167,6 +218,9 @@ def build_request(**changes: object) -> dict:
         (build_request() | {"outputs": [{"name": "energy"}] * 2}, 400),
         (build_request(datatype="BYTES", shape=[1], data=["?"]), 400),
         (build_request(datatype="BYTES", shape=[2], data=["aGk="]), 400),
+        (build_request(datatype="BYTES", shape=[2, 1], data=[["aGk="], "aGk="]), 400),
+        (build_request(datatype="BYTES", shape=[1], data=[["aGk="]]), 400),
+        (build_request(datatype="BYTES", shape=[1, 1], data=[[["aGk="]]]), 400),
         (build_request(datatype="BYTES", shape=[1], data=["aGk="]), 415),
         (build_request(shape=[65, 32, 32, 3], data=[0] * 65 * 3072), 413),
         (build_request(data=[200] * (1 << 19)), 413),

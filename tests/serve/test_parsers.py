@@ -1,8 +1,11 @@
 """Parsers of untrusted bytes: multipart, JSON with base64 and frames, tested with hypothesis."""
 
 import base64
+import binascii
 import json
 import tracemalloc
+from email import policy
+from email.message import EmailMessage
 
 import pytest
 from hypothesis import given
@@ -11,9 +14,12 @@ from hypothesis import strategies as st
 from serve.http import request_body
 from serve.http.responses import Problem
 from serve.wire import Answer, Job, pack_answer, pack_job, take_answers, take_jobs
+from support import tiny_bundle
 
 JSON = b"application/json"
 MULTIPART = b"multipart/form-data; boundary=b"
+IMAGE = tiny_bundle.make_image("red")
+DATA_URL = "data:image/png;base64," + base64.b64encode(IMAGE).decode()
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789'()+_-./:=?"
 boundaries = st.text(LETTERS, min_size=1, max_size=70)
 files = st.lists(st.binary(min_size=1, max_size=300), min_size=1, max_size=5)
@@ -109,17 +115,133 @@ def test_spellings_of_the_file_name(name):
     assert parse_images(part, MULTIPART) == [b"hello"]
 
 
+def build_part(head: bytes, content: bytes, newline: bytes = b"\r\n") -> bytes:
+    """Build one part of a multipart body with the boundary `b`."""
+    return b"--b" + newline + head + 2 * newline + content + newline
+
+
+FILE_HEAD = b'Content-Disposition: form-data; name="f"; filename="a.png"'
+CLOSED = b"--b--\r\n"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        build_part(b"Content-Type: image/png", IMAGE) + CLOSED,
+        build_part(b'Content-Disposition: form-data; name="f"', IMAGE) + CLOSED,
+        b"--b\r\n\r\n" + IMAGE + b"\r\n--b--",
+        b"For old mailers.\r\n\r\n" + build_part(FILE_HEAD, IMAGE) + CLOSED + b"an epilogue",
+        build_part(FILE_HEAD, IMAGE).replace(b"--b\r\n", b"--b \t\r\n") + CLOSED,
+        build_part(FILE_HEAD.replace(b";", b";\r\n\t"), IMAGE) + CLOSED,
+        build_part(FILE_HEAD.replace(b":", b" :").replace(b"=", b" = "), IMAGE) + CLOSED,
+        b"preamble\n" + build_part(FILE_HEAD, IMAGE, b"\n") + b"--b--\n",
+        build_part(FILE_HEAD + b"\r\ncontent-transfer-encoding: BASE64", base64.encodebytes(IMAGE))
+        + CLOSED,
+        build_part(FILE_HEAD + b"\r\nContent-Transfer-Encoding: binary", IMAGE) + CLOSED,
+        build_part(
+            FILE_HEAD + b"\r\nContent-Transfer-Encoding: quoted-printable",
+            binascii.b2a_qp(IMAGE, istext=False),
+        )
+        + CLOSED,
+        build_part(b"Content-Disposition: form-data; name=f", DATA_URL.encode()) + CLOSED,
+        build_part(FILE_HEAD.replace(b"a.png", b""), b"") + build_part(FILE_HEAD, IMAGE) + CLOSED,
+    ],
+    ids=[
+        "no file name",
+        "no file name, no media type",
+        "no headers",
+        "preamble and epilogue",
+        "blanks after the boundary",
+        "folded header",
+        "blanks in the header",
+        "lines that end with LF",
+        "base64",
+        "binary",
+        "quoted-printable",
+        "data: URL in a field",
+        "a form without a chosen file",
+    ],
+)
+def test_multipart_as_it_is_written_elsewhere(body):
+    """By browsers, mailers and libraries. A field of text precedes the image."""
+    text = build_part(b'Content-Disposition: form-data; name="note"', b"BM is no bitmap")
+    assert parse_images(text + body if body.startswith(b"--b\r\n") else body, MULTIPART) == [IMAGE]
+    for content_type in (
+        b'Multipart/Mixed; x=1; Boundary = "b"',
+        b"multipart/related;boundary=b;x=1",
+    ):
+        assert parse_images(body, content_type) == [IMAGE]
+
+
+@pytest.mark.parametrize("mail_policy", [policy.default, policy.SMTP], ids=["LF", "CRLF"])
+def test_a_mail_with_attachments(mail_policy):
+    mail = EmailMessage(mail_policy)
+    mail.set_content("Two photos.")
+    for subtype, name in (("png", "one.png"), ("jpeg", "é.jpg")):
+        mail.add_attachment(IMAGE, maintype="image", subtype=subtype, filename=name)
+    _, _, body = mail.as_bytes().partition(mail_policy.linesep.encode() * 2)
+    content_type = str(mail["Content-Type"]).encode()
+    assert parse_images(body, content_type) == [IMAGE, IMAGE]
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type", "message"),
+    [
+        (b"--b--", b"multipart/form-data", "no boundary"),
+        (b"--c--", MULTIPART, "does not occur"),
+        (
+            build_part(FILE_HEAD + b"\r\nContent-Transfer-Encoding: x", b"x") + CLOSED,
+            MULTIPART,
+            "image 1",
+        ),
+        (
+            build_part(FILE_HEAD + b"\r\nContent-Transfer-Encoding: base64", b"?") + CLOSED,
+            MULTIPART,
+            "image 1 is not valid base64",
+        ),
+        (b'{"images": ["?", 5]}', JSON, "images\\[0\\] is not valid base64"),
+        (b'{"images": [5, "?"]}', JSON, "images\\[0\\] is not a string"),
+        (b'{"image": "data:image/png,abc"}', JSON, "image is not valid base64"),
+        (b'{"image": ["aGk="]}', JSON, "image is not a string"),
+        (b'{"images": "aGk="}', JSON, "images is not a list"),
+    ],
+)
+def test_messages_name_the_cause(body, content_type, message):
+    with pytest.raises(Problem, match=message) as caught:
+        request_body.parse_images(body, content_type, 10)
+    assert caught.value.status == 400
+
+
 @given(files)
 def test_json_round_trip(contents):
     texts = [base64.b64encode(content).decode() for content in contents]
     assert parse_images(json.dumps({"images": texts}).encode(), JSON) == contents
 
 
-def test_base64_may_have_the_line_breaks_of_mime():
-    content = bytes(range(256))
-    text = base64.encodebytes(content).decode()
-    for lines in (text, text.replace("\n", "\r\n")):
-        assert parse_images(json.dumps({"image": lines}).encode(), JSON) == [content]
+@pytest.mark.parametrize("size", [254, 255, 256])
+@pytest.mark.parametrize(
+    "spell",
+    [
+        lambda content: base64.encodebytes(content).decode(),
+        lambda content: base64.encodebytes(content).decode().replace("\n", "\r\n\t "),
+        lambda content: base64.b64encode(content).decode().rstrip("="),
+        lambda content: base64.urlsafe_b64encode(content).decode(),
+        lambda content: base64.urlsafe_b64encode(content).decode().rstrip("="),
+        lambda content: "DATA:image/png;charset=x;Base64," + base64.b64encode(content).decode(),
+        lambda content: "data:;base64," + base64.urlsafe_b64encode(content).decode().rstrip("="),
+    ],
+    ids=["MIME", "blanks", "unpadded", "urlsafe", "urlsafe unpadded", "data: URL", "both"],
+)
+def test_base64_as_it_is_written_elsewhere(spell, size):
+    content = bytes(range(256))[-size:]
+    assert parse_images(json.dumps({"image": spell(content)}).encode(), JSON) == [content]
+
+
+@pytest.mark.parametrize(
+    "text", ["?", "a", "aaaaa", "aGk=aGk=", "é", "data:image/png,aGk=", "data:"]
+)
+def test_what_is_not_base64_is_refused(text):
+    assert parse_images(json.dumps({"images": [text]}).encode(), JSON) == 400
 
 
 @given(

@@ -98,16 +98,43 @@ def test_the_status_is_an_error_if_all_images_fail(server):
     assert read_outcomes(response) == [400, 415]
 
 
-@pytest.mark.parametrize("prefix", ["", "data:image/png;base64,"])
-def test_json(server, prefix):
-    texts = []
-    for label in tiny_bundle.CLASSES:
-        texts.append(prefix + encode(tiny_bundle.make_image(label)))
-
+def test_json(server):
+    texts = [encode(tiny_bundle.make_image(label)) for label in tiny_bundle.CLASSES]
     many = server.http.post("/predict", json={"images": texts})
     assert read_outcomes(many) == tiny_bundle.CLASSES
     one = server.http.post("/predict", json={"image": texts[1]})
     assert one.json()["predictions"] == [many.json()["predictions"][1]]
+
+
+@pytest.mark.parametrize("prefix", ["", "data:image/png;base64,"])
+def test_base64_is_read_alike_in_json_multipart_and_the_open_inference_protocol(server, prefix):
+    """Here URL-safe and without padding."""
+    images = [tiny_bundle.make_image("green", seed=seed) for seed in range(9)]
+    image = next(image for image in images if len(image) % 3)  # its base64 has padding
+    text = prefix + base64.urlsafe_b64encode(image).decode().rstrip("=")
+    assert read_outcomes(server.http.post("/predict", json={"image": text})) == ["green"]
+
+    headers = {"Content-Transfer-Encoding": "base64"}
+    files = [("f", ("a.png", text.encode(), "image/png", headers))]
+    assert read_outcomes(server.http.post("/predict", files=files)) == ["green"]
+
+    tensor = {"name": "image", "datatype": "BYTES", "shape": [1, 1], "data": [[text]]}
+    response = server.http.post("/v2/models/colours/infer", json={"inputs": [tensor]})
+    assert response.json()["outputs"][-1]["data"] == ["green"]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "status"), [("Identity", 200), ("IDENTITY", 200), ("", 200), ("gzip", 415)]
+)
+def test_content_encoding(server, encoding, status):
+    headers = {"Content-Encoding": encoding}
+    assert server.predict(tiny_bundle.make_image("red"), **headers).status_code == status
+
+    data = [encode(tiny_bundle.make_image("red"))]
+    tensor = {"name": "image", "datatype": "BYTES", "shape": [1], "data": data}
+    path = "/v2/models/colours/infer"
+    response = server.http.post(path, json={"inputs": [tensor]}, headers=headers)
+    assert response.status_code == status
 
 
 def test_top_k(server):
