@@ -99,7 +99,7 @@ def test_raw_bytes_as_in_the_readme(served):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_reports_are_accessible(trained, browser: "Browser", scheme):
-    """axe finds no violation in the model's report and in that of the audit."""
+    """Axe finds no violation in the model's report and in that of the audit; both fit a phone."""
     from axe_playwright_python.sync_playwright import Axe
 
     store, _ = trained
@@ -112,6 +112,9 @@ def test_the_reports_are_accessible(trained, browser: "Browser", scheme):
         page.goto(path.as_uri())
         results = Axe().run(page)
         assert not results.violations_count, results.generate_report()
+        for width in (390, 320):
+            page.set_viewport_size({"width": width, "height": 800})
+            assert page.evaluate("document.documentElement.scrollWidth") <= width, path
     page.close()
 
 
