@@ -21,7 +21,7 @@ STATUS_DESCRIPTIONS = {
     408: "The request did not arrive in time.",
     413: "The request has too many bytes, pixels or images.",
     415: "The media type or image format is not supported.",
-    422: "The image can't be decoded.",
+    422: "The image can't be decoded, or it takes too long.",
     429: "Too many images are waiting. Try again after the seconds in Retry-After.",
     431: "The head of the request is too large.",
     500: "The service failed on this request.",
@@ -122,6 +122,18 @@ CAM_PROPERTY: Json = {
     "description": "with explain=cam: class-activation map of the label as a gray PNG that covers "
     "the input of the network; 255 marks the strongest activation",
 }
+OUTPUT_PARAMETERS: Json = {
+    "type": "object",
+    "properties": {
+        "binary_data": {**BOOLEAN, "description": "send the output after the JSON, in binary"},
+        "classification": {
+            "type": "integer",
+            "minimum": 0,
+            "description": "of probabilities: send this many of the most likely classes instead, "
+            "each as the text <probability>:<index>:<label>",
+        },
+    },
+}
 SCHEMAS: Json = {
     "Problem": _object(
         {
@@ -177,7 +189,9 @@ SCHEMAS: Json = {
         {
             "id": STRING,
             "inputs": _array(_reference("Tensor"), minItems=1, maxItems=1),
-            "outputs": _array(_object({"name": STRING})),
+            "outputs": _array(
+                _object({"name": STRING, "parameters": OUTPUT_PARAMETERS}, required=["name"])
+            ),
             "parameters": OBJECT,
         },
         required=["inputs"],
@@ -195,6 +209,63 @@ SCHEMAS: Json = {
     "Object": OBJECT,
     "Images": {"oneOf": [_object({"image": BASE64}), _object({"images": _array(BASE64)})]},
 }
+
+# A PNG file of one red pixel.
+TINY_IMAGE = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR42mP4z8AAAAMBAQD3A0FDAAAAAElFTkSuQmCC"
+)
+CHOICE_EXAMPLES: list[Json] = [
+    {"label": "7", "index": 7, "confidence": 0.98},
+    {"label": "1", "index": 1, "confidence": 0.02},
+]
+# Schemas get their examples here, so that the description and /docs show the same ones.
+EXAMPLES: Json = {
+    "Images": {"image": TINY_IMAGE},
+    "Answer": {
+        "id": "3f6b1c09a2d40000001f",
+        "model": {"name": "digits", "version": "3"},
+        "predictions": [
+            {
+                **CHOICE_EXAMPLES[0],
+                "top": CHOICE_EXAMPLES,
+                "prediction_set": ["7"],
+                "abstain": False,
+                "out_of_distribution": False,
+                "energy": -9.1,
+            }
+        ],
+    },
+    "Problem": {
+        "type": "about:blank",
+        "title": "Unprocessable Content",
+        "status": 422,
+        "detail": "the image is cut short or damaged",
+        "request_id": "3f6b1c09a2d40000001f",
+    },
+    "Status": {"status": "ready"},
+    "Model": {"name": "digits", "version": "3", "classes": ["1", "7"]},
+    "Feedback": {"id": "3f6b1c09a2d40000001f", "label": "7", "image": 0},
+    "FeedbackResult": {"id": "3f6b1c09a2d40000001f", "image": 0, "correct": True},
+    "InferRequest": {
+        "inputs": [{"name": "image", "datatype": "BYTES", "shape": [1], "data": [TINY_IMAGE]}],
+        "outputs": [{"name": "probabilities", "parameters": {"classification": 2}}],
+    },
+    "InferAnswer": {
+        "model_name": "digits",
+        "model_version": "3",
+        "outputs": [
+            {
+                "name": "probabilities",
+                "datatype": "BYTES",
+                "shape": [1, 2],
+                "data": ["0.980000:7:7", "0.020000:1:1"],
+            }
+        ],
+    },
+    "InferError": {"error": "there must be one input, named image"},
+}
+for _name, _example in EXAMPLES.items():
+    SCHEMAS[_name]["examples"] = [_example]
 
 API_KEY: list[Json] = [{}, {"key": []}]  # optional: the service may run without a key
 
@@ -407,8 +478,8 @@ OPENAPI: Json = {
 DOCS_HEADERS: list[Header] = [
     (
         b"content-security-policy",
-        b"default-src 'none'; style-src 'self'; img-src 'self'; base-uri 'none'; "
-        b"form-action 'none'; frame-ancestors 'none'",
+        b"default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+        b"img-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     )
 ]
 DOCS_TEMPLATE = """<!doctype html>
@@ -419,13 +490,16 @@ DOCS_TEMPLATE = """<!doctype html>
 <title>Imago API</title>
 <link rel="icon" href="page/icon.svg" type="image/svg+xml">
 <link rel="stylesheet" href="page/page.css">
+<script src="page/docs.js" type="module"></script>
 </head>
 <body>
 <header class="top">
   <h1>Imago <span class="model">API</span></h1>
   <nav aria-label="More"><a href=".">Try it</a><a href="openapi.json">openapi.json</a></nav>
 </header>
-<main class="docs">{operations}<h2>Schemas</h2>{schemas}</main>
+<main class="docs">
+<p class="options"><label>API key <input id="key" type="password" autocomplete="off"></label></p>
+{operations}<h2>Schemas</h2>{schemas}</main>
 </body>
 </html>
 """
@@ -437,7 +511,7 @@ async def openapi(request: Request) -> Response:
 
 
 async def docs(request: Request) -> Response:
-    """Handle /docs: the OpenAPI description as HTML, without scripts and without other hosts."""
+    """Handle /docs: the OpenAPI description as HTML, with forms that send requests."""
     operations: list[str] = []
     for path, methods in PATHS.items():
         for method, operation in methods.items():
@@ -473,7 +547,57 @@ def _render_operation(path: str, method: str, operation: Json) -> str:
     return (
         f"<section class=card><h2><code>{method.upper()} {path}</code></h2>"
         f"<p>{escape(operation['summary'])}.{accepts}</p>"
-        f"<table>{''.join(rows)}</table></section>"
+        f"<table>{''.join(rows)}</table>"
+        f"{_render_examples(operation)}{_render_form(path, method, operation)}</section>"
+    )
+
+
+def _render_examples(operation: Json) -> str:
+    """Return the examples of the body and of the answer, where their schemas have some."""
+    parts: list[str] = []
+    contents = {
+        "body": operation.get("requestBody", {}),
+        "answer": operation["responses"]["200"],
+    }
+    for name, described in contents.items():
+        example = _find_example(described)
+        if example is not None:
+            text = escape(json.dumps(example, indent=1))
+            parts.append(
+                f"<details><summary>Example of the {name}</summary>"
+                f"<pre tabindex=0>{text}</pre></details>"
+            )
+    return "".join(parts)
+
+
+def _find_example(described: Json) -> Json | None:
+    """Return the first example of the JSON content of a body or response."""
+    schema = described.get("content", {}).get(JSON_TYPE, {}).get("schema", {})
+    name = schema.get("$ref", "").rpartition("/")[2]
+    return EXAMPLES.get(name)
+
+
+def _render_form(path: str, method: str, operation: Json) -> str:
+    """Return the form to try an operation. page/docs.js sends it and shows the response."""
+    fields: list[str] = []
+    for parameter in operation.get("parameters", []):
+        name = parameter["name"]
+        fields.append(
+            f'<label>{name} <input name="{name}" data-in="{parameter["in"]}" type="text"></label>'
+        )
+
+    body = operation.get("requestBody", {})
+    if "image/*" in body.get("content", {}):
+        fields.append('<label>Images <input type="file" multiple></label>')
+    example = _find_example(body)
+    if example is not None:
+        text = escape(json.dumps(example, indent=1))
+        fields.append(
+            f'<label>JSON <textarea rows="6" spellcheck="false">{text}</textarea></label>'
+        )
+    return (
+        f'<form data-method="{method.upper()}" data-path="{path}">{"".join(fields)}'
+        f'<button type="submit">Send {method.upper()} {path}</button><output></output></form>'
     )
 
 

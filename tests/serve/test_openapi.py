@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
+from jsonschema import Draft202012Validator
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (
@@ -61,6 +62,24 @@ def test_responses_conform_to_the_openapi(server, label, mode):
         case.call_and_validate(base_url=server.url, checks=CHECKS)
 
     send()
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [("/predict", "Images"), ("/v2/models/colours/infer", "InferRequest")],
+)
+def test_the_examples_are_answered(server, path, name):
+    (example,) = OPENAPI["components"]["schemas"][name]["examples"]
+    response = server.http.post(path, json=example)
+    assert response.status_code == 200, response.text
+
+
+@pytest.mark.parametrize("name", OPENAPI["components"]["schemas"])
+def test_examples_fit_their_schemas(name):
+    schemas = OPENAPI["components"]["schemas"]
+    validator = Draft202012Validator({**schemas[name], "components": {"schemas": schemas}})
+    for example in schemas[name].get("examples", []):
+        validator.validate(example)
 
 
 @pytest.mark.parametrize("query", ["", "?explain=cam&top_k=2"])

@@ -117,14 +117,34 @@ def test_picked_images_are_classified(page, tmp_path):
     for label in tiny_bundle.CLASSES:
         (tmp_path / f"{label}.png").write_bytes(tiny_bundle.make_image(label, size=64))
     page.set_input_files("#files", [tmp_path / f"{label}.png" for label in tiny_bundle.CLASSES])
-    page.locator("article").nth(2).wait_for()
+    page.get_by_role("status").get_by_text("3 images answered").wait_for()
     names: list[str] = []
     for card in page.locator("article").all():
         name = card.locator(".file").inner_text().removesuffix(".png")
         assert card.locator(".label").inner_text().split()[0] == name
         names.append(name)
-    assert sorted(names) == sorted(tiny_bundle.CLASSES)
-    page.get_by_role("status").get_by_text("3 images answered").wait_for()
+    assert names == tiny_bundle.CLASSES
+
+
+def test_results_appear_in_the_order_of_the_files(page, tmp_path):
+    """More files than requests at once; the answer to the first one comes last."""
+    names = [f"{i}.png" for i in range(30)]
+    for name in names:
+        (tmp_path / name).write_bytes(tiny_bundle.make_image("red"))
+    held: list = []
+
+    def hold_first(route) -> None:
+        if held:
+            route.continue_()
+        else:
+            held.append(route)
+
+    page.route("**/predict?*", hold_first)
+    page.set_input_files("#files", [tmp_path / name for name in names])
+    page.locator("article").nth(28).wait_for()
+    held[0].continue_()
+    page.get_by_role("status").get_by_text("30 images answered").wait_for()
+    assert page.locator("article .file").all_inner_texts() == names
 
 
 def test_a_card_shows_the_whole_prediction(page, tmp_path):
@@ -280,12 +300,36 @@ def test_controls_have_names_and_links_work(page):
     assert "script" in page.errors.pop().lower()
 
 
+def test_docs_can_be_tried_out(page, tmp_path):
+    page.goto("/docs")
+    predict = page.locator("form[data-path='/predict']")
+    predict.get_by_label("top_k").fill("1")
+    predict.get_by_role("button", name="Send").click()  # sends the example
+    predict.get_by_text('"label": "red"').first.wait_for()
+    assert predict.locator("output").inner_text().startswith("200 OK")
+
+    for label in ("green", "blue"):
+        (tmp_path / label).write_bytes(tiny_bundle.make_image(label))
+    predict.get_by_label("Images").set_input_files([tmp_path / "green", tmp_path / "blue"])
+    predict.get_by_role("button", name="Send").click()
+    for label in ("green", "blue"):
+        predict.get_by_text(f'"label": "{label}"').first.wait_for()
+
+    infer = page.locator("form[data-path='/v2/models/{name}/infer']")
+    infer.get_by_role("button").click()  # the name of the model is filled in
+    infer.get_by_text('"model_name": "colours"').wait_for()
+    page.locator("form[data-path='/samples/{index}']").get_by_role("button").click()
+    page.get_by_text("bytes of image/png").wait_for()
+
+
 @pytest.mark.parametrize("width", [320, 390, 768])
 def test_the_page_fits_the_width_of_the_screen(page, tmp_path, width):
     (tmp_path / ("long-name-" * 9 + ".png")).write_bytes(tiny_bundle.make_image("red", size=64))
     page.set_viewport_size({"width": width, "height": 700})
     page.set_input_files("#files", next(tmp_path.glob("long*")))
     wait_for_card(page, "long").get_by_text("The same request").click()
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.goto("/docs")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 

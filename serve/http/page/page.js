@@ -2,11 +2,12 @@
 
 const byId = (id) => document.getElementById(id);
 const MAX_CONCURRENT_REQUESTS = 4;
-const MAX_CARDS = 24; // results kept on the page
+const MIN_CARDS = 24; // results kept on the page, or all of the last files if those are more
 const PIXELATED_BELOW = 120; // pixels of width: smaller images are enlarged without smoothing
 
 // The answer of GET /model.
 let model = null;
+let maxCards = MIN_CARDS;
 
 function createElement(name, className, text) {
   const element = document.createElement(name);
@@ -103,11 +104,15 @@ async function classifyAll(files, trueLabel) {
   const isSingle = files.length === 1;
   showStatus(isSingle ? `Sending ${files[0].name}` : `Sending ${files.length} images`);
 
-  const queue = [...files];
+  // Answers come in any order. Each card replaces the placeholder of its file.
+  const queue = files.map((file) => ({ file, placeholder: document.createComment("") }));
+  byId("results").prepend(...queue.map(({ placeholder }) => placeholder));
+  maxCards = Math.max(MIN_CARDS, files.length);
   let answered = 0;
   const classifyQueued = async () => {
     while (queue.length > 0) {
-      if (await classify(queue.shift(), trueLabel)) answered += 1;
+      const { file, placeholder } = queue.shift();
+      if (await classify(file, trueLabel, placeholder)) answered += 1;
     }
   };
   const workers = Math.min(MAX_CONCURRENT_REQUESTS, files.length);
@@ -126,8 +131,9 @@ function buildRequest(file) {
   return { url: new URL(`predict?${query}`, document.baseURI).href, headers };
 }
 
-// Send one image and add a card with its prediction or its error. Returns whether it was answered.
-async function classify(file, trueLabel) {
+// Send one image and replace its placeholder by a card with its prediction or its error. Returns whether it
+// was answered.
+async function classify(file, trueLabel, placeholder) {
   const { url, headers } = buildRequest(file);
   const curl = buildCurlCommand(file, url, headers);
   const startTime = performance.now();
@@ -142,12 +148,13 @@ async function classify(file, trueLabel) {
       byId("key").closest("details").open = true;
       byId("key").focus();
     }
-    fillWithError(addCard(file, trueLabel, curl), file, error.message);
+    fillWithError(addCard(file, trueLabel, curl, placeholder), file, error.message);
     return false;
   }
 
   const timings = formatTimings(response, performance.now() - startTime);
-  fillWithPrediction(addCard(file, trueLabel, curl), file, answer.predictions[0], timings);
+  const card = addCard(file, trueLabel, curl, placeholder);
+  fillWithPrediction(card, file, answer.predictions[0], timings);
   return true;
 }
 
@@ -182,8 +189,8 @@ function buildCurlCommand(file, url, headers) {
   return lines.join(" \\\n");
 }
 
-// Add a card above the others, with what does not depend on the answer.
-function addCard(file, trueLabel, curl) {
+// Replace the placeholder by a card with what does not depend on the answer.
+function addCard(file, trueLabel, curl, placeholder) {
   const card = byId("result").content.cloneNode(true).firstElementChild;
   const hasTrueLabel = trueLabel !== undefined;
   card.querySelector(".file").textContent = hasTrueLabel
@@ -195,8 +202,8 @@ function addCard(file, trueLabel, curl) {
   });
 
   byId("empty").hidden = true;
-  byId("results").prepend(card);
-  while (byId("results").children.length > MAX_CARDS) byId("results").lastElementChild.remove();
+  placeholder.replaceWith(card);
+  while (byId("results").children.length > maxCards) byId("results").lastElementChild.remove();
   return card;
 }
 
