@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TypeAlias
 
-from models.bundle import Bundle, BundleError, Calibration, Latency, Variant
+from models.bundle import BundleError, Calibration, Latency, Manifest, Variant
 from models.bundle.verify import BundleReport, VariantReport, verify_bundle
 from models.store import LATEST, Store
 from models.store.remote import pull, push
@@ -54,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_bundle_commands(commands: Subparsers) -> None:
-    _add_command(commands, "list", run_list, "list names, versions and their accuracy")
+    _add_command(commands, "list", run_list, "list names, versions and their test accuracy")
 
     show = _add_command(commands, "show", run_show, "show the main facts of a bundle's manifest")
     _add_name(show)
@@ -157,7 +157,17 @@ def _parse_positive(text: str) -> int:
 def run_list(options: Options) -> int:
     """Print a table of all versions. The row of a broken bundle names the reason."""
     store = Store(options.store)
-    header = ("NAME", "VERSION", "CREATED", "NETWORK", "ACCURACY", "VARIANTS", "")
+    header = (
+        "NAME",
+        "VERSION",
+        "CREATED",
+        "NETWORK",
+        "ACCURACY",
+        "BALANCED",
+        "MAJORITY",
+        "VARIANTS",
+        "",
+    )
     rows: list[tuple[str, ...]] = [header]
     for name in store.names():
         latest = store.latest(name)
@@ -171,7 +181,8 @@ def _list_row(store: Store, name: str, version: int, is_latest: bool) -> tuple[s
     try:
         bundle = store.open(name, version, verify=False)
     except BundleError as error:
-        return (name, str(version), "-", "-", "-", "-", f"unreadable: {error}")
+        unknown = ("-",) * 6
+        return (name, str(version), *unknown, f"unreadable: {error}")
 
     manifest = bundle.manifest
     return (
@@ -179,7 +190,7 @@ def _list_row(store: Store, name: str, version: int, is_latest: bool) -> tuple[s
         str(version),
         _format_date(manifest.created),
         manifest.network,
-        _format_test_accuracy(bundle),
+        *_format_accuracies(manifest),
         " ".join(manifest.variants),
         LATEST if is_latest else "",
     )
@@ -207,7 +218,8 @@ def run_show(options: Options) -> int:
         f"{input_spec.height}x{input_spec.width}x{input_spec.channels}, "
         f"created {_format_date(manifest.created)}"
     )
-    print(f"  test       accuracy {_format_test_accuracy(bundle)}")
+    accuracy, balanced, majority = _format_accuracies(manifest)
+    print(f"  test       accuracy {accuracy}, balanced {balanced}, majority class {majority}")
     for name, variant in manifest.variants.items():
         print(f"  {name:9s}  {_format_variant(variant)}")
 
@@ -316,9 +328,16 @@ def run_pull(options: Options) -> int:
 # Formatting
 
 
-def _format_test_accuracy(bundle: Bundle) -> str:
-    metrics = bundle.manifest.metrics.get("test")
-    return _format_share(metrics.accuracy if metrics else None)
+def _format_accuracies(manifest: Manifest) -> tuple[str, str, str]:
+    """Return the test accuracy, the balanced one, and that of always the largest class."""
+    metrics = manifest.test_metrics
+    if metrics is None:
+        return ("-", "-", "-")
+    return (
+        _format_share(metrics.accuracy),
+        _format_share(metrics.balanced_accuracy),
+        _format_share(metrics.majority_accuracy),
+    )
 
 
 def _format_variant(variant: Variant) -> str:
@@ -330,9 +349,11 @@ def _format_variant(variant: Variant) -> str:
 
 
 def _format_calibration(calibration: Calibration) -> str:
-    abstains = f"abstains below {calibration.abstain_threshold:.3f}"
+    abstains = "never abstains"
     if calibration.always_abstains:
         abstains = "abstains on every image"
+    elif calibration.abstain_threshold:
+        abstains = f"abstains below {calibration.abstain_threshold:.3f}"
     return f"temperature {calibration.temperature:.3f}, {abstains}"
 
 

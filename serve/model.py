@@ -129,7 +129,7 @@ class Model:
     def _describe(self) -> dict[str, Any]:
         manifest = self.manifest
         metrics = {
-            split: values.model_dump(include={"images", "accuracy", "top5", "nll", "ece"})
+            split: values.model_dump(exclude={"per_class", "confusion"})
             for split, values in manifest.metrics.items()
         }
         samples = [

@@ -59,7 +59,12 @@ class Calibration(_Part):
         default=0.0, ge=0, le=1, description="predictions with less confidence abstain"
     )
     abstain_accuracy: float | None = Field(
-        default=None, description="requested accuracy of the predictions that don't abstain"
+        default=None, description="target accuracy of the predictions that don't abstain"
+    )
+    abstain_bound: float | None = Field(
+        default=None,
+        description="accuracy that they have at least, with 90 % confidence; None: validation data "
+        "supports no threshold",
     )
     abstain_coverage: float | None = Field(
         default=None, description="share of images that don't abstain"
@@ -134,7 +139,9 @@ class Variant(_Part):
     sha256: str
     bytes: int
     opset: int
-    accuracy: float | None = Field(default=None, description="on the test part, 0..1")
+    accuracy: float | None = Field(
+        default=None, description="on the test images without a duplicate in another part, 0..1"
+    )
     latency: Latency | None = None
     parity: Parity | None = None
     tolerance: float = Field(
@@ -162,6 +169,12 @@ class Metrics(_Part):
 
     images: int
     accuracy: float
+    balanced_accuracy: float | None = Field(
+        default=None, description="mean recall of the classes that the part has images of"
+    )
+    majority_accuracy: float | None = Field(
+        default=None, description="accuracy of always predicting the largest class of the part"
+    )
     top5: float | None = None
     nll: float
     ece: float | None = None
@@ -227,6 +240,15 @@ class Manifest(_Part):
         default=[], description="what a reader should know, e.g. why int8 is missing"
     )
     provenance: Provenance
+
+    @property
+    def test_metrics(self) -> Metrics | None:
+        """Metrics of the test images that have no duplicate in another part.
+
+        They are those of all test images where the data is not audited, where no image has a
+        duplicate, and where all have one.
+        """
+        return self.metrics.get("test_unleaked") or self.metrics.get("test")
 
     @model_validator(mode="after")
     def _check_sample_labels(self) -> "Manifest":

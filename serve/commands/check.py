@@ -100,8 +100,10 @@ def show_manifest(model: Model, show_line: ShowLine) -> None:
     calibration = model.calibration
     if calibration.always_abstains:
         show_line("abstains", "on every image: no threshold is accurate enough")
-    else:
+    elif calibration.abstain_threshold:
         show_line("abstains below", f"confidence {calibration.abstain_threshold:.3g}")
+    else:
+        show_line("abstains", "never")
     if calibration.conformal_level is None:
         show_line("prediction sets", "none")
     else:

@@ -69,7 +69,7 @@ class BareLoopCheck(Callback):
             "early_stopping.patience": early_stopping.patience < 10**9,
             "trainer.gradient_clip_val": bool(trainer.gradient_clip_val),
             "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches > 1,
-            "model.weigh_classes": pl_module.weigh_classes,
+            "model.weigh_classes": pl_module.class_weights is not None,
             "model.weights": bool(pl_module.weights),
         }
         names = [name for name, used in is_used.items() if used]

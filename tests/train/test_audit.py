@@ -1,5 +1,6 @@
 """The data audit on data with planted faults: as a function, a command and a part of training."""
 
+import copy
 import itertools
 import json
 import re
@@ -79,6 +80,25 @@ def test_exact_copies_are_found_within_and_across_parts(audited):
     assert findings["exact_duplicates"]["other_label"] == 1
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_lines_of_the_summary_agree_with_their_number(audited, count):
+    _, findings, _ = audited
+    findings = copy.deepcopy(findings)
+    findings["labels"] |= {"count": count, "accuracy": 0.9, "checked": True}
+    findings["odd"]["count"] = count
+    findings["leakage"]["test"]["count"] = count
+    findings["near_duplicates"]["count"] = count
+
+    text = "\n".join(audit.summarize(findings))
+
+    ending = "" if count == 1 else "s"
+    verb = "has" if count == 1 else "have"
+    assert f"{count} suspicious label{ending} to check, by" in text
+    assert f"{count} image{ending} of unusual size" in text
+    assert re.search(rf"{count} test image{ending} \(\S+\) {verb} an exact", text)
+    assert f"{count} near duplicate{ending}, " in text
+
+
 def test_only_brighter_and_cropped_copies_are_near_duplicates(audited):
     _, findings, _ = audited
     near = [
@@ -115,7 +135,7 @@ def test_leaked_validation_images_are_reported(tmp_path):
     _, findings = audit_source(tmp_path / "photos", tmp_path / "out", size=32)
     (line,) = [line for line in audit.summarize(findings) if "WARNING" in line]
     assert line.startswith(
-        "WARNING: 1 validation images (4.0%) have an exact or near duplicate in the training part"
+        "WARNING: 1 validation image (4.0%) has an exact or near duplicate in the training part"
     )
     assert "1 validation images (4.00%)" in (tmp_path / "out" / "index.html").read_text()
 
@@ -423,6 +443,19 @@ def test_training_audits_first_and_reports_metrics_without_leaked_images(
     )
     assert "WARNING: 3 test images" in done.text
     assert list((tmp_path / "runs").rglob("audit/index.html"))
-    metrics = json.loads((tmp_path / "store/photos/1/manifest.json").read_text())["metrics"]
+    bundle = tmp_path / "store/photos/1"
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    metrics = manifest["metrics"]
     assert metrics["test"]["images"] == 27
     assert metrics["test_unleaked"]["images"] == 24
+
+    accuracy = metrics["test_unleaked"]["accuracy"]
+    assert manifest["variants"]["fp32"]["accuracy"] == accuracy
+    last_line = done.text.splitlines()[-1]
+    assert f"test accuracy {accuracy:.4f} " in last_line
+    assert "on 24 images, without 3 that have a duplicate in another part;" in last_line
+    card = (bundle / "README.md").read_text()
+    assert f"value: {accuracy:.4f}" in card
+    assert f"| test accuracy | {100 * accuracy:.2f} % on 24 images that have no duplicate" in card
+    report = (bundle / "report.html").read_text()
+    assert f"<b>{100 * accuracy:.2f} %</b>test accuracy<small>24 images" in report

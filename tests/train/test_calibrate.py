@@ -3,17 +3,21 @@
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binomtest
 
 from train.export.calibrate import (
+    ABSTAIN_CERTAINTY,
     CalibrateConfig,
+    accuracy_bound,
     calibrate,
     conformal_coverage,
     coverage_curve,
     coverage_error,
     expected_calibration_error,
-    fit_abstain_threshold,
+    fit_abstention,
     fit_conformal_quantile,
     fit_temperature,
+    halve_errors,
     reliability_bins,
 )
 from train.export.scores import Scores, energy, negative_log_likelihood, softmax
@@ -80,27 +84,62 @@ def test_calibration_error_of_a_known_case():
     assert [each.images for each in reliability_bins(probabilities, labels)] == [10, 10]
 
 
-@pytest.mark.parametrize("accuracy", [0.7, 0.9, 0.99])
+@pytest.mark.parametrize("accuracy", [0.93, 0.97, 0.99])
 def test_abstain_threshold_reaches_the_accuracy_and_answers_most_images(accuracy):
-    logits, labels = draw_scores(5000)
+    logits, labels = draw_scores(5000, sharpness=10)
     probabilities = softmax(logits)
 
-    threshold, coverage = fit_abstain_threshold(probabilities, labels, accuracy)
+    abstention = fit_abstention(probabilities, labels, accuracy, 0.3)
 
-    is_answered = probabilities.max(1) >= threshold
+    is_answered = probabilities.max(1) >= abstention.threshold
     is_correct = probabilities.argmax(1) == labels
-    assert is_correct[is_answered].mean() >= accuracy
-    assert is_answered.mean() == pytest.approx(coverage)
+    answers = int(is_answered.sum())
+    bound = binomtest(int(is_correct[is_answered].sum()), answers, alternative="greater")
+    assert abstention.bound == pytest.approx(bound.proportion_ci(0.9).low)
+    assert abstention.bound >= accuracy
+    assert is_answered.mean() == pytest.approx(abstention.coverage)
     _, shares, accuracies = coverage_curve(probabilities, labels)
-    assert not (accuracies[shares > coverage] >= accuracy).any()
+    images = shares * len(labels)
+    bounds = accuracy_bound(accuracies * images, images)
+    assert not (bounds[shares > abstention.coverage] >= accuracy).any()
 
 
-def test_abstain_threshold_answers_all_or_nothing_at_equal_confidence():
-    probabilities = np.array([[0.8, 0.2]] * 4)
-    all_correct = np.zeros(4, int)
-    one_wrong = np.array([0, 0, 0, 1])
-    assert fit_abstain_threshold(probabilities, all_correct, 0.99) == (0.0, 1.0)
-    assert fit_abstain_threshold(probabilities, one_wrong, 0.99) == (1.0, 0.0)
+def test_abstention_answers_all_or_abstains_from_none_at_equal_confidence():
+    probabilities = np.array([[0.8, 0.2]] * 100)
+    all_correct = np.zeros(100, int)
+    one_wrong = np.arange(100) // 99
+    assert fit_abstention(probabilities, all_correct, 0.97, 0.5)[:2] == (0.0, 1.0)
+    assert fit_abstention(probabilities, one_wrong, 0.97, 0.5) == (0.0, 1.0, None)
+
+
+def test_no_threshold_answers_less_than_the_least_coverage():
+    logits, labels = draw_scores(5000, sharpness=10)
+    probabilities = softmax(logits)
+    coverage = fit_abstention(probabilities, labels, 0.99, 0.3).coverage
+    assert fit_abstention(probabilities, labels, 0.99, coverage - 0.01).coverage == coverage
+    assert fit_abstention(probabilities, labels, 0.99, coverage + 0.01) == (0.0, 1.0, None)
+
+
+@pytest.mark.parametrize("images", [108, 360])
+def test_promised_accuracy_is_kept_on_new_images(images):
+    """With the default target: half of the errors that the validation images have."""
+    logits, labels = draw_scores(40_000, sharpness=8)
+    probabilities = softmax(logits)
+    confidence = probabilities.max(1)
+    is_correct = probabilities.argmax(1) == labels
+    random = np.random.default_rng(1)
+    promises = 0
+    broken = 0
+    for _ in range(200):
+        rows = random.integers(0, len(labels), images)
+        accuracy = halve_errors(Scores(logits[rows], labels[rows]))
+        abstention = fit_abstention(probabilities[rows], labels[rows], accuracy, 0.5)
+        if abstention.bound is None:
+            continue
+        promises += 1
+        broken += is_correct[confidence >= abstention.threshold].mean() < accuracy
+    assert promises >= 100
+    assert broken <= (1 - ABSTAIN_CERTAINTY) * 200
 
 
 @pytest.mark.parametrize("level", [0.8, 0.95])
@@ -126,8 +165,8 @@ def test_prediction_sets_hold_all_classes_when_there_are_too_few_images():
 
 
 def test_calibrate_fits_on_validation_and_measures_on_test_scores():
-    val_logits, val_labels = draw_scores(4000, seed=1)
-    test_logits, test_labels = draw_scores(4000, seed=2)
+    val_logits, val_labels = draw_scores(4000, sharpness=6, seed=1)
+    test_logits, test_labels = draw_scores(4000, sharpness=6, seed=2)
     val = Scores(3 * val_logits, val_labels)
     test = Scores(3 * test_logits, test_labels)
 
@@ -136,7 +175,11 @@ def test_calibrate_fits_on_validation_and_measures_on_test_scores():
     assert result.temperature == pytest.approx(3, rel=0.05)
     assert result.ece_after < result.ece_before
     assert result.nll_after < result.nll_before
-    assert result.abstain_test_accuracy == pytest.approx(0.99, abs=0.02)
+    accuracy = (test.logits.argmax(1) == test.labels).mean()
+    assert result.abstain_accuracy == pytest.approx((1 + accuracy) / 2, abs=0.01)
+    assert result.abstain_bound >= result.abstain_accuracy
+    assert result.abstain_test_accuracy >= result.abstain_accuracy
+    assert result.abstain_test_coverage == pytest.approx(result.abstain_coverage, abs=0.03)
     assert abs(result.conformal_coverage - 0.95) <= 2 * coverage_error(0.95, 4000, 4000)
     kept = (energy(val.logits) <= result.energy_threshold).mean()
     assert kept == pytest.approx(0.95, abs=0.001)
@@ -149,7 +192,9 @@ def test_calibrate_without_temperature_leaves_the_logits_unscaled():
     assert result.nll_after == result.nll_before
 
 
-@pytest.mark.parametrize("name", ["abstain_accuracy", "conformal_level", "energy_kept"])
+@pytest.mark.parametrize(
+    "name", ["abstain_accuracy", "abstain_coverage", "conformal_level", "energy_kept"]
+)
 @pytest.mark.parametrize("value", [0, 1, 95])
 def test_shares_outside_of_0_to_1_are_refused(name, value):
     with pytest.raises(ValueError, match=f"calibrate.{name}: {value} is not between 0 and 1"):

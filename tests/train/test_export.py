@@ -223,6 +223,8 @@ def test_metrics_of_a_part_agree_with_its_confusion_matrix(bundle, part):
     assert [each.support for each in metrics.per_class] == images_of_class.tolist()
     recalls = [each.recall for each in metrics.per_class]
     assert recalls == pytest.approx(np.diag(matrix) / images_of_class)
+    assert metrics.balanced_accuracy == pytest.approx(np.mean(recalls))
+    assert metrics.majority_accuracy == pytest.approx(images_of_class.max() / metrics.images)
     assert metrics.top5 >= metrics.accuracy
 
 

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from models.__main__ import main as run_models
 from models.bundle import Bundle
 from support import ROOT
 from support.sample_images import make_png
@@ -72,6 +73,7 @@ def test_int8_that_loses_too_much_is_not_shipped_and_the_report_says_why(fitted,
         *ONE_CONVNET_EPOCH,
         *["--export.quantize.max_loss", "-100"],
         *["--export.purpose", "Reads <digits> & such."],
+        *["--export.calibrate.abstain_accuracy", "0.9999"],
     )
     assert list(bundle.manifest.variants) == ["fp32"]
     assert not list(bundle.path.glob("*int8*"))
@@ -80,7 +82,57 @@ def test_int8_that_loses_too_much_is_not_shipped_and_the_report_says_why(fitted,
     report = (bundle.path / "report.html").read_text()
     assert note in report
     assert "Reads &lt;digits&gt; &amp; such." in report
-    assert note in (bundle.path / "README.md").read_text()
+    card = (bundle.path / "README.md").read_text()
+    assert note in card
+
+    # 10,000 images without an error would be needed to support this accuracy.
+    calibration = bundle.manifest.calibration
+    assert calibration.abstain_threshold == 0
+    assert calibration.abstain_bound is None
+    for text in (report, card):
+        assert "no prediction abstains: " in text
+        assert "Nothing abstains: " in text
+
+
+def test_accuracy_is_stated_with_what_unequal_classes_make_of_it(commands, tmp_path, capsys):
+    """All images are the same, so that all have the same prediction."""
+    (tmp_path / "image.png").write_bytes(make_png(0, 0, 8))
+    rows = ["path,label,split"]
+    for part in ("train", "val", "test"):
+        rows += [f"image.png,common,{part}"] * 20
+        rows += [f"image.png,rare,{part}"] * 2
+    (tmp_path / "unequal.csv").write_text("\n".join(rows) + "\n")
+    done = commands.run(
+        *["fit", "--data.source", tmp_path / "unequal.csv", "--name", "unequal"],
+        *["--store", tmp_path / "store", "--trainer.default_root_dir", tmp_path / "runs"],
+        *ONE_CONVNET_EPOCH,
+        *NO_INT8,
+        *["--samples.images", 0, "--audit.enabled", "false"],
+    )
+
+    bundle = Bundle(tmp_path / "store/unequal/1")
+    test = bundle.manifest.metrics["test"]
+    assert test.balanced_accuracy == 0.5
+    assert test.majority_accuracy == pytest.approx(20 / 22)
+    missed = "rare (2)" if test.accuracy > 0.5 else "common (20)"
+    warning = f"WARNING: no test image of these classes is recognized: {missed}"
+    assert "the largest class has 10 times the training images of the smallest" in done.text
+    assert f"train: {warning}" in done.text
+    assert (
+        f"test accuracy {test.accuracy:.4f} (balanced 0.5000, majority class 0.9091)" in done.text
+    )
+    assert "(balanced 0.5000)  " in done.text  # the line of the epoch
+    for file in ("README.md", "report.html"):
+        text = (bundle.path / file).read_text()
+        assert warning in text
+        assert "50.00 %" in text
+        assert "90.91 %" in text
+
+    for command in (["list"], ["show", "unequal"]):
+        assert run_models([*command, "--store", str(tmp_path / "store")]) == 0
+        text = capsys.readouterr().out
+        assert "50.00 %" in text
+        assert "90.91 %" in text
 
 
 @pytest.mark.filterwarnings(

@@ -76,6 +76,8 @@ def test_validate_test_and_predict_use_a_checkpoint(tmp_path, capsys):
     tested = main.run(["test", *recipe, "--model.tta=flip"]).trainer.callback_metrics
     assert validated["val/accuracy"] > 0.8
     assert tested["test/accuracy"] > 0.8
+    assert tested["test/balanced_accuracy"] == pytest.approx(tested["test/accuracy"], abs=0.05)
+    assert 0.1 < tested["test/majority_accuracy"] < 0.12
     assert 0.3 < tested["test_tta/accuracy"] <= 1  # digits have no mirror image, so this is worse
     capsys.readouterr()
     data = main.run(["predict", *recipe]).datamodule

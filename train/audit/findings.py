@@ -96,6 +96,8 @@ class LabelFindings(TypedDict):
     """Suspicious labels."""
 
     accuracy: float  # of the model that checks them, 0..1
+    largest_share: float  # of the images that belong to the largest class, 0..1
+    checked: bool  # False where the model is not better than always predicting that class
     count: int
     suspects: list[SuspectEntry]  # the most suspicious first
 
@@ -310,6 +312,8 @@ def _check_labels(data: ImageData, parts: np.ndarray, duplicates: Duplicates) ->
         entries.append({**image, "suggested": suggested, "confidence": confidence})
     return {
         "accuracy": round(errors.accuracy, 4),
+        "largest_share": round(errors.largest_share, 4),
+        "checked": errors.is_checked,
         "count": len(errors.index),
         "suspects": entries,
     }

@@ -6,12 +6,15 @@ Steps:
               Coding and Vector Quantization", 2011).
     folds     K-fold cross-validation: each image is scored by a ridge regression that was fitted
               on the other folds, in closed form, so that K folds cost hardly more than one.
-              Duplicates share a fold.
+              Duplicates share a fold. The intercept is the share of each class, so that a rare
+              class is not predicted for lack of evidence.
     scale     One temperature turns scores into probabilities.
     rule      Confident learning (Northcutt et al., "Confident Learning: Estimating Uncertainty in
               Dataset Labels", 2021): an image may belong to a class if its probability is at least
               the mean over the images labelled with that class. Of these classes the most probable
               is suggested, if it exceeds the label's probability by MIN_MARGIN.
+    check     A model that is not better than always predicting the largest class has learned
+              nothing that could contradict a label, so it suggests nothing.
 """
 
 from collections.abc import Sequence
@@ -53,12 +56,21 @@ MIN_MARGIN = 0.5  # probability of the suggested class less that of the label
 
 @dataclass(frozen=True)
 class LabelErrors:
-    """Images with a suspicious label, the most suspicious first, and the accuracy of the model."""
+    """Images with a suspicious label, the most suspicious first, and the accuracy of the model.
+
+    There are none where the model is not better than always predicting the largest class.
+    """
 
     index: np.ndarray  # int64 [S], positions
     suggested: np.ndarray  # int64 [S], classes that the model predicts
     confidence: np.ndarray  # float32 [S], their probabilities
     accuracy: float  # out of sample, 0..1
+    largest_share: float  # of the images that belong to the largest class, 0..1
+
+    @property
+    def is_checked(self) -> bool:
+        """Whether the model is good enough to contradict a label."""
+        return self.accuracy > self.largest_share
 
 
 def find_label_errors(
@@ -92,6 +104,12 @@ def find_label_errors(
     # Two passes, each of which computes the probabilities [B, K] of a chunk: all of them together
     # would take most of the memory.
     label_probability, predicted = _score_labels(model, scale, truth, chunks)
+    accuracy = float((predicted == truth).float().mean())
+    largest_share = float(model.shares.max())
+    if accuracy <= largest_share:
+        nothing = np.zeros(0, np.int64)
+        return LabelErrors(nothing, nothing, np.zeros(0, np.float32), accuracy, largest_share)
+
     thresholds = _class_means(label_probability, truth, classes)
     confidence, suggested = _suggest_classes(model, scale, truth, thresholds, chunks)
 
@@ -102,7 +120,8 @@ def find_label_errors(
         index[suspects.cpu().numpy()],
         suggested[suspects].cpu().numpy(),
         confidence[suspects].cpu().numpy(),
-        float((predicted == truth).float().mean()),
+        accuracy,
+        largest_share,
     )
 
 
@@ -178,6 +197,7 @@ class CrossValidatedRidge:
     folds: Tensor  # int64 [M]
     mean: Tensor  # float32 [D]
     std: Tensor  # float32 [D]
+    shares: Tensor  # float32 [K], of the classes; the intercept
     weights: list[Tensor]  # float32 [D, K] for each fold
 
     def scores(self, rows: Tensor) -> Tensor:
@@ -187,7 +207,7 @@ class CrossValidatedRidge:
         for fold, weight in enumerate(self.weights):
             in_fold = self.folds[rows] == fold
             scores[in_fold] = x[in_fold] @ weight
-        return scores
+        return scores + self.shares
 
 
 def _fit(
@@ -206,7 +226,9 @@ def _fit(
         squares = squares + (features[rows].float() - mean).square().sum(0)
     std = (squares / (count - 1)).sqrt() + 1e-6
 
-    # Of each fold: X^T X and X^T Y, with Y the one-hot labels less their mean over classes.
+    shares = torch.bincount(truth, minlength=classes).float() / count
+
+    # Of each fold: X^T X and X^T Y, with Y the one-hot labels less the shares of the classes.
     grams = torch.zeros(FOLDS, width, width, device=device)
     products = torch.zeros(FOLDS, width, classes, device=device)
     for rows in chunks:
@@ -214,7 +236,7 @@ def _fit(
             fold_rows = rows[folds[rows] == fold]
             x = (features[fold_rows].float() - mean) / std
             grams[fold] += x.T @ x
-            products[fold] += x.T @ (one_hot(truth[fold_rows], classes).float() - 1 / classes)
+            products[fold] += x.T @ (one_hot(truth[fold_rows], classes).float() - shares)
 
     ridge = RIDGE * count * torch.eye(width, device=device)
     weights = []
@@ -222,7 +244,7 @@ def _fit(
         gram = grams.sum(0) - grams[fold] + ridge
         product = products.sum(0) - products[fold]
         weights.append(torch.linalg.solve(gram, product))
-    return CrossValidatedRidge(features, folds, mean, std, weights)
+    return CrossValidatedRidge(features, folds, mean, std, shares, weights)
 
 
 def _fit_scale(model: CrossValidatedRidge, truth: Tensor, chunks: Sequence[Tensor]) -> float:

@@ -8,6 +8,7 @@ from markupsafe import Markup
 from models.image import InputSpec, resize_to_input
 from train.audit.duplicates import MIN_SIDE
 from train.audit.findings import Findings, ImageEntry, Refusal
+from train.audit.summary import pluralize
 from train.data import ImageData
 from train.data.pixels import to_image_bytes
 
@@ -37,6 +38,7 @@ def _environment() -> Environment:
     )
     environment.filters["thousands"] = _format_thousands
     environment.filters["percent"] = _format_percent
+    environment.filters["pluralize"] = pluralize
     return environment
 
 

@@ -1,7 +1,7 @@
 """The findings in words: lines for the terminal and for the model card."""
 
 from train.audit.duplicates import MIN_SIDE
-from train.audit.findings import DuplicateFindings, Findings
+from train.audit.findings import DuplicateFindings, Findings, LabelFindings
 from train.audit.leakage import Leak
 
 LISTED_CLASSES = 10  # classes with few images that a line names
@@ -10,15 +10,18 @@ LISTED_CLASSES = 10  # classes with few images that a line names
 def summarize(findings: Findings) -> list[str]:
     """Return one line for each thing to know before training; empty where nothing is wrong."""
     lines = []
-    if findings["leakage"]["test"]["count"]:
+    test_leak = findings["leakage"]["test"]
+    if test_leak["count"]:
         lines.append(
-            _summarize_leak(findings["leakage"]["test"], "test")
-            + "in another part; test metrics are reported with and without them"
+            _summarize_leak(test_leak, "test")
+            + "in another part; the test metrics leave out such images and are also given with them"
         )
-    if findings["leakage"]["val"]["count"]:
+    val_leak = findings["leakage"]["val"]
+    if val_leak["count"]:
         lines.append(
-            _summarize_leak(findings["leakage"]["val"], "validation")
-            + "in the training part; the best epoch, calibration and thresholds depend on them"
+            _summarize_leak(val_leak, "validation")
+            + "in the training part; the best epoch, calibration and thresholds depend on such "
+            "images"
         )
 
     near = findings["near_duplicates"]
@@ -42,24 +45,46 @@ def summarize(findings: Findings) -> list[str]:
         listed = [f"{row['label']} ({row['train']})" for row in small_classes[:LISTED_CLASSES]]
         lines.append("few images: " + ", ".join(listed))
     if findings["odd"]["count"]:
-        lines.append(f"{findings['odd']['count']} images of unusual size or mode")
-    labels = findings["labels"]
-    if labels["count"]:
-        lines.append(
-            f"{labels['count']} suspicious labels to check, by a simple model of "
-            f"{labels['accuracy']:.0%} accuracy"
-        )
+        lines.append(f"{format_count(findings['odd']['count'], 'image')} of unusual size or mode")
+    lines += _summarize_labels(findings["labels"])
     return lines
+
+
+def format_count(count: int, noun: str) -> str:
+    """Return a number with its noun, such as `1 image` or `2 images`."""
+    return f"{count} {pluralize(noun, count)}"
+
+
+def pluralize(noun: str, count: int) -> str:
+    """Return a regular noun in the form that follows the number."""
+    return noun if count == 1 else f"{noun}s"
 
 
 def _summarize_leak(leak: Leak, part: str) -> str:
     """Return the first half of a line; the caller names the part with the duplicates."""
-    images = f"{leak['count']} {part} images ({leak['share']:.1%})"
-    return f"WARNING: {images} have an exact or near duplicate "
+    images = format_count(leak["count"], f"{part} image")
+    verb = "has" if leak["count"] == 1 else "have"
+    return f"WARNING: {images} ({leak['share']:.1%}) {verb} an exact or near duplicate "
 
 
 def _summarize_duplicates(duplicates: DuplicateFindings, kind: str) -> str:
-    line = f"{duplicates['count']} {kind} duplicates, {duplicates['across_parts']} across parts"
+    """Return a line on the pairs of duplicates of one kind."""
+    pairs = format_count(duplicates["count"], f"{kind} duplicate")
+    line = f"{pairs}, {duplicates['across_parts']} across parts"
     if duplicates["other_label"]:
         line += f", {duplicates['other_label']} with different labels"
     return line
+
+
+def _summarize_labels(labels: LabelFindings) -> list[str]:
+    """Return a line on the suspicious labels, or on why they are not checked."""
+    if not labels["checked"]:
+        return [
+            f"labels are not checked: the simple model for it has {labels['accuracy']:.1%} "
+            f"accuracy, not more than always predicting the largest class "
+            f"({labels['largest_share']:.1%})"
+        ]
+    if not labels["count"]:
+        return []
+    suspects = format_count(labels["count"], "suspicious label")
+    return [f"{suspects} to check, by a simple model of {labels['accuracy']:.0%} accuracy"]

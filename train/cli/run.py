@@ -7,6 +7,7 @@
 several processes, each of them calls `run_training`, and only the first one publishes.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from models.store import Store
 from train.data import DataError, ImageData
 from train.export.calibrate import calibrate
 from train.export.config import ExportConfig
-from train.export.evaluate import evaluate_parts
+from train.export.evaluate import describe_weak_classes, evaluate_parts
 from train.export.pipeline import (
     BundleContents,
     RunRecord,
@@ -136,7 +137,7 @@ def publish_bundle(job: TrainingJob) -> None:
     with times.measure("test"):
         scores = evaluate_parts(model.graph, data, record.device, model.tta)
     with times.measure("calibrate"):
-        calibration = calibrate(scores.val, scores.test, config.calibrate)
+        calibration = calibrate(scores.val, scores.unleaked_test, config.calibrate)
         set_temperature(model, calibration)
 
     with Store(job.store).stage(job.name) as staged:
@@ -149,7 +150,9 @@ def publish_bundle(job: TrainingJob) -> None:
         notes: list[str] = []
         if config.quantize.enabled:
             with times.measure("quantize"):
-                int8, note = quantize_int8(fp32, data, config.quantize, calibration.temperature)
+                int8, note = quantize_int8(
+                    fp32, data, scores, config.quantize, calibration.temperature
+                )
             notes.append(note)
             if int8 is not None:
                 files.append(int8)
@@ -159,14 +162,17 @@ def publish_bundle(job: TrainingJob) -> None:
                 files, model.graph, data, samples.expected, config.calibrate
             )
         notes += describe_speedup(variants)
-        notes += describe_missed_targets(calibration, data.counts)
+        notes += describe_missed_targets(calibration, scores)
         for name, variant in variants.items():
             if variant.calibration is not None:
-                missed = describe_missed_targets(variant.calibration, data.counts)
+                missed = describe_missed_targets(variant.calibration, scores)
                 notes += [f"{name}: {note}" for note in missed]
 
         contents = BundleContents(model, scores, calibration, samples.entries, variants, notes)
         manifest = build_manifest(staged, contents, data, record, times)
+        assert manifest.test_metrics is not None
+        warnings = describe_weak_classes(manifest.test_metrics, data.classes)
+        manifest.notes += warnings
         if config.report:
             with times.measure("report"):
                 write_report(
@@ -174,6 +180,8 @@ def publish_bundle(job: TrainingJob) -> None:
                 )
         path = publish(staged, manifest, times, config)
 
+    for warning in warnings:
+        print(f"train: {warning}", file=sys.stderr)
     print(describe_bundle(path, manifest, job.store, job.name))
 
 

@@ -415,10 +415,16 @@ class ImageData(L.LightningDataModule):
 
     @property
     def class_weights(self) -> Tensor:
-        """float32 [K]: mean number of training images a class over the number in this class."""
+        """float32 [K]: mean number of training images a class over the number in this class.
+
+        0 for a class without training images.
+        """
         labels = self.dataset.labels[self.index["train"]]
         counts = np.bincount(labels, minlength=len(self.classes))
-        return torch.from_numpy((counts.mean() / counts).astype(np.float32))
+        has_images = counts > 0
+        weights = np.zeros(len(counts), np.float32)
+        weights[has_images] = counts[has_images].mean() / counts[has_images]
+        return torch.from_numpy(weights)
 
     def leaked_in_test_batch(self, step: int) -> Tensor | None:
         """Return which images of this process's test batch have a duplicate in other parts.

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy.special import betaincinv
 
 from models.bundle import Calibration
 from train.export.scores import Scores, energy, negative_log_likelihood, softmax
@@ -15,6 +16,7 @@ from train.export.scores import Scores, energy, negative_log_likelihood, softmax
 BINS = 15  # intervals of confidence, for the expected calibration error
 LOWEST_TEMPERATURE = 0.05
 HIGHEST_TEMPERATURE = 20.0
+ABSTAIN_CERTAINTY = 0.9  # confidence level of the promised accuracy
 
 
 @dataclass
@@ -25,21 +27,24 @@ class CalibrateConfig:
         temperature: divide the logits by a number fitted on validation data, so that confidence
             matches accuracy.
         abstain_accuracy: predictions with too little confidence abstain, so that this share of the
-            others is correct.
+            others is correct; by default the errors are halved. Nothing abstains where the
+            validation data is too small to support it.
+        abstain_coverage: share of images that must be answered at least.
         conformal_level: share of images whose prediction set holds the true class.
         energy_kept: share of validation images that the energy threshold accepts as in
             distribution.
     """
 
     temperature: bool = True
-    abstain_accuracy: float = 0.99
+    abstain_accuracy: float | None = None
+    abstain_coverage: float = 0.5
     conformal_level: float = 0.95
     energy_kept: float = 0.95
 
     def __post_init__(self) -> None:
-        for name in ("abstain_accuracy", "conformal_level", "energy_kept"):
+        for name in ("abstain_accuracy", "abstain_coverage", "conformal_level", "energy_kept"):
             value = getattr(self, name)
-            if not 0 < value < 1:
+            if value is not None and not 0 < value < 1:
                 raise ValueError(f"calibrate.{name}: {value} is not between 0 and 1")
 
 
@@ -54,11 +59,12 @@ def calibrate(
         temperature = fit_temperature(val.logits, val.labels) if config.temperature else 1.0
     uncalibrated = softmax(val.logits)
     calibrated = softmax(val.logits, temperature)
-    threshold, coverage = fit_abstain_threshold(calibrated, val.labels, config.abstain_accuracy)
+    target = config.abstain_accuracy or halve_errors(val)
+    abstention = fit_abstention(calibrated, val.labels, target, config.abstain_coverage)
     quantile = fit_conformal_quantile(calibrated, val.labels, config.conformal_level)
 
     test_probabilities = softmax(test.logits, temperature)
-    is_answered = test_probabilities.max(1) >= threshold
+    is_answered = test_probabilities.max(1) >= abstention.threshold
     answered_correct = (test_probabilities.argmax(1) == test.labels)[is_answered]
 
     return Calibration(
@@ -67,9 +73,10 @@ def calibrate(
         nll_after=negative_log_likelihood(val.logits, val.labels, temperature),
         ece_before=expected_calibration_error(uncalibrated, val.labels),
         ece_after=expected_calibration_error(calibrated, val.labels),
-        abstain_threshold=threshold,
-        abstain_accuracy=config.abstain_accuracy,
-        abstain_coverage=coverage,
+        abstain_threshold=abstention.threshold,
+        abstain_accuracy=target,
+        abstain_bound=abstention.bound,
+        abstain_coverage=abstention.coverage,
         abstain_test_accuracy=float(answered_correct.mean()) if len(answered_correct) else None,
         abstain_test_coverage=float(is_answered.mean()),
         conformal_level=config.conformal_level,
@@ -166,24 +173,56 @@ def coverage_curve(
     return thresholds, answered / len(labels), correct[is_last_of_confidence] / answered
 
 
-def fit_abstain_threshold(
-    probabilities: np.ndarray, labels: np.ndarray, accuracy: float
-) -> tuple[float, float]:
-    """Return the threshold that answers most images with at least this accuracy, and their share.
+class Abstention(NamedTuple):
+    """Which predictions abstain: those of less confidence than the threshold."""
 
-    The threshold is 0 where all images may be answered. Where no threshold is enough, it is 1 and
-    the share is 0.
+    threshold: float  # 0 where nothing abstains
+    coverage: float  # share of the validation images that are answered, 0..1
+    bound: float | None  # least accuracy of the answers at ABSTAIN_CERTAINTY; None: no promise
+
+
+def halve_errors(scores: Scores) -> float:
+    """Return the accuracy that has half of the errors of these predictions."""
+    return (1 + float(scores.correct.mean())) / 2
+
+
+def fit_abstention(
+    probabilities: np.ndarray, labels: np.ndarray, accuracy: float, coverage: float
+) -> Abstention:
+    """Return the abstention that answers most images with at least this accuracy.
+
+    The accuracy counts as reached where its lower confidence bound reaches it, so that few images
+    do not promise much. Nothing abstains where no threshold that answers at least the share
+    `coverage` of the images reaches it.
+
+    The bound is that of one threshold, although all are tried. They share most of their images, so
+    that the chance of a broken promise stays at about 1 - ABSTAIN_CERTAINTY.
     """
     thresholds, answered, accuracies = coverage_curve(probabilities, labels)
-    sufficient = np.flatnonzero(accuracies >= accuracy)
-    if not len(sufficient):
-        return 1.0, 0.0
+    images = np.rint(answered * len(labels))
+    bounds = accuracy_bound(np.rint(accuracies * images), images)
 
+    sufficient = np.flatnonzero((bounds >= accuracy) & (answered >= coverage))
+    if not len(sufficient):
+        return Abstention(threshold=0.0, coverage=1.0, bound=None)
     best = sufficient[-1]
-    share = float(answered[best])
-    if best == len(thresholds) - 1:
-        return 0.0, share
-    return float(thresholds[best]), share
+    is_all = best == len(thresholds) - 1
+    return Abstention(
+        threshold=0.0 if is_all else float(thresholds[best]),
+        coverage=float(answered[best]),
+        bound=float(bounds[best]),
+    )
+
+
+def accuracy_bound(correct: np.ndarray, images: np.ndarray) -> np.ndarray:
+    """Return the lower bound of the accuracy [M] at the confidence ABSTAIN_CERTAINTY.
+
+    It is exact for the binomial distribution: Clopper and Pearson, "The use of confidence or
+    fiducial limits illustrated in the case of the binomial", 1934.
+    """
+    # SciPy's function is not defined for 0, where the bound is 0.
+    bounds = betaincinv(np.maximum(correct, 1), images - correct + 1, 1 - ABSTAIN_CERTAINTY)
+    return np.where(correct > 0, bounds, 0.0)
 
 
 def fit_conformal_quantile(probabilities: np.ndarray, labels: np.ndarray, level: float) -> float:

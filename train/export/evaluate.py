@@ -15,6 +15,7 @@ from train.export.scores import Scores, negative_log_likelihood, softmax
 from train.learning.test_time_augmentation import TestTimeAugmentation, augmented_views
 
 MAX_CONFUSION_CLASSES = 256  # the matrix grows with the square of the classes
+LISTED_CLASSES = 10  # classes that a warning names
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,21 @@ class PartScores:
     val: Scores
     test: Scores
     test_augmented: Scores | None  # with test-time augmentation, where the recipe asks for it
+    unleaked_test_rows: np.ndarray  # int64, see `find_unleaked_rows`
+
+    @property
+    def unleaked_test(self) -> Scores:
+        """The scores that the bundle's test figures come from."""
+        return self.test.take(self.unleaked_test_rows)
+
+
+def find_unleaked_rows(images: int, leaked_rows: np.ndarray) -> np.ndarray:
+    """Return the rows of a part that have no duplicate in another part, int64.
+
+    Where every image has one, no row is left to measure anything on, so all rows are returned.
+    """
+    rows = np.delete(np.arange(images), leaked_rows)
+    return rows if len(rows) else np.arange(images)
 
 
 def evaluate_parts(
@@ -35,7 +51,8 @@ def evaluate_parts(
     test_augmented = None
     if tta != "none":
         test_augmented = score_part(graph, data, "test", device, tta)
-    return PartScores(val, test, test_augmented)
+    unleaked_rows = find_unleaked_rows(len(test.labels), data.leaked_test_rows)
+    return PartScores(val, test, test_augmented, unleaked_rows)
 
 
 @torch.inference_mode()
@@ -59,19 +76,17 @@ def score_part(
     return Scores(torch.cat(logits).numpy(), torch.cat(labels).numpy())
 
 
-def compute_all_metrics(
-    scores: PartScores, leaked_test_rows: np.ndarray, temperature: float
-) -> dict[str, Metrics]:
+def compute_all_metrics(scores: PartScores, temperature: float) -> dict[str, Metrics]:
     """Return the metrics by part, as the manifest keeps them.
 
-    `test_unleaked` leaves out the test images that have a duplicate in another part; `test_tta` is
-    with test-time augmentation.
+    `test_unleaked` leaves out the test images that have a duplicate in another part. `test_tta` is
+    with test-time augmentation and leaves them out, too.
     """
     scores_by_part = {"val": scores.val, "test": scores.test}
-    if 0 < len(leaked_test_rows) < len(scores.test.labels):
-        scores_by_part["test_unleaked"] = scores.test.without(leaked_test_rows)
+    if len(scores.unleaked_test_rows) < len(scores.test.labels):
+        scores_by_part["test_unleaked"] = scores.unleaked_test
     if scores.test_augmented is not None:
-        scores_by_part["test_tta"] = scores.test_augmented
+        scores_by_part["test_tta"] = scores.test_augmented.take(scores.unleaked_test_rows)
     return {part: compute_metrics(each, temperature) for part, each in scores_by_part.items()}
 
 
@@ -106,12 +121,38 @@ def compute_metrics(scores: Scores, temperature: float) -> Metrics:
     return Metrics(
         images=len(labels),
         accuracy=float((predicted == labels).mean()),
+        balanced_accuracy=float(recall[images_of_class > 0].mean()),
+        majority_accuracy=float(images_of_class.max() / len(labels)),
         top5=top5,
         nll=negative_log_likelihood(logits, labels, temperature),
         ece=expected_calibration_error(softmax(logits, temperature), labels),
         confusion=_confusion_matrix(labels, predicted, classes),
         per_class=per_class,
     )
+
+
+def describe_weak_classes(metrics: Metrics, classes: list[str]) -> list[str]:
+    """Return warnings on what the accuracy hides where the classes are unequal."""
+    warnings: list[str] = []
+    missed: list[str] = []
+    for name, each in zip(classes, metrics.per_class, strict=True):
+        if each.support and not each.recall:
+            missed.append(f"{name} ({each.support})")
+    if missed:
+        listed = ", ".join(missed[:LISTED_CLASSES])
+        if len(missed) > LISTED_CLASSES:
+            listed += f" and {len(missed) - LISTED_CLASSES} more"
+        warnings.append(
+            f"WARNING: no test image of these classes is recognized: {listed}; add images of them"
+        )
+
+    majority = metrics.majority_accuracy
+    if majority is not None and metrics.accuracy <= majority:
+        warnings.append(
+            f"WARNING: {metrics.accuracy:.1%} of the test images are classified correctly; always "
+            f"predicting the largest class is no worse ({majority:.1%})"
+        )
+    return warnings
 
 
 def _confusion_matrix(labels: np.ndarray, predicted: np.ndarray, classes: int) -> list[list[int]]:

@@ -227,7 +227,7 @@ def build_manifest(
     """Return the manifest of a staged version."""
     model = contents.model
     calibration = contents.calibration
-    metrics = compute_all_metrics(contents.scores, data.leaked_test_rows, calibration.temperature)
+    metrics = compute_all_metrics(contents.scores, calibration.temperature)
     data_info = DataInfo(source=str(data.source), digest=data.digest, counts=data.counts)
     return Manifest(
         name=staged.name,
@@ -262,24 +262,37 @@ def _measure_baseline(
     return predictions | build_image_baseline(images, sizes)
 
 
-def describe_missed_targets(calibration: Calibration, counts: dict[str, int]) -> list[str]:
+def describe_missed_targets(calibration: Calibration, scores: PartScores) -> list[str]:
     """Return notes on the calibration targets that are not reached."""
+    val_images = len(scores.val.labels)
+    test_images = len(scores.unleaked_test_rows)
     notes: list[str] = []
     level = calibration.conformal_level
     coverage = calibration.conformal_coverage
     if level is not None and coverage is not None:
-        allowed = 2 * coverage_error(level, counts["val"], counts["test"])
+        allowed = 2 * coverage_error(level, val_images, test_images)
         if abs(coverage - level) > allowed:
             notes.append(
                 f"prediction sets hold the true class of {coverage:.1%} of the test images; the "
                 f"target is {level:.0%}"
             )
-    if calibration.abstain_coverage == 0:
-        notes.append(
-            f"no threshold reaches {calibration.abstain_accuracy:.1%} accuracy, so every "
-            "prediction abstains"
-        )
+    if calibration.abstain_bound is None:
+        notes.append(describe_missing_abstention(calibration, val_images))
     return notes
+
+
+def describe_missing_abstention(calibration: Calibration, val_images: int) -> str:
+    """Return a note on why nothing abstains."""
+    if calibration.abstain_accuracy == 1:
+        return (
+            f"no prediction abstains: all {val_images} validation images are classified correctly, "
+            "so there is no error to avoid"
+        )
+    return (
+        f"no prediction abstains: {val_images} validation images support no threshold that reaches "
+        f"{calibration.abstain_accuracy:.1%} accuracy; more validation images, or a lower "
+        "--export.calibrate.abstain_accuracy or abstain_coverage, can support one"
+    )
 
 
 def publish(
@@ -299,10 +312,17 @@ def publish(
 
 def describe_bundle(path: Path, manifest: Manifest, store: str, name: str) -> str:
     """Return one line: how good the model is, and the command that serves it."""
-    test = manifest.metrics["test"]
+    test = manifest.test_metrics
+    assert test is not None
+    leaked = manifest.metrics["test"].images - test.images
+    images = f"{test.images} images"
+    if leaked:
+        images += f", without {leaked} that have a duplicate in another part"
+
     # As the user calls it from the current directory: `.venv/bin/python` in a clone.
     python = sys.executable.removeprefix(f"{Path.cwd()}{os.sep}")
     return (
-        f"{path}: test accuracy {test.accuracy:.4f} on {test.images} images; "
+        f"{path}: test accuracy {test.accuracy:.4f} (balanced {test.balanced_accuracy:.4f}, "
+        f"majority class {test.majority_accuracy:.4f}) on {images}; "
         f"serve it: {python} -m serve --store {store} --model {name}"
     )

@@ -11,10 +11,11 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
-from models.bundle import Manifest
+from models.bundle import Calibration, Manifest
+from train.audit.summary import format_count
 from train.data import ImageData
 from train.export import charts
-from train.export.calibrate import coverage_curve, reliability_bins
+from train.export.calibrate import ABSTAIN_CERTAINTY, coverage_curve, reliability_bins
 from train.export.config import ExportConfig
 from train.export.evaluate import PartScores, evenly_spaced_rows, load_images
 from train.export.onnx_graph import InferenceGraph
@@ -83,9 +84,11 @@ def _template_variables(
 ) -> dict[str, Any]:
     """Return what both templates show, by the name that they use."""
     calibration = manifest.calibration
-    test = manifest.metrics["test"]
+    test = manifest.test_metrics
+    assert test is not None
+    test_scores = scores.unleaked_test
     val_probabilities = softmax(scores.val.logits, calibration.temperature)
-    test_probabilities = softmax(scores.test.logits, calibration.temperature)
+    test_probabilities = softmax(test_scores.logits, calibration.temperature)
     in_prediction_set = 1 - test_probabilities <= (calibration.conformal_quantile or 0)
     weakest_first = sorted(
         zip(manifest.classes, test.per_class, strict=True), key=lambda pair: pair[1].f1
@@ -94,7 +97,11 @@ def _template_variables(
     return {
         "manifest": manifest,
         "test": test,
+        "leaked_images": len(data.leaked_test_rows),
+        "are_all_leaked": len(data.leaked_test_rows) == len(scores.test.labels),
         "calibration": calibration,
+        "abstention": describe_abstention(calibration, test.accuracy),
+        "variant_abstention": _describe_variant_abstention(manifest),
         "provenance": manifest.provenance,
         "fp32": manifest.variants["fp32"],
         "purpose": config.purpose or _default_purpose(manifest),
@@ -103,14 +110,14 @@ def _template_variables(
         "parameters": sum(p.numel() for p in graph.network.parameters()),
         "has_activation_maps": graph.network.spatial,
         "curves": draw_training_curves(history),
-        "confusion": _draw_confusion_matrix(manifest),
-        "confused": find_confused_pairs(scores.test, manifest.classes),
+        "confusion": _draw_confusion_matrix(test.confusion, manifest.classes),
+        "confused": find_confused_pairs(test_scores, manifest.classes),
         "per_class": weakest_first,
-        "mistakes": find_mistakes(graph, data, scores.test, test_probabilities, manifest.classes),
+        "mistakes": find_mistakes(graph, data, scores, test_probabilities, manifest.classes),
         "reliability": draw_reliability(
             softmax(scores.val.logits), val_probabilities, scores.val.labels
         ),
-        "coverage": draw_coverage(test_probabilities, scores.test.labels, manifest),
+        "coverage": draw_coverage(test_probabilities, test_scores.labels, manifest),
         "mean_set_size": float(in_prediction_set.sum(1).mean()),
         "audit": describe_audit(data),
     }
@@ -124,6 +131,38 @@ def format_percent(share: float | None, digits: int = 2) -> str:
 def format_megabytes(count: int) -> str:
     """Format a number of bytes."""
     return f"{count / 1e6:.2f} MB" if count < 1e8 else f"{count / 1e6:.0f} MB"
+
+
+def describe_abstention(calibration: Calibration, test_accuracy: float | None) -> str:
+    """Describe in words which predictions abstain, and how accurate the others are."""
+    if calibration.abstain_bound is None:
+        return (
+            "Nothing abstains: the validation data supports no threshold with an accuracy of "
+            f"{format_percent(calibration.abstain_accuracy, 1)}."
+        )
+    promise = (
+        f"at least {format_percent(calibration.abstain_bound, 1)} of the answers are correct, with "
+        f"{ABSTAIN_CERTAINTY:.0%} confidence, by the validation data"
+    )
+    if not calibration.abstain_threshold:
+        return f"Nothing abstains: {promise}."
+    return (
+        f"Predictions with a confidence below {calibration.abstain_threshold:.3f} abstain. The "
+        f"others are the answers: {promise}, where "
+        f"{format_percent(calibration.abstain_coverage, 1)} of the images are answered. On test "
+        f"data {format_percent(calibration.abstain_test_coverage, 1)} are answered with an "
+        f"accuracy of {format_percent(calibration.abstain_test_accuracy)}, against "
+        f"{format_percent(test_accuracy)} of all predictions."
+    )
+
+
+def _describe_variant_abstention(manifest: Manifest) -> dict[str, str]:
+    """Return the description by name of each variant that has its own calibration."""
+    descriptions: dict[str, str] = {}
+    for name, variant in manifest.variants.items():
+        if variant.calibration is not None:
+            descriptions[name] = describe_abstention(variant.calibration, variant.accuracy)
+    return descriptions
 
 
 def _default_purpose(manifest: Manifest) -> str:
@@ -173,10 +212,10 @@ def _collect_series(
     return series
 
 
-def _draw_confusion_matrix(manifest: Manifest) -> Markup | None:
-    if len(manifest.classes) > MAX_MATRIX_CLASSES:
+def _draw_confusion_matrix(confusion: list[list[int]], classes: list[str]) -> Markup | None:
+    if len(classes) > MAX_MATRIX_CLASSES:
         return None
-    return charts.draw_confusion_matrix(manifest.metrics["test"].confusion, manifest.classes)
+    return charts.draw_confusion_matrix(confusion, classes)
 
 
 def find_confused_pairs(
@@ -197,11 +236,15 @@ def find_confused_pairs(
 def find_mistakes(
     graph: InferenceGraph,
     data: ImageData,
-    test: Scores,
+    scores: PartScores,
     probabilities: np.ndarray,
     classes: list[str],
 ) -> list[Mistake]:
-    """Return the wrong predictions of highest confidence, with their class activation maps."""
+    """Return the wrong predictions of highest confidence, with their class activation maps.
+
+    `probabilities`: [N,K], of the test images without leaked ones.
+    """
+    test = scores.unleaked_test
     confidence = probabilities.max(1)
     predicted = probabilities.argmax(1)
     wrong = np.flatnonzero(predicted != test.labels)
@@ -210,7 +253,7 @@ def find_mistakes(
     if not len(rows):
         return []
 
-    images = load_images(data, "test", rows)
+    images = load_images(data, "test", scores.unleaked_test_rows[rows])
     maps = run_torch(graph, images).get("cam")
     mistakes: list[Mistake] = []
     for i, row in enumerate(rows):
@@ -265,7 +308,7 @@ def draw_coverage(probabilities: np.ndarray, labels: np.ndarray, manifest: Manif
     calibration = manifest.calibration
     test_coverage = calibration.abstain_test_coverage
     test_accuracy = calibration.abstain_test_accuracy
-    if test_coverage is not None and test_accuracy is not None:
+    if calibration.abstain_threshold and test_coverage is not None and test_accuracy is not None:
         text = f"threshold {calibration.abstain_threshold:.3f}"
         chart.draw_dot(100 * test_coverage, 100 * test_accuracy, text)
     return chart.to_svg("accuracy over coverage on test data")
@@ -275,7 +318,8 @@ def describe_audit(data: ImageData) -> list[str]:
     """Return the findings of the audit, one line each."""
     lines: list[str] = []
     if data.unreadable:
-        lines.append(f"{len(data.unreadable)} files are unreadable and were left out")
+        files = format_count(len(data.unreadable), "unreadable file")
+        lines.append(f"{files} left out")
     if data.audit_summary is None:
         lines.append("the data was not audited")
         return lines

@@ -33,7 +33,7 @@ class VariantFile:
     path: Path
     opset: int
     val: Scores  # of this file, for the validation part or rows of it
-    test: Scores
+    test: Scores  # the same for the test images without a duplicate in another part
 
 
 def export_fp32(
@@ -42,11 +42,15 @@ def export_fp32(
     """Write model.onnx, the graph in float32."""
     path = directory / FP32_FILE
     opset = export_onnx(graph, data.input, len(data.classes), path)
-    return VariantFile("fp32", path, opset, scores.val, scores.test)
+    return VariantFile("fp32", path, opset, scores.val, scores.unleaked_test)
 
 
 def quantize_int8(
-    fp32: VariantFile, data: ImageData, config: QuantizeConfig, temperature: float
+    fp32: VariantFile,
+    data: ImageData,
+    scores: PartScores,
+    config: QuantizeConfig,
+    temperature: float,
 ) -> tuple[VariantFile | None, str]:
     """Write model.int8.onnx if it passes its accuracy gate.
 
@@ -56,11 +60,12 @@ def quantize_int8(
     """
     target = fp32.path.with_name(INT8_FILE)
     training_rows = evenly_spaced_rows(data.counts["train"], config.images)
-    val_rows = evenly_spaced_rows(len(fp32.val.labels), config.gate_images)
-    test_rows = evenly_spaced_rows(len(fp32.test.labels), config.gate_images)
+    val_rows = evenly_spaced_rows(len(scores.val.labels), config.gate_images)
+    unleaked = scores.unleaked_test_rows
+    test_rows = unleaked[evenly_spaced_rows(len(unleaked), config.gate_images)]
 
     def score_val(file: Path) -> Scores:
-        return _score_rows(file, data, "val", fp32.val.labels, val_rows, temperature)
+        return _score_rows(file, data, "val", scores.val.labels, val_rows, temperature)
 
     try:
         result = quantize(
@@ -68,7 +73,7 @@ def quantize_int8(
             target,
             load_images(data, "train", training_rows),
             lambda file: score_val(file).accuracy,
-            float(fp32.val.correct[val_rows].mean()),
+            float(scores.val.correct[val_rows].mean()),
             config,
         )
     except Exception as error:
@@ -81,8 +86,8 @@ def quantize_int8(
     if not result.passed:
         return None, note
 
-    test = _score_rows(target, data, "test", fp32.test.labels, test_rows, temperature)
-    fp32_accuracy = float(fp32.test.correct[test_rows].mean())
+    test = _score_rows(target, data, "test", scores.test.labels, test_rows, temperature)
+    fp32_accuracy = float(scores.test.correct[test_rows].mean())
     note += f"; it loses {100 * (fp32_accuracy - test.accuracy):.2f} points of test accuracy"
     return VariantFile("int8", target, fp32.opset, score_val(target), test), note
 

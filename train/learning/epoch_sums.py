@@ -16,6 +16,7 @@ class EpochSums:
     def __init__(self, totals: Tensor):
         """`totals`, float64 [4]: the sums to start from, as `totals()` returns them."""
         self._totals = totals
+        self._class_counts: Tensor | None = None  # see `count_classes`
         self._batch_size = 0
         self._steps: list[tuple[Tensor, Tensor]] = []
 
@@ -30,6 +31,19 @@ class EpochSums:
             self.totals()
         self._batch_size = batch_size
         self._steps.append((loss, correct))
+
+    def count_classes(self, labels: Tensor, is_correct: Tensor, classes: int) -> None:
+        """Count the images of each class and those that are classified correctly, both [B]."""
+        if self._class_counts is None:
+            self._class_counts = torch.zeros(2, classes, dtype=torch.float64, device=labels.device)
+        is_counted = torch.stack([torch.ones_like(is_correct), is_correct])
+        self._class_counts.index_add_(1, labels, is_counted.double())
+
+    def class_counts(self, classes: int) -> Tensor:
+        """Return float64 [2,K]: images of each class, and those that are classified correctly."""
+        if self._class_counts is None:
+            return self._totals.new_zeros(2, classes)
+        return self._class_counts
 
     def totals(self) -> Tensor:
         """Return float64 [4]: loss, correct predictions, images, and steps with a finite loss.

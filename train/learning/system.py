@@ -34,6 +34,7 @@ Batch = tuple[Tensor, Tensor]
 METRICS = {"val/loss": "min", "val/accuracy": "max", "train/loss": "min", "train/accuracy": "max"}
 
 PREPARE_IMAGES = 5000  # training images for networks that compute a layer from data
+MIN_UNEQUAL_RATIO = 10.0  # images of the largest class over those of the smallest
 LISTED_NAMES = 4  # tensors that a message lists by name
 
 ADAMW = OptimizerConfig()
@@ -54,7 +55,9 @@ class Classifier(L.LightningModule):
         optimizer: which optimizer, and its learning rates.
         schedule: learning rate over the steps.
         label_smoothing: share of the label that is spread over all classes, in training.
-        weigh_classes: weigh the loss by the inverse frequency of each class, in training.
+        weigh_classes: weigh the loss by the inverse frequency of each class, in training; by
+            default where the largest class has at least 10 times the images of the smallest, and
+            data.sampling is uniform.
         channels_last: use the memory layout in which convolutions are fastest.
         compile: torch.compile the network, in this mode.
         tta: test-time augmentation, reported in addition to the plain figures: flip adds the
@@ -74,7 +77,7 @@ class Classifier(L.LightningModule):
         optimizer: OptimizerConfig = ADAMW,
         schedule: ScheduleConfig = CONSTANT_RATE,
         label_smoothing: float = 0.0,
-        weigh_classes: bool = False,
+        weigh_classes: bool | None = None,
         channels_last: bool = False,
         compile: Literal["off", "default", "reduce-overhead", "max-autotune"] = "off",
         tta: TestTimeAugmentation = "none",
@@ -137,10 +140,10 @@ class Classifier(L.LightningModule):
         )
         self.register_buffer("mean", torch.tensor(data.mean).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(data.std).view(1, -1, 1, 1))
-        class_weights = data.class_weights if self.weigh_classes else None
+        is_training = stage == "fit"
+        class_weights = data.class_weights if self._is_weighing_classes(is_training) else None
         self.register_buffer("class_weights", class_weights, persistent=False)
 
-        is_training = stage == "fit"
         if self.weights:
             self._load_weights(self.weights, is_training)
         elif is_training and self.network.prepare:
@@ -150,6 +153,26 @@ class Classifier(L.LightningModule):
         if self.compile_mode != "off":
             # The network and not this module, as self.log does not work in a compiled module.
             self.network.compile(mode=self.compile_mode)
+
+    def _is_weighing_classes(self, is_training: bool) -> bool:
+        """Whether the loss is weighed by class; prints a line where the data decides it."""
+        if self.weigh_classes is not None:
+            return self.weigh_classes
+        if not is_training or self.data.sampling == "balanced":
+            return False
+
+        weights = self.data.class_weights
+        ratio = float(weights.max() / weights[weights > 0].min())
+        if ratio < MIN_UNEQUAL_RATIO:
+            return False
+        if self.trainer.is_global_zero:
+            print(
+                f"train: the largest class has {ratio:.0f} times the training images of the "
+                "smallest, so the loss is weighed by class; --model.weigh_classes false turns it "
+                "off",
+                file=sys.stderr,
+            )
+        return True
 
     def _load_weights(self, weights: str, is_training: bool) -> None:
         """Load a file of weights, and the mean and deviation of its training, if it has them.
@@ -240,10 +263,13 @@ class Classifier(L.LightningModule):
     def _add_step(self, part: str, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Add a step to the sums of a part. Only a step that is logged waits for the device."""
         true_classes = labels.argmax(1) if labels.ndim == 2 else labels
-        correct = (logits.detach().argmax(1) == true_classes).sum()
+        is_correct = logits.detach().argmax(1) == true_classes
+        correct = is_correct.sum()
         if part not in self.sums:
             self.sums[part] = EpochSums.zeros(logits.device)
         self.sums[part].add(loss, correct, len(logits))
+        if part != "train":
+            self.sums[part].count_classes(true_classes, is_correct, logits.shape[1])
 
         if LightningLoopState(self.trainer).is_step_logged() and not self.trainer.sanity_checking:
             self.log_dict(
@@ -302,8 +328,25 @@ class Classifier(L.LightningModule):
 
         # After the reduction, so that all processes stop or none does.
         self._check_finite(part, loss, process_totals)
-        if images:
-            self.log_dict({f"{part}/loss": loss / images, f"{part}/accuracy": correct / images})
+        if not images:
+            return
+        self.log_dict({f"{part}/loss": loss / images, f"{part}/accuracy": correct / images})
+        if part != "train":
+            self._log_balanced_accuracy(part, sums)
+
+    def _log_balanced_accuracy(self, part: str, sums: EpochSums) -> None:
+        """Log the mean recall of the classes that the part has images of, over all processes.
+
+        Outside of `fit` the accuracy of always predicting the largest class is logged, too.
+        """
+        class_counts = sums.class_counts(len(self.data.classes))
+        class_counts = self.trainer.strategy.reduce(class_counts, reduce_op="sum")
+        images, correct = class_counts.cpu()
+        has_images = images > 0
+        recall = correct[has_images] / images[has_images]
+        self.log(f"{part}/balanced_accuracy", recall.mean())
+        if self.trainer.state.fn != "fit":
+            self.log(f"{part}/majority_accuracy", images.max() / images.sum())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Record which images the checkpoint is trained on."""

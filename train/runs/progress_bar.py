@@ -122,7 +122,10 @@ class ProgressBar(LightningProgressBar):
             if f"{part}/loss" in metrics:
                 loss = metrics[f"{part}/loss"]
                 accuracy = metrics[f"{part}/accuracy"]
-                columns.append(f"{part} loss {loss:.4f} accuracy {accuracy:.4f}")
+                column = f"{part} loss {loss:.4f} accuracy {accuracy:.4f}"
+                if f"{part}/balanced_accuracy" in metrics:
+                    column += f" (balanced {metrics[f'{part}/balanced_accuracy']:.4f})"
+                columns.append(column)
         columns.append(speed)
         self.console.print("  ".join(columns), soft_wrap=True)
 

@@ -227,7 +227,8 @@ function fillWithError(card, file, message) {
 function fillWithPrediction(card, file, prediction, timings) {
   const confidence = formatPercent(prediction.confidence);
   const label = card.querySelector(".label");
-  label.append(`${prediction.label} `, createElement("small", "", confidence));
+  const answer = prediction.abstain ? `Not sure, perhaps ${prediction.label}` : prediction.label;
+  label.append(`${answer} `, createElement("small", "", confidence));
 
   const warnings = listWarnings(prediction);
   for (const { text, isSevere } of warnings) {
@@ -242,13 +243,15 @@ function fillWithPrediction(card, file, prediction, timings) {
   showPhoto(card, file, prediction, "This browser can't show the image; the service can read it.");
 
   const spokenWarnings = warnings.map(({ text }) => `, ${text.toLowerCase()}`).join("");
-  showStatus(`${file.name}: ${prediction.label}, ${confidence}${spokenWarnings}`);
+  showStatus(`${file.name}: ${answer}, ${confidence}${spokenWarnings}`);
 }
 
 function listWarnings(prediction) {
   const warnings = [];
   if (prediction.abstain) {
-    warnings.push({ text: "Abstains: not sure enough to answer", isSevere: false });
+    const threshold = formatPercent(model.calibration.abstain_threshold);
+    const text = `Abstains: the confidence is below ${threshold}, and such answers are wrong more often`;
+    warnings.push({ text, isSevere: false });
   }
   if (prediction.out_of_distribution) {
     warnings.push({ text: "Out of distribution: unlike the training images", isSevere: true });
