@@ -22,6 +22,7 @@ from rich.table import Table
 
 from models.cpu_quota import available_cores
 from models.image import ImageError
+from models.image.files import FORMATS, find_files, is_image_file
 from serve import options
 from serve.model import Model
 from serve.prediction import Prediction
@@ -29,7 +30,6 @@ from serve.wire import DEFAULT_TOP_K
 
 DESCRIPTION = "Classify image files without a server, with the same results as the service."
 STATUS_HELP = "Exit status: 0 all classified, 1 some failed, 2 invalid setting or path."
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 BATCH_SIZE = 16
 PIPE_COLUMNS = 200  # width of a table that does not go to a terminal, so that no name is cut
 CSV_COLUMNS = (
@@ -54,7 +54,11 @@ def main(arguments: list[str]) -> int:
         "imago serve predict", description=DESCRIPTION, epilog=STATUS_HELP
     )
     parser.add_argument(
-        "paths", nargs="+", type=Path, metavar="IMAGE|DIR", help="files, or directories to search"
+        "paths",
+        nargs="+",
+        type=Path,
+        metavar="IMAGE|DIR",
+        help="files, or directories to search for images; hidden files are skipped",
     )
     parser.add_argument("--format", choices=tuple(WRITERS), default="table", help="default: table")
     parser.add_argument(
@@ -72,7 +76,7 @@ def main(arguments: list[str]) -> int:
         raise ValueError("--top-k must be at least 1")
 
     settings = options.resolve_model(options.parse_settings(flags))
-    files = find_files(paths)
+    files = list_files(paths)
     threads = settings.threads or available_cores()
     model = Model.from_settings(settings, threads)
 
@@ -82,7 +86,7 @@ def main(arguments: list[str]) -> int:
     return 1 if has_failed else 0
 
 
-def find_files(paths: Iterable[Path]) -> list[Path]:
+def list_files(paths: Iterable[Path]) -> list[Path]:
     """Return files as given, and the images in directories, sorted.
 
     Raises ValueError for a path that does not exist and a directory without images.
@@ -105,23 +109,18 @@ def find_files(paths: Iterable[Path]) -> list[Path]:
 
 
 def find_images(directory: Path) -> list[Path]:
-    """Return the images in a directory and those below it, sorted by path.
+    """Return the images in a directory and those below it, sorted by path, as training finds them.
 
     Files and directories without read permission are in the list too, so that the results show
-    their errors.
+    their errors. The number of other files is printed on stderr.
     """
-    errors: list[OSError] = []
-    images: list[Path] = []
-    for parent, _, names in os.walk(directory, onerror=errors.append):
-        for name in names:
-            path = Path(parent, name)
-            if path.suffix.lower() not in IMAGE_SUFFIXES:
-                continue
-            # A path in a directory that may not be entered does not seem to exist.
-            if os.path.isfile(path) or not os.path.exists(path):
-                images.append(path)
+    (found,) = find_files([directory])
+    images = [Path(path) for path in found.files if is_image_file(path)]
+    others = len(found.files) - len(images)
+    if others:
+        print(f"{directory}: {others} files that are not {FORMATS} are left out", file=sys.stderr)
 
-    images += [Path(error.filename) for error in errors]
+    images += [Path(error.filename) for error in found.errors]
     return sorted(images)
 
 

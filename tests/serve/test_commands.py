@@ -61,6 +61,27 @@ def test_predict_gives_the_predictions_of_the_server(bundle_store, images, serve
         assert server.predict(data).json()["predictions"] == [prediction]
 
 
+def test_predict_finds_the_images_that_training_finds(bundle_store, images):
+    """Links are followed, hidden files are skipped, and the content decides without an ending."""
+    (images / "a.png").rename(images / "photo")
+    (images / ".hidden.png").write_bytes(tiny_bundle.make_image("red"))
+    (images / ".cache").mkdir()
+    (images / ".cache" / "0.png").write_bytes(tiny_bundle.make_image("red"))
+    (images / "deep" / "above").symlink_to("..")
+    linked = images.with_name("linked")
+    linked.mkdir()
+    (linked / "d.png").write_bytes(tiny_bundle.make_image("blue"))
+    (images / "link").symlink_to(linked)
+    os.mkfifo(images / "pipe.png")
+    result = run("predict", images, "--store", bundle_store, "--format", "csv")
+    assert result.returncode == 0, result.stderr
+    files = [row["file"] for row in csv.DictReader(io.StringIO(result.stdout))]
+    names = ["b [bold].jpg", "deep/c.webp", "link/d.png", "photo"]
+    assert files == [str(images / name) for name in names]
+    assert result.stderr.startswith(f"{images}: 1 files that are not JPEG, PNG")
+    assert result.stderr.count("\n") == 1
+
+
 def test_predict_prints_csv(bundle_store, images):
     result = run("predict", images, "--store", bundle_store, "--format", "csv")
     rows = list(csv.DictReader(io.StringIO(result.stdout)))
@@ -76,7 +97,7 @@ def test_predict_prints_a_table(bundle_store, images):
 
 def test_progress_bar_appears_on_a_terminal_only(bundle_store, images):
     command = ["predict", str(images), "--store", str(bundle_store), "--format", "csv"]
-    assert run(*command).stderr == ""
+    assert "Classifying" not in run(*command).stderr
 
     terminal, child_end = os.openpty()
     with subprocess.Popen(

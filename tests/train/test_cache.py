@@ -1,16 +1,18 @@
 """The cache of decoded pixels: one entry for each content, complete, and up to date."""
 
+import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from models.image import InputSpec
 from support import ROOT
-from support.sample_images import make_png, write_image_folder
+from support.sample_images import CLASSES, make_png, write_image_folder
 from train.data import ImageData
 from train.data.cache import DecodedImages, load_decoded_images
 from train.data.source import FileItems
@@ -41,6 +43,35 @@ def test_pixels_are_decoded_once_for_each_content(tmp_path, cache):
     changed = ready(source, cache)
     assert changed.digest != first.digest
     assert not np.array_equal(changed.decoded.pixels, first.decoded.pixels)
+
+
+@pytest.mark.parametrize("change_times", ["kept by the system", "one for all files"])
+def test_a_change_that_keeps_size_and_modification_time_is_noticed(
+    tmp_path, cache, monkeypatch, change_times
+):
+    """Archives restore modification times; read-only images have one time for all files."""
+    source = write_image_folder(tmp_path / "photos", size=8)
+    for path in source.rglob("*.png"):
+        path.write_bytes(path.read_bytes().ljust(400, b"\0"))
+        os.utime(path, (1, 1))
+
+    if change_times == "one for all files":
+        stat = os.stat
+
+        def stat_of_image(path: Path, **options: bool) -> SimpleNamespace:
+            status = stat(path, **options)
+            return SimpleNamespace(
+                st_mode=status.st_mode, st_size=status.st_size, st_mtime_ns=1, st_ctime_ns=1
+            )
+
+        monkeypatch.setattr("train.data.source.os.stat", stat_of_image)
+
+    items = FileItems(source, [f"{name}/{i:03d}.png" for name in CLASSES for i in range(12)])
+    before = items.fingerprint()
+    assert items.fingerprint() == before
+    (source / "red" / "000.png").write_bytes(make_png(2, 77, 8).ljust(400, b"\0"))
+    os.utime(source / "red" / "000.png", (1, 1))
+    assert items.fingerprint() != before
 
 
 def test_a_damaged_entry_is_decoded_again(tmp_path, cache):

@@ -1,6 +1,7 @@
 """The data module: split, order of batches, storage of pixels, unreadable files."""
 
 import itertools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,152 @@ def test_a_class_may_have_the_name_of_a_part(tmp_path, cache):
     (source / "car").rename(source / "val")
     with pytest.raises(DataError, match="train/ and test/ with class folders"):
         ready(source, cache)
+
+
+@pytest.mark.parametrize(
+    ("shape", "counts"),
+    [
+        (
+            {"training_set/training_set": 8, "test_set/test_set": 2},
+            {"train": 21, "val": 3, "test": 6},
+        ),
+        ({"seg_train/seg_train": 8, "seg_test/seg_test": 2}, {"train": 21, "val": 3, "test": 6}),
+        ({"TrainingSet": 8, "ValidationSet": 3, "TestSet": 2}, {"train": 24, "val": 9, "test": 6}),
+        ({"photos_train": 8, "photos_val": 3}, {"train": 18, "val": 9, "test": 6}),
+    ],
+    ids=str,
+)
+def test_parts_are_recognized_in_the_shapes_of_downloads(tmp_path, cache, shape, counts):
+    for folder, count in shape.items():
+        write_image_folder(tmp_path / "photos" / folder, count)
+    (tmp_path / "photos" / "__MACOSX" / "photos").mkdir(parents=True)
+    data = ready(tmp_path / "photos", cache)
+    assert (data.classes, data.counts) == (CLASSES, counts)
+
+
+def test_images_in_no_part_and_in_no_class_are_counted(tmp_path, cache, capsys):
+    photos = tmp_path / "photos"
+    write_image_folder(photos / "seg_train/seg_train", 8)
+    write_images(photos / "seg_test/seg_test", 4)
+    write_images(photos / "seg_pred/seg_pred", 5)
+    write_images(photos / "seg_train/seg_train", 1)
+    data = ready(photos, cache)
+    assert data.counts == {"train": 15, "val": 3, "test": 6}
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
+    for text in (
+        "seg_test/seg_test 4 images without class folders",
+        "seg_pred 5 images in no part",
+        "seg_train/seg_train 1 images outside the class folders",
+    ):
+        assert text in line
+
+
+def write_images(folder: Path, count: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        (folder / f"{i}.png").write_bytes(make_png(0, 500 + i))
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        (["deep/photos/*"], "its only folder is photos, .*blue, green, red.*; give .*deep/photos"),
+        (["train/images/*"], r"train: its only folder is images, .*move them from .*train/images"),
+        (["train", "test"], r"train holds 2 images, but no class folders"),
+        (["train_images", "test_images"], "train_images holds 2 images, but no class folders"),
+        (["train/train", "test/*"], "train/train holds 2 images, but no class folders"),
+        (["val/*", "test/*"], "test, val but no training part"),
+        (["first/*", "second/blue", "second/red"], "first, second hold the same folders"),
+        (["first/*", "second/blue", "second/red", "more"], "first, second hold the same folders"),
+        (["*", "copy/*"], r"copy: holds folders of the same names as its neighbours"),
+    ],
+    ids=str,
+)
+def test_an_unclear_shape_is_refused(tmp_path, cache, folders, message):
+    root = tmp_path / "deep" if folders[0].startswith("deep/") else tmp_path / "photos"
+    for folder in folders:
+        path = tmp_path / folder if folder.startswith("deep/") else root / folder
+        if path.name == "*":
+            write_image_folder(path.parent, 2)
+        else:
+            write_images(path, 2)
+    with pytest.raises(DataError, match=message) as caught:
+        ready(root, cache)
+    assert "\n" not in str(caught.value)
+
+
+def test_classes_may_be_sorted_by_date(tmp_path, cache):
+    for name in CLASSES:
+        for year in ("2023", "2024-05"):
+            write_images(tmp_path / "photos" / name / year, 4)
+    data = ready(tmp_path / "photos", cache)
+    assert (data.classes, sum(data.counts.values())) == (CLASSES, 24)
+
+
+def test_the_content_decides_what_an_image_is(tmp_path, cache, capsys):
+    photos = write_image_folder(tmp_path / "photos")
+    for i, name in enumerate(("a.jfif", "b", "c.PNG", "d.backup")):
+        (photos / "red" / name).write_bytes(make_png(2, 50 + i))
+    (photos / "blue" / "photo.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(99))
+    (photos / "blue" / "notes.txt").write_text("blue")
+    (photos / "blue" / "empty").touch()
+    (photos / "yellow").mkdir()
+    (photos / ".net").mkdir()
+    (photos / ".net" / "0.png").write_bytes(make_png(2, 1))
+    data = ready(photos, cache)
+    assert (data.classes, sum(data.counts.values())) == (CLASSES, 40)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
+    assert "blue 3 files that are not JPEG" in line
+    assert ".heic" in line
+    assert "yellow 0 images" in line
+    assert ".net 1 images in a hidden folder" in line
+
+
+def test_each_real_file_is_read_once(tmp_path, cache, capsys):
+    photos = write_image_folder(tmp_path / "photos")
+    (photos / "blue" / "above").symlink_to("../..")
+    (photos / "blue" / "same.png").symlink_to("000.png")
+    (photos / "blue" / "of red.png").symlink_to("../red/000.png")
+    (photos / "azure").symlink_to("blue")
+    pair = [tmp_path / "one", tmp_path / "two"]
+    for folder, other in zip(pair, reversed(pair), strict=True):
+        folder.mkdir()
+        (folder / "link").symlink_to(other)
+    write_images(pair[0], 3)
+    (photos / "green" / "more").symlink_to(pair[0])
+    os.mkfifo(photos / "green" / "pipe.png")
+    data = ready(photos, cache)
+    assert (data.classes, sum(data.counts.values())) == (CLASSES, 39)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
+    for text in (
+        "azure 1 read already",
+        "blue 1 links to a folder above",
+        "blue 2 read already under another name",
+        "green 1 not regular files",
+    ):
+        assert text in line
+
+
+def test_class_folders_are_sorted_as_numbers(tmp_path, cache):
+    for number in range(12):
+        write_images(tmp_path / "photos" / str(number), 4)
+    assert ready(tmp_path / "photos", cache).classes == [str(number) for number in range(12)]
+
+
+def test_both_unicode_forms_of_a_name_are_one_class(tmp_path, cache):
+    for part, name in (("train", "caf\u00e9"), ("test", "cafe\u0301")):
+        write_images(tmp_path / "photos" / part / name, 6)
+        write_images(tmp_path / "photos" / part / "tea", 6)
+    data = ready(tmp_path / "photos", cache)
+    assert data.classes == ["caf\u00e9", "tea"]
+    assert data.counts["test"] == 12
+
+
+def test_a_part_that_lacks_a_class_is_reported(tmp_path, cache, capsys):
+    write_image_folder(tmp_path / "photos/train", 8)
+    write_images(tmp_path / "photos/test/red", 3)
+    ready(tmp_path / "photos", cache)
+    assert "the test part has no image of blue, green; its metrics" in capsys.readouterr().err
 
 
 def test_pixels_labels_and_statistics_agree(tmp_path, cache):

@@ -46,7 +46,7 @@ def test_manifest_of_1500_classes_stays_small(commands, tmp_path):
             rows.append(f"image.png,c{k:04d},{part}")
     (tmp_path / "many.csv").write_text("\n".join(rows) + "\n")
     commands.run(
-        *["fit", "--data.source", tmp_path / "many.csv", "--name", "many"],
+        *["fit", "--data.source", tmp_path / "many.csv"],
         *["--store", tmp_path / "store", "--trainer.default_root_dir", tmp_path / "runs"],
         *ONE_CONVNET_EPOCH,
         *NO_INT8,

@@ -27,6 +27,7 @@ def photos(tmp_path: Path) -> Path:
         for plain, odd in ODD_NAMES.items():
             (class_folder / plain).rename(class_folder / odd)
     (root / "red" / "br\udcf6ken.png").write_bytes(b"no image")
+    (root / "red" / "notes.t\udcf6xt").write_bytes(b"no image")
     (root / "red").rename(root / "rosa \udce9")
     return root
 
@@ -56,7 +57,11 @@ def test_odd_names_in_the_audit_and_in_predictions_are_valid_text(commands, tmp_
     json.loads(text)
     assert r"\ud" not in text  # half a surrogate pair, which only Python accepts
     assert json.loads(text)["unreadable"][0]["file"] == r"rosa \xe9/br\xf6ken.png"
-    (tmp_path / "audit/index.html").read_text("utf-8")
+    (left_out,) = json.loads(text)["left_out"]
+    assert left_out["folder"] == r"rosa \xe9"
+    assert left_out["count"] == 1
+    assert left_out["reason"].endswith(r"(.t\xf6xt)")
+    assert left_out["reason"] in (tmp_path / "audit/index.html").read_text("utf-8")
     split = "--data.cache=", "--data.val_fraction=0.1", "--data.test_fraction=0.5"
     commands.run(
         "run",

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -119,7 +120,7 @@ def test_an_invalid_csv_is_refused_in_one_line(tmp_path):
         with pytest.raises(DataError, match=message):
             ImageData(str(write_table(tmp_path / "table.csv", rows, header))).setup()
 
-    assert_refused([("a.png", "x")], "no column 'label'.*it has path, class", "path,class")
+    assert_refused([("a.png", "x")], "no column 'label'.*it has path, kind", "path,kind")
     assert_refused([("a.png", "")], "line 2 lacks a path or a label")
     assert_refused([("a\0.png", "x")], r"table\.csv: line 2: a NUL byte in the path")
     assert_refused([("a.png", " ")], "line 2 lacks a path or a label")
@@ -129,6 +130,99 @@ def test_an_invalid_csv_is_refused_in_one_line(tmp_path):
     assert_refused([], "no rows")
     with pytest.raises(DataError, match=r"nowhere\.csv: not readable"):
         ImageData(str(tmp_path / "nowhere.csv")).setup()
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """A directory with pics/<class>/000.png to 007.png."""
+    root = tmp_path_factory.mktemp("pictures")
+    write_image_folder(root / "pics", 8)
+    return root
+
+
+def write_lines(directory: Path, header: str, line: str, encoding: str = "utf-8") -> str:
+    """Write a CSV file for `pictures`; `line` has fields for path, name, label and number."""
+    rows = [header]
+    for name in CLASSES:
+        for i in range(8):
+            path = f"pics/{name}/{i:03d}.png"
+            part = "test" if i < 2 else "train"
+            windows = path.replace("/", "\\")
+            rows.append(line.format(path=path, windows=windows, label=name, part=part, i=i))
+    file = directory / "table.csv"
+    file.write_text("\r\n".join(rows), encoding)
+    return str(file)
+
+
+@pytest.mark.parametrize(
+    ("header", "line", "encoding"),
+    [
+        ("Path,Label", "{path},{label}", "utf-8"),
+        ("path;label", "{path};{label}", "utf-8-sig"),
+        ("path\tlabel", "{path}\t{label}", "utf-16"),
+        ("label,path", '"{label}", "{path}"', "utf-8"),
+        ("path, label", '{path}, "{label}"', "utf-8"),
+        ("path,label", "{windows},{label}", "utf-8"),
+        ("filename,label,class id", "{path},{label},{i}", "utf-8"),
+        ("path,label,class", "{path},{label},{i}", "utf-8"),
+        ("path,label,", "{path},{label},", "utf-8"),
+    ],
+)
+def test_csv_files_as_programs_write_them(pictures, header, line, encoding):
+    data = ImageData(write_lines(pictures, header, line, encoding), cache="", workers=0)
+    data.setup()
+    assert data.classes == CLASSES
+    assert data.counts == {"train": 15, "val": 3, "test": 6}
+    assert data.unreadable == []
+
+
+@pytest.mark.parametrize("column", ["Split", "set", "data set"])
+def test_split_columns_of_other_names_are_used(pictures, column):
+    source = write_lines(pictures, f"path,label,{column}", "{path},{label},{part}")
+    dataset = ImageData(source, cache="").dataset
+    assert np.flatnonzero(dataset.parts == "test").tolist() == [0, 1, 8, 9, 16, 17]
+
+
+def test_is_valid_names_the_validation_part(pictures):
+    source = Path(write_lines(pictures, "path,label,is_valid", "{path},{label},False"))
+    source.write_text(source.read_text() + "\npics/red/007.png,red,True")
+    dataset = ImageData(str(source), cache="").dataset
+    assert dataset.parts.tolist() == ["train"] * 24 + ["val"]
+
+
+@pytest.mark.parametrize(
+    ("header", "line", "message"),
+    [
+        ("path,label", "{path},bird, {label}", r"line 2: 3 fields, but the first line names 2"),
+        ("path,label,label", "{path},{label},x", "columns 'label' and 'label' could both be"),
+        ("path,labels,class", "{path},{label},x", "columns 'labels' and 'class' could both be"),
+        ("path,label,Split", "{path},{label},holdout", "line 2: Split 'holdout' is not one of"),
+        ("path,label,is_valid", "{path},{label},maybe", "line 2: is_valid 'maybe' is not true or"),
+        ("path,label,split", "{path},{label},test", "all images are in the part test, so nothing"),
+        ("path,label", '{path},"{label}', r"line \d+: "),
+        ("path,label", '{path},"{label}" x', r"line 2: "),
+    ],
+)
+def test_a_csv_that_is_not_plain_names_the_line_and_the_cause(pictures, header, line, message):
+    with pytest.raises(DataError, match=message) as caught:
+        ImageData(write_lines(pictures, header, line), cache="").setup()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_csv_in_another_encoding_names_the_line(tmp_path):
+    (tmp_path / "table.csv").write_bytes("path,label\na.png,rose\nb.png,käse\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"line 3: .*save the file as UTF-8"):
+        ImageData(str(tmp_path / "table.csv"), cache="").setup()
+
+
+def test_a_named_pipe_in_a_csv_counts_as_unreadable(pictures):
+    pipe = pictures / "pipe.png"
+    os.mkfifo(pipe)
+    source = Path(write_lines(pictures, "path,label", "{path},{label}"))
+    source.write_text(source.read_text() + "\npipe.png,red\n")
+    data = ImageData(str(source), cache="", workers=0)
+    data.setup()
+    assert data.unreadable == [("pipe.png", "not a regular file")]
 
 
 def test_csv_with_missing_files_lists_them(tmp_path):
@@ -287,6 +381,74 @@ def test_pixels_of_other_channels_count_as_unreadable(tmp_path):
     data = ImageData(f"litdata:{optimize(tmp_path / 'set', images)}", workers=2)
     data.setup()
     assert [name for name, _ in data.unreadable] == ["000004"]
+
+
+class Payload:
+    """Creates a file where it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+def edit_index(directory: Path, **config: object) -> str:
+    """Change the configuration in a data set's index; return the data set as a source."""
+    index = directory / "index.json"
+    content = json.loads(index.read_text())
+    content["config"].update(config)
+    index.write_text(json.dumps(content))
+    return f"litdata:{directory}"
+
+
+def test_a_pickled_label_is_refused_and_not_unpickled(tmp_path):
+    streaming = pytest.importorskip(
+        "litdata.streaming", reason="the extra litdata is not installed"
+    )
+    marker = tmp_path / "ran"
+    cache = streaming.Cache(str(tmp_path / "set"), chunk_size=8)
+    for i in range(4):
+        cache[i] = {"image": make_png(0, i), "label": Payload(marker)}
+    cache.done()
+    cache.merge()
+    source = f"litdata:{tmp_path / 'set'}"
+    with pytest.raises(DataError, match=r"index\.json stores 'pickle', .*run code"):
+        ImageData(source, cache="").setup()
+
+    # An index that hides the serializer behind a harmless name.
+    source = edit_index(tmp_path / "set", data_format=["bytes", "file:pickle"])
+    with pytest.raises(DataError, match=r"index\.json stores 'file:pickle'"):
+        ImageData(source, cache="").setup()
+    assert not marker.exists()
+
+
+def test_a_container_that_names_a_python_function_is_refused(optimized, tmp_path, monkeypatch):
+    directory = tmp_path / "set"
+    shutil.copytree(optimized / "train", directory)
+    (tmp_path / "payload.py").write_text("raise SystemExit('the data set ran code')")
+    monkeypatch.syspath_prepend(tmp_path)
+    leaf = {"type": None, "context": None, "children_spec": []}
+    context = {
+        "default_factory_module": "payload",
+        "default_factory_name": "x",
+        "dict_context": ["image", "label"],
+    }
+    spec = {
+        "type": "collections.defaultdict",
+        "context": context,
+        "children_spec": [leaf, leaf],
+    }
+    source = edit_index(directory, data_spec=json.dumps([1, spec]))
+    with pytest.raises(DataError, match=r"index.json stores 'collections\.defaultdict'"):
+        ImageData(source, cache="").setup()
+
+
+def test_a_damaged_litdata_index_is_refused_in_one_line(optimized, tmp_path):
+    shutil.copytree(optimized / "train", tmp_path / "set")
+    source = edit_index(tmp_path / "set", data_format=None)
+    with pytest.raises(DataError, match=r"index\.json is not that of images and labels"):
+        ImageData(source, cache="").setup()
 
 
 @pytest.fixture(scope="module")

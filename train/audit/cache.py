@@ -8,7 +8,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from train.audit.findings import Findings, shows_mirror_images
+from train.audit.findings import Findings, list_left_out, shows_mirror_images
 from train.data import ImageData
 from train.data.cache import replace_text
 from train.data.source import PARTS
@@ -48,6 +48,7 @@ def _cache_path(data: ImageData) -> Path | None:
         data.digest,
         hashlib.sha256(names.encode()).hexdigest(),
         data.source,
+        list_left_out(data),
         {part: data.index[part].tolist() for part in PARTS},
         data.input.model_dump(),
         shows_mirror_images(data),

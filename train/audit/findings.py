@@ -66,7 +66,8 @@ class ClassCount(TypedDict):
     train: int
     val: int
     test: int
-    note: str  # what is wrong with the counts, or empty
+    note: str  # what is wrong with the number of training images, or empty
+    missing_in: list[str]  # "val" and "test" without an image of the class
 
 
 class UnusualEntry(ImageEntry):
@@ -109,6 +110,14 @@ class UnreadableEntry(TypedDict):
     problem: str
 
 
+class LeftOutEntry(TypedDict):
+    """Files that are not among the images."""
+
+    folder: str
+    count: int
+    reason: str
+
+
 class Findings(TypedDict):
     """Result of the audit."""
 
@@ -117,6 +126,7 @@ class Findings(TypedDict):
     classes: list[str]
     counts: dict[str, int]  # part -> images
     unreadable: list[UnreadableEntry]
+    left_out: list[LeftOutEntry]
     exact_duplicates: DuplicateFindings
     near_duplicates: NearDuplicateFindings
     leakage: dict[str, Leak]  # of "test" and "val"
@@ -132,6 +142,7 @@ class Refusal(TypedDict):
     problem: str
     classes: list[str]
     unreadable: list[UnreadableEntry]
+    left_out: list[LeftOutEntry]
 
 
 def collect_findings(data: ImageData) -> Findings:
@@ -153,6 +164,7 @@ def collect_findings(data: ImageData) -> Findings:
         "classes": data.classes,
         "counts": data.counts,
         "unreadable": _list_unreadable(data),
+        "left_out": list_left_out(data),
         "exact_duplicates": _describe_pairs(data, parts, duplicates.exact),
         "near_duplicates": near_duplicates,
         "leakage": find_leaks(parts, duplicates),
@@ -169,6 +181,7 @@ def describe_refusal(data: ImageData, problem: str) -> Refusal:
         "problem": problem,
         "classes": data.classes,
         "unreadable": _list_unreadable(data),
+        "left_out": list_left_out(data),
     }
 
 
@@ -180,6 +193,14 @@ def shows_mirror_images(data: ImageData) -> bool:
 def _list_unreadable(data: ImageData) -> list[UnreadableEntry]:
     """Return the files that are left out."""
     return [{"file": name, "problem": problem} for name, problem in data.unreadable]
+
+
+def list_left_out(data: ImageData) -> list[LeftOutEntry]:
+    """Return what the source left out when it was read."""
+    return [
+        {"folder": entry.folder, "count": entry.count, "reason": entry.reason}
+        for entry in data.dataset.left_out
+    ]
 
 
 def _parts_of_images(data: ImageData) -> np.ndarray:
@@ -224,11 +245,7 @@ def _describe_pairs(data: ImageData, parts: np.ndarray, pairs: Pairs) -> Duplica
 
 def _count_classes(data: ImageData) -> list[ClassCount]:
     """Count the images of each class by part, and note classes with few."""
-    counts = {}
-    for part in PARTS:
-        labels = data.dataset.labels[data.index[part]]
-        counts[part] = np.bincount(labels, minlength=len(data.classes)).tolist()
-
+    counts = {part: data.count_classes(part).tolist() for part in PARTS}
     largest = max(counts["train"])
     rows: list[ClassCount] = []
     for k, label in enumerate(data.classes):
@@ -239,6 +256,7 @@ def _count_classes(data: ImageData) -> list[ClassCount]:
                 "val": counts["val"][k],
                 "test": counts["test"][k],
                 "note": _note_class_size(counts["train"][k], largest),
+                "missing_in": [part for part in ("val", "test") if counts[part][k] == 0],
             }
         )
     return rows

@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from train.data.sources import READERS
+
 RECIPES = Path(__file__).parents[1] / "recipes"
 DEFAULT_RECIPE = RECIPES / "folder.yaml"
 MAX_NAME_LENGTH = 63  # of a model in the store
@@ -74,9 +76,17 @@ def extract_flag(arguments: list[str], flag: str) -> tuple[str | None, list[str]
 
 
 def default_model_name(source: str) -> str:
-    """Return a valid model name, made of the data's name or of the last part of its path."""
+    """Return a valid model name, made of the data's name or of the last part of its path.
+
+    A scheme such as hf: and the ending .csv are not part of it.
+    """
+    scheme, colon, location = source.partition(":")
+    if colon and scheme in READERS and location:
+        source = location
     is_path = "/" in source or source in (".", "..")
     name = Path(os.path.expanduser(source)).resolve().name if is_path else source
+    if name.lower().endswith(".csv"):
+        name = name[: -len(".csv")]
 
     characters: list[str] = []
     for character in name.lower():

@@ -42,6 +42,7 @@ CPU = torch.device("cpu")
 STREAM_SAMPLE = 2048  # streamed images that mean and standard deviation are measured on
 CHUNK = 1024  # images that mean and standard deviation are measured on at once
 LISTED_FILES = 10  # unreadable files that a message names
+LISTED_CLASSES = 10  # classes that a message names
 
 
 class UnreadableImage(NamedTuple):
@@ -64,8 +65,8 @@ class ImageData(L.LightningDataModule):
 
     Args:
         source: digits, cifar10, cifar100, mnist, fashion-mnist; the path of a folder of class
-            folders, or of a .csv file of path,label[,split]; or litdata:, deeplake: or hf: and
-            a path or URL.
+            folders, or of train/ and test/ with class folders, or of a .csv file with the columns
+            path, label and perhaps split; or litdata:, deeplake: or hf: and a path or URL.
         root: directory of a torchvision data set on disk; nothing is downloaded then.
         size: side of the network's input in pixels; by default that of the images where all are
             squares of one small size, 224 otherwise.
@@ -224,6 +225,7 @@ class ImageData(L.LightningDataModule):
         usable = self.decoded.metadata["problem"] == ""
         self.index = split(self.dataset, usable, self.val_fraction, self.test_fraction, self.seed)
         self.counts = {part: len(self.index[part]) for part in PARTS}
+        self._report_missing_classes()
         mean, std = channel_mean_std(self._training_chunks())
         self.use_normalization(mean, std)
         self.digest = data_digest(
@@ -282,6 +284,23 @@ class ImageData(L.LightningDataModule):
                 f"{self.max_unreadable:.0%} allows: {files}"
             )
         notify(f"{count} of {total} images can't be read and are left out: {files}")
+
+    def count_classes(self, part: str) -> np.ndarray:
+        """Return the number of images of each class in a part, int64 [K]."""
+        return np.bincount(self.dataset.labels[self.index[part]], minlength=len(self.classes))
+
+    def _report_missing_classes(self) -> None:
+        """Print the classes that validation or test can't measure."""
+        for part in ("val", "test"):
+            missing = np.flatnonzero(self.count_classes(part) == 0).tolist()
+            if missing:
+                listed = ", ".join(self.classes[k] for k in missing[:LISTED_CLASSES])
+                if len(missing) > LISTED_CLASSES:
+                    listed += f" and {len(missing) - LISTED_CLASSES} more"
+                notify(
+                    f"the {part} part has no image of {listed}; its metrics tell nothing about "
+                    f"{'this class' if len(missing) == 1 else 'these classes'}"
+                )
 
     def _training_chunks(self) -> Iterator[np.ndarray]:
         """Yield uint8 [M, H, W, C]: all training images, or a sample of streamed ones."""

@@ -5,11 +5,13 @@ they are stored, by position; positions 0..N-1 identify an image everywhere else
 functions at the end of this file are what readers build one from.
 """
 
+import contextlib
 import hashlib
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +20,8 @@ from typing import ClassVar, Protocol
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
+
+from models.image.files import read_regular_file
 
 PARTS = ("train", "val", "test")
 PART_ALIASES = {
@@ -30,6 +34,9 @@ PART_ALIASES = {
     "evaluation": "test",
 }
 CHANNEL_COUNTS = (1, 3, 4)  # gray, RGB, RGBA
+# Names of the fields of an image and of its label, in the order of preference.
+IMAGE_FIELDS = ("image", "images", "img", "jpeg", "jpg", "png")
+LABEL_FIELDS = ("label", "labels", "class", "cls", "target")
 NO_LABEL = -1  # stands for a missing label; `open_source` refuses data that holds one
 DEEP_MODES = ("I", "F")  # Pillow modes with more than 8 bits a channel
 
@@ -90,6 +97,15 @@ class Items(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class LeftOut:
+    """Files of a folder that are not among the images."""
+
+    folder: str  # a class, or a part
+    count: int
+    reason: str  # in words that follow the count: "files that are not JPEG, …"
+
+
+@dataclass(frozen=True, slots=True)
 class LabelledImages:
     """A data set as its source holds it, before any split or decoding."""
 
@@ -99,6 +115,7 @@ class LabelledImages:
     labels: np.ndarray  # int64 [N], 0..K-1
     parts: np.ndarray  # [N] of "train", "val" or "test"; "val" and "test" may be absent
     root: Path | None = None  # directory of the files, for sources made of files
+    left_out: Sequence[LeftOut] = ()
 
     def index(self, part: str) -> np.ndarray:
         """Return the positions of a part's images: int64, ascending."""
@@ -141,23 +158,41 @@ class FileItems:
         return len(self.paths)
 
     def __getitem__(self, i: int) -> bytes:
-        return (self.root / self.paths[i]).read_bytes()
+        return read_regular_file(self.root / self.paths[i])
 
     def name(self, i: int) -> str:
         """Return the path relative to the root."""
         return printable_name(self.paths[i])
 
     def fingerprint(self) -> str:
-        """Hash the path, size and modification time of each file."""
-        digest = hashlib.sha256(os.fsencode(self.root.resolve()))
-        for path in self.paths:
-            try:
-                status = os.stat(self.root / path)
-                state = f"{status.st_size}\0{status.st_mtime_ns}"
-            except OSError as error:
-                state = str(error.errno)
-            digest.update(os.fsencode(f"{path}\0{state}\0"))
-        return digest.hexdigest()
+        """Hash the path, size and times of each file, and its content where times tell nothing."""
+        return fingerprint_files(self.root, self.paths)
+
+
+def fingerprint_files(root: Path, paths: Sequence[str]) -> str:
+    """Return hex digits that change with the files below `root`.
+
+    Path, size, modification time and change time of each file count. A change time can't be set, so
+    it differs where an archive restores the modification time. Read-only images such as squashfs
+    store one time for all files; there the contents count.
+    """
+    digest = hashlib.sha256(os.fsencode(root.resolve()))
+    change_times = set()
+    for path in paths:
+        try:
+            status = os.stat(root / path)
+        except OSError as error:
+            digest.update(os.fsencode(f"{path}\0{error.errno}\0"))
+            continue
+        change_times.add(status.st_ctime_ns)
+        state = f"{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}"
+        digest.update(os.fsencode(f"{path}\0{state}\0"))
+
+    if len(change_times) == 1 and len(paths) > 1:
+        for path in paths:
+            with contextlib.suppress(OSError):
+                digest.update(hashlib.sha256(read_regular_file(root / path)).digest())
+    return digest.hexdigest()
 
 
 # Helpers of the readers
@@ -166,6 +201,14 @@ class FileItems:
 def printable_name(name: str) -> str:
     """Return a file name that any file or terminal can hold: bytes outside UTF-8 become \\xe9."""
     return os.fsencode(name).decode(errors="backslashreplace")
+
+
+def normalize_name(name: str) -> str:
+    """Return a class name in one of the two forms that Unicode has for é: NFC, the composed one.
+
+    macOS writes file names in the other one, NFD.
+    """
+    return unicodedata.normalize("NFC", name)
 
 
 def parse_part(name: str) -> str | None:
@@ -184,14 +227,27 @@ def import_optional(package: str, extra: str) -> ModuleType:
         raise DataError(f"{extra}: {error}; pip install 'imago[{extra}]'") from error
 
 
+def first_present(names: Sequence[str], fields: Collection[str]) -> str | None:
+    """Return the first of `names` that is among the fields; None where none is."""
+    for name in names:
+        if name in fields:
+            return name
+    return None
+
+
+def last_component(location: str) -> str:
+    """Return the last part of a path or URL, for the name of the data set."""
+    return location.rstrip("/").rpartition("/")[2]
+
+
 def to_item(value: object) -> bytes | np.ndarray:
     """Convert an image as a source stores it to an item: file bytes, or uint8 [H, W, C].
 
     Takes bytes, PIL images, and uint8 arrays or tensors: gray, RGB or RGBA, channels first or last.
     Raises OSError for anything else.
     """
-    if isinstance(value, bytes):
-        return value
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return bytes(value)
 
     # Pillow would clip deeper modes to 8 bits; they stay as they are and are refused below.
     if isinstance(value, Image.Image) and not value.mode.startswith(DEEP_MODES):
@@ -222,8 +278,10 @@ def _mode_with_8_bits(picture: Image.Image) -> str:
 def number_classes(labels: Sequence[str | None]) -> tuple[list[str], np.ndarray]:
     """Return the sorted class names, and each label's class, int64 [N]; NO_LABEL for None.
 
-    Names are sorted as numbers where all of them are.
+    Names are sorted as numbers where all of them are. Names that differ in their Unicode form only
+    are one class.
     """
+    labels = [name if name is None else normalize_name(name) for name in labels]
     names = sorted({name for name in labels if name is not None})
     if all(name.isdecimal() for name in names):
         names.sort(key=int)  # stable: "01" stays before "1"

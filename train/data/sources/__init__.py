@@ -6,14 +6,14 @@ from pathlib import Path
 import numpy as np
 
 from train.data.source import NO_LABEL, DataError, LabelledImages, expand_home, printable_name
-from train.data.sources import bundled, files, huggingface, streams
+from train.data.sources import bundled, csv_file, deeplake, folder, huggingface, litdata
 
 # scheme -> reader of (location, cache directory)
 READERS: dict[str, Callable[[str, Path | None], LabelledImages]] = {
-    "folder": lambda location, cache: files.read_folder(expand_home(location)),
-    "csv": lambda location, cache: files.read_csv(expand_home(location)),
-    "litdata": streams.read_litdata,
-    "deeplake": lambda location, cache: streams.read_deeplake(location),
+    "folder": lambda location, cache: folder.read_folder(expand_home(location)),
+    "csv": lambda location, cache: csv_file.read_csv(expand_home(location)),
+    "litdata": litdata.read_litdata,
+    "deeplake": lambda location, cache: deeplake.read_deeplake(location),
     "hf": lambda location, cache: huggingface.read_huggingface(location),
 }
 
@@ -38,6 +38,12 @@ def open_source(source: str, root: str | None = None, cache: Path | None = None)
             )
     dataset = _read_source(source, root, cache)
     _check_labels(source, dataset)
+    if not (dataset.parts == "train").any():
+        present = " and ".join(sorted(set(dataset.parts.tolist())))
+        raise DataError(
+            f"{source}: all images are in the part {present}, so nothing is left to train on; put "
+            "some into the part train"
+        )
     return dataset
 
 
@@ -55,9 +61,9 @@ def _read_source(source: str, root: str | None, cache: Path | None) -> LabelledI
 
     path = expand_home(source)
     if path.is_dir():
-        return files.read_folder(path)
+        return folder.read_folder(path)
     if path.suffix.lower() == ".csv":
-        return files.read_csv(path)
+        return csv_file.read_csv(path)
 
     names = ", ".join(["digits", *bundled.TORCHVISION_CLASSES])
     schemes = ", ".join(f"{name}:…" for name in READERS)

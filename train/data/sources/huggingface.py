@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from models.image.files import read_regular_file
 from train.data.source import (
     NO_LABEL,
     DataError,
@@ -148,7 +149,7 @@ class ArrowItems:
             return image["bytes"]
         if not image.get("path"):
             raise OSError("the row has no image")
-        return Path(image["path"]).read_bytes()
+        return read_regular_file(image["path"])
 
     def name(self, i: int) -> str:
         """Return the position in six digits."""

@@ -1,29 +1,49 @@
-"""Data sets made for streaming, on disk or in an object store: LitData and Deep Lake."""
+"""LitData sets, on disk or in an object store.
+
+index.json says how each field of an element is stored. Some of the ways run code that the data set
+brings: pickled objects, and containers that name a Python function. Such sets are refused.
+"""
 
 import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from models.image.files import IMAGE_SUFFIXES
 from train.data.cache import replace_text
 from train.data.source import (
+    IMAGE_FIELDS,
+    LABEL_FIELDS,
     PARTS,
     DataError,
     LabelledImages,
     expand_home,
+    fingerprint_files,
+    first_present,
     import_optional,
+    last_component,
     number_classes,
-    parse_part,
     to_item,
 )
 
-IMAGE_FIELDS = ("image", "images", "img", "jpeg", "jpg", "png")
-LABEL_FIELDS = ("label", "labels", "class", "cls", "target")
+# Serializers whose values are text, numbers, arrays or Pillow images.
+VALUE_SERIALIZERS = (
+    *("str", "text", "bool", "int", "float", "json", "pil"),
+    *("numpy", "no_header_numpy", "tensor", "no_header_tensor"),
+)
+# Serializers of files. These stay bytes: `models.image` decodes them.
+FILE_SERIALIZERS = ("bytes", "file", "image", "jpeg", "tifffile")
+SAFE_SERIALIZERS = frozenset((*VALUE_SERIALIZERS, *FILE_SERIALIZERS))
+UNPICKLING_SERIALIZERS = ("pickle", "graph")
+# Containers of an element's fields. Others name a Python module to import.
+SAFE_CONTAINERS = frozenset(
+    ("builtins.dict", "builtins.list", "builtins.tuple", "collections.OrderedDict")
+)
+IMAGE_ENDINGS = frozenset(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
 
 
 def read_litdata(location: str, cache: Path | None) -> LabelledImages:
@@ -48,7 +68,7 @@ def read_litdata(location: str, cache: Path | None) -> LabelledImages:
     classes, numbers = number_classes(labels)
     parts = np.repeat(list(datasets), [len(dataset) for dataset in datasets.values()])
     items = ConcatenatedItems(list(datasets.values()))
-    return LabelledImages(_last_component(location), classes, items, numbers, parts)
+    return LabelledImages(last_component(location), classes, items, numbers, parts)
 
 
 def _allow_plain_http() -> None:
@@ -88,6 +108,8 @@ def _open_litdata(location: str) -> "LitDataItems | None":
         return None
     try:
         return LitDataItems(location)
+    except DataError:
+        raise
     except Exception as error:  # the clients of the stores share no base class
         if "index" in str(error) or "Not Found" in str(error) or "404" in str(error):
             return None
@@ -109,8 +131,9 @@ class LitDataItems:
         self._process_id = -1  # the process that opened `_dataset`
 
         # len() of the data set is the share of one process.
-        index = json.loads(self._read_index())
+        index = json.loads(_read_index(self._open()))
         self.size = sum(chunk["chunk_size"] for chunk in index["chunks"])
+        self._chunks = [chunk["filename"] for chunk in index["chunks"]]
 
     @property
     def fork_safe(self) -> bool:
@@ -118,13 +141,13 @@ class LitDataItems:
         return "://" not in self.location
 
     def _open(self) -> Any:
-        """Return this process's litdata.StreamingDataset."""
+        """Return this process's litdata.StreamingDataset. Raises DataError for an unsafe one."""
         if self._process_id != os.getpid():
             from litdata import StreamingDataset
-            from litdata.streaming.serializers import BytesSerializer
 
-            # JPEG files stay bytes: `models.image` decodes them.
-            dataset = StreamingDataset(self.location, serializers={"jpeg": BytesSerializer()})
+            dataset = StreamingDataset(self.location, serializers=_build_serializers())
+            # Nothing is deserialized before this check, not even the index.
+            _check_index(self.location, _read_index(dataset))
             # After a slice, even an empty one, it downloads whole chunks and keeps them on disk.
             dataset[:0]
             self._dataset = dataset
@@ -144,8 +167,8 @@ class LitDataItems:
         if not isinstance(element, dict):
             return element[0], element[1]
 
-        image_field = _first_present(IMAGE_FIELDS, element)
-        label_field = _first_present(LABEL_FIELDS, element)
+        image_field = first_present(IMAGE_FIELDS, element)
+        label_field = first_present(LABEL_FIELDS, element)
         if image_field is None or label_field is None:
             raise DataError(
                 f"{self.location}: element {i} has {', '.join(element)}; name them image and label"
@@ -176,20 +199,80 @@ class LitDataItems:
         """Return the position in six digits."""
         return f"{i:06d}"
 
-    def _read_index(self) -> bytes:
-        """Read index.json: each chunk's size in bytes and number of elements."""
-        return (Path(self._open().input_dir.path) / "index.json").read_bytes()
-
     def fingerprint(self) -> str:
-        """Hash the location and its index."""
-        return hashlib.sha256(self.location.encode() + self._read_index()).hexdigest()
+        """Hash the location, its index and, on a disk, the state of the files."""
+        digest = hashlib.sha256(self.location.encode() + _read_index(self._open()))
+        if "://" not in self.location:
+            digest.update(fingerprint_files(Path(self.location), self._chunks).encode())
+        return digest.hexdigest()
 
 
-def _first_present(names: Sequence[str], fields: Mapping[str, object]) -> str | None:
-    for name in names:
-        if name in fields:
-            return name
-    return None
+class RefusedSerializer:
+    """Stands in for serializers that unpickle, whatever an index says."""
+
+    def setup(self, metadata: object) -> None:
+        """Accept any description."""
+
+    def deserialize(self, data: bytes) -> object:
+        """Raise DataError."""
+        raise DataError("the litdata set holds pickled objects, which are not read")
+
+
+def _build_serializers() -> dict[str, Any]:
+    """Return the serializers that replace LitData's own."""
+    from litdata.streaming.serializers import BytesSerializer
+
+    files = {name: BytesSerializer() for name in FILE_SERIALIZERS}
+    return {**files, **{name: RefusedSerializer() for name in UNPICKLING_SERIALIZERS}}
+
+
+def _read_index(dataset: Any) -> bytes:
+    """Read index.json: how elements are stored, and each chunk's name and number of elements."""
+    return (Path(dataset.input_dir.path) / "index.json").read_bytes()
+
+
+def _check_index(location: str, content: bytes) -> None:
+    """Raise DataError where an index is damaged, or where reading its elements would run code."""
+    try:
+        config = json.loads(content)["config"]
+        formats = [str(name) for name in config["data_format"]]
+        spec = config["data_spec"]
+        containers = _list_containers(json.loads(spec)[1]) if spec else set()
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise DataError(
+            f"{location}: index.json is not that of images and labels written by litdata.optimize"
+        ) from error
+
+    unsafe = [name for name in formats if not _is_safe_format(name)]
+    unsafe += sorted(containers - SAFE_CONTAINERS)
+    if unsafe:
+        raise DataError(
+            f"{location}: index.json stores {unsafe[0]!r}, and reading it could run code of the "
+            "data set; write the set again with images as bytes or arrays and labels as numbers "
+            "or text"
+        )
+
+
+def _is_safe_format(name: str) -> bool:
+    """Whether a format such as "int", "image:png" or "no_header_numpy:3" runs no code.
+
+    LitData takes the detail after the colon for the serializer where there is one of that name.
+    """
+    serializer, _, detail = name.partition(":")
+    is_plain_detail = detail == "" or detail.isdecimal() or detail in IMAGE_ENDINGS
+    return serializer in SAFE_SERIALIZERS and (is_plain_detail or detail in SAFE_SERIALIZERS)
+
+
+def _list_containers(spec: dict[str, Any]) -> set[str]:
+    """Return the types of all containers in a tree; leaves have the type None."""
+    containers = set()
+    pending = [spec]
+    while pending:
+        node = pending.pop()
+        if node["type"] is not None:
+            containers.add(str(node["type"]))
+        pending += node["children_spec"]
+    return containers
 
 
 def _label_text(value: Any) -> str | None:
@@ -197,10 +280,6 @@ def _label_text(value: Any) -> str | None:
     if value is None:
         return None
     return str(value.item() if hasattr(value, "item") else value)
-
-
-def _last_component(location: str) -> str:
-    return location.rstrip("/").rpartition("/")[2]
 
 
 class ConcatenatedItems:
@@ -227,109 +306,3 @@ class ConcatenatedItems:
         """Hash the fingerprints of all sets."""
         fingerprints = "".join(dataset.fingerprint() for dataset in self.datasets)
         return hashlib.sha256(fingerprints.encode()).hexdigest()
-
-
-def read_deeplake(location: str) -> LabelledImages:
-    """Read a Deep Lake 4 data set: a directory, or a URL of `deeplake.open` (s3://, gcs://, al://).
-
-    The images are its column of type Image, or one named image; the labels its column of type
-    ClassLabel, or one named label. A column named split holds each row's part. Raises DataError.
-    """
-    package = import_optional("deeplake", "deeplake")
-    url = location if "://" in location else f"file://{expand_home(location).resolve()}"
-    try:
-        dataset = package.open_read_only(url)
-    except Exception as error:  # the errors share no base class
-        raise DataError(
-            f"{location}: not readable by deeplake: {str(error).splitlines()[0]}"
-        ) from error
-
-    kinds = {column.name: column.dtype.kind for column in dataset.schema.columns}
-    image_kind = package.types.TypeKind.Image
-    label_kind = package.types.TypeKind.ClassLabel
-    image_column = _find_column(location, kinds, image_kind, IMAGE_FIELDS, "image")
-    label_column = _find_column(location, kinds, label_kind, LABEL_FIELDS, "label")
-
-    values = np.asarray(dataset[label_column][:])
-    class_names = dict(dataset[label_column].metadata).get("class_names")
-    if class_names:
-        classes = list(class_names)
-        labels = values.astype(np.int64).reshape(-1)
-    else:
-        classes, labels = number_classes([str(value) for value in values.reshape(-1).tolist()])
-
-    return LabelledImages(
-        _last_component(location),
-        classes,
-        DeepLakeItems(url, image_column, dataset.version),
-        labels,
-        _deeplake_parts(location, dataset, len(labels), "split" in kinds),
-    )
-
-
-def _find_column(
-    location: str, kinds: dict[str, object], kind: object, names: Sequence[str], content: str
-) -> str:
-    """Return the first column of a kind, else the first of the names."""
-    for column, column_kind in kinds.items():
-        if column_kind == kind:
-            return column
-    named = _first_present(names, kinds)
-    if named is None:
-        raise DataError(f"{location}: no {content} column; its columns are {', '.join(kinds)}")
-    return named
-
-
-def _deeplake_parts(location: str, dataset: Any, count: int, has_split: bool) -> np.ndarray:
-    """Return the part of each row, [N]."""
-    if not has_split:
-        return np.full(count, "train")
-    parts = np.array([parse_part(str(value)) or "" for value in dataset["split"][:]])
-    if "" in parts:
-        row = int(np.argmin(parts != ""))
-        raise DataError(f"{location}: row {row}: its split is not one of train, val, test")
-    return parts
-
-
-class DeepLakeItems:
-    """The image column of a Deep Lake data set. Each process opens the data set for itself."""
-
-    fork_safe = True
-
-    def __init__(self, url: str, column: str, version: str):
-        self.url = url
-        self.column = column
-        self.version = version
-        self._dataset: Any = None  # the column does not keep its data set alive
-        self._rows: Any = None
-        self._process_id = -1  # the process that opened `_dataset`
-        self.size = len(self._open())
-
-    def _open(self) -> Any:
-        """Return this process's column of images."""
-        if self._process_id != os.getpid():
-            import deeplake
-
-            self._dataset = deeplake.open_read_only(self.url)
-            self._rows = self._dataset[self.column]
-            self._process_id = os.getpid()
-        return self._rows
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out the open data set, which does not survive pickling."""
-        return {**self.__dict__, "_dataset": None, "_rows": None, "_process_id": -1}
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, i: int) -> bytes | np.ndarray:
-        return to_item(self._open().get_bytes(int(i)))
-
-    def name(self, i: int) -> str:
-        """Return the position in six digits."""
-        return f"{i:06d}"
-
-    def fingerprint(self) -> str:
-        """Hash location, column and version."""
-        digest = hashlib.sha256(f"{self.url} {self.column} {self.version}".encode())
-        return digest.hexdigest()
