@@ -28,7 +28,8 @@ def run_audit_command(data: ImageData, report_directory: str | None) -> None:
         raise
 
     findings = audit.run_audit(data, directory)
-    if not audit.summarize(findings):
+    has_losses = findings["unreadable"] or findings["left_out"]
+    if not has_losses and not audit.summarize(findings):
         print("audit: no findings")
     _print_paths(directory)
 
