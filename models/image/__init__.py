@@ -7,7 +7,7 @@ Untrusted bytes reach a decoder only after their magic number names one of six f
 header states an allowed size, and without what makes no pixels. No other codec is reachable.
 """
 
-from models.image.decode import MAX_PIXELS, decode, decode_full_size
+from models.image.decode import MAX_PIXELS, decode, decode_full_size, read_largest_sample
 from models.image.errors import (
     ImageError,
     ImageTooLarge,
@@ -29,5 +29,6 @@ __all__ = [
     "decode",
     "decode_full_size",
     "read_header",
+    "read_largest_sample",
     "resize_to_input",
 ]

@@ -4,21 +4,33 @@ Used by training (sources, samples of a bundle) and by the workers of the server
 hold in memory is known from the header before it begins, and all threads share a bound on it.
 """
 
-import struct
 import threading
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import cv2
 import numpy as np
 
+from models.image import tiff
 from models.image.errors import ImageTooLarge, UndecodableImage
 from models.image.header import Header, read_header
-from models.image.input_spec import InputSpec
+from models.image.input_spec import SIXTEEN_BITS, InputSpec
+from models.image.jpeg_scans import (
+    END_OF_IMAGE,
+    INCOMPLETE_JPEG,
+    JpegFrame,
+    check_all_scans,
+    ends_in_gray,
+    find_following_image,
+    has_end_marker,
+    insert_bytes,
+    needs_check,
+    read_scans,
+)
 from models.image.native_messages import dropped_native_messages
 from models.image.resize import resize_to_input
-from models.image.sanitize import sanitize
-from models.image.tiff import ORIENTATION, read_tiff_tags
+from models.image.sanitize import read_gif_frame, sanitize
 
 # Callers run one decode a core; a second pool of threads inside would only contend with them.
 cv2.setNumThreads(1)
@@ -40,6 +52,9 @@ is decoded alone. So a container's memory suffices for any number of threads."""
 
 UNCOUNTED_BYTES = 4 << 20
 """Images that take less than this are decoded without asking how much the others hold."""
+
+MAX_FULLY_CHECKED_PIXELS = 1 << 20
+"""Larger JPEG files are checked for missing pixels at a fraction of their size."""
 
 STRIP_PIXELS = 1 << 18
 """Pixels that are flattened at once."""
@@ -126,18 +141,38 @@ def decode(
     reduction = _jpeg_reduction(header, spec)
     with _reserve_memory(header, reduction, max_pixels):
         on_start()
-        pixels = _decode_pixels(data, header, spec.channels, reduction)
+        pixels = _decode_pixels(data, header, spec.channels, reduction, spec.significant_bits)
         return resize_to_input(pixels, spec)
 
 
-def decode_full_size(data: bytes, channels: int, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def decode_full_size(
+    data: bytes,
+    channels: int,
+    max_pixels: int = MAX_PIXELS,
+    significant_bits: int = SIXTEEN_BITS,
+) -> np.ndarray:
     """Decode one image to uint8 [H, W, channels] in its own size, RGB or gray.
+
+    `significant_bits` is that of `InputSpec`.
 
     Raises as `decode` does.
     """
     header = _read_allowed_header(data, max_pixels)
     with _reserve_memory(header, 1, max_pixels):
-        return _decode_pixels(data, header, channels, reduction=1)
+        return _decode_pixels(data, header, channels, 1, significant_bits)
+
+
+def read_largest_sample(data: bytes, max_pixels: int = MAX_PIXELS) -> int | None:
+    """Return the largest gray or colour sample of a 16-bit image; None for images of 8 bits.
+
+    Raises as `decode` does.
+    """
+    header = _read_allowed_header(data, max_pixels)
+    if header.depth != 16:
+        return None
+    with _reserve_memory(header, 1, max_pixels):
+        image, _ = _decode_stored(data, header, cv2.IMREAD_UNCHANGED, 1)
+        return int(image.max() if image.ndim == 2 else image[:, :, :3].max())
 
 
 def _read_allowed_header(data: bytes, max_pixels: int) -> Header:
@@ -145,7 +180,8 @@ def _read_allowed_header(data: bytes, max_pixels: int) -> Header:
     pixels = header.width * header.height
     if pixels > max_pixels:
         raise ImageTooLarge(
-            f"{header.width}x{header.height} pixels are more than the {max_pixels} allowed"
+            f"{header.width}x{header.height} pixels are more than the {max_pixels} allowed; "
+            "send a smaller image, or raise max_pixels"
         )
     return header
 
@@ -189,34 +225,163 @@ def _reserve_memory(
     return _shared_memory.reserve(most_bytes)
 
 
-def _decode_pixels(data: bytes, header: Header, channels: int, reduction: int) -> np.ndarray:
+def _decode_pixels(
+    data: bytes, header: Header, channels: int, reduction: int, significant_bits: int
+) -> np.ndarray:
     """Decode to uint8 [H / reduction, W / reduction, channels], upright and over white."""
     flag = _imread_flag(header, channels, reduction)
-    image, exif = _run_decoder(data, header, flag)
+    image, orientation = _decode_stored(data, header, flag, reduction)
 
     if flag == cv2.IMREAD_UNCHANGED:
-        flat = _flatten(image, channels, header)
-        return _apply_orientation(flat, exif)
-
-    if channels == 3 and flag != cv2.IMREAD_COLOR_RGB:
+        image = _flatten(image, channels, header, significant_bits)
+    elif channels == 3 and flag != cv2.IMREAD_COLOR_RGB:
         cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
-    return image.reshape(*image.shape[:2], channels)
+    return _apply_orientation(image.reshape(*image.shape[:2], channels), orientation)
+
+
+def _decode_stored(
+    data: bytes, header: Header, flag: int, reduction: int
+) -> tuple[np.ndarray, int]:
+    """Return the pixels as they are stored, and the orientation to turn them by."""
+    if header.frame is not None:
+        return _decode_jpeg(data, header, header.frame, flag, reduction), header.orientation
+    if header.page is not None:
+        return _decode_tiff(data, header, header.page, flag), header.orientation
+    file = sanitize(data, header)
+    image, exif = _run_decoder(file, header, flag)
+    if header.format == "gif":
+        _clear_outside(image, read_gif_frame(file))
+    return image, tiff.read_orientation(exif)
+
+
+def _clear_outside(image: np.ndarray, frame: tuple[int, int, int, int]) -> None:
+    """Make the pixels outside a frame of a GIF white: viewers show what is behind it there."""
+    left, top, width, height = frame
+    image[:top] = 255
+    image[top + height :] = 255
+    image[:, :left] = 255
+    image[:, left + width :] = 255
 
 
 def _imread_flag(header: Header, channels: int, reduction: int) -> int:
     """Return the flag of OpenCV's decoders that needs the fewest conversions afterwards."""
-    if header.format != "jpeg" and header.alpha != "ignored":
-        return cv2.IMREAD_UNCHANGED  # the image may have alpha or 16 bits
-    flags = _GRAY_FLAGS if channels == 1 else _COLOUR_FLAGS
-    return flags[reduction]
+    if header.format == "jpeg" or (header.format == "bmp" and header.alpha == "ignored"):
+        flags = _GRAY_FLAGS if channels == 1 else _COLOUR_FLAGS
+        return flags[reduction]
+    return cv2.IMREAD_UNCHANGED  # the image may have alpha or 16 bits
 
 
-def _run_decoder(data: bytes, header: Header, flag: int) -> tuple[np.ndarray, bytes]:
-    """Return the decoded image and its EXIF block, empty where OpenCV applies the orientation.
+def _decode_jpeg(
+    data: bytes, header: Header, frame: JpegFrame, flag: int, reduction: int
+) -> np.ndarray:
+    """Decode a JPEG. Raises UndecodableImage where a part of its pixels is missing."""
+    lacks_end = not has_end_marker(data, frame)
+    if lacks_end:
+        check_all_scans(data, frame)
+        data += END_OF_IMAGE  # a file that lacks only the marker is complete
+    _check_following_image(data, header, frame)
 
-    OpenCV applies it to all formats but PNG and WebP read unchanged.
+    if lacks_end or needs_check(data, frame):
+        _check_complete(data, header, frame, reduction)
+    image, _ = _run_decoder(data, header, flag)
+    if not frame.has_several_scans and ends_in_gray(image):
+        _check_complete(data, header, frame, reduction)
+    return image
+
+
+def _check_following_image(data: bytes, header: Header, frame: JpegFrame) -> None:
+    """Raise UndecodableImage where a picture of the same size or a larger one follows a JPEG.
+
+    Cameras append smaller previews, and multi-picture files have an index.
     """
-    buffer = np.frombuffer(sanitize(data, header), np.uint8)
+    start = find_following_image(data, frame)
+    if start is None or frame.has_index:
+        return
+    try:
+        following = read_header(data[start:])
+    except UndecodableImage:
+        return
+    if following.width * following.height >= header.width * header.height:
+        raise UndecodableImage(
+            "the file holds one jpeg image after another; save each as a file of its own"
+        )
+
+
+def _check_complete(data: bytes, header: Header, frame: JpegFrame, reduction: int) -> None:
+    """Raise UndecodableImage where a scan of a JPEG ends before its last pixel.
+
+    Large files are checked at the fraction of their size at which they are decoded, or at half
+    their size if that is less, to take no more memory than decoding.
+    """
+    is_large = header.width * header.height > MAX_FULLY_CHECKED_PIXELS
+    flag = _COLOUR_FLAGS[max(reduction, 2) if is_large else 1]
+    checksums: list[int] = []
+    for file in insert_bytes(data, read_scans(data, frame)):
+        try:
+            image, _ = _run_decoder(file, header, flag)
+        except UndecodableImage as error:
+            raise UndecodableImage(INCOMPLETE_JPEG) from error
+        checksums.append(zlib.crc32(image.data))
+    if checksums[0] != checksums[1]:
+        raise UndecodableImage(INCOMPLETE_JPEG)
+
+
+def _decode_tiff(data: bytes, header: Header, page: tiff.Directory, flag: int) -> np.ndarray:
+    """Decode a page, not turned: gray, BGR or BGRA, whose alpha `header` describes."""
+    samples = page.tags.get(tiff.SAMPLES_PER_PIXEL, 1)
+    if samples == 2:
+        return _decode_gray_with_alpha(data, header, page, flag)
+
+    changes: dict[int, int | None] = {}
+    if samples == 4 and tiff.EXTRA_SAMPLES in page.tags:
+        # Otherwise libtiff multiplies colours of 8 bits by alpha, and rounds.
+        changes[tiff.EXTRA_SAMPLES] = tiff.ASSOCIATED_ALPHA
+    file = tiff.build_page_file(data, page, changes)
+    image, _ = _run_decoder(sanitize(file, header), header, flag)
+    return image
+
+
+def _decode_gray_with_alpha(
+    data: bytes, header: Header, page: tiff.Directory, flag: int
+) -> np.ndarray:
+    """Decode a TIFF of gray and alpha, which OpenCV does not read, to BGRA [H, W, 4].
+
+    Both samples of a pixel are decoded as two pixels of a gray image that is twice as wide.
+    """
+    tags = page.tags
+    changes: dict[int, int | None] = {
+        tiff.IMAGE_WIDTH: 2 * header.width,
+        tiff.BITS_PER_SAMPLE: header.depth,
+        tiff.PHOTOMETRIC_INTERPRETATION: tiff.BLACK_IS_ZERO,
+        tiff.SAMPLES_PER_PIXEL: 1,
+        tiff.PREDICTOR: None,
+        tiff.EXTRA_SAMPLES: None,
+        tiff.SAMPLE_FORMAT: None,
+    }
+    block_width = header.width
+    if tiff.TILE_WIDTH in tags:
+        block_width = tags[tiff.TILE_WIDTH]
+        changes[tiff.TILE_WIDTH] = 2 * block_width
+    file = tiff.build_page_file(data, page, changes)
+    image, _ = _run_decoder(sanitize(file, header), header, flag)
+    samples = image.reshape(header.height, header.width, 2)
+
+    if tags.get(tiff.PREDICTOR, 1) == tiff.HORIZONTAL_DIFFERENCES:
+        for left in range(0, header.width, block_width):
+            block = samples[:, left : left + block_width]
+            np.cumsum(block, axis=1, dtype=block.dtype, out=block)
+
+    bgra = np.empty((header.height, header.width, 4), samples.dtype)
+    bgra[:, :, :3] = samples[:, :, :1]
+    bgra[:, :, 3] = samples[:, :, 1]
+    if tags[tiff.PHOTOMETRIC_INTERPRETATION] == tiff.WHITE_IS_ZERO:
+        np.bitwise_not(bgra[:, :, :3], out=bgra[:, :, :3])
+    return bgra
+
+
+def _run_decoder(data: bytes | bytearray, header: Header, flag: int) -> tuple[np.ndarray, bytes]:
+    """Return the decoded image, not turned, and the EXIF block of a PNG or WebP."""
+    buffer = np.frombuffer(data, np.uint8)
     exif = b""
     image: np.ndarray | None
     try:
@@ -225,7 +390,7 @@ def _run_decoder(data: bytes, header: Header, flag: int) -> tuple[np.ndarray, by
                 image, kinds, chunks = cv2.imdecodeWithMetadata(buffer, flag)
                 exif = _find_exif(kinds, chunks)
             else:
-                image = cv2.imdecode(buffer, flag)
+                image = cv2.imdecode(buffer, flag | cv2.IMREAD_IGNORE_ORIENTATION)
     except cv2.error as error:
         raise UndecodableImage(f"the {header.format} data can't be decoded") from error
     if image is None:
@@ -240,7 +405,7 @@ def _find_exif(kinds: Sequence[int], chunks: Sequence[np.ndarray]) -> bytes:
     return b""
 
 
-def _flatten(image: np.ndarray, channels: int, header: Header) -> np.ndarray:
+def _flatten(image: np.ndarray, channels: int, header: Header, significant_bits: int) -> np.ndarray:
     """Convert any depth and channel count (gray, BGR, BGRA) to uint8 [H, W, channels] over white.
 
     Works in strips, and writes the result over the pixels already read where it fits: a container
@@ -251,7 +416,7 @@ def _flatten(image: np.ndarray, channels: int, header: Header) -> np.ndarray:
 
     height, width = image.shape[:2]
     if height * width <= STRIP_PIXELS:
-        return _flatten_strip(image, channels, header)
+        return _flatten_strip(image, channels, header, significant_bits)
 
     flat_bytes = height * width * channels
     if image.nbytes < flat_bytes:
@@ -262,11 +427,13 @@ def _flatten(image: np.ndarray, channels: int, header: Header) -> np.ndarray:
     rows = max(1, STRIP_PIXELS // width)
     for top in range(0, height, rows):
         strip = image[top : top + rows]
-        flat[top : top + rows] = _flatten_strip(strip, channels, header)
+        flat[top : top + rows] = _flatten_strip(strip, channels, header, significant_bits)
     return flat
 
 
-def _flatten_strip(image: np.ndarray, channels: int, header: Header) -> np.ndarray:
+def _flatten_strip(
+    image: np.ndarray, channels: int, header: Header, significant_bits: int
+) -> np.ndarray:
     """Convert rows of an image as `_flatten` does."""
     is_gray = image.ndim == 2
     transparent_pixels = None
@@ -274,7 +441,8 @@ def _flatten_strip(image: np.ndarray, channels: int, header: Header) -> np.ndarr
         transparent_pixels = image == header.transparent
 
     if image.dtype == np.uint16:
-        image = cv2.convertScaleAbs(image, alpha=1 / 257)
+        white = 2**significant_bits - 1
+        image = cv2.convertScaleAbs(image, alpha=255 / white)
     if transparent_pixels is not None:
         image[transparent_pixels] = 255
     if image.ndim == 3 and image.shape[2] == 4:
@@ -290,22 +458,19 @@ def _flatten_strip(image: np.ndarray, channels: int, header: Header) -> np.ndarr
 
 def _blend_over_white(image: np.ndarray, header: Header) -> np.ndarray:
     """Blend uint8 BGRA over white: colour * alpha + (1 - alpha) * 255."""
-    alpha = cv2.cvtColor(image[:, :, 3], cv2.COLOR_GRAY2BGR)
     colour = cv2.cvtColor(image, cv2.COLOR_BGRA2BGR)
+    if header.alpha == "ignored":
+        return colour
+
+    alpha = cv2.cvtColor(image[:, :, 3], cv2.COLOR_GRAY2BGR)
     if header.alpha == "straight":
         colour = cv2.multiply(colour, alpha, scale=1 / 255)
     return cv2.add(colour, cv2.bitwise_not(alpha))
 
 
-def _apply_orientation(image: np.ndarray, exif: bytes) -> np.ndarray:
-    """Turn uint8 [H, W, C] by the orientation tag of an EXIF block, if there is a valid one."""
-    try:
-        tags = read_tiff_tags(exif.removeprefix(b"Exif\0\0"))
-    except (struct.error, IndexError, KeyError):
-        return image
-
+def _apply_orientation(image: np.ndarray, orientation: int) -> np.ndarray:
+    """Turn uint8 [H, W, C] by an EXIF orientation of 1 to 8; others leave it as it is."""
     channels = image.shape[2]
-    orientation = tags.get(ORIENTATION, 1)
     if 5 <= orientation <= 8:
         image = cv2.transpose(image)
     if orientation in _ORIENTATION_FLIPS:

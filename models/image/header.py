@@ -14,6 +14,7 @@ from typing import Literal
 
 from models.image import tiff
 from models.image.errors import UndecodableImage, UnsupportedFormat
+from models.image.jpeg_scans import JpegFrame
 
 DAMAGED = "the image header is cut short or damaged"
 
@@ -33,6 +34,12 @@ class Header:
     alpha: Literal["straight", "premultiplied", "ignored"] = "straight"
     """How to read a fourth channel, if the decoder returns one."""
 
+    orientation: int = 1
+    """How to turn the decoded pixels, as EXIF counts it: 1 to 8; other values turn nothing."""
+
+    depth: Literal[8, 16] = 8
+    """Bits of a decoded sample."""
+
     transparent: int | None = None
     """Gray value that a PNG without alpha channel declares transparent."""
 
@@ -43,6 +50,12 @@ class Header:
     extra_bytes: int = 0
     """Bytes that decoding holds besides, at any scale: coefficients of a JPEG in several scans,
     strips of a TIFF."""
+
+    frame: JpegFrame | None = None
+    """Of a JPEG: its kind, and where its pixels begin."""
+
+    page: tiff.Directory | None = None
+    """Of a TIFF: the page to decode."""
 
     table_bytes: int = 0
     """Most bytes of code tables that a lossless WebP of this size may declare."""
@@ -81,7 +94,39 @@ def _parse_header(data: bytes) -> Header:
         return _parse_tiff(data)
     if data[:2] == b"BM":
         return _parse_bmp(data)
-    raise UnsupportedFormat("not a JPEG, PNG, WebP, BMP, GIF or TIFF image")
+    raise UnsupportedFormat(_describe_other_format(data))
+
+
+# Position, bytes there, and what such a file is.
+_OTHER_FORMATS = (
+    (4, b"ftyphei", "a HEIC image, as phones take them"),
+    (4, b"ftyphev", "a HEIC image, as phones take them"),
+    (4, b"ftypmif1", "a HEIF image, as phones take them"),
+    (4, b"ftypmsf1", "a HEIF image, as phones take them"),
+    (4, b"ftypavi", "an AVIF image"),
+    (4, b"ftypcrx", "raw data of a camera"),
+    (4, b"ftyp", "a video"),
+    (0, b"FUJIFILM", "raw data of a camera"),
+    (0, b"\xff\x0a", "a JPEG XL image"),
+    (0, b"\0\0\0\x0cJXL ", "a JPEG XL image"),
+    (0, b"\0\0\0\x0cjP  ", "a JPEG 2000 image"),
+    (0, b"\xff\x4f\xff\x51", "a JPEG 2000 image"),
+    (0, b"II+\0", "a BigTIFF image"),
+    (0, b"MM\0+", "a BigTIFF image"),
+    (0, b"8BPS", "a Photoshop image"),
+    (0, b"%PDF", "a PDF document"),
+    (0, b"<svg", "an SVG drawing"),
+    (0, b"<?xml", "an XML document, such as an SVG drawing"),
+)
+
+
+def _describe_other_format(data: bytes) -> str:
+    """Say what a file of another format is, and what to do."""
+    supported = "not a JPEG, PNG, WebP, BMP, GIF or TIFF image"
+    for position, magic, name in _OTHER_FORMATS:
+        if data.startswith(magic, position):
+            return f"{name}, {supported}; convert it to JPEG or PNG"
+    return supported
 
 
 def _count_pixel_bytes(is_gray: bool, depth: int) -> int:
@@ -110,6 +155,11 @@ _RST7 = 0xD7
 _SOI = 0xD8  # start of image
 _EOI = 0xD9  # end of image
 _SOS = 0xDA  # start of scan
+_DRI = 0xDD  # restart interval
+_APP1 = 0xE1  # EXIF, XMP
+_APP2 = 0xE2  # colour profiles, the index of a multi-picture file
+_EXIF = b"Exif\0"
+_MULTI_PICTURE = b"MPF\0"
 
 _PROGRESSIVE_FRAMES = frozenset((_SOF2, _SOF6, _SOF10, _SOF14))
 _NOT_FRAMES = frozenset((_DHT, _JPG, _DAC))  # among the markers from SOF0 to SOF15
@@ -126,6 +176,9 @@ def _parse_jpeg(data: bytes) -> Header:
     """Walk the marker segments from the start of image to the first scan."""
     position = 2
     frame = 0  # position of the length field of the start of frame, once it is seen
+    exif = b""
+    has_index = False
+    has_restarts = False
 
     for _ in range(_MAX_SEGMENTS):
         marker, position = _read_jpeg_marker(data, position)
@@ -142,6 +195,12 @@ def _parse_jpeg(data: bytes) -> Header:
             raise UndecodableImage(DAMAGED)
         if is_frame:
             frame = position
+        if marker == _APP1 and not exif and data.startswith(_EXIF, position + 2):
+            exif = data[position + 2 : position + length]
+        if marker == _DRI:
+            has_restarts = True
+        if marker == _APP2 and data.startswith(_MULTI_PICTURE, position + 2):
+            has_index = True
         position += length
     else:
         raise UndecodableImage(f"the jpeg has more than {_MAX_SEGMENTS} segments before its pixels")
@@ -151,16 +210,29 @@ def _parse_jpeg(data: bytes) -> Header:
     is_progressive = data[frame - 1] in _PROGRESSIVE_FRAMES
     # Decoders stop after the first scan of any other frame.
     has_several_scans = is_progressive or scan_components < frame_components
-    if not has_several_scans:
-        return Header("jpeg", width, height, pixel_bytes=_JPEG_PIXEL_BYTES)
+    coefficient_bytes = 0
+    if has_several_scans:
+        pixels = width * height
+        _check_scans(data.count(bytes((0xFF, _SOS)), position) + 1, pixels)
+        samples = _count_samples(data[frame + 9 : frame + 9 + 3 * frame_components : 3])
+        # All coefficients stay in memory until the last scan is read.
+        coefficient_bytes = int(pixels * samples * _COEFFICIENT_BYTES)
 
-    pixels = width * height
-    _check_scans(data.count(bytes((0xFF, _SOS)), position) + 1, pixels)
-    samples = _count_samples(data[frame + 9 : frame + 9 + 3 * frame_components : 3])
-    # All coefficients stay in memory until the last scan is read.
-    coefficient_bytes = int(pixels * samples * _COEFFICIENT_BYTES)
     return Header(
-        "jpeg", width, height, pixel_bytes=_JPEG_PIXEL_BYTES, extra_bytes=coefficient_bytes
+        "jpeg",
+        width,
+        height,
+        orientation=tiff.read_orientation(exif) if exif else 1,
+        frame=JpegFrame(
+            frame_components,
+            is_progressive,
+            has_several_scans,
+            has_restarts,
+            first_scan=position,
+            has_index=has_index,
+        ),
+        pixel_bytes=_JPEG_PIXEL_BYTES,
+        extra_bytes=coefficient_bytes,
     )
 
 
@@ -220,6 +292,7 @@ def _parse_png(data: bytes) -> Header:
         "png",
         width,
         height,
+        depth=16 if depth == 16 else 8,
         transparent=_read_png_transparent_gray(data, depth) if is_gray else None,
         pixel_bytes=_count_pixel_bytes(is_gray, depth),
     )
@@ -393,16 +466,19 @@ _TIFF_COMPRESSIONS = frozenset(
         32946,  # Deflate
     )
 )
-_TIFF_PHOTOMETRICS = frozenset(
-    (
-        0,  # white is zero
-        1,  # black is zero
-        2,  # RGB
-        3,  # palette
-        5,  # separated (CMYK)
-        6,  # YCbCr
-    )
-)
+# Compressions of single bytes, whatever the samples are.
+_TIFF_BYTE_COMPRESSIONS = frozenset((1, 5, 8, 32773, 32946))
+# Photometric interpretation -> colours a pixel.
+_TIFF_COLOURS = {
+    0: 1,  # white is zero
+    1: 1,  # black is zero
+    2: 3,  # RGB
+    3: 1,  # palette
+    5: 4,  # separated (CMYK)
+    6: 3,  # YCbCr
+}
+_TIFF_WITH_ALPHA = frozenset((0, 1, 2))
+_TIFF_RAW_PHOTOMETRICS = frozenset((32803, 34892))
 _TIFF_GRAY_PHOTOMETRICS = frozenset((0, 1))
 _TIFF_SIXTEEN_BIT_PHOTOMETRICS = frozenset((1, 2))
 _TIFF_BITS = frozenset((1, 2, 4, 8, 16))
@@ -412,42 +488,44 @@ _TIFF_MAX_BLOCKS = 1 << 16
 _TIFF_RGBA_BYTES = 4  # a pixel, in the buffer that libtiff fills with a strip or tile
 _UNSIGNED_INTEGER = 1  # SampleFormat
 _CHUNKY = 1  # PlanarConfiguration: the samples of a pixel lie together
-_UNASSOCIATED_ALPHA = 2  # ExtraSamples: colours are not multiplied by alpha
+_UNASSOCIATED_ALPHA = 2  # the value of ExtraSamples that is assumed where it is missing
+_TIFF_ALPHA: dict[int, Literal["straight", "premultiplied"]] = {
+    1: "premultiplied",
+    _UNASSOCIATED_ALPHA: "straight",
+}
 
 
 def _parse_tiff(data: bytes) -> Header:
-    """Read the first directory and check that its kind of TIFF is supported."""
-    tags = tiff.read_tiff_tags(data)
-    if not _is_supported_tiff(tags):
-        raise UndecodableImage(
-            f"this kind of tiff is not supported ({tags.get(tiff.BITS_PER_SAMPLE, 1)} bits, "
-            f"photometric {tags[tiff.PHOTOMETRIC_INTERPRETATION]}, "
-            f"compression {tags.get(tiff.COMPRESSION, 1)})"
-        )
+    """Choose the page to decode and check that its kind of TIFF is supported."""
+    pages = tiff.read_pages(data)
+    page = tiff.choose_page(pages)
+    tags = page.tags
+    _check_tiff_kind(tags)
+    _check_tiff_channels(page, pages)
 
-    width = tags[tiff.IMAGE_WIDTH]
-    height = tags[tiff.IMAGE_LENGTH]
     bits = tags.get(tiff.BITS_PER_SAMPLE, 1)
     samples = tags.get(tiff.SAMPLES_PER_PIXEL, 1)
     pixel_bytes = _count_pixel_bytes(samples == 1 and not _has_colours(tags), bits)
-    block_pixels = _count_tiff_block_pixels(tags, width, height)
+    block_pixels = _count_tiff_block_pixels(tags, page.width, page.height)
+    if samples == 2:  # decoded as a picture that is twice as wide
+        block_pixels *= 2
     block_bytes = block_pixels * (_TIFF_RGBA_BYTES + (samples * bits + 7) // 8)
     if tags.get(tiff.COMPRESSION) == _TIFF_JPEG:
         block_bytes += block_pixels * samples * _COEFFICIENT_BYTES
         if data.count(bytes((0xFF, _SOS))) * block_pixels > _MAX_SCAN_PIXELS:
             raise UndecodableImage("the tiff has more scans than a picture of its size needs")
 
-    is_straight = False  # libtiff returns 8-bit colours multiplied by alpha
-    if bits == 16:
-        is_straight = tags.get(tiff.EXTRA_SAMPLES, _UNASSOCIATED_ALPHA) == _UNASSOCIATED_ALPHA
     return Header(
         "tiff",
-        width,
-        height,
-        alpha="straight" if is_straight else "premultiplied",
+        page.width,
+        page.height,
+        alpha=_TIFF_ALPHA.get(tags.get(tiff.EXTRA_SAMPLES, _UNASSOCIATED_ALPHA), "ignored"),
+        orientation=tags.get(tiff.ORIENTATION, 1),
+        depth=16 if bits == 16 else 8,
+        page=page,
         pixel_bytes=pixel_bytes,
         # The block is freed before the picture is copied.
-        extra_bytes=max(0, block_bytes - width * height * pixel_bytes // 2),
+        extra_bytes=max(0, block_bytes - page.width * page.height * pixel_bytes // 2),
     )
 
 
@@ -489,19 +567,59 @@ def _count_tiff_block_pixels(tags: dict[int, int], width: int, height: int) -> i
     return block_pixels
 
 
-def _is_supported_tiff(tags: dict[int, int]) -> bool:
-    """Whether OpenCV reads a TIFF with these tags correctly."""
-    bits = tags.get(tiff.BITS_PER_SAMPLE, 1)
-    photometric = tags[tiff.PHOTOMETRIC_INTERPRETATION]
-    is_readable = (
-        tags.get(tiff.COMPRESSION, 1) in _TIFF_COMPRESSIONS
-        and bits in _TIFF_BITS
-        and tags.get(tiff.SAMPLES_PER_PIXEL, 1) <= _TIFF_MAX_SAMPLES
-        and tags.get(tiff.SAMPLE_FORMAT, _UNSIGNED_INTEGER) == _UNSIGNED_INTEGER
-        and photometric in _TIFF_PHOTOMETRICS
-    )
-    if bits != 16:
-        return is_readable
+def _check_tiff_kind(tags: dict[int, int]) -> None:
+    """Raise UndecodableImage, with the cause, where OpenCV would not read these tags correctly."""
+    cause = _find_unsupported_kind(tags)
+    if cause is not None:
+        raise UndecodableImage(f"the tiff has {cause}, which is not supported; convert it to PNG")
 
-    is_chunky = tags.get(tiff.PLANAR_CONFIGURATION, _CHUNKY) == _CHUNKY
-    return is_readable and is_chunky and photometric in _TIFF_SIXTEEN_BIT_PHOTOMETRICS
+
+def _find_unsupported_kind(tags: dict[int, int]) -> str | None:
+    bits = tags.get(tiff.BITS_PER_SAMPLE, 1)
+    samples = tags.get(tiff.SAMPLES_PER_PIXEL, 1)
+    photometric = tags[tiff.PHOTOMETRIC_INTERPRETATION]
+    compression = tags.get(tiff.COMPRESSION, 1)
+    is_planar = tags.get(tiff.PLANAR_CONFIGURATION, _CHUNKY) != _CHUNKY
+
+    if photometric in _TIFF_RAW_PHOTOMETRICS:
+        return "the raw data of a camera's sensor"
+    if photometric not in _TIFF_COLOURS:
+        return f"photometric interpretation {photometric}"
+    if compression not in _TIFF_COMPRESSIONS:
+        return f"compression {compression}"
+    if tags.get(tiff.SAMPLE_FORMAT, _UNSIGNED_INTEGER) != _UNSIGNED_INTEGER:
+        return "signed or floating-point samples"
+    if bits not in _TIFF_BITS:
+        return f"{bits} bits a sample"
+
+    extra_samples = samples - _TIFF_COLOURS[photometric]
+    if extra_samples not in (0, 1) or (extra_samples and photometric not in _TIFF_WITH_ALPHA):
+        return f"{samples} samples a pixel with photometric interpretation {photometric}"
+    if samples == 2 and (bits < 8 or compression not in _TIFF_BYTE_COMPRESSIONS):
+        return f"gray and alpha of {bits} bits in compression {compression}"
+    if is_planar and (bits == 16 or samples == 2):
+        return f"{samples} separate planes of {bits} bits (planar configuration 2)"
+    if bits == 16 and samples != 2 and photometric not in _TIFF_SIXTEEN_BIT_PHOTOMETRICS:
+        return f"16 bits a sample with photometric interpretation {photometric}"
+    return None
+
+
+def _check_tiff_channels(page: tiff.Directory, pages: list[tiff.Directory]) -> None:
+    """Raise UndecodableImage where the page may be one channel, or one slice, of several."""
+    channels = [other for other in pages if _is_channel(other, page)]
+    if len(channels) > 1:
+        raise UndecodableImage(
+            f"the tiff has {len(channels)} gray pages of one size, which may be channels or slices "
+            "of one picture; save the one to read as a file of its own"
+        )
+
+
+def _is_channel(page: tiff.Directory, of: tiff.Directory) -> bool:
+    """Whether both pages are gray pictures of one size. Scanned text of 1 bit has no channels."""
+    if not page.is_picture or (page.width, page.height) != (of.width, of.height):
+        return False
+    return all(
+        tags.get(tiff.PHOTOMETRIC_INTERPRETATION) in _TIFF_GRAY_PHOTOMETRICS
+        and tags.get(tiff.BITS_PER_SAMPLE, 1) >= 8
+        for tags in (page.tags, of.tags)
+    )

@@ -4,6 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
+SIXTEEN_BITS = 16
+
 
 class InputSpec(BaseModel):
     """The input of a network: uint8 [N, height, width, channels], RGB or gray.
@@ -13,6 +15,9 @@ class InputSpec(BaseModel):
     - crop: scale the short side to `short_side`, then cut out the centre
     - stretch: scale both sides to the size, without keeping their ratio
     - pad: scale the long side to the size and fill the rest with black
+
+    Images with 16 bits a sample are reduced to 8: 0 is black, 2**significant_bits - 1 and more is
+    white.
     """
 
     height: int = Field(gt=0, le=4096)
@@ -21,6 +26,13 @@ class InputSpec(BaseModel):
     resize: Literal["crop", "stretch", "pad"] = "crop"
     short_side: int | None = Field(
         default=None, gt=0, le=8192, description="for crop; by default the larger side"
+    )
+
+    significant_bits: int = Field(
+        default=SIXTEEN_BITS,
+        ge=8,
+        le=SIXTEEN_BITS,
+        description="bits that 16-bit samples use, such as 12 of many cameras and scanners",
     )
 
     @property

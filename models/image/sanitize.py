@@ -84,6 +84,7 @@ def _sanitize_png(data: bytes, header: Header) -> bytes:
 
 _GIF_EXTENSION = 0x21
 _GIF_GRAPHIC_CONTROL = 0xF9
+_GIF_CONTROL_BYTES = 8
 _GIF_IMAGE = 0x2C
 _GIF_TRAILER = b";"
 _GIF_HAS_PALETTE = 0x80
@@ -119,6 +120,14 @@ def _sanitize_gif(data: bytes, header: Header) -> bytes:
     return b"".join((screen, control, data[position:end], _GIF_TRAILER))
 
 
+def read_gif_frame(data: bytes | bytearray) -> tuple[int, int, int, int]:
+    """Return left, top, width and height of the only frame of a sanitized GIF, in pixels."""
+    position = 13 + _count_gif_palette_bytes(data[10])
+    if data[position] == _GIF_EXTENSION:
+        position += _GIF_CONTROL_BYTES
+    return struct.unpack_from("<4H", data, position + 1)
+
+
 def _count_gif_palette_bytes(flags: int) -> int:
     if not flags & _GIF_HAS_PALETTE:
         return 0
@@ -137,7 +146,7 @@ def _skip_gif_blocks(data: bytes, position: int, blocks: int) -> tuple[int, int]
 
 def _without_disposal(control: bytes) -> bytes:
     """Clear the disposal method of a graphic control extension; it costs a copy of the frame."""
-    if len(control) != 8:
+    if len(control) != _GIF_CONTROL_BYTES:
         raise UndecodableImage(DAMAGED)
     return control[:3] + bytes((control[3] & 1,)) + control[4:]
 

@@ -238,7 +238,7 @@ def gray_tiff(width: int, height: int, rest: bytes = bytes(64), **more: int | tu
         "samples": 277,
         "compression": 259,
         "bits": 258,
-        "private": 65000,
+        "color_map": 320,
     }
     tags = {256: width, 257: height, 258: 8, 259: 1, 262: 1, 273: 200, 277: 1, 278: height, 279: 64}
     tags |= {names[name]: value for name, value in more.items()}
@@ -313,7 +313,7 @@ HOSTILE = {
     "tiff with large tiles for a narrow picture": gray_tiff(
         1, 1_000_000, tile_width=4096, tile_height=4096
     ),
-    "tiff with tags that overlap": gray_tiff(8, 8, private=(300, 0)),
+    "tiff with tags that overlap": gray_tiff(8, 8, color_map=(300, 0)),
     "jpeg of a million segments": b"\xff\xd8" + b"\xff\xe0\0\2" * 1_000_000 + FILES["jpeg"][2:],
     "jpeg of a million fill bytes": b"\xff\xd8" + b"\xff" * 1_000_000 + FILES["jpeg"][3:],
     "png of a million chunks": PNG_START + png_chunk(b"tIME", b"") * 1_000_000 + PNG_END,

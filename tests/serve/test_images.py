@@ -97,6 +97,14 @@ def make_zip_bomb() -> bytes:
     return buffer.getvalue()
 
 
+def make_photo() -> bytes:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    return encode(Image.fromarray(noise), "JPEG")
+
+
+PHOTO = make_photo()
+
+
 def make_png_with_size(width: int, height: int) -> bytes:
     """A small PNG whose header states another size, with a valid checksum."""
     data = bytearray(GOOD["png"])
@@ -115,7 +123,9 @@ BAD = {
         415,
     ),
     "avif": (b"\0\0\0\x1cftypavif" + bytes(64), 415),
+    "heic": (b"\0\0\0\x24ftypheic" + bytes(64), 415),
     "jpeg cut short": (GOOD["jpeg"][: len(GOOD["jpeg"]) // 2], 422),
+    "jpeg cut short, with an end marker": (PHOTO[: len(PHOTO) * 2 // 3] + b"\xff\xd9", 422),
     "jpeg start only": (b"\xff\xd8\xff\xe0", 422),
     "jpeg of a thousand scans": (
         jpeg_builder.green_jpeg([[i % 3] for i in range(1000)], 7000),

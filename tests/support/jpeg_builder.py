@@ -8,6 +8,7 @@ PROGRESSIVE = (0xC2, 0xCA)
 # DC coefficient of flat green: Y is 192, Cb and Cr are 64; each lies 64 from the middle.
 DC = 512
 COEFFICIENT_BITS = 10
+MAX_FILLED_SCANS = 30
 
 
 def segment(marker: int, content: bytes) -> bytes:
@@ -17,8 +18,8 @@ def segment(marker: int, content: bytes) -> bytes:
 def green_jpeg(scans: list[list[int]], side: int = 32, frame: int = BASELINE) -> bytes:
     """A flat green JPEG; `scans` lists the components of each scan.
 
-    Only a scan of one component in a baseline image of at most 64 pixels has content; decoders take
-    gray for what is missing.
+    Scans have content in Huffman coding, where they are not too many; decoders take gray for what
+    is missing.
     """
     component_count = max(max(scan) for scan in scans) + 1
     parts = [
@@ -29,8 +30,8 @@ def green_jpeg(scans: list[list[int]], side: int = 32, frame: int = BASELINE) ->
     ]
     for scan in scans:
         parts.append(segment(0xDA, scan_header(scan, frame)))
-        if len(scan) == 1 and frame == BASELINE and side <= 64:
-            parts.append(scan_data(scan[0], side))
+        if len(scans) <= MAX_FILLED_SCANS and frame in (BASELINE, PROGRESSIVE[0]):
+            parts.append(scan_data(scan, side, frame))
     parts.append(b"\xff\xd9")
     return b"".join(parts)
 
@@ -56,14 +57,22 @@ def scan_header(scan: list[int], frame: int) -> bytes:
     return bytes([len(scan)]) + components + bytes([0, last_coefficient, 0])
 
 
-def scan_data(component: int, side: int) -> bytes:
-    """The entropy-coded blocks of one component: the first holds its DC, the others no change."""
-    is_positive = component in (0, 3)
-    complement = (1 << COEFFICIENT_BITS) - 1 - DC  # how JPEG stores a negative coefficient
-    value = DC if is_positive else complement
+def scan_data(scan: list[int], side: int, frame: int) -> bytes:
+    """The entropy-coded blocks of a scan: the first of each component holds its DC.
+
+    The others hold no change. A block of a baseline image ends with a code, one of a progressive
+    scan of DC only does not.
+    """
+    block_end = "" if frame in PROGRESSIVE else "0"
+    bits = ""
+    for component in scan:
+        is_positive = component in (0, 3)
+        complement = (1 << COEFFICIENT_BITS) - 1 - DC  # how JPEG stores a negative coefficient
+        value = DC if is_positive else complement
+        bits += f"10{value:010b}{block_end}"
 
     block_count = ((side + 7) // 8) ** 2
-    bits = f"10{value:010b}0" + "00" * (block_count - 1)
+    bits += ("0" + block_end) * len(scan) * (block_count - 1)
     bits += "1" * (-len(bits) % 8)
     data = int(bits, 2).to_bytes(len(bits) // 8, "big")
     return data.replace(b"\xff", b"\xff\0")

@@ -111,7 +111,8 @@ def test_leftovers_of_a_killed_job_are_removed(tmp_path, cache):
         "import os, signal, sys\nfrom train.data import ImageData\n"
         "from train.data.source import FileItems\n"
         "FileItems.__getitem__ = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "ImageData(sys.argv[1], cache=sys.argv[2], workers=0, size=32, channels=3).setup()"
+        "ImageData(sys.argv[1], cache=sys.argv[2], workers=0, size=32, channels=3,\n"
+        "    significant_bits=16).setup()"
     )
     killed = subprocess.run([sys.executable, "-c", script, str(source), cache], cwd=ROOT)
     assert killed.returncode == -signal.SIGKILL

@@ -9,7 +9,9 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from models.image import ImageTooLarge, InputSpec, decode
 from support.sample_images import (
     CLASSES,
     classify_by_colour,
@@ -17,6 +19,8 @@ from support.sample_images import (
     make_png,
     write_image_folder,
 )
+from train.audit.findings import collect_findings
+from train.audit.summary import summarize
 from train.data import Augmentation, DataError, ImageData
 from train.data.sampler import EpochOrder
 
@@ -423,6 +427,85 @@ def test_few_unreadable_files_are_left_out_and_listed(tmp_path, cache, capsys):
     assert "red/000.png" in printed
 
 
+def test_a_jpeg_that_lacks_a_part_of_its_pixels_is_left_out(tmp_path, cache):
+    source = write_image_folder(tmp_path / "photos", count=40)
+    jpeg = cv2.imencode(".jpg", make_pixels(2, 0, 200))[1].tobytes()
+    (source / "red" / "whole.jpg").write_bytes(jpeg)
+    (source / "red" / "half.jpg").write_bytes(jpeg[: len(jpeg) * 2 // 3] + b"\xff\xd9")
+    unreadable = dict(ready(source, cache).unreadable)
+    assert unreadable.keys() == {"red/half.jpg"}
+    assert "cut short" in unreadable["red/half.jpg"]
+
+
+def write_twelve_bit_folder(root: Path) -> Path:
+    """Write gray PNG files of 16 bits a sample, of which 12 are used."""
+    for label, name in enumerate(CLASSES):
+        (root / name).mkdir(parents=True)
+        for i in range(12):
+            gray = cv2.cvtColor(make_pixels(label, i, 64), cv2.COLOR_BGR2GRAY)
+            gray[0, 0] = 255
+            cv2.imwrite(str(root / name / f"{i}.png"), gray.astype(np.uint16) << 4)
+    return root
+
+
+@pytest.mark.parametrize("memory", ["memory", "stream"])
+def test_images_of_twelve_bits_use_the_whole_range_in_training_as_in_serving(
+    tmp_path, cache, memory
+):
+    source = write_twelve_bit_folder(tmp_path / "scans")
+    data = ready(source, cache, memory=memory)
+    manifest_input = InputSpec.model_validate_json(data.input.model_dump_json())
+    assert manifest_input.significant_bits == 12
+
+    images = data.training_images(100).permute(0, 2, 3, 1).numpy()
+    positions = data.index["train"].tolist()
+    assert images.max() >= 254
+    for image, i in zip(images, positions, strict=True):
+        served = decode((source / data.dataset.items.name(i)).read_bytes(), manifest_input)
+        assert np.array_equal(image, served)
+
+
+@pytest.mark.parametrize(
+    ("significant_bits", "words"),
+    [
+        (None, "36 images with 16 bits a sample, of which 12 are read: 4095 is white"),
+        (10, "36 of 36 images with 16 bits a sample have samples above 1023"),
+        (16, "use only 12 of them and are dark; set data.significant_bits: 12"),
+    ],
+)
+def test_the_audit_says_which_bits_of_sixteen_are_read(tmp_path, significant_bits, words):
+    source = write_twelve_bit_folder(tmp_path / "scans")
+    data = ready(source, "", significant_bits=significant_bits)
+    assert any(words in line for line in summarize(collect_findings(data)))
+
+
+@pytest.mark.parametrize("memory", ["memory", "stream"])
+def test_the_largest_image_is_a_setting(tmp_path, cache, memory):
+    source = write_image_folder(tmp_path / "photos", count=40)
+    (source / "red" / "large.png").write_bytes(make_png(2, 0, 64))
+    data = ready(source, cache, memory=memory, max_pixels=2000)
+    assert dict(data.unreadable).keys() == {"red/large.png"}
+    assert "64x64 pixels are more than the 2000 allowed" in data.unreadable[0].problem
+    assert not ready(source, cache, memory=memory).unreadable
+
+
+def test_a_sample_larger_than_servers_allow_is_reduced(tmp_path):
+    """50 megapixels are the default of a server that checks the samples of a bundle."""
+    source = tmp_path / "photos"
+    for part in ("train", "val", "test"):
+        write_image_folder(source / part, count=2)
+    white = Image.new("1", (8000, 6400), 1)
+    white.save(source / "val" / "red" / "large.png")
+    with pytest.raises(ImageTooLarge):
+        decode((source / "val" / "red" / "large.png").read_bytes(), InputSpec(height=32, width=32))
+
+    data = ready(source, "", max_pixels=60_000_000)
+    assert not data.unreadable
+    samples = [decode(sample.content, data.input) for sample in data.validation_samples()]
+    assert len(samples) == 7
+    assert any((pixels == 255).all() for pixels in samples)
+
+
 def test_more_unreadable_files_than_allowed_stop_the_run(tmp_path, cache):
     source = write_image_folder(tmp_path / "photos", count=10)
     for name in ("000.png", "001.png", "002.png"):
@@ -500,6 +583,8 @@ def test_a_data_set_missing_at_root_names_the_expected_folder(tmp_path, cache):
         ("memory_share", -1.0),
         ("size", 0),
         ("short_side", 0),
+        ("max_pixels", 0),
+        ("significant_bits", 7),
         ("workers", -1),
         ("batch_size", 0),
     ],

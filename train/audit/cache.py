@@ -13,7 +13,7 @@ from train.data import ImageData
 from train.data.cache import replace_text
 from train.data.source import PARTS
 
-LAYOUT_VERSION = 4  # of the findings; increase it when they change
+LAYOUT_VERSION = 5  # of the findings; increase it when they change
 
 
 def load_cached_findings(data: ImageData) -> Findings | None:

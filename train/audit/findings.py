@@ -86,6 +86,15 @@ class UnusualFindings(TypedDict):
     images: list[UnusualEntry]
 
 
+class SampleBitsFindings(TypedDict):
+    """Images with 16 bits a sample, which are reduced to 8."""
+
+    count: int
+    significant_bits: int  # that are read; larger samples become white
+    largest: int  # bits that the largest sample of all images takes
+    clipped: int  # images with larger samples than are read
+
+
 class SuspectEntry(ImageEntry):
     """An image with a suspicious label."""
 
@@ -132,6 +141,7 @@ class Findings(TypedDict):
     leakage: dict[str, Leak]  # of "test" and "val"
     class_counts: list[ClassCount]
     odd: UnusualFindings
+    sample_bits: SampleBitsFindings
     labels: LabelFindings
 
 
@@ -170,6 +180,7 @@ def collect_findings(data: ImageData) -> Findings:
         "leakage": find_leaks(parts, duplicates),
         "class_counts": _count_classes(data),
         "odd": _find_unusual_images(data, parts),
+        "sample_bits": _count_sample_bits(data),
         "labels": _check_labels(data, parts, duplicates),
     }
 
@@ -303,6 +314,18 @@ def _find_unusual_images(data: ImageData, parts: np.ndarray) -> UnusualFindings:
         "different_sizes": len(sizes),
         "count": len(unusual),
         "images": entries,
+    }
+
+
+def _count_sample_bits(data: ImageData) -> SampleBitsFindings:
+    """Count the images with 16 bits a sample, and those with larger samples than are read."""
+    sample_bits = data.decoded.metadata["sample_bits"]
+    significant_bits = data.input.significant_bits
+    return {
+        "count": int((sample_bits > 0).sum()),
+        "significant_bits": significant_bits,
+        "largest": int(sample_bits.max()),
+        "clipped": int((sample_bits > significant_bits).sum()),
     }
 
 

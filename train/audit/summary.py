@@ -1,9 +1,11 @@
 """The findings in words: lines for the terminal and for the model card."""
 
+from models.image.input_spec import SIXTEEN_BITS
 from train.audit.duplicates import MIN_SIDE
-from train.audit.findings import DuplicateFindings, Findings, LabelFindings
+from train.audit.findings import DuplicateFindings, Findings, LabelFindings, SampleBitsFindings
 from train.audit.leakage import Leak
 
+FEW_SAMPLE_BITS = 12  # of 16; images that use no more are nearly black
 LISTED_CLASSES = 10  # classes with few images that a line names
 
 
@@ -46,6 +48,7 @@ def summarize(findings: Findings) -> list[str]:
         lines.append("few images: " + ", ".join(listed))
     if findings["odd"]["count"]:
         lines.append(f"{format_count(findings['odd']['count'], 'image')} of unusual size or mode")
+    lines += _summarize_sample_bits(findings["sample_bits"])
     lines += _summarize_labels(findings["labels"])
     return lines
 
@@ -58,6 +61,32 @@ def format_count(count: int, noun: str) -> str:
 def pluralize(noun: str, count: int) -> str:
     """Return a regular noun in the form that follows the number."""
     return noun if count == 1 else f"{noun}s"
+
+
+def _summarize_sample_bits(found: SampleBitsFindings) -> list[str]:
+    """Say which bits of 16-bit images are read, where that is not all of them."""
+    if found["count"] == 0:
+        return []
+    count = format_count(found["count"], "image")
+    read = found["significant_bits"]
+    if found["clipped"]:
+        return [
+            f"WARNING: {found['clipped']} of {count} with 16 bits a sample have samples "
+            f"above {2**read - 1}, which become white; set data.significant_bits: "
+            f"{found['largest']} to keep them apart"
+        ]
+    if read < SIXTEEN_BITS:
+        return [
+            f"{count} with 16 bits a sample, of which {read} are read: {2**read - 1} is white, in "
+            "training as in serving; data.significant_bits changes it"
+        ]
+    if found["largest"] <= FEW_SAMPLE_BITS:
+        needed = max(found["largest"], 8)
+        return [
+            f"WARNING: {count} with 16 bits a sample use only {needed} of them and are dark; set "
+            f"data.significant_bits: {needed} to brighten them"
+        ]
+    return []
 
 
 def _summarize_leak(leak: Leak, part: str) -> str:

@@ -21,11 +21,11 @@ import cv2
 import numpy as np
 from filelock import FileLock
 
-from models.image import InputSpec
+from models.image import MAX_PIXELS, InputSpec
 from train.data.pixels import METADATA_DTYPE, decode_all, read_array_metadata
 from train.data.source import ArrayItems, Items, notify
 
-LAYOUT_VERSION = 2  # of the entries; increase it when decoding changes
+LAYOUT_VERSION = 3  # of the entries; increase it when decoding changes
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class DecodingJob:
     spec: InputSpec
     workers: int
     title: str  # of the progress bar
+    max_pixels: int  # of one image
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -52,7 +53,8 @@ class DecodingJob:
 
     def decode_into(self, pixels: np.ndarray, metadata: np.ndarray) -> None:
         """Decode all items into arrays of `shape` and [N]."""
-        for rows, chunk, records in decode_all(self.items, self.spec, self.workers, self.title):
+        chunks = decode_all(self.items, self.spec, self.workers, self.title, self.max_pixels)
+        for rows, chunk, records in chunks:
             pixels[rows] = chunk
             metadata[rows] = records
 
@@ -65,13 +67,18 @@ class DecodingJob:
 
 
 def load_decoded_images(
-    items: Items, spec: InputSpec, cache: Path | None, workers: int, title: str
+    items: Items,
+    spec: InputSpec,
+    cache: Path | None,
+    workers: int,
+    title: str,
+    max_pixels: int = MAX_PIXELS,
 ) -> DecodedImages:
     """Return pixels and metadata of all items, from the cache or by decoding them.
 
     Without `cache`, or where it can't be written, they are held in memory only.
     """
-    job = DecodingJob(items, spec, workers, title)
+    job = DecodingJob(items, spec, workers, title, max_pixels)
     if isinstance(items, ArrayItems) and items.array.shape == job.shape:
         return DecodedImages(items.array, read_array_metadata(items.array))
     if cache is None:
@@ -91,7 +98,7 @@ def load_decoded_images(
 
 def _load_or_decode(directory: Path, job: DecodingJob) -> DecodedImages:
     """Load the entry of these items, or decode them to a new one. Raises OSError."""
-    version = f"{LAYOUT_VERSION} {cv2.__version__} {job.spec.model_dump_json()}"
+    version = f"{LAYOUT_VERSION} {cv2.__version__} {job.spec.model_dump_json()} {job.max_pixels}"
     suffix = hashlib.sha256(version.encode()).hexdigest()[:16]
     key = directory / f"{job.items.fingerprint()[:32]}-{suffix}.key"
     with FileLock(f"{key}.lock"):

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.image import InputSpec
+from models.image import MAX_PIXELS, InputSpec
 from train.data.pixels import PixelBatches, build_worker_loader
 from train.data.sampler import EpochOrder, keyed_rng
 from train.data.source import DataError, Items
@@ -142,10 +142,11 @@ class StreamBatchLoader(BatchLoader):
         device: torch.device,
         augment: Augment | None = None,
         workers: int = 0,
+        max_pixels: int = MAX_PIXELS,
     ):
         """`spec`: what items are decoded to; `workers`: 0 decodes in this process."""
         super().__init__(labels, order, device, augment)
-        self.dataset = PixelBatches(items, spec)
+        self.dataset = PixelBatches(items, spec, max_pixels)
         self.workers = workers
 
     def _load_images(self, batches: list[np.ndarray]) -> Iterator[Tensor]:

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from models.cpu_quota import available_cores
-from models.image import InputSpec, read_header
+from models.image import MAX_PIXELS, ImageTooLarge, InputSpec, decode, read_header
+from models.image.input_spec import SIXTEEN_BITS
 from train.data.augment import Augmentation, Augmenter
 from train.data.cache import DecodedImages, load_decoded_images
 from train.data.input_size import choose_input_spec, thumbnail_spec, training_spec
 from train.data.loader import BatchLoader, MemoryBatchLoader, StreamBatchLoader
 from train.data.memory import Memory, Storage, choose_storage, measure_free_memory
-from train.data.pixels import read_pixels, to_image_bytes
+from train.data.pixels import read_pixels, to_image_bytes, to_pixels
 from train.data.sampler import EpochOrder
 from train.data.source import (
     PARTS,
@@ -94,6 +95,11 @@ class ImageData(L.LightningDataModule):
             ~/.cache/imago, empty for none.
         max_unreadable: share of images that may be unreadable; they are left out. More stop the
             run.
+        max_pixels: pixels of one image; larger ones are unreadable. The service has a setting of
+            the same name.
+        significant_bits: bits that the samples of 16-bit images use, 8 to 16: 12 for many cameras
+            and scanners; by default as few as hold the samples of the training images. The
+            service reads images in the same way.
     """
 
     # `setup` sets these:
@@ -127,6 +133,8 @@ class ImageData(L.LightningDataModule):
         workers: int | None = None,
         cache: str | None = None,
         max_unreadable: float = 0.05,
+        max_pixels: int = MAX_PIXELS,
+        significant_bits: int | None = None,
     ):
         super().__init__()
         _check_between("val_fraction", val_fraction)
@@ -136,6 +144,8 @@ class ImageData(L.LightningDataModule):
         _check_at_least("size", size, 1)
         _check_at_least("short_side", short_side, 1)
         _check_at_least("workers", workers, 0)
+        _check_at_least("max_pixels", max_pixels, 1)
+        _check_significant_bits(significant_bits)
         _check_share("max_unreadable", max_unreadable)
         _check_share("memory_share", memory_share)
 
@@ -156,6 +166,8 @@ class ImageData(L.LightningDataModule):
         self.memory_share = memory_share
         self.cache = _cache_directory(cache)
         self.max_unreadable = max_unreadable
+        self.max_pixels = max_pixels
+        self.significant_bits = significant_bits
 
         self.unreadable: list[UnreadableImage] = []  # filled by `setup`, also where it fails
         self.audit_summary: list[str] | None = None  # findings in words; None without an audit
@@ -213,7 +225,13 @@ class ImageData(L.LightningDataModule):
                 f"{self.source}: one class, {self.classes[0]!r}; a classifier needs two or more"
             )
         self.input = choose_input_spec(
-            self.dataset, self.size, self.channels, self.resize, self.short_side
+            self.dataset,
+            self.size,
+            self.channels,
+            self.resize,
+            self.short_side,
+            self.significant_bits,
+            self.max_pixels,
         )
         self.storage = self._choose_storage()
 
@@ -259,7 +277,9 @@ class ImageData(L.LightningDataModule):
         in_memory = isinstance(self.dataset.items, ArrayItems)
         cache = None if in_memory else self.cache
         title = f"Decoding {self.dataset.name}"
-        return load_decoded_images(self.dataset.items, spec, cache, self.workers, title)
+        return load_decoded_images(
+            self.dataset.items, spec, cache, self.workers, title, self.max_pixels
+        )
 
     def _list_unreadable(self) -> list[UnreadableImage]:
         problems = self.decoded.metadata["problem"]
@@ -367,7 +387,14 @@ class ImageData(L.LightningDataModule):
         labels = self._labels_on_device()
         if self.storage == "stream":
             return StreamBatchLoader(
-                self.dataset.items, spec, labels, order, self.device, augmenter, self.workers
+                self.dataset.items,
+                spec,
+                labels,
+                order,
+                self.device,
+                augmenter,
+                self.workers,
+                self.max_pixels,
             )
         pixels = self._stored_pixels(spec)
         return MemoryBatchLoader(pixels, labels, order, self.device, augmenter)
@@ -469,12 +496,16 @@ class ImageData(L.LightningDataModule):
         positions = index[np.linspace(0, len(index) - 1, count, dtype=np.int64)].tolist()
         if self.storage == "stream":
             for i in positions:
-                yield read_pixels(self.dataset.items, i, self.input)
+                yield read_pixels(self.dataset.items, i, self.input, self.max_pixels)
         else:
             yield from self.decoded.pixels[positions]
 
     def validation_samples(self, count: int = 16) -> list[SampleImage]:
-        """Return up to `count` validation images as stored, with the classes in turn."""
+        """Return up to `count` validation images as stored, with the classes in turn.
+
+        Images that only this run's `max_pixels` allows are reduced: a server checks the samples
+        with its own limit.
+        """
         index = self.index["val"]
         labels = self.dataset.labels[index]
         rank_in_class = np.zeros(len(index), np.int64)
@@ -484,10 +515,22 @@ class ImageData(L.LightningDataModule):
 
         samples = []
         for j, i in enumerate(positions):
-            content = to_image_bytes(self.dataset.items[i])
+            content = self._read_sample(i)
             name = f"{j:02d}.{read_header(content).format}"
             samples.append(SampleImage(name, content, int(self.dataset.labels[i])))
         return samples
+
+    def _read_sample(self, i: int) -> bytes:
+        """Return an image file as stored, or its reduced pixels as PNG where it is very large."""
+        content = to_image_bytes(self.dataset.items[i])
+        if self.max_pixels <= MAX_PIXELS:
+            return content
+        try:
+            decode(content, self.input)
+        except ImageTooLarge:
+            pixels = to_pixels(content, training_spec(self.input), self.max_pixels)
+            return to_image_bytes(pixels)
+        return content
 
 
 def _check_between(name: str, value: float) -> None:
@@ -498,6 +541,11 @@ def _check_between(name: str, value: float) -> None:
 def _check_share(name: str, value: float) -> None:
     if not 0 <= value <= 1:
         raise DataError(f"{name}: {value} is not in 0..1")
+
+
+def _check_significant_bits(value: int | None) -> None:
+    if value is not None and not 8 <= value <= SIXTEEN_BITS:
+        raise DataError(f"significant_bits: {value} is not in 8..{SIXTEEN_BITS}")
 
 
 def _check_at_least(name: str, value: int | None, minimum: int) -> None:

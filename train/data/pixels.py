@@ -25,7 +25,8 @@ from models.image import InputSpec
 from train.data.source import DataError, Items
 
 # One record an image. `problem` is empty where the image is usable; `sha256` is of the stored bytes
-# or pixels, and 0 where the item could not be read.
+# or pixels, and 0 where the item could not be read. `sample_bits` says how many bits the largest
+# sample of a 16-bit image takes, and is 0 for other images.
 METADATA_DTYPE = np.dtype(
     [
         ("sha256", "u1", 32),
@@ -33,6 +34,7 @@ METADATA_DTYPE = np.dtype(
         ("height", "i4"),
         ("format", "U8"),
         ("mode", "U8"),
+        ("sample_bits", "u1"),
         ("problem", "U160"),
     ]
 )
@@ -65,21 +67,25 @@ def to_image_bytes(item: bytes | np.ndarray) -> bytes:
     return cv2.imencode(".png", item)[1].tobytes()
 
 
-def to_pixels(item: bytes | np.ndarray, spec: InputSpec) -> np.ndarray:
+def to_pixels(
+    item: bytes | np.ndarray, spec: InputSpec, max_pixels: int = image.MAX_PIXELS
+) -> np.ndarray:
     """Decode an item to uint8 [height, width, channels] of `spec`. Raises image.ImageError."""
     if isinstance(item, np.ndarray) and item.shape == (spec.height, spec.width, spec.channels):
         return item
-    return image.decode(to_image_bytes(item), spec)
+    return image.decode(to_image_bytes(item), spec, max_pixels)
 
 
-def read_pixels(items: Items, i: int, spec: InputSpec) -> np.ndarray:
+def read_pixels(
+    items: Items, i: int, spec: InputSpec, max_pixels: int = image.MAX_PIXELS
+) -> np.ndarray:
     """Read and decode an item that was readable during setup.
 
     Raises DataError with the item's name where it no longer is: a file was moved, or a share is
     gone.
     """
     try:
-        return to_pixels(items[i], spec)
+        return to_pixels(items[i], spec, max_pixels)
     except (OSError, image.ImageError) as error:
         reason = (isinstance(error, OSError) and error.strerror) or error
         raise DataError(f"{items.name(i)}: can't be read any more: {reason}") from error
@@ -88,9 +94,10 @@ def read_pixels(items: Items, i: int, spec: InputSpec) -> np.ndarray:
 class PositionDataset(Dataset):
     """A dataset whose index is an array of positions, int64 [B], so that one element is a batch."""
 
-    def __init__(self, items: Items, spec: InputSpec):
+    def __init__(self, items: Items, spec: InputSpec, max_pixels: int):
         self.items = items
         self.spec = spec
+        self.max_pixels = max_pixels
 
 
 class PixelBatches(PositionDataset):
@@ -102,7 +109,9 @@ class PixelBatches(PositionDataset):
 
     def __getitem__(self, index: np.ndarray) -> Tensor | np.ndarray | DataError:
         try:
-            pixels = [read_pixels(self.items, i, self.spec) for i in index.tolist()]
+            pixels = [
+                read_pixels(self.items, i, self.spec, self.max_pixels) for i in index.tolist()
+            ]
         except DataError as error:
             return error
         return to_shared_memory(np.stack(pixels))
@@ -132,10 +141,22 @@ class PixelsWithMetadata(PositionDataset):
 
         try:
             _fill_metadata(item, metadata[row])
-            pixels[row] = to_pixels(item, self.spec)
+            pixels[row] = to_pixels(item, self.spec, self.max_pixels)
+            metadata[row]["sample_bits"] = count_sample_bits(item, self.max_pixels)
         except (OSError, image.ImageError) as error:
             problem = f"cut short: {error}" if _is_truncated(item) else str(error)
             metadata[row]["problem"] = problem
+
+
+def count_sample_bits(item: bytes | np.ndarray, max_pixels: int) -> int:
+    """Return how many bits the largest sample of a 16-bit image takes; 0 for other images.
+
+    Raises image.ImageError.
+    """
+    if isinstance(item, np.ndarray) and item.dtype == np.uint8:
+        return 0
+    largest = image.read_largest_sample(to_image_bytes(item), max_pixels)
+    return 0 if largest is None else largest.bit_length()
 
 
 def to_shared_memory(pixels: np.ndarray) -> Tensor | np.ndarray:
@@ -209,7 +230,7 @@ def _is_truncated(item: bytes | np.ndarray) -> bool:
 
 
 def decode_all(
-    items: Items, spec: InputSpec, workers: int, title: str
+    items: Items, spec: InputSpec, workers: int, title: str, max_pixels: int
 ) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
     """Decode all items in order, with a progress bar on a terminal.
 
@@ -219,7 +240,7 @@ def decode_all(
     image_bytes = spec.height * spec.width * spec.channels
     task_images = max(1, min(TASK_IMAGES, TASK_BYTES // image_bytes))
     tasks = np.array_split(np.arange(count), max(1, -(-count // task_images)))
-    loader = build_worker_loader(PixelsWithMetadata(items, spec), tasks, workers)
+    loader = build_worker_loader(PixelsWithMetadata(items, spec, max_pixels), tasks, workers)
 
     start = 0
     for pixels, metadata in _with_progress_bar(loader, title, count):

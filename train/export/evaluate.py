@@ -173,7 +173,9 @@ def load_images(data: ImageData, part: str, rows: np.ndarray) -> np.ndarray:
     index = data.index[part][rows]
     if data.storage != "stream":
         return np.ascontiguousarray(data.decoded.pixels[index])
-    return np.stack([read_pixels(data.dataset.items, i, data.input) for i in index.tolist()])
+    return np.stack(
+        [read_pixels(data.dataset.items, i, data.input, data.max_pixels) for i in index.tolist()]
+    )
 
 
 def evenly_spaced_rows(count: int, limit: int) -> np.ndarray:
