@@ -5,13 +5,16 @@ processes.
 """
 
 import os
+import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "IMAGO_"  # of the environment variables
+ANY_ORIGIN = "*"  # of cors_origins
+ORIGIN = re.compile(r"https?://[^/\s?#@]+")
 
 
 class Settings(BaseSettings):
@@ -60,7 +63,10 @@ class Settings(BaseSettings):
         256, ge=1, description="images accepted and not yet answered; more get status 429"
     )
     max_pending_bytes: int = Field(
-        256 << 20, ge=1, description="bytes of bodies accepted and not yet answered"
+        256 << 20,
+        ge=1,
+        description="bytes of bodies accepted and not yet answered, and of answers that clients do "
+        "not take; more get status 429",
     )
     max_images: int = Field(64, ge=1, description="images in one request")
     max_body_bytes: int = Field(32 << 20, ge=1, description="bytes in the body of one request")
@@ -111,9 +117,15 @@ class Settings(BaseSettings):
     # Access and logs
     api_key: SecretStr | None = Field(
         None,
-        description="key that clients send as X-API-Key or bearer token; must not be empty",
+        description="key that clients send as X-API-Key or bearer token, for all paths but the "
+        "page's own files, /docs and the health checks; must not be empty",
     )
     api_key_file: Path | None = Field(None, description="file that holds the key")
+    cors_origins: str = Field(
+        "",
+        description="origins of other web pages that may send requests, separated by commas, such "
+        "as https://app.example.com; *: all",
+    )
     public_key: Path | None = Field(
         None, description="PEM file; only bundles signed with its private key are served"
     )
@@ -123,6 +135,24 @@ class Settings(BaseSettings):
     )
     access_log: bool = Field(False, description="log every request, not only failed ones")
     tracing: bool = Field(False, description="send OpenTelemetry spans, as the OTEL_ variables say")
+
+    @field_validator("port", "metrics_port", mode="before")
+    @classmethod
+    def _check_service_link(cls, port: Any) -> Any:
+        if isinstance(port, str) and port.startswith("tcp://"):
+            raise ValueError(
+                f"{port} is not a port; Kubernetes sets this variable for a Service of that name: "
+                "rename the Service, or set enableServiceLinks to false in the pod"
+            )
+        return port
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _check_origins(cls, origins: str) -> str:
+        for origin in split_list(origins):
+            if origin != ANY_ORIGIN and not ORIGIN.fullmatch(origin):
+                raise ValueError(f"{origin} is not an origin such as https://app.example.com")
+        return origins
 
     @field_validator("api_key")
     @classmethod
@@ -153,7 +183,7 @@ class Settings(BaseSettings):
         # Empty variables count as unset. Here that would open a service that should have a key.
         for name in (f"{PREFIX}API_KEY", f"{PREFIX}API_KEY_FILE"):
             if os.environ.get(name) == "":
-                raise ValueError(f"{name} is empty; unset it to serve without a key")
+                raise ValueError(f"{name} is empty; set a key, or unset it to serve without one")
         return self
 
     @model_validator(mode="after")
@@ -161,6 +191,10 @@ class Settings(BaseSettings):
         if self.metrics_port == self.port:
             raise ValueError("port and metrics_port must differ")
         return self
+
+    def allowed_origins(self) -> list[str]:
+        """Return the origins of `cors_origins`, as browsers write them."""
+        return [origin.lower() for origin in split_list(self.cors_origins)]
 
     def load_api_key(self) -> bytes | None:
         """Return the API key from its setting or file, or None to serve without a key.
@@ -181,3 +215,9 @@ class Settings(BaseSettings):
         if not key:
             raise ValueError(f"{self.api_key_file}: the file with the API key is empty")
         return key.encode()
+
+
+def split_list(text: str) -> list[str]:
+    """Return the items of a list that is separated by commas."""
+    items = [item.strip() for item in text.split(",")]
+    return [item for item in items if item]

@@ -7,7 +7,8 @@ into the lifespan's state. From there `serve.http.protocol` gets it for each con
 To add an endpoint, add its handler to `Service.routes`, which maps (method, path) to an async
 function from Request to Response, or to `Service.prefixes` for all paths with a common start.
 POST /predict is not a route: see `serve.http.predict_request`. `Service.record` sees every request
-that ends. Paths in `PROTECTED_PATHS` require the API key, if one is set.
+that ends. If an API key is set, all paths require it but those in `PUBLIC_PATHS` and
+`PUBLIC_PREFIXES`.
 """
 
 import asyncio
@@ -19,6 +20,7 @@ import signal
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from itertools import count
+from operator import itemgetter
 from types import FrameType
 from typing import Any
 
@@ -26,6 +28,7 @@ from starlette.types import ASGIApp
 
 from serve import logs
 from serve.http import openapi
+from serve.http.cross_site import CrossSitePolicy
 from serve.http.dispatcher import Dispatcher
 from serve.http.feedback import FeedbackEndpoint
 from serve.http.open_inference import OpenInference
@@ -35,6 +38,8 @@ from serve.http.responses import (
     CLIENT_CLOSED_REQUEST,
     SECURITY_HEADERS,
     ClientConnection,
+    Header,
+    OpenFile,
     Problem,
     Receive,
     Request,
@@ -53,14 +58,17 @@ Handler = Callable[[Request], Awaitable[Response]]
 STATE_KEY = "service"  # of the Service in the lifespan's state
 
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
-PROTECTED_PATHS = ("/predict", "/v2", "/feedback")
-UNPROTECTED_PATHS = "/v2/health/"
+PREDICT_PATHS = frozenset(("/predict", "/predict/"))
+PUBLIC_PATHS = frozenset(("/", "/docs", "/openapi.json"))
+PUBLIC_PREFIXES = ("/page/", "/health/", "/v2/health/")
 INFER_PATHS = "/v2/models/"
 
 # Their counters exist from the start; those of other codes are created when they occur.
-EXPECTED_CODES = (200, 400, 401, 408, 413, 415, 422, 429, 500, 503, 504)
+EXPECTED_CODES = (200, 400, 401, 403, 408, 413, 415, 422, 429, 500, 503, 504)
 
 TIMEOUT_CHECK_SECONDS = 0.5
+MIN_IDLE_SECONDS = 1.0  # before a connection makes room; less is a pause between two requests
+FILE_CHUNK_BYTES = 64 << 10  # as much as uvicorn buffers before it waits for the client
 MAX_LOG_LINES_PER_SECOND = 20  # of failed requests, so that a flood of them can't fill the disk
 
 
@@ -102,7 +110,10 @@ class Service:
         self.settings = settings
         self.api_key = settings.load_api_key()
         self.state = SharedState(run_directory)
+        self.cross_site = CrossSitePolicy(settings.allowed_origins())
         self.connections: set[ClientConnection] = set()  # the open ones; each adds itself
+        # Those that may make room for others, the longest idle last, with the time since then.
+        self._idle_connections: list[tuple[float, ClientConnection]] = []
         self._request_ids = count()
         self._request_id_prefix = os.urandom(6).hex()
 
@@ -155,6 +166,32 @@ class Service:
             now = loop.time()
             for connection in list(self.connections):
                 connection.enforce_timeouts(now)
+            self._idle_connections = self._list_idle_connections(now - MIN_IDLE_SECONDS)
+
+    def _list_idle_connections(self, latest: float) -> list[tuple[float, ClientConnection]]:
+        """Return the connections that are idle since `latest` or longer, if there may be too many.
+
+        The list is made here, not for each new connection, since a flood of them may arrive.
+        """
+        if len(self.connections) < self.settings.max_connections:
+            return []
+        idle: list[tuple[float, ClientConnection]] = []
+        for connection in self.connections:
+            since = connection.idle_since()
+            if since is not None and since <= latest:
+                idle.append((since, connection))
+        idle.sort(key=itemgetter(0), reverse=True)
+        return idle
+
+    def close_idle_connection(self) -> bool:
+        """Close the connection that is idle for longest. Return whether there was one."""
+        while self._idle_connections:
+            since, connection = self._idle_connections.pop()
+            if connection in self.connections and connection.idle_since() == since:
+                self.connections.discard(connection)
+                connection.close_idle()
+                return True
+        return False
 
     def close(self) -> None:
         """Stop the timeout checks, disconnect from the workers, and send the buffered traces."""
@@ -166,25 +203,37 @@ class Service:
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request that came through ASGI: every one except POST /predict."""
         started = time.perf_counter()
-        path = scope["path"]
         request = self.build_request(scope, receive)
         response: Response | None
         try:
-            handler = self.find_handler(scope["method"], path, request.headers)
-            response = await handler(request)
+            response = await self._answer(request)
         except Problem as problem:
             response = self.reject(problem, request.id)
         except ConnectionError:
             response = None  # the client left
         except Exception:
-            fields = {"request_id": request.id, "path": path}
+            fields = {"request_id": request.id, "path": scope["path"]}
             logs.logger.exception("a request failed", extra={"fields": fields})
             failure = Problem(500, "the service failed on this request", close=True)
             response = failure.response(request.id)
 
         if response is not None:
+            if self.cross_site.has_origins:
+                self.cross_site.add_headers(request.headers, response)
             await self._send(response, request, send)
         self.record(request, response, time.perf_counter() - started)
+
+    async def _answer(self, request: Request) -> Response:
+        """Check a request and run its handler. Raises Problem, and ConnectionError."""
+        method = request.scope["method"]
+        path = request.scope["path"].rstrip("/") or "/"
+        is_public = path in PUBLIC_PATHS or path.startswith(PUBLIC_PREFIXES)
+        preflight = self.cross_site.answer_preflight(method, request.headers)
+        self.check_access(request, is_public or preflight is not None)
+        if preflight is not None:
+            return preflight
+        handler = self.find_handler(method, path)
+        return await handler(request)
 
     def build_request(self, scope: Scope, receive: Receive) -> Request:
         """Build the request of an ASGI scope. Its id is that of the client, if it is harmless."""
@@ -200,11 +249,8 @@ class Service:
         """Return an id that no other request has."""
         return f"{self._request_id_prefix}{next(self._request_ids):08x}"
 
-    def find_handler(self, method: str, path: str, headers: dict[bytes, bytes]) -> Handler:
-        """Return the handler of a request. Raises Problem 401, 404 or 405."""
-        if path.startswith(PROTECTED_PATHS) and not path.startswith(UNPROTECTED_PATHS):
-            self.check_api_key(headers)
-
+    def find_handler(self, method: str, path: str) -> Handler:
+        """Return the handler of a path without a slash at its end. Raises Problem 404 or 405."""
         route_method = "GET" if method == "HEAD" else method
         handler = self.routes.get((route_method, path))
         if handler is not None:
@@ -219,16 +265,26 @@ class Service:
             raise Problem(405, detail, allow=", ".join(methods))
         raise Problem(404, "this path does not exist; see /docs")
 
-    def check_api_key(self, headers: dict[bytes, bytes]) -> None:
-        """Compare the key of a request in constant time. Raises Problem 401."""
-        if self.api_key is None:
-            return
+    def check_access(self, request: Request, is_public: bool = False) -> None:
+        """Check who sends a request. Raises Problem 400, 401 or 403.
 
+        is_public: whether the request needs no API key.
+        """
+        headers = request.headers
+        received_headers = request.scope["headers"]
+        if len(headers) != len(received_headers):
+            check_single_host(received_headers)
+        self.cross_site.check(request.scope["method"], headers)
+        if self.api_key is not None and not is_public:
+            self._check_api_key(headers, self.api_key)
+
+    def _check_api_key(self, headers: dict[bytes, bytes], api_key: bytes) -> None:
+        """Compare the key of a request in constant time. Raises Problem 401."""
         key = headers.get(b"x-api-key")
         if not key:
             scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
             key = token.strip() if scheme.lower() == b"bearer" else b""
-        if not hmac.compare_digest(key, self.api_key):
+        if not hmac.compare_digest(key, api_key):
             raise Problem(401, "send the API key as X-API-Key or as Authorization: Bearer", "key")
 
     def reject(self, problem: Problem, request_id: str) -> Response:
@@ -239,17 +295,49 @@ class Service:
 
     async def _send(self, response: Response, request: Request, send: Send) -> None:
         """Send a response through ASGI."""
+        size = len(response.body) if response.file is None else response.file.size
         headers = [
             (b"content-type", response.content_type),
-            (b"content-length", b"%d" % len(response.body)),
+            (b"content-length", b"%d" % size),
             (b"x-request-id", request.id.encode()),
             *SECURITY_HEADERS,
             *response.headers,
         ]
         if response.close or self.state.draining or request.connection.is_body_withheld():
             headers.append((b"connection", b"close"))
-        await send({"type": "http.response.start", "status": response.status, "headers": headers})
-        await send({"type": "http.response.body", "body": response.body})
+        start = {"type": "http.response.start", "status": response.status, "headers": headers}
+        if response.file is None:
+            await send(start)
+            await send({"type": "http.response.body", "body": response.body})
+            return
+
+        with response.file.stream:
+            await send(start)
+            if request.scope["method"] == "HEAD":
+                await send({"type": "http.response.body"})
+            else:
+                await self._send_file(response.file, send)
+
+    async def _send_file(self, file: OpenFile, send: Send) -> None:
+        """Send a file in pieces, each after the client has taken most of those before.
+
+        If the file can't be read to its end, uvicorn closes the connection.
+        """
+        remaining = file.size
+        while True:
+            # In a thread: a store on a network disk may block, and the event loop must not.
+            read = asyncio.to_thread(file.stream.read, min(remaining, FILE_CHUNK_BYTES))
+            try:
+                piece = await asyncio.wait_for(read, self.settings.deadline_ms / 1000)
+            except (TimeoutError, OSError):
+                return
+            remaining -= len(piece)
+            if remaining and not piece:
+                return
+            more_body = remaining > 0
+            await send({"type": "http.response.body", "body": piece, "more_body": more_body})
+            if not more_body:
+                return
 
     def record(self, request: Request, response: Response | None, seconds: float) -> None:
         """Count, trace and log a request that has ended, without a response if the client left."""
@@ -257,7 +345,8 @@ class Service:
         path = request.scope["path"]
         status = response.status if response is not None else CLIENT_CLOSED_REQUEST
 
-        is_prediction = method == "POST" and (path == "/predict" or path.startswith(INFER_PATHS))
+        is_infer = path in PREDICT_PATHS or path.startswith(INFER_PATHS)
+        is_prediction = method == "POST" and is_infer
         if is_prediction and response is not None:
             self.count_request(status, seconds)
         if self.tracing:
@@ -292,6 +381,15 @@ class Service:
         if not self.dispatcher.model:
             raise Problem(503, "no model is ready yet; try again in a second")
         return json_response(self.dispatcher.model)
+
+
+def check_single_host(headers: list[Header]) -> None:
+    """Raise Problem 400 for several Host headers, of which a proxy may have checked another."""
+    names = [name for name, _ in headers]
+    if names.count(b"host") > 1:
+        raise Problem(
+            400, "the request has several Host headers; send one", "malformed", close=True
+        )
 
 
 class RequestLog:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from serve.http import request_body
 from serve.http.dispatcher import Dispatcher
-from serve.http.responses import Problem, Request, Response, json_response
+from serve.http.responses import JSON, Problem, Request, Response, json_response
 from serve.metrics.definitions import FEEDBACK_BINS
 from serve.metrics.shared_counters import SharedCounters
 from serve.wire import Answer
@@ -125,8 +125,15 @@ class FeedbackEndpoint:
                 self.table.put(request_id, image, answer)
 
     async def __call__(self, request: Request) -> Response:
-        """Compare a label with the stored prediction and count the result, once for each image."""
-        feedback = parse_feedback(await request_body.read_body(request.receive, MAX_BODY_BYTES))
+        """Compare a label with the stored prediction and count the result, once for each image.
+
+        Raises Problem 400, 404, 413 or 415.
+        """
+        content = await request_body.read_body(request.receive, MAX_BODY_BYTES)
+        media_type = request.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+        if media_type != JSON:
+            raise Problem(415, "send JSON, with Content-Type: application/json")
+        feedback = parse_feedback(content)
 
         answer = self.table.get(feedback.request_id, feedback.image)
         if answer is None:

@@ -16,6 +16,7 @@ Json = dict[str, Any]
 STATUS_DESCRIPTIONS = {
     400: "The request is malformed.",
     401: "The API key is missing or wrong.",
+    403: "A web page of another origin sent the request, and the service does not allow it.",
     404: "The path, model, sample or answer does not exist.",
     405: "The path does not support this method.",
     408: "The request did not arrive in time.",
@@ -29,7 +30,7 @@ STATUS_DESCRIPTIONS = {
     504: "No answer was available before the deadline.",
 }
 # Errors of a request as a whole.
-REQUEST_ERRORS = (401, 408, 429, 431)
+REQUEST_ERRORS = (401, 403, 408, 429, 431)
 # Errors of a request, or of all of its images. In the second case each image has its own error.
 IMAGE_ERRORS = (400, 413, 415, 422, 500, 503, 504)
 
@@ -312,9 +313,10 @@ PREDICT: Json = {
 MODEL: Json = {
     "summary": "Describe the served model",
     "operationId": "model",
+    "security": API_KEY,
     "responses": {
         "200": _response("Name, version, classes, input and calibration of the model.", "Model"),
-        **_problems(503),
+        **_problems(401, 403, 503),
     },
 }
 LIVE: Json = {
@@ -337,7 +339,7 @@ FEEDBACK: Json = {
     "requestBody": {"required": True, "content": _content(_reference("Feedback"))},
     "responses": {
         "200": _response("The label was counted. A second one is not.", "FeedbackResult"),
-        **_problems(400, 401, 404, 413),
+        **_problems(400, 401, 403, 404, 413, 415),
     },
 }
 PAGE: Json = {
@@ -350,14 +352,16 @@ PAGE: Json = {
 REPORT: Json = {
     "summary": "The report of the served model",
     "operationId": "report",
+    "security": API_KEY,
     "responses": {
         "200": {"description": "The report as HTML.", "content": _content(STRING, "text/html")},
-        **_problems(404, 503),
+        **_problems(401, 403, 404, 503),
     },
 }
 SAMPLE: Json = {
     "summary": "A sample image of the served model",
     "operationId": "sample",
+    "security": API_KEY,
     "parameters": [
         {
             "name": "index",
@@ -369,7 +373,7 @@ SAMPLE: Json = {
     ],
     "responses": {
         "200": {"description": "The image file.", "content": _content(BINARY, "image/*")},
-        **_problems(404, 503),
+        **_problems(401, 403, 404, 503),
     },
 }
 
@@ -392,7 +396,7 @@ def _inference_get(
         "security": API_KEY,
         "responses": {
             "200": _response(description, "Object"),
-            **_problems(401),
+            **_problems(401, 403),
             **_inference_errors(404),
             "503": _response(STATUS_DESCRIPTIONS[503], "Object"),
         },
@@ -430,7 +434,7 @@ INFERENCE: Json = {
             "description": "The requested outputs, with one row per image.",
             "content": {**_content(_reference("InferAnswer")), **_content(BINARY, BINARY_TYPE)},
         },
-        **_problems(401),
+        **_problems(401, 403),
         **_inference_errors(400, 404, 413, 415, 422, 429, 500, 503, 504),
         **_problems(408, 431),
     },
@@ -468,6 +472,8 @@ PATHS: Json = {
 OPENAPI: Json = {
     "openapi": "3.1.0",
     "info": {"title": "Imago", "version": "1", "description": "Image classification."},
+    # Relative to this document, so that clients keep the prefix of a proxy.
+    "servers": [{"url": "."}],
     "paths": PATHS,
     "components": {
         "schemas": SCHEMAS,
@@ -512,6 +518,8 @@ async def openapi(request: Request) -> Response:
 
 async def docs(request: Request) -> Response:
     """Handle /docs: the OpenAPI description as HTML, with forms that send requests."""
+    if request.scope["path"].endswith("/"):  # the links of the page are relative to /docs
+        return Response(308, b"", headers=[(b"location", b"../docs")])
     operations: list[str] = []
     for path, methods in PATHS.items():
         for method, operation in methods.items():

@@ -70,7 +70,8 @@ class PredictEndpoint:
         if settings.cache_entries:
             self.cache = AnswerCache(settings.cache_entries, counters)
 
-        # The sums over the requests that this process has admitted.
+        # The sums over the requests that this process has admitted. The bytes include those of
+        # responses that clients do not take.
         self._reserved_images = 0
         self._admitted_requests = 0
         self._reserved_bytes = 0
@@ -143,6 +144,10 @@ class PredictEndpoint:
         reservation.images = images
         reservation.bytes = size
         self._change_reserved(more_images, 0, more_bytes)
+
+    def count_unsent_bytes(self, size: int) -> None:
+        """Add to the bytes of responses that clients do not take. They count as pending."""
+        self._change_reserved(0, 0, size)
 
     def release(self, reservation: Reservation) -> None:
         """Return the reserved capacity. Called once, when the request ends."""

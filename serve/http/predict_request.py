@@ -46,6 +46,7 @@ class PredictRequest:
 
     __slots__ = (
         "connection",
+        "content_length",
         "pending",
         "request",
         "reservation",
@@ -59,13 +60,14 @@ class PredictRequest:
         self.service = service
         self.connection = connection
         self.request = service.build_request(scope, _receive_nothing)
+        self.content_length = 0  # of a body that does not arrive together with its head
         self.reservation: Reservation | None = None  # from the admission to the end
         self.pending: PendingRequest | None = None  # while workers have its images
 
     def start(self) -> None:
         """Admit the request by its head, or send an error."""
         try:
-            self.service.check_api_key(self.request.headers)
+            self.service.check_access(self.request)
             self.reservation = self.service.predict_endpoint.admit(self.request.headers)
         except Problem as problem:
             self.fail(problem)
@@ -73,7 +75,9 @@ class PredictRequest:
 
         if self.connection.is_body_complete():
             self.on_body_complete()
-        elif self.connection.is_body_withheld():
+            return
+        self.content_length = int(self.request.headers.get(b"content-length", b"0"))
+        if self.connection.is_body_withheld():
             self.connection.send_continue()
 
     def on_body_grown(self, size: int) -> None:
@@ -129,6 +133,8 @@ class PredictRequest:
     def respond(self, response: Response) -> None:
         """Send the response and record the request."""
         self._release()
+        if self.service.cross_site.has_origins:
+            self.service.cross_site.add_headers(self.request.headers, response)
         close = response.close or self.service.state.draining
         self.connection.send_response(response, self.request.id, close)
         self.service.record(self.request, response, time.perf_counter() - self.started)

@@ -15,6 +15,8 @@ has no public interface for any of it:
 - `on_response_complete` is replaced: uvicorn starts and cancels a keep-alive timer for each
   request, which costs as much as to parse it. `HttpProtocol.enforce_timeouts` replaces the timers.
 - `pipeline`, a deque of (cycle, app), holds the pipelined requests, the oldest at the right end.
+- `url` and `headers` are of the head that is parsed. They are replaced where uvicorn would fail, or
+  would take trailers for headers.
 - `flow`, a `FlowControl`, stops and resumes reading and knows when writing is paused.
 - `cycle`, a `RequestResponseCycle`, is the request that the parser is in, or was in last. The short
   path reads and sets its fields instead of calling its ASGI methods.
@@ -34,18 +36,30 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from uvicorn.server import ServerState
 
 from serve.http import http2_upgrade
-from serve.http.app import STATE_KEY, Service
+from serve.http.app import PREDICT_PATHS, STATE_KEY, Service
 from serve.http.predict_request import PredictRequest
 from serve.http.responses import Problem, Response, encode_response
 
 MAX_HEAD_BYTES = 32 << 10
 MAX_HEADERS = 100
 
+# Requests of one connection that wait for the answer before theirs. More are not parsed, since each
+# takes 4 KB, and a read holds thousands of them.
+MAX_PIPELINED = 16
+PIECE_BYTES = 256  # parsed at once where many requests may follow; holds about 16 of them
+HEAD_END = b"\r\n\r\n"
+MIN_REQUEST_BYTES = len(b"GET / HTTP/1.1\r\n\r\n")
+
+# The first head of a larger read is parsed first: it tells whether the rest is one body, which need
+# not be searched for heads.
+LARGE_READ_BYTES = 4096
+
 # Of a body that arrives after the response. If it is longer, the connection is aborted.
 MAX_DISCARDED_BYTES = 16 << 20
 
 # A connection above the limit may ask for the health of the service, once, so that an overloaded
-# service is not restarted. This many such connections are accepted.
+# service is not restarted. This many such connections are accepted. Those that ask for nothing make
+# room for others, see `Service.close_idle_connection`.
 EXTRA_CONNECTIONS = 16
 HEALTH_PATHS = ("/health/", "/v2/health/")
 
@@ -103,11 +117,11 @@ class HeadBudget:
         self.has_new_head = False
         self.has_progress = False
 
-    def end_read(self, data: bytes, is_in_head: bool) -> None:
+    def end_read(self, data: bytes | memoryview, is_in_head: bool) -> None:
         """Count the read, after which the parser is in a head or not."""
         if is_in_head and self.has_new_head:
             # Only the end of the read is this head.
-            after_last_head = data.rpartition(b"\r\n\r\n")[2]
+            after_last_head = bytes(data).rpartition(b"\r\n\r\n")[2]
             self.pending_bytes = min(self.read_bytes - self.body_bytes, len(after_last_head))
         elif is_in_head or not self.has_progress:
             self.pending_bytes += self.read_bytes
@@ -129,8 +143,8 @@ class HttpProtocol(HttpToolsProtocol):
     Implements `ClientConnection`, `PredictConnection` and `UpgradedConnection`.
 
     `current` is the request that is answered now. Requests that the client pipelines wait in
-    `pipeline`, and the connection is not read meanwhile. No request starts until the client has
-    taken the responses before it.
+    `pipeline`, and the connection is not read meanwhile. What was read and would make too many of
+    them waits in `held_data`. No request starts until the client has taken the responses before it.
     """
 
     def __init__(
@@ -147,6 +161,8 @@ class HttpProtocol(HttpToolsProtocol):
         self.phase = IDLE
         self.head_budget = HeadBudget()
         self.discarded_bytes = 0  # of the body of a request that has its response
+        self.held_data = b""  # received, and not parsed from `held_start` on
+        self.held_start = 0
 
         self.current: RequestResponseCycle | None = None
         self.predict_request: PredictRequest | None = None  # the current one, on the short path
@@ -158,6 +174,8 @@ class HttpProtocol(HttpToolsProtocol):
         self.waiting_since = 0.0
         self.unsent_since = 0.0
 
+        self.counted_bytes = 0  # of responses, as `Service` counts them
+
     # Implementation of asyncio.Protocol.
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -167,6 +185,8 @@ class HttpProtocol(HttpToolsProtocol):
         self.service.connections.add(self)
 
         excess = len(self.service.connections) - self.service.settings.max_connections
+        if excess > 0 and self.service.close_idle_connection():
+            excess -= 1
         self.is_above_limit = excess > 0
         if excess > EXTRA_CONNECTIONS:
             self._refuse_connection()
@@ -175,19 +195,85 @@ class HttpProtocol(HttpToolsProtocol):
         """Drop the request that is answered now."""
         self.service.connections.discard(self)
         self.phase = CLOSED
+        self.held_data = b""
+        self._count_unsent_bytes(0)
         super().connection_lost(exc)
         if self.predict_request is not None:
             self.predict_request.on_disconnect()
         if self.disconnect_callback is not None:
             self.disconnect_callback()
 
+    def pause_writing(self) -> None:
+        """Count the bytes of a response that the client does not take at once.
+
+        The event loop calls this above 64 KiB; fewer bytes are not counted.
+        """
+        super().pause_writing()
+        self._count_unsent_bytes(self.transport.get_write_buffer_size())
+
     def resume_writing(self) -> None:
         """Continue after the client has taken the responses that were sent."""
         super().resume_writing()
+        self._count_unsent_bytes(0)
         self._continue()
 
+    def _count_unsent_bytes(self, size: int) -> None:
+        if size != self.counted_bytes:
+            self.service.predict_endpoint.count_unsent_bytes(size - self.counted_bytes)
+            self.counted_bytes = size
+
     def data_received(self, data: bytes) -> None:
-        """Parse the received bytes, within the limits."""
+        """Parse the received bytes, but not more than MAX_PIPELINED requests in advance."""
+        if self.phase is CLOSED:
+            return
+        if self.held_data:  # reading was resumed for the body of the current request
+            self.held_data = self.held_data[self.held_start :] + data
+            self.held_start = 0
+            self.flow.pause_reading()
+            return
+
+        rest: bytes | memoryview = data
+        if len(data) > LARGE_READ_BYTES and self.phase is IDLE:
+            head_size = data.find(HEAD_END) + len(HEAD_END)
+            self._parse(data[:head_size])
+            rest = memoryview(data)[head_size:]
+        if self._may_hold_many_requests(rest):
+            self.held_data = bytes(rest)
+            self.held_start = 0
+            self._parse_held_data()
+        else:
+            self._parse(rest)
+
+    def _may_hold_many_requests(self, data: bytes | memoryview) -> bool:
+        """Whether received bytes may complete more heads than can wait."""
+        if len(data) <= MAX_PIPELINED * MIN_REQUEST_BYTES:
+            return False
+        request = self.predict_request
+        if request is not None and self._is_in_current_body():
+            body_size = len(self.cycle.body) + len(data)
+            if body_size <= request.content_length:
+                return False  # all of it belongs to one body
+        return bytes(data).count(HEAD_END) > MAX_PIPELINED
+
+    def _parse_held_data(self) -> None:
+        """Parse the bytes that wait, in small pieces, until too many requests wait."""
+        data = self.held_data
+        start = self.held_start
+        self.held_data = b""
+        while start < len(data) and self.phase is not CLOSED:
+            if len(self.pipeline) >= MAX_PIPELINED:
+                self.held_data = data
+                self.held_start = start
+                return
+
+            self._parse(data[start : start + PIECE_BYTES])
+            start += PIECE_BYTES
+
+        if not self.pipeline and not self.transport.is_closing():
+            self.flow.resume_reading()
+
+    def _parse(self, data: bytes | memoryview) -> None:
+        """Parse bytes within the limits of heads."""
         if self.phase is CLOSED:
             return
         budget = self.head_budget
@@ -214,7 +300,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     # Parsing. The parser calls the methods `on_…`, in this order.
 
-    def _feed_parser(self, data: bytes) -> None:
+    def _feed_parser(self, data: bytes | memoryview) -> None:
         """Parse the received bytes, and refuse the client if they are not valid HTTP."""
         try:
             try:
@@ -255,8 +341,27 @@ class HttpProtocol(HttpToolsProtocol):
         if self._is_head_too_large():
             self._refuse_head()
             return
+        if not self.url.startswith(b"/"):
+            self._use_origin_form()
         self.phase = BODY
-        super().on_headers_complete()
+        try:
+            super().on_headers_complete()
+        except Exception:
+            self.phase = HEAD  # the path is not valid; the caller refuses the client
+            raise
+        self.headers = []  # those that follow are trailers, which are ignored
+
+    def _use_origin_form(self) -> None:
+        """Reduce a target in absolute form, `http://host/path`, to its path and query.
+
+        Raises httptools.HttpParserInvalidURLError.
+        """
+        url = httptools.parse_url(self.url)
+        if url.host is None:
+            return
+        self.url = url.path or b"/"
+        if url.query is not None:
+            self.url += b"?" + url.query
 
     def _is_head_too_large(self) -> bool:
         """Whether the head that is complete now exceeds a limit."""
@@ -317,7 +422,7 @@ class HttpProtocol(HttpToolsProtocol):
             return
 
         self.current = cycle
-        if path != "/predict" or cycle.scope["method"] != "POST":
+        if path not in PREDICT_PATHS or cycle.scope["method"] != "POST":
             super()._start_asgi_task(cycle, app)
             return
         request = PredictRequest(self.service, self, cycle.scope)
@@ -400,7 +505,12 @@ class HttpProtocol(HttpToolsProtocol):
             self._start_asgi_task(cycle, app)
         elif self.final_problem is not None:
             self._send_final_problem(self.final_problem)
-        if not self.pipeline:
+        if self.pipeline:
+            return
+        if self.held_data:
+            # Not at once, because a callback of the parser may be running.
+            self.loop.call_soon(self._parse_held_data)
+        else:
             self.flow.resume_reading()
 
     # Refusals.
@@ -418,6 +528,8 @@ class HttpProtocol(HttpToolsProtocol):
             return
         is_in_current_body = self._is_in_current_body()
         is_in_answered_body = self.phase is BODY and self.cycle.response_started
+        if self.phase is BODY and self.pipeline and self.pipeline[0][0] is self.cycle:
+            self.pipeline.popleft()  # its body can't be parsed, so the problem is its answer
         self.phase = CLOSED
         problem.close = True
 
@@ -440,7 +552,27 @@ class HttpProtocol(HttpToolsProtocol):
         self.transport.close()
         self.service.count_request(response.status, 0.0)
 
-    # Timeouts.
+    # Timeouts, and room for other connections.
+
+    def idle_since(self) -> float | None:
+        """Implement `ClientConnection`: since when the connection may make room for another.
+
+        A connection above the limit may make room also if it is in a request.
+        """
+        if self.current is not None or self.pipeline or self.held_data:
+            return None
+        if self.phase is CLOSED or self.transport.get_write_buffer_size():
+            return None
+        is_idle = self.phase is IDLE or self.is_above_limit
+        return self.waiting_since if is_idle else None
+
+    def close_idle(self) -> None:
+        """Implement `ClientConnection`: close the connection to make room for another."""
+        if self.is_above_limit:
+            self._refuse_connection()
+            return
+        self.phase = CLOSED
+        self.transport.close()
 
     def enforce_timeouts(self, now: float) -> None:
         """Implement `ClientConnection`: close a connection whose client is too slow.

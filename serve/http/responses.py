@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from http import HTTPStatus
-from typing import Any, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 from starlette import types
 
@@ -42,6 +42,12 @@ class ClientConnection(Protocol):
     def enforce_timeouts(self, now: float) -> None:
         """Close the connection if its client is too slow. `now` is the event loop's time [s]."""
 
+    def idle_since(self) -> float | None:
+        """Return the event loop's time [s] since which the client is idle, None if it is not."""
+
+    def close_idle(self) -> None:
+        """Close the connection, which is idle."""
+
 
 @dataclass(slots=True)
 class Request:
@@ -58,15 +64,23 @@ class Request:
         return self.scope["state"]["connection"]
 
 
+class OpenFile(NamedTuple):
+    """A file that is the body of a response. It is read while it is sent, and then closed."""
+
+    stream: BinaryIO
+    size: int  # in bytes
+
+
 @dataclass(slots=True)
 class Response:
-    """A complete response: its body is known before it is sent."""
+    """A response whose length is known before it is sent."""
 
     status: int
     body: bytes
     content_type: bytes = JSON
     headers: list[Header] = field(default_factory=list)
     close: bool = False  # close the connection after this response
+    file: OpenFile | None = None  # instead of `body`
 
 
 class Problem(Exception):

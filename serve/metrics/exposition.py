@@ -57,15 +57,19 @@ class MetricsServer(ThreadingHTTPServer):
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(CounterCollector(run_directory))
-        # Open connections, and the time.monotonic() at which each is closed.
+        # Open connections, the oldest first, and the time.monotonic() at which each is closed.
         self.deadlines: dict[Any, float] = {}
         super().__init__((host, port), MetricsHandler)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Answer in a thread, or close the connection if too many are open."""
-        if len(self.deadlines) >= MAX_CONNECTIONS:
-            self.shutdown_request(request)
-            return
+        """Answer in a thread. If too many connections are open, close the oldest one.
+
+        A scrape takes milliseconds, so the oldest is one whose client sends or takes nothing.
+        """
+        connections = list(self.deadlines)  # threads remove some
+        if len(connections) >= MAX_CONNECTIONS:
+            self.deadlines.pop(connections[0], None)
+            _disconnect(connections[0])
         self.deadlines[request] = time.monotonic() + CONNECTION_SECONDS
         super().process_request(request, client_address)
 
@@ -79,9 +83,7 @@ class MetricsServer(ThreadingHTTPServer):
         now = time.monotonic()
         for request, deadline in list(self.deadlines.items()):
             if deadline < now:
-                # The connection may have ended since the list was made.
-                with contextlib.suppress(OSError):
-                    request.shutdown(socket.SHUT_RDWR)
+                _disconnect(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log a failed scrape: at debug level if the scraper disconnected, else as an error."""
@@ -91,6 +93,12 @@ class MetricsServer(ThreadingHTTPServer):
             "a scrape was not answered",
             exc_info=not disconnected,
         )
+
+
+def _disconnect(connection: socket.socket) -> None:
+    """End the thread that reads from or writes to a connection, unless it has ended already."""
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 def start(host: str, port: int, run_directory: str) -> MetricsServer:

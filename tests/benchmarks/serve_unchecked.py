@@ -58,7 +58,7 @@ def set_busy_untimed(predictor: Predictor, queued: QueuedJob | None) -> float:
 
 replace(
     Service,
-    check_api_key=do_nothing,
+    check_access=do_nothing,
     record=do_nothing,
     count_request=do_nothing,
     build_request=build_request,

@@ -1,16 +1,20 @@
 """Connections: which heads are accepted, how many connections there may be, and for how long."""
 
 import re
+import socket
 import sys
 
 import pytest
 
 from support import tiny_bundle
 from support.raw_http import RawConnection, request_head
-from support.server import Server, wait_until
+from support.server import Server, suspended_workers, wait_until
 
 IMAGE = tiny_bundle.make_image("red")
 LIVE = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
+PREDICT = request_head(len(IMAGE)) + IMAGE
+# Flags with which requests wait for suspended workers as long as a test takes.
+PATIENT = ("--max-pending", "1000", "--deadline-ms", "100000", "--worker-timeout-seconds", "100")
 LIVE_AND_CLOSE = b"GET /health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
 
 
@@ -29,6 +33,10 @@ def get_status(server: Server, request: bytes) -> int:
         (b"GET / HTTP/1.1\r\na: " + b"b" * 100_000, 431),
         (b"GET /" + b"b" * 100_000, 431),
         (b"POST /predict HTTP/1.1\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
+        (b"GET /health/live HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", 400),
+        (b"POST /predict HTTP/1.1\r\nHost: a\r\nhost: a\r\nContent-Length: 0\r\n\r\n", 400),
+        (b"GET http:// HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+        (b"GET x:1 HTTP/1.1\r\nHost: x\r\n\r\n", 400),
     ],
 )
 def test_malformed_and_oversized_heads_are_refused(server, data, expected):
@@ -36,6 +44,22 @@ def test_malformed_and_oversized_heads_are_refused(server, data, expected):
     assert status == expected
     assert "application/problem+json" in text
     assert "uvicorn" not in text.lower()
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        (b"http://x", 200),
+        (b"http://x?query", 200),
+        (b"http://x/health/live?query", 200),
+        (b"//x", 404),
+        (b"*", 404),
+    ],
+)
+def test_targets_in_any_form_are_understood(server, target, expected):
+    log_size = len(server.log.read_bytes())
+    assert get_status(server, b"GET %b HTTP/1.1\r\nHost: x\r\n\r\n" % target) == expected
+    assert b"Traceback" not in server.log.read_bytes()[log_size:]
 
 
 def test_slow_clients_are_disconnected_and_others_are_answered(start):
@@ -60,28 +84,48 @@ def test_idle_connections_are_closed(start):
 
 
 def test_connections_are_limited(start):
-    server = start("--max-connections", "3")
+    server = start("--max-connections", "3", *PATIENT)
     server.http.close()
     wait_until(lambda: get_status(server, LIVE_AND_CLOSE) == 200)
 
-    idle = [RawConnection(server, LIVE) for _ in range(3)]
-    assert [connection.receive(12) for connection in idle] == [b"HTTP/1.1 200"] * 3
-    assert get_status(server, request_head(len(IMAGE)) + IMAGE) == 503
+    with suspended_workers(server):
+        busy = [RawConnection(server, PREDICT) for _ in range(3)]
+        wait_until(lambda: server.metric("imago_pending_images") == 3)
+        assert get_status(server, PREDICT) == 503
 
-    # Health checks are answered above the limit, so that the service is not restarted for it.
-    for path in (b"live", b"ready"):
-        probe = RawConnection(server, b"GET /health/%b HTTP/1.1\r\nHost: x\r\n\r\n" % path)
-        assert probe.read_response()[0] == 200
-        assert probe.is_closed()
+        # Health checks are answered above the limit, so that the service is not restarted for it.
+        for path in (b"live", b"ready"):
+            probe = RawConnection(server, b"GET /health/%b HTTP/1.1\r\nHost: x\r\n\r\n" % path)
+            assert probe.read_response()[0] == 200
+            assert probe.is_closed()
 
-    # Without a request, since there is no capacity for another health check either.
-    extra = [RawConnection(server) for _ in range(16)]
-    wait_until(lambda: get_status(server, b"") == 503)
+    assert [connection.receive(12) for connection in busy] == [b"HTTP/1.1 200"] * 3
 
-    for connection in extra:
-        connection.close()
-    idle[0].close()
+
+@pytest.mark.parametrize("data", [b"", b"GET /health/live HTTP/1.1\r\n"], ids=["silent", "slow"])
+def test_idle_connections_make_room(start, data):
+    server = start("--max-connections", "4", "--read-timeout-seconds", "1000")
+    server.http.close()
     wait_until(lambda: get_status(server, LIVE_AND_CLOSE) == 200)
+
+    idle = [RawConnection(server, LIVE) for _ in range(4)]
+    assert [connection.receive(12) for connection in idle] == [b"HTTP/1.1 200"] * 4
+    above_limit = [RawConnection(server, data) for _ in range(40)]
+    for probe in (LIVE, PREDICT):
+        wait_until(lambda probe=probe: get_status(server, probe) == 200)
+    for connection in idle:  # the oldest
+        while connection.receive(1 << 16):
+            pass
+    for connection in above_limit:
+        connection.close()
+
+
+def test_idle_scrapers_make_room(server):
+    address = ("127.0.0.1", server.metrics_port)
+    scrapers = [socket.create_connection(address) for _ in range(40)]
+    assert "imago_ready 1" in server.metrics()
+    for scraper in scrapers:
+        scraper.close()
 
 
 @pytest.mark.parametrize(
@@ -95,13 +139,16 @@ def test_the_limit_of_open_files_is_raised_or_limits_connections(
     start, ulimit, flags, max_connections
 ):
     shell = f'ulimit {ulimit}; exec "$@"'
-    server = start(*flags, command=["sh", "-c", shell, "sh", sys.executable, "-m", "serve"])
+    command = ["sh", "-c", shell, "sh", sys.executable, "-m", "serve"]
+    server = start(*flags, *PATIENT, command=command)
     server.http.close()
 
-    accepted = [RawConnection(server, LIVE) for _ in range(max_connections + 16)]
+    with suspended_workers(server):
+        accepted = [RawConnection(server, PREDICT) for _ in range(max_connections)]
+        wait_until(lambda: server.metric("imago_pending_images") == max_connections)
+        refused = [RawConnection(server, PREDICT) for _ in range(64)]
+        assert {connection.receive(12) for connection in refused} == {b"HTTP/1.1 503"}
     assert {connection.receive(12) for connection in accepted} == {b"HTTP/1.1 200"}
-    refused = [RawConnection(server) for _ in range(64)]
-    assert {connection.receive(12) for connection in refused[32:]} == {b"HTTP/1.1 503"}
 
     is_lowered = "max_connections is 112, not 1024" in server.log.read_text()
     assert is_lowered == (max_connections == 112)

@@ -162,6 +162,17 @@ def test_malformed_feedback_is_a_400(server, body):
     assert answer.json()["detail"]
 
 
+@pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", ""])
+def test_feedback_takes_json_only(server, content_type):
+    """The other types are those that a form of any web page can send."""
+    headers = {"Content-Type": content_type} if content_type else {}
+    response = server.http.post(
+        "/feedback", content=b'{"id": "a", "label": "red"}', headers=headers
+    )
+    assert response.status_code == 415
+    assert "application/json" in response.json()["detail"]
+
+
 def test_feedback_is_limited_in_size_and_requires_the_key(start):
     server = start("--api-key", "secret")
     assert send_label(server, "x", "red").status_code == 401

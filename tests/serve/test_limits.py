@@ -4,16 +4,21 @@
 """
 
 import json
+import os
+import socket
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import pytest
 
+from models.bundle import write_checksums
 from support import tiny_bundle
 from support.load_generator import LoadGenerator
 from support.raw_http import RawConnection, request_head
-from support.server import suspended_workers, wait_until
+from support.server import Server, suspended_workers, wait_until
 
 IMAGE = tiny_bundle.make_image("red")
 
@@ -82,6 +87,75 @@ def test_bytes_that_a_hung_worker_does_not_read_are_limited(start):
         assert statuses[0] == 504
         assert statuses[-1] == 429
     wait_until(lambda: server.predict(body).status_code == 200)
+
+
+def connect_without_reading(server: Server, data: bytes) -> socket.socket:
+    """Send a request with the smallest receive buffer, so that a large answer waits in the server.
+
+    Set before the connection, since it limits the window that the client announces.
+    """
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.settimeout(30)
+    connection.connect(("127.0.0.1", server.port))
+    connection.sendall(data)
+    return connection
+
+
+def test_bytes_of_answers_that_clients_do_not_take_are_limited(start, tmp_path):
+    classes = [f"class number {i}" for i in range(1000)]
+    tiny_bundle.publish(tmp_path, classes=classes, samples=1)
+    server = start("--max-pending-bytes", "20000000", store=tmp_path)
+    files = [("f", ("a.png", IMAGE))] * 64
+    request = httpx.Request("POST", server.url, files=files)
+    head = request_head(len(request.read()), "Connection: close")
+    head = head.replace(b"/predict", b"/predict?top_k=1000")
+    head = head.replace(b"image/png", request.headers["Content-Type"].encode())
+
+    def count_answered() -> float:
+        return server.metric("imago_requests_total", code="200")
+
+    connections: list[socket.socket] = []
+    while server.predict(IMAGE).status_code == 200:
+        assert len(connections) < 40, "answers that nobody takes are not counted"
+        before = count_answered()
+        connections.append(connect_without_reading(server, head + request.content))
+        wait_until(lambda before=before: count_answered() > before)
+    assert server.predict(IMAGE).status_code == 429
+    assert server.is_live()
+
+    for connection in connections:
+        connection.close()
+    wait_until(lambda: server.predict(IMAGE).status_code == 200)
+
+
+def test_files_are_read_while_they_are_sent(start, tmp_path):
+    bundle = tiny_bundle.publish(tmp_path)
+    report = b"<!doctype html>" + b"x" * (48 << 20)
+    (bundle / "report.html").write_bytes(report)
+    write_checksums(bundle)
+    server = start(store=tmp_path)
+
+    (process,) = server.http_processes()
+    before = resident_megabytes(process)
+    request = b"GET /report HTTP/1.1\r\nHost: x\r\n\r\n"
+    connections = [connect_without_reading(server, request) for _ in range(8)]
+    for connection in connections:
+        assert connection.recv(12) == b"HTTP/1.1 200"
+    assert server.http.get("/report").content == report
+    assert resident_megabytes(process) - before < 40
+    for connection in connections:
+        connection.close()
+
+    head = server.http.head("/report")
+    assert head.headers["content-length"] == str(len(report))
+    assert head.content == b""
+
+
+def resident_megabytes(pid: int) -> float:
+    """Return the memory that a process holds."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGESIZE") / (1 << 20)
 
 
 def test_the_size_of_a_body_is_limited(start):
@@ -170,6 +244,13 @@ def test_compressed_bodies_are_refused(server):
     assert server.predict(IMAGE, **{"Content-Encoding": "gzip"}).status_code == 415
 
 
+PROTECTED_PATHS = (
+    *("/model", "/model/", "/samples/0", "/samples/0/", "/report", "/predict", "/nothing"),
+    *("/v2", "/v2/", "/v2/models/colours"),
+    *("/%76%32/models/colours", "/v2%2fmodels/colours", "/page"),
+)
+
+
 @pytest.mark.parametrize("source", ["variable", "file"])
 def test_api_key(start, tmp_path, source):
     (tmp_path / "key").write_text("s3cret\n")
@@ -188,9 +269,13 @@ def test_api_key(start, tmp_path, source):
         refused = server.predict(IMAGE, **headers)
         assert refused.status_code == 401
         assert "www-authenticate" in refused.headers
-        assert server.http.get("/v2/models/colours", headers=headers).status_code == 401
         assert server.http.post("/feedback", headers=headers).status_code == 401
+        for path in PROTECTED_PATHS:
+            assert server.http.get(path, headers=headers).status_code == 401, path
 
+    for path in ("/", "/page/page.js", "/docs", "/openapi.json"):
+        assert server.http.get(path).status_code == 200, path
+    assert server.http.get("/samples/0", headers={"X-API-Key": "s3cret"}).status_code == 200
     assert server.predict(IMAGE, **{"X-API-Key": "s3cret"}).status_code == 200
     assert server.predict(IMAGE, Authorization="Bearer s3cret").status_code == 200
     assert server.http.get("/health/live").status_code == 200
@@ -207,6 +292,108 @@ def test_only_a_comparison_in_constant_time_decides_on_a_key(start, tmp_path):
     server = start(env={"IMAGO_API_KEY": "s3cret", "PYTHONPATH": str(tmp_path / "patch")})
     for key in ("s3cret", "s3cre", "x", "a key that is longer"):
         assert server.predict(IMAGE, **{"X-API-Key": key}).status_code == 200
+
+
+SAME = {"Sec-Fetch-Site": "same-origin"}
+CROSS = {"Sec-Fetch-Site": "cross-site"}
+EVIL = {"Origin": "http://evil.example"}
+
+
+@pytest.mark.parametrize(
+    ("headers", "is_refused"),
+    [
+        (EVIL, True),
+        ({"Origin": "null"}, True),
+        (CROSS, True),
+        ({"Sec-Fetch-Site": "same-site"}, True),
+        ({**CROSS, "Sec-Fetch-Mode": "navigate"}, True),
+        ({**EVIL, **CROSS}, True),
+        ({"Origin": "http://x:8001", "Host": "x:8000"}, True),
+        ({"Origin": "http://x:8000", "Host": "x:8000"}, False),
+        ({"Origin": "https://imago.example.com", "Host": "Imago.example.com"}, False),
+        # Behind a proxy that changes Host.
+        ({"Origin": "https://imago.example.com", "Host": "imago:8000", **SAME}, False),
+        ({"Sec-Fetch-Site": "none"}, False),
+        ({}, False),
+    ],
+)
+def test_requests_of_other_origins_are_refused(server, headers, is_refused):
+    answer = server.predict(IMAGE, **headers)
+    assert answer.status_code == (403 if is_refused else 200)
+    assert not [name for name in answer.headers if name.startswith("access-control-")]
+
+    headers = {"Content-Type": "text/plain", **headers}
+    for path, status in (("/feedback", 415), ("/v2/models/colours/infer", 400)):
+        other = server.http.post(path, content=b"x", headers=headers)
+        assert other.status_code == (403 if is_refused else status), path
+
+
+@pytest.mark.parametrize("path", ["/", "/model", "/samples/0", "/docs"])
+def test_a_link_from_another_site_works_and_its_images_do_not(server, path):
+    link = {**CROSS, "Sec-Fetch-Mode": "navigate"}
+    assert server.http.get(path, headers=link).status_code == 200
+    image = {**CROSS, "Sec-Fetch-Mode": "no-cors"}
+    assert server.http.get(path, headers=image).status_code == 403
+    assert server.http.get(path, headers=EVIL).status_code == 403
+
+
+@pytest.fixture(scope="module")
+def cors_server(bundle_store, serve_commands, tmp_path_factory) -> Iterator[Server]:
+    flags = ("--cors-origins", "https://app.example.com, http://localhost:3000", *KEY_FLAGS)
+    log = tmp_path_factory.mktemp("cors") / "log"
+    with Server(bundle_store, log, *flags, forker=serve_commands) as server:
+        yield server.wait_ready()
+
+
+KEY_FLAGS = ("--api-key", "s3cret")
+APP = {"Origin": "https://app.example.com", **CROSS}
+
+
+@pytest.mark.parametrize(
+    ("origin", "is_allowed"),
+    [
+        ("https://app.example.com", True),
+        ("http://localhost:3000", True),
+        ("http://app.example.com", False),
+        ("https://app.example.com.evil.example", False),
+        ("https://evil.example", False),
+    ],
+)
+@pytest.mark.parametrize("path", ["/predict", "/model", "/v2/models/colours/infer", "/feedback"])
+def test_preflight_requests_are_answered_for_allowed_origins(cors_server, path, origin, is_allowed):
+    headers = {
+        "Origin": origin,
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "content-type,x-api-key",
+    }
+    answer = cors_server.http.options(path, headers=headers)
+    assert answer.headers["vary"] == "Origin"
+    if is_allowed:
+        assert answer.status_code == 200
+        assert answer.headers["access-control-allow-origin"] == origin
+        assert "POST" in answer.headers["access-control-allow-methods"]
+        assert "X-API-Key" in answer.headers["access-control-allow-headers"]
+    else:
+        assert answer.status_code == 403
+        assert "access-control-allow-origin" not in answer.headers
+
+
+def test_allowed_origins_may_read_answers_and_errors(cors_server):
+    keyed = {**APP, "X-API-Key": "s3cret"}
+    for answer, status in (
+        (cors_server.predict(IMAGE, **keyed), 200),
+        (cors_server.predict(b"x", **keyed), 415),
+        (cors_server.predict(IMAGE, **APP), 401),
+        (cors_server.http.get("/model", headers=keyed), 200),
+        (cors_server.http.get("/samples/0", headers=keyed), 200),
+        (cors_server.http.get("/samples/99", headers=keyed), 404),
+    ):
+        assert answer.status_code == status
+        assert answer.headers["access-control-allow-origin"] == APP["Origin"]
+        assert "X-Request-ID" in answer.headers["access-control-expose-headers"]
+        assert answer.headers["vary"] == "Origin"
+    assert cors_server.predict(IMAGE, **EVIL, **CROSS).status_code == 403
+    assert cors_server.metric("imago_rejected_total", reason="cross_site") >= 1
 
 
 def test_responses_have_security_headers_and_name_no_software(server):

@@ -340,15 +340,36 @@ def test_the_page_asks_for_the_api_key(browser, start, store, tmp_path):
     context = browser.new_context(base_url=server.url)
     opened = context.new_page()
     opened.goto("/")
-    opened.locator("#strip button").first.click()
-    opened.get_by_role("status").get_by_text("API key").wait_for()
-    opened.keyboard.type("secret")  # the field has the focus
+    opened.get_by_role("status").get_by_text("needs an API key").wait_for()
+    opened.keyboard.type("secrets")  # the field has the focus
+    opened.keyboard.press("Enter")
+    opened.get_by_role("status").get_by_text("API key is wrong").wait_for()
+    opened.get_by_label("API key").fill("secret")
+    opened.get_by_role("button", name="Continue").click()
     opened.locator("#strip button").first.click()
     opened.get_by_role("status").get_by_text("red,").wait_for()
     card = wait_for_card(opened, "true class red")
     assert card.locator(".label").inner_text().startswith("red")
     assert "secret" not in card.locator("pre").text_content()
     assert "$IMAGO_API_KEY" in card.locator("pre").text_content()
+
+    opened.reload()  # the key is kept for this tab
+    images = opened.locator("#strip img")
+    images.nth(15).wait_for()
+    opened.wait_for_function(
+        "[...document.querySelectorAll('#strip img')].every(i => i.naturalWidth > 0)"
+    )
+    assert not opened.get_by_label("API key").is_visible()
+
+    opened.get_by_role("link", name="Model report").click()
+    report = opened.get_by_text("Accuracy of the model")
+    report.wait_for()
+    assert report.evaluate("e => getComputedStyle(e).color") == "rgb(255, 0, 0)"
+    assert opened.title() == "Report"  # its script did not run
+
+    other_tab = context.new_page()
+    other_tab.goto(server.url)
+    other_tab.get_by_role("status").get_by_text("needs an API key").wait_for()
     context.close()
 
 

@@ -1,8 +1,11 @@
 """Pipelined requests, in pieces of any size: each gets its answer in order and affects no other."""
 
 import contextlib
+import os
 import re
+import signal
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -255,10 +258,105 @@ def test_thousands_of_pipelined_upgrades(server):
         assert read_statuses(connection, 3000) == [200] * 3000
 
 
+def test_few_requests_are_parsed_in_advance(start):
+    """Each that waits takes 4 KB: those of one read would take 30 MB a connection."""
+    server = start()
+    (process,) = server.http_processes()
+    request = b"GET /nothing HTTP/1.1\r\n\r\n"
+    before = peak_megabytes(process)
+    connections = [connect(server) for _ in range(8)]
+    os.kill(process, signal.SIGSTOP)  # so that the process reads all that is sent at once
+    try:
+        for connection in connections:
+            connection.settimeout(1)
+            with contextlib.suppress(TimeoutError):
+                connection.sendall(request * 9000)
+    finally:
+        os.kill(process, signal.SIGCONT)
+
+    for connection in connections:
+        connection.settimeout(60)
+        assert read_statuses(connection, 1)[0] == 404
+    assert peak_megabytes(process) - before < 60
+    for connection in connections:
+        connection.close()
+
+
+def peak_megabytes(pid: int) -> float:
+    """Return the most memory that a process has held."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    match = re.search(r"VmHWM:\s+(\d+) kB", status)
+    assert match is not None
+    return int(match[1]) / 1024
+
+
+@pytest.mark.parametrize("count", [16, 17, 1000])
+def test_pipelined_requests_with_bodies_are_all_answered(server, count):
+    requests = [build_post(b"\r\n\r\n" * 9), build_chunked_post(IMAGE), build_get(b"/nothing")]
+    data = b"".join(requests[i % 3] for i in range(count))
+    expected = [[415, 200, 404][i % 3] for i in range(count)]
+    with connect(server) as connection, ThreadPoolExecutor(1) as thread:
+        sent = thread.submit(connection.sendall, data)
+        assert read_statuses(connection, count) == expected
+        sent.result()
+
+
+@pytest.mark.parametrize(
+    "trailer",
+    [b"X-Request-ID: trailer", b"Content-Type: text/plain", b"Content-Encoding: gzip"],
+)
+def test_trailers_are_no_headers(server, trailer):
+    """Also of a request that waits in the pipeline while its trailers arrive."""
+    data = build_chunked_post(IMAGE, trailer + b"\r\n") * 2
+    with connect(server) as connection:
+        connection.sendall(data + build_get(b"/health/live", b"Connection: close"))
+        answers = b""
+        while received := connection.recv(1 << 16):
+            answers += received
+    assert re.findall(rb"HTTP/1.1 (\d+)", answers) == [b"200"] * 3
+    assert b"x-request-id: trailer" not in answers
+
+
+@pytest.mark.parametrize(
+    "rest", [b"g\r\n", b"1\r\na\r\n0\r\nContent-Length: abc\r\n\r\n", b"1\r\nab"]
+)
+@pytest.mark.parametrize("waiting", [1, 3])
+def test_a_malformed_body_of_a_waiting_request_is_answered(server, waiting, rest):
+    head = build_chunked_post(b"").partition(b"\r\n\r\n")[0] + b"\r\n\r\n"
+    with connect(server) as connection:
+        connection.sendall(build_post(IMAGE) * waiting + head + rest)
+        assert read_statuses(connection) == [200] * waiting + [400]
+
+
 def test_connect_is_refused(server):
     with connect(server) as connection:
         connection.sendall(b"CONNECT example.com:443 HTTP/1.1\r\nHost: example.com\r\n\r\n")
         assert read_statuses(connection) == [400]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("POST", "/predict/", 200),
+        ("GET", "/model/", 200),
+        ("GET", "/health/ready/", 200),
+        ("GET", "/samples/0/", 200),
+        ("GET", "/v2/", 200),
+        ("GET", "/v2/models/colours/", 200),
+        ("POST", "/model/", 405),
+        ("GET", "/nothing/", 404),
+    ],
+)
+def test_a_slash_at_the_end_of_a_path_is_ignored(server, method, path, status):
+    headers = {"Content-Type": "image/png"}
+    response = server.http.request(method, path, content=IMAGE, headers=headers)
+    assert response.status_code == status
+
+
+def test_docs_with_a_slash_at_the_end_lead_to_docs(server):
+    response = server.http.get("/docs/", follow_redirects=True)
+    assert response.status_code == 200
+    assert response.url.path == "/docs"
 
 
 def test_status_405_names_the_allowed_method(server):

@@ -82,6 +82,8 @@ def test_a_bundle_whose_graph_fails_is_refused(tmp_path):
         (("--port", "70000"), ("--port", "IMAGO_PORT")),
         (("--port", "x"), ("--port",)),
         (("--version", "first"), ("--version",)),
+        (("--cors-origins", "app.example.com"), ("--cors-origins", "app.example.com")),
+        (("--cors-origins", "https://a.example,https://b.example/x"), ("https://b.example/x",)),
         (("--api-key", "x", "--api-key-file", "/etc/hostname"), ("api_key",)),
         (("--api-key-file", "/nowhere"), ("/nowhere",)),
         # Even root can't read this file.
@@ -91,6 +93,12 @@ def test_a_bundle_whose_graph_fails_is_refused(tmp_path):
 )
 def test_invalid_settings_are_refused(bundle_store, flags, words):
     assert_refused(run_serve("--store", str(bundle_store), *flags), *words)
+
+
+@pytest.mark.parametrize("name", ["IMAGO_PORT", "IMAGO_METRICS_PORT"])
+def test_a_port_from_a_service_of_kubernetes_is_explained(bundle_store, name):
+    result = run_serve("--store", str(bundle_store), **{name: "tcp://10.0.0.1:80"})
+    assert_refused(result, name, "tcp://10.0.0.1:80", "Service", "enableServiceLinks")
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,15 @@ The page needs no build step and loads nothing from other hosts. Runs in HTTP pr
 """
 
 import asyncio
+import os
+import re
 from pathlib import Path
 from typing import Any
 
 from models.bundle import SAMPLES_DIRECTORY, BundleError, resolve_inside
-from models.image import ImageError, read_header
 from models.store import Store
 from serve.http.dispatcher import Dispatcher
-from serve.http.responses import Header, Problem, Request, Response
+from serve.http.responses import Header, OpenFile, Problem, Request, Response
 from serve.settings import Settings
 
 DIRECTORY = Path(__file__).parent
@@ -21,13 +22,15 @@ CONTENT_TYPES = {
     ".js": b"text/javascript; charset=utf-8",
     ".svg": b"image/svg+xml",
 }
+# The styles of a report are allowed because the page shows it, with this policy, if there is a key.
 PAGE_HEADERS: list[Header] = [
     (
         b"content-security-policy",
-        b"default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-        b"img-src 'self' blob: data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+        b"default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
+        b"connect-src 'self'; img-src 'self' blob: data:; base-uri 'none'; form-action 'none'; "
+        b"frame-ancestors 'none'",
     ),
-    (b"referrer-policy", b"no-referrer"),
+    (b"referrer-policy", b"same-origin"),
 ]
 # A report comes from a bundle and contains its styles and plots. It may not run scripts.
 REPORT_HEADERS: list[Header] = [
@@ -39,6 +42,17 @@ REPORT_HEADERS: list[Header] = [
     (b"referrer-policy", b"no-referrer"),
 ]
 
+
+# The content types of images by their first bytes.
+SIGNATURE_BYTES = 12
+IMAGE_TYPES = {
+    re.compile(rb"\xff\xd8\xff"): b"image/jpeg",
+    re.compile(rb"\x89PNG\r\n\x1a\n"): b"image/png",
+    re.compile(rb"GIF8[79]a"): b"image/gif",
+    re.compile(rb"RIFF....WEBP", re.DOTALL): b"image/webp",
+    re.compile(rb"II\*\0|MM\0\*"): b"image/tiff",
+    re.compile(rb"BM"): b"image/bmp",
+}
 
 # The content of the page's files, by name.
 FILES = {
@@ -73,25 +87,25 @@ class Page:
         """
         _check_method(request)
         samples = self.dispatcher.model.get("samples", [])
-        text = request.scope["path"].removeprefix("/samples/")
+        text = request.scope["path"].removeprefix("/samples/").rstrip("/")
         index = int(text[:9]) if text.isascii() and text.isdecimal() else len(samples)
         if index >= len(samples):
             raise Problem(404, f"there are {len(samples)} samples, from 0")
 
-        content = await self._read(f"{SAMPLES_DIRECTORY}/{samples[index]['file']}")
-        try:
-            image_format = read_header(content).format
-        except ImageError as error:
-            raise Problem(404, "this sample is not an image") from error
-        return Response(200, content, b"image/" + image_format.encode(), PAGE_HEADERS)
+        start, file = await self._open(f"{SAMPLES_DIRECTORY}/{samples[index]['file']}")
+        for signature, content_type in IMAGE_TYPES.items():
+            if signature.match(start):
+                return Response(200, b"", content_type, PAGE_HEADERS, file=file)
+        file.stream.close()
+        raise Problem(404, "this sample is not an image")
 
     async def report(self, request: Request) -> Response:
         """Handle /report. Raises Problem 404 or 503."""
-        content = await self._read("report.html")
-        return Response(200, content, CONTENT_TYPES[".html"], REPORT_HEADERS)
+        _, file = await self._open("report.html")
+        return Response(200, b"", CONTENT_TYPES[".html"], REPORT_HEADERS, file=file)
 
-    async def _read(self, name: str) -> bytes:
-        """Return a file of the served bundle.
+    async def _open(self, name: str) -> tuple[bytes, OpenFile]:
+        """Return the first bytes of a file of the served bundle, and the open file.
 
         Raises Problem 404 if it does not exist, 503 if the store does not respond in time.
         """
@@ -100,17 +114,19 @@ class Page:
             raise Problem(503, "no model is ready yet; try again in a second")
 
         # In a thread: a store on a network disk may block, and the event loop must not.
-        content = asyncio.to_thread(self._read_from_store, model, name)
+        file = asyncio.to_thread(self._open_in_store, model, name)
         try:
-            return await asyncio.wait_for(content, self.read_timeout_seconds)
+            return await asyncio.wait_for(file, self.read_timeout_seconds)
         except TimeoutError as error:
             raise Problem(503, "the store does not answer; try again in a second") from error
         except (OSError, BundleError) as error:
             raise Problem(404, "the bundle has no such file") from error
 
-    def _read_from_store(self, model: dict[str, Any], name: str) -> bytes:
+    def _open_in_store(self, model: dict[str, Any], name: str) -> tuple[bytes, OpenFile]:
         bundle_path = self.store.path(model["name"], model["version"])
-        return resolve_inside(bundle_path, name).read_bytes()
+        stream = resolve_inside(bundle_path, name).open("rb")
+        start = stream.peek(SIGNATURE_BYTES)[:SIGNATURE_BYTES]
+        return start, OpenFile(stream, os.fstat(stream.fileno()).st_size)
 
 
 def _build_file_response(name: str) -> Response:

@@ -5,6 +5,8 @@ const MAX_CONCURRENT_REQUESTS = 4;
 const MIN_CARDS = 24; // results kept on the page, or all of the last files if those are more
 const PIXELATED_BELOW = 120; // pixels of width: smaller images are enlarged without smoothing
 
+const KEY_ITEM = "imago-api-key"; // of sessionStorage, which each tab has for itself
+
 // The answer of GET /model.
 let model = null;
 let maxCards = MIN_CARDS;
@@ -26,10 +28,27 @@ function showStatus(text, isError = false) {
   byId("status").classList.toggle("error", isError);
 }
 
-async function start() {
-  addListeners();
+// Send a request with the API key of this tab, if there is one, and ask for the key if it is refused.
+async function fetchWithKey(url, options = {}) {
+  const key = sessionStorage.getItem(KEY_ITEM);
+  const headers = { ...options.headers };
+  if (key) headers["X-API-Key"] = key;
+  const response = await fetch(url, { ...options, headers });
+  if (response.status === 401) {
+    byId("key-form").hidden = false;
+    byId("key").focus();
+  }
+  return response;
+}
+
+async function loadModel() {
   try {
-    const response = await fetch("model");
+    const response = await fetchWithKey("model");
+    if (response.status === 401) {
+      const isWrong = sessionStorage.getItem(KEY_ITEM);
+      showStatus(isWrong ? "This API key is wrong." : "This service needs an API key.", isWrong);
+      return;
+    }
     if (!response.ok) throw new Error(await readProblem(response));
     model = await response.json();
   } catch (error) {
@@ -42,12 +61,31 @@ async function start() {
   byId("report").hidden = !model.report;
   byId("cam-option").hidden = !model.explains.includes("cam");
   byId("top").max = String(model.classes.length);
+  byId("strip").replaceChildren();
   model.samples.forEach(addSample);
   byId("samples").hidden = model.samples.length === 0;
 }
 
+// A link can't send the key, so with a key the report is fetched, and shown in place of this page.
+async function openReport(event) {
+  if (!sessionStorage.getItem(KEY_ITEM)) return;
+  event.preventDefault();
+  const response = await fetchWithKey("report");
+  if (response.ok) location.assign(URL.createObjectURL(await response.blob()));
+  else showStatus(await readProblem(response), true);
+}
+
 // Images arrive by the file dialog, by drag and drop anywhere on the page, or from the clipboard.
 function addListeners() {
+  byId("report").addEventListener("click", openReport);
+  byId("key-form").addEventListener("submit", (event) => {
+    event.preventDefault();
+    sessionStorage.setItem(KEY_ITEM, byId("key").value.trim());
+    byId("key-form").hidden = true;
+    showStatus("");
+    loadModel();
+  });
+
   const drop = byId("drop");
   byId("files").addEventListener("change", (event) => {
     classifyAll([...event.target.files]);
@@ -79,7 +117,7 @@ function addListeners() {
 
 function addSample(sample, index) {
   const image = createElement("img");
-  image.src = `samples/${index}`;
+  showSample(image, `samples/${index}`);
   image.alt = `Sample ${index + 1}, true class ${sample.label}`;
   image.loading = "lazy";
 
@@ -87,7 +125,7 @@ function addSample(sample, index) {
   button.type = "button";
   button.append(image);
   button.addEventListener("click", async () => {
-    const response = await fetch(image.src);
+    const response = await fetchWithKey(`samples/${index}`);
     if (!response.ok) {
       showStatus(await readProblem(response), true);
       return;
@@ -97,6 +135,18 @@ function addSample(sample, index) {
     classifyAll([new File([blob], name, { type: blob.type })], sample.label);
   });
   byId("strip").append(button);
+}
+
+// An image element can't send the key, so with a key the image is fetched.
+async function showSample(image, url) {
+  if (!sessionStorage.getItem(KEY_ITEM)) {
+    image.src = url;
+    return;
+  }
+  const response = await fetchWithKey(url);
+  if (!response.ok) return;
+  image.addEventListener("load", () => URL.revokeObjectURL(image.src));
+  image.src = URL.createObjectURL(await response.blob());
 }
 
 async function classifyAll(files, trueLabel) {
@@ -127,7 +177,6 @@ function buildRequest(file) {
   const query = new URLSearchParams({ top_k: byId("top").value || "5" });
   if (byId("cam").checked && !byId("cam-option").hidden) query.set("explain", "cam");
   const headers = { "Content-Type": file.type || "application/octet-stream" };
-  if (byId("key").value) headers["X-API-Key"] = byId("key").value;
   return { url: new URL(`predict?${query}`, document.baseURI).href, headers };
 }
 
@@ -140,14 +189,10 @@ async function classify(file, trueLabel, placeholder) {
   let response;
   let answer;
   try {
-    response = await fetch(url, { method: "POST", headers, body: file });
+    response = await fetchWithKey(url, { method: "POST", headers, body: file });
     if (!response.ok) throw new Error(await readProblem(response));
     answer = await response.json();
   } catch (error) {
-    if (response?.status === 401) {
-      byId("key").closest("details").open = true;
-      byId("key").focus();
-    }
     fillWithError(addCard(file, trueLabel, curl, placeholder), file, error.message);
     return false;
   }
@@ -184,7 +229,7 @@ function buildCurlCommand(file, url, headers) {
     `curl -sS ${quote(url)}`,
     `  -H ${quote(`Content-Type: ${headers["Content-Type"]}`)}`,
   ];
-  if (headers["X-API-Key"]) lines.push('  -H "X-API-Key: $IMAGO_API_KEY"');
+  if (sessionStorage.getItem(KEY_ITEM)) lines.push('  -H "X-API-Key: $IMAGO_API_KEY"');
   lines.push(`  --data-binary ${quote(`@${file.name}`)}`);
   return lines.join(" \\\n");
 }
@@ -359,4 +404,5 @@ function mapColour(value) {
   return [channel(3), channel(2), channel(1), 255 * Math.min(1, 1.6 * value)];
 }
 
-start();
+addListeners();
+loadModel();
