@@ -201,14 +201,14 @@ def gif(codes: list[int], width: int, height: int, color_bits: int = 2, extensio
 
 def pack_codes(codes: list[int], clear: int) -> bytes:
     """Pack LZW codes; their width grows with the count of codes since the last reset."""
-    packed = 0
-    position = 0
+    parts: list[str] = []
     table_size = clear + 1
     for code in codes:
-        packed |= code << position
-        position += min(12, table_size.bit_length())
+        width = min(12, table_size.bit_length())
+        parts.append(f"{code:0{width}b}")
         table_size = clear + 1 if code in (clear, clear + 1) else table_size + 1
-    return packed.to_bytes((position + 7) // 8, "little")
+    bits = "".join(reversed(parts))  # the first code has the least significant bits
+    return int(bits, 2).to_bytes((len(bits) + 7) // 8, "little")
 
 
 def gif_blocks(data: bytes) -> bytes:
