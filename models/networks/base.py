@@ -26,6 +26,9 @@ class Network(nn.Module, ABC):
     dropout = 0.0
     """Probability of dropout on the embedding, in training."""
 
+    replaced_layers: tuple[str, ...] = ()
+    """Layers of the original model that this network lacks, such as its head for other classes."""
+
     prepare: Callable[[Tensor], None] | None = None
     """Sets weights from normalised training images [n,C,H,W] before training; None: has none."""
 

@@ -49,6 +49,9 @@ STEM_POOLS = {
 PATCH_EMBEDDING_CLASSES = ("VisionTransformer", "SwinTransformer", "ConvNeXt")
 """Classes whose first convolution cuts the image into patches: it is never replaced."""
 
+AUXILIARY_HEADS = ("aux1", "aux2", "AuxLogits")
+"""Of GoogLeNet and Inception, for training only: their weights are not used."""
+
 SQUEEZENET_FEATURES = 512
 SQUEEZENET_DROPOUT = 0.5
 
@@ -94,11 +97,13 @@ class TorchvisionNetwork(Network):
 
         if self.family == "SqueezeNet":
             # Its classifier is dropout, 1x1 convolution, ReLU and pooling. Pool first instead.
+            head_path = "classifier"
             model.classifier = nn.Identity()
             self.head = nn.Linear(SQUEEZENET_FEATURES, classes)
             self.dropout = SQUEEZENET_DROPOUT
         else:
-            self.head, self.dropout = _cut_head(model)
+            head_path, self.head, self.dropout = _cut_head(model)
+        self.replaced_layers = (head_path, *AUXILIARY_HEADS)
         self.model = model
         self._check_size(name, channels, size)
 
@@ -159,10 +164,10 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _cut_head(model: nn.Module) -> tuple[nn.Linear, float]:
+def _cut_head(model: nn.Module) -> tuple[str, nn.Linear, float]:
     """Remove the last linear layer and a dropout right before it.
 
-    Returns the layer, and the probability of the dropout, 0 without one.
+    Returns the layer's name, the layer, and the probability of the dropout, 0 without one.
     """
     linear_layers = [
         (path, layer) for path, layer in model.named_modules() if isinstance(layer, nn.Linear)
@@ -176,9 +181,9 @@ def _cut_head(model: nn.Module) -> tuple[nn.Linear, float]:
     previous_path = f"{parent}.{int(name) - 1}" if has_previous else "dropout"
     previous = dict(model.named_modules()).get(previous_path)
     if not isinstance(previous, nn.Dropout):
-        return head, 0.0
+        return path, head, 0.0
     model.set_submodule(previous_path, nn.Identity())
-    return head, previous.p
+    return path, head, previous.p
 
 
 def _replace_first_convolution(model: nn.Module, replace: Callable[[nn.Conv2d], nn.Conv2d]) -> None:

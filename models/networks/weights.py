@@ -1,14 +1,15 @@
 """Load weights from disk into a network: a bundle's, torchvision's, or any state dict."""
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.networks.base import Network
 from models.networks.torchvision_network import list_torchvision_models, sum_rgb_kernels
@@ -17,6 +18,25 @@ IMAGENET = "imagenet"
 
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "network.")
 """Of the names of tensors: by DistributedDataParallel, torch.compile and Imago's checkpoints."""
+
+HEAD = ("head.weight", "head.bias")
+COUNTER = "num_batches_tracked"
+"""Of batch norms. It changes no prediction, and old files lack it."""
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """The contents of a file of weights."""
+
+    path: Path
+    tensors: dict[str, Tensor]  # by name, without the prefixes of wrappers
+    normalization: tuple[list[float], list[float]] | None = None
+    """Mean and standard deviation of each channel, 0..255, that the weights were trained with.
+
+    Bundles and Imago's checkpoints have them, and the classes.
+    """
+    classes: list[str] | None = None  # of the rows of the head
+    network: str | None = None  # its name
 
 
 def find_weights_file(weights: str, network: str) -> Path:
@@ -50,39 +70,60 @@ def find_weights_file(weights: str, network: str) -> Path:
     return file
 
 
-def load_weights(network: Network, path: str | Path) -> list[str]:
-    """Copy the matching tensors of a .safetensors file or a torch state dict into a network.
+def load_weights(
+    network: Network, weights: WeightsFile, classes: Sequence[str] | None = None
+) -> list[str]:
+    """Copy weights into the network that they were trained in.
 
-    Returns the names of the tensors that keep their values, because the file has none of that name
-    and shape: the head for another number of classes, the stem for another size. A first
-    convolution of three channels is summed for a network with one. Raises ValueError where the file
-    can't be read, or most of the network does not match.
+    Every tensor must match by name and shape, and none may be left over, except for two layers: the
+    first convolution, which depends on the size and the channels of the images, and the head, which
+    depends on the classes. A first convolution of three channels is summed for a network with one.
+    Where the file records its classes, each of `classes` gets the row of the same class.
+
+    Returns names of what keeps its values. Raises ValueError for weights of another network.
     """
-    weights = read_weights(Path(path))
     state = network.state_dict()
-    matching: dict[str, Tensor] = {}
+    stem = _first_kernels(network)
+    copied: dict[str, Tensor] = {}
     unchanged: list[str] = []
+    problems: list[str] = []
 
     for name, current in state.items():
-        value = weights.get(name)
-        if value is None:
-            value = weights.get(name.removeprefix("model."))
-        if value is not None and _is_rgb_to_gray(value, current):
+        if name in HEAD:
+            continue
+        value = _find_tensor(weights.tensors, name)
+        if value is not None and name == stem and _is_rgb_to_gray(value, current):
             value = sum_rgb_kernels(value)
-        if value is None or value.shape != current.shape:
+        if value is not None and value.shape == current.shape:
+            copied[name] = value
+        elif name == stem:
             unchanged.append(name)
-        else:
-            matching[name] = value
+        elif value is not None:
+            problems.append(f"{name} is {list(value.shape)} there and {list(current.shape)} here")
+        elif not name.endswith(COUNTER):
+            problems.append(f"it has no {name}")
 
-    matching_numbers = sum(value.numel() for value in matching.values())
-    all_numbers = sum(value.numel() for value in state.values())
-    if 2 * matching_numbers < all_numbers:
-        raise ValueError(
-            f"{path}: weights of another network: only {len(matching)} of {len(state)} tensors "
-            "match; give the network and options that the weights were saved from"
-        )
-    network.load_state_dict(matching, strict=False)
-    return unchanged
+    problems += [f"{name} has no place here" for name in _unused_names(network, weights.tensors)]
+    if problems:
+        raise ValueError(_describe_mismatch(weights, problems))
+
+    head, unchanged_head = _match_head(state, weights, classes)
+    network.load_state_dict(copied | head, strict=False)
+    return unchanged + unchanged_head
+
+
+def _find_tensor(tensors: dict[str, Tensor], name: str) -> Tensor | None:
+    """Return the tensor of a name of the network, which may be torchvision's name for it."""
+    value = tensors.get(name)
+    return tensors.get(name.removeprefix("model.")) if value is None else value
+
+
+def _first_kernels(network: Network) -> str | None:
+    """Return the name of the kernels of the first convolution."""
+    for path, layer in network.named_modules():
+        if isinstance(layer, nn.Conv2d):
+            return f"{path}.weight"
+    return None
 
 
 def _is_rgb_to_gray(value: Tensor, current: Tensor) -> bool:
@@ -91,33 +132,69 @@ def _is_rgb_to_gray(value: Tensor, current: Tensor) -> bool:
     return value.shape[1] == 3 and current.shape[1] == 1
 
 
-def read_normalization(path: Path) -> tuple[list[float], list[float]] | None:
-    """Return mean and standard deviation of each channel, 0..255, that weights were trained with.
-
-    The weights of bundles and Imago's checkpoints have them; for others returns None. Call it after
-    `load_weights`, which raises for a file that can't be read.
-    """
-    if path.suffix == ".safetensors":
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-        if "mean" not in metadata or "std" not in metadata:
-            return None
-        return json.loads(metadata["mean"]), json.loads(metadata["std"])
-
-    state = read_weights(path)
-    if "mean" not in state or "std" not in state:
-        return None
-    return state["mean"].flatten().tolist(), state["std"].flatten().tolist()
+def _unused_names(network: Network, tensors: dict[str, Tensor]) -> list[str]:
+    """Return the names of tensors that belong to no layer of the network and to no other head."""
+    known = network.state_dict().keys() | set(HEAD)
+    other_heads = tuple(f"{path}." for path in network.replaced_layers)
+    unused: list[str] = []
+    for name in tensors:
+        is_known = name in known or f"model.{name}" in known
+        if not is_known and not name.startswith(other_heads) and not name.endswith(COUNTER):
+            unused.append(name)
+    return unused
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read names and tensors from a file, without the prefixes of wrappers.
+def _describe_mismatch(weights: WeightsFile, problems: list[str]) -> str:
+    recorded = f" ({weights.network})" if weights.network else ""
+    more = f", and {len(problems) - 1} more tensors differ" if len(problems) > 1 else ""
+    return (
+        f"{weights.path}: weights of another network{recorded}, or of another size: "
+        f"{problems[0]}{more}; give the network, options and size that they were trained with"
+    )
+
+
+def _match_head(
+    state: dict[str, Tensor], weights: WeightsFile, classes: Sequence[str] | None
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the tensors of the head for these classes, and names of what keeps its values."""
+    names = [name for name in HEAD if name in state]
+    is_same_layer = all(
+        name in weights.tensors and weights.tensors[name].shape[1:] == state[name].shape[1:]
+        for name in names
+    )
+    if not is_same_layer:
+        return {}, names
+
+    rows_there = len(weights.tensors[names[0]])
+    if classes is None or weights.classes is None or len(weights.classes) != rows_there:
+        is_same_count = rows_there == len(state[names[0]])
+        head = {name: weights.tensors[name] for name in names} if is_same_count else {}
+        return head, [] if is_same_count else names
+
+    row_of_class = {label: row for row, label in enumerate(weights.classes)}
+    shared = [i for i, label in enumerate(classes) if label in row_of_class]
+    if not shared:
+        return {}, names
+    rows = [row_of_class[classes[i]] for i in shared]
+    head = {name: state[name].clone() for name in names}
+    for name in names:
+        head[name][shared] = weights.tensors[name][rows].to(head[name].dtype)
+
+    new_classes = [label for label in classes if label not in row_of_class]
+    unchanged = [f"the rows of the head for {', '.join(new_classes)}"] if new_classes else []
+    return head, unchanged
+
+
+def read_weights(path: str | Path) -> WeightsFile:
+    """Read a file of weights.
 
     Raises ValueError for a missing file, and for one that is neither safetensors nor a torch file
     of tensors only.
     """
-    state = _read_file(path)
+    path = Path(path)
+    state, metadata = _read_file(path)
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        metadata = {"classes": state.get("classes")}
         state = state["state_dict"]  # a Lightning checkpoint
     is_state_dict = isinstance(state, dict) and all(
         isinstance(value, Tensor) for value in state.values()
@@ -127,17 +204,34 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             f"{path}: holds no state dict; save one with torch.save(network.state_dict(), PATH)"
         )
 
-    weights: dict[str, Tensor] = state
+    tensors: dict[str, Tensor] = state
     for prefix in WRAPPER_PREFIXES:
-        weights = {name.removeprefix(prefix): value for name, value in weights.items()}
-    return weights
+        tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+
+    # Imago's checkpoints have them among the tensors.
+    mean = tensors.pop("mean", None)
+    std = tensors.pop("std", None)
+    if mean is not None and std is not None:
+        metadata |= {"mean": mean.flatten().tolist(), "std": std.flatten().tolist()}
+    has_normalization = "mean" in metadata and "std" in metadata
+    classes = metadata.get("classes")
+    return WeightsFile(
+        path=path,
+        tensors=tensors,
+        normalization=(metadata["mean"], metadata["std"]) if has_normalization else None,
+        classes=classes if isinstance(classes, list) else None,
+        network=metadata.get("network"),
+    )
 
 
-def _read_file(path: Path) -> Any:
+def _read_file(path: Path) -> tuple[Any, dict[str, Any]]:
+    """Return the content of a file, and what a bundle's weights record beside the tensors."""
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        if path.suffix != ".safetensors":
+            return torch.load(path, map_location="cpu", weights_only=True), {}
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            recorded = file.metadata() or {}
     except FileNotFoundError as error:
         raise ValueError(
             f"{path}: no such file; give a .safetensors file or a torch state dict"
@@ -148,3 +242,16 @@ def _read_file(path: Path) -> Any:
             kind = "a file of weights only"
         cause = str(error).splitlines()[0][:120]
         raise ValueError(f"{path}: not {kind} ({cause})") from error
+    return tensors, _parse_metadata(recorded)
+
+
+def _parse_metadata(recorded: dict[str, str]) -> dict[str, Any]:
+    """Return the values that a bundle writes as JSON; other programs write other values."""
+    metadata: dict[str, Any] = {}
+    for key in ("network", "classes", "mean", "std"):
+        if key in recorded:
+            try:
+                metadata[key] = json.loads(recorded[key])
+            except ValueError:
+                continue
+    return metadata

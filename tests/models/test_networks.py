@@ -1,11 +1,13 @@
 """The networks by name: shapes, outputs, weights from disk, and errors."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from models import networks
-from models.networks.weights import find_weights_file, load_weights
+from models.networks.weights import WeightsFile, find_weights_file, load_weights, read_weights
 
 SMALL = list(networks.SMALL_NETWORKS)
 # One model of each family of torchvision, the smallest, and the sizes that it takes.
@@ -97,7 +99,7 @@ def test_a_gray_image_has_the_outputs_of_its_rgb_copy(tmp_path):
     file = tmp_path / "weights.safetensors"
     save_file(colour.state_dict(), file)
     gray = networks.build("resnet18", 4, 1, 224).eval()
-    assert load_weights(gray, file) == []
+    assert load_weights(gray, read_weights(file)) == []
     x = torch.randn(2, 1, 224, 224)
     with torch.no_grad():
         torch.testing.assert_close(gray(x), colour(x.expand(-1, 3, -1, -1)), atol=1e-4, rtol=1e-4)
@@ -127,7 +129,7 @@ def test_weights_of_torchvision_keep_a_new_head(tmp_path):
     file = tmp_path / "resnet18.pth"
     torch.save(pretrained.state_dict(), file)
     network = networks.build("resnet18", 6, 3, 224)
-    kept = load_weights(network, file)
+    kept = load_weights(network, read_weights(file))
     assert sorted(kept) == ["head.bias", "head.weight"]
     torch.testing.assert_close(
         network.model.layer3[0].conv1.weight, pretrained.layer3[0].conv1.weight
@@ -139,8 +141,86 @@ def test_weights_of_a_bundle_set_the_head_for_as_many_classes(tmp_path):
     second = networks.build("lenet", 5, 3, 32)
     file = tmp_path / "weights.safetensors"
     save_file(first.state_dict(), file)
-    assert load_weights(second, file) == []
+    assert load_weights(second, read_weights(file)) == []
     torch.testing.assert_close(second.head.weight, first.head.weight)
+
+
+def take_weights(network: networks.Network, classes: list[str] | None = None) -> WeightsFile:
+    """The weights of a network, as if they were read from a file."""
+    return WeightsFile(Path("weights.pt"), network.state_dict(), classes=classes)
+
+
+@pytest.mark.parametrize(
+    ("there", "here"),
+    [
+        (("resnet50", 64), ("resnet18", 64)),
+        (("resnet18", 64), ("resnet34", 64)),
+        (("resnet34", 64), ("resnet18", 64)),
+        (("mobilenet_v3_large", 64), ("mobilenet_v3_small", 64)),
+        (("lenet", 28), ("lenet", 32)),
+        (("convnet", 32), ("convnet4", 32)),
+        (("speednet", 32, {"widths": [8, 8]}), ("speednet", 32, {"widths": [8, 8, 8]})),
+        (("speednet", 32, {"widths": [8, 8, 8]}), ("speednet", 32, {"widths": [8, 8]})),
+    ],
+)
+def test_weights_of_another_network_are_refused(there, here):
+    networks_of_both: list[networks.Network] = []
+    for name, size, *options in (there, here):
+        networks_of_both.append(networks.build(name, 5, 3, size, **dict(*options)))
+    other, network = networks_of_both
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+
+    with pytest.raises(ValueError, match=r"weights.pt: weights of another network, .*; give"):
+        load_weights(network, take_weights(other))
+
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "convnet"])
+def test_weights_are_taken_from_images_of_another_size(name):
+    """Only the first convolution, or the head, depends on the size."""
+    other = networks.build(name, 5, 3, 128)
+    network = networks.build(name, 5, 3, 32)
+    kept = load_weights(network, take_weights(other))
+    assert set(kept) <= {"model.conv1.weight", "head.weight"} | {"head.bias"}
+
+
+def test_auxiliary_heads_of_torchvision_are_left_out():
+    import torchvision
+
+    pretrained = torchvision.models.googlenet(num_classes=9, aux_logits=True, init_weights=False)
+    weights = WeightsFile(Path("googlenet.pth"), pretrained.state_dict())
+    network = networks.build("googlenet", 5, 3, 64, stem="original", init_weights=False)
+    assert load_weights(network, weights) == ["head.weight", "head.bias"]
+
+
+@pytest.mark.parametrize("name", ["lenet", "speednet"])
+@pytest.mark.parametrize(
+    ("classes", "kept"),
+    [
+        (["ant", "bee", "cat", "dog"], ["the rows of the head for dog"]),
+        (["bee", "ant", "cat"], []),
+        (["cat", "ant"], []),
+        (["dog", "cat", "bee"], ["the rows of the head for dog"]),
+        (["elk", "dog", "fox"], ["head.weight", "head.bias"]),
+    ],
+)
+def test_classes_of_the_same_name_keep_their_rows_of_the_head(name, classes, kept):
+    known = ["ant", "bee", "cat"]
+    first = networks.build(name, len(known), 3, 32)
+    torch.nn.init.normal_(first.head.weight)
+    second = networks.build(name, len(classes), 3, 32)
+    before = second.head.weight.detach().clone()
+
+    unchanged = load_weights(second, take_weights(first, known), classes)
+
+    assert unchanged == [
+        tensor for tensor in kept if tensor in second.state_dict() or " " in tensor
+    ]
+    for row, label in enumerate(classes):
+        expected = first.head.weight[known.index(label)] if label in known else before[row]
+        assert torch.equal(second.head.weight[row], expected), label
 
 
 def test_whitened_patches_are_uncorrelated():
@@ -186,10 +266,8 @@ def test_imagenet_weights_are_taken_from_the_cache(tmp_path, monkeypatch):
     file = tmp_path / "hub" / "checkpoints" / "squeezenet1_1-b8a52dc0.pth"
     torch.save(torchvision.models.squeezenet1_1().state_dict(), file)
     network = networks.build("squeezenet1_1", 5, 3, 224)
-    assert load_weights(network, find_weights_file("imagenet", "squeezenet1_1")) == [
-        "head.weight",
-        "head.bias",
-    ]
+    weights = read_weights(find_weights_file("imagenet", "squeezenet1_1"))
+    assert load_weights(network, weights) == ["head.weight", "head.bias"]
     with pytest.raises(ValueError, match="torchvision has none"):
         find_weights_file("imagenet", "lenet")
 
@@ -210,4 +288,4 @@ def test_invalid_weights_are_explained(tmp_path, content, message):
     elif content is not None:
         torch.save(content, file)
     with pytest.raises(ValueError, match=message):
-        load_weights(networks.build("lenet", 5, 3, 32), file)
+        load_weights(networks.build("lenet", 5, 3, 32), read_weights(file))

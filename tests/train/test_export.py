@@ -20,7 +20,7 @@ from models import networks
 from models.bundle import DRIFT_SIGNALS, Bundle
 from models.drift import histogram as count_by_bin
 from models.image import decode
-from models.networks.weights import load_weights
+from models.networks.weights import load_weights, read_weights
 from support import ROOT
 from train.data import ImageData
 
@@ -44,7 +44,7 @@ def load_torch_network(bundle: Bundle) -> networks.Network:
     size = manifest.input.height
     channels = manifest.input.channels
     network = networks.build(manifest.network, len(manifest.classes), channels, size)
-    load_weights(network, str(bundle.path / "weights.safetensors"))
+    load_weights(network, read_weights(bundle.path / "weights.safetensors"))
     return network.eval()
 
 

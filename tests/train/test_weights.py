@@ -1,6 +1,7 @@
 """Training that starts from the weights of another run: --model.weights and --ckpt_path."""
 
 import json
+import shutil
 from pathlib import Path
 
 import cv2
@@ -8,8 +9,20 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from support.interrupted_runs import STEPS, find_run_directory, finish_run, start_run
+from support.forked_commands import ForkedCommands
+from support.interrupted_runs import (
+    STEPS,
+    find_run_directory,
+    finish_run,
+    load_last_checkpoint,
+    start_run,
+)
 from support.sample_images import write_image_folder
+
+PHOTO_SETTINGS = (
+    *["--name", "digits", "--data.batch_size", 16],
+    *["--export.report", "false", "--export.quantize.enabled", "false"],
+)
 
 
 def test_a_run_that_continues_another_keeps_the_best_weights_of_both(commands, tmp_path):
@@ -33,41 +46,50 @@ def test_a_run_that_continues_another_keeps_the_best_weights_of_both(commands, t
     assert load_file(tmp_path / "store/digits/1/weights.safetensors")
 
 
-@pytest.mark.parametrize("flag", ["--ckpt_path", "--model.weights"])
-def test_weights_keep_the_normalization_they_were_trained_with(commands, tmp_path, flag):
-    """Other images are normalized with the same mean, in training and in the bundle."""
-    photos = write_image_folder(tmp_path / "photos", 30)
-    darker = write_darker_copies(photos, tmp_path / "darker")
-    settings = (
-        *["--name", "digits", "--data.batch_size", 16],
-        *["--export.enabled", "true", "--export.report", "false"],
-        *["--export.quantize.enabled", "false"],
-    )
-    first = tmp_path / "first"
-    second = tmp_path / "second"
-    first_weights = first / "store/digits/1/weights.safetensors"
-    second_weights = second / "store/digits/1/weights.safetensors"
-
+@pytest.fixture(scope="module")
+def first(commands: ForkedCommands, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with photos, a run that was trained on them, and a store with its bundle."""
+    directory = tmp_path_factory.mktemp("first")
+    photos = write_image_folder(directory / "photos", 30)
     finish_run(
         commands,
-        first,
-        *["--data.source", photos, "--trainer.max_epochs", 1, "--store", first / "store"],
-        *settings,
+        directory,
+        *["--data.source", photos, "--trainer.max_epochs", 1, "--store", directory / "store"],
+        *["--export.enabled", "true", *PHOTO_SETTINGS],
     )
-    weights = first_weights
-    if flag == "--ckpt_path":
-        weights = find_run_directory(first) / "last.ckpt"
+    return directory
+
+
+def test_a_checkpoint_keeps_the_normalization_it_was_trained_with(commands, first, tmp_path):
+    """Other images are normalized with the same mean."""
+    darker = write_darker_copies(first / "photos", tmp_path / "darker")
     finish_run(
         commands,
-        second,
-        *["--data.source", darker, "--trainer.max_epochs", 2, "--store", second / "store"],
-        *[flag, weights],
-        *settings,
+        tmp_path,
+        *["--data.source", darker, "--trainer.max_epochs", 2, *PHOTO_SETTINGS],
+        *["--ckpt_path", find_run_directory(first) / "last.ckpt"],
     )
-
-    mean = read_mean(first_weights)
-    assert read_mean(second_weights) == pytest.approx(mean, rel=1e-5)
+    mean = read_mean(first / "store/digits/1/weights.safetensors")
     assert min(mean) > 80  # that of the darker images is a third of it
+    assert trained_mean(tmp_path) == pytest.approx(mean, rel=1e-5)
+
+
+def test_weights_keep_their_normalization_and_the_rows_of_known_classes(commands, first, tmp_path):
+    darker = write_darker_copies(first / "photos", tmp_path / "darker")
+    shutil.copytree(darker / "red", darker / "yellow")
+    weights = first / "store/digits/1/weights.safetensors"
+    run = finish_run(
+        commands,
+        tmp_path,
+        *["--data.source", darker, "--trainer.max_epochs", 1, "--model.weights", weights],
+        *["--store", tmp_path / "store", "--export.enabled", "true", *PHOTO_SETTINGS],
+    )
+    expected = f"{weights}: loaded all but the rows of the head for yellow, which start with"
+    assert expected in run.text
+
+    mean = read_mean(weights)
+    assert trained_mean(tmp_path) == pytest.approx(mean, rel=1e-5)
+    assert read_mean(tmp_path / "store/digits/1/weights.safetensors") == pytest.approx(mean)
 
 
 def write_darker_copies(photos: Path, target: Path) -> Path:
@@ -82,6 +104,11 @@ def write_darker_copies(photos: Path, target: Path) -> Path:
 def read_mean(file: Path) -> list[float]:
     with safe_open(file, "np") as weights:
         return json.loads(weights.metadata()["mean"])
+
+
+def trained_mean(runs: Path) -> list[float]:
+    """The mean that the last checkpoint normalizes with."""
+    return load_last_checkpoint(runs)["state_dict"]["mean"].flatten().tolist()
 
 
 def test_an_interrupted_epoch_is_not_continued_with_another_batch_size(commands, tmp_path):

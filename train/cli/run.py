@@ -141,7 +141,7 @@ def publish_bundle(job: TrainingJob) -> None:
         set_temperature(model, calibration)
 
     with Store(job.store).stage(job.name) as staged:
-        write_weights(staged.path, model)
+        write_weights(staged.path, model, data.classes)
         samples = write_samples(staged.path, model, data, config.samples)
         with times.measure("export"):
             fp32 = export_fp32(staged.path, model.graph, data, scores)

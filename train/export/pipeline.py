@@ -166,11 +166,12 @@ def set_temperature(model: TrainedModel, calibration: Calibration) -> None:
     model.graph.temperature = calibration.temperature
 
 
-def write_weights(directory: Path, model: TrainedModel) -> None:
-    """Write weights.safetensors, with the network's name, options, mean and deviation."""
+def write_weights(directory: Path, model: TrainedModel, classes: list[str]) -> None:
+    """Write weights.safetensors, with the network's name, options, classes, mean and deviation."""
     metadata = {
         "network": model.network_name,
         "options": model.options,
+        "classes": classes,
         "mean": model.mean,
         "std": model.std,
     }

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from models import networks
-from models.networks.weights import find_weights_file, load_weights, read_normalization
+from models.networks.weights import find_weights_file, load_weights, read_weights
 from train.data import ImageData
 from train.failures import Diverged
 from train.learning.epoch_sums import EpochSums
@@ -35,7 +35,6 @@ METRICS = {"val/loss": "min", "val/accuracy": "max", "train/loss": "min", "train
 
 PREPARE_IMAGES = 5000  # training images for networks that compute a layer from data
 MIN_UNEQUAL_RATIO = 10.0  # images of the largest class over those of the smallest
-LISTED_NAMES = 4  # tensors that a message lists by name
 
 ADAMW = OptimizerConfig()
 CONSTANT_RATE = ScheduleConfig()
@@ -50,8 +49,9 @@ class Classifier(L.LightningModule):
         network: name of the network: lenet, convnet, convnet4, speednet or any classification
             model of torchvision.
         options: passed to the network, e.g. {widths: [64, 256, 256]} for speednet.
-        weights: file of weights to start from: a bundle's weights.safetensors or a torch state
-            dict; imagenet for torchvision's, downloaded once.
+        weights: file of weights of the same network to start from: a bundle's
+            weights.safetensors, a checkpoint or a torch state dict; imagenet for torchvision's,
+            downloaded once. Classes of the same name keep their rows of the head.
         optimizer: which optimizer, and its learning rates.
         schedule: learning rate over the steps.
         label_smoothing: share of the label that is spread over all classes, in training.
@@ -177,25 +177,19 @@ class Classifier(L.LightningModule):
     def _load_weights(self, weights: str, is_training: bool) -> None:
         """Load a file of weights, and the mean and deviation of its training, if it has them.
 
-        Raises ValueError where tensors are missing or of another shape and nothing trains them.
+        Raises ValueError for weights of another network, and where tensors are missing or of
+        another shape and nothing trains them.
         """
-        file = find_weights_file(weights, self.name)
-        missing: list[str] = []
-        for name in load_weights(self.network, file):
-            if not name.endswith("num_batches_tracked"):  # which changes no prediction
-                missing.append(name)
-
-        normalization = read_normalization(file)
-        if normalization and len(normalization[0]) == self.mean.numel():
-            mean, std = normalization
+        file = read_weights(find_weights_file(weights, self.name))
+        missing = load_weights(self.network, file, self.data.classes)
+        if file.normalization and len(file.normalization[0]) == self.mean.numel():
+            mean, std = file.normalization
             self.mean.copy_(torch.tensor(mean).view_as(self.mean))
             self.std.copy_(torch.tensor(std).view_as(self.std))
 
         if not missing:
             return
-        names = ", ".join(missing[:LISTED_NAMES])
-        if len(missing) > LISTED_NAMES:
-            names += f" and {len(missing) - LISTED_NAMES} more"
+        names = ", ".join(missing)
         if not is_training:
             raise ValueError(
                 f"model.weights: {weights} has no {names} that fit, so those would be random; give "
@@ -349,7 +343,8 @@ class Classifier(L.LightningModule):
             self.log(f"{part}/majority_accuracy", images.max() / images.sum())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Record which images the checkpoint is trained on."""
+        """Record which images and classes the checkpoint is trained on."""
+        checkpoint["classes"] = self.data.classes
         checkpoint["lineage"] = describe_training_images(self.data)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
