@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import cv2
@@ -14,6 +15,7 @@ from train.cli import main
 from train.cli.command_line import CommandLine
 from train.cli.recipes import RECIPES as RECIPES_DIRECTORY
 from train.learning.precision import has_bfloat16
+from train.runs.progress_bar import Pace
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*"),
@@ -301,10 +303,11 @@ def test_training_starts_from_weights_on_disk(tmp_path):
 
 @pytest.mark.slow  # it calls a C++ compiler
 @pytest.mark.timeout(900)
-def test_compiling_does_not_rename_weights(tmp_path):
+def test_compiling_does_not_rename_weights(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "kernels"))
     command = fit(tmp_path, "--model.compile=default", "--trainer.limit_train_batches=2")
     assert "network.head.weight" in command.model.state_dict()
-    assert command.model.network._compiled_call_impl is not None
+    assert list((tmp_path / "kernels").rglob("*.so"))
 
 
 @pytest.mark.slow
@@ -405,14 +408,29 @@ def test_help_lists_every_setting(commands):
         assert setting in output, setting
 
 
-def test_fit_with_a_recipe_publishes_a_bundle(commands, tmp_path):
-    commands.run(
+def test_fit_with_a_recipe_publishes_a_bundle_and_shows_each_step(commands, tmp_path):
+    command = commands.run(
         "fit",
         f"--config={RECIPES_DIRECTORY / 'digits.yaml'}",
         f"--store={tmp_path / 'store'}",
         "--trainer.max_epochs=2",
         f"--trainer.default_root_dir={tmp_path / 'runs'}",
+        env={"FORCE_COLOR": "1"},  # as on a terminal
     )
+    text = re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", command.text)
+    assert re.findall(r"^epoch (\d)/2 .* left \d:\d\d:\d\d$", text, re.MULTILINE) == ["1", "2"]
+    steps = re.findall(r"^step (\d/6)  (\w+)  left \d:\d\d:\d\d$", text, re.MULTILINE)
+    assert steps == [
+        ("1/6", "test"),
+        ("2/6", "calibrate"),
+        ("3/6", "export"),
+        ("4/6", "quantize"),
+        ("5/6", "certify"),
+        ("6/6", "report"),
+    ]
+    for title in ("epoch 1/2", *(f"step {number}  {step}" for number, step in steps)):
+        assert re.search(rf"{title} +[━╸╺]+", text), title  # a bar
+
     manifest = json.loads((tmp_path / "store" / "digits" / "latest" / "manifest.json").read_text())
     assert manifest["metrics"]["test"]["accuracy"] > 0.8
     assert manifest["provenance"]["recipe"]["model"]["network"] == "convnet"
@@ -433,3 +451,21 @@ def test_progress_can_be_disabled(commands, tmp_path, flags):
         *flags,
     )
     assert ("epoch 1/1" in command.text) == (not flags)
+
+
+def test_the_pace_is_that_of_a_recent_window():
+    """Neither a slow start nor batches of an earlier start count, and a validation always does."""
+    pace = Pace(batches=1000, now=0)  # resumed
+    assert pace.measure(1000, now=1) is None
+    assert pace.measure(1001, now=30) == 30  # the first batch compiles the network
+    for second in range(31, 100):
+        pace.measure(1001 + second - 30, second)
+    assert pace.measure(1071, now=100) == pytest.approx(1)
+
+    pace.use_window(200)  # epochs of 100 batches in 100 s, and 100 s of validation
+    estimates: list[float] = []
+    for second in range(100, 1100):
+        epoch, in_epoch = divmod(second - 100, 200)
+        batches = 1071 + 100 * epoch + min(100, in_epoch)
+        estimates.append(pace.measure(batches, second))
+    assert estimates[400:] == pytest.approx([2] * 600, rel=0.05)

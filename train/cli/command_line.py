@@ -242,6 +242,7 @@ class CommandLine(LightningCLI):
             audit=settings.audit,
             history=settings.history,
             monitor=settings.monitor,
+            progress=settings.progress,
             model_checkpoint=settings.checkpoint,
             resume_checkpoint=settings.resume,
             export=settings.export,

@@ -9,6 +9,7 @@ several processes, each of them calls `run_training`, and only the first one pub
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from train.export.evaluate import describe_weak_classes, evaluate_parts
 from train.export.pipeline import (
     BundleContents,
     RunRecord,
-    StepTimes,
     build_manifest,
     describe_bundle,
     describe_missed_targets,
@@ -33,6 +33,7 @@ from train.export.pipeline import (
     write_weights,
 )
 from train.export.report import write_report
+from train.export.steps import ExportSteps, estimate_export_seconds
 from train.export.variants import (
     certify_variants,
     describe_speedup,
@@ -47,6 +48,7 @@ from train.runs.history import History
 from train.runs.loggers import build_loggers
 from train.runs.model_checkpoint import ModelCheckpoint
 from train.runs.monitor import Monitor
+from train.runs.progress_bar import ProgressBar
 from train.runs.resume import ResumeCheckpoint, read_data_state
 from train.runs.run_directory import Run, open_run
 from train.runs.trainer import ImageTrainer
@@ -72,6 +74,7 @@ class TrainingJob:
     audit: Audit
     history: History
     monitor: Monitor
+    progress: ProgressBar
     model_checkpoint: ModelCheckpoint
     resume_checkpoint: ResumeCheckpoint
     export: ExportConfig
@@ -130,34 +133,34 @@ def publish_bundle(job: TrainingJob) -> None:
     data = job.data
     config = job.export
     record = RunRecord(job.recipe, job.trainer.strategy.root_device, job.history.rows)
-    times = StepTimes()
-    times.add("fit", record.fit_seconds)
+    steps = ExportSteps(job.progress, data, config, record.device)
+    steps.add("fit", record.fit_seconds)
 
     model = load_best_model(job.trainer, job.system)
-    with times.measure("test"):
-        scores = evaluate_parts(model.graph, data, record.device, model.tta)
-    with times.measure("calibrate"):
+    with steps.measure("test") as advance:
+        scores = evaluate_parts(model.graph, data, record.device, model.tta, advance)
+    with steps.measure("calibrate"):
         calibration = calibrate(scores.val, scores.unleaked_test, config.calibrate)
         set_temperature(model, calibration)
 
     with Store(job.store).stage(job.name) as staged:
         write_weights(staged.path, model, data.classes)
         samples = write_samples(staged.path, model, data, config.samples)
-        with times.measure("export"):
+        with steps.measure("export"):
             fp32 = export_fp32(staged.path, model.graph, data, scores)
 
         files = [fp32]
         notes: list[str] = []
         if config.quantize.enabled:
-            with times.measure("quantize"):
+            with steps.measure("quantize") as advance:
                 int8, note = quantize_int8(
-                    fp32, data, scores, config.quantize, calibration.temperature
+                    fp32, data, scores, config.quantize, calibration.temperature, advance
                 )
             notes.append(note)
             if int8 is not None:
                 files.append(int8)
 
-        with times.measure("certify"):
+        with steps.measure("certify"):
             variants = certify_variants(
                 files, model.graph, data, samples.expected, config.calibrate
             )
@@ -169,16 +172,16 @@ def publish_bundle(job: TrainingJob) -> None:
                 notes += [f"{name}: {note}" for note in missed]
 
         contents = BundleContents(model, scores, calibration, samples.entries, variants, notes)
-        manifest = build_manifest(staged, contents, data, record, times)
+        manifest = build_manifest(staged, contents, data, record, steps)
         assert manifest.test_metrics is not None
         warnings = describe_weak_classes(manifest.test_metrics, data.classes)
         manifest.notes += warnings
         if config.report:
-            with times.measure("report"):
+            with steps.measure("report"):
                 write_report(
                     staged.path, manifest, model.graph, data, scores, record.history, config
                 )
-        path = publish(staged, manifest, times, config)
+        path = publish(staged, manifest, steps, config)
 
     for warning in warnings:
         print(f"train: {warning}", file=sys.stderr)
@@ -252,6 +255,9 @@ def fit(job: TrainingJob, run: Run | None = None) -> None:
     if checkpoint:
         job.system.expect_checkpoint()
 
+    if run is not None and job.export.enabled:
+        device = trainer.strategy.root_device
+        job.progress.expect_export(partial(estimate_export_seconds, job.data, job.export, device))
     if not trainer.loggers:
         trainer.remove_callbacks(LearningRateMonitor)  # it fails without a logger
     skip_unused_hooks(job.system, trainer.callbacks)

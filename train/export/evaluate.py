@@ -12,6 +12,7 @@ from train.data.pixels import read_pixels
 from train.export.calibrate import expected_calibration_error
 from train.export.onnx_graph import InferenceGraph
 from train.export.scores import Scores, negative_log_likelihood, softmax
+from train.export.steps import Advance, ignore_progress
 from train.learning.test_time_augmentation import TestTimeAugmentation, augmented_views
 
 MAX_CONFUSION_CLASSES = 256  # the matrix grows with the square of the classes
@@ -43,14 +44,18 @@ def find_unleaked_rows(images: int, leaked_rows: np.ndarray) -> np.ndarray:
 
 
 def evaluate_parts(
-    graph: InferenceGraph, data: ImageData, device: torch.device, tta: TestTimeAugmentation
+    graph: InferenceGraph,
+    data: ImageData,
+    device: torch.device,
+    tta: TestTimeAugmentation,
+    advance: Advance,
 ) -> PartScores:
     """Score the validation and the test part in float32 on the device."""
-    val = score_part(graph, data, "val", device)
-    test = score_part(graph, data, "test", device)
+    val = score_part(graph, data, "val", device, advance)
+    test = score_part(graph, data, "test", device, advance)
     test_augmented = None
     if tta != "none":
-        test_augmented = score_part(graph, data, "test", device, tta)
+        test_augmented = score_part(graph, data, "test", device, tta=tta)
     unleaked_rows = find_unleaked_rows(len(test.labels), data.leaked_test_rows)
     return PartScores(val, test, test_augmented, unleaked_rows)
 
@@ -61,6 +66,7 @@ def score_part(
     data: ImageData,
     part: str,
     device: torch.device,
+    advance: Advance = ignore_progress,
     tta: TestTimeAugmentation = "none",
 ) -> Scores:
     """Return the logits of a whole part; with test-time augmentation their mean over its views."""
@@ -73,6 +79,7 @@ def score_part(
             view_logits.append(graph.logits(view.permute(0, 2, 3, 1)).float())
         logits.append(torch.stack(view_logits).mean(0).cpu())
         labels.append(image_labels.cpu())
+        advance(len(images))
     return Scores(torch.cat(logits).numpy(), torch.cat(labels).numpy())
 
 

@@ -8,9 +8,6 @@ import copy
 import json
 import os
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -53,6 +50,7 @@ from train.export.onnx_graph import InferenceGraph
 from train.export.parity import run_torch
 from train.export.provenance import build_provenance
 from train.export.scores import Scores
+from train.export.steps import ExportSteps
 from train.learning.system import Classifier
 from train.learning.test_time_augmentation import TestTimeAugmentation
 from train.runs.trainer import ImageTrainer
@@ -102,24 +100,6 @@ class BundleContents:
     samples: list[Sample]
     variants: dict[str, Variant]
     notes: list[str]
-
-
-class StepTimes:
-    """Seconds of each step of a run, by name."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    def add(self, step: str, seconds: float) -> None:
-        """Record a step that was timed elsewhere."""
-        self.seconds[step] = round(seconds, 3)
-
-    @contextmanager
-    def measure(self, step: str) -> Iterator[None]:
-        """Record the time of a block."""
-        started = time.monotonic()
-        yield
-        self.add(step, time.monotonic() - started)
 
 
 def load_best_model(trainer: ImageTrainer, system: Classifier) -> TrainedModel:
@@ -223,7 +203,7 @@ def build_manifest(
     contents: BundleContents,
     data: ImageData,
     run: RunRecord,
-    times: StepTimes,
+    steps: ExportSteps,
 ) -> Manifest:
     """Return the manifest of a staged version."""
     model = contents.model
@@ -244,7 +224,7 @@ def build_manifest(
         baseline=_measure_baseline(data, contents.scores.val, calibration),
         metrics=metrics,
         notes=contents.notes,
-        provenance=build_provenance(run.device, data_info, run.recipe, times.seconds),
+        provenance=build_provenance(run.device, data_info, run.recipe, steps.seconds),
     )
 
 
@@ -297,10 +277,10 @@ def describe_missing_abstention(calibration: Calibration, val_images: int) -> st
 
 
 def publish(
-    staged: StagedVersion, manifest: Manifest, times: StepTimes, config: ExportConfig
+    staged: StagedVersion, manifest: Manifest, steps: ExportSteps, config: ExportConfig
 ) -> Path:
     """Write manifest, checksums and signature, make the version visible; return its directory."""
-    manifest.provenance.seconds = times.seconds
+    manifest.provenance.seconds = steps.seconds
     manifest.write(staged.path)
     write_checksums(staged.path)
     if config.sign_key:

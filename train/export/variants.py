@@ -15,6 +15,7 @@ from train.export.onnx_graph import InferenceGraph, export_onnx
 from train.export.parity import FP32_TOLERANCE, measure_latencies, measure_parity
 from train.export.quantize import QuantizeConfig, quantize
 from train.export.scores import Scores, recover_logits
+from train.export.steps import Advance
 
 FP32_FILE = "model.onnx"
 INT8_FILE = "model.int8.onnx"
@@ -51,6 +52,7 @@ def quantize_int8(
     scores: PartScores,
     config: QuantizeConfig,
     temperature: float,
+    advance: Advance,
 ) -> tuple[VariantFile | None, str]:
     """Write model.int8.onnx if it passes its accuracy gate.
 
@@ -65,7 +67,7 @@ def quantize_int8(
     test_rows = unleaked[evenly_spaced_rows(len(unleaked), config.gate_images)]
 
     def score_val(file: Path) -> Scores:
-        return _score_rows(file, data, "val", scores.val.labels, val_rows, temperature)
+        return _score_rows(file, data, "val", scores.val.labels, val_rows, temperature, advance)
 
     try:
         result = quantize(
@@ -86,7 +88,7 @@ def quantize_int8(
     if not result.passed:
         return None, note
 
-    test = _score_rows(target, data, "test", scores.test.labels, test_rows, temperature)
+    test = _score_rows(target, data, "test", scores.test.labels, test_rows, temperature, advance)
     fp32_accuracy = float(scores.test.correct[test_rows].mean())
     note += f"; it loses {100 * (fp32_accuracy - test.accuracy):.2f} points of test accuracy"
     return VariantFile("int8", target, fp32.opset, score_val(target), test), note
@@ -99,6 +101,7 @@ def _score_rows(
     labels: np.ndarray,
     rows: np.ndarray,
     temperature: float,
+    advance: Advance,
 ) -> Scores:
     """Return the scores that an ONNX file gives these rows of a part; `labels` are all of it."""
     run = load_runner(GraphFile.read(file))
@@ -107,6 +110,7 @@ def _score_rows(
     for batch_rows in batches:
         outputs = run(load_images(data, part, batch_rows))
         logits.append(recover_logits(outputs["probabilities"], outputs["energy"], temperature))
+        advance(len(batch_rows))
     return Scores(np.concatenate(logits), labels[rows])
 
 
