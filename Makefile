@@ -85,8 +85,8 @@ lock: ## write the lock files from pyproject.toml: make lock [ARGS=--upgrade]
 	compile --extra train --extra serve -c docker/dev.lock -o docker/train.lock; \
 	compile --extra serve -c docker/dev.lock --generate-hashes -o docker/serve.lock; \
 	compile --extra serve -c docker/dev.lock --generate-hashes --no-emit-package onnxruntime -o docker/serve-cuda.lock \
-	  - <<<'onnxruntime-gpu[cuda,cudnn]>=1.26'; \
-	compile --extra serve -c docker/dev.lock --generate-hashes -o docker/serve-openvino.lock - <<<'openvino>=2025.3'
+	  - < <(sed -n 's/^ *"onnxruntime\(>=[^"]*\)".*/onnxruntime-gpu[cuda,cudnn]\1/p' pyproject.toml); \
+	compile --extra serve --extra openvino -c docker/dev.lock --generate-hashes -o docker/serve-openvino.lock
 
 clean: ## delete the virtual environment and the caches, but not the store
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache

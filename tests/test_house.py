@@ -132,6 +132,14 @@ def test_locks_satisfy_the_declared_ranges_and_name_no_index():
         )
 
 
+def test_only_pyproject_states_versions_of_what_is_locked():
+    printed = subprocess.run(
+        ["make", "-n", "lock"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert "docker/serve-openvino.lock" in printed
+    assert not re.findall(r"[\w\]][<>=~]=\d", printed)
+
+
 @pytest.mark.parametrize("lock", sorted(p.name for p in (ROOT / "docker").glob("serve*.lock")))
 def test_serving_locks_have_hashes_and_no_torch(lock):
     locked = read_pins(lock)
