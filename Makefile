@@ -28,6 +28,12 @@ named := $(if $(NAME),--name $(NAME))
 recipe := $(if $(RECIPE),--recipe $(RECIPE))
 root := $(if $(ROOT),--root "$(ROOT)")
 
+# Runs a command that a signal may interrupt. It gets the signals that make passes on, and where it ends with the
+# status of a signal, make ends by that signal, too. By itself make would end with 2, as after any other failure.
+interruptible = $(1) & pid=$$!; trap "kill -TERM $$pid" TERM; trap : INT; status=0; \
+  wait $$pid || wait $$pid || status=$$?; trap - TERM INT; \
+  if ((status > 128)); then kill -$$((status - 128)) $$PPID; fi; exit $$status
+
 ##@ Train and serve
 help: ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} \
@@ -37,12 +43,12 @@ help: ## list the targets
 setup: $(VENV)/.train.lock ## create the virtual environment; update it when the lock file changed
 
 train: setup ## train a model and publish a bundle in the store
-	@$(run) train run "$(data)" --store "$(STORE)" $(named) $(recipe) $(root) $(ARGS)
+	@$(call interruptible,$(run) train run "$(data)" --store "$(STORE)" $(named) $(recipe) $(root) $(ARGS))
 
 serve: setup ## serve a model of the store; if the store is empty, train the built-in digits first
 	@if ! compgen -G '$(STORE)/$(or $(NAME),*)/latest/manifest.json' >/dev/null; then \
 	  $(if $(NAME),[ '$(origin DATA)' != file ] || { echo "make: $(STORE) has no model '$(NAME)'; train it first: make train DATA=<data> NAME=$(NAME)" >&2; exit 2; };) \
-	  $(MAKE) train ARGS=; fi
+	  exec $(MAKE) train ARGS=; fi
 	@exec $(run) serve --store "$(STORE)" $(if $(NAME),--model $(NAME)) --port $(PORT) $(ARGS)
 
 audit: setup ## find broken, duplicate, leaked and mislabelled images: make audit DATA=…

@@ -24,7 +24,7 @@ class SendSignal(Callback):
     epoch NUMBER; `epoch`, its start; `end` of the training; `after` it, for every callback;
     `export`, NUMBER tenths of a second after the training. Kinds: a signal's name without SIG;
     LAUNCHER, SIGTERM to the process that started this one; GROUP, SIGTERM to all processes of this
-    one's group; SLEEP, no signal, but a minute's pause.
+    one's group; SLEEP, no signal, but a minute's pause, and half a second at the moment before.
     """
 
     def __init__(self) -> None:
@@ -35,6 +35,8 @@ class SendSignal(Callback):
             os.setpgid(0, 0)  # a new process group, as under a launcher
 
     def _send_at(self, moment: str, number: int, trainer: L.Trainer) -> None:
+        if self.kind == "SLEEP" and (moment, str(number + 1)) == (self.moment, self.number):
+            time.sleep(0.5)  # a slow step
         is_due = (moment, str(number)) == (self.moment, self.number)
         if self.is_sent or not is_due or not trainer.is_global_zero:
             return

@@ -38,6 +38,7 @@ QUIET = ("--logger=none", *NO_OUTPUT)
             2,
             "resume: every_minutes and every_steps must be 0 or more, and keep 1 or more",
         ),
+        (("--resume.notice_seconds", 0), 2, "resume.notice_seconds: 0.0 is not above 0"),
         (
             ("--logger", "tensorbord"),
             2,
@@ -379,6 +380,67 @@ def test_sigterm_is_handled_before_the_imports_are_done():
     assert "libtorch" not in (process_files / "maps").read_text()
     process.terminate()
     assert process.wait(60) == 143
+
+
+# Takes the place of Python in a virtual environment: a training that saves before it ends.
+INTERRUPTED_PYTHON = """#!{python}
+import os, signal, sys, time
+from pathlib import Path
+
+directory = Path(sys.argv[0]).parent
+
+def end(signum, frame):
+    time.sleep(0.1)
+    (directory / "saved").touch()
+    sys.exit(128 + signum)
+
+signal.signal(signal.SIGTERM, end)
+signal.signal(signal.SIGINT, end)
+(directory / "pid").write_text(str(os.getpid()))
+(directory / "pid").rename(directory / "started")
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("target", ["train", "serve"])
+@pytest.mark.parametrize(
+    ("signum", "receiver"),
+    [
+        (signal.SIGTERM, "make"),
+        (signal.SIGTERM, "group"),
+        (signal.SIGTERM, "command"),
+        (signal.SIGINT, "group"),
+    ],
+)
+def test_make_ends_by_the_signal_that_interrupted_the_training(tmp_path, signum, receiver, target):
+    """A shell shows 143 or 130. By itself make would end with 2, or before its command."""
+    bin_directory = tmp_path / "bin"
+    bin_directory.mkdir()
+    python = bin_directory / "python"
+    python.write_text(INTERRUPTED_PYTHON.format(python=sys.executable))
+    python.chmod(0o755)
+    shutil.copy(ROOT / "docker/train.lock", tmp_path / ".train.lock")  # nothing to install
+    make = subprocess.Popen(
+        ["make", target, f"VENV={tmp_path}", f"STORE={tmp_path / 'store'}"],
+        cwd=ROOT,
+        process_group=0,
+        stderr=subprocess.DEVNULL,
+        # A shell that starts the tests in the background makes them ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    started = bin_directory / "started"
+    wait_until(started.exists)
+
+    if receiver == "make":
+        make.send_signal(signum)
+    elif receiver == "group":
+        os.killpg(make.pid, signum)
+    else:
+        os.kill(int(started.read_text()), signum)
+
+    is_nested = target == "serve" and receiver == "command"
+    assert make.wait(30) == (2 if is_nested else -signum)
+    wait_until((bin_directory / "saved").exists)
 
 
 @pytest.mark.parametrize("subcommand", ["test", "run"])

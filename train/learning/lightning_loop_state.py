@@ -60,6 +60,14 @@ class LightningLoopState:
         """
         self._trainer._logger_connector.update_train_step_metrics()
 
+    def dump_checkpoint(self) -> dict[str, Any]:
+        """Return what `trainer.save_checkpoint` writes, with references to the current tensors.
+
+        `_checkpoint_connector.dump_checkpoint`: to keep a copy in memory instead of a file. With
+        several processes all of them call it.
+        """
+        return self._trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+
     def start_at_next_epoch(self, fit_loop_state: dict[str, Any]) -> None:
         """Continue with the first step of an epoch, and restart no epoch.
 

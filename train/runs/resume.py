@@ -10,10 +10,15 @@ not change. A checkpoint is written at one of four stages, from each of which Li
     epoch       before the first step of an epoch
     end         after the last step, so that a run that is interrupted while it writes its bundle
                 does not train again
+
+Where steps take so long that the next one may not end within the time that a signal leaves, the
+state after each step is copied to memory, and the copy is written when a signal arrives.
 """
 
+import copy
 import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from enum import IntEnum
@@ -32,23 +37,29 @@ from train.learning.lightning_loop_state import (
 )
 from train.learning.system import Classifier
 from train.runs.checkpoints import (
+    AtomicCheckpointIO,
     checkpoint_path,
     checkpoint_step,
     delete_old_checkpoints,
     list_checkpoints,
 )
-from train.runs.preemption import NOTICE, Preempted
+from train.runs.preemption import NOTICE, SHUTDOWN_SECONDS, Preempted
 
 Stage = Literal["step", "validation", "epoch", "end"]
 BETWEEN_EPOCHS: tuple[Stage, ...] = ("epoch", "end")  # stages at which no epoch is under way
+
+# A step that takes this share of the time that a signal leaves is slow: the state is copied after
+# it, which takes a small part of the time of such a step.
+SLOW_STEP_SHARE = 1 / 3
 
 
 class Request(IntEnum):
     """What to do at the next stage; the greater one wins between processes."""
 
     NOTHING = 0
-    SAVE = 1
-    STOP = 2  # save and end the process
+    COPY = 1  # keep the state in memory
+    SAVE = 2
+    STOP = 3  # save and end the process
 
 
 @dataclass(frozen=True)
@@ -65,6 +76,26 @@ def read_data_state(checkpoint: Path) -> DataState:
     return DataState(state.get("digest"), state.get("moments"))
 
 
+@dataclass(frozen=True)
+class StateCopy:
+    """A checkpoint that is in memory only."""
+
+    path: Path  # to write it to
+    checkpoint: dict[str, Any] | None  # None in all but the first process, which writes it
+
+    def write(self) -> int | None:
+        """Write the file; return its optimizer step, or None where the disk refuses it."""
+        step = checkpoint_step(self.path)
+        if self.checkpoint is None:
+            return step
+        try:
+            AtomicCheckpointIO().save_checkpoint(self.checkpoint, self.path)
+        except OSError as error:
+            _report_failed_save(self.path.parent, step, error)
+            return None
+        return step
+
+
 class ResumeCheckpoint(Checkpoint):
     """Writes a checkpoint every few minutes or steps, and before a signal ends the process.
 
@@ -74,22 +105,36 @@ class ResumeCheckpoint(Checkpoint):
         every_minutes: time between checkpoints; 0 for none by time.
         every_steps: steps between checkpoints; 0 for none by steps.
         keep: number of newest checkpoints to keep, so that a damaged one costs little.
+        notice_seconds: time from SIGTERM or Ctrl-C to the end of the process, at most.
     """
 
-    def __init__(self, every_minutes: float = 5.0, every_steps: int = 0, keep: int = 2):
+    def __init__(
+        self,
+        every_minutes: float = 5.0,
+        every_steps: int = 0,
+        keep: int = 2,
+        notice_seconds: float = SHUTDOWN_SECONDS,
+    ):
         if every_minutes < 0 or every_steps < 0 or keep < 1:
             raise ValueError(
                 "resume: every_minutes and every_steps must be 0 or more, and keep 1 or more"
             )
+        if notice_seconds <= 0:
+            raise ValueError(f"resume.notice_seconds: {notice_seconds} is not above 0")
         self.every_seconds = every_minutes * 60 or float("inf")
         self.every_steps = every_steps
         self.keep = keep
+        self.notice_seconds = notice_seconds
 
         self._directory: Path | None = None  # None writes no checkpoints
         self._is_resumed = False  # from a checkpoint of the same run
         self._request = Request.NOTHING
         self._saved_step = -1
         self._next_save_time = float("inf")  # of time.monotonic()
+        self._slow_batch_seconds = float("inf")  # of a part of an accumulated step
+        self._batch_ended = float("inf")  # of time.monotonic(): the last batch
+        self._copy: StateCopy | None = None  # of the state after the last slow step
+        self._write_lock = threading.Lock()  # held while a checkpoint or the copy is written
         self._stage: Stage | None = None  # of the checkpoint that is being written
         self._loaded_state: dict[str, Any] | None = None  # to restore when training starts
         self._loaded_step = -1
@@ -111,9 +156,12 @@ class ResumeCheckpoint(Checkpoint):
     # When to save
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Restore what a checkpoint holds, and defer signals to the end of a step."""
+        """Restore the state of a checkpoint, and defer signals to the end of a step."""
         if self._directory is not None:
-            NOTICE.defer()
+            NOTICE.defer(self.notice_seconds, self._write_copy)
+        slow_step_seconds = self.notice_seconds * SLOW_STEP_SHARE
+        self._slow_batch_seconds = slow_step_seconds / trainer.accumulate_grad_batches
+        self._batch_ended = time.monotonic()
         self._next_save_time = time.monotonic() + self.every_seconds
         self._saved_step = trainer.global_step
         if self._loaded_state is not None:
@@ -187,12 +235,15 @@ class ResumeCheckpoint(Checkpoint):
     def _local_request(self, trainer: L.Trainer) -> Request:
         if NOTICE.signum:
             return Request.STOP
-        if time.monotonic() > self._next_save_time:
+        now = time.monotonic()
+        is_slow = now - self._batch_ended > self._slow_batch_seconds
+        self._batch_ended = now
+        if now > self._next_save_time:
             return Request.SAVE
         is_due = self.every_steps and trainer.global_step % self.every_steps == 0
         if is_due and trainer.global_step > self._saved_step:
             return Request.SAVE
-        return Request.NOTHING
+        return Request.COPY if is_slow else Request.NOTHING
 
     def _exchange_request(self, request: Request) -> Request:
         """Send this process's request and return the greatest one that was sent a step ago.
@@ -217,9 +268,12 @@ class ResumeCheckpoint(Checkpoint):
     def _fulfil_request(
         self, trainer: L.Trainer, pl_module: L.LightningModule, stage: Stage
     ) -> None:
-        """Save at a stage, and end the process where the request is to stop."""
+        """Copy or save at a stage, and end the process where the request is to stop."""
         request = self._request
         self._request = Request.NOTHING
+        if request == Request.COPY:
+            self._copy_state(trainer, pl_module, stage)
+            return
         self._save(trainer, pl_module, stage)
         if request == Request.STOP:
             if stage == "step":
@@ -234,18 +288,50 @@ class ResumeCheckpoint(Checkpoint):
         assert isinstance(pl_module, Classifier)
         pl_module.check_finite("train")  # before good weights are replaced by bad ones
 
-        self._stage = stage
         self._saved_step = trainer.global_step
+        with self._write_lock:
+            self._copy = None  # what is written now is newer
+            self._write_checkpoint(trainer, self._directory, stage)
+
+    def _write_checkpoint(self, trainer: L.Trainer, directory: Path, stage: Stage) -> None:
+        self._stage = stage
         try:
-            trainer.save_checkpoint(checkpoint_path(self._directory, trainer.global_step))
+            trainer.save_checkpoint(checkpoint_path(directory, trainer.global_step))
         except OSError as error:
             # The barrier at the end of save_checkpoint, at which the other processes wait.
             trainer.strategy.barrier("Trainer.save_checkpoint")
-            _report_failed_save(self._directory, trainer.global_step, error)
+            _report_failed_save(directory, trainer.global_step, error)
         finally:
             self._stage = None
         if trainer.is_global_zero:
-            delete_old_checkpoints(self._directory, self.keep)
+            delete_old_checkpoints(directory, self.keep)
+
+    def _copy_state(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: Stage) -> None:
+        """Copy the state to memory, in case the next step is interrupted."""
+        if self._directory is None:
+            return
+        assert isinstance(pl_module, Classifier)
+        pl_module.check_finite("train")
+
+        self._stage = stage
+        try:
+            checkpoint = LightningLoopState(trainer).dump_checkpoint()
+        finally:
+            self._stage = None
+        path = checkpoint_path(self._directory, trainer.global_step)
+        self._copy = StateCopy(path, _copy_to_cpu(checkpoint) if trainer.is_global_zero else None)
+
+    def _write_copy(self) -> int | None:
+        """Write the copy of the state, if any; return its step.
+
+        Called in another thread, while a step runs.
+        """
+        if not self._write_lock.acquire(blocking=False):
+            return None  # the step has ended, and a checkpoint is being written
+        try:
+            return self._copy.write() if self._copy is not None else None
+        finally:
+            self._write_lock.release()
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
@@ -345,6 +431,17 @@ def _report_failed_save(directory: Path, step: int, error: OSError) -> None:
         file=sys.stderr,
         flush=True,
     )
+
+
+def _copy_to_cpu(value: Any) -> Any:
+    """Return a copy of nested containers that shares no memory with them, on the CPU."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _copy_to_cpu(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_copy_to_cpu(item) for item in value]
+    return copy.deepcopy(value)
 
 
 def _process_state(system: Classifier) -> dict[str, Any]:
