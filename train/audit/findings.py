@@ -331,6 +331,8 @@ def _count_sample_bits(data: ImageData) -> SampleBitsFindings:
 
 def _differs(values: np.ndarray, ratio: float) -> np.ndarray:
     """Return bool [M]: values more than `ratio` times larger or smaller than the median."""
+    if len(values) == 0:
+        return np.zeros(0, bool)
     median = np.median(values)
     return np.maximum(values / median, median / values) > ratio
 

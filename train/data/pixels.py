@@ -45,6 +45,7 @@ TASK_IMAGES = 256
 TASK_BYTES = 2 << 20
 
 CHANNELS_TO_MODE = {(3,): "RGB", (4,): "RGBA"}  # trailing shape of an array -> Pillow's mode
+UNKNOWN_MODE = "unknown"
 BGR_ORDER = [2, 1, 0, 3]  # channels of RGB or RGBA as OpenCV writes them
 
 # First bytes of a format -> its last bytes.
@@ -203,11 +204,24 @@ def _fill_metadata(item: bytes | np.ndarray, record: np.void) -> None:
             # Reads the header only; Pillow knows more modes than `models.image`.
             picture = Image.open(io.BytesIO(item))
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        _fill_size(item, record)
         return
     record["width"] = picture.width
     record["height"] = picture.height
     record["format"] = (picture.format or "").lower()
     record["mode"] = picture.mode
+
+
+def _fill_size(item: bytes, record: np.void) -> None:
+    """Fill in size and format of an image that Pillow refuses, where its header can be read."""
+    try:
+        header = image.read_header(item)
+    except image.ImageError:
+        return
+    record["width"] = header.width
+    record["height"] = header.height
+    record["format"] = header.format
+    record["mode"] = UNKNOWN_MODE
 
 
 def _sha256(content: bytes) -> np.ndarray:
