@@ -65,9 +65,15 @@ class Reloader:
         """Reload if `latest` points to a version that is neither served nor refused."""
         latest = self.store.latest(self.settings.model)
         if latest is None or latest == self.current_model().version:
-            self.refused_version = None
+            self._allow_refused_version()
         elif latest != self.refused_version:
             self._reload(latest)
+
+    def _allow_refused_version(self) -> None:
+        """Try the refused version again when `latest` points to it the next time."""
+        if self.refused_version is not None:
+            logs.logger.info("refused version rolled back: version %d", self.refused_version)
+            self.refused_version = None
 
     def _reload(self, version: int) -> None:
         """Replace the model by this version, or refuse it."""

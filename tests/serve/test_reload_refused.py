@@ -150,12 +150,19 @@ def test_version_changed_after_its_check_is_refused(start, tmp_path):
     assert "model.onnx: changed since it was written" in server.log.read_text()
     assert served_version(server) == "1"
 
-    # It is tried again once `latest` has pointed to another version, here to one that is refused.
+    # It is tried again once `latest` has pointed to another version: to the served one,
+    Store(tmp_path).promote("colours", 1)
+    wait_until(lambda: "refused version rolled back: version 2" in server.log.read_text())
+    Store(tmp_path).promote("colours", 2)
+    wait_until(lambda: server.metric("imago_reloads_total", outcome="refused") == 2)
+    assert served_version(server) == "1"
+
+    # or to one that is refused.
     tiny_bundle.update_checksums(second)
     third = tiny_bundle.publish(tmp_path, promote=False)
     (third / "manifest.json").unlink()
     Store(tmp_path).promote("colours", 3)
-    wait_until(lambda: server.metric("imago_reloads_total", outcome="refused") == 2)
+    wait_until(lambda: server.metric("imago_reloads_total", outcome="refused") == 3)
     Store(tmp_path).promote("colours", 2)
     wait_until(lambda: served_version(server) == "2")
 

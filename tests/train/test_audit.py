@@ -16,7 +16,6 @@ from sklearn.datasets import load_digits
 from support.sample_images import CLASSES, make_pixels, make_png, write_image_folder
 from train import audit
 from train.audit.duplicates import SearchLimits, find_near_duplicates
-from train.cli.main import main
 from train.data import Augmentation, ImageData
 
 pytestmark = pytest.mark.filterwarnings("ignore:::lightning")
@@ -65,6 +64,22 @@ def faulty(tmp_path_factory) -> Path:
 def audited(faulty, tmp_path_factory) -> tuple[ImageData, dict, Path]:
     out = tmp_path_factory.mktemp("audit")
     return *audit_source(faulty, out, size=32), out
+
+
+def test_images_whose_header_pillow_refuses_are_audited(tmp_path):
+    """Pillow refuses a wrong checksum of a text, which decoding does not need."""
+    root = write_image_folder(tmp_path / "photos", 8)
+    text = b"\0\0\0\5tEXta\0bcd" + b"\0\0\0\0"
+    for file in root.rglob("*.png"):
+        png = file.read_bytes()
+        file.write_bytes(png[:33] + text + png[33:])  # after the first chunk
+
+    data, findings = audit_source(root)
+
+    assert data.unreadable == []
+    assert findings["odd"]["sizes"] == {"32x32": 24}
+    assert findings["odd"]["modes"] == {"unknown": 24}
+    assert findings["odd"]["count"] == 0
 
 
 def test_exact_copies_are_found_within_and_across_parts(audited):
@@ -391,35 +406,19 @@ def test_the_report_lists_what_cannot_be_read_where_that_is_a_whole_class(comman
     assert all(file in (tmp_path / "report/index.html").read_text() for file in files)
 
 
-@pytest.mark.parametrize("command", ["audit", "run"])
-def test_out_of_memory_in_the_audit_does_not_blame_the_batch_size(
-    tmp_path, monkeypatch, capsys, command
-):
-    def exhaust_memory(*_) -> None:
-        torch.empty(1 << 60, dtype=torch.uint8)
-
-    # No data set of a test is so large that the audit runs out of memory.
-    monkeypatch.setattr("train.audit.labels.find_label_errors", exhaust_memory)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    status = main(
-        [
-            command,
-            "digits",
-            "--trainer.default_root_dir",
-            str(tmp_path / "runs"),
-            "--logger",
-            "none",
-            "--progress.quiet",
-            "true",
-            "--store",
-            str(tmp_path / "store"),
-            "--trainer.accelerator",
-            "cpu",
-        ]
+def test_out_of_memory_in_the_audit_does_not_blame_the_batch_size(commands, tmp_path):
+    """The images fit into memory, but not a batch of the audit in float32."""
+    photos = write_image_folder(tmp_path / "photos", 100)
+    command = commands.start(
+        "audit",
+        photos,
+        *["--data.size", 1024, "--data.cache=", "--data.memory", "memory"],
+        *["--trainer.accelerator", "cpu"],
+        cwd=tmp_path,
+        limits={"RLIMIT_AS": 6 << 30},
     )
-    assert status == 1
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith(
+    assert command.status() == 1
+    assert command.text.splitlines()[-1].startswith(
         "train: out of memory on cpu in the data audit; try a smaller --data.size"
     )
 

@@ -8,8 +8,8 @@ import torch
 
 from support.sample_images import write_image_folder
 from train.data import Augmentation, ImageData
-from train.learning import precision
 from train.learning.optimizers import OptimizerConfig
+from train.learning.precision import Bfloat16Support, choose_precision
 from train.learning.system import Classifier
 from train.learning.test_time_augmentation import augmented_views
 
@@ -177,25 +177,27 @@ def test_whitening_is_computed_from_images_without_augmentation(tmp_path, augmen
     torch.testing.assert_close(covariance[large][:, large], expected, atol=0.3, rtol=0)
 
 
+OLD_GPU = Bfloat16Support(cpu=True, gpu=False, has_accelerator=True)
+NEW_GPU = Bfloat16Support(cpu=False, gpu=True, has_accelerator=True)
+OLD_CPU = Bfloat16Support(cpu=False, gpu=None, has_accelerator=False)
+
+
 @pytest.mark.parametrize(
-    ("requested", "accelerator", "used"),
+    ("support", "requested", "accelerator", "used"),
     [
-        ("bf16-mixed", "auto", "16-mixed"),
-        ("bf16-mixed", "gpu", "16-mixed"),
-        ("16-mixed", "gpu", "16-mixed"),
-        ("bf16-true", "gpu", "bf16-true"),
-        (None, "auto", None),
+        (OLD_GPU, "bf16-mixed", "auto", "16-mixed"),
+        (OLD_GPU, "bf16-mixed", "gpu", "16-mixed"),
+        (OLD_GPU, "16-mixed", "gpu", "16-mixed"),
+        (OLD_GPU, "bf16-true", "gpu", "bf16-true"),
+        (OLD_GPU, None, "auto", None),
+        (OLD_GPU, "bf16-mixed", "cpu", "bf16-mixed"),
+        (NEW_GPU, "bf16-mixed", "auto", "bf16-mixed"),
+        (NEW_GPU, "bf16-mixed", "cpu", "32-true"),
+        (OLD_CPU, "bf16-mixed", "auto", "32-true"),
+        (OLD_CPU, "32-true", "auto", "32-true"),
     ],
 )
-def test_float16_replaces_bfloat16_on_a_gpu_without_bfloat16_units(
-    monkeypatch, requested, accelerator, used
+def test_precision_is_changed_where_bfloat16_would_be_emulated(
+    support, requested, accelerator, used
 ):
-    # No machine of the tests has a GPU without bfloat16 units: torch reports one.
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(
-        torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation
-    )
-    precision.gpu_has_bfloat16.cache_clear()
-    assert precision.choose_precision(requested, accelerator) == used
-    precision.gpu_has_bfloat16.cache_clear()
+    assert choose_precision(requested, accelerator, support) == used

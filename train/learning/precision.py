@@ -5,6 +5,7 @@ whether the GPU has bfloat16 units.
 """
 
 import sys
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -17,23 +18,40 @@ BFLOAT16_MIXED = ("bf16-mixed", "bf16")
 MIXED = (*BFLOAT16_MIXED, "16-mixed", "16")  # on a CPU all of them mean bfloat16
 
 
-def choose_precision(requested: Precision, accelerator: str) -> Precision:
+@dataclass(frozen=True)
+class Bfloat16Support:
+    """Which processors multiply bfloat16 in hardware."""
+
+    cpu: bool
+    gpu: bool | None  # None without an NVIDIA GPU
+    has_accelerator: bool  # an NVIDIA GPU, or another processor than the CPU
+
+
+def choose_precision(
+    requested: Precision, accelerator: str, support: Bfloat16Support | None = None
+) -> Precision:
     """Return the requested precision, or another where the hardware would emulate bfloat16.
 
     A GPU older than Ampere then computes in float16, and a CPU in float32. Emulated bfloat16 is
-    much slower, and cuDNN lacks some convolutions for it.
+    much slower, and cuDNN lacks some convolutions for it. `support`: this machine's by default.
     """
-    is_cpu = accelerator == "cpu"
-    if accelerator == "auto":
-        is_cpu = not torch.accelerator.is_available()
+    support = support or detect_bfloat16()
+    is_cpu = accelerator == "cpu" or (accelerator == "auto" and not support.has_accelerator)
     if is_cpu:
-        is_emulated = str(requested) in MIXED and not has_bfloat16()
+        is_emulated = str(requested) in MIXED and not support.cpu
         return "32-true" if is_emulated else requested
-
-    gpu_emulates = torch.cuda.is_available() and not gpu_has_bfloat16()
-    if gpu_emulates and str(requested) in BFLOAT16_MIXED:
+    if support.gpu is False and str(requested) in BFLOAT16_MIXED:
         return "16-mixed"
     return requested
+
+
+def detect_bfloat16() -> Bfloat16Support:
+    """Return the support of this machine."""
+    return Bfloat16Support(
+        cpu=has_bfloat16(),
+        gpu=gpu_has_bfloat16() if torch.cuda.is_available() else None,
+        has_accelerator=torch.accelerator.is_available(),
+    )
 
 
 @cache
