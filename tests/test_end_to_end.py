@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 from support import ROOT
+from support.forked_commands import ForkedCommands
 from support.server import Server, find_free_ports
 
 if TYPE_CHECKING:
@@ -38,19 +38,24 @@ def label_of(index: int) -> str:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def trained(commands: ForkedCommands, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A store with the bundle of a run of `digits`, and what the run printed."""
     store = tmp_path_factory.mktemp("end-to-end") / "store"
-    command = [sys.executable, "-m", "train", "run", "digits", "--store", str(store)]
-    command += ["--trainer.default_root_dir", str(store.parent / "runs")]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return store, result.stdout
+    runs = store.parent / "runs"
+    command = commands.run(
+        "run", "digits", "--store", store, "--trainer.default_root_dir", runs, cwd=ROOT
+    )
+    return store, command.text
 
 
 @pytest.fixture(scope="module")
-def served(trained: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(trained[0], tmp_path_factory.mktemp("served") / "log")
+def served(
+    trained: tuple[Path, str],
+    serve_commands: ForkedCommands,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("served") / "log"
+    server = Server(trained[0], log, forker=serve_commands)
     try:
         yield server.wait_ready()
     finally:

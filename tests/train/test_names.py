@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from models.bundle import Bundle
+from support.forked_commands import ForkedCommands
 from support.sample_images import write_image_folder
 
 # Bytes that are not UTF-8 (Python writes the byte E9 as \udce9), control characters, a backslash.
@@ -17,12 +18,12 @@ ODD_NAMES = {
     "003.png": "a b\r.png",
 }
 QUICK = ["--trainer.max_epochs=1", "--name=odd", "--data.cache=", "--export.quantize.enabled=false"]
+SPLIT = ["--data.val_fraction=0.4", "--data.test_fraction=0.4"]
 
 
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    """A folder whose files have odd names; one class has an odd name and an unreadable file."""
-    root = write_image_folder(tmp_path / "photos", count=16)
+def write_oddly_named_folder(root: Path) -> Path:
+    """Write images with odd names; one class has an odd name, an unreadable file and a text."""
+    write_image_folder(root, count=16)
     for class_folder in root.iterdir():
         for plain, odd in ODD_NAMES.items():
             (class_folder / plain).rename(class_folder / odd)
@@ -32,17 +33,32 @@ def photos(tmp_path: Path) -> Path:
     return root
 
 
-def test_a_folder_with_odd_names_becomes_a_bundle(commands, tmp_path, photos):
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_oddly_named_folder(tmp_path_factory.mktemp("odd") / "photos")
+
+
+@pytest.fixture(scope="module")
+def trained(
+    commands: ForkedCommands, photos: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, str]:
+    """A directory with a run on the photos and its bundle, and what the run printed."""
+    directory = tmp_path_factory.mktemp("trained")
     run = commands.run(
         "run",
         photos,
         *QUICK,
-        "--data.val_fraction=0.5",
-        f"--store={tmp_path / 'store'}",
-        f"--trainer.default_root_dir={tmp_path / 'runs'}",
+        *SPLIT,
+        f"--store={directory / 'store'}",
+        f"--trainer.default_root_dir={directory / 'runs'}",
     )
-    assert r"rosa \xe9/br\xf6ken.png" in run.text
-    bundle = Bundle(tmp_path / "store/odd/1")
+    return directory, run.text
+
+
+def test_a_folder_with_odd_names_becomes_a_bundle(trained):
+    directory, printed = trained
+    assert r"rosa \xe9/br\xf6ken.png" in printed
+    bundle = Bundle(directory / "store/odd/1")
     assert bundle.manifest.classes == ["blue", "green", r"rosa \xe9"]
     assert [sample.file for sample in bundle.manifest.samples] == [
         f"{i:02d}.png" for i in range(16)
@@ -51,7 +67,7 @@ def test_a_folder_with_odd_names_becomes_a_bundle(commands, tmp_path, photos):
         assert r"rosa \xe9" in (bundle.path / name).read_text("utf-8").replace(r"\\", "\\")
 
 
-def test_odd_names_in_the_audit_and_in_predictions_are_valid_text(commands, tmp_path, photos):
+def test_odd_names_in_the_audit_are_valid_text(commands, photos, tmp_path):
     commands.run("audit", photos, f"--out={tmp_path / 'audit'}")
     text = (tmp_path / "audit/audit.json").read_text("ascii")
     json.loads(text)
@@ -62,22 +78,17 @@ def test_odd_names_in_the_audit_and_in_predictions_are_valid_text(commands, tmp_
     assert left_out["count"] == 1
     assert left_out["reason"].endswith(r"(.t\xf6xt)")
     assert left_out["reason"] in (tmp_path / "audit/index.html").read_text("utf-8")
-    split = "--data.cache=", "--data.val_fraction=0.1", "--data.test_fraction=0.5"
-    commands.run(
-        "run",
-        photos,
-        *QUICK,
-        *split,
-        "--export.enabled=false",
-        f"--trainer.default_root_dir={tmp_path / 'runs'}",
-    )
-    checkpoint = next((tmp_path / "runs").rglob("best.ckpt"))
+
+
+def test_odd_names_in_predictions_are_valid_text(commands, photos, trained):
+    directory, _ = trained
     run = commands.run(
         "predict",
         f"--data.source={photos}",
+        "--data.cache=",
         "--model.network=lenet",
-        f"--ckpt_path={checkpoint}",
-        *split,
+        f"--ckpt_path={next(directory.rglob('best.ckpt'))}",
+        *SPLIT,
         "--progress.quiet=true",
     )
     output = run.log.read_text("utf-8")
@@ -89,8 +100,8 @@ def test_odd_names_in_the_audit_and_in_predictions_are_valid_text(commands, tmp_
     assert any(r"caf\xe9.png" in row[0] for row in rows)
 
 
-def test_a_directory_whose_name_is_not_utf8_is_refused_in_one_line(commands, tmp_path, photos):
-    directory = photos.rename(tmp_path / "b\udcfccher")
+def test_a_directory_whose_name_is_not_utf8_is_refused_in_one_line(commands, tmp_path):
+    directory = write_oddly_named_folder(tmp_path / "b\udcfccher")
     refused = commands.start(
         "run", directory, *QUICK, f"--trainer.default_root_dir={tmp_path / 'runs'}"
     )
