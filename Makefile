@@ -29,10 +29,11 @@ recipe := $(if $(RECIPE),--recipe $(RECIPE))
 root := $(if $(ROOT),--root "$(ROOT)")
 
 # Runs a command that a signal may interrupt. It gets the signals that make passes on, and where it ends with the
-# status of a signal, make ends by that signal, too. By itself make would end with 2, as after any other failure.
+# status of a signal, make ends by that signal, too. By itself make would end with 2, as after any other failure. The
+# shell ends after make has handled the signal: make fails where its command has ended by then.
 interruptible = $(1) & pid=$$!; trap "kill -TERM $$pid" TERM; trap : INT; status=0; \
   wait $$pid || wait $$pid || status=$$?; trap - TERM INT; \
-  if ((status > 128)); then kill -$$((status - 128)) $$PPID; fi; exit $$status
+  if ((status > 128)); then kill -$$((status - 128)) $$PPID; sleep 1; fi; exit $$status
 
 ##@ Train and serve
 help: ## list the targets

@@ -417,8 +417,9 @@ def test_fit_with_a_recipe_publishes_a_bundle_and_shows_each_step(commands, tmp_
         f"--trainer.default_root_dir={tmp_path / 'runs'}",
         env={"FORCE_COLOR": "1"},  # as on a terminal
     )
-    text = re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", command.text)
-    assert re.findall(r"^epoch (\d)/2 .* left \d:\d\d:\d\d$", text, re.MULTILINE) == ["1", "2"]
+    text = re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", command.text).replace("\r", "\n")
+    epochs = re.findall(r"^epoch (\d)/2  train .*  left \d:\d\d:\d\d$", text, re.MULTILINE)
+    assert epochs == ["1", "2"]
     steps = re.findall(r"^step (\d/6)  (\w+)  left \d:\d\d:\d\d$", text, re.MULTILINE)
     assert steps == [
         ("1/6", "test"),
