@@ -29,7 +29,7 @@ MAX_EXIF_BYTES = 1 << 20
 
 
 def sanitize(data: bytes, header: Header) -> bytes | bytearray:
-    """Return the file without what makes no pixels; the same object where there is no such thing.
+    """Return the file without what makes no pixels; the same object where all of it does.
 
     Raises UndecodableImage where the file is damaged, or decoding would take much longer than a
     picture of its size needs.
