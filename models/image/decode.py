@@ -30,7 +30,7 @@ from models.image.jpeg_scans import (
 )
 from models.image.native_messages import dropped_native_messages
 from models.image.resize import resize_to_input
-from models.image.sanitize import read_gif_frame, sanitize
+from models.image.sanitize import Frame, read_first_frame, sanitize
 
 # Callers run one decode a core; a second pool of threads inside would only contend with them.
 cv2.setNumThreads(1)
@@ -249,13 +249,14 @@ def _decode_stored(
         return _decode_tiff(data, header, header.page, flag), header.orientation
     file = sanitize(data, header)
     image, exif = _run_decoder(file, header, flag)
-    if header.format == "gif":
-        _clear_outside(image, read_gif_frame(file))
+    frame = read_first_frame(file, header)
+    if frame is not None:
+        _clear_outside(image, frame)
     return image, tiff.read_orientation(exif)
 
 
-def _clear_outside(image: np.ndarray, frame: tuple[int, int, int, int]) -> None:
-    """Make the pixels outside a frame of a GIF white: viewers show what is behind it there."""
+def _clear_outside(image: np.ndarray, frame: Frame) -> None:
+    """Make the pixels outside the first frame white: viewers show what is behind it there."""
     left, top, width, height = frame
     image[:top] = 255
     image[top + height :] = 255

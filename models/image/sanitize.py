@@ -28,6 +28,10 @@ MAX_EXIF_BYTES = 1 << 20
 """Larger EXIF blocks are left out. In a JPEG a block has less than 64 KiB."""
 
 
+Frame = tuple[int, int, int, int]
+"""Left, top, width and height, in pixels."""
+
+
 def sanitize(data: bytes, header: Header) -> bytes | bytearray:
     """Return the file without what makes no pixels; the same object where all of it does.
 
@@ -41,6 +45,15 @@ def sanitize(data: bytes, header: Header) -> bytes | bytearray:
         return function(data, header)
     except (struct.error, IndexError, KeyError) as error:
         raise UndecodableImage(DAMAGED) from error
+
+
+def read_first_frame(data: bytes | bytearray, header: Header) -> Frame | None:
+    """Return the frame of a sanitized GIF or animated WebP; it may be smaller than the picture."""
+    if header.format == "gif":
+        return _read_gif_frame(data)
+    if header.format == "webp" and data[12:16] == b"VP8X" and data[20] & _WEBP_ANIMATION:
+        return _read_webp_frame(data)
+    return None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -120,8 +133,7 @@ def _sanitize_gif(data: bytes, header: Header) -> bytes:
     return b"".join((screen, control, data[position:end], _GIF_TRAILER))
 
 
-def read_gif_frame(data: bytes | bytearray) -> tuple[int, int, int, int]:
-    """Return left, top, width and height of the only frame of a sanitized GIF, in pixels."""
+def _read_gif_frame(data: bytes | bytearray) -> Frame:
     position = 13 + _count_gif_palette_bytes(data[10])
     if data[position] == _GIF_EXTENSION:
         position += _GIF_CONTROL_BYTES
@@ -232,6 +244,7 @@ def _read_bits(stream: np.ndarray, starts: np.ndarray, widths: np.ndarray) -> np
 # ---------------------------------------------------------------------------------------------
 # WebP (RFC 9649)
 
+_WEBP_ANIMATION = 0x02  # flag of VP8X
 _WEBP_ALPHA_EXIF_ANIMATION = 0x10 | 0x08 | 0x02  # flags of VP8X
 _WEBP_PIXEL_CHUNKS = frozenset((b"VP8X", b"ANIM", b"ALPH", b"VP8 ", b"VP8L"))
 
@@ -261,6 +274,19 @@ def _sanitize_webp(data: bytes, header: Header) -> bytes:
         parts[0] = parts[0][:8] + bytes((flags,)) + parts[0][9:]
     chunks = b"".join(parts)
     return b"".join((b"RIFF", struct.pack("<I", 4 + len(chunks)), b"WEBP", chunks))
+
+
+def _read_webp_frame(data: bytes | bytearray) -> Frame | None:
+    """Read the position, in units of two pixels, and the size, less one, of the first frame."""
+    position = 12
+    while position + 20 <= len(data):
+        chunk_type, length = struct.unpack_from("<4sI", data, position)
+        if chunk_type == b"ANMF":
+            numbers = (data[position + i : position + i + 3] for i in (8, 11, 14, 17))
+            left, top, width, height = (int.from_bytes(number, "little") for number in numbers)
+            return 2 * left, 2 * top, width + 1, height + 1
+        position += 8 + length + (length & 1)
+    return None
 
 
 # ---------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from models.image import (
     read_header,
 )
 from support import jpeg_builder, webp_builder
+from support.webp_builder import webp
 
 SPEC = InputSpec(height=32, width=32)
 
@@ -175,13 +176,6 @@ def zeros_png(width: int, height: int, depth: int = 8, samples: int = 1) -> byte
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_START = SIGNATURE + png_chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0))
 PNG_END = png_chunk(b"IDAT", zlib.compress(bytes(2))) + png_chunk(b"IEND", b"")
-
-
-def webp(*chunks: tuple[bytes, bytes]) -> bytes:
-    body = b"WEBP"
-    for kind, content in chunks:
-        body += kind + struct.pack("<I", len(content)) + content + bytes(len(content) & 1)
-    return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
 def gif(codes: list[int], width: int, height: int, color_bits: int = 2, extensions=b"") -> bytes:

@@ -18,7 +18,7 @@ from models.image import (
     decode_full_size,
     read_largest_sample,
 )
-from support import jpeg_builder
+from support import jpeg_builder, webp_builder
 from support.tiff_builder import DEFLATE, Page, build_tiff
 
 H = 48
@@ -359,7 +359,7 @@ def test_a_complete_jpeg_that_ends_in_gray_is_read(name, options, mode):
 
 
 # ---------------------------------------------------------------------------------------------
-# GIF
+# Animations
 
 
 def gif_with_small_frame(transparent: bool) -> bytes:
@@ -385,6 +385,24 @@ def test_a_gif_frame_smaller_than_its_screen_lies_on_white(transparent, channels
     assert (pixels == 255).all()
     if channels == 3:
         assert (inside == (0, 255, 0)).all()
+
+
+@pytest.mark.parametrize("flags", [0x02, 0x12], ids=["opaque", "alpha"])
+@pytest.mark.parametrize("background", [bytes(4), b"\0\0\xff\xff"], ids=["clear", "red"])
+def test_a_webp_frame_smaller_than_its_canvas_lies_on_white(background, flags):
+    green = save(Image.new("RGB", (10, 12), (0, 255, 0)), "WEBP", lossless=True)
+    place = b"".join(struct.pack("<I", number)[:3] for number in (4, 3, 9, 11, 100)) + b"\0"
+    side = struct.pack("<I", 39)[:3]
+    data = webp_builder.webp(
+        (b"VP8X", bytes((flags, 0, 0, 0)) + side + side),
+        (b"ANIM", background + b"\0\0"),
+        (b"ANMF", place + green[12:]),
+        (b"ANMF", place + green[12:]),
+    )
+    pixels = decode_full_size(data, 3)
+    assert (pixels[6:18, 8:18] == (0, 255, 0)).all()
+    pixels[6:18, 8:18] = 255
+    assert (pixels == 255).all()
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,10 +1,18 @@
-"""A lossless WebP that no encoder writes: its own set of code tables for each block of pixels."""
+"""WebP files that no encoder writes: of any chunks, and with many sets of code tables."""
 
 import struct
 
 _BLOCK_SIDE = 4
 _SETS_CODES = 5  # green, red, blue, alpha, distance
 _SINGLE_ZERO = "1000"  # a simple code of one symbol of one bit: 0
+
+
+def webp(*chunks: tuple[bytes, bytes]) -> bytes:
+    """A file of these chunks: type, content."""
+    body = b"WEBP"
+    for kind, content in chunks:
+        body += kind + struct.pack("<I", len(content)) + content + bytes(len(content) & 1)
+    return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
 def build_table_bomb(side: int = 1024) -> bytes:
