@@ -22,8 +22,8 @@ SYSTEM_FOLDERS = frozenset(("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN"))
 MAGIC_BYTES = 64  # at the start of a file; enough for any format's magic number
 
 REPEATED = "read already under another name"
-FOLDER_ABOVE = "links to a folder above"
-NOT_REGULAR = "not regular files"
+FOLDER_ABOVE = "linked to a folder above"
+NOT_REGULAR = "neither file nor folder"
 
 
 @dataclass(frozen=True, slots=True)

@@ -118,7 +118,8 @@ def find_images(directory: Path) -> list[Path]:
     images = [Path(path) for path in found.files if is_image_file(path)]
     others = len(found.files) - len(images)
     if others:
-        print(f"{directory}: {others} files that are not {FORMATS} are left out", file=sys.stderr)
+        count = f"{others} of {len(found.files)} files"
+        print(f"{directory}: {count} left out: not {FORMATS}", file=sys.stderr)
 
     images += [Path(error.filename) for error in found.errors]
     return sorted(images)

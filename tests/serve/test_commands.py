@@ -78,7 +78,7 @@ def test_predict_finds_the_images_that_training_finds(bundle_store, images):
     files = [row["file"] for row in csv.DictReader(io.StringIO(result.stdout))]
     names = ["b [bold].jpg", "deep/c.webp", "link/d.png", "photo"]
     assert files == [str(images / name) for name in names]
-    assert result.stderr.startswith(f"{images}: 1 files that are not JPEG, PNG")
+    assert result.stderr.startswith(f"{images}: 1 of 5 files left out: not JPEG, PNG")
     assert result.stderr.count("\n") == 1
 
 

@@ -141,7 +141,7 @@ def test_images_in_no_part_and_in_no_class_are_counted(tmp_path, cache, capsys):
     for text in (
         "seg_test/seg_test 4 images without class folders",
         "seg_pred 5 images in no part",
-        "seg_train/seg_train 1 images outside the class folders",
+        "seg_train/seg_train 1 image outside the class folders",
     ):
         assert text in line
 
@@ -201,10 +201,10 @@ def test_the_content_decides_what_an_image_is(tmp_path, cache, capsys):
     data = ready(photos, cache)
     assert (data.classes, sum(data.counts.values())) == (CLASSES, 40)
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
-    assert "blue 3 files that are not JPEG" in line
+    assert "blue 3 files not JPEG" in line
     assert ".heic" in line
     assert "yellow 0 images" in line
-    assert ".net 1 images in a hidden folder" in line
+    assert ".net 1 image in a hidden folder" in line
 
 
 def test_each_real_file_is_read_once(tmp_path, cache, capsys):
@@ -225,9 +225,9 @@ def test_each_real_file_is_read_once(tmp_path, cache, capsys):
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
     for text in (
         "azure 1 read already",
-        "blue 1 links to a folder above",
+        "blue 1 linked to a folder above",
         "blue 2 read already under another name",
-        "green 1 not regular files",
+        "green 1 neither file nor folder",
     ):
         assert text in line
 

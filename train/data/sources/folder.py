@@ -123,7 +123,11 @@ def _read_layout(root: Path) -> Layout:
             layout.left_out.extend(left_out)
         elif images := _count_images(inner):
             layout.left_out.append(
-                LeftOut(_relative_name(inner, root), images, "images without class folders")
+                LeftOut(
+                    _relative_name(inner, root),
+                    images,
+                    f"{_noun('image', images)} without class folders",
+                )
             )
         if part == "train" and not class_folders:
             raise DataError(_describe_flat_part(root, inner))
@@ -135,7 +139,7 @@ def _read_layout(root: Path) -> Layout:
         images = sum(has_image_suffix(path) for path in found.files)
         if images:
             layout.left_out.append(
-                LeftOut(printable_name(folder.name), images, "images in no part")
+                LeftOut(printable_name(folder.name), images, f"{_noun('image', images)} in no part")
             )
     return layout
 
@@ -216,7 +220,9 @@ def _list_class_folders(folder: Path, part: str, root: Path) -> Layout:
     images = _count_images(folder)
     if images and class_folders:
         name = _relative_name(folder, root)
-        left_out.append(LeftOut(name, images, "images outside the class folders"))
+        left_out.append(
+            LeftOut(name, images, f"{_noun('image', images)} outside the class folders")
+        )
     return Layout(class_folders, left_out)
 
 
@@ -224,7 +230,11 @@ def _describe_hidden(folder: Path, root: Path) -> list[LeftOut]:
     images = _count_images(folder)
     if images == 0:
         return []
-    return [LeftOut(_relative_name(folder, root), images, "images in a hidden folder")]
+    return [
+        LeftOut(
+            _relative_name(folder, root), images, f"{_noun('image', images)} in a hidden folder"
+        )
+    ]
 
 
 def _check_unnamed_parts(root: Path, folders: list[Path]) -> None:
@@ -349,14 +359,22 @@ def _describe_left_out(
         suffixes = Counter(os.path.splitext(path)[1].lower() or "no ending" for path in others)
         usual = [suffix for suffix, _ in suffixes.most_common(LISTED_SUFFIXES)]
         listed = printable_name(", ".join(usual))
-        left_out.append(LeftOut(name, len(others), f"files that are not {FORMATS} ({listed})"))
+        left_out.append(
+            LeftOut(name, len(others), f"{_noun('file', len(others))} not {FORMATS} ({listed})")
+        )
     for reason, count in Counter(reason for _, reason in found.skipped).items():
         left_out.append(LeftOut(name, count, reason))
     for reason, count in Counter(str(error.strerror) for error in found.errors).items():
-        left_out.append(LeftOut(name, count, f"folders that can't be listed ({reason})"))
+        left_out.append(
+            LeftOut(name, count, f"{_noun('folder', count)} that can't be listed ({reason})")
+        )
     if images == 0 and not left_out:
         left_out.append(LeftOut(name, 0, "images"))
     return left_out
+
+
+def _noun(noun: str, count: int) -> str:
+    return noun if count == 1 else f"{noun}s"
 
 
 def _join_left_out(left_out: list[LeftOut]) -> str:
