@@ -152,7 +152,7 @@ def test_leaked_validation_images_are_reported(tmp_path):
     assert line.startswith(
         "WARNING: 1 validation image (4.0%) has an exact or near duplicate in the training part"
     )
-    assert "1 validation images (4.00%)" in (tmp_path / "out" / "index.html").read_text()
+    assert "1 validation image (4.00%)" in (tmp_path / "out" / "index.html").read_text()
 
 
 def test_unreadable_unusual_and_rare_are_listed(audited):
