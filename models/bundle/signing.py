@@ -31,19 +31,18 @@ def sign_bundle(path: Path, private_key: Path, password: str | None = None) -> N
     BundleError where it is not usable.
     """
     model_signing = _import_model_signing()
-    config = model_signing.signing.Config()
-    try:
-        config = config.use_elliptic_key_signer(private_key=private_key, password=password)
-    except (OSError, ValueError, TypeError) as error:
-        raise BundleError(
-            f"{private_key}: not a usable private key: {_first_line(error)}"
-        ) from error
+    config = _load_signer(model_signing, private_key, password)
 
     path = path.resolve()  # the signature records the name of the directory
     digests = _list_digests(path, read_checksums(path))
     signature = path / SIGNATURE_FILE
     signature.unlink(missing_ok=True)
     config.set_hashing_config(_hashing_config(model_signing, digests)).sign(path, signature)
+
+
+def check_private_key(private_key: Path) -> None:
+    """Raise BundleError unless `sign_bundle` can sign with this key."""
+    _load_signer(_import_model_signing(), private_key)
 
 
 def verify_signature(path: Path, public_key: Path, checksums: bytes) -> None:
@@ -68,6 +67,17 @@ def verify_signature(path: Path, public_key: Path, checksums: bytes) -> None:
     except Exception as error:  # those of cryptography, pydantic and json share no base class
         raise BundleError(
             f"{signature}: does not match this key and these files: {_first_line(error)}"
+        ) from error
+
+
+def _load_signer(model_signing: ModuleType, private_key: Path, password: str | None = None) -> Any:
+    """Return the library's configuration that signs with a key. Raises BundleError without one."""
+    config = model_signing.signing.Config()
+    try:
+        return config.use_elliptic_key_signer(private_key=private_key, password=password)
+    except (OSError, ValueError, TypeError) as error:
+        raise BundleError(
+            f"{private_key}: not a usable private key: {_first_line(error)}"
         ) from error
 
 

@@ -488,6 +488,7 @@ def test_an_unknown_key_in_a_recipe_is_refused_with_status_2(commands, tmp_path)
     [
         (["--name", "My-Photos"], "can't name a model"),
         (["--store", "{}/file/store"], "can't be created"),
+        (["--export.sign_key", "{}/file"], "not a usable private key"),
     ],
 )
 def test_nothing_is_trained_where_no_bundle_can_be_written(commands, tmp_path, flags, word):

@@ -189,12 +189,17 @@ def publish_bundle(job: TrainingJob) -> None:
 
 
 def check_store(job: TrainingJob) -> None:
-    """Check before hours of training that a bundle can be written.
+    """Check before hours of training that a bundle can be written and signed.
 
     Only the first process writes to the store, so only that one checks it.
     """
     if job.export.enabled and job.trainer.is_global_zero:
         Store(job.store).check_writable(job.name)
+        if job.export.sign_key:
+            # Imported here, as it needs the extra `signing`.
+            from models.bundle.signing import check_private_key
+
+            check_private_key(Path(job.export.sign_key))
 
 
 def start_run(job: TrainingJob) -> Run:
