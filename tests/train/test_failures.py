@@ -15,8 +15,7 @@ from models import networks
 from support import ROOT
 from support.sample_images import write_image_folder
 from support.server import wait_until
-from train.cli.main import main
-from train.data import ImageData
+from train.data import DataError, ImageData
 from train.failures import is_out_of_memory
 
 NO_OUTPUT = ("--progress.quiet=true", "--audit.enabled=false")
@@ -360,8 +359,8 @@ def test_a_user_without_home_directory_has_no_cache(monkeypatch, capsys):
     assert (
         "decoded images are not cached: ~/.cache: this user has no home" in capsys.readouterr().err
     )
-    assert main(["audit", "~/photos"]) == 2
-    assert "train: ~/photos: this user has no home directory; set HOME" in capsys.readouterr().err
+    with pytest.raises(DataError, match="~/photos: this user has no home directory; set HOME"):
+        ImageData("~/photos").setup()
 
 
 def test_sigterm_is_handled_before_the_imports_are_done():
