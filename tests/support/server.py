@@ -85,6 +85,13 @@ def wait_until(
         time.sleep(poll_seconds)
 
 
+def _read_command(pid: int) -> bytes:
+    """Return the command line of a process, empty for one that has ended."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
+
+
 def suspend_processes(pids: list[int]) -> None:
     """Send SIGSTOP and wait until every thread of the processes has stopped."""
     for pid in pids:
@@ -195,7 +202,7 @@ class Server:
     def workers(self) -> list[int]:
         """Process ids of the inference workers."""
         pids = self.children()
-        return [pid for pid in pids if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        return [pid for pid in pids if b"spawn_main" in _read_command(pid)]
 
     def children(self) -> list[int]:
         """Process ids of all processes that the supervisor started."""
@@ -208,7 +215,7 @@ class Server:
         """Process ids of the HTTP processes, which the supervisor forks."""
         supervisor = Path(f"/proc/{self.process.pid}/cmdline").read_bytes()
         pids = self.children()
-        return [pid for pid in pids if Path(f"/proc/{pid}/cmdline").read_bytes() == supervisor]
+        return [pid for pid in pids if _read_command(pid) == supervisor]
 
     def run_directory(self) -> Path:
         """Return the run directory of the service, whose files the supervisor has mapped."""
