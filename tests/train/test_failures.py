@@ -350,9 +350,6 @@ def test_a_run_that_fails_to_start_leaves_no_directory(commands, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.filterwarnings(
-    "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"
-)  # of Lightning's CLI
 def test_a_user_without_home_directory_has_no_cache(monkeypatch, capsys):
     """As in a container that runs as any user."""
     monkeypatch.delenv("HOME")
