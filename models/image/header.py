@@ -270,6 +270,7 @@ def _read_jpeg_marker(data: bytes, position: int) -> tuple[int, int]:
 # PNG: a signature of 8 bytes, then chunks of length, type, body and checksum (ISO/IEC 15948).
 
 _PNG_GRAY = 0
+_PNG_DEPTHS = frozenset((1, 2, 4, 8, 16))  # bits a sample
 # Colour type -> samples a pixel.
 _PNG_SAMPLES = {
     0: 1,  # gray
@@ -284,7 +285,7 @@ _MAX_PNG_CHUNKS = 50_000  # encoders write pixels in chunks of 8 KiB or more
 def _parse_png(data: bytes) -> Header:
     """Read the IHDR chunk, which must be first, and tRNS of gray pictures, which OpenCV ignores."""
     length, chunk_type, width, height, depth, colour_type = struct.unpack_from(">I4sIIBB", data, 8)
-    if chunk_type != b"IHDR" or length != 13:
+    if chunk_type != b"IHDR" or length != 13 or depth not in _PNG_DEPTHS:
         raise UndecodableImage(DAMAGED)
 
     is_gray = colour_type == _PNG_GRAY

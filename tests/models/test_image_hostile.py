@@ -311,6 +311,10 @@ HOSTILE = {
     "jpeg of a million segments": b"\xff\xd8" + b"\xff\xe0\0\2" * 1_000_000 + FILES["jpeg"][2:],
     "jpeg of a million fill bytes": b"\xff\xd8" + b"\xff" * 1_000_000 + FILES["jpeg"][3:],
     "png of a million chunks": PNG_START + png_chunk(b"tIME", b"") * 1_000_000 + PNG_END,
+    "png of zero bits with a transparent gray": SIGNATURE
+    + png_chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 0, 0, 0, 0, 0))
+    + png_chunk(b"tRNS", bytes(2))
+    + PNG_END,
     "png with more data than pixels": PNG_START
     + png_chunk(b"IDAT", zlib.compress(bytes(2)) + bytes(100_000))
     + PNG_END,
