@@ -26,15 +26,18 @@ MAX_ENDING_SERVERS = 8
 # Test files that take longest, the longest first. They start first, so that no process works on one
 # of them alone at the end.
 LONG_FILES = (
-    "tests/train/test_resume.py",
-    "tests/train/test_failures.py",
-    "tests/serve/test_reload_refused.py",
     "tests/train/test_export.py",
-    "tests/serve/test_drift.py",
     "tests/serve/test_survival.py",
+    "tests/train/test_failures.py",
+    "tests/train/test_resume.py",
+    "tests/serve/test_page.py",
+    "tests/train/test_export_options.py",
+    "tests/train/test_names.py",
+    "tests/serve/test_limits.py",
+    "tests/serve/test_start.py",
+    "tests/train/test_data.py",
     "tests/train/test_weights.py",
-    "tests/train/test_workers.py",
-    "tests/train/test_launch.py",
+    "tests/test_end_to_end.py",
 )
 
 

@@ -207,6 +207,7 @@ def test_podman_is_used_where_docker_can_not_build(tmp_path):
     assert run("docker/engine", "images", PATH=path, ENGINE="").stdout == "20.10.24 1\n"
 
 
+@pytest.mark.slow
 def test_the_revision_of_changed_sources_is_dirty(tmp_path):
     """Only sources that the image contains count."""
     calls = tmp_path / "calls"

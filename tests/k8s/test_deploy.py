@@ -260,6 +260,7 @@ def plural(kind: str) -> str:
     return f"{kind}es" if kind.endswith("s") else f"{kind}s"
 
 
+@pytest.mark.slow
 @needs_kubectl
 def test_every_kind_in_the_manifests_can_be_listed(cluster):
     kept = {"Namespace", "PersistentVolume", "PersistentVolumeClaim"}

@@ -122,6 +122,7 @@ def test_an_image_on_which_the_model_fails_does_not_affect_its_batch(
     assert server.metric("imago_confidence_sum") == pytest.approx(7, abs=0.5)
 
 
+@pytest.mark.slow
 def test_a_worker_with_a_long_batch_is_not_restarted(start, slow_image):
     server = start(
         *("--threads", "1"),

@@ -157,6 +157,7 @@ def test_psi_of_each_signal(start, tmp_path, baseline):
     assert server.metric("imago_drift_images") == IMAGES  # the window slides
 
 
+@pytest.mark.slow
 def test_windows_of_several_workers_are_summed(start, tmp_path, baseline):
     tiny_bundle.publish(tmp_path, baseline=baseline)
     server = start("--workers", "2", "--drift-window", str(IMAGES), store=tmp_path)
@@ -169,6 +170,7 @@ def test_windows_of_several_workers_are_summed(start, tmp_path, baseline):
     assert read_psi(server)["class"] < 0.1
 
 
+@pytest.mark.slow
 def test_reload_with_fewer_classes_shows_no_drift(start, tmp_path, baseline):
     hundred = class_histogram([10] * 100)
     tiny_bundle.publish(tmp_path, classes=name_classes(100), baseline={"class": hundred})
@@ -182,6 +184,7 @@ def test_reload_with_fewer_classes_shows_no_drift(start, tmp_path, baseline):
 
 
 # Adjacent classes share bins, or each class has a bin.
+@pytest.mark.slow
 @pytest.mark.parametrize("window", ["2000", pytest.param("1000000", marks=pytest.mark.slow)])
 def test_many_thousands_of_classes(start, tmp_path, window):
     def publish(classes: int, first_expected: int) -> None:
@@ -210,6 +213,7 @@ def test_many_thousands_of_classes(start, tmp_path, window):
     assert "Traceback" not in server.log.read_text()
 
 
+@pytest.mark.slow
 def test_bins_are_merged_if_classes_are_too_many_for_the_window(start, tmp_path):
     uniform = class_histogram([20] * 500)
     tiny_bundle.publish(tmp_path, classes=name_classes(500), baseline={"class": uniform})
@@ -221,6 +225,7 @@ def test_bins_are_merged_if_classes_are_too_many_for_the_window(start, tmp_path)
     assert wait_for_class_psi(server) == pytest.approx(expected, rel=0.05)
 
 
+@pytest.mark.slow
 def test_idle_worker_publishes_the_new_baseline(start, tmp_path):
     tiny_bundle.publish(tmp_path, baseline={"class": class_histogram([9000, 1, 1])})
     server = start("--workers", "2", "--reload-seconds", "0.2", store=tmp_path)

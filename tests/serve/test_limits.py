@@ -283,6 +283,7 @@ def test_api_key(start, tmp_path, source):
     assert "s3cret" not in server.log.read_text()
 
 
+@pytest.mark.slow
 def test_only_a_comparison_in_constant_time_decides_on_a_key(start, tmp_path):
     """With an hmac.compare_digest that accepts every key, the service accepts every key."""
     (tmp_path / "patch").mkdir()
@@ -413,6 +414,7 @@ def test_responses_have_security_headers_and_name_no_software(server):
         assert "x-powered-by" not in response.headers
 
 
+@pytest.mark.slow
 def test_metrics_are_answered_under_overload(start):
     server = start("--max-pending", "4")
     with LoadGenerator(server.port, IMAGE, clients=32) as load:

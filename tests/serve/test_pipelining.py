@@ -217,6 +217,7 @@ def test_a_client_that_reads_no_answers_is_not_served_and_disconnected(start):
     assert server.predict(IMAGE).status_code == 200
 
 
+@pytest.mark.slow
 def test_a_pipelined_request_does_not_time_out_while_the_service_works(start):
     server = start("--read-timeout-seconds", "1", "--deadline-ms", "20000")
     second = build_post(IMAGE)

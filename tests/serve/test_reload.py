@@ -69,6 +69,7 @@ def test_labels_and_numbers_are_those_of_the_version_that_answered(start, tmp_pa
     assert {infer() for _ in range(20)} == {"2"}
 
 
+@pytest.mark.slow
 def test_the_images_of_a_request_are_answered_by_one_version(start, tmp_path):
     tiny_bundle.publish(tmp_path)
     server = start(*FAST_RELOAD, "--workers", "2", "--threads", "1", store=tmp_path)
@@ -113,6 +114,7 @@ def test_a_tensor_with_the_shape_of_the_replaced_model_gets_503(start, tmp_path)
     assert server.http.post(INFER_PATH, json=request).status_code == 400
 
 
+@pytest.mark.slow
 def test_every_worker_reloads(start, tmp_path):
     tiny_bundle.publish(tmp_path)
     server = start(*FAST_RELOAD, "--workers", "2", store=tmp_path)
@@ -158,6 +160,7 @@ def test_the_check_does_not_see_environment_variables_that_flags_override(start,
     wait_until(lambda: served_version(server) == "2")
 
 
+@pytest.mark.slow
 def test_a_version_given_by_number_is_kept(start, tmp_path):
     tiny_bundle.publish(tmp_path)
     server = start(*FAST_RELOAD, "--version", "1", store=tmp_path)

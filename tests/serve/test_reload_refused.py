@@ -63,12 +63,12 @@ def publish_bad_version(store: Path, how: str) -> None:
     "how",
     [
         "changed",
-        "no graph",
-        "other outputs",
-        "no such class",
-        "no manifest",
+        pytest.param("no graph", marks=pytest.mark.slow),
+        pytest.param("other outputs", marks=pytest.mark.slow),
+        pytest.param("no such class", marks=pytest.mark.slow),
+        pytest.param("no manifest", marks=pytest.mark.slow),
         "a graph that fails",
-        "a link",
+        pytest.param("a link", marks=pytest.mark.slow),
     ],
 )
 def test_bad_version_is_refused_and_the_old_one_keeps_serving(start, tmp_path, how):
@@ -93,6 +93,7 @@ def test_bad_version_is_refused_and_the_old_one_keeps_serving(start, tmp_path, h
     assert entry["to"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["changed", "a graph that fails", "no permission"])
 def test_worker_killed_while_latest_is_bad_loads_the_old_version(start, tmp_path, how):
     tiny_bundle.publish(tmp_path)
@@ -107,6 +108,7 @@ def test_worker_killed_while_latest_is_bad_loads_the_old_version(start, tmp_path
     assert server.metric("imago_restarts_total", process="worker", reason="crash") == 1
 
 
+@pytest.mark.slow
 def test_worker_killed_while_the_check_hangs_loads_the_old_version(start, tmp_path):
     tiny_bundle.publish(tmp_path)
     server = start(*FAST_RELOAD, store=tmp_path)
@@ -121,6 +123,7 @@ def test_worker_killed_while_the_check_hangs_loads_the_old_version(start, tmp_pa
     wait_until(lambda: not check_processes(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_version_that_is_temporarily_unreadable_is_tried_again(start, tmp_path):
     store = tmp_path / "store"
     tiny_bundle.publish(store)
@@ -167,6 +170,7 @@ def test_version_changed_after_its_check_is_refused(start, tmp_path):
     wait_until(lambda: served_version(server) == "2")
 
 
+@pytest.mark.slow
 def test_worker_killed_before_the_check_reloads_later(start, tmp_path):
     tiny_bundle.publish(tmp_path)
     server = start("--reload-seconds", "3", store=tmp_path)
@@ -185,6 +189,7 @@ def test_worker_killed_after_the_old_version_was_deleted_loads_the_new_one(start
     assert served_version(server) == "2"
 
 
+@pytest.mark.slow
 def test_version_withdrawn_during_its_check_is_not_served(start, tmp_path):
     tiny_bundle.publish(tmp_path)
     server = start(*FAST_RELOAD, "--threads", "1", store=tmp_path)

@@ -169,6 +169,7 @@ OTHER_USER = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     os.getuid() != 0 or not succeeds([*OTHER_USER, "true"]),
     reason="this user can't become another",
@@ -186,6 +187,7 @@ def test_the_service_runs_as_a_user_without_an_account(start):
     assert "Traceback" not in server.log.read_text()
 
 
+@pytest.mark.slow
 @needs_namespaces
 @needs_ipv6
 def test_both_ports_are_open_on_ipv4_and_ipv6(bundle_store, tmp_path):

@@ -19,6 +19,7 @@ def read_counts(server: Server) -> dict[str, float]:
     }
 
 
+@pytest.mark.slow
 def test_agreement_and_latency_of_the_shadow_version(start, tmp_path):
     tiny_bundle.publish(tmp_path)
     tiny_bundle.publish(tmp_path, classes=["red", "green", "purple"], promote=False)

@@ -100,6 +100,7 @@ def test_only_the_image_on_which_a_worker_hangs_gets_422(start, tmp_path):
     assert server.predict(IMAGE).json()["predictions"][0]["label"] == "green"
 
 
+@pytest.mark.slow
 def test_a_slow_graph_is_not_taken_for_a_hang(start, tmp_path):
     tiny_bundle.slow_down(tiny_bundle.publish(tmp_path, size=4, samples=2), iterations=300_000)
     server = start(
@@ -218,6 +219,7 @@ def test_a_signal_delivered_to_another_thread_is_handled(start):
     assert server.process.wait(60) == 0
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_process_group_drains(start):
     """Ctrl+C in a terminal and systemd send a signal to all processes of the group."""
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -239,6 +241,7 @@ def test_no_process_outlives_a_killed_supervisor(start):
     wait_until(lambda: not any(is_alive(pid) for pid in children))
 
 
+@pytest.mark.slow
 def test_the_next_start_removes_the_run_directory_of_a_killed_supervisor(start):
     killed = start()
     living = start()

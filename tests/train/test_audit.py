@@ -406,6 +406,7 @@ def test_the_report_lists_what_cannot_be_read_where_that_is_a_whole_class(comman
     assert all(file in (tmp_path / "report/index.html").read_text() for file in files)
 
 
+@pytest.mark.slow
 def test_out_of_memory_in_the_audit_does_not_blame_the_batch_size(commands, tmp_path):
     """The images fit into memory, but not a batch of the audit in float32."""
     photos = write_image_folder(tmp_path / "photos", 100)

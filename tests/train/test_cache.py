@@ -105,6 +105,7 @@ def test_two_jobs_started_at_once_decode_once(tmp_path, cache):
     assert len([path for path in Path(cache, "pixels").iterdir() if path.is_dir()]) == 1
 
 
+@pytest.mark.slow
 def test_leftovers_of_a_killed_job_are_removed(tmp_path, cache):
     source = write_image_folder(tmp_path / "photos", count=60)
     script = (

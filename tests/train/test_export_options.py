@@ -16,6 +16,7 @@ ONE_CONVNET_EPOCH = ["--trainer.max_epochs", "1", "--model.network", "convnet"]
 NO_INT8 = ["--export.quantize.enabled", "false"]
 
 
+@pytest.mark.slow
 def test_each_step_can_be_configured(fitted, tmp_path):
     bundle = fitted(
         tmp_path,
@@ -37,6 +38,7 @@ def test_each_step_can_be_configured(fitted, tmp_path):
     assert manifest.outputs == ["probabilities", "energy", "embedding"]
 
 
+@pytest.mark.slow
 def test_manifest_of_1500_classes_stays_small(commands, tmp_path):
     """The confusion matrices would take 36 MB, so they are left out."""
     (tmp_path / "image.png").write_bytes(make_png(0, 0, 8))

@@ -296,6 +296,7 @@ def test_changed_data_is_refused_and_new_data_is_evaluated(commands, elsewhere, 
     assert "its images, labels or classes are not those of photos" in refused.text.splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("evaluating", "flag"),
     [
@@ -442,6 +443,7 @@ def test_make_ends_by_the_signal_that_interrupted_the_training(tmp_path, signum,
     wait_until((bin_directory / "saved").exists)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("subcommand", ["test", "run"])
 def test_out_of_memory_is_one_line_in_every_command_and_in_the_export(
     commands, tmp_path, subcommand

@@ -93,6 +93,7 @@ def wait_until_met(directory: Path, *nodes: subprocess.Popen) -> None:
     wait_until(have_met)
 
 
+@pytest.mark.slow
 def test_the_status_is_that_of_the_process(start, tmp_path):
     programs = {
         ("worker", "exit", "0"): 0,
@@ -111,6 +112,7 @@ def test_sigterm_ends_it_before_the_nodes_have_met(node):
     assert alone.wait(60) == 143
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("notice", [signal.SIGTERM, signal.SIGKILL])
 def test_nodes_end_as_interrupted_when_the_first_one_is_lost(notice, node, tmp_path):
     first = node(first=True)

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -15,6 +16,7 @@ from support.interrupted_runs import (
 from support.sample_images import write_image_folder
 
 
+@pytest.mark.slow
 def test_a_moved_run_resumes(commands, tmp_path):
     """It finds its best weights in the new directory."""
     runs = tmp_path / "runs"
@@ -34,6 +36,7 @@ def test_a_moved_run_resumes(commands, tmp_path):
     assert_equal(published, {name: best[f"network.{name}"] for name in published})
 
 
+@pytest.mark.slow
 def test_a_run_resumes_on_a_node_with_less_memory(commands, tmp_path):
     """It normalizes as before, though only a sample of streamed images is measured."""
     photos = write_image_folder(tmp_path / "photos", 1000, 8)

@@ -94,6 +94,7 @@ def test_a_run_killed_many_times_ends_like_an_uninterrupted_one(commands, undist
     ).read_text()
 
 
+@pytest.mark.slow
 def test_the_history_has_validation_metrics_only_after_a_validation(commands, tmp_path):
     flags = (
         "--trainer.check_val_every_n_epoch=2",
@@ -143,6 +144,7 @@ def test_any_flipped_byte_of_a_checkpoint_s_directory_is_detected(tmp_path):
             assert weights.tolist() == list(range(1000))
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_reported_and_costs_no_checkpoint(commands, undisturbed, tmp_path):
     runs = tmp_path / "runs"
     assert start_run(commands, runs, "--resume.every_steps=4", kill="KILL:step:6").status() == 137
@@ -157,6 +159,7 @@ def test_a_full_disk_is_reported_and_costs_no_checkpoint(commands, undisturbed, 
     assert_same_result(runs, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_finished_run_and_another_job_s_run_are_not_resumed(commands, tmp_path):
     short = "--trainer.max_epochs=1", "--trainer.limit_train_batches=2"
     frozen = start_run(commands, tmp_path, *short, kill="STOP:step:1")
@@ -172,6 +175,7 @@ def test_a_finished_run_and_another_job_s_run_are_not_resumed(commands, tmp_path
     assert sorted(finished) == ["2", "3", "5"]
 
 
+@pytest.mark.slow
 def test_a_changed_setting_starts_a_new_run_unless_it_is_indifferent(
     commands, undisturbed, tmp_path
 ):

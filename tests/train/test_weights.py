@@ -25,6 +25,7 @@ PHOTO_SETTINGS = (
 )
 
 
+@pytest.mark.slow
 def test_a_run_that_continues_another_keeps_the_best_weights_of_both(commands, tmp_path):
     """The best weights of the other run are read from the directory of that run."""
     settings = (

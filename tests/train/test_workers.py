@@ -27,6 +27,7 @@ CAN_MOUNT = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not CAN_MOUNT, reason="needs a user namespace with mounts")
 def test_shared_memory_may_be_too_small_for_a_batch(tmp_path):
     source = write_image_folder(tmp_path / "photos", count=40, size=128)
@@ -52,6 +53,7 @@ def test_shared_memory_may_be_too_small_for_a_batch(tmp_path):
     assert little == [" ".join(map(str, plain))] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not CAN_MOUNT or len(os.sched_getaffinity(0)) < 2,
     reason="needs a user namespace with mounts, and two cores",
