@@ -2,6 +2,7 @@
 
 import base64
 from typing import Any
+from urllib.parse import urljoin
 
 import pytest
 import schemathesis
@@ -46,6 +47,12 @@ OPERATIONS = {result.ok().label: result.ok() for result in SCHEMA.get_all_operat
 def test_the_server_returns_the_openapi_description(server):
     assert server.http.get("/openapi.json").json() == OPENAPI
     assert len(OPERATIONS) >= 14
+
+
+def test_generated_clients_keep_the_prefix_of_a_proxy():
+    (server,) = OPENAPI["servers"]
+    base = urljoin("https://example.com/imago/openapi.json", server["url"])
+    assert base == "https://example.com/imago/"
 
 
 @pytest.mark.parametrize(
