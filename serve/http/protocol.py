@@ -198,6 +198,10 @@ class HttpProtocol(HttpToolsProtocol):
         self.held_data = b""
         self._count_unsent_bytes(0)
         super().connection_lost(exc)
+        if self.current is not None and not self.current.response_complete:
+            # uvicorn marks the last request that was parsed, which may be a later one.
+            self.current.disconnected = True
+            self.current.message_event.set()
         if self.predict_request is not None:
             self.predict_request.on_disconnect()
         if self.disconnect_callback is not None:
