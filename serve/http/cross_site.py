@@ -39,7 +39,8 @@ class CrossSitePolicy:
     def check(self, method: str, headers: dict[bytes, bytes]) -> None:
         """Raise Problem 403 for a request by a page of an origin that is not allowed.
 
-        A link to this service is no such request: the page that contains it can't read the answer.
+        Following a link to this service is allowed, because the page with the link can't read the
+        answer.
         """
         origin = headers.get(b"origin")
         site = headers.get(b"sec-fetch-site")
