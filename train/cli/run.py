@@ -25,7 +25,7 @@ from train.export.pipeline import (
     RunRecord,
     build_manifest,
     describe_bundle,
-    describe_missed_targets,
+    describe_variants,
     load_best_model,
     publish,
     set_temperature,
@@ -36,7 +36,6 @@ from train.export.report import write_report
 from train.export.steps import ExportSteps, estimate_export_seconds
 from train.export.variants import (
     certify_variants,
-    describe_speedup,
     export_fp32,
     quantize_int8,
 )
@@ -164,12 +163,7 @@ def publish_bundle(job: TrainingJob) -> None:
             variants = certify_variants(
                 files, model.graph, data, samples.expected, config.calibrate
             )
-        notes += describe_speedup(variants)
-        notes += describe_missed_targets(calibration, scores)
-        for name, variant in variants.items():
-            if variant.calibration is not None:
-                missed = describe_missed_targets(variant.calibration, scores)
-                notes += [f"{name}: {note}" for note in missed]
+        notes += describe_variants(variants, calibration, scores)
 
         contents = BundleContents(model, scores, calibration, samples.entries, variants, notes)
         manifest = build_manifest(staged, contents, data, record, steps)

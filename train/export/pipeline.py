@@ -51,6 +51,7 @@ from train.export.parity import run_torch
 from train.export.provenance import build_provenance
 from train.export.scores import Scores
 from train.export.steps import ExportSteps
+from train.export.variants import describe_speedup
 from train.learning.system import Classifier
 from train.learning.test_time_augmentation import TestTimeAugmentation
 from train.runs.trainer import ImageTrainer
@@ -241,6 +242,22 @@ def _measure_baseline(
     images = load_images(data, "val", rows)
     predictions = build_prediction_baseline(val.logits, calibration.temperature)
     return predictions | build_image_baseline(images, sizes)
+
+
+def describe_variants(
+    variants: dict[str, Variant], calibration: Calibration, scores: PartScores
+) -> list[str]:
+    """Return notes on the speed of the variants and on targets that they miss.
+
+    `calibration` is that of fp32; other variants may have their own.
+    """
+    notes = describe_speedup(variants)
+    notes += describe_missed_targets(calibration, scores)
+    for name, variant in variants.items():
+        if variant.calibration is not None:
+            missed = describe_missed_targets(variant.calibration, scores)
+            notes += [f"{name}: {note}" for note in missed]
+    return notes
 
 
 def describe_missed_targets(calibration: Calibration, scores: PartScores) -> list[str]:
