@@ -48,7 +48,7 @@ class Header:
     channels twice while it becomes an array."""
 
     extra_bytes: int = 0
-    """Bytes that decoding holds besides, at any scale: coefficients of a JPEG in several scans,
+    """Further bytes that decoding holds, at any scale: coefficients of a JPEG in several scans,
     strips of a TIFF."""
 
     frame: JpegFrame | None = None

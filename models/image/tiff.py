@@ -142,7 +142,7 @@ class Directory:
 
     @property
     def is_picture(self) -> bool:
-        """Whether the page is none of a thumbnail, a smaller version and a mask."""
+        """Whether the page is neither a thumbnail nor a smaller version nor a mask."""
         kind = self.tags.get(NEW_SUBFILE_TYPE, 0)
         if kind & (_REDUCED_IMAGE | _TRANSPARENCY_MASK):
             return False

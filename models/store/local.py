@@ -110,7 +110,7 @@ class Store:
             )
 
     def _check_latest_is_replaceable(self, name: str) -> None:
-        """Raise BundleError where `latest` is a directory that is no copy of a version."""
+        """Raise BundleError where `latest` is a directory that is not a copy of a version."""
         latest = self.root / name / LATEST
         if latest.is_symlink() or not latest.is_dir():
             return
@@ -299,7 +299,7 @@ class StagedVersion:
 
 
 def _read_latest_without_link(latest: Path) -> str:
-    """Return the version that a `latest` stands for which is no link, or an empty text."""
+    """Return the version that `latest` stands for where it is not a link, or an empty text."""
     try:
         if latest.is_dir():
             return str(read_manifest(latest).version)

@@ -65,7 +65,7 @@ class CrossSitePolicy:
         )
 
     def answer_preflight(self, method: str, headers: dict[bytes, bytes]) -> Response | None:
-        """Return the answer to a preflight request, None if the request is none."""
+        """Return the answer to a preflight request, None for any other request."""
         is_preflight = b"origin" in headers and b"access-control-request-method" in headers
         if method != "OPTIONS" or not is_preflight:
             return None

@@ -117,7 +117,7 @@ def test_bytes_of_answers_that_clients_do_not_take_are_limited(start, tmp_path):
 
     connections: list[socket.socket] = []
     while server.predict(IMAGE).status_code == 200:
-        assert len(connections) < 40, "answers that nobody takes are not counted"
+        assert len(connections) < 40, "answers that clients do not take are not counted"
         before = count_answered()
         connections.append(connect_without_reading(server, head + request.content))
         wait_until(lambda before=before: count_answered() > before)
