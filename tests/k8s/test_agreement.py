@@ -48,8 +48,10 @@ def is_setting(name: str) -> bool:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_settings_are_those_of_the_service(case, monkeypatch):
+def test_settings_are_those_of_the_service(case, monkeypatch, tmp_path):
     data = serving_settings(case)
+    key_file = tmp_path / "key"  # in a cluster, a mounted Secret
+    key_file.write_text("s3cret")
     for deployment in manifests_of_kind(case, "Deployment"):
         for container in deployment["spec"]["template"]["spec"]["containers"]:
             environment = data | variables(container)
@@ -59,7 +61,8 @@ def test_settings_are_those_of_the_service(case, monkeypatch):
                 assert name.removeprefix(PREFIX).lower() in Settings.model_fields, name
             with monkeypatch.context() as patch:
                 for name, value in settings.items():
-                    patch.setenv(name, value)
+                    is_key_file = name == f"{PREFIX}API_KEY_FILE"
+                    patch.setenv(name, str(key_file) if is_key_file else value)
                 Settings()  # accepts the values
 
     for name in data:

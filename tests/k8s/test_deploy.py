@@ -59,7 +59,7 @@ def test_a_key_is_made_for_a_service_that_is_reachable_from_outside(cluster, tmp
     if exists:
         assert "create secret" not in calls
     else:
-        assert "create secret generic imago-api-key --from-file=IMAGO_API_KEY=/dev/stdin" in calls
+        assert "create secret generic imago-api-key --from-file=key=/dev/stdin" in calls
         key = (tmp_path / "key").read_text().strip()
         assert len(key) == 32
         assert key not in calls + result.stdout

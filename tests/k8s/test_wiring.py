@@ -1,6 +1,7 @@
 """References between manifests: metrics ports, routes, grace periods, GPUs."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -54,9 +55,17 @@ def test_routes_lead_to_the_http_port_of_the_service(case):
 def test_pods_that_are_reachable_from_outside_have_a_key(case):
     is_reachable = bool(manifests_of_kind(case, "Ingress", "HTTPRoute"))
     for deployment in manifests_of_kind(case, "Deployment"):
-        (serve,) = deployment["spec"]["template"]["spec"]["containers"]
-        has_key = {"secretRef": {"name": "imago-api-key"}} in serve["envFrom"]
-        assert has_key == (is_reachable or "api-key" in case)
+        spec = deployment["spec"]["template"]["spec"]
+        (serve,) = spec["containers"]
+        secrets = {v["name"]: v["secret"]["secretName"] for v in spec["volumes"] if "secret" in v}
+        mounts = {m["mountPath"]: secrets.get(m["name"]) for m in serve["volumeMounts"]}
+        variables = {variable["name"]: variable.get("value") for variable in serve.get("env", [])}
+
+        key_file = variables.get("IMAGO_API_KEY_FILE")
+        assert (key_file is not None) == (is_reachable or "api-key" in case)
+        if key_file is not None:
+            assert mounts[str(Path(key_file).parent)] == "imago-api-key"
+            assert Path(key_file).name == "key"
 
 
 @pytest.mark.parametrize("case", CASES)
