@@ -7,18 +7,20 @@ import base64
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
-from pydantic import BaseModel
 
 from models.bundle import Calibration
 from models.image import InputSpec, resize_to_input
 
 MAX_ACTIVATION_MAP_PIXELS = 64  # longer side of a class-activation map
+MAX_FLOAT16 = 65504.0
 
 
-class ClassConfidence(BaseModel, frozen=True):
+@dataclass(frozen=True)
+class ClassConfidence:
     """A class and its calibrated probability."""
 
     label: str
@@ -26,7 +28,8 @@ class ClassConfidence(BaseModel, frozen=True):
     confidence: float
 
 
-class Prediction(ClassConfidence, frozen=True):
+@dataclass(frozen=True)
+class Prediction(ClassConfidence):
     """The prediction for one image, with the fields of the service's answers."""
 
     top: list[ClassConfidence]  # the most likely classes, in descending order
@@ -34,6 +37,13 @@ class Prediction(ClassConfidence, frozen=True):
     abstain: bool  # the confidence is below the bundle's threshold
     out_of_distribution: bool  # the energy is above the bundle's threshold
     energy: float  # -logsumexp of the logits; high for images unlike the training data
+
+
+def parse_prediction(text: str) -> Prediction:
+    """Return the prediction that a composed JSON object holds."""
+    members = json.loads(text)
+    top = [ClassConfidence(**choice) for choice in members.pop("top")]
+    return Prediction(top=top, **members)
 
 
 class PredictionComposer:
@@ -96,16 +106,22 @@ class PredictionComposer:
         return predictions
 
 
+def normalize_activations(activations: np.ndarray) -> np.ndarray:
+    """Scale a class-activation map, float [h, w], to 0..1: 1 is the largest, 0 all not positive.
+
+    Method: CAM, Zhou et al. 2016.
+    """
+    positive = np.maximum(activations, 0)
+    return positive / max(float(positive.max()), 1e-12)
+
+
 def encode_activation_map(activations: np.ndarray, spec: InputSpec) -> str:
     """Encode a class-activation map, float [h, w], as a gray PNG in base64.
 
     The largest activation becomes 255, and each that is not positive 0. The image has the shape of
-    the network's input, scaled down if its longer side exceeds MAX_ACTIVATION_MAP_PIXELS. Method:
-    CAM, Zhou et al. 2016.
+    the network's input, scaled down if its longer side exceeds MAX_ACTIVATION_MAP_PIXELS.
     """
-    positive = np.maximum(activations, 0)
-    factor = 255 / max(float(positive.max()), 1e-12)
-    gray = (positive * factor).astype(np.uint8)[:, :, None]
+    gray = (normalize_activations(activations) * 255).astype(np.uint8)[:, :, None]
 
     scale = min(1.0, MAX_ACTIVATION_MAP_PIXELS / max(spec.height, spec.width))
     size = InputSpec(
@@ -116,6 +132,20 @@ def encode_activation_map(activations: np.ndarray, spec: InputSpec) -> str:
     )
     png = cv2.imencode(".png", resize_to_input(gray, size))[1]
     return base64.b64encode(png.data).decode()
+
+
+def encode_embedding_numbers(embedding: np.ndarray) -> str:
+    """Encode an embedding, float32 [D], as a JSON list of numbers."""
+    return f"[{','.join([f'{value:.7g}' for value in embedding.tolist()])}]"
+
+
+def encode_embedding_base64(embedding: np.ndarray) -> str:
+    """Encode an embedding, float32 [D], as a JSON string: little-endian float16 in base64.
+
+    Numbers that float16 can't hold become its largest ones.
+    """
+    halves = np.clip(embedding, -MAX_FLOAT16, MAX_FLOAT16).astype("<f2")
+    return f'"{base64.b64encode(halves.tobytes()).decode()}"'
 
 
 def are_finite(outputs: Sequence[np.ndarray]) -> bool:

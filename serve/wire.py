@@ -15,6 +15,8 @@ Used by `serve.http.dispatcher` and `serve.worker.batcher`.
 import struct
 from typing import NamedTuple
 
+import numpy as np
+
 # id, bytes of body, deadline [s], top_k, flags
 JOB_HEAD = struct.Struct("<IIdHH")
 
@@ -22,8 +24,9 @@ JOB_HEAD = struct.Struct("<IIdHH")
 # inference [us]
 ANSWER_HEAD = struct.Struct("<IIHxxIIfIII")
 
-# Precedes the label in the body of an answer with ARRAYS: its length in bytes.
-LABEL_LENGTH = struct.Struct("<I")
+# Begins the body of an answer with ARRAYS: bytes of the label, classes K, size of the embedding D,
+# height and width of the activation map. D, or the height and width, are 0 if it is not asked for.
+ARRAYS_HEAD = struct.Struct("<IIIII")
 
 MAX_U32 = 0xFFFFFFFF
 
@@ -37,7 +40,10 @@ DEFAULT_TOP_K = 5
 CANCEL = 1  # drop the job of this id: its client left or its deadline passed
 CAM = 2  # add the class-activation map to the answer
 TENSOR = 4  # the body is uint8 [height, width, channels] as the network takes it, not an image file
-ARRAYS = 8  # the answer is not JSON: the label, then probabilities [K] and energy as float32
+ARRAYS = 8  # the answer is not JSON but `pack_arrays` of the outputs
+EMBEDDING = 16  # add the embedding to the answer
+BASE64 = 32  # with EMBEDDING: as float16 in base64, not as numbers
+OUTPUT_FLAGS = CAM | EMBEDDING  # need further outputs of the graph
 
 
 class Job(NamedTuple):
@@ -66,6 +72,50 @@ class Answer(NamedTuple):
     queue_us: int = 0  # microseconds between arrival in the worker and the start of the batch
     decode_us: int = 0
     infer_us: int = 0
+
+
+class Arrays(NamedTuple):
+    """The outputs of the graph for one image, as float32."""
+
+    label: bytes  # of the predicted class
+    probabilities: np.ndarray  # [K]
+    energy: float
+    embedding: np.ndarray  # [D]; empty if not asked for
+    activation_map: np.ndarray  # [h, w] of the predicted class; empty if not asked for
+
+
+NO_EMBEDDING = np.zeros(0, np.float32)
+NO_ACTIVATION_MAP = np.zeros((0, 0), np.float32)
+
+
+def pack_arrays(arrays: Arrays) -> bytes:
+    """Return the body of an answer with ARRAYS: a head, the label, and the numbers."""
+    height, width = arrays.activation_map.shape
+    head = ARRAYS_HEAD.pack(
+        len(arrays.label), len(arrays.probabilities), len(arrays.embedding), height, width
+    )
+    numbers = (
+        arrays.probabilities,
+        np.array([arrays.energy]),
+        arrays.embedding,
+        arrays.activation_map.ravel(),
+    )
+    return head + arrays.label + np.concatenate(numbers).astype("<f4").tobytes()
+
+
+def unpack_arrays(body: bytes) -> Arrays:
+    """Return the outputs that `pack_arrays` packed."""
+    label_bytes, classes, features, height, width = ARRAYS_HEAD.unpack_from(body)
+    label_end = ARRAYS_HEAD.size + label_bytes
+    numbers = np.frombuffer(body, "<f4", offset=label_end)
+    embedding_end = classes + 1 + features
+    return Arrays(
+        label=body[ARRAYS_HEAD.size : label_end],
+        probabilities=numbers[:classes],
+        energy=numbers.item(classes),
+        embedding=numbers[classes + 1 : embedding_end],
+        activation_map=numbers[embedding_end:].reshape(height, width),
+    )
 
 
 def pack_job(job: Job) -> bytes:

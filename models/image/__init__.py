@@ -3,7 +3,7 @@
     header = read_header(data)          # format and size, before any decoder sees the bytes
     pixels = decode(data, input_spec)   # uint8 [height, width, channels], as the network takes it
 
-Untrusted bytes reach a decoder only after their magic number names one of six formats and their
+Untrusted bytes reach a decoder only after their magic number names one of seven formats and their
 header states an allowed size, and without what makes no pixels. No other codec is reachable.
 """
 
@@ -16,7 +16,7 @@ from models.image.errors import (
 )
 from models.image.header import Header, read_header
 from models.image.input_spec import InputSpec
-from models.image.resize import resize_to_input
+from models.image.resize import array_to_input, resize_to_image, resize_to_input
 
 __all__ = [
     "MAX_PIXELS",
@@ -26,9 +26,11 @@ __all__ = [
     "InputSpec",
     "UndecodableImage",
     "UnsupportedFormat",
+    "array_to_input",
     "decode",
     "decode_full_size",
     "read_header",
     "read_largest_sample",
+    "resize_to_image",
     "resize_to_input",
 ]

@@ -1,55 +1,76 @@
 """`imago serve predict`: classify image files without a server.
 
-It decodes, predicts and applies thresholds exactly as the service does.
+It decodes, predicts and applies thresholds exactly as the service does. Results are written as they
+come, so that the number of files has no limit.
 """
 
 import argparse
-import csv
-import json
 import os
 import sys
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import track
-from rich.table import Table
 
 from models.cpu_quota import available_cores
 from models.image import ImageError
 from models.image.files import FORMATS, find_files, is_image_file
 from serve import options
+from serve.commands.result_writers import (
+    CsvWriter,
+    JsonWriter,
+    ParquetWriter,
+    Result,
+    ResultWriter,
+    TableWriter,
+    import_pyarrow,
+    open_output,
+)
 from serve.model import Model
-from serve.prediction import Prediction
 from serve.wire import DEFAULT_TOP_K
 
 DESCRIPTION = "Classify image files without a server, with the same results as the service."
 STATUS_HELP = "Exit status: 0 all classified, 1 some failed, 2 invalid setting or path."
+FORMAT_NAMES = ("table", "json", "csv", "parquet")
 BATCH_SIZE = 16
-PIPE_COLUMNS = 200  # width of a table that does not go to a terminal, so that no name is cut
-CSV_COLUMNS = (
-    "file",
-    "label",
-    "index",
-    "confidence",
-    "prediction_set",
-    "abstain",
-    "out_of_distribution",
-    "energy",
-    "error",
-)
-
-# A file and its prediction, or the reason why there is none.
-Result = tuple[Path, Prediction | str]
+BATCHES_AHEAD = 4  # for each thread: so many results may wait to be written
 
 
 def main(arguments: list[str]) -> int:
     """Run the command and return its exit status, as STATUS_HELP says."""
+    flags = vars(_build_parser().parse_args(arguments))
+    paths = flags.pop("paths")
+    out = flags.pop("out")
+    format_name = flags.pop("format") or _guess_format(out)
+    top_k = flags.pop("top_k")
+    has_embeddings = flags.pop("embedding")
+    _check_output(format_name, out, top_k, has_embeddings)
+
+    settings = options.resolve_model(options.parse_settings(flags))
+    files = list_files(paths)
+    threads = settings.threads or available_cores()
+    with open_output(out, format_name == "parquet") as file:
+        model = Model.from_settings(settings, threads)
+        if has_embeddings and not model.has_embeddings:
+            raise ValueError("--embedding: this model has no embeddings; leave it out")
+        writer = _build_writer(format_name, file, model, has_embeddings)
+        classify = partial(classify_batch, model, top_k, has_embeddings)
+
+        has_failed = False
+        for result in classify_all(classify, files, threads):
+            writer.write(result)
+            has_failed = has_failed or result.prediction is None
+        writer.finish()
+    return 1 if has_failed else 0
+
+
+def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "imago serve predict", description=DESCRIPTION, epilog=STATUS_HELP
     )
@@ -60,30 +81,61 @@ def main(arguments: list[str]) -> int:
         metavar="IMAGE|DIR",
         help="files, or directories to search for images; hidden files are skipped",
     )
-    parser.add_argument("--format", choices=tuple(WRITERS), default="table", help="default: table")
+    parser.add_argument(
+        "--format",
+        choices=FORMAT_NAMES,
+        help="default: that of the name of --out, or else table; parquet needs the extra of that "
+        "name",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="write to this file, which appears when it is complete (default: stdout)",
+    )
     parser.add_argument(
         "--top-k",
         type=int,
         default=DEFAULT_TOP_K,
-        help=f"classes listed in JSON (default: {DEFAULT_TOP_K})",
+        help=f"classes listed in JSON and Parquet (default: {DEFAULT_TOP_K})",
+    )
+    parser.add_argument(
+        "--embedding",
+        action="store_true",
+        help="add the features before the last layer, to JSON, CSV and Parquet",
     )
     options.add_arguments(parser, (*options.MODEL_SETTINGS, "max_pixels"))
-    flags = vars(parser.parse_args(arguments))
-    paths = flags.pop("paths")
-    write_results = WRITERS[flags.pop("format")]
-    top_k = flags.pop("top_k")
+    return parser
+
+
+def _guess_format(out: Path | None) -> str:
+    """Return the format that the name of the output file ends with, or else table."""
+    ending = out.suffix.lower().removeprefix(".") if out else ""
+    return ending if ending in FORMAT_NAMES else "table"
+
+
+def _check_output(format_name: str, out: Path | None, top_k: int, has_embeddings: bool) -> None:
+    """Raise ValueError for flags that exclude each other, and for a missing package."""
     if top_k < 1:
         raise ValueError("--top-k must be at least 1")
+    if has_embeddings and format_name == "table":
+        raise ValueError("--embedding: a table shows none; add --format json, csv or parquet")
+    if format_name == "parquet":
+        import_pyarrow()
+        if out is None:
+            raise ValueError("--format parquet writes a binary file; name it with --out FILE")
 
-    settings = options.resolve_model(options.parse_settings(flags))
-    files = list_files(paths)
-    threads = settings.threads or available_cores()
-    model = Model.from_settings(settings, threads)
 
-    results = classify_all(model, files, top_k, threads)
-    write_results(model, results)
-    has_failed = any(isinstance(outcome, str) for _, outcome in results)
-    return 1 if has_failed else 0
+def _build_writer(
+    format_name: str, file: IO[Any], model: Model, has_embeddings: bool
+) -> ResultWriter:
+    if format_name == "json":
+        return JsonWriter(file, model)
+    if format_name == "csv":
+        return CsvWriter(file, has_embeddings)
+    if format_name == "parquet":
+        return ParquetWriter(file, model, has_embeddings)
+    return TableWriter(file, model)
 
 
 def list_files(paths: Iterable[Path]) -> list[Path]:
@@ -125,125 +177,84 @@ def find_images(directory: Path) -> list[Path]:
     return sorted(images)
 
 
-def classify_all(model: Model, files: list[Path], top_k: int, threads: int) -> list[Result]:
-    """Classify files, a batch per thread, with a progress bar if stderr is a terminal."""
+def classify_all(
+    classify: Callable[[list[Path]], list[Result]], files: list[Path], threads: int
+) -> Iterator[Result]:
+    """Yield the result of each file, in order, with a progress bar if stderr is a terminal.
+
+    `classify` runs in threads, a batch in each.
+    """
     batches = [files[start : start + BATCH_SIZE] for start in range(0, len(files), BATCH_SIZE)]
     # Not in a `with` block: on Ctrl-C it would wait for a thread that reads from a pipe.
     pool = ThreadPoolExecutor(threads)
     progress = track(
-        pool.map(partial(classify_batch, model, top_k), batches),
+        map_in_order(pool, classify, batches, BATCHES_AHEAD * threads),
         "Classifying",
         len(batches),
         console=Console(stderr=True),
         disable=not sys.stderr.isatty(),
         transient=True,
     )
-    results: list[Result] = []
-    for batch_results in progress:
-        results += batch_results
-    return results
+    for results in progress:
+        yield from results
 
 
-def classify_batch(model: Model, top_k: int, files: list[Path]) -> list[Result]:
+def map_in_order(
+    pool: ThreadPoolExecutor,
+    classify: Callable[[list[Path]], list[Result]],
+    batches: list[list[Path]],
+    ahead: int,
+) -> Iterator[list[Result]]:
+    """Yield `classify` of each batch, as `pool.map` does, with at most `ahead` results waiting."""
+    futures: deque[Future[list[Result]]] = deque()
+    for batch in batches:
+        futures.append(pool.submit(classify, batch))
+        if len(futures) == ahead:
+            yield futures.popleft().result()
+    while futures:
+        yield futures.popleft().result()
+
+
+def classify_batch(
+    model: Model, top_k: int, has_embeddings: bool, files: list[Path]
+) -> list[Result]:
     """Return the results of a batch of files, in the same order."""
-    outcomes: dict[int, Prediction | str] = {}
-    pixels: list[np.ndarray] = []
-    decoded: list[int] = []
-    for position, file in enumerate(files):
+    errors: dict[Path, str] = {}
+    decoded: dict[Path, np.ndarray] = {}
+    for file in files:
         try:
-            pixels.append(model.decode(file.read_bytes()))
-            decoded.append(position)
+            decoded[file] = model.decode(file.read_bytes())
         except (ImageError, OSError) as error:
-            outcomes[position] = str(error)
+            errors[file] = str(error)
 
-    if pixels:
-        predictions = predict_each(model, pixels, top_k)
-        outcomes.update(zip(decoded, predictions, strict=True))
-    return [(file, outcomes[position]) for position, file in enumerate(files)]
+    results = {file: Result(file, error=error) for file, error in errors.items()}
+    if decoded:
+        for result in classify_pixels(model, top_k, has_embeddings, decoded):
+            results[result.file] = result
+    return [results[file] for file in files]
 
 
-def predict_each(model: Model, pixels: list[np.ndarray], top_k: int) -> list[Prediction | str]:
-    """Return the prediction of each image, or why the model gives none.
+def classify_pixels(
+    model: Model, top_k: int, has_embeddings: bool, decoded: dict[Path, np.ndarray]
+) -> list[Result]:
+    """Return the result of each decoded image: its prediction, or why the model gives none.
 
     An image on which the model fails does not affect the others.
     """
+    output_names = (*model.output_names, "embedding") if has_embeddings else model.output_names
+    files = list(decoded)
     try:
-        return [*model.predict_pixels(np.stack(pixels), top_k)]
+        probabilities, energy, *others = model.run(np.stack(list(decoded.values())), output_names)
+        predictions = model.compose_predictions(probabilities, energy, top_k)
     except Exception as error:  # engines raise exceptions of any kind
-        if len(pixels) == 1:
+        if len(files) == 1:
             lines = str(error).splitlines() or [type(error).__name__]
-            return [f"the model failed on this image: {lines[0]}"]
+            return [Result(files[0], error=f"the model failed on this image: {lines[0]}")]
+        results: list[Result] = []
+        for file, pixels in decoded.items():
+            results += classify_pixels(model, top_k, has_embeddings, {file: pixels})
+        return results
 
-    outcomes: list[Prediction | str] = []
-    for image in pixels:
-        outcomes += predict_each(model, [image], top_k)
-    return outcomes
-
-
-def write_table(model: Model, results: list[Result]) -> None:
-    """Print a table for people."""
-    title = f"{model.name}, version {model.version}"
-    table = Table("file", "label", "confidence", "notes", title=title)
-    for file, outcome in results:
-        if isinstance(outcome, str):
-            table.add_row(escape(str(file)), "", "", f"[red]{escape(outcome)}[/red]")
-            continue
-        table.add_row(
-            escape(str(file)),
-            escape(outcome.label),
-            f"{outcome.confidence:.1%}",
-            escape(", ".join(list_notes(outcome))),
-        )
-
-    console = Console()
-    if not console.is_terminal:
-        console.width = PIPE_COLUMNS
-    console.print(table)
-
-
-def list_notes(prediction: Prediction) -> list[str]:
-    """Return why a prediction deserves less trust."""
-    notes: list[str] = []
-    if prediction.abstain:
-        notes.append("abstains")
-    if prediction.out_of_distribution:
-        notes.append("out of distribution")
-    if len(prediction.prediction_set) > 1:
-        notes.append(f"one of {', '.join(prediction.prediction_set)}")
-    return notes
-
-
-def write_json(model: Model, results: list[Result]) -> None:
-    """Print one JSON object, in the form of the service's answers."""
-    answer = {
-        "model": {"name": model.name, "version": str(model.version)},
-        "predictions": [build_row(file, outcome) for file, outcome in results],
-    }
-    json.dump(answer, sys.stdout, indent=1)
-    print()
-
-
-def write_csv(model: Model, results: list[Result]) -> None:
-    """Print one row per file. The classes of a prediction set are separated by `|`."""
-    writer = csv.DictWriter(
-        sys.stdout, CSV_COLUMNS, restval="", extrasaction="ignore", lineterminator="\n"
-    )
-    writer.writeheader()
-    for file, outcome in results:
-        row = build_row(file, outcome)
-        row["prediction_set"] = "|".join(row.get("prediction_set", []))
-        writer.writerow(row)
-
-
-def build_row(file: Path, outcome: Prediction | str) -> dict[str, Any]:
-    """Return the file with its prediction or error, by the names that the service uses."""
-    if isinstance(outcome, str):
-        return {"file": str(file), "error": outcome}
-    return {"file": str(file), **outcome.model_dump()}
-
-
-WRITERS: dict[str, Callable[[Model, list[Result]], None]] = {
-    "table": write_table,
-    "json": write_json,
-    "csv": write_csv,
-}
+    embeddings = others[0] if has_embeddings else [None] * len(files)
+    rows = zip(files, predictions, embeddings, strict=True)
+    return [Result(file, prediction, embedding) for file, prediction, embedding in rows]

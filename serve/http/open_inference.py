@@ -5,7 +5,8 @@ Requests pass through the same queue as those to /predict. Runs in HTTP processe
 There is one input, `image`: UINT8 [N, height, width, channels] as the network takes it, or BYTES
 [N] with the bytes of image files. The outputs are `probabilities` FP32 [N, K], `energy` FP32 [N]
 and `label` BYTES [N]. With Triton's parameter `classification`, `probabilities` is BYTES [N, k]
-with the k most likely classes.
+with the k most likely classes. A request that names its outputs may also ask for `embedding` FP32
+[N, D] and, where the model has activation maps, for `cam` FP32 [N, h, w], that of the label.
 
 https://github.com/kserve/open-inference-protocol
 """
@@ -24,9 +25,11 @@ from serve.http import request_body
 from serve.http.dispatcher import Dispatcher
 from serve.http.predict_endpoint import PredictEndpoint, PredictInput
 from serve.http.responses import JSON, Problem, Request, Response, json_response
-from serve.wire import ARRAYS, LABEL_LENGTH, TENSOR, Answer
+from serve.wire import ARRAYS, CAM, EMBEDDING, TENSOR, Answer, unpack_arrays
 
-OUTPUT_NAMES = ("probabilities", "energy", "label")
+OUTPUT_NAMES = ("probabilities", "energy", "label")  # those of a request that names none
+# Further outputs, which a request must name, and the flags of the jobs.
+OPTIONAL_OUTPUT_FLAGS = {"embedding": EMBEDDING, "cam": CAM}
 JSON_LENGTH_HEADER = b"inference-header-content-length"
 MAX_JSON_BYTES = 2 << 20  # parsing more would block other requests
 MAX_EXTRA_ELEMENTS = 256  # lists and commas that a request may have besides those of its tensor
@@ -135,6 +138,18 @@ class OpenInference:
 
     def _describe_model(self) -> Response:
         model = self.dispatcher.model
+        outputs: list[dict[str, Any]] = [
+            {"name": "probabilities", "datatype": "FP32", "shape": [-1, len(model["classes"])]},
+            {"name": "energy", "datatype": "FP32", "shape": [-1]},
+            {"name": "label", "datatype": "BYTES", "shape": [-1]},
+        ]
+        for name in OPTIONAL_OUTPUT_FLAGS:
+            if name in model["outputs"]:
+                shape = model["output_shapes"][name]
+                if name == "cam":
+                    shape = shape[1:]  # of the predicted class only
+                outputs.append({"name": name, "datatype": "FP32", "shape": [-1, *shape]})
+
         spec = model["input"]
         image_shape = [-1, spec["height"], spec["width"], spec["channels"]]
         return json_response(
@@ -143,15 +158,7 @@ class OpenInference:
                 "versions": [model["version"]],
                 "platform": "onnx",
                 "inputs": [{"name": "image", "datatype": "UINT8", "shape": image_shape}],
-                "outputs": [
-                    {
-                        "name": "probabilities",
-                        "datatype": "FP32",
-                        "shape": [-1, len(model["classes"])],
-                    },
-                    {"name": "energy", "datatype": "FP32", "shape": [-1]},
-                    {"name": "label", "datatype": "BYTES", "shape": [-1]},
-                ],
+                "outputs": outputs,
             }
         )
 
@@ -161,9 +168,14 @@ class OpenInference:
         def parse(content: bytes) -> PredictInput:
             nonlocal inference
             max_images = self.predict_endpoint.settings.max_images
-            spec = self.dispatcher.model["input"]
-            inference = parse_inference(content, request.headers, spec, max_images)
-            return PredictInput(inference.images, 1, inference.flags | ARRAYS)
+            model = self.dispatcher.model
+            inference = parse_inference(content, request.headers, model["input"], max_images)
+            flags = inference.flags | ARRAYS
+            for output in inference.outputs:
+                if output.name in OPTIONAL_OUTPUT_FLAGS and output.name not in model["outputs"]:
+                    raise Problem(400, f"this model has no output {output.name}")
+                flags |= OPTIONAL_OUTPUT_FLAGS.get(output.name, 0)
+            return PredictInput(inference.images, 1, flags)
 
         answers = await self.predict_endpoint.predict(request, parse)
         for i, answer in enumerate(answers):
@@ -183,14 +195,15 @@ def build_response(
 
     `model` is the description of the model that answered.
     """
-    labels: list[bytes] = []
-    rows: list[np.ndarray] = []
-    for answer in answers:
-        label_end = LABEL_LENGTH.size + LABEL_LENGTH.unpack_from(answer.body)[0]
-        labels.append(answer.body[LABEL_LENGTH.size : label_end])
-        rows.append(np.frombuffer(answer.body, "<f4", offset=label_end))
-    values = np.stack(rows)  # probabilities [N, K], then energy
-    tensors = {"probabilities": values[:, :-1], "energy": values[:, -1]}
+    images = [unpack_arrays(answer.body) for answer in answers]
+    labels = [image.label for image in images]
+    probabilities = np.stack([image.probabilities for image in images])
+    tensors = {
+        "probabilities": probabilities,
+        "energy": np.array([image.energy for image in images], "<f4"),
+        "embedding": np.stack([image.embedding for image in images]),
+        "cam": np.stack([image.activation_map for image in images]),
+    }
 
     entries: list[dict[str, Any]] = []
     chunks: list[bytes] = []
@@ -198,7 +211,7 @@ def build_response(
         if output.name == "label":
             entry, chunk = _encode_texts("label", labels, [len(labels)], output.is_binary)
         elif output.top_classes:
-            texts, shape = _rank_classes(values[:, :-1], model["classes"], output.top_classes)
+            texts, shape = _rank_classes(probabilities, model["classes"], output.top_classes)
             entry, chunk = _encode_texts(output.name, texts, shape, output.is_binary)
         else:
             entry, chunk = _encode_tensor(output.name, tensors[output.name], output.is_binary)
@@ -419,13 +432,14 @@ def _parse_outputs(members: dict[str, Any]) -> list[RequestedOutput]:
     """Return the requested outputs; all of them if the request names none."""
     is_binary = _read_parameters(members).get("binary_data_output") is True
     entries = members.get("outputs") or [{"name": name} for name in OUTPUT_NAMES]
-    unknown = f"outputs can be {', '.join(OUTPUT_NAMES)}"
+    known_names = (*OUTPUT_NAMES, *OPTIONAL_OUTPUT_FLAGS)
+    unknown = f"outputs can be {', '.join(known_names)}"
     if not isinstance(entries, list):
         raise Problem(400, unknown)
 
     outputs: list[RequestedOutput] = []
     for entry in entries:
-        if not isinstance(entry, dict) or entry.get("name") not in OUTPUT_NAMES:
+        if not isinstance(entry, dict) or entry.get("name") not in known_names:
             raise Problem(400, unknown)
         if any(output.name == entry["name"] for output in outputs):
             raise Problem(400, f"the output {entry['name']} is requested twice")

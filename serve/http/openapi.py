@@ -123,6 +123,11 @@ CAM_PROPERTY: Json = {
     "description": "with explain=cam: class-activation map of the label as a gray PNG that covers "
     "the input of the network; 255 marks the strongest activation",
 }
+EMBEDDING_PROPERTY: Json = {
+    "anyOf": [_array(NUMBER), BASE64],
+    "description": "with embedding=true: the features before the last layer, as numbers; with "
+    "embedding=base64: the same as little-endian float16 in base64",
+}
 OUTPUT_PARAMETERS: Json = {
     "type": "object",
     "properties": {
@@ -147,7 +152,12 @@ SCHEMAS: Json = {
     ),
     "Choice": _object(CHOICE_PROPERTIES),
     "Prediction": _object(
-        {**PREDICTION_PROPERTIES, "cam": CAM_PROPERTY}, required=list(PREDICTION_PROPERTIES)
+        {
+            **PREDICTION_PROPERTIES,
+            "cam": CAM_PROPERTY,
+            "embedding": EMBEDDING_PROPERTY,
+        },
+        required=list(PREDICTION_PROPERTIES),
     ),
     "ImageError": _object(
         {"error": _object({"title": STRING, "status": INTEGER, "detail": STRING})}
@@ -288,6 +298,13 @@ PREDICT: Json = {
             "schema": {"type": "string", "enum": ["cam"]},
         },
         {
+            "name": "embedding",
+            "in": "query",
+            "description": "true adds the features before the last layer as numbers; base64 as "
+            "little-endian float16 in base64, a quarter of the bytes",
+            "schema": {"type": "string", "enum": ["true", "base64", "false"], "default": "false"},
+        },
+        {
             "name": "X-Request-ID",
             "in": "header",
             "description": "id of the request, returned in the answer; generated if absent",
@@ -421,7 +438,7 @@ INFERENCE_READY: Json = {
 }
 INFERENCE: Json = {
     "summary": "Open Inference Protocol: probabilities, energy and label of UINT8 tensors, or of "
-    "image files as BYTES",
+    "image files as BYTES; embedding and cam where outputs names them",
     "operationId": "v2_infer",
     "security": API_KEY,
     "parameters": [MODEL_NAME],

@@ -19,9 +19,11 @@ from serve.http.responses import JSON, Problem, Request, Response, retry_after
 from serve.metrics.shared_counters import SharedCounters
 from serve.settings import Settings
 from serve.shared_state import SharedState
-from serve.wire import CAM, DEFAULT_TOP_K, Answer
+from serve.wire import BASE64, CAM, DEFAULT_TOP_K, EMBEDDING, Answer
 
 MAX_TOP_K = 1000
+# Values of the parameter `embedding`, and their flags.
+EMBEDDING_FLAGS = {"false": 0, "true": EMBEDDING, "base64": EMBEDDING | BASE64}
 NUMBER = re.compile("[0-9]{1,9}")  # int() raises for a number of thousands of digits
 
 
@@ -158,6 +160,8 @@ class PredictEndpoint:
         top_k, flags = parse_query(request.scope["query_string"])
         if flags & CAM and "cam" not in self.dispatcher.model["explains"]:
             raise Problem(400, "this model has no heat maps; leave explain out")
+        if flags & EMBEDDING and "embedding" not in self.dispatcher.model["outputs"]:
+            raise Problem(400, "this model has no embeddings; leave embedding out")
 
         content_type = request.headers.get(b"content-type", b"")
         images = request_body.parse_images(content, content_type, self.settings.max_images)
@@ -341,6 +345,10 @@ def parse_query(query: bytes) -> tuple[int, int]:
             if value != "cam":
                 raise Problem(400, "explain can be: cam")
             flags |= CAM
+        elif name == "embedding":
+            if value not in EMBEDDING_FLAGS:
+                raise Problem(400, "embedding can be: true, base64 or false")
+            flags |= EMBEDDING_FLAGS[value]
     return top_k, flags
 
 

@@ -14,23 +14,44 @@ import numpy as np
 from models.image import ImageError, decode
 from serve import logs
 from serve.model import Model
-from serve.prediction import are_finite, encode_activation_map, find_finite_rows
+from serve.prediction import (
+    are_finite,
+    encode_activation_map,
+    encode_embedding_base64,
+    encode_embedding_numbers,
+    find_finite_rows,
+)
 from serve.settings import Settings
-from serve.wire import ARRAYS, CAM, LABEL_LENGTH, TENSOR, Answer, Job, pack_answer
+from serve.wire import (
+    ARRAYS,
+    BASE64,
+    CAM,
+    EMBEDDING,
+    NO_ACTIVATION_MAP,
+    NO_EMBEDDING,
+    OUTPUT_FLAGS,
+    TENSOR,
+    Answer,
+    Arrays,
+    Job,
+    pack_answer,
+    pack_arrays,
+)
 from serve.worker.batch import CompletedBatch, DecodedBatch
 from serve.worker.batcher import Batcher, HttpProcessConnection, QueuedJob
 from serve.worker.worker_metrics import WorkerMetrics
 
 INACTIVE_CHECK_SECONDS = 0.5
 NO_ACTIVATION_MAPS = "this model has no heat maps; leave explain out"
+NO_EMBEDDINGS = "this model has no embeddings; leave embedding out"
 NOT_FINITE = b"the outputs of the model for this image are NaN or infinite"
 OTHER_TENSOR_SHAPE = "the model was replaced by one with another input shape; try again"
 
 Observer = Callable[[CompletedBatch], None]
 
 
-class NoActivationMapsError(ImageError):
-    """A job wants a class-activation map, which the model that has just been replaced had."""
+class MissingOutputError(ImageError):
+    """A job wants an output that only the model had which has just been replaced."""
 
     status = 400
 
@@ -157,7 +178,9 @@ class Predictor:
     def _decode(self, job: Job, model: Model) -> np.ndarray:
         """Return uint8 [height, width, channels]. Raises ImageError."""
         if job.flags & CAM and not model.has_activation_maps:
-            raise NoActivationMapsError(NO_ACTIVATION_MAPS)
+            raise MissingOutputError(NO_ACTIVATION_MAPS)
+        if job.flags & EMBEDDING and not model.has_embeddings:
+            raise MissingOutputError(NO_EMBEDDINGS)
         spec = model.manifest.input
 
         if job.flags & TENSOR:
@@ -186,8 +209,11 @@ class Predictor:
         """Run the graph on jobs that want the same outputs, answer them and count them."""
         model = batch.model
         output_names = model.output_names
-        if batch.jobs[0].job.flags & CAM:
+        flags = batch.jobs[0].job.flags
+        if flags & CAM:
             output_names = (*output_names, "cam")
+        if flags & EMBEDDING:
+            output_names = (*output_names, "embedding")
 
         images = np.stack(batch.pixels)
         self._set_busy(batch.jobs[0] if len(batch.jobs) == 1 else None)
@@ -241,15 +267,15 @@ class Predictor:
 
 
 def _group_by_outputs(batch: DecodedBatch) -> list[DecodedBatch]:
-    """Split off jobs that want a class-activation map, so that the others do not pay for it."""
+    """Split off jobs that want further outputs, so that the others do not pay for them."""
     if not batch.jobs:
         return []
-    with_map = [i for i, queued in enumerate(batch.jobs) if queued.job.flags & CAM]
-    if len(with_map) in (0, len(batch.jobs)):
+    positions: dict[int, list[int]] = {}
+    for i, queued in enumerate(batch.jobs):
+        positions.setdefault(queued.job.flags & OUTPUT_FLAGS, []).append(i)
+    if len(positions) == 1:
         return [batch]
-
-    without_map = [i for i, queued in enumerate(batch.jobs) if not queued.job.flags & CAM]
-    return [batch.select(without_map), batch.select(with_map)]
+    return [batch.select(group) for _, group in sorted(positions.items())]
 
 
 def _compose_answers(
@@ -264,17 +290,28 @@ def _compose_answers(
     top_k = [queued.job.top_k for queued in batch.jobs]
     predictions = model.composer.compose(probabilities, energy, top_k)
 
+    flags = batch.jobs[0].job.flags  # all jobs want the same outputs
+    activation_maps = outputs[2] if flags & CAM else None
+    embeddings = outputs[-1] if flags & EMBEDDING else None
+
     answers: list[tuple[QueuedJob, Answer]] = []
     for i, queued in enumerate(batch.jobs):
         job = queued.job
         index = indices[i]
+        activation_map = None if activation_maps is None else activation_maps[i, index]
+        embedding = None if embeddings is None else embeddings[i]
         if job.flags & ARRAYS:
-            body = _pack_arrays(model.manifest.classes[index], probabilities[i], energy[i])
-        elif job.flags & CAM:
-            activation_map = encode_activation_map(outputs[2][i, index], model.manifest.input)
-            body = f'{predictions[i]},"cam":"{activation_map}"}}'.encode()
+            arrays = Arrays(
+                model.manifest.classes[index].encode(),
+                probabilities[i],
+                energy[i],
+                NO_EMBEDDING if embedding is None else embedding,
+                NO_ACTIVATION_MAP if activation_map is None else activation_map,
+            )
+            body = pack_arrays(arrays)
         else:
-            body = predictions[i].encode() + b"}"
+            extras = _compose_extras(job, model, activation_map, embedding)
+            body = f"{predictions[i]}{extras}}}".encode()
 
         answer = Answer(
             job.id,
@@ -291,11 +328,18 @@ def _compose_answers(
     return answers
 
 
-def _pack_arrays(label: str, probabilities: np.ndarray, energy: np.ndarray) -> bytes:
-    """Return the label, then probabilities [K] and the energy as little-endian float32."""
-    encoded = label.encode()
-    values = np.append(probabilities, energy).astype("<f4")
-    return LABEL_LENGTH.pack(len(encoded)) + encoded + values.tobytes()
+def _compose_extras(
+    job: Job, model: Model, activation_map: np.ndarray | None, embedding: np.ndarray | None
+) -> str:
+    """Return the JSON members that follow those of every prediction, with a leading comma."""
+    extras = ""
+    if activation_map is not None:
+        encoded_map = encode_activation_map(activation_map, model.manifest.input)
+        extras += f',"cam":"{encoded_map}"'
+    if embedding is not None:
+        encode = encode_embedding_base64 if job.flags & BASE64 else encode_embedding_numbers
+        extras += f',"embedding":{encode(embedding)}'
+    return extras
 
 
 def send_answers(answers: list[tuple[QueuedJob, Answer]]) -> None:

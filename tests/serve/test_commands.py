@@ -9,11 +9,15 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from pyarrow import parquet
 
 from models.bundle import Calibration, write_checksums
+from serve import Model
+from serve.commands import predict, result_writers
 from support import ROOT, tiny_bundle
 
 
@@ -87,6 +91,122 @@ def test_predict_prints_csv(bundle_store, images):
     rows = list(csv.DictReader(io.StringIO(result.stdout)))
     assert [row["label"] for row in rows] == ["red", "green", "blue"]
     assert all(0 < float(row["confidence"]) <= 1 for row in rows)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a result file of any format, by the names of its columns."""
+    if path.suffix == ".json":
+        return json.loads(path.read_text())["predictions"]
+    if path.suffix == ".csv":
+        return list(csv.DictReader(io.StringIO(path.read_text())))
+    return parquet.read_table(path).to_pylist()
+
+
+def read_embedding(row: dict[str, Any]) -> list[float]:
+    embedding = row["embedding"]
+    if isinstance(embedding, str):
+        return [float(number) for number in embedding.split("|")]
+    return embedding
+
+
+@pytest.mark.parametrize("ending", ["json", "csv", "parquet"])
+def test_predict_writes_a_file_with_predictions_embeddings_and_errors(
+    bundle_store, images, tmp_path, ending
+):
+    out = tmp_path / f"results.{ending}"
+    out.write_text("old")
+    (images / "broken.png").write_bytes(b"no image")
+    result = run("predict", images, "--store", bundle_store, "--out", out, "--embedding")
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert [path.name for path in out.parent.iterdir() if path.is_file()] == [out.name]
+
+    model = Model.open(bundle_store, threads=1)
+    rows = {Path(row["file"]).name: row for row in read_rows(out)}
+    assert list(rows) == ["a.png", "b [bold].jpg", "broken.png", "c.webp"]
+    broken = rows.pop("broken.png")
+    assert "not a JPEG" in broken["error"]
+    assert not broken.get("label")
+    for row in rows.values():
+        prediction = model.predict(row["file"])
+        assert row["label"] == prediction.label
+        assert float(row["confidence"]) == pytest.approx(prediction.confidence, rel=1e-5)
+        assert row["prediction_set"] in (prediction.prediction_set, prediction.label)
+        assert str(row["abstain"]) == str(row["out_of_distribution"]) == "False"
+        assert not row.get("error")
+        assert read_embedding(row) == pytest.approx(model.embed(row["file"]), rel=1e-5)
+
+
+def test_a_parquet_file_has_the_types_of_the_values_and_names_the_model(
+    bundle_store, images, tmp_path
+):
+    out = tmp_path / "results.parquet"
+    assert run("predict", images, "--store", bundle_store, "--out", out).returncode == 0
+    schema = parquet.read_schema(out)
+    assert schema.metadata[b"model"] == b"colours"
+    assert schema.metadata[b"version"] == b"1"
+    assert str(schema.field("abstain").type) == "bool"
+    assert str(schema.field("confidence").type) == "float"
+    assert "embedding" not in schema.names
+    top = parquet.read_table(out).to_pylist()[0]["top"]
+    assert [choice["label"] for choice in top][:1] == ["red"]
+
+
+def test_results_are_written_in_order_while_files_are_classified(
+    bundle_store, tmp_path, monkeypatch
+):
+    """Only a bounded number of results waits, however many files there are."""
+    monkeypatch.setattr(predict, "BATCH_SIZE", 2)
+    monkeypatch.setattr(result_writers, "ROWS_PER_GROUP", 5)
+    files: list[Path] = []
+    for i in range(60):
+        files.append(tmp_path / f"{i:02d}.png")
+        files[-1].write_bytes(tiny_bundle.make_image(tiny_bundle.CLASSES[i % 3], seed=i))
+
+    classified: list[Path] = []
+    waiting: list[int] = []
+    classify_batch = predict.classify_batch
+
+    def record_batch(model: Model, top_k: int, has_embeddings: bool, batch: list[Path]) -> Any:
+        classified.extend(batch)
+        return classify_batch(model, top_k, has_embeddings, batch)
+
+    class RecordingWriter(result_writers.ParquetWriter):
+        def write(self, result: result_writers.Result) -> None:
+            waiting.append(len(classified) - len(waiting))
+            super().write(result)
+
+    monkeypatch.setattr(predict, "classify_batch", record_batch)
+    monkeypatch.setattr(predict, "ParquetWriter", RecordingWriter)
+    out = tmp_path / "results.parquet"
+    store = ("--store", str(bundle_store), "--threads", "2")
+    assert predict.main([*map(str, files), "--out", str(out), *store]) == 0
+    assert [row["file"] for row in read_rows(out)] == [str(file) for file in files]
+    assert [row["label"] for row in read_rows(out)] == tiny_bundle.CLASSES * 20
+    assert parquet.ParquetFile(out).num_row_groups == 12
+    assert max(waiting) <= 2 * predict.BATCHES_AHEAD * 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--format", "parquet"), "name it with --out FILE"),
+        (("--embedding",), "add --format json, csv or parquet"),
+        (("--out", "missing/results.csv"), "No such file or directory"),
+        (("--out", "."), "is not a regular file"),
+        (("--top-k", "0"), "--top-k must be at least 1"),
+    ],
+)
+def test_predict_refuses_flags_that_do_not_fit(bundle_store, images, flags, words):
+    assert_refused(run("predict", images / "a.png", "--store", bundle_store, *flags), words)
+
+
+def test_parquet_without_its_package_names_the_extra(bundle_store, images, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    out = tmp_path / "results.parquet"
+    with pytest.raises(ValueError, match=r"needs the package pyarrow: pip install 'imago\[parquet"):
+        predict.main([str(images), "--store", str(bundle_store), "--out", str(out)])
+    assert not out.exists()
 
 
 def test_predict_prints_a_table(bundle_store, images):

@@ -170,6 +170,38 @@ def test_sigint_ends_predict_while_it_reads_from_a_pipe(bundle_store, tmp_path):
         assert interrupt(process) == ""
 
 
+@pytest.mark.parametrize("output_format", ["json", "parquet"])
+def test_an_interrupted_predict_leaves_the_output_file_as_it_was(
+    bundle_store, images, tmp_path, output_format
+):
+    out = tmp_path / f"results.{output_format}"
+    out.write_text("old")
+    os.mkfifo(tmp_path / "pipe")
+    arguments = ("predict", images, tmp_path / "pipe", "--store", bundle_store, "--out", out)
+    process = start_command(*arguments)
+    with (tmp_path / "pipe").open("wb"):
+        interrupt(process)
+    assert out.read_text() == "old"
+    assert {path.name for path in tmp_path.iterdir()} == {"images", "pipe", out.name}
+
+
+@pytest.mark.parametrize("output_format", ["json", "csv", "parquet"])
+def test_a_full_disk_is_one_line_and_leaves_no_part(bundle_store, images, tmp_path, output_format):
+    """The limit on the size of files stands for the disk."""
+    out = tmp_path / f"results.{output_format}"
+    script = "ulimit -f 0; trap '' XFSZ; exec \"$@\""
+    arguments = ("predict", images, "--store", bundle_store, "--out", out)
+    result = subprocess.run(
+        ["bash", "-c", script, "bash", *COMMAND, *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert_refused(result, f"--out {out}: File too large")
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
 def test_sigint_ends_check_and_leaves_its_lines(tmp_path):
     blocked_path = BlockedPath(tmp_path / "hang", tiny_bundle.publish(tmp_path / "store"))
     with blocked_path.blocked():

@@ -48,7 +48,50 @@ def test_health_and_metadata(client):
     assert metadata["versions"] == ["1"]
     assert metadata["inputs"] == [{"name": "image", "datatype": "UINT8", "shape": [-1, 32, 32, 3]}]
     datatypes = {output["name"]: output["datatype"] for output in metadata["outputs"]}
-    assert datatypes == {"probabilities": "FP32", "energy": "FP32", "label": "BYTES"}
+    assert datatypes == {
+        "probabilities": "FP32",
+        "energy": "FP32",
+        "label": "BYTES",
+        "embedding": "FP32",
+        "cam": "FP32",
+    }
+    shapes = {output["name"]: output["shape"] for output in metadata["outputs"]}
+    assert shapes["embedding"] == [-1, 3]
+    assert shapes["cam"] == [-1, 32, 32]
+
+
+@pytest.mark.parametrize("is_binary", [True, False])
+@pytest.mark.parametrize("names", [["embedding"], ["cam"], ["cam", "label", "embedding"]])
+def test_embedding_and_cam_are_sent_if_they_are_named(client, names, is_binary):
+    tensor = tritonclient.InferInput("image", list(PIXELS.shape), "UINT8")
+    tensor.set_data_from_numpy(PIXELS)
+    outputs = [tritonclient.InferRequestedOutput(name, is_binary) for name in names]
+    answer = client.infer("colours", [tensor], outputs=outputs)
+    assert [output["name"] for output in answer.get_response()["outputs"]] == names
+    if "embedding" in names:
+        assert answer.as_numpy("embedding") == pytest.approx(EXPECTED["embedding"], abs=1e-5)
+    if "cam" in names:
+        of_label = EXPECTED["cam"][range(3), range(3)]
+        assert answer.as_numpy("cam") == pytest.approx(of_label, abs=1e-4)
+
+
+def test_an_output_that_the_model_lacks_gets_400(start, tmp_path):
+    """As in /predict; and the metadata does not list it."""
+    path = tiny_bundle.publish(tmp_path)
+    tiny_bundle.remove_output(path, "embedding")
+    server = start(store=tmp_path)
+    answer = server.predict(IMAGES[0], "?embedding=true")
+    assert answer.status_code == 400
+    assert "no embeddings" in answer.json()["detail"]
+
+    data = [base64.b64encode(IMAGES[0]).decode()]
+    tensor = {"name": "image", "datatype": "BYTES", "shape": [1], "data": data}
+    body = {"inputs": [tensor], "outputs": [{"name": "embedding"}]}
+    answer = server.http.post(INFER_PATH, json=body)
+    assert answer.status_code == 400
+    assert answer.json() == {"error": "this model has no output embedding"}
+    outputs = server.http.get("/v2/models/colours").json()["outputs"]
+    assert "embedding" not in [output["name"] for output in outputs]
 
 
 @pytest.mark.parametrize("binary_in", [True, False])

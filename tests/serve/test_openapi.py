@@ -89,7 +89,9 @@ def test_examples_fit_their_schemas(name):
         validator.validate(example)
 
 
-@pytest.mark.parametrize("query", ["", "?explain=cam&top_k=2"])
+@pytest.mark.parametrize(
+    "query", ["", "?explain=cam&top_k=2&embedding=true", "?explain=cam&embedding=base64"]
+)
 @pytest.mark.parametrize("kind", ["image/png", "multipart/form-data", "application/json"])
 def test_responses_to_images_conform_to_the_openapi(server, query, kind):
     """Generated bodies are almost never images."""
@@ -104,4 +106,5 @@ def test_responses_to_images_conform_to_the_openapi(server, query, kind):
     response = server.http.send(request)
     assert response.status_code == 200
     SCHEMA["/predict"]["POST"].validate_response(response)
-    assert ("cam" in response.json()["predictions"][0]) == bool(query)
+    for name in ("cam", "embedding"):
+        assert (name in response.json()["predictions"][0]) == bool(query)

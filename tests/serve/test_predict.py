@@ -4,6 +4,7 @@ import base64
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 from models.image import InputSpec, decode
@@ -123,6 +124,26 @@ def test_base64_is_read_alike_in_json_multipart_and_the_open_inference_protocol(
     assert response.json()["outputs"][-1]["data"] == ["green"]
 
 
+def test_embedding_as_numbers_or_base64(server):
+    images = [tiny_bundle.make_image(label) for label in tiny_bundle.CLASSES]
+    pixels = np.stack([decode(image, INPUT) for image in images])
+    expected = tiny_bundle.expected_outputs(pixels, 3)["embedding"]
+
+    for image, embedding in zip(images, expected, strict=True):
+        (prediction,) = server.predict(image, "?embedding=true").json()["predictions"]
+        assert prediction["embedding"] == pytest.approx(embedding, abs=1e-5)
+        (prediction,) = server.predict(image, "?embedding=base64").json()["predictions"]
+        halves = np.frombuffer(base64.b64decode(prediction["embedding"]), "<f2")
+        assert halves == pytest.approx(embedding, rel=1e-3)
+        assert "embedding" not in server.predict(image, "?embedding=false").json()["predictions"][0]
+
+    many = {"images": [encode(image) for image in images]}
+    answers = server.http.post("/predict?embedding=true", json=many).json()["predictions"]
+    assert np.array([answer["embedding"] for answer in answers]) == pytest.approx(
+        expected, abs=1e-5
+    )
+
+
 @pytest.mark.parametrize(
     ("encoding", "status"), [("Identity", 200), ("IDENTITY", 200), ("", 200), ("gzip", 415)]
 )
@@ -184,6 +205,8 @@ def test_many_images_of_one_request(server):
         ({"content": b"{", "params": {"top_k": "1" * 5000}}, 400),
         ({"content": b"{", "params": {"top_k": "1001"}}, 400),
         ({"content": b"{", "params": {"explain": "x"}}, 400),
+        ({"content": b"{", "params": {"embedding": "float16"}}, 400),
+        ({"content": b"{", "params": {"embedding": ""}}, 400),
     ],
 )
 def test_bad_requests_are_4xx_problems(server, request_, status):

@@ -6,10 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import cv2
 import numpy as np
-import onnx
 import pytest
 
-from models.bundle import Calibration, Histogram, file_sha256, write_checksums
+from models.bundle import Calibration, Histogram, write_checksums
 from models.image import InputSpec, decode
 from serve.model import Model
 from support import tiny_bundle
@@ -107,7 +106,7 @@ def test_activation_map_shows_the_region_of_the_class(server):
     assert len(prediction["cam"]) < 1000
 
 
-def test_activation_map_on_request_leaves_other_answers_unchanged(server):
+def test_further_outputs_on_request_leave_other_answers_unchanged(server):
     images = [tiny_bundle.make_image(tiny_bundle.CLASSES[i % 3], seed=i) for i in range(60)]
 
     def predict(image: bytes, query: str) -> dict:
@@ -115,27 +114,20 @@ def test_activation_map_on_request_leaves_other_answers_unchanged(server):
         return prediction
 
     separate = [predict(image, "") for image in images]
-    queries = ["", "?explain=cam"] * 30
-    with ThreadPoolExecutor(8) as pool:  # batches mix both kinds
+    queries = ["", "?explain=cam", "?embedding=true", "?explain=cam&embedding=base64"] * 15
+    with ThreadPoolExecutor(8) as pool:  # batches mix all kinds
         mixed = list(pool.map(predict, images, queries))
 
     for query, prediction, expected in zip(queries, mixed, separate, strict=True):
-        assert ("cam" in prediction) is bool(query)
+        assert ("cam" in prediction) is ("cam" in query)
+        assert ("embedding" in prediction) is ("embedding" in query)
         assert prediction["label"] == expected["label"]
         assert prediction["confidence"] == pytest.approx(expected["confidence"], abs=1e-5)
 
 
 def test_request_for_an_activation_map_that_the_model_lacks_gets_400(start, tmp_path):
     path = tiny_bundle.publish(tmp_path)
-    graph = onnx.load(path / "model.onnx")
-    del graph.graph.output[tiny_bundle.OUTPUTS.index("cam")]
-    onnx.save(graph, path / "model.onnx")
-    manifest = json.loads((path / "manifest.json").read_text())
-    manifest["outputs"].remove("cam")
-    file = path / "model.onnx"
-    manifest["variants"]["fp32"] |= {"sha256": file_sha256(file), "bytes": file.stat().st_size}
-    (path / "manifest.json").write_text(json.dumps(manifest))
-    write_checksums(path)
+    tiny_bundle.remove_output(path, "cam")
     server = start(store=tmp_path)
     answer = server.predict(tiny_bundle.make_image("red"), "?explain=cam")
     assert answer.status_code == 400

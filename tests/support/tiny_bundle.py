@@ -206,6 +206,17 @@ def add_int8(bundle: Path, scale: float = 1.0) -> None:
     update_checksums(bundle)
 
 
+def remove_output(bundle: Path, name: str) -> None:
+    """Remove an output of the graph, such as cam; the checksums match again."""
+    graph = onnx.load(bundle / "model.onnx")
+    del graph.graph.output[OUTPUTS.index(name)]
+    onnx.save(graph, bundle / "model.onnx")
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["outputs"].remove(name)
+    edit_manifest(bundle, outputs=manifest["outputs"])
+    update_checksums(bundle)
+
+
 def insert_nodes(
     bundle: Path, *nodes: onnx.NodeProto, file: str = "model.onnx", **constants: np.ndarray
 ) -> None:
