@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 
 from models.image import tiff
+from models.image.avif import AvifImage, build_avif, build_avif_plane
 from models.image.errors import ImageTooLarge, UndecodableImage
 from models.image.header import Header, read_header
 from models.image.input_spec import SIXTEEN_BITS, InputSpec
@@ -247,6 +248,8 @@ def _decode_stored(
         return _decode_jpeg(data, header, header.frame, flag, reduction), header.orientation
     if header.page is not None:
         return _decode_tiff(data, header, header.page, flag), header.orientation
+    if header.avif is not None:
+        return _decode_avif(header, header.avif, flag), header.orientation
     file = sanitize(data, header)
     image, exif = _run_decoder(file, header, flag)
     frame = read_first_frame(file, header)
@@ -380,6 +383,30 @@ def _decode_gray_with_alpha(
     return bgra
 
 
+def _decode_avif(header: Header, avif: AvifImage, flag: int) -> np.ndarray:
+    """Decode an AVIF, not turned: gray, BGR or BGRA."""
+    if not avif.picture.colours.is_gray:
+        image, _ = _run_decoder(build_avif(avif), header, flag)
+        return image
+
+    # OpenCV does not read gray with alpha, and not the range of gray.
+    image, _ = _run_decoder(build_avif_plane(avif.picture), header, flag)
+    if not avif.is_full_range:
+        image = _expand_range(image, avif.picture.colours.bits)
+    if avif.alpha is None:
+        return image
+    alpha, _ = _run_decoder(build_avif_plane(avif.alpha), header, flag)
+    return cv2.merge([image, image, image, alpha])
+
+
+def _expand_range(gray: np.ndarray, bits: int) -> np.ndarray:
+    """Scale samples from 16 (black) to 235 (white), of 8 bits, to the full range."""
+    samples = np.arange(1 << bits, dtype=np.float32)
+    scaled = (samples - (16 << bits - 8)) * (255 / 219)
+    table = np.clip(np.rint(scaled), 0, len(samples) - 1).astype(gray.dtype)
+    return table[gray]
+
+
 def _run_decoder(data: bytes | bytearray, header: Header, flag: int) -> tuple[np.ndarray, bytes]:
     """Return the decoded image, not turned, and the EXIF block of a PNG or WebP."""
     buffer = np.frombuffer(data, np.uint8)
@@ -442,7 +469,7 @@ def _flatten_strip(
         transparent_pixels = image == header.transparent
 
     if image.dtype == np.uint16:
-        white = 2**significant_bits - 1
+        white = 2 ** (header.used_bits or significant_bits) - 1
         image = cv2.convertScaleAbs(image, alpha=255 / white)
     if transparent_pixels is not None:
         image[transparent_pixels] = 255

@@ -8,7 +8,7 @@ class ImageError(ValueError):
 
 
 class UnsupportedFormat(ImageError):
-    """The magic number is none of JPEG, PNG, WebP, BMP, GIF or TIFF."""
+    """The magic number is none of JPEG, PNG, WebP, AVIF, BMP, GIF or TIFF."""
 
     status = 415
 

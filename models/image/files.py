@@ -15,8 +15,10 @@ from dataclasses import dataclass, field
 from models.image.errors import UndecodableImage, UnsupportedFormat
 from models.image.header import read_header
 
-IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"))
-FORMATS = "JPEG, PNG, WebP, BMP, GIF or TIFF"  # for messages
+IMAGE_SUFFIXES = frozenset(
+    (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
+)
+FORMATS = "JPEG, PNG, WebP, AVIF, BMP, GIF or TIFF"  # for messages
 # Folders that systems add next to the user's own.
 SYSTEM_FOLDERS = frozenset(("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN"))
 MAGIC_BYTES = 64  # at the start of a file; enough for any format's magic number

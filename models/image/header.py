@@ -4,7 +4,7 @@ The parsers are stricter than the decoders behind them: where a parser and a dec
 same file differently, the file is refused. Otherwise a file could show a small size here and a huge
 one to the decoder. Every loop over a header has a bound, as it holds the interpreter's lock.
 
-One function a format reads its header: JPEG, PNG, GIF, WebP, BMP and TIFF.
+One function a format reads its header: JPEG, PNG, GIF, WebP, AVIF, BMP and TIFF.
 """
 
 import struct
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from models.image import tiff
+from models.image.avif import AvifImage, has_avif_brand, read_avif
 from models.image.errors import UndecodableImage, UnsupportedFormat
 from models.image.jpeg_scans import JpegFrame
 
@@ -23,13 +24,13 @@ DAMAGED = "the image header is cut short or damaged"
 class Header:
     """Format, size and memory of one image, as far as its header states them."""
 
-    format: Literal["jpeg", "png", "webp", "bmp", "gif", "tiff"]
+    format: Literal["jpeg", "png", "webp", "avif", "bmp", "gif", "tiff"]
 
     width: int
-    """Pixels, before EXIF orientation."""
+    """Pixels, before orientation."""
 
     height: int
-    """Pixels, before EXIF orientation."""
+    """Pixels, before orientation."""
 
     alpha: Literal["straight", "premultiplied", "ignored"] = "straight"
     """How to read a fourth channel, if the decoder returns one."""
@@ -56,6 +57,12 @@ class Header:
 
     page: tiff.Directory | None = None
     """Of a TIFF: the page to decode."""
+
+    avif: AvifImage | None = None
+    """Of an AVIF: the picture to decode."""
+
+    used_bits: int | None = None
+    """Bits that 16-bit samples use, where the file states it."""
 
     table_bytes: int = 0
     """Most bytes of code tables that a lossless WebP of this size may declare."""
@@ -90,6 +97,8 @@ def _parse_header(data: bytes) -> Header:
         return _parse_gif(data)
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return _parse_webp(data)
+    if has_avif_brand(data):
+        return _parse_avif(data)
     if data[:4] in (b"II*\0", b"MM\0*"):
         return _parse_tiff(data)
     if data[:2] == b"BM":
@@ -103,7 +112,6 @@ _OTHER_FORMATS = (
     (4, b"ftyphev", "a HEIC image, as phones take them"),
     (4, b"ftypmif1", "a HEIF image, as phones take them"),
     (4, b"ftypmsf1", "a HEIF image, as phones take them"),
-    (4, b"ftypavi", "an AVIF image"),
     (4, b"ftypcrx", "raw data of a camera"),
     (4, b"ftyp", "a video"),
     (0, b"FUJIFILM", "raw data of a camera"),
@@ -122,7 +130,7 @@ _OTHER_FORMATS = (
 
 def _describe_other_format(data: bytes) -> str:
     """Say what a file of another format is, and what to do."""
-    supported = "not a JPEG, PNG, WebP, BMP, GIF or TIFF image"
+    supported = "not a JPEG, PNG, WebP, AVIF, BMP, GIF or TIFF image"
     for position, magic, name in _OTHER_FORMATS:
         if data.startswith(magic, position):
             return f"{name}, {supported}; convert it to JPEG or PNG"
@@ -336,7 +344,7 @@ def count_png_row_bytes(data: bytes) -> int:
 
 
 # ---------------------------------------------------------------------------------------------
-# GIF, WebP (RFC 9649) and BMP
+# GIF, WebP (RFC 9649), AVIF and BMP
 
 
 _GIF_PIXEL_BYTES = 10  # two pictures with alpha, palette indices, the decoder's table
@@ -428,6 +436,26 @@ def _count_webp_table_bytes(data: bytes, pixels: int) -> int:
         len(data) * 8 // _WEBP_TABLE_SET_MIN_BITS,
     )
     return table_sets * _WEBP_TABLE_SET_BYTES
+
+
+# Planes in full resolution, the decoder's copies of them, and two pictures with alpha.
+_AVIF_PIXEL_BYTES = {8: 16, 10: 32, 12: 32}
+
+
+def _parse_avif(data: bytes) -> Header:
+    """Read the primary picture: its size is that of the AV1 data."""
+    image = read_avif(data)
+    bits = image.picture.colours.bits
+    return Header(
+        "avif",
+        image.picture.width,
+        image.picture.height,
+        alpha="premultiplied" if image.is_premultiplied else "straight",
+        orientation=image.orientation,
+        pixel_bytes=_AVIF_PIXEL_BYTES[bits],
+        avif=image,
+        used_bits=bits,
+    )
 
 
 _BMP_OS2_HEADER_BYTES = 12

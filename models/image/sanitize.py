@@ -4,8 +4,9 @@ A decoder sees no text, colour profile or animation: libpng inflates up to 1,000
 8 MB each and keeps them, and an animation costs several canvases. What remains can't take much
 longer than its pixels need.
 
-One function a format takes what the decoder gets out of a file: PNG, GIF, WebP and TIFF. JPEG and
-BMP stay as they are: their decoders skip what is no pixel, and `header` bounds the scans of a JPEG.
+One function a format takes what the decoder gets out of a file: PNG, GIF, WebP and TIFF; of an AVIF
+the module `avif` does it. JPEG and BMP stay as they are: their decoders skip what is no pixel, and
+`header` bounds the scans of a JPEG.
 """
 
 import struct

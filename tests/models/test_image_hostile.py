@@ -46,6 +46,8 @@ FILES = {
     "png gray": save("PNG", mode="L"),
     "webp": save("WEBP"),
     "webp lossless": save("WEBP", lossless=True),
+    "avif": save("AVIF"),
+    "avif with alpha": save("AVIF", mode="RGBA"),
     "gif": save("GIF", mode="P"),
     "bmp": save("BMP"),
     "tiff": save("TIFF"),
@@ -59,6 +61,7 @@ MAGIC = [
     b"\x89PNG\r\n\x1a\n",
     b"GIF89a",
     b"RIFF\x90\0\0\0WEBP",
+    b"\0\0\0\x14ftypavif\0\0\0\0avif",
     b"II*\0",
     b"MM\0*",
     b"BM",
@@ -91,7 +94,7 @@ def zipped() -> bytes:
         b"%PDF-1.7\n",
         zipped(),
         gzip.compress(bytes(1 << 20)),
-        b"\0\0\0\x1cftypavif" + bytes(90),
+        b"\0\0\0\x1cftypheic" + bytes(90),
         b"II+\0" + bytes(90),
         b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(90),
         b"v/1\x01" + bytes(90),
@@ -106,7 +109,7 @@ def zipped() -> bytes:
         "pdf",
         "zip",
         "gzip",
-        "avif",
+        "heic",
         "bigtiff",
         "jpeg2000",
         "exr",
@@ -543,6 +546,11 @@ def encode_flat(kind: str, mode: str = "RGB", **options) -> bytes:
     return buffer.getvalue()
 
 
+def encode_flat_avif(depth: int, channels: int) -> bytes:
+    pixels = np.full((SIDE, SIDE, channels), 100, np.uint8 if depth == 8 else np.uint16)
+    return cv2.imencode(".avif", pixels, [cv2.IMWRITE_AVIF_DEPTH, depth])[1].tobytes()
+
+
 def partial_animation() -> bytes:
     """A WebP whose first frame, of one pixel, lies on a large canvas."""
     size = struct.pack("<I", SIDE - 1)[:3]
@@ -571,6 +579,10 @@ PICTURES = {
     "webp of colour and alpha": encode_flat("WEBP", "RGBA", lossless=True),
     "webp animated": encode_flat("WEBP", lossless=True, **ANIMATED),
     "webp animated in a corner": partial_animation(),
+    "avif": encode_flat("AVIF", subsampling="4:4:4"),
+    "avif of colour and alpha": encode_flat("AVIF", "RGBA"),
+    "avif of gray": encode_flat_avif(8, 1),
+    "avif of 12 bits": encode_flat_avif(12, 4),
     "jpeg": encode_flat("JPEG"),
     "jpeg progressive": encode_flat("JPEG", progressive=True, subsampling=0),
     "jpeg of four colours in three scans": jpeg_builder.green_jpeg([[0], [1], [2, 3]], SIDE),

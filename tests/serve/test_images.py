@@ -72,6 +72,9 @@ GOOD = {
     "webp animated": encode(
         make_rgb("green"), "WEBP", save_all=True, append_images=[make_rgb("red")] * 3
     ),
+    "avif": encode(make_rgb("green"), "AVIF"),
+    "avif alpha": encode(make_transparent("green"), "AVIF"),
+    "avif rotated": make_rotated_file("green", "AVIF"),
     "gif animated": encode(
         make_rgb("green"), "GIF", save_all=True, append_images=[make_rgb("red")] * 3
     ),
@@ -122,7 +125,8 @@ BAD = {
         b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>',
         415,
     ),
-    "avif": (b"\0\0\0\x1cftypavif" + bytes(64), 415),
+    "avif without boxes": (b"\0\0\0\x1cftypavif" + bytes(64), 422),
+    "avif cut short": (GOOD["avif"][:-100], 422),
     "heic": (b"\0\0\0\x24ftypheic" + bytes(64), 415),
     "jpeg cut short": (GOOD["jpeg"][: len(GOOD["jpeg"]) // 2], 422),
     "jpeg cut short, with an end marker": (PHOTO[: len(PHOTO) * 2 // 3] + b"\xff\xd9", 422),

@@ -237,7 +237,9 @@ def test_the_heat_map_covers_the_input_of_the_network(page, tmp_path):
 def test_a_file_that_is_not_an_image_gets_a_message(page, tmp_path):
     (tmp_path / "notes.png").write_text("no image")
     page.set_input_files("#files", tmp_path / "notes.png")
-    page.get_by_role("status").get_by_text("not a JPEG, PNG, WebP, BMP, GIF or TIFF").wait_for()
+    page.get_by_role("status").get_by_text(
+        "not a JPEG, PNG, WebP, AVIF, BMP, GIF or TIFF"
+    ).wait_for()
     assert "error" in page.locator("#status").get_attribute("class")
     assert "415" in page.errors.pop()  # logged by the browser
 

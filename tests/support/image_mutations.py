@@ -11,6 +11,7 @@ import struct
 import zlib
 from collections.abc import Callable
 
+import cv2
 import numpy as np
 from PIL import Image
 
@@ -63,6 +64,15 @@ def write_seed_images() -> dict[str, list[bytes]]:
             _save(rgb, "WEBP", exif=exif),
             _save(rgba, "WEBP", lossless=True, icc_profile=bytes(300)),
             _save(frames[0], "WEBP", save_all=True, append_images=frames[1:]),
+        ],
+        "avif": [
+            _save(rgb, "AVIF", exif=exif),
+            _save(rgba, "AVIF", icc_profile=bytes(300)),
+            cv2.imencode(".avif", noise[:, :, 0])[1].tobytes(),
+            cv2.imencode(".avif", noise.astype(np.uint16) * 4, [cv2.IMWRITE_AVIF_DEPTH, 10])[
+                1
+            ].tobytes(),
+            _save(frames[0], "AVIF", save_all=True, append_images=frames[1:]),
         ],
         "tiff": [
             _save(rgb, "TIFF"),
@@ -263,6 +273,74 @@ def _join_webp(pieces: Pieces) -> bytes:
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
+AVIF_LEVELS = b"TMAP"  # first byte of a piece: top level, in meta, in iprp, in ipco
+
+
+def split_avif(data: bytes) -> Pieces:
+    """Boxes as level, type and content; positions of data count from the start of mdat."""
+    pieces: Pieces = []
+    data_start = data.index(b"mdat") + 4
+    for box in _iterate_avif_boxes(data):
+        if box[:4] != b"meta":
+            pieces.append(b"T" + box)
+            continue
+        for child in _iterate_avif_boxes(box[8:]):
+            if child[:4] != b"iprp":
+                pieces.append(b"M" + _move_avif_data(child, -data_start))
+                continue
+            for part in _iterate_avif_boxes(child[4:]):
+                if part[:4] == b"ipco":
+                    pieces += [b"P" + item for item in _iterate_avif_boxes(part[4:])]
+                else:
+                    pieces.append(b"A" + part)
+    return pieces
+
+
+def _iterate_avif_boxes(content: bytes) -> Pieces:
+    boxes: Pieces = []
+    at = 0
+    while at + 8 <= len(content):
+        (size,) = struct.unpack_from(">I", content, at)
+        boxes.append(content[at + 4 : at + size])
+        at += size
+    return boxes
+
+
+def _move_avif_data(box: bytes, distance: int) -> bytes:
+    """Add to the positions in an iloc box; other boxes, and damaged ones, stay as they are."""
+    if box[:10] != b"iloc\0\0\0\0\x44\0":
+        return box
+    moved = bytearray(box)
+    for at in range(12, len(box) - 13, 14):
+        position = struct.unpack_from(">I", box, at + 6)[0] + distance
+        struct.pack_into(">I", moved, at + 6, position % (1 << 32))
+    return bytes(moved)
+
+
+def join_avif(pieces: Pieces) -> bytes:
+    levels: dict[int, Pieces] = {level: [] for level in AVIF_LEVELS}
+    for piece in pieces:
+        levels.get(piece[0] if piece else 0, levels[AVIF_LEVELS[1]]).append(piece[1:])
+    top, in_meta, in_properties, properties = levels.values()
+
+    before = [box for box in top if box[:4] != b"mdat"]
+    after = [box for box in top if box[:4] == b"mdat"]
+    properties_box = b"ipco" + _join_avif_boxes(properties)
+    in_meta.append(b"iprp" + _join_avif_boxes([properties_box, *in_properties]))
+    start = len(_join_avif_boxes(before)) + 12 + len(_join_avif_boxes(in_meta)) + 8
+    in_meta = [_move_avif_data(box, start) for box in in_meta]
+    meta = b"meta" + bytes(4) + _join_avif_boxes(in_meta)
+    return _join_avif_boxes([*before, meta, *after])
+
+
+def _join_avif_boxes(boxes: Pieces) -> bytes:
+    parts: Pieces = []
+    for box in boxes:
+        box = box.ljust(4, b"x")
+        parts.append(struct.pack(">I", 4 + len(box)) + box)
+    return b"".join(parts)
+
+
 def _split_tiff(data: bytes) -> Pieces:
     """The header and pixels before the first directory, its entries, and what follows."""
     order = "<" if data[:2] == b"II" else ">"
@@ -294,6 +372,7 @@ FORMATS: dict[str, tuple[Callable[[bytes], Pieces], Callable[[Pieces], bytes]]] 
     "png": (_split_png, _join_png),
     "gif": (_split_gif, _join_gif),
     "webp": (_split_webp, _join_webp),
+    "avif": (split_avif, join_avif),
     "tiff": (_split_tiff, _join_tiff),
     "bmp": (_split_bmp, _join_bmp),
 }
@@ -345,6 +424,20 @@ EXTRA_PIECES: dict[str, Pieces] = {
         b"ICCP" + bytes(1000),
         b"EXIF" + bytes(1000),
         b"XMP " + bytes(1000),
+    ],
+    "avif": [
+        b"Pirot\1",
+        b"Pimir\1",
+        b"Pclap" + bytes(32),
+        b"Pa1op\1",
+        b"Plsel\0\1",
+        b"Pispe" + bytes(4) + struct.pack(">II", 40_000, 40_000),
+        b"Aipma" + struct.pack(">II", 0, 255) + bytes(2000),
+        b"Miref" + bytes(4) + struct.pack(">I4sHHH", 14, b"auxl", 1, 1, 1) * 300,
+        b"Miinf" + bytes(4) + b"\xff\xff",
+        b"Midat" + bytes(1000),
+        b"Tfree" + bytes(1000),
+        b"Tmdat" + bytes(100),
     ],
     "tiff": [
         struct.pack("<HHII", tag, 3, 1, value)
