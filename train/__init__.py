@@ -1,8 +1,22 @@
-"""The training job: labelled images in, a bundle out."""
+"""The training job: labelled images in, a bundle out.
+
+It is a command line, and a function for Python programs and notebooks:
+
+    from train import fit
+
+    bundle = fit("~/photos", time_budget="10m")
+    print(bundle.path, bundle.manifest.test_metrics.accuracy)
+"""
 
 import os
 import signal
 import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from train.cli.library import fit as fit
+
+__all__ = ["fit"]
 
 # The imports below take seconds, and the first process of a container ignores a signal for which it
 # has no handler. Nothing is worth saving yet, so a command ends at once on SIGTERM.
@@ -11,6 +25,12 @@ import sys
 if sys.argv[0] == "-m" or os.path.basename(sys.argv[0]) == "imago":
     signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
 
-# Before torchvision and lightning are imported: declares the operators that they miss with a CPU
-# build of torch.
-import models.networks  # noqa: F401
+
+def __getattr__(name: str) -> Any:
+    """Import `fit` when it is first used: torch and lightning take seconds."""
+    if name != "fit":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    from train.cli.library import fit
+
+    return fit

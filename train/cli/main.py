@@ -35,6 +35,7 @@ DATA_COMMANDS = ("run", "audit", "find-lr", "find-batch-size")
 COMMANDS = (*DATA_COMMANDS, *LIGHTNING_COMMANDS, "launch")  # train/__main__.py dispatches launch
 TRIAL_COMMANDS = ("find-lr", "find-batch-size")
 
+LIGHTNING_LOGGERS = ("lightning.pytorch", "lightning.fabric")
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 EXPECTED_WARNINGS = (
     ".*LeafSpec.*",  # a deprecated class of torch that Lightning uses
@@ -70,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def silence_lightning() -> None:
     """Hide Lightning's advice and warnings that do not apply to these commands."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
+    for name in LIGHTNING_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)

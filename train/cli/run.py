@@ -82,8 +82,8 @@ class TrainingJob:
     requested_recipe: dict[str, Any]  # the same, with the precision that was asked for
 
 
-def run_training(job: TrainingJob) -> None:
-    """Train a model and publish it as a bundle.
+def run_training(job: TrainingJob) -> Path | None:
+    """Train a model and publish it as a bundle. Return its directory; None if none is published.
 
     A run that was interrupted resumes where it stopped. With `--trainer.fast_dev_run` only the
     given number of batches run, and nothing is written.
@@ -92,7 +92,7 @@ def run_training(job: TrainingJob) -> None:
     if job.trainer.fast_dev_run:
         open_data(job)
         fit(job)
-        return
+        return None
 
     check_store(job)
     run = start_run(job)
@@ -106,7 +106,8 @@ def run_training(job: TrainingJob) -> None:
         raise
 
     # The other processes wait: if one of them ended, a launcher would end the first one as well.
-    run_in_first_process(job.trainer, lambda: complete_run(job, run))
+    path = run_in_first_process(job.trainer, lambda: complete_run(job, run))
+    return Path(path) if path else None
 
 
 def discard_if_not_started(job: TrainingJob, run: Run) -> None:
@@ -116,15 +117,15 @@ def discard_if_not_started(job: TrainingJob, run: Run) -> None:
         run.discard()
 
 
-def complete_run(job: TrainingJob, run: Run) -> None:
-    """Publish the bundle and mark the run as finished."""
-    if job.export.enabled:
-        publish_bundle(job)
+def complete_run(job: TrainingJob, run: Run) -> str | None:
+    """Publish the bundle and mark the run as finished. Return the directory of the bundle."""
+    path = publish_bundle(job) if job.export.enabled else None
     run.finish()
+    return str(path) if path else None
 
 
-def publish_bundle(job: TrainingJob) -> None:
-    """Test the best weights and publish them as the next version of the model.
+def publish_bundle(job: TrainingJob) -> Path:
+    """Test the best weights, publish them as the next version of the model, return its directory.
 
     The bundle appears in the store complete or not at all. Prints one line with the test accuracy
     and the command that serves the model.
@@ -180,6 +181,7 @@ def publish_bundle(job: TrainingJob) -> None:
     for warning in warnings:
         print(f"train: {warning}", file=sys.stderr)
     print(describe_bundle(path, manifest, job.store, job.name))
+    return path
 
 
 def check_store(job: TrainingJob) -> None:

@@ -13,7 +13,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 SHUTDOWN_SECONDS = 9.0  # by default, from the signal to the end of the process, at most
@@ -44,6 +45,28 @@ class ShutdownNotice:
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, self._handle)
 
+    @contextmanager
+    def record_interrupts(self) -> Iterator[None]:
+        """Within the block, stop the run on Ctrl-C, but never end the process.
+
+        For a run inside of another program, whose handler is restored after the block: the run
+        saves its state and raises Preempted. In other threads than the main one Python handles no
+        signals, so Ctrl-C does not reach the run.
+        """
+        self.signum = 0
+        self.stop_deferring()
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        previous_handler = signal.signal(signal.SIGINT, self._record)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous_handler or signal.SIG_DFL)
+            self.signum = 0
+            self.stop_deferring()
+
     def forward_with(self, send_signal: Callable[[int], None] | None) -> None:
         """Pass signals on to the processes that this one has started."""
         self._send_signal = send_signal
@@ -63,6 +86,13 @@ class ShutdownNotice:
         """From now on a signal ends the process at once."""
         self._save_copy = None
         self._is_deferred = False
+
+    def _record(self, signum: int, frame: FrameType | None) -> None:
+        """Record a signal. A second one, or one that is not deferred, stops the run at once."""
+        is_repeated = bool(self.signum)
+        self.signum = signum
+        if is_repeated or not self._is_deferred:
+            raise Preempted(signum)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         """Record the first signal, forward it, and end the process unless that is deferred."""

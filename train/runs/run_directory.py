@@ -8,6 +8,7 @@ import hashlib
 import json
 import shutil
 import sys
+import threading
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -214,7 +215,20 @@ def _is_finished(path: Path) -> bool:
     return (path / FINISHED_FILE).exists()
 
 
-_locks: list[FileLock] = []  # held by this process; the kernel releases them when it ends
+class _HeldLocks(threading.local):
+    """The locks of one thread. The kernel releases them when the process ends."""
+
+    def __init__(self) -> None:
+        self.locks: list[FileLock] = []
+
+
+_held = _HeldLocks()
+
+
+def release_runs() -> None:
+    """Release the runs that this thread has claimed, so that this process can resume them."""
+    while _held.locks:
+        _held.locks.pop().release()
 
 
 def _try_lock(path: Path) -> bool:
@@ -224,7 +238,7 @@ def _try_lock(path: Path) -> bool:
         lock.acquire(timeout=0)
     except Timeout:
         return False
-    _locks.append(lock)
+    _held.locks.append(lock)
     return True
 
 
