@@ -1,5 +1,6 @@
 # Imago. `make` without a target lists the targets. Variables:
-#   DATA    data to train on: digits (default), mnist, fashion-mnist, cifar10, cifar100, or a path to your images
+#   DATA    data to train on: digits (default), mnist, fashion-mnist, cifar10, cifar100, or your images: a folder, a CSV
+#           file, a .zip or .tar, or a URL (https://…, s3://…, gs://…, az://…, hf://datasets/owner/name)
 #   NAME    name of the model in the store (default: the name of the data)
 #   RECIPE  name in train/recipes/, or a path (default: the recipe with the name of the data, else folder)
 #   ROOT    directory with torchvision's data sets; with it, nothing is downloaded

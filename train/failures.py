@@ -13,7 +13,7 @@ class ExitStatus(IntEnum):
     """How a training command ends. Kubernetes decides by it whether to start the job again."""
 
     DONE = 0
-    FAILED = 1  # the loss diverged, memory was too small, the disk is full
+    FAILED = 1  # the loss diverged, memory was too small, the disk is full, a download broke off
     INVALID = 2  # a setting or the input is wrong; the same command fails again
     INTERRUPTED = 130  # by Ctrl-C; the same command resumes
     TERMINATED = 143  # by SIGTERM; the same command resumes
@@ -21,9 +21,13 @@ class ExitStatus(IntEnum):
 
 EXIT_STATUS_HELP = (
     "Exit status: 0 done; 1 the run failed (the loss diverged, memory was too small, the disk is "
-    "full); 2 invalid setting or input; 143 or 130 interrupted by SIGTERM or Ctrl-C, run the same "
-    "command again to resume."
+    "full, a download broke off); 2 invalid setting or input; 143 or 130 interrupted by SIGTERM or "
+    "Ctrl-C, run the same command again to resume."
 )
+
+
+class DownloadFailed(RuntimeError):
+    """The connection to a server broke again and again; the next run continues the download."""
 
 
 class Diverged(RuntimeError):

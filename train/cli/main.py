@@ -23,6 +23,7 @@ from train.cli.tuner import find_batch_size, find_learning_rate
 from train.failures import (
     BatchOutOfMemory,
     Diverged,
+    DownloadFailed,
     ExitStatus,
     OutOfMemory,
     is_out_of_memory,
@@ -56,7 +57,14 @@ def main(arguments: list[str] | None = None) -> int:
     NOTICE.install_handlers()
     try:
         run(sys.argv[1:] if arguments is None else arguments)
-    except (ValueError, OSError, MisconfigurationException, Diverged, OutOfMemory) as error:
+    except (
+        ValueError,
+        OSError,
+        MisconfigurationException,
+        Diverged,
+        DownloadFailed,
+        OutOfMemory,
+    ) as error:
         if os.environ.get("IMAGO_TRACEBACK") == "1":
             traceback.print_exc()
         print(f"train: {' '.join(str(error).split())}", file=sys.stderr)
@@ -80,7 +88,7 @@ def silence_lightning() -> None:
 def exit_status_of(error: BaseException) -> ExitStatus:
     """Return the exit status for an error: the run failed, or a setting or the input is invalid."""
     is_disk_error = getattr(error, "errno", None) in DISK_ERRORS
-    if is_disk_error or isinstance(error, Diverged | OutOfMemory):
+    if is_disk_error or isinstance(error, Diverged | DownloadFailed | OutOfMemory):
         return ExitStatus.FAILED
     return ExitStatus.INVALID
 
@@ -88,8 +96,8 @@ def exit_status_of(error: BaseException) -> ExitStatus:
 def run(arguments: list[str]) -> CommandLine:
     """Run one command and return the trainer, system and data module that it used.
 
-    Raises ValueError or OSError with a one-line message for what the user can correct; Diverged
-    and OutOfMemory for a run that failed.
+    Raises ValueError or OSError with a one-line message for what the user can correct; Diverged,
+    DownloadFailed and OutOfMemory for a run that failed.
     """
     command = arguments[0] if arguments else ""
     is_help = command.startswith("-")

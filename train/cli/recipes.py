@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from train.data.sources import READERS
+from train.data.sources.remote import source_name
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 DEFAULT_RECIPE = RECIPES / "folder.yaml"
@@ -43,6 +44,8 @@ def find_recipe(recipe: str | None, data: str) -> Path:
 
     None stands for the recipe with the name of the data, or else the one for folders.
     """
+    if recipe is None and "/" in data:
+        return DEFAULT_RECIPE
     if recipe is None:
         named_like_data = RECIPES / f"{data}.yaml"
         return named_like_data if named_like_data.is_file() else DEFAULT_RECIPE
@@ -76,17 +79,18 @@ def extract_flag(arguments: list[str], flag: str) -> tuple[str | None, list[str]
 
 
 def default_model_name(source: str) -> str:
-    """Return a valid model name, made of the data's name or of the last part of its path.
+    """Return a valid model name, made of the data's name or of the last part of its path or URL.
 
-    A scheme such as hf: and the ending .csv are not part of it.
+    A scheme such as hf:, the query of a URL, and the ending of a table or an archive are not part
+    of it.
     """
     scheme, colon, location = source.partition(":")
     if colon and scheme in READERS and location:
         source = location
     is_path = "/" in source or source in (".", "..")
-    name = Path(os.path.expanduser(source)).resolve().name if is_path else source
-    if name.lower().endswith(".csv"):
-        name = name[: -len(".csv")]
+    if is_path and "://" not in source:
+        source = str(Path(os.path.expanduser(source)).resolve())
+    name = source_name(source)
 
     characters: list[str] = []
     for character in name.lower():

@@ -35,6 +35,7 @@ from train.data.source import (
     notify,
 )
 from train.data.sources import open_source
+from train.data.sources.remote import hide_secrets
 from train.data.split import split
 from train.data.statistics import channel_mean_std, data_digest
 
@@ -67,7 +68,9 @@ class ImageData(L.LightningDataModule):
     Args:
         source: digits, cifar10, cifar100, mnist, fashion-mnist; the path of a folder of class
             folders, or of train/ and test/ with class folders, or of a .csv file with the columns
-            path, label and perhaps split; or litdata:, deeplake: or hf: and a path or URL.
+            path, label and perhaps split; a .zip or .tar of these, on disk or at an https://,
+            s3://, gs:// or az:// URL; the URL of class folders in a bucket;
+            hf://datasets/owner/name; or litdata:, deeplake: or hf: and a path or URL.
         root: directory of a torchvision data set on disk; nothing is downloaded then.
         size: side of the network's input in pixels; by default that of the images where all are
             squares of one small size, 224 otherwise.
@@ -91,7 +94,7 @@ class ImageData(L.LightningDataModule):
         memory_share: share of the free memory for the pixels; larger data is streamed.
         workers: processes that decode; by default one for each core that this job may use,
             shared among its processes on the node.
-        cache: directory that keeps pixels and labels for the next run; by default
+        cache: directory that keeps fetched data, pixels and labels for the next run; by default
             ~/.cache/imago, empty for none.
         max_unreadable: share of images that may be unreadable; they are left out. More stop the
             run.
@@ -149,7 +152,8 @@ class ImageData(L.LightningDataModule):
         _check_share("max_unreadable", max_unreadable)
         _check_share("memory_share", memory_share)
 
-        self.source = source
+        self.source = hide_secrets(source)  # for messages and manifests
+        self._location = source
         self.root = root
         self.size = size
         self.channels = channels
@@ -212,7 +216,8 @@ class ImageData(L.LightningDataModule):
     @cached_property
     def dataset(self) -> LabelledImages:
         """The data set as its source holds it, before the split."""
-        return open_source(self.source, self.root, self.cache)
+        is_first_on_node = self.trainer is None or self.trainer.local_rank == 0
+        return open_source(self._location, self.root, self.cache, refresh=is_first_on_node)
 
     def setup(self, stage: str | None = None) -> None:
         """Decode, split and measure the images. Raises DataError where they can't be used."""

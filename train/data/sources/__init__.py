@@ -6,29 +6,45 @@ from pathlib import Path
 import numpy as np
 
 from train.data.source import NO_LABEL, DataError, LabelledImages, expand_home, printable_name
-from train.data.sources import bundled, csv_file, deeplake, folder, huggingface, litdata
+from train.data.sources import (
+    bundled,
+    csv_file,
+    deeplake,
+    folder,
+    huggingface,
+    litdata,
+    remote,
+)
+from train.data.sources.archive import has_archive_ending
 
-# scheme -> reader of (location, cache directory)
-READERS: dict[str, Callable[[str, Path | None], LabelledImages]] = {
-    "folder": lambda location, cache: folder.read_folder(expand_home(location)),
-    "csv": lambda location, cache: csv_file.read_csv(expand_home(location)),
-    "litdata": litdata.read_litdata,
-    "deeplake": lambda location, cache: deeplake.read_deeplake(location),
-    "hf": lambda location, cache: huggingface.read_huggingface(location),
+# scheme -> reader of (location, cache directory, refresh); see `open_source`
+READERS: dict[str, Callable[[str, Path | None, bool], LabelledImages]] = {
+    "folder": lambda location, cache, refresh: folder.read_folder(expand_home(location)),
+    "csv": lambda location, cache, refresh: csv_file.read_csv(expand_home(location)),
+    "litdata": lambda location, cache, refresh: litdata.read_litdata(location, cache),
+    "deeplake": lambda location, cache, refresh: deeplake.read_deeplake(location),
+    "hf": lambda location, cache, refresh: huggingface.read_huggingface(location, refresh),
 }
 
 
-def open_source(source: str, root: str | None = None, cache: Path | None = None) -> LabelledImages:
+def open_source(
+    source: str, root: str | None = None, cache: Path | None = None, refresh: bool = True
+) -> LabelledImages:
     """Open a data set and check its labels.
 
     Args:
-        source: digits; cifar10, cifar100, mnist or fashion-mnist; the path of a folder or of a .csv
-            file; or folder, csv, litdata, deeplake or hf with the location after a colon.
+        source: digits; cifar10, cifar100, mnist or fashion-mnist; the path of a folder, of a .csv
+            file or of an archive; the URL of an archive, or of class folders in a bucket;
+            hf://datasets/owner/name; or folder, csv, litdata, deeplake or hf with the location
+            after a colon.
         root: directory of a torchvision data set (nothing is downloaded then), or the location
             where `source` is a scheme without one.
-        cache: directory that keeps labels that are slow to read; None for none.
+        cache: directory that keeps fetched data, and labels that are slow to read; None for none.
+        refresh: whether to ask the server if fetched data has changed. All processes of a run must
+            read the same data, so one of them asks.
 
-    Raises DataError where there is no data set, or where it can't be used.
+    Raises DataError where there is no data set, or where it can't be used; DownloadFailed where it
+    can't be fetched now; OSError where the disk is full.
     """
     for path in (source, root or ""):
         if printable_name(path) != path:
@@ -36,7 +52,8 @@ def open_source(source: str, root: str | None = None, cache: Path | None = None)
                 f"{printable_name(path)}: the name is not UTF-8, and the bundle's manifest could "
                 "not hold it; rename it, or give a link to it"
             )
-    dataset = _read_source(source, root, cache)
+    dataset = _read_source(source, root, cache, refresh)
+    source = remote.hide_secrets(source)
     _check_labels(source, dataset)
     if not (dataset.parts == "train").any():
         present = " and ".join(sorted(set(dataset.parts.tolist())))
@@ -47,29 +64,35 @@ def open_source(source: str, root: str | None = None, cache: Path | None = None)
     return dataset
 
 
-def _read_source(source: str, root: str | None, cache: Path | None) -> LabelledImages:
+def _read_source(
+    source: str, root: str | None, cache: Path | None, refresh: bool
+) -> LabelledImages:
     if source == "digits":
         return bundled.load_digits()
     if source in bundled.TORCHVISION_CLASSES:
         return bundled.load_torchvision(source, root)
+    if remote.is_url(source):
+        return remote.read_remote(source, cache, refresh)
 
     scheme, colon, location = source.partition(":")
     if not colon:
         location = root or ""
     if scheme in READERS and location:
-        return READERS[scheme](location, cache)
+        return READERS[scheme](location, cache, refresh)
 
     path = expand_home(source)
     if path.is_dir():
         return folder.read_folder(path)
     if path.suffix.lower() == ".csv":
         return csv_file.read_csv(path)
+    if has_archive_ending(path.name) and path.is_file():
+        return remote.read_remote(str(path.resolve()), cache, refresh)
 
     names = ", ".join(["digits", *bundled.TORCHVISION_CLASSES])
     schemes = ", ".join(f"{name}:…" for name in READERS)
     raise DataError(
-        f"{source}: no such folder, and none of the known data sets ({names}); other sources are "
-        f"written {schemes}"
+        f"{source}: no such folder, and none of the known data sets ({names}); other "
+        f"sources are written {schemes}, https://…, s3://…, gs://…, az://…"
     )
 
 
