@@ -5,7 +5,7 @@ bundle.manifest.classes
 """
 
 from models.bundle.bundle import EXPECTED_FILE, SAMPLES_DIRECTORY, Bundle, GraphFile
-from models.bundle.checksums import write_checksums
+from models.bundle.checksums import open_verified, write_checksums
 from models.bundle.errors import BundleError
 from models.bundle.files import CHECKSUMS_FILE, SIGNATURE_FILE, file_sha256, resolve_inside
 from models.bundle.manifest import (
@@ -49,6 +49,7 @@ __all__ = [
     "Sample",
     "Variant",
     "file_sha256",
+    "open_verified",
     "read_manifest",
     "resolve_inside",
     "write_checksums",

@@ -4,10 +4,19 @@ The format is that of `sha256sum`: a line `<64 hex digits>  <path>` for each fil
 itself and bundle.sig, which signs all other files, are not listed.
 """
 
+import hashlib
+from io import BufferedReader
 from pathlib import Path, PurePosixPath
 
 from models.bundle.errors import BundleError
-from models.bundle.files import CHECKSUMS_FILE, MAX_FILES, file_sha256, list_files, read_file
+from models.bundle.files import (
+    CHECKSUMS_FILE,
+    MAX_FILES,
+    file_sha256,
+    list_files,
+    open_file,
+    read_file,
+)
 
 MAX_CHECKSUMS_BYTES = 1 << 20
 _HEX_DIGITS = frozenset("0123456789abcdef")
@@ -68,3 +77,30 @@ def check_sha256(path: Path, actual: str, expected: str) -> None:
         raise BundleError(
             f"{path}: changed since it was written (sha256 differs from {CHECKSUMS_FILE})"
         )
+
+
+def open_verified(directory: Path, name: str, digest: str) -> BufferedReader | None:
+    """Open a file of a bundle that was verified before and had this digest.
+
+    Returns None where the bundle has no such file. Raises BundleError where the file is not the one
+    that was verified.
+    """
+    source = directory / CHECKSUMS_FILE
+    content = read_checksums(directory)
+    check_sha256(source, hashlib.sha256(content).hexdigest(), digest)
+    checksums = parse_checksums(content, source)
+    if name not in checksums:
+        return None
+
+    path = directory / name
+    try:
+        stream = open_file(path)
+    except OSError as error:
+        raise BundleError(f"{path}: not readable: {error.strerror}") from error
+    try:
+        check_sha256(path, hashlib.file_digest(stream, "sha256").hexdigest(), checksums[name])
+        stream.seek(0)
+    except BaseException:
+        stream.close()
+        raise
+    return stream

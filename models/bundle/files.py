@@ -92,13 +92,18 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def open_file(path: Path) -> BufferedReader:
+    """Open a regular file. Raises OSError where it is missing, unreadable, or a link."""
+    # Without O_NONBLOCK, opening a named pipe waits for a writer.
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    return open(os.open(path, flags), "rb")
+
+
 @contextmanager
 def _open(path: Path, if_missing: str = "no such file") -> Iterator[BufferedReader]:
     """Open a regular file. Errors, also those of the block, are BundleErrors."""
-    # Without O_NONBLOCK, opening a named pipe waits for a writer.
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        with open(os.open(path, flags), "rb") as file:
+        with open_file(path) as file:
             _check_is_regular(path, os.fstat(file.fileno()).st_mode)
             yield file
     except FileNotFoundError as error:

@@ -372,7 +372,7 @@ REPORT: Json = {
     "security": API_KEY,
     "responses": {
         "200": {"description": "The report as HTML.", "content": _content(STRING, "text/html")},
-        **_problems(401, 403, 404, 503),
+        **_problems(401, 403, 404, 500, 503),
     },
 }
 SAMPLE: Json = {
@@ -390,7 +390,7 @@ SAMPLE: Json = {
     ],
     "responses": {
         "200": {"description": "The image file.", "content": _content(BINARY, "image/*")},
-        **_problems(401, 403, 404, 503),
+        **_problems(401, 403, 404, 500, 503),
     },
 }
 

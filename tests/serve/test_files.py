@@ -65,3 +65,26 @@ def test_security_headers_forbid_other_scripts_and_hosts(server_with_report, pat
     assert answer.headers["x-content-type-options"] == "nosniff"
     assert answer.headers["cache-control"] == "no-store"
     assert answer.headers["cross-origin-resource-policy"] == "same-origin"
+
+
+@pytest.mark.parametrize("changed", ["report.html", "samples/01.png", "SHA256SUMS"])
+def test_files_that_changed_since_they_were_verified_are_not_sent(start, tmp_path, changed):
+    path = tiny_bundle.publish(tmp_path)
+    (path / "report.html").write_text("Accuracy of the model")
+    write_checksums(path)
+    server = start("--reload-seconds", "0", store=tmp_path)
+    with (path / changed).open("ab") as file:
+        file.write(b"\n")
+
+    files = {
+        "report.html": "/report",
+        "samples/00.png": "/samples/0",
+        "samples/01.png": "/samples/1",
+    }
+    for name, url in files.items():
+        response = server.http.get(url)
+        if changed in (name, "SHA256SUMS"):
+            assert response.status_code == 500
+            assert "has changed" in response.json()["detail"]
+        else:
+            assert response.content == (path / name).read_bytes()

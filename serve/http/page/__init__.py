@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from models.bundle import SAMPLES_DIRECTORY, BundleError, resolve_inside
+from models.bundle import SAMPLES_DIRECTORY, BundleError, open_verified
 from models.store import Store
 from serve.http.dispatcher import Dispatcher
 from serve.http.responses import Header, OpenFile, Problem, Request, Response
@@ -83,7 +83,7 @@ class Page:
     async def sample(self, request: Request) -> Response:
         """Handle /samples/<index>: the file of one sample image, in the order of GET /model.
 
-        Raises Problem 404 or 503.
+        Raises Problem 404, 500 or 503.
         """
         _check_method(request)
         samples = self.dispatcher.model.get("samples", [])
@@ -100,14 +100,15 @@ class Page:
         raise Problem(404, "this sample is not an image")
 
     async def report(self, request: Request) -> Response:
-        """Handle /report. Raises Problem 404 or 503."""
+        """Handle /report. Raises Problem 404, 500 or 503."""
         _, file = await self._open("report.html")
         return Response(200, b"", CONTENT_TYPES[".html"], REPORT_HEADERS, file=file)
 
     async def _open(self, name: str) -> tuple[bytes, OpenFile]:
         """Return the first bytes of a file of the served bundle, and the open file.
 
-        Raises Problem 404 if it does not exist, 503 if the store does not respond in time.
+        Raises Problem 404 if it does not exist, 500 if it is not the file that was verified when
+        the model was loaded, 503 if the store does not respond in time.
         """
         model = self.dispatcher.model
         if not model:
@@ -120,11 +121,13 @@ class Page:
         except TimeoutError as error:
             raise Problem(503, "the store does not answer; try again in a second") from error
         except (OSError, BundleError) as error:
-            raise Problem(404, "the bundle has no such file") from error
+            raise Problem(500, "this file has changed since the model was loaded") from error
 
     def _open_in_store(self, model: dict[str, Any], name: str) -> tuple[bytes, OpenFile]:
         bundle_path = self.store.path(model["name"], model["version"])
-        stream = resolve_inside(bundle_path, name).open("rb")
+        stream = open_verified(bundle_path, name, model["digest"])
+        if stream is None:
+            raise Problem(404, "the bundle has no such file")
         start = stream.peek(SIGNATURE_BYTES)[:SIGNATURE_BYTES]
         return start, OpenFile(stream, os.fstat(stream.fileno()).st_size)
 
