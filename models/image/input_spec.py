@@ -16,6 +16,9 @@ class InputSpec(BaseModel):
     - stretch: scale both sides to the size, without keeping their ratio
     - pad: scale the long side to the size and fill the rest with black
 
+    `interpolation` says how pixels between those of the image are computed where it is not reduced
+    to less than half its size: linear, or cubic, which most pretrained networks are trained with.
+
     Images with 16 bits a sample are reduced to 8: 0 is black, 2**significant_bits - 1 and more is
     white.
     """
@@ -27,6 +30,7 @@ class InputSpec(BaseModel):
     short_side: int | None = Field(
         default=None, gt=0, le=8192, description="for crop; by default the larger side"
     )
+    interpolation: Literal["linear", "cubic"] = "linear"
 
     significant_bits: int = Field(
         default=SIXTEEN_BITS,

@@ -12,6 +12,8 @@ import numpy as np
 
 from models.image.input_spec import InputSpec
 
+INTERPOLATIONS = {"linear": cv2.INTER_LINEAR, "cubic": cv2.INTER_CUBIC}
+
 
 class _Box(NamedTuple):
     """A rectangle, in pixels."""
@@ -35,7 +37,7 @@ def resize_to_input(image: np.ndarray, spec: InputSpec) -> np.ndarray:
         return np.ascontiguousarray(image)
 
     if spec.resize == "stretch":
-        return _scale(image, spec.height, spec.width)
+        return _scale(image, spec.height, spec.width, spec.interpolation)
     if spec.resize == "pad":
         return _pad(image, spec)
     return _crop(image, spec)
@@ -46,7 +48,7 @@ def _pad(image: np.ndarray, spec: InputSpec) -> np.ndarray:
     height, width = image.shape[:2]
     box = _padded_box(height, width, spec)
     padded = np.zeros((spec.height, spec.width, image.shape[2]), np.uint8)
-    padded[box.slices()] = _scale(image, box.height, box.width)
+    padded[box.slices()] = _scale(image, box.height, box.width, spec.interpolation)
     return padded
 
 
@@ -58,7 +60,7 @@ def _crop(image: np.ndarray, spec: InputSpec) -> np.ndarray:
     """
     height, width = image.shape[:2]
     box = _crop_box(height, width, spec)
-    return _scale(image[box.slices()], spec.height, spec.width)
+    return _scale(image[box.slices()], spec.height, spec.width, spec.interpolation)
 
 
 def _is_input_size(height: int, width: int, spec: InputSpec) -> bool:
@@ -87,11 +89,11 @@ def _crop_box(height: int, width: int, spec: InputSpec) -> _Box:
     return _Box(top, left, crop_height, crop_width)
 
 
-def _scale(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Scale by area averaging below half the size, where linear interpolation would alias."""
+def _scale(image: np.ndarray, height: int, width: int, interpolation: str) -> np.ndarray:
+    """Scale by area averaging below half the size, where interpolation would alias."""
     is_below_half = image.shape[0] > 2 * height or image.shape[1] > 2 * width
-    interpolation = cv2.INTER_AREA if is_below_half else cv2.INTER_LINEAR
-    scaled = cv2.resize(image, (width, height), interpolation=interpolation)
+    method = cv2.INTER_AREA if is_below_half else INTERPOLATIONS[interpolation]
+    scaled = cv2.resize(image, (width, height), interpolation=method)
     return scaled.reshape(height, width, image.shape[2])  # cv2 drops a single channel
 
 

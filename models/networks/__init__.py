@@ -1,4 +1,4 @@
-"""The networks, by name. Import this before lightning and torchvision: see ops.py.
+"""The networks, by name. Import this before lightning, timm and torchvision: see ops.py.
 
     network = build("resnet18", classes=10, channels=3, size=32)
     logits = network(x)           # x: normalised images [N,C,H,W]
@@ -40,10 +40,13 @@ _POSITIONAL_PARAMETERS = 3  # classes, channels, size
 
 
 def list_networks() -> list[str]:
-    """Return every name that `build` takes: small networks first, then torchvision's models."""
-    from models.networks.torchvision_network import list_torchvision_models
+    """Return the names that `build` takes: small networks first, then timm's models.
 
-    return [*SMALL_NETWORKS, *list_torchvision_models()]
+    Those of timm have no tags here, as in `resnet18.a1_in1k`, which name one of their weights.
+    """
+    from models.networks.timm_network import list_timm_models
+
+    return [*SMALL_NETWORKS, *list_timm_models()]
 
 
 def build(name: str, classes: int, channels: int, size: int, **options: Any) -> Network:
@@ -57,26 +60,33 @@ def build(name: str, classes: int, channels: int, size: int, **options: Any) -> 
         return network_class(classes, channels, size, **options)
 
     check_name(name)
-    from models.networks.torchvision_network import TorchvisionNetwork
+    from models.networks.timm_network import TimmNetwork
 
-    return TorchvisionNetwork(name, classes, channels, size, **options)
+    return TimmNetwork(name, classes, channels, size, **options)
 
 
 def check_name(name: str) -> None:
     """Raise ValueError, with similar names, for a name that `build` does not know."""
     if name in SMALL_NETWORKS:
         return
-    known = list_networks()
-    if name in known:
-        return
+    from models.networks.timm_network import list_tags, list_timm_models
 
-    similar = get_close_matches(name, known, 3)
-    suggestion = f"did you mean {' or '.join(similar)}? " if similar else ""
-    raise ValueError(
-        f"unknown network {name!r}; {suggestion}"
-        f"There are {', '.join(SMALL_NETWORKS)} and torchvision's classification models, "
-        "such as resnet18"
-    )
+    architecture, _, tag = name.partition(".")
+    models = list_timm_models()
+    if architecture not in models:
+        similar = get_close_matches(architecture, [*SMALL_NETWORKS, *models], 3)
+        suggestion = f"did you mean {' or '.join(similar)}? " if similar else ""
+        raise ValueError(
+            f"unknown network {name!r}; {suggestion}There are {', '.join(SMALL_NETWORKS)} and "
+            "timm's classification models, such as resnet18 (https://huggingface.co/timm)"
+        )
+
+    tags = list_tags(architecture)
+    if tag and tag not in tags:
+        raise ValueError(
+            f"unknown network {name!r}: timm has no such weights of {architecture}; it has "
+            f"{', '.join(tags) or 'none'}"
+        )
 
 
 def _check_options(name: str, network_class: type[Network], options: dict[str, Any]) -> None:

@@ -26,9 +26,6 @@ class Network(nn.Module, ABC):
     dropout = 0.0
     """Probability of dropout on the embedding, in training."""
 
-    replaced_layers: tuple[str, ...] = ()
-    """Layers of the original model that this network lacks, such as its head for other classes."""
-
     prepare: Callable[[Tensor], None] | None = None
     """Sets weights from normalised training images [n,C,H,W] before training; None: has none."""
 
@@ -68,3 +65,26 @@ class Network(nn.Module, ABC):
             maps = torch.einsum("ndhw,kd->nkhw", features, self.head.weight)
             outputs["cam"] = maps * self.logit_scale
         return outputs
+
+    def layer_groups(self) -> list[list[nn.Parameter]]:
+        """Return all parameters in groups, ordered from the first layer to the head.
+
+        Learning rates can decay over the groups, and the first of them can be frozen. Here each
+        kernel starts a group, and the biases and norms after it belong to it.
+        """
+        head = set(self.head.parameters())
+        groups: list[list[nn.Parameter]] = [[]]
+        for parameter in self.parameters():
+            if parameter in head:
+                continue
+            if parameter.ndim > 1 and groups[-1]:
+                groups.append([])
+            groups[-1].append(parameter)
+        return [*groups, list(self.head.parameters())]
+
+    def convert_weights(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors of a file under the names of this network's state.
+
+        Here they keep their names: only Imago writes weights of its small networks.
+        """
+        return tensors

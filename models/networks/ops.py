@@ -3,8 +3,8 @@
 torchvision's wheels on PyPI are linked to CUDA. With a CPU build of torch their C++ library does
 not load, and `import torchvision` fails with "operator torchvision::nms does not exist", because it
 registers shape functions for these two operators. Declaring their schemas first is enough to import
-it. lightning is concerned too: it imports torchvision through torchmetrics. No classification model
-uses the operators.
+it. timm and lightning are concerned too: timm imports torchvision, and lightning does so through
+torchmetrics. No classification model uses the operators.
 """
 
 import importlib.util

@@ -1,20 +1,21 @@
-"""Load weights from disk into a network: a bundle's, torchvision's, or any state dict."""
+"""Load weights from disk into a network: a bundle's, timm's, or any state dict."""
 
+import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from models.networks.base import Network
-from models.networks.torchvision_network import list_torchvision_models, sum_rgb_kernels
 
-IMAGENET = "imagenet"
+NESTED_STATES = ("state_dict", "model")
+"""Keys of the state dict in files that hold more: of Lightning's checkpoints and of others."""
 
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "network.")
 """Of the names of tensors: by DistributedDataParallel, torch.compile and Imago's checkpoints."""
@@ -38,36 +39,11 @@ class WeightsFile:
     classes: list[str] | None = None  # of the rows of the head
     network: str | None = None  # its name
 
-
-def find_weights_file(weights: str, network: str) -> Path:
-    """Return the file of weights: a path, or with "imagenet" torchvision's best ones.
-
-    torchvision's are downloaded once. Raises ValueError where there are none for the network, or
-    the download fails.
-    """
-    if weights != IMAGENET:
-        return Path(weights)
-    if network not in list_torchvision_models():
-        raise ValueError(
-            f"weights imagenet: torchvision has none for {network!r}; "
-            "choose a network of torchvision"
-        )
-
-    url = torchvision.models.get_model_weights(network).DEFAULT.url
-    file = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
-    if file.exists():
-        return file
-
-    file.parent.mkdir(parents=True, exist_ok=True)
-    sha256_prefix = file.stem.rpartition("-")[2]  # torchvision names files by their checksum
-    try:
-        torch.hub.download_url_to_file(url, str(file), sha256_prefix, progress=False)
-    except (OSError, RuntimeError) as error:  # RuntimeError: another checksum
-        raise ValueError(
-            f"weights imagenet: can't download {url} ({error}); fetch it on another machine and "
-            "give the path of the file instead of imagenet"
-        ) from error
-    return file
+    @cached_property
+    def digest(self) -> str:
+        """The sha256 of the file, in hex."""
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_weights(
@@ -82,6 +58,7 @@ def load_weights(
 
     Returns names of what keeps its values. Raises ValueError for weights of another network.
     """
+    weights = replace(weights, tensors=network.convert_weights(weights.tensors))
     state = network.state_dict()
     stem = _first_kernels(network)
     copied: dict[str, Tensor] = {}
@@ -91,9 +68,10 @@ def load_weights(
     for name, current in state.items():
         if name in HEAD:
             continue
-        value = _find_tensor(weights.tensors, name)
+        value = weights.tensors.get(name)
         if value is not None and name == stem and _is_rgb_to_gray(value, current):
-            value = sum_rgb_kernels(value)
+            # What it gives for a gray image is what the three gave for the same image in RGB.
+            value = value.sum(1, keepdim=True)
         if value is not None and value.shape == current.shape:
             copied[name] = value
         elif name == stem:
@@ -112,12 +90,6 @@ def load_weights(
     return unchanged + unchanged_head
 
 
-def _find_tensor(tensors: dict[str, Tensor], name: str) -> Tensor | None:
-    """Return the tensor of a name of the network, which may be torchvision's name for it."""
-    value = tensors.get(name)
-    return tensors.get(name.removeprefix("model.")) if value is None else value
-
-
 def _first_kernels(network: Network) -> str | None:
     """Return the name of the kernels of the first convolution."""
     for path, layer in network.named_modules():
@@ -133,15 +105,9 @@ def _is_rgb_to_gray(value: Tensor, current: Tensor) -> bool:
 
 
 def _unused_names(network: Network, tensors: dict[str, Tensor]) -> list[str]:
-    """Return the names of tensors that belong to no layer of the network and to no other head."""
+    """Return the names of tensors that belong to no layer of the network."""
     known = network.state_dict().keys() | set(HEAD)
-    other_heads = tuple(f"{path}." for path in network.replaced_layers)
-    unused: list[str] = []
-    for name in tensors:
-        is_known = name in known or f"model.{name}" in known
-        if not is_known and not name.startswith(other_heads) and not name.endswith(COUNTER):
-            unused.append(name)
-    return unused
+    return [name for name in tensors if name not in known and not name.endswith(COUNTER)]
 
 
 def _describe_mismatch(weights: WeightsFile, problems: list[str]) -> str:
@@ -193,9 +159,10 @@ def read_weights(path: str | Path) -> WeightsFile:
     """
     path = Path(path)
     state, metadata = _read_file(path)
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        metadata = {"classes": state.get("classes")}
-        state = state["state_dict"]  # a Lightning checkpoint
+    for key in NESTED_STATES:
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            metadata = {"classes": state.get("classes")}
+            state = state[key]
     is_state_dict = isinstance(state, dict) and all(
         isinstance(value, Tensor) for value in state.values()
     )

@@ -35,11 +35,11 @@ SIZES = {
     "speednet": (32, 3),
     "resnet18": (32, 3),
     "resnet50": (224, 3),
-    "mobilenet_v3_small": (224, 3),
-    "mobilenet_v3_large": (224, 3),
+    "mobilenetv3_small_100": (224, 3),
+    "mobilenetv3_large_100": (224, 3),
     "efficientnet_b0": (224, 3),
     "convnext_tiny": (224, 3),
-    "vit_b_16": (224, 3),
+    "vit_base_patch16_224": (224, 3),
 }
 IMAGES = 16
 CLASSES = 10

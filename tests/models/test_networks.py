@@ -7,29 +7,31 @@ import torch
 from safetensors.torch import save_file
 
 from models import networks
-from models.networks.weights import WeightsFile, find_weights_file, load_weights, read_weights
+from models.networks.weights import WeightsFile, load_weights, read_weights
+
+import timm  # isort: skip  (after models.networks, which declares what it needs on a CPU torch)
 
 SMALL = list(networks.SMALL_NETWORKS)
-# One model of each family of torchvision, the smallest, and the sizes that it takes.
+# A small model of each kind that timm has, and sizes that it takes.
 FAMILIES = {
-    "alexnet": (32, 224),
-    "convnext_tiny": (32,),
+    "convnext_atto": (32,),
+    "deit_tiny_distilled_patch16_224": (64,),
     "densenet121": (28, 32),
     "efficientnet_b0": (28, 32),
-    "googlenet": (32,),
     "inception_v3": (128,),
-    "maxvit_t": (224,),
-    "mnasnet0_5": (28, 64),
-    "mobilenet_v2": (32,),
-    "mobilenet_v3_small": (28, 32),
-    "regnet_x_400mf": (32,),
+    "levit_128s": (224,),
+    "maxvit_rmlp_pico_rw_256": (256,),
+    "mobilenetv2_100": (32,),
+    "mobilenetv3_small_100": (28, 32),
+    "mobilenetv4_conv_small": (32,),
+    "regnetx_002": (32,),
     "resnet18": (8, 28, 32, 224),
-    "shufflenet_v2_x0_5": (32,),
-    "squeezenet1_1": (28, 32),
-    "swin_t": (32,),
-    "swin_v2_t": (32,),
+    "resnetv2_50": (32,),
+    "swin_tiny_patch4_window7_224": (224,),
+    "tf_efficientnet_lite0": (32, 224),
     "vgg11": (32,),
-    "vit_b_16": (32,),
+    "vit_small_patch14_dinov2": (56,),
+    "vit_tiny_patch16_224": (32,),
 }
 CASES = []
 for family, sizes in FAMILIES.items():
@@ -77,14 +79,14 @@ def test_speednet_takes_the_smallest_size_it_names():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "size"), CASES)
-def test_every_family_of_torchvision(name, size):
+def test_every_family_of_timm(name, size):
     check_outputs(networks.build(name, 7, 3, size), 3, size, 7)
 
 
 def test_all_names_are_listed():
     known = networks.list_networks()
-    assert set(SMALL) | {"resnet152", "vit_h_14", "convnext_large", "regnet_y_128gf"} <= set(known)
-    assert len(known) == len(set(known)) > 80
+    assert set(SMALL) | {"resnet152", "vit_tiny_patch16_224", "convnext_large"} <= set(known)
+    assert len(known) == len(set(known)) > 800
 
 
 def test_mean_of_the_activation_map_is_the_logit():
@@ -122,10 +124,8 @@ def test_the_stem_depends_on_the_size(size, stem, kernel, stride, pooled):
     assert isinstance(model.maxpool, torch.nn.MaxPool2d) == pooled
 
 
-def test_weights_of_torchvision_keep_a_new_head(tmp_path):
-    import torchvision
-
-    pretrained = torchvision.models.resnet18(num_classes=1000)
+def test_weights_of_timm_keep_a_new_head(tmp_path):
+    pretrained = timm.create_model("resnet18")
     file = tmp_path / "resnet18.pth"
     torch.save(pretrained.state_dict(), file)
     network = networks.build("resnet18", 6, 3, 224)
@@ -156,7 +156,7 @@ def take_weights(network: networks.Network, classes: list[str] | None = None) ->
         (("resnet50", 64), ("resnet18", 64)),
         (("resnet18", 64), ("resnet34", 64)),
         (("resnet34", 64), ("resnet18", 64)),
-        (("mobilenet_v3_large", 64), ("mobilenet_v3_small", 64)),
+        (("mobilenetv3_large_100", 64), ("mobilenetv3_small_100", 64)),
         (("lenet", 28), ("lenet", 32)),
         (("convnet", 32), ("convnet4", 32)),
         (("speednet", 32, {"widths": [8, 8]}), ("speednet", 32, {"widths": [8, 8, 8]})),
@@ -177,7 +177,7 @@ def test_weights_of_another_network_are_refused(there, here):
         assert torch.equal(value, before[name]), name
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "convnet"])
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_100", "convnet"])
 def test_weights_are_taken_from_images_of_another_size(name):
     """Only the first convolution, or the head, depends on the size."""
     other = networks.build(name, 5, 3, 128)
@@ -186,13 +186,40 @@ def test_weights_are_taken_from_images_of_another_size(name):
     assert set(kept) <= {"model.conv1.weight", "head.weight"} | {"head.bias"}
 
 
-def test_auxiliary_heads_of_torchvision_are_left_out():
-    import torchvision
+def test_position_embeddings_are_fitted_to_another_size():
+    pretrained = timm.create_model("vit_tiny_patch16_224", num_classes=9)
+    weights = WeightsFile(Path("vit.pth"), pretrained.state_dict())
+    network = networks.build("vit_tiny_patch16_224", 5, 1, 64)
 
-    pretrained = torchvision.models.googlenet(num_classes=9, aux_logits=True, init_weights=False)
-    weights = WeightsFile(Path("googlenet.pth"), pretrained.state_dict())
-    network = networks.build("googlenet", 5, 3, 64, stem="original", init_weights=False)
     assert load_weights(network, weights) == ["head.weight", "head.bias"]
+
+    assert network.model.pos_embed.shape[1] == 1 + (64 // 16) ** 2
+    kernels = pretrained.patch_embed.proj.weight
+    torch.testing.assert_close(network.model.patch_embed.proj.weight, kernels.sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "first", "last"),
+    [
+        ("resnet18", 32, "model.conv1.weight", "model.layer4.1.bn2.bias"),
+        ("tf_efficientnet_lite0", 32, "model.conv_stem.weight", "model.bn2.bias"),
+        ("vit_tiny_patch16_224", 32, "model.cls_token", "model.norm.bias"),
+        ("lenet", 32, "layers.0.weight", "layers.9.bias"),
+        ("speednet", 32, "whiten.weight", "blocks.3.second.1.bias"),
+    ],
+)
+def test_layer_groups_hold_all_parameters_from_the_first_layer_to_the_head(name, size, first, last):
+    network = networks.build(name, 5, 3, size)
+    name_of_id = {id(parameter): path for path, parameter in network.named_parameters()}
+    groups: list[list[str]] = []
+    for group in network.layer_groups():
+        groups.append([name_of_id.pop(id(parameter)) for parameter in group])
+
+    assert not name_of_id
+    assert len(groups) > 3
+    assert first in groups[0]
+    assert last in groups[-2]
+    assert all(path.startswith("head.") for path in groups[-1])
 
 
 @pytest.mark.parametrize("name", ["lenet", "speednet"])
@@ -238,8 +265,10 @@ def test_whitened_patches_are_uncorrelated():
     ("name", "size", "options", "message"),
     [
         ("resnet81", 32, {}, "did you mean resnet"),
+        ("resnet18.a9_in1k", 32, {}, "no such weights of resnet18; it has .*tv_in1k"),
+        ("lenet.a1", 32, {}, "unknown network 'lenet.a1'"),
         ("inception_v3", 32, {}, "give another size"),
-        ("vit_b_16", 28, {}, "28 pixels"),
+        ("vit_tiny_patch16_224", 8, {}, "8 pixels"),
         ("lenet", 8, {}, "too small"),
         ("speednet", 4, {}, "too few"),
         ("speednet", 8, {}, "give 9 or more"),
@@ -248,28 +277,13 @@ def test_whitened_patches_are_uncorrelated():
         ("speednet", 32, {"width": [1]}, "it has widths, depth"),
         ("resnet18", 32, {"stemm": "small"}, "stemm"),
         ("resnet18", 32, {"stem": "tiny"}, "stem must be"),
+        ("resnet18", 32, {"num_classes": 9}, "option num_classes follows from the data"),
     ],
 )
 def test_invalid_arguments_are_explained(name, size, options, message):
     with pytest.raises(ValueError, match=message) as error:
         networks.build(name, 5, 3, size, **options)
     assert "\n" not in str(error.value)
-
-
-def test_imagenet_weights_are_taken_from_the_cache(tmp_path, monkeypatch):
-    import torchvision
-
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # no proxy listens there
-    with pytest.raises(ValueError, match=r"can't download https://.*fetch it"):
-        find_weights_file("imagenet", "squeezenet1_1")
-    file = tmp_path / "hub" / "checkpoints" / "squeezenet1_1-b8a52dc0.pth"
-    torch.save(torchvision.models.squeezenet1_1().state_dict(), file)
-    network = networks.build("squeezenet1_1", 5, 3, 224)
-    weights = read_weights(find_weights_file("imagenet", "squeezenet1_1"))
-    assert load_weights(network, weights) == ["head.weight", "head.bias"]
-    with pytest.raises(ValueError, match="torchvision has none"):
-        find_weights_file("imagenet", "lenet")
 
 
 @pytest.mark.parametrize(

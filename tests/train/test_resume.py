@@ -247,7 +247,8 @@ def test_training_continues_from_a_finished_run_s_checkpoint(commands, undisturb
 def test_every_random_number_is_restored(commands, tmp_path):
     """A network with dropout and batch norm, and gradients summed over two batches."""
     network = (
-        "--model.network=mobilenet_v3_small",
+        "--model.network=mobilenetv3_small_100",
+        "--model.options={drop_rate: 0.2}",
         "--data.size=16",
         "--trainer.limit_train_batches=6",
         "--trainer.max_epochs=2",
@@ -307,7 +308,8 @@ def test_a_stream_resumes_where_it_stopped(commands, tmp_path):
     stream = (
         "--data.memory=stream",
         "--data.workers=2",
-        "--model.network=mobilenet_v3_small",
+        "--model.network=mobilenetv3_small_100",
+        "--model.options={drop_rate: 0.2}",
         "--trainer.limit_train_batches=9",
         "--trainer.max_epochs=2",
     )

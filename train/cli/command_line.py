@@ -225,6 +225,10 @@ class CommandLine(LightningCLI):
         take_over_signals(trainer)
         return trainer
 
+    def find_weights(self) -> None:
+        """Find the weights to start from, and prepare the data as theirs was prepared."""
+        self.datamodule.use_preprocessing(self.model.find_weights(self.settings.store))
+
     def training_job(self) -> TrainingJob:
         """Return what `run_training` needs."""
         settings = self.settings

@@ -15,6 +15,7 @@ Row = tuple[int, str, str, str]  # position of the image, its name, predicted cl
 def run_evaluation(command_line: CommandLine) -> None:
     """Run one of the commands validate, test and predict."""
     settings = command_line.settings
+    command_line.find_weights()
     if settings.ckpt_path:
         command_line.model.expect_checkpoint()
 

@@ -126,6 +126,7 @@ def run_audit(arguments: list[str]) -> CommandLine:
     report_directory, arguments = extract_flag(arguments, "--out")
     command_line = CommandLine(data_arguments("audit", arguments))
     check_no_checkpoint("audit", command_line)
+    command_line.find_weights()
     with explain_errors(command_line):
         run_audit_command(command_line.datamodule, report_directory)
     return command_line
@@ -135,6 +136,7 @@ def run_trial(command: str, arguments: list[str]) -> CommandLine:
     """Run `find-lr DATA [fit flags]` or `find-batch-size DATA [fit flags]`."""
     command_line = CommandLine(data_arguments(command, arguments))
     check_no_checkpoint(command, command_line)
+    command_line.find_weights()
     find = find_learning_rate if command == "find-lr" else find_batch_size
     with explain_errors(command_line):
         trainer_settings = command_line.settings.trainer

@@ -90,6 +90,7 @@ def run_training(job: TrainingJob) -> Path | None:
     """
     connect_processes(job.trainer)
     if job.trainer.fast_dev_run:
+        find_weights(job)
         open_data(job)
         fit(job)
         return None
@@ -97,6 +98,7 @@ def run_training(job: TrainingJob) -> Path | None:
     check_store(job)
     run = start_run(job)
     try:
+        find_weights(job, run)
         open_data(job)
         restore_normalization(job, run)
         audit(job, run)
@@ -211,6 +213,17 @@ def start_run(job: TrainingJob) -> Run:
     return run
 
 
+def find_weights(job: TrainingJob, run: Run | None = None) -> None:
+    """Find the weights to start from; the data is then prepared as theirs was.
+
+    They are downloaded now, unless a checkpoint replaces them, and not after hours of decoding.
+    """
+    job.data.use_preprocessing(job.system.find_weights(job.store))
+    if job.start_checkpoint or (run is not None and run.checkpoint is not None):
+        job.system.expect_checkpoint()
+    run_once_per_node(job.trainer, job.system.fetch_weights)
+
+
 def open_data(job: TrainingJob) -> None:
     """Download the data once a node, where needed; then decode, split and measure it."""
     job.data.attach_trainer(job.trainer)
@@ -253,8 +266,6 @@ def fit(job: TrainingJob, run: Run | None = None) -> None:
     if run is not None and run.checkpoint is not None:
         checkpoint = str(run.checkpoint)
         weights_only = True
-    if checkpoint:
-        job.system.expect_checkpoint()
 
     if run is not None and job.export.enabled:
         device = trainer.strategy.root_device

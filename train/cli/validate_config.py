@@ -4,6 +4,7 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
+from train.learning.initial_weights import RANDOM
 from train.learning.system import METRICS
 from train.runs.checkpoints import is_complete_checkpoint
 
@@ -48,7 +49,7 @@ def _check_training(config: Namespace) -> None:
 
 def _check_start(command: str, config: Namespace) -> None:
     """Check the checkpoint or weights that the command starts from."""
-    has_weights = bool(config.ckpt_path or config.model.weights)
+    has_weights = bool(config.ckpt_path) or config.model.weights not in (None, RANDOM)
     if not has_weights and command != "fit":
         raise ValueError(
             f"{command}: the weights would be random; give --ckpt_path, such as "

@@ -8,12 +8,13 @@ import numpy as np
 from models import image
 from models.image import InputSpec
 from models.image.input_spec import SIXTEEN_BITS
+from models.networks.pretrained import Preprocessing
 from train.data.pixels import count_sample_bits, to_image_bytes
 from train.data.source import DataError, LabelledImages
 
 SAMPLED_IMAGES = 64  # images whose size and colour decide, where the settings leave it open
 LARGEST_NATIVE_SIDE = 96  # pixels; square images of one size up to this side keep it
-DEFAULT_SIDE = 224  # pixels; the usual size of networks with pretrained weights
+DEFAULT_SIDE = 224  # pixels; the usual size of networks for photographs
 THUMBNAIL_SIDE = 32  # pixels
 SAMPLE_BITS = (8, 10, 12, 14, SIXTEEN_BITS)  # that cameras and scanners write into 16
 
@@ -26,14 +27,21 @@ def choose_input_spec(
     short_side: int | None,
     significant_bits: int | None,
     max_pixels: int,
+    preprocessing: Preprocessing | None = None,
 ) -> InputSpec:
-    """Return what the network is fed; settings that are None follow the images.
+    """Return what the network is fed; settings that are None follow the weights or the images.
 
-    Without a size, images that are all squares of one small size keep theirs; others get 224.
-    Without channels, the result has 1 where all images are gray, else 3. Without significant bits,
-    the result has the least of SAMPLE_BITS that hold all samples. Raises DataError where none of
-    the sampled images can be read.
+    Without a size, size and short side are those of `preprocessing`, with which the weights were
+    trained that the network starts from. Without both, images that are all squares of one small
+    size keep theirs; others get 224. Without channels, the result has 1 where all images are gray,
+    else 3. Without significant bits, the result has the least of SAMPLE_BITS that hold all samples.
+    Raises DataError where none of the sampled images can be read.
     """
+    if preprocessing is not None:
+        channels = channels or preprocessing.channels
+        if size is None:
+            size = preprocessing.size
+            short_side = short_side or preprocessing.short_side
     if size is None or channels is None:
         images = _sample_images(dataset, max_pixels)
         size = size or _native_side(images) or DEFAULT_SIDE
@@ -49,6 +57,7 @@ def choose_input_spec(
         channels=channels,
         resize=resize,
         short_side=short_side,
+        interpolation=preprocessing.interpolation if preprocessing else "linear",
         significant_bits=significant_bits,
     )
 

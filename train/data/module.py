@@ -18,6 +18,7 @@ from torch import Tensor
 from models.cpu_quota import available_cores
 from models.image import MAX_PIXELS, ImageTooLarge, InputSpec, decode, read_header
 from models.image.input_spec import SIXTEEN_BITS
+from models.networks.pretrained import Preprocessing
 from train.data.augment import Augmentation, Augmenter
 from train.data.cache import DecodedImages, load_decoded_images
 from train.data.input_size import choose_input_spec, thumbnail_spec, training_spec
@@ -72,12 +73,13 @@ class ImageData(L.LightningDataModule):
             s3://, gs:// or az:// URL; the URL of class folders in a bucket;
             hf://datasets/owner/name; or litdata:, deeplake: or hf: and a path or URL.
         root: directory of a torchvision data set on disk; nothing is downloaded then.
-        size: side of the network's input in pixels; by default that of the images where all are
-            squares of one small size, 224 otherwise.
+        size: side of the network's input in pixels; by default that of the weights which the
+            network starts from; with random weights that of the images where all are squares of
+            one small size, 224 otherwise.
         channels: 1 for gray, 3 for colour; by default as the images are.
         resize: how images of another shape are fitted to the input: crop, stretch or pad.
         short_side: for crop: the short side is resized to this before the centre is cut out;
-            training crops at random positions.
+            training crops at random positions. By default as for the weights, like size.
         batch_size: training images a step and process.
         eval_batch_size: images a step and process in validation and test; by default twice
             batch_size.
@@ -96,6 +98,9 @@ class ImageData(L.LightningDataModule):
             shared among its processes on the node.
         cache: directory that keeps fetched data, pixels and labels for the next run; by default
             ~/.cache/imago, empty for none.
+        normalization: mean and standard deviation of each channel that are subtracted and divided
+            by: pretrained, those of the weights which the network starts from; data, measured on
+            the training part; auto, those of the weights where it starts from some.
         max_unreadable: share of images that may be unreadable; they are left out. More stop the
             run.
         max_pixels: pixels of one image; larger ones are unreadable. The service has a setting of
@@ -112,7 +117,7 @@ class ImageData(L.LightningDataModule):
     decoded: DecodedImages  # all images at the input size, or thumbnails of streamed ones
     index: dict[str, np.ndarray]  # positions of each part's images, int64, ascending
     counts: dict[str, int]  # images of each part
-    mean: list[float]  # of each channel of the training part, in 0..255
+    mean: list[float]  # of each channel, in 0..255, as `normalization` says
     std: list[float]
     digest: str  # sha256 over images, labels and class names, in hex
 
@@ -135,6 +140,7 @@ class ImageData(L.LightningDataModule):
         memory_share: float = 0.5,
         workers: int | None = None,
         cache: str | None = None,
+        normalization: Literal["auto", "pretrained", "data"] = "auto",
         max_unreadable: float = 0.05,
         max_pixels: int = MAX_PIXELS,
         significant_bits: int | None = None,
@@ -169,6 +175,7 @@ class ImageData(L.LightningDataModule):
         self.memory = memory
         self.memory_share = memory_share
         self.cache = _cache_directory(cache)
+        self.normalization = normalization
         self.max_unreadable = max_unreadable
         self.max_pixels = max_pixels
         self.significant_bits = significant_bits
@@ -176,6 +183,7 @@ class ImageData(L.LightningDataModule):
         self.unreadable: list[UnreadableImage] = []  # filled by `setup`, also where it fails
         self.audit_summary: list[str] | None = None  # findings in words; None without an audit
         self.leaked_test_rows = np.zeros(0, np.int64)  # rows of index["test"]; see `record_audit`
+        self._preprocessing: Preprocessing | None = None  # of the weights to start from
         self._workers = workers
         self._ready = False
         self._tensors: dict[tuple[str, torch.device], Tensor] = {}  # moved to a device once
@@ -237,6 +245,7 @@ class ImageData(L.LightningDataModule):
             self.short_side,
             self.significant_bits,
             self.max_pixels,
+            self._preprocessing,
         )
         self.storage = self._choose_storage()
 
@@ -249,8 +258,7 @@ class ImageData(L.LightningDataModule):
         self.index = split(self.dataset, usable, self.val_fraction, self.test_fraction, self.seed)
         self.counts = {part: len(self.index[part]) for part in PARTS}
         self._report_missing_classes()
-        mean, std = channel_mean_std(self._training_chunks())
-        self.use_normalization(mean, std)
+        self.use_normalization(*self._choose_normalization())
         self.digest = data_digest(
             self.decoded.metadata["sha256"], self.dataset.labels, self.dataset.classes
         )
@@ -327,6 +335,24 @@ class ImageData(L.LightningDataModule):
                     f"{'this class' if len(missing) == 1 else 'these classes'}"
                 )
 
+    def _choose_normalization(self) -> tuple[Sequence[float], Sequence[float]]:
+        """Return mean and deviation of each channel: those of the weights, or the data's."""
+        weights = self._preprocessing
+        if weights is None and self.normalization == "pretrained":
+            raise DataError(
+                "data.normalization: pretrained needs weights with a known mean and deviation; "
+                "give --model.weights pretrained, or --data.normalization data"
+            )
+        if weights is None or self.normalization == "data":
+            return channel_mean_std(self._training_chunks())
+        if self.input.channels == len(weights.mean):
+            return weights.mean, weights.std
+
+        # The kernels of the three channels are summed for a gray image.
+        mean = sum(weights.mean) / len(weights.mean)
+        std = sum(weights.std) / len(weights.std)
+        return [mean] * self.input.channels, [std] * self.input.channels
+
     def _training_chunks(self) -> Iterator[np.ndarray]:
         """Yield uint8 [M, H, W, C]: all training images, or a sample of streamed ones."""
         if self.storage == "stream":
@@ -347,6 +373,10 @@ class ImageData(L.LightningDataModule):
     def use_batch_size(self, batch_size: int) -> None:
         """Use another training batch size from the next dataloader on."""
         self.batch_size = batch_size
+
+    def use_preprocessing(self, preprocessing: Preprocessing | None) -> None:
+        """Prepare the images in `setup` as for the weights that the network starts from."""
+        self._preprocessing = preprocessing
 
     def allow_unreadable(self, share: float) -> None:
         """Accept this share of unreadable images, 0..1, in `setup`."""

@@ -14,10 +14,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from models import networks
-from models.networks.weights import find_weights_file, load_weights, read_weights
+from models.networks.pretrained import Preprocessing
+from models.networks.weights import HEAD, load_weights
 from train.data import ImageData
 from train.failures import Diverged
 from train.learning.epoch_sums import EpochSums
+from train.learning.initial_weights import PRETRAINED, InitialWeights
 from train.learning.lightning_loop_state import LightningLoopState
 from train.learning.optimizers import OptimizerConfig, build_optimizer
 from train.learning.schedules import ScheduleConfig
@@ -47,11 +49,15 @@ class Classifier(L.LightningModule):
 
     Args:
         network: name of the network: lenet, convnet, convnet4, speednet or any classification
-            model of torchvision.
-        options: passed to the network, e.g. {widths: [64, 256, 256]} for speednet.
-        weights: file of weights of the same network to start from: a bundle's
-            weights.safetensors, a checkpoint or a torch state dict; imagenet for torchvision's,
-            downloaded once. Classes of the same name keep their rows of the head.
+            model of timm, such as resnet18, or convnext_tiny.in12k_ft_in1k with the tag of its
+            pretrained weights.
+        options: passed to the network, e.g. {widths: [64, 256, 256]} for speednet, or {stem: small}
+            for a model of timm.
+        weights: what to start from: pretrained for timm's weights, which come with Imago for
+            tf_efficientnet_lite0 and are downloaded once for others; a bundle, as a directory or
+            as NAME or NAME/VERSION of the store, also of other classes: those of the same name
+            keep their rows of the head; a file: a checkpoint or a state dict of the same network;
+            none for random weights.
         optimizer: which optimizer, and its learning rates.
         schedule: learning rate over the steps.
         label_smoothing: share of the label that is spread over all classes, in training.
@@ -94,7 +100,8 @@ class Classifier(L.LightningModule):
         self.save_hyperparameters(ignore=["weights", "channels_last", "compile", "tta"])
         self.name = network
         self.options = options or {}
-        self.weights = weights
+        self.weights = InitialWeights(weights, network)
+        self.is_checkpoint_expected = False
         self.optimizer = optimizer
         self.schedule = schedule
         self.label_smoothing = label_smoothing
@@ -113,7 +120,24 @@ class Classifier(L.LightningModule):
 
     def expect_checkpoint(self) -> None:
         """Do not load `weights` in `setup`: a checkpoint replaces all of them afterwards."""
-        self.weights = None
+        self.is_checkpoint_expected = True
+
+    def find_weights(self, store: str) -> Preprocessing | None:
+        """Search for `weights` in this store, too; return how their images were prepared.
+
+        None where that is not known, or the network starts with random weights. Raises ValueError
+        where the store has no such bundle.
+        """
+        self.weights = InitialWeights(self.weights.setting, self.name, store)
+        return self.weights.preprocessing()
+
+    def fetch_weights(self) -> None:
+        """Download the weights where needed, and check that they can be read.
+
+        Raises ValueError where they can't be had.
+        """
+        if self.weights and not self.is_checkpoint_expected:
+            self.weights.read()
 
     def use_schedule(self, schedule: ScheduleConfig) -> None:
         """Train with another learning-rate schedule from the next `fit` on."""
@@ -144,8 +168,8 @@ class Classifier(L.LightningModule):
         class_weights = data.class_weights if self._is_weighing_classes(is_training) else None
         self.register_buffer("class_weights", class_weights, persistent=False)
 
-        if self.weights:
-            self._load_weights(self.weights, is_training)
+        if self.weights and not self.is_checkpoint_expected:
+            self._load_weights(is_training)
         elif is_training and self.network.prepare:
             self.network.prepare(self.normalize(data.training_images(PREPARE_IMAGES)))
 
@@ -174,16 +198,17 @@ class Classifier(L.LightningModule):
             )
         return True
 
-    def _load_weights(self, weights: str, is_training: bool) -> None:
-        """Load a file of weights, and the mean and deviation of its training, if it has them.
+    def _load_weights(self, is_training: bool) -> None:
+        """Load the initial weights, and the mean and deviation of their training, if recorded.
 
         Raises ValueError for weights of another network, and where tensors are missing or of
         another shape and nothing trains them.
         """
-        file = read_weights(find_weights_file(weights, self.name))
+        weights = self.weights.setting
+        file = self.weights.read()
         missing = load_weights(self.network, file, self.data.classes)
-        if file.normalization and len(file.normalization[0]) == self.mean.numel():
-            mean, std = file.normalization
+        mean, std = file.normalization or ([], [])
+        if len(mean) == self.mean.numel() and self.data.normalization != "data":
             self.mean.copy_(torch.tensor(mean).view_as(self.mean))
             self.std.copy_(torch.tensor(std).view_as(self.std))
 
@@ -195,7 +220,8 @@ class Classifier(L.LightningModule):
                 f"model.weights: {weights} has no {names} that fit, so those would be random; give "
                 "the data (classes, size, channels) that it was trained with"
             )
-        if self.trainer.is_global_zero:
+        is_new_head = weights == PRETRAINED and set(missing) <= set(HEAD)
+        if self.trainer.is_global_zero and not is_new_head:
             print(
                 f"train: {weights}: loaded all but {names}, which start with random values",
                 file=sys.stderr,
