@@ -48,6 +48,7 @@ CASES = {
     "speednet": ["--recipe", "cifar10", "--data.batch_size", "500"],
     "resnet18": [
         *["--recipe", "folder", "--data.size", "32"],
+        *["--model.network", "resnet18", "--model.weights", "none"],
         *["--data.augment.random_resized_crop", "0", "--ema.decay", "0"],
     ],
 }

@@ -241,6 +241,36 @@ def test_a_short_side_larger_than_the_size_cuts_the_border():
     assert (resize_to_input(image, spec) == 255).all()
 
 
+def linear_kernel(distance: np.ndarray) -> np.ndarray:
+    return np.maximum(0, 1 - distance)
+
+
+def cubic_kernel(distance: np.ndarray) -> np.ndarray:
+    """Keys, 1981, with the -0.75 of OpenCV and PyTorch."""
+    a = -0.75
+    near = (a + 2) * distance**3 - (a + 3) * distance**2 + 1
+    far = a * (distance**3 - 5 * distance**2 + 8 * distance - 4)
+    return np.where(distance <= 1, near, np.where(distance < 2, far, 0))
+
+
+@pytest.mark.parametrize("policy", ["crop", "stretch", "pad"])
+@pytest.mark.parametrize(
+    ("interpolation", "kernel"), [("linear", linear_kernel), ("cubic", cubic_kernel)]
+)
+def test_pixels_are_interpolated_as_the_spec_says(policy, interpolation, kernel):
+    row = np.random.default_rng(0).integers(60, 200, 8).astype(np.uint8)
+    image = np.tile(row[None, :, None], (8, 1, 1))
+    spec = InputSpec(height=16, width=16, channels=1, resize=policy, interpolation=interpolation)
+    position = (np.arange(16) + 0.5) / 2 - 0.5
+    neighbours = np.floor(position)[:, None] + np.arange(-1, 3)
+    weights = kernel(np.abs(position[:, None] - neighbours))
+    values = row[np.clip(neighbours, 0, 7).astype(int)]
+    expected = (weights * values).sum(1).clip(0, 255)
+
+    out = resize_to_input(image, spec)[:, :, 0]
+    assert np.abs(out - expected).max() <= 1
+
+
 def test_pixels_of_the_input_size_are_unchanged():
     spec = InputSpec(height=H, width=W)
     assert np.array_equal(decode(LOSSLESS["png rgb"], spec), np.asarray(RGB))

@@ -13,6 +13,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
+from support import RANDOM_CONVNET
 from support.sample_images import CLASSES, make_pixels, make_png, write_image_folder
 from train import audit
 from train.audit.duplicates import SearchLimits, find_near_duplicates
@@ -360,13 +361,12 @@ def test_the_command_audits_what_training_uses(commands, tmp_path, flags):
     # A duplicate under the folder's recipe, which flips images, and under no other.
     mirrored = cv2.flip(make_pixels(1, 4), 1)
     cv2.imwrite(str(source / "green/mirrored.jpg"), mirrored, [cv2.IMWRITE_JPEG_QUALITY, 80])
-    commands.run("audit", source, *flags, "--out", tmp_path / "report")
+    commands.run("audit", source, *flags, *RANDOM_CONVNET, "--out", tmp_path / "report")
     commands.run(
         "run",
         source,
         *flags,
-        "--model.network",
-        "convnet",
+        *RANDOM_CONVNET,
         "--trainer.max_steps",
         1,
         "--export.enabled",

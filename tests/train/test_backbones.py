@@ -93,24 +93,22 @@ def test_the_default_network_knows_imagenet():
 def test_weights_of_the_hub_are_fetched_once(commands, photos, hub_weights, tmp_path):
     hub = HubServer(hub_weights)
     environment = hub_environment(hub.url, tmp_path / "cache")
-    flags = ("--model.network", SMALL, "--trainer.max_epochs", 1, "--model.optimizer.lr", 1e-9)
+    flags = ("--model.network", SMALL, "--data.size", 96, "--model.optimizer.lr", 1e-9)
     try:
-        train(commands, photos, tmp_path / "first", *flags, env=environment)
+        train(commands, photos, tmp_path, *flags, env=environment)
         served = list(hub.requests)
     finally:
         hub.close()
-    # From the hub's cache: nothing listens on the port any more.
-    train(commands, photos, tmp_path / "second", *flags, env=environment)
-    offline = {**environment, "HF_HUB_OFFLINE": "1"}
-    train(commands, photos, tmp_path / "third", *flags, env=offline)
-
     assert any(request.startswith("GET") for request in served)
     expected = load_file(hub_weights / "timm" / SMALL / "model.safetensors")
-    for name in ("first", "second", "third"):
-        bundle = Bundle(tmp_path / name / "store/photos/1")
-        trained = load_file(bundle.path / "weights.safetensors")
-        kernels = trained["model.conv_stem.weight"]
-        torch.testing.assert_close(kernels, expected["conv_stem.weight"], atol=1e-4, rtol=0)
+    trained = load_file(tmp_path / "store/photos/1/weights.safetensors")
+    kernels = trained["model.conv_stem.weight"]
+    torch.testing.assert_close(kernels, expected["conv_stem.weight"], atol=1e-4, rtol=0)
+
+    # From the hub's cache: no server listens on the port any more.
+    for variables in ({}, {"HF_HUB_OFFLINE": "1"}):
+        flags = ("--model.network", SMALL, "--data.size", 96, "--trainer.fast_dev_run", 1)
+        commands.run("run", photos, *QUICK, *flags, env=environment | variables, cwd=tmp_path)
 
 
 @pytest.mark.parametrize("failure", ["closed port", "overloaded", "offline", "unknown repository"])
@@ -177,13 +175,23 @@ def test_a_bundle_is_continued_with_other_classes_as_it_was_prepared(
     assert after.input.short_side == 44
 
 
-def test_a_missing_bundle_is_refused(commands, photos, first, tmp_path):
+@pytest.mark.parametrize(
+    ("weights", "store", "problem"),
+    [
+        ("photos/7", "{}/store", "photos has no version 7; it has 1"),
+        ("photos", "s3://bucket/store", "local stores only, not from s3://bucket/store; copy it"),
+        ("s3://bucket/store/photos/1", "{}/store", "local stores only, not from s3://bucket"),
+    ],
+)
+def test_a_missing_bundle_is_refused(commands, photos, first, tmp_path, weights, store, problem):
     refused = commands.start(
-        *["run", photos, *QUICK, "--model.weights", "photos/7", "--store", first / "store"],
+        *["run", photos, *QUICK, "--model.weights", weights, "--store", store.format(first)],
         *["--trainer.default_root_dir", tmp_path / "runs"],
+        cwd=tmp_path,
     )
     assert refused.status() == 2
-    assert "photos has no version 7; it has 1" in refused.text.splitlines()[-1]
+    assert problem in refused.text.splitlines()[-1]
+    assert not (tmp_path / "runs").exists()
 
 
 def test_the_digest_of_weights_is_that_of_their_file(first):
@@ -206,7 +214,7 @@ def open_photos(photos: Path, tmp_path: Path, network: str, **settings: object) 
         (LITE0, 224, 256, 127.5),
         ("resnet18.tv_in1k", 224, 256, 255 * 0.485),
         ("vit_small_patch14_dinov2", 518, None, 255 * 0.485),
-        ("test_efficientnet", 160, 168, 127.5),
+        ("test_efficientnet", 160, 168, 255 * 0.485),
     ],
 )
 def test_images_are_prepared_as_for_the_pretrained_weights(

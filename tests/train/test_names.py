@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from models.bundle import Bundle
+from support import RANDOM_CONVNET
 from support.forked_commands import ForkedCommands
 from support.sample_images import write_image_folder
 
@@ -17,7 +18,10 @@ ODD_NAMES = {
     "002.png": "new\nline.png",
     "003.png": "a b\r.png",
 }
-QUICK = ["--trainer.max_epochs=1", "--name=odd", "--data.cache=", "--export.quantize.enabled=false"]
+QUICK = [
+    *RANDOM_CONVNET,
+    *["--trainer.max_epochs=1", "--name=odd", "--data.cache=", "--export.quantize.enabled=false"],
+]
 SPLIT = ["--data.val_fraction=0.4", "--data.test_fraction=0.4"]
 
 

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from models.image import decode
-from support import ROOT
+from support import RANDOM_CONVNET, ROOT
 from support.s3_server import s3_server
 from support.sample_images import (
     CLASSES,
@@ -334,8 +334,7 @@ def test_litdata_is_whole_in_each_of_two_processes(optimized, tmp_path):
             "1",
             "--trainer.accelerator",
             "cpu",
-            "--model.network",
-            "convnet",
+            *RANDOM_CONVNET,
             "--data.size",
             "32",
             "--data.batch_size",

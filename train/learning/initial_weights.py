@@ -42,7 +42,8 @@ class InitialWeights:
     def bundle(self) -> Path | None:
         """Directory of the bundle; None where the setting names none.
 
-        Raises BundleError where the store has no such version.
+        Raises BundleError where the store has no such version, and ValueError where it is not a
+        local store.
         """
         if self.setting in ("", PRETRAINED):
             return None
@@ -54,6 +55,12 @@ class InitialWeights:
             return path
         if path.suffix in FILE_ENDINGS or path.is_absolute():
             return None  # a file that does not exist
+        for location in (self.setting, self.store):
+            if "://" in location:
+                raise ValueError(
+                    f"model.weights: bundles are read from local stores only, not from {location}; "
+                    "copy it with python -m models pull NAME URL, and give its directory"
+                )
         name, _, version = self.setting.partition("/")
         return Store(self.store).path(name, version or LATEST)
 
