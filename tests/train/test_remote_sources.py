@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import yaml
 
-from support import ROOT
+from support import RANDOM_CONVNET, ROOT
 from support.file_server import FileServer, file_server
 from support.s3_server import s3_server
 from support.sample_images import CLASSES, make_png
@@ -646,7 +646,7 @@ def test_a_bucket_without_credentials_says_which_to_set(s3, tmp_path, monkeypatc
 
 def test_a_run_records_a_url_without_its_secrets(server, tmp_path):
     url = f"{server.url}/photos.zip?signature=secret"
-    settings = ("--data.size=32", "--model.network=convnet", "--trainer.max_epochs=1")
+    settings = (*RANDOM_CONVNET, "--data.size=32", "--trainer.max_epochs=1")
     runs = tmp_path / "runs"
     arguments = ["run", url, *settings, "--export.enabled=false", "--audit.enabled=false"]
     assert main([*arguments, f"--trainer.default_root_dir={runs}"]) == 0
