@@ -1,9 +1,9 @@
 """A page of shared memory with the state that all processes of the service read.
 
-It holds the phase of the shutdown, how much work each HTTP process has accepted, and the heartbeat
-of each worker. Each number has one writer, so no lock is needed. A sum over several numbers
-may be a few microseconds old. Times are seconds of `time.monotonic()`, which all processes of a
-machine share.
+It holds the phase of the shutdown, how much work each HTTP process has accepted, the heartbeat of
+each worker, the memory it decodes images in, and whether images run alone. No number depends on
+what it was before, so no lock is needed. A sum over several numbers may be a few microseconds old.
+Times are seconds of `time.monotonic()`, which all processes of a machine share.
 """
 
 import mmap
@@ -13,12 +13,15 @@ import time
 FILE_NAME = "state"
 MAX_PROCESSES = 64  # HTTP processes, and workers
 START_SECONDS = 120  # a new worker may take this long to load its model
+RUN_ALONE_SECONDS = 60  # after a failed run of several images
 
 # The layout: indices into the page, which is an array of float64.
 # Flags, written by the supervisor.
 _DRAINING = 0
 _STOPPING = 1
 _REFUSING = 2
+# Written by any HTTP process.
+_RUN_ALONE_END = 3
 # One number for each HTTP process, written by that process.
 _PENDING_IMAGES = 64
 _PENDING_REQUESTS = 128
@@ -26,7 +29,8 @@ _PENDING_BYTES = 192
 # One number for each worker, written by that worker; the supervisor resets it before it starts the
 # worker.
 _HEARTBEAT = 256
-_SIZE_BYTES = 8 * (_HEARTBEAT + MAX_PROCESSES)
+_DECODING_BYTES = 320
+_SIZE_BYTES = 8 * (_DECODING_BYTES + MAX_PROCESSES)
 
 
 class SharedState:
@@ -93,10 +97,26 @@ class SharedState:
         """Return the size of the bodies of these requests, in bytes."""
         return int(sum(self.page[_PENDING_BYTES : _PENDING_BYTES + http_processes]))
 
+    # The search for an image on which the graph fails.
+
+    @property
+    def images_run_alone(self) -> bool:
+        """Whether the graph runs on one image at a time."""
+        return self.page[_RUN_ALONE_END] > time.monotonic()
+
+    def run_images_alone(self) -> None:
+        """Run one image at a time for RUN_ALONE_SECONDS.
+
+        A run of several images has ended a worker. The next time, the image that is the cause is
+        alone and gets status 422.
+        """
+        self.page[_RUN_ALONE_END] = time.monotonic() + RUN_ALONE_SECONDS
+
     # Signs of life of workers.
 
     def reset_worker(self, worker: int) -> None:
         """Give a worker that starts now START_SECONDS until its first heartbeat."""
+        self.page[_DECODING_BYTES + worker] = 0
         self.page[_HEARTBEAT + worker] = time.monotonic() + START_SECONDS
 
     def set_heartbeat(self, worker: int) -> None:
@@ -110,3 +130,13 @@ class SharedState:
     def seconds_since_heartbeat(self, worker: int) -> float:
         """Return the seconds since the worker's last heartbeat; 0 before the first one is due."""
         return max(0.0, time.monotonic() - self.page[_HEARTBEAT + worker])
+
+    # The memory of images that are being decoded.
+
+    def set_decoding_bytes(self, worker: int, size: int) -> None:
+        """Publish how many bytes a worker holds."""
+        self.page[_DECODING_BYTES + worker] = size
+
+    def decoding_bytes(self, workers: int) -> int:
+        """Return how many bytes all workers hold."""
+        return int(sum(self.page[_DECODING_BYTES : _DECODING_BYTES + workers]))

@@ -7,7 +7,13 @@ Untrusted bytes reach a decoder only after their magic number names one of seven
 header states an allowed size, and without what makes no pixels. No other codec is reachable.
 """
 
-from models.image.decode import MAX_PIXELS, decode, decode_full_size, read_largest_sample
+from models.image.decode import (
+    MAX_PIXELS,
+    SHARED_BYTES,
+    decode,
+    decode_full_size,
+    read_largest_sample,
+)
 from models.image.errors import (
     ImageError,
     ImageTooLarge,
@@ -20,6 +26,7 @@ from models.image.resize import array_to_input, resize_to_image, resize_to_input
 
 __all__ = [
     "MAX_PIXELS",
+    "SHARED_BYTES",
     "Header",
     "ImageError",
     "ImageTooLarge",

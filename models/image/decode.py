@@ -49,7 +49,8 @@ MAX_BYTES_WITH_TABLES = 560 << 20
 
 SHARED_BYTES = 400 << 20
 """What all threads together may hold for images that are being decoded; one image that takes more
-is decoded alone. So a container's memory suffices for any number of threads."""
+is decoded alone. So a container's memory suffices for any number of threads. Worker processes of
+the server share one such bound."""
 
 UNCOUNTED_BYTES = 4 << 20
 """Images that take less than this are decoded without asking how much the others hold."""
@@ -115,6 +116,9 @@ class _SharedMemory:
                 self.changed.notify()
 
 
+Reserve = Callable[[int], AbstractContextManager[None]]
+"""Waits until so many bytes may be taken, and returns a context that holds them."""
+
 _shared_memory = _SharedMemory(SHARED_BYTES)
 _no_reservation = nullcontext()
 
@@ -128,19 +132,21 @@ def decode(
     spec: InputSpec,
     max_pixels: int = MAX_PIXELS,
     on_start: Callable[[], object] = _do_nothing,
+    reserve: Reserve = _shared_memory.reserve,
 ) -> np.ndarray:
     """Decode one image to the network's input: uint8 [height, width, channels] of `spec`.
 
     EXIF orientation is applied, transparent pixels are laid over white, and of an animation the
     first frame is taken. `on_start` is called when decoding begins, which may be later: a large
-    image waits until others have freed their memory.
+    image waits until others have freed their memory. `reserve` counts that memory; by default among
+    the threads of this process.
 
     Raises UnsupportedFormat, ImageTooLarge (more than `max_pixels`, or more than MAX_PIXEL_BYTES
     for each of them) or UndecodableImage.
     """
     header = _read_allowed_header(data, max_pixels)
     reduction = _jpeg_reduction(header, spec)
-    with _reserve_memory(header, reduction, max_pixels):
+    with _reserve_memory(header, reduction, max_pixels, reserve):
         on_start()
         pixels = _decode_pixels(data, header, spec.channels, reduction, spec.significant_bits)
         return resize_to_input(pixels, spec)
@@ -203,7 +209,10 @@ def _jpeg_reduction(header: Header, spec: InputSpec) -> int:
 
 
 def _reserve_memory(
-    header: Header, reduction: int, max_pixels: int
+    header: Header,
+    reduction: int,
+    max_pixels: int,
+    reserve: Reserve = _shared_memory.reserve,
 ) -> AbstractContextManager[None]:
     """Return a context that holds the memory that decoding takes; for small images a void one.
 
@@ -223,7 +232,7 @@ def _reserve_memory(
 
     if most_bytes < UNCOUNTED_BYTES:
         return _no_reservation
-    return _shared_memory.reserve(most_bytes)
+    return reserve(most_bytes)
 
 
 def _decode_pixels(

@@ -124,7 +124,7 @@ class Service:
         self.tracing = Tracing() if settings.tracing else None
         self._request_log = RequestLog(settings.access_log)
 
-        self.dispatcher = Dispatcher(run_directory, settings.workers, self.counters)
+        self.dispatcher = Dispatcher(run_directory, settings.workers, self.state, self.counters)
         feedback = FeedbackEndpoint(run_directory, self.counters, self.dispatcher)
         self.predict_endpoint = PredictEndpoint(
             settings, self.dispatcher, self.state, self.counters, process_number, feedback

@@ -7,6 +7,7 @@ passes. Everything runs by callbacks on the event loop; no request has a task.
 
 import asyncio
 import json
+import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -14,11 +15,15 @@ from itertools import count
 from typing import Any
 
 from serve import logs
+from serve.active_jobs import open_active_jobs, read_failures
 from serve.metrics.shared_counters import SharedCounters
+from serve.shared_state import SharedState
 from serve.wire import CANCEL, MAX_U32, MODEL_INFO, Answer, Job, pack_job, take_answers
 
 RECONNECT_SECONDS = 0.02
 WORKER_LOST = b"the worker stopped before it answered; try again"
+HANGING_IMAGE = b"this image takes too long to process; sending it again does not help"
+CRASHING_IMAGE = b"the service crashes on this image; sending it again does not help"
 
 # The placeholder in a list of answers for an image without an answer.
 UNANSWERED = Answer(id=0, status=0, version=0, body=b"")
@@ -135,11 +140,11 @@ class WorkerConnection(asyncio.Protocol):
     Jobs of one iteration of the event loop are sent in one write.
     """
 
-    def __init__(self, dispatcher: "Dispatcher") -> None:
+    def __init__(self, dispatcher: "Dispatcher", worker: int) -> None:
         self.dispatcher = dispatcher
+        self.worker = worker
         self.buffer = bytearray()
         self.outgoing: list[bytes] = []  # frames for the next write
-        self.job_ids = count(1)
 
         # By job id: the request that waits for the answer, and the position of the image in it.
         self.pending: dict[int, tuple[PendingRequest, int]] = {}
@@ -151,19 +156,41 @@ class WorkerConnection(asyncio.Protocol):
     # Implementation of asyncio.Protocol.
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Store the transport."""
+        """Store the transport, and open what the worker records of its jobs."""
         self.transport = transport
+        self.active_jobs = open_active_jobs(self.dispatcher.run_directory, self.worker)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Answer every job of the worker with 503."""
+        """Answer the image on which the worker has failed with 422, and all others with 503."""
         if not self.closed.done():
             self.closed.set_result(None)
         self.model = None
         self.dispatcher.refresh_ready_workers()
 
+        refusals = self._read_refusals()
         for job_id, (request, index) in list(self.pending.items()):
-            request.set_answer(index, Answer(job_id, 503, 0, WORKER_LOST))
+            answer = refusals.get(job_id) or Answer(job_id, 503, 0, WORKER_LOST)
+            request.set_answer(index, answer)
         self.pending.clear()
+
+    def _read_refusals(self) -> dict[int, Answer]:
+        """Return the answers to the images on which the worker has failed, by job id.
+
+        Where it failed on several images at once, none of them is refused. From now on images run
+        alone, so that the one that is the cause is refused when it is sent again.
+        """
+        refusals: dict[int, Answer] = {}
+        with self.active_jobs:
+            failures = read_failures(self.active_jobs)
+        for failure in failures:
+            if len(failure.jobs) > 1:
+                self.dispatcher.state.run_images_alone()
+                continue
+            process_id, job_id = failure.jobs[0]
+            if process_id == os.getpid():
+                detail = HANGING_IMAGE if failure.is_hang else CRASHING_IMAGE
+                refusals[job_id] = Answer(job_id, 422, 0, detail)
+        return refusals
 
     def data_received(self, data: bytes) -> None:
         """Take the answers that have arrived."""
@@ -188,9 +215,10 @@ class WorkerConnection(asyncio.Protocol):
         self, request: PendingRequest, index: int, body: bytes, top_k: int, flags: int
     ) -> None:
         """Send the image at position `index` of a request as a job."""
-        job_id = next(self.job_ids) & MAX_U32
+        job_ids = self.dispatcher.job_ids
+        job_id = next(job_ids) & MAX_U32
         if job_id == MODEL_INFO:
-            job_id = next(self.job_ids) & MAX_U32
+            job_id = next(job_ids) & MAX_U32
 
         self.pending[job_id] = (request, index)
         request.jobs.append((self, job_id))
@@ -216,19 +244,27 @@ class WorkerConnection(asyncio.Protocol):
 class Dispatcher:
     """The connections of one HTTP process to all workers, and the requests that wait for them."""
 
-    def __init__(self, run_directory: str, worker_count: int, counters: SharedCounters) -> None:
+    def __init__(
+        self,
+        run_directory: str,
+        worker_count: int,
+        state: SharedState,
+        counters: SharedCounters,
+    ) -> None:
         """Connect to `worker_count` workers, whose sockets are in `run_directory`.
 
         Must be called in a running event loop.
         """
         self.run_directory = run_directory
         self.worker_count = worker_count
+        self.state = state
         self.counters = counters
         self.loop = asyncio.get_running_loop()
         self._set_ready_metric = counters.setter("ready")
 
         self.connections: list[WorkerConnection | None] = [None] * worker_count
         self.ready_workers: list[WorkerConnection] = []
+        self.job_ids = count(1)  # of all workers, so that a new connection repeats none
 
         # The model that a worker described last. Empty until one has.
         self.model: dict[str, Any] = {}
@@ -252,7 +288,7 @@ class Dispatcher:
         while True:
             try:
                 _, connection = await self.loop.create_unix_connection(
-                    lambda: WorkerConnection(self), path
+                    partial(WorkerConnection, self, number), path
                 )
             except OSError:
                 await asyncio.sleep(RECONNECT_SECONDS)

@@ -22,7 +22,7 @@ STATUS_DESCRIPTIONS = {
     408: "The request did not arrive in time.",
     413: "The request has too many bytes, pixels or images.",
     415: "The media type or image format is not supported.",
-    422: "The image can't be decoded, or it takes too long.",
+    422: "The image can't be decoded, takes too long, or crashes a worker.",
     429: "Too many images are waiting. Try again after the seconds in Retry-After.",
     431: "The head of the request is too large.",
     500: "The service failed on this request.",

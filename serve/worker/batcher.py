@@ -10,17 +10,20 @@ import contextlib
 import os
 import selectors
 import socket
+import struct
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 
+from serve.active_jobs import build_key
 from serve.wire import CANCEL, Job, take_jobs
 
 SEND_TIMEOUT_SECONDS = 5  # an HTTP process that reads nothing for so long loses its answers
 SEND_BUFFER_BYTES = 1 << 20
 RECEIVE_BYTES = 1 << 20
 MAX_WAITING_CONNECTIONS = 64
+PEER_CREDENTIALS = struct.Struct("3i")  # process, user and group of SO_PEERCRED
 
 
 class HttpProcessConnection:
@@ -30,6 +33,7 @@ class HttpProcessConnection:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         sock.settimeout(SEND_TIMEOUT_SECONDS)
         self.sock = sock
+        self.process_id = _read_peer_process_id(sock)
         self.buffer = bytearray()  # received bytes that are not yet a complete frame
         self.send_lock = threading.Lock()
 
@@ -44,15 +48,23 @@ class HttpProcessConnection:
                     self.sock.shutdown(socket.SHUT_RDWR)
 
 
+def _read_peer_process_id(sock: socket.socket) -> int:
+    """Return the id of the process at the other end of a Unix socket."""
+    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER_CREDENTIALS.size)
+    process_id, _, _ = PEER_CREDENTIALS.unpack(credentials)
+    return process_id
+
+
 class QueuedJob:
     """A job, and the connection that its answer goes to."""
 
-    __slots__ = ("arrived", "connection", "job")
+    __slots__ = ("arrived", "connection", "job", "key")
 
     def __init__(self, connection: HttpProcessConnection, job: Job, arrived: float):
         self.connection = connection
         self.job = job
         self.arrived = arrived  # seconds of time.monotonic()
+        self.key = build_key(connection.process_id, job.id)
 
 
 class Batcher:
@@ -96,6 +108,10 @@ class Batcher:
     def set_active_predictors(self, count: int) -> None:
         """Change the number of threads that take batches."""
         self.active_predictors = count
+
+    def set_max_batch_size(self, size: int) -> None:
+        """Change the number of jobs in a batch, from the next batch on."""
+        self.max_batch_size = size
 
     def broadcast(self, frame: bytes) -> None:
         """Send a frame to all HTTP processes."""

@@ -13,6 +13,7 @@ import numpy as np
 
 from models.image import ImageError, decode
 from serve import logs
+from serve.active_jobs import ActiveJobs
 from serve.model import Model
 from serve.prediction import (
     are_finite,
@@ -39,6 +40,7 @@ from serve.wire import (
 )
 from serve.worker.batch import CompletedBatch, DecodedBatch
 from serve.worker.batcher import Batcher, HttpProcessConnection, QueuedJob
+from serve.worker.decoding_memory import DecodingMemory
 from serve.worker.worker_metrics import WorkerMetrics
 
 INACTIVE_CHECK_SECONDS = 0.5
@@ -68,6 +70,8 @@ class PredictorContext:
 
     settings: Settings
     batcher: Batcher
+    active_jobs: ActiveJobs
+    decoding_memory: DecodingMemory
     current_model: Callable[[], Model]  # called for each batch, as the model may be replaced
     observers: list[Observer]
 
@@ -80,13 +84,14 @@ class Predictor:
         self.metrics = metrics
         self.settings = context.settings
         self.batcher = context.batcher
+        self.active_jobs = context.active_jobs
+        self.decoding_memory = context.decoding_memory
         self.current_model = context.current_model
         self.observers = context.observers
 
         # Since when it decodes one image or runs the graph, in seconds of time.monotonic(); 0 while
-        # it waits for jobs or for permission to decode. The image, if it is a single one.
+        # it waits for jobs or for permission to decode.
         self.busy_since = 0.0
-        self.current_job: QueuedJob | None = None
 
     def stalled_seconds(self, now: float) -> float:
         """Return for how long it has been busy with one image or one run, 0 if it is idle."""
@@ -99,6 +104,7 @@ class Predictor:
 
     def _run(self) -> None:
         """Process batches until the process ends."""
+        self.active_jobs.set_thread(self.number)
         try:
             while True:
                 if self.number < self.batcher.active_predictors:
@@ -126,16 +132,21 @@ class Predictor:
         finally:
             self._set_idle()
 
-    def _set_busy(self, queued: QueuedJob | None) -> float:
-        """Record that work on one image, or on several at once (None), starts. Return now."""
+    def _start_job(self, queued: QueuedJob) -> float:
+        """Record that work on one image starts. Return now."""
+        self.active_jobs.set_job(self.number, queued.key)
         now = time.monotonic()
-        self.current_job = queued
         self.busy_since = now
         return now
 
+    def _start_run(self, jobs: list[QueuedJob]) -> None:
+        """Record that a run of the graph starts."""
+        self.active_jobs.set_jobs(self.number, [queued.key for queued in jobs])
+        self.busy_since = time.monotonic()
+
     def _set_idle(self) -> None:
         self.busy_since = 0.0
-        self.current_job = None
+        self.active_jobs.set_jobs(self.number, ())
 
     def _process_batch(self, jobs: list[QueuedJob], is_alone: bool) -> None:
         """Answer the jobs. `jobs` grows by those that arrive while they are decoded."""
@@ -155,7 +166,7 @@ class Predictor:
 
         for queued in jobs:
             job = queued.job
-            expired = job.deadline < self._set_busy(queued)
+            expired = job.deadline < self._start_job(queued)
             if not expired:
                 start = time.perf_counter()
                 try:
@@ -169,7 +180,7 @@ class Predictor:
                     batch.decode_us.append(int((time.perf_counter() - start) * 1e6))
 
             if queued is jobs[-1]:  # extend the list while it is iterated
-                jobs += self.batcher.take_more(self.settings.max_batch_size - len(jobs))
+                jobs += self.batcher.take_more(self.batcher.max_batch_size - len(jobs))
 
         if refusals:
             send_answers(refusals)
@@ -192,14 +203,20 @@ class Predictor:
         # A large image waits until others have freed their memory. A predictor that waits does not
         # hang, so it counts as idle until `decode` calls back.
         self.busy_since = 0.0
-        return decode(job.body, spec, self.settings.max_pixels, self._restart_clock)
+        return decode(
+            job.body,
+            spec,
+            self.settings.max_pixels,
+            self._restart_clock,
+            self.decoding_memory.reserve,
+        )
 
     def _restart_clock(self) -> None:
         self.busy_since = time.monotonic()
 
     def _drop_expired(self, batch: DecodedBatch) -> DecodedBatch:
         """Leave out jobs whose deadline passed while others were decoded."""
-        now = self._set_busy(None)
+        now = time.monotonic()
         remaining = [i for i, queued in enumerate(batch.jobs) if queued.job.deadline >= now]
         if len(remaining) == len(batch.jobs):
             return batch
@@ -216,7 +233,7 @@ class Predictor:
             output_names = (*output_names, "embedding")
 
         images = np.stack(batch.pixels)
-        self._set_busy(batch.jobs[0] if len(batch.jobs) == 1 else None)
+        self._start_run(batch.jobs)
         start = time.perf_counter()
         try:
             outputs = model.engine.run(images, output_names, batch.is_alone)

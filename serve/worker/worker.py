@@ -12,15 +12,17 @@ from types import FrameType
 
 from models.store import LATEST
 from serve import logs
+from serve.active_jobs import ActiveJobs
 from serve.metrics.shared_counters import SharedCounters
 from serve.model import Model
 from serve.settings import Settings
 from serve.shared_state import SharedState
 from serve.wire import MODEL_INFO, Answer, pack_answer
-from serve.worker.batcher import Batcher, QueuedJob
+from serve.worker.batcher import Batcher
+from serve.worker.decoding_memory import DecodingMemory
 from serve.worker.drift_window import DriftWindow
 from serve.worker.exit_status import HANGING, MODEL_UNUSABLE
-from serve.worker.predictor import Observer, Predictor, PredictorContext, send_answers
+from serve.worker.predictor import Observer, Predictor, PredictorContext
 from serve.worker.reload import Reloader
 from serve.worker.served_version import load_first_model
 from serve.worker.shadow import ShadowSender
@@ -29,7 +31,6 @@ from serve.worker.worker_metrics import WorkerMetrics, set_served_model
 HEARTBEAT_SECONDS = 0.5
 # A run that takes this many times its duration at the start is a hang, even on busy cores.
 HANG_FACTOR = 5
-HANGING_IMAGE = b"this image takes too long to process; sending it again does not help"
 
 
 class Worker:
@@ -56,10 +57,13 @@ class Worker:
         self.number = number
         self.supervisor_pid = os.getppid()
         self.metrics_prefix = os.path.join(self.run_directory, f"worker-{number}")
+        self.active_jobs = ActiveJobs(
+            self.run_directory, number, self.threads, self.settings.max_batch_size
+        )
         self.batcher = Batcher(
             os.path.join(self.run_directory, f"worker-{number}.sock"),
             self._active_predictors(),
-            self.settings.max_batch_size,
+            self._max_batch_size(),
             self.settings.batch_wait_ms / 1000,
             self._pack_model_info,
         )
@@ -104,6 +108,10 @@ class Worker:
         """Return the number of threads that take batches: one for a light model, else all."""
         return 1 if self.model.is_light else self.threads
 
+    def _max_batch_size(self) -> int:
+        """Return how many images run together: one each after a run of several has failed."""
+        return 1 if self.state.images_run_alone else self.settings.max_batch_size
+
     def _pack_model_info(self) -> bytes:
         """Return the frame that announces the model to an HTTP process."""
         return pack_answer(Answer(MODEL_INFO, 200, self.model.version, self.model.description))
@@ -129,6 +137,8 @@ class Worker:
         context = PredictorContext(
             self.settings,
             self.batcher,
+            self.active_jobs,
+            DecodingMemory(self.run_directory, self.state, self.number, self.settings.workers),
             self._current_model,
             observers,
         )
@@ -158,29 +168,24 @@ class Worker:
         """
         while os.getppid() == self.supervisor_pid:
             self.state.set_heartbeat(self.number)
+            self.batcher.set_max_batch_size(self._max_batch_size())
             self._exit_if_a_predictor_hangs()
             time.sleep(HEARTBEAT_SECONDS)
         os._exit(1)
 
     def _exit_if_a_predictor_hangs(self) -> None:
-        """Answer the images on which predictors hang with status 422, and end the process.
+        """End the process where a predictor hangs.
 
-        They must not be sent again. HTTP processes answer all other jobs of this worker with 503,
-        also those of a run on several images, of which it is unknown which one hangs.
+        HTTP processes read from the records of active jobs which images must not be sent again.
         """
         limit_seconds = max(self.settings.worker_timeout_seconds, HANG_FACTOR * self.run_seconds)
         now = time.monotonic()
-        stalled = [(predictor.stalled_seconds(now), predictor) for predictor in self.predictors]
-        if max(seconds for seconds, _ in stalled) <= limit_seconds:
+        stalled = [predictor.stalled_seconds(now) for predictor in self.predictors]
+        if max(stalled) <= limit_seconds:
             return
 
-        answers: list[tuple[QueuedJob, Answer]] = []
-        for seconds, predictor in stalled:
-            queued = predictor.current_job
+        for number, seconds in enumerate(stalled):
             # Another predictor may hang as well, only not for as long.
-            if queued is not None and seconds > limit_seconds / 2:
-                answers.append(
-                    (queued, Answer(queued.job.id, 422, self.model.version, HANGING_IMAGE))
-                )
-        send_answers(answers)
+            if seconds > limit_seconds / 2:
+                self.active_jobs.set_hanging(number)
         os._exit(HANGING)

@@ -51,7 +51,7 @@ def admit_all(endpoint: PredictEndpoint, headers: dict[bytes, bytes]) -> Reserva
     return Reservation()
 
 
-def set_busy_untimed(predictor: Predictor, queued: QueuedJob | None) -> float:
+def start_unrecorded_job(predictor: Predictor, queued: QueuedJob) -> float:
     """Return a time that no deadline is before."""
     return 0.0
 
@@ -73,7 +73,13 @@ replace(
 replace(FeedbackEndpoint, remember=do_nothing)
 replace(PendingRequest, finish=finish_uncounted)
 replace(WorkerMetrics, count_batch=do_nothing)
-replace(Predictor, _set_idle=do_nothing, _set_busy=set_busy_untimed, _restart_clock=do_nothing)
+replace(
+    Predictor,
+    _set_idle=do_nothing,
+    _start_job=start_unrecorded_job,
+    _start_run=do_nothing,
+    _restart_clock=do_nothing,
+)
 
 if __name__ == "__main__":
     sys.exit(main(["--drift-window", "0", "--reload-seconds", "0", *sys.argv[1:]]))

@@ -1,5 +1,6 @@
 """Several HTTP processes and several workers behave as one service."""
 
+import fcntl
 import re
 import sys
 from collections import Counter
@@ -10,9 +11,12 @@ from pathlib import Path
 import httpx
 import pytest
 
+from models.image import SHARED_BYTES
 from serve.metrics.shared_counters import read_entries
+from serve.shared_state import SharedState
+from serve.worker.decoding_memory import LOCK_NAME, DecodingMemory
 from support import ROOT, tiny_bundle
-from support.server import Server
+from support.server import Server, wait_until
 
 GOOD = tiny_bundle.make_image("blue")
 BAD = b"hello"
@@ -113,3 +117,38 @@ def test_unchecked_service_of_the_benchmarks_answers(start):
         if line[0] != "#" and not line.endswith(" 0.0")
     ]
     assert {re.match(r"\w+", line)[0] for line in counted} == {"imago_ready", "imago_model_info"}
+
+
+def test_workers_share_the_bound_on_memory_for_decoding(tmp_path):
+    state = SharedState.create(str(tmp_path))
+    first, second = (DecodingMemory(str(tmp_path), state, worker, 2) for worker in range(2))
+
+    def decode_large_image() -> int:
+        with second.reserve(SHARED_BYTES // 2):
+            return state.decoding_bytes(2)
+
+    with ThreadPoolExecutor(1) as threads:
+        with first.reserve(2 * SHARED_BYTES // 3):
+            waiting = threads.submit(decode_large_image)
+            wait_until(lambda: has_waiting_worker(tmp_path / LOCK_NAME))
+            assert not waiting.done()
+            assert state.decoding_bytes(2) == 2 * SHARED_BYTES // 3
+        assert waiting.result(60) == SHARED_BYTES // 2
+    assert state.decoding_bytes(2) == 0
+
+    with first.reserve(SHARED_BYTES + 1), ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(decode_large_image)
+        wait_until(lambda: has_waiting_worker(tmp_path / LOCK_NAME))
+        assert not waiting.done()
+        state.reset_worker(0)  # as where the first worker has ended
+        assert waiting.result(60) == SHARED_BYTES // 2
+
+
+def has_waiting_worker(lock: Path) -> bool:
+    """Whether a worker waits for the memory that others hold."""
+    with lock.open("wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False

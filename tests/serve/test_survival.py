@@ -1,5 +1,6 @@
 """Failures and shutdown under load: killed and hanging processes, and the drain on SIGTERM."""
 
+import ctypes
 import os
 import re
 import signal
@@ -10,14 +11,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
+import httpx
 import numpy as np
 import pytest
 
-from support import tiny_bundle
+from serve.active_jobs import open_active_jobs, read_failures
+from support import ROOT, tiny_bundle
 from support.load_generator import LoadGenerator
 from support.server import Server, suspend_processes, wait_until
 
 IMAGE = tiny_bundle.make_image("green")
+WHITE = cv2.imencode(".png", np.full((32, 32, 3), 255, np.uint8))[1].tobytes()
 
 
 def kill_workers(server: Server, times: int) -> None:
@@ -73,31 +77,125 @@ def test_a_hanging_worker_is_replaced_and_its_requests_get_503(start):
     assert server.metric("imago_restarts_total", process="worker", reason="hang") == 1
 
 
-def test_only_the_image_on_which_a_worker_hangs_gets_422(start, tmp_path):
+@pytest.fixture
+def endless_store(tmp_path):
+    """A store whose model loops endlessly for WHITE."""
+    tiny_bundle.loop_forever_on_white(tiny_bundle.publish(tmp_path / "store"))
+    return tmp_path / "store"
+
+
+def assert_refused(response: httpx.Response, reason: str) -> None:
+    """Assert that the image is not to be sent again."""
+    assert response.status_code == 422
+    assert reason in response.json()["detail"]
+    assert "retry-after" not in response.headers
+
+
+def assert_lost(response: httpx.Response) -> None:
+    """Assert that the image is to be sent again."""
+    assert response.status_code == 503
+    assert response.headers["retry-after"] == "1"
+
+
+@pytest.mark.parametrize("reason", ["hang", "crash"])
+def test_only_the_image_on_which_a_worker_fails_gets_422(start, endless_store, reason):
     """With the default deadline and timeout: the worker is replaced before the deadline."""
-    tiny_bundle.loop_forever_on_white(tiny_bundle.publish(tmp_path))
-    server = start("--threads", "1", "--max-batch-size", "1", store=tmp_path)
-    white = cv2.imencode(".png", np.full((32, 32, 3), 255, np.uint8))[1].tobytes()
+    server = start("--threads", "1", "--max-batch-size", "1", store=endless_store)
     with ThreadPoolExecutor(3) as executor:
-        hanging = executor.submit(server.predict, white)
+        failing = executor.submit(server.predict, WHITE)
         wait_until(lambda: server.metric("imago_pending_images") == 1)
         waiting = [executor.submit(server.predict, IMAGE) for _ in range(2)]
+        if reason == "crash":
+            wait_until(lambda: server.metric("imago_pending_images") == 3)
+            send_to_busy_thread(server, signal.SIGSEGV)
         wait_until(lambda: not server.is_ready())
         assert server.metric("imago_ready") == 0
 
-    response = hanging.result()
-    assert response.status_code == 422
-    assert "takes too long" in response.json()["detail"]
-    assert "retry-after" not in response.headers
-    for response in [future.result() for future in waiting]:
-        assert response.status_code == 503
-        assert response.headers["retry-after"] == "1"
+    assert_refused(failing.result(), "takes too long" if reason == "hang" else "crashes")
+    for future in waiting:
+        assert_lost(future.result())
     assert server.metric("imago_images_total", outcome="refused") == 1
     assert server.metric("imago_images_total", outcome="failed") == 2
 
     server.wait_ready()
-    assert server.metric("imago_restarts_total", process="worker", reason="hang") == 1
+    assert server.metric("imago_restarts_total", process="worker", reason=reason) == 1
     assert server.predict(IMAGE).json()["predictions"][0]["label"] == "green"
+
+
+# Two predictors have a job each; the thread that is named crashes. The main thread is no predictor.
+CRASH = """
+import ctypes, sys, threading
+from serve.active_jobs import ActiveJobs, build_key
+
+directory, crashing, busy = sys.argv[1:]
+active_jobs = ActiveJobs(directory, worker=0, predictors=2, max_batch_size=4)
+barrier = threading.Barrier(3)
+
+def work(predictor):
+    active_jobs.set_thread(predictor)
+    if predictor < int(busy):
+        active_jobs.set_job(predictor, build_key(1000 + predictor, job_id=7))
+    barrier.wait()
+    if crashing == str(predictor):
+        ctypes.string_at(0)
+    threading.Event().wait()
+
+for predictor in range(2):
+    threading.Thread(target=work, args=(predictor,), daemon=True).start()
+barrier.wait()
+if crashing == "main":
+    ctypes.string_at(0)
+threading.Event().wait()
+"""
+
+
+@pytest.mark.parametrize(
+    ("crashing", "busy", "jobs"),
+    [
+        ("0", 2, [(1000, 7)]),
+        ("1", 2, [(1001, 7)]),
+        ("main", 1, [(1000, 7)]),  # as a thread of the engine
+        ("main", 2, []),
+    ],
+)
+def test_the_job_of_the_thread_that_crashes_is_known(tmp_path, crashing, busy, jobs):
+    command = [sys.executable, "-c", CRASH, str(tmp_path), crashing, str(busy)]
+    process = subprocess.run(command, stderr=subprocess.PIPE, cwd=ROOT, timeout=60)
+    assert process.returncode == -signal.SIGSEGV
+    assert process.stderr == b""
+    with open_active_jobs(str(tmp_path), worker=0) as file:
+        failures = read_failures(file)
+    assert [failure.jobs for failure in failures] == [[job] for job in jobs]
+    assert not any(failure.is_hang for failure in failures)
+
+
+def test_the_cause_among_several_images_gets_422_when_they_are_sent_again(start, endless_store):
+    flags = ("--threads", "1", "--max-batch-size", "4", "--batch-wait-ms", "1000")
+    server = start(*flags, "--worker-timeout-seconds", "1", store=endless_store)
+    files = [("f", ("a.png", image)) for image in (IMAGE, IMAGE, WHITE, IMAGE)]
+
+    def send_together() -> list[int]:
+        predictions = server.http.post("/predict", files=files).json()["predictions"]
+        return [p["error"]["status"] if "error" in p else 200 for p in predictions]
+
+    assert send_together() == [503, 503, 503, 503]
+    server.wait_ready()
+    assert send_together() == [200, 200, 422, 503]
+
+
+def find_busy_threads(server: Server) -> list[int]:
+    """Return the threads of the worker that run or wait for a core."""
+    (worker,) = server.workers()
+    stats = [stat.read_text() for stat in Path(f"/proc/{worker}/task").glob("*/stat")]
+    return [int(stat.split()[0]) for stat in stats if stat.rpartition(")")[2].split()[0] == "R"]
+
+
+def send_to_busy_thread(server: Server, number: signal.Signals) -> None:
+    """Send a signal to one thread, as the kernel does where that thread crashes."""
+    (worker,) = server.workers()
+    wait_until(lambda: find_busy_threads(server))
+    thread = find_busy_threads(server)[-1]
+    assert ctypes.CDLL(None).tgkill(worker, thread, number) == 0
 
 
 @pytest.mark.slow
