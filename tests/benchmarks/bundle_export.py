@@ -71,7 +71,7 @@ def measure(name: str, directory: Path) -> Result:
     started = time.perf_counter()
     export_onnx(graph, InputSpec(height=size, width=size, channels=channels), CLASSES, fp32)
     exported = time.perf_counter()
-    quantize(fp32, int8, images, lambda file: 1.0, 1.0, QuantizeConfig())
+    quantize(fp32, int8, images, lambda file: 1.0, 1.0, 1, QuantizeConfig())
     quantized = time.perf_counter()
 
     runners = {

@@ -88,7 +88,9 @@ def write_bundle(store: Path, case: str) -> None:
         variants = {"fp32": describe_variant(directory / "model.onnx", "fp32")}
         if name == "resnet18":
             int8 = directory / "model.int8.onnx"
-            quantize(directory / "model.onnx", int8, images, lambda _: 1.0, 1.0, QuantizeConfig())
+            quantize(
+                directory / "model.onnx", int8, images, lambda _: 1.0, 1.0, 1, QuantizeConfig()
+            )
             variants["int8"] = describe_variant(int8, "int8")
 
         write_samples(directory / "samples", files, {"pixels": images, **expected})

@@ -198,7 +198,6 @@ def test_average_of_the_weights_follows_its_formula(tmp_path, every_steps):
 
 # Parameters with several axes that are not kernels.
 NOT_KERNELS = {
-    "convnext_atto": "gamma",
     "swin_tiny_patch4_window7_224": "relative_position_bias_table",
     "vit_tiny_patch16_224": "cls_token",
 }

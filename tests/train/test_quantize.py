@@ -61,6 +61,7 @@ def quantize_with_gate(source: Path, target: Path, max_loss: float) -> Quantizat
         IMAGES[:200],
         measure_accuracy,
         measure_accuracy(source),
+        len(IMAGES) - TRAINING_IMAGES,
         QuantizeConfig(max_loss=max_loss),
     )
 
@@ -84,3 +85,10 @@ def test_no_file_is_left_when_no_form_passes_the_gate(hard_to_quantize, tmp_path
     assert not result.passed
     assert [attempt.float_share for attempt in result.attempts] == [0.0, 0.1, 0.25, 0.5]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("max_loss", "images", "allowed"), [(0.5, 1000, 0.5), (0.5, 50, 2.0), (-1.0, 50, -1.0)]
+)
+def test_one_image_of_the_gate_may_be_lost(max_loss, images, allowed):
+    assert QuantizeConfig(max_loss=max_loss).allowed_loss(images) == pytest.approx(allowed)

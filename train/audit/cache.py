@@ -52,6 +52,7 @@ def _cache_path(data: ImageData) -> Path | None:
         {part: data.index[part].tolist() for part in PARTS},
         data.input.model_dump(),
         shows_mirror_images(data),
+        data.embeddings_key,
     ]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
     return data.cache / "audit" / f"{digest[:32]}.json"

@@ -346,6 +346,7 @@ def _check_labels(data: ImageData, parts: np.ndarray, duplicates: Duplicates) ->
         len(data.classes),
         data.device,
         duplicates.groups(),
+        data.embeddings,
     )
     entries: list[SuspectEntry] = []
     for s in range(min(LISTED, len(errors.index))):

@@ -1,9 +1,10 @@
 """Suspicious labels: a simple model, trained on other images, is sure of another class.
 
 Steps:
-    features  Responses to random whitened patches of the images themselves, rectified and pooled
-              over a grid (Coates and Ng, "The Importance of Encoding Versus Training with Sparse
-              Coding and Vector Quantization", 2011).
+    features  Embeddings by the pretrained network that training starts from. Where it starts from
+              random weights: responses to random whitened patches of the images themselves,
+              rectified and pooled over a grid (Coates and Ng, "The Importance of Encoding Versus
+              Training with Sparse Coding and Vector Quantization", 2011).
     folds     K-fold cross-validation: each image is scored by a ridge regression that was fitted
               on the other folds, in closed form, so that K folds cost hardly more than one.
               Duplicates share a fold. The intercept is the share of each class, so that a rare
@@ -80,6 +81,7 @@ def find_label_errors(
     classes: int,
     device: torch.device,
     groups: np.ndarray | None = None,
+    embeddings: np.ndarray | None = None,
     chunk_size: int = CHUNK_SIZE,
 ) -> LabelErrors:
     """Find suspicious labels.
@@ -92,12 +94,17 @@ def find_label_errors(
         device: where features and scores are computed.
         groups: int64 [N], equal for duplicates. No image is scored by a model that was fitted on
             a duplicate of it.
+        embeddings: float32 [N, D], by a pretrained network; they replace the features that are
+            computed from the pixels.
         chunk_size: images whose scores are in memory at once.
     """
     truth = torch.from_numpy(labels[index]).to(device)
     chunks = torch.arange(len(index), device=device).split(chunk_size)
     folds = _assign_folds(index if groups is None else groups[index])
-    features = _compute_features(pixels, index, device)
+    if embeddings is None:
+        features = _compute_features(pixels, index, device)
+    else:
+        features = _normalize_embeddings(embeddings[index], device)
     model = _fit(features, truth, torch.from_numpy(folds).to(device), classes, chunks)
     scale = _fit_scale(model, truth, chunks)
 
@@ -126,6 +133,12 @@ def find_label_errors(
 
 
 # Features
+
+
+def _normalize_embeddings(embeddings: np.ndarray, device: torch.device) -> Tensor:
+    """Return float16 [M, D] of length sqrt(D) each, whatever the scale of the network."""
+    features = normalize(torch.from_numpy(embeddings).to(device), dim=1)
+    return (features * features.shape[1] ** 0.5).half()
 
 
 def _compute_features(pixels: np.ndarray, index: np.ndarray, device: torch.device) -> Tensor:

@@ -5,6 +5,7 @@ the callbacks, reads recipes and creates the objects. `CommandLine` runs nothing
 other modules of the commands call the steps in their order.
 """
 
+import time
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,6 +23,7 @@ from train.data.sources.remote import hide_secrets
 from train.export.config import ExportConfig
 from train.failures import EXIT_STATUS_HELP
 from train.learning.ema import WeightAverage
+from train.learning.fit_config import FIT_MODE_HELP, TIME_BUDGET_HELP, FitConfig, FitMode
 from train.learning.lightning_speed import NoProfiler
 from train.learning.precision import Precision, PrecisionNotice, choose_precision
 from train.learning.system import Classifier
@@ -79,7 +81,8 @@ class CommandLine(LightningCLI):
         Raises UsageError, ValueError or OSError with a one-line message for what the user can
         correct.
         """
-        self._arguments = arguments
+        self._started = time.monotonic()
+        self._arguments = [_expand_time_budget(argument) for argument in arguments]
         parser_settings = dict(PARSER_SETTINGS)
         for name in self.subcommands():
             parser_settings[name] = {"description": COMMAND_DESCRIPTIONS[name]}
@@ -87,7 +90,7 @@ class CommandLine(LightningCLI):
         super().__init__(
             Classifier,
             ImageData,
-            args=arguments,
+            args=self._arguments,
             trainer_class=ImageTrainer,
             parser_class=CommandLineParser,
             auto_configure_optimizers=False,
@@ -151,6 +154,11 @@ class CommandLine(LightningCLI):
             "--fresh",
             action="store_true",
             help="start a new run where an unfinished one could be resumed",
+        )
+        # Not as the group of a class: Lightning has a group of this name in the command fit.
+        parser.add_argument("--fit.mode", type=FitMode, default="plain", help=FIT_MODE_HELP)
+        parser.add_argument(
+            "--fit.time_budget", type=str | None, default=None, help=TIME_BUDGET_HELP
         )
         parser.add_class_arguments(ExportConfig, "export")
         self._add_callbacks(parser)
@@ -244,6 +252,8 @@ class CommandLine(LightningCLI):
             loggers=settings.logger,
             start_checkpoint=settings.ckpt_path,
             weights_only=settings.weights_only,
+            started=self._started,
+            fit=FitConfig(settings.fit.mode, settings.fit.time_budget),
             audit=settings.audit,
             history=settings.history,
             monitor=settings.monitor,
@@ -269,6 +279,12 @@ class CommandLine(LightningCLI):
         """
         trainer = {**recipe["trainer"], "precision": self.requested_precision}
         return {**recipe, "trainer": trainer}
+
+
+def _expand_time_budget(argument: str) -> str:
+    """Return the whole name of the flag --time-budget; any other argument as it is."""
+    flag, equals, value = argument.partition("=")
+    return f"--fit.time_budget{equals}{value}" if flag == "--time-budget" else argument
 
 
 def _add_checkpoint_io(plugins: Any) -> list[Any]:

@@ -43,6 +43,7 @@ EXPECTED_WARNINGS = (
     "Checkpoint directory .* exists and is not empty",  # the run directory
     "The number of training batches .* is smaller than the logging interval",  # epochs are logged
     "It is recommended to use `self.log.*sync_dist",  # logged values are sums over all processes
+    "Found .* in eval mode at the start of training",  # frozen batch norms
     "Grad strides do not match bucket view strides",
 )
 

@@ -1,13 +1,15 @@
 """One training run, from the data to the published bundle: `run` and `fit`.
 
-    open data -> audit -> fit
+    find weights -> open data -> embed -> audit -> probe -> fit
     -> test -> calibrate -> export -> quantize -> certify -> report -> publish
 
 `run_training` calls the first line of steps, and `publish_bundle` the second. Where a run has
 several processes, each of them calls `run_training`, and only the first one publishes.
 """
 
+import json
 import sys
+import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,8 +19,18 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 
 from models.store import Store
 from train.data import DataError, ImageData
+from train.data.cache import replace_text
 from train.export.calibrate import calibrate
+from train.export.candidates import (
+    PROBE_FILE,
+    SavedProbe,
+    describe_choice,
+    fit_and_save_probe,
+    is_better,
+    load_saved_probe,
+)
 from train.export.config import ExportConfig
+from train.export.embedder import embed_data
 from train.export.evaluate import describe_weak_classes, evaluate_parts
 from train.export.pipeline import (
     BundleContents,
@@ -27,22 +39,29 @@ from train.export.pipeline import (
     describe_bundle,
     describe_variants,
     load_best_model,
+    load_model,
     publish,
     set_temperature,
     write_samples,
     write_weights,
 )
 from train.export.report import write_report
-from train.export.steps import ExportSteps, estimate_export_seconds
+from train.export.steps import ExportSteps, estimate_export_seconds, ignore_progress
 from train.export.variants import (
     certify_variants,
     export_fp32,
     quantize_int8,
 )
+from train.learning.fit_config import FitConfig
 from train.learning.lightning_speed import keep_freed_memory, skip_unused_hooks
 from train.learning.system import Classifier
 from train.runs.data_audit import Audit, audit_data
-from train.runs.distributed import connect_processes, run_in_first_process, run_once_per_node
+from train.runs.distributed import (
+    connect_processes,
+    run_in_first_process,
+    run_once_per_node,
+    share_choice,
+)
 from train.runs.history import History
 from train.runs.loggers import build_loggers
 from train.runs.model_checkpoint import ModelCheckpoint
@@ -50,7 +69,10 @@ from train.runs.monitor import Monitor
 from train.runs.progress_bar import ProgressBar
 from train.runs.resume import ResumeCheckpoint, read_data_state
 from train.runs.run_directory import Run, open_run
+from train.runs.time_budget import Plan, measure_epoch, plan_epochs
 from train.runs.trainer import ImageTrainer
+
+PLAN_FILE = "plan.json"  # in the run directory: the epochs that a time budget allows
 
 
 @dataclass(frozen=True)
@@ -70,6 +92,8 @@ class TrainingJob:
     start_checkpoint: str | None  # of another run, from which this one continues
     weights_only: bool  # load that checkpoint without running code that its pickle may hold
 
+    started: float  # of time.monotonic(), when the command began
+    fit: FitConfig
     audit: Audit
     history: History
     monitor: Monitor
@@ -101,14 +125,17 @@ def run_training(job: TrainingJob) -> Path | None:
         find_weights(job, run)
         open_data(job)
         restore_normalization(job, run)
+        embed_images(job, run)
         audit(job, run)
+        probe = fit_probe(job, run)
+        apply_time_budget(job, run, probe)
         fit(job, run)
     except BaseException:
         discard_if_not_started(job, run)
         raise
 
     # The other processes wait: if one of them ended, a launcher would end the first one as well.
-    path = run_in_first_process(job.trainer, lambda: complete_run(job, run))
+    path = run_in_first_process(job.trainer, lambda: complete_run(job, run, probe))
     return Path(path) if path else None
 
 
@@ -119,18 +146,19 @@ def discard_if_not_started(job: TrainingJob, run: Run) -> None:
         run.discard()
 
 
-def complete_run(job: TrainingJob, run: Run) -> str | None:
+def complete_run(job: TrainingJob, run: Run, probe: SavedProbe | None) -> str | None:
     """Publish the bundle and mark the run as finished. Return the directory of the bundle."""
-    path = publish_bundle(job) if job.export.enabled else None
+    path = publish_bundle(job, probe) if job.export.enabled else None
     run.finish()
     return str(path) if path else None
 
 
-def publish_bundle(job: TrainingJob) -> Path:
+def publish_bundle(job: TrainingJob, probe: SavedProbe | None = None) -> Path:
     """Test the best weights, publish them as the next version of the model, return its directory.
 
-    The bundle appears in the store complete or not at all. Prints one line with the test accuracy
-    and the command that serves the model.
+    They are those of the probe, where it is better than the fine-tuned network. The bundle appears
+    in the store complete or not at all. Prints one line with the test accuracy and the command that
+    serves the model.
     """
     data = job.data
     config = job.export
@@ -139,8 +167,17 @@ def publish_bundle(job: TrainingJob) -> Path:
     steps.add("fit", record.fit_seconds)
 
     model = load_best_model(job.trainer, job.system)
+    notes: list[str] = []
     with steps.measure("test") as advance:
         scores = evaluate_parts(model.graph, data, record.device, model.tta, advance)
+        if probe is not None and job.trainer.global_step > 0:
+            keeps_probe = is_better(probe.val, scores.val)
+            notes.append(describe_choice(probe.val, scores.val, keeps_probe))
+            if keeps_probe:
+                model = load_model(job.system, probe.path)
+                scores = evaluate_parts(
+                    model.graph, data, record.device, model.tta, ignore_progress
+                )
     with steps.measure("calibrate"):
         calibration = calibrate(scores.val, scores.unleaked_test, config.calibrate)
         set_temperature(model, calibration)
@@ -152,7 +189,6 @@ def publish_bundle(job: TrainingJob) -> Path:
             fp32 = export_fp32(staged.path, model.graph, data, scores)
 
         files = [fp32]
-        notes: list[str] = []
         if config.quantize.enabled:
             with steps.measure("quantize") as advance:
                 int8, note = quantize_int8(
@@ -252,10 +288,100 @@ def restore_normalization(job: TrainingJob, run: Run) -> None:
         data.use_normalization(*state.normalization)
 
 
+def uses_probe(job: TrainingJob) -> bool:
+    """Whether a linear probe is fitted before the fit."""
+    return job.fit.uses_probe(bool(job.system.weights))
+
+
+def embed_images(job: TrainingJob, run: Run) -> None:
+    """Compute embeddings by the pretrained network, for the audit and the probe.
+
+    The first process keeps them. A resumed run that has its probe, or trains already, needs none.
+    """
+    has_started = run.checkpoint is not None or (run.path / PROBE_FILE).exists()
+    if has_started or not uses_probe(job):
+        return
+    trainer = job.trainer
+    job.system.build_network(trainer, job.data)
+    device = trainer.strategy.root_device
+    run_in_first_process(trainer, lambda: embed_data(job.system, job.data, device))
+
+
 def audit(job: TrainingJob, run: Run) -> None:
     """Search for duplicates, leaked images and suspicious labels; write the report to the run."""
     if job.audit.enabled:
         audit_data(job.trainer, job.data, run.path / "audit")
+
+
+def fit_probe(job: TrainingJob, run: Run) -> SavedProbe | None:
+    """Fit a linear head on the embeddings, which the fit starts from; None without a probe.
+
+    Only the first process has it. The others get its weights when the processes connect their
+    networks.
+    """
+    if not uses_probe(job):
+        return None
+    if job.fit.mode == "probe":
+        set_epochs(job.trainer, 0)
+    if not job.trainer.is_global_zero:
+        return None
+
+    probe = load_saved_probe(job.data, run.path)
+    if probe is not None and run.checkpoint is None:
+        job.system.build_network(job.trainer, job.data)
+        probe.load_into(job.system)
+    if probe is None and job.data.embeddings is not None:
+        probe = fit_and_save_probe(job.system, job.data, run.path)
+        job.progress.console.print(
+            f"linear probe  val accuracy {probe.val.accuracy:.4f}", soft_wrap=True
+        )
+    return probe
+
+
+def set_epochs(trainer: ImageTrainer, epochs: int) -> None:
+    """Run this many epochs instead of those of the settings."""
+    trainer.fit_loop.max_epochs = epochs
+
+
+def apply_time_budget(job: TrainingJob, run: Run, probe: SavedProbe | None) -> None:
+    """Set the number of epochs that the time budget allows; a resumed run keeps its number."""
+    budget = job.fit.budget_seconds
+    if budget is None or job.fit.mode == "probe":
+        return
+    path = run.path / PLAN_FILE
+
+    def load_or_choose() -> dict[str, Any]:
+        if path.exists():
+            return json.loads(path.read_text())
+        plan = choose_epochs(job, budget, probe is not None)
+        epochs = {"epochs": plan.epochs}
+        replace_text(path, json.dumps(epochs))
+        job.progress.console.print(plan.describe(), soft_wrap=True)
+        return epochs
+
+    plan = share_choice(job.trainer, load_or_choose)
+    set_epochs(job.trainer, plan["epochs"])
+
+
+def choose_epochs(job: TrainingJob, budget_seconds: float, has_probe: bool) -> Plan:
+    """Measure a step, and return the number of epochs that end in time."""
+    device = job.trainer.strategy.root_device
+    job.system.build_network(job.trainer, job.data)
+    time_of_epoch = measure_epoch(job.trainer, job.system, job.data)
+    export_seconds = 0.0
+    if job.export.enabled:
+        export_seconds = estimate_export_seconds(
+            job.data, job.export, device, time_of_epoch.evaluated_image
+        )
+    elapsed = time.monotonic() - job.started
+    return plan_epochs(
+        budget_seconds,
+        elapsed,
+        time_of_epoch,
+        export_seconds,
+        job.trainer.max_epochs,
+        has_probe,
+    )
 
 
 def fit(job: TrainingJob, run: Run | None = None) -> None:

@@ -182,6 +182,8 @@ class ImageData(L.LightningDataModule):
 
         self.unreadable: list[UnreadableImage] = []  # filled by `setup`, also where it fails
         self.audit_summary: list[str] | None = None  # findings in words; None without an audit
+        self.embeddings: np.ndarray | None = None  # see `record_embeddings`
+        self.embeddings_key = ""
         self.leaked_test_rows = np.zeros(0, np.int64)  # rows of index["test"]; see `record_audit`
         self._preprocessing: Preprocessing | None = None  # of the weights to start from
         self._workers = workers
@@ -390,6 +392,14 @@ class ImageData(L.LightningDataModule):
         self.mean = list(mean)
         self.std = list(std)
 
+    def record_embeddings(self, embeddings: np.ndarray, key: str) -> None:
+        """Keep embeddings of all images, float32 [N, D], by a pretrained network.
+
+        `key` names the network, its weights and the preprocessing.
+        """
+        self.embeddings = embeddings
+        self.embeddings_key = key
+
     def record_audit(self, leaked_test_positions: Sequence[int], summary: list[str]) -> None:
         """Keep the audit's result: test images with a duplicate in other parts, and its summary."""
         self.leaked_test_rows = np.searchsorted(self.index["test"], leaked_test_positions)
@@ -415,10 +425,21 @@ class ImageData(L.LightningDataModule):
         """All batches of a part for this process alone, in the order of `index`, not augmented."""
         return self._build_loader(part, sharded=False)
 
+    def positions_dataloader(self, positions: np.ndarray) -> BatchLoader:
+        """Batches of these positions [N] of the data set, in their order and not augmented."""
+        order = EpochOrder(positions, batch_size=self.eval_batch_size or 2 * self.batch_size)
+        return self._build_order_loader(order, self.input)
+
     def _build_loader(self, part: str, training: bool = False, sharded: bool = True) -> BatchLoader:
         order = self._build_order(part, training, sharded)
         augmenter = self._build_augmenter() if training else None
         spec = training_spec(self.input) if training else self.input
+        return self._build_order_loader(order, spec, augmenter)
+
+    def _build_order_loader(
+        self, order: EpochOrder, spec: InputSpec, augmenter: Augmenter | None = None
+    ) -> BatchLoader:
+        """Build the loader of an order, from the stored pixels or a stream."""
         labels = self._labels_on_device()
         if self.storage == "stream":
             return StreamBatchLoader(

@@ -104,16 +104,22 @@ class BundleContents:
 
 
 def load_best_model(trainer: ImageTrainer, system: Classifier) -> TrainedModel:
-    """Return the model with the weights of the best checkpoint, or the current ones without one.
+    """Return the model with the weights of the best checkpoint, or the current ones without one."""
+    checkpoint_callback = trainer.checkpoint_callback
+    if isinstance(checkpoint_callback, ModelCheckpoint) and checkpoint_callback.monitor:
+        return load_model(system, checkpoint_callback.best_model_path)
+    return load_model(system, "")
+
+
+def load_model(system: Classifier, checkpoint: str | Path) -> TrainedModel:
+    """Return the model with the weights of a checkpoint; an empty path keeps the current ones.
 
     Mean and deviation come from the system and not from the data, as loaded weights may replace
     them.
     """
     # Convert to float32 first: the best weights may be an average that is kept in float32.
     network = copy.deepcopy(system.network).cpu().float()
-    checkpoint_callback = trainer.checkpoint_callback
-    if isinstance(checkpoint_callback, ModelCheckpoint) and checkpoint_callback.monitor:
-        _load_network_weights(network, checkpoint_callback.best_model_path)
+    _load_network_weights(network, str(checkpoint))
     network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # torch's overloads leave it out
     network.eval()
 

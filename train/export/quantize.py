@@ -34,6 +34,7 @@ OPERATORS = [
 NOISE_IMAGES = 4  # all intermediate tensors are held in memory for them at once
 FLOAT_SHARES = (0.0, 0.1, 0.25, 0.5)  # of the layers that stay in float, tried in this order
 CALIBRATION_BATCH_SIZE = 16
+ROUNDING = 1e-6  # points of accuracy
 
 
 @dataclass
@@ -43,7 +44,8 @@ class QuantizeConfig:
     Args:
         enabled: make an int8 variant and ship it if it passes the gate.
         images: training images that set the ranges of activations.
-        max_loss: points of validation accuracy that int8 may cost.
+        max_loss: points of validation accuracy that int8 may cost. Where that is less than one
+            image of the gate, one image is allowed: fewer can't be told from chance.
         gate_images: largest number of validation images for the gate, and of test images for the
             reported accuracy.
     """
@@ -56,6 +58,11 @@ class QuantizeConfig:
     def __post_init__(self) -> None:
         if self.images < 1 or self.gate_images < 1:
             raise ValueError("quantize.images and quantize.gate_images: give 1 or more")
+
+    def allowed_loss(self, images: int) -> float:
+        """Return the points of accuracy that int8 may cost on this many images."""
+        one_image = 100 / images
+        return self.max_loss if self.max_loss < 0 else max(self.max_loss, one_image)
 
 
 @dataclass(frozen=True)
@@ -79,11 +86,11 @@ class QuantizationResult:
         """Points of accuracy that the last attempt lost on the gate's images."""
         return self.attempts[-1].lost_points
 
-    def describe(self, max_loss: float) -> str:
+    def describe(self, allowed_loss: float) -> str:
         """Return one line for the report: what was shipped, or why nothing was."""
         if self.passed:
             line = f"int8 loses {self.lost_points:.2f} points of validation accuracy "
-            line += f"({max_loss} allowed)"
+            line += f"({allowed_loss:.4g} allowed)"
             if self.float_layers:
                 line += f", with {len(self.float_layers)} layers left in float"
             return line
@@ -95,8 +102,8 @@ class QuantizationResult:
                 "float"
             )
         return (
-            f"int8 is not shipped: it loses more than {max_loss} points of validation accuracy "
-            f"({', '.join(losses)})"
+            f"int8 is not shipped: it loses more than {allowed_loss:.4g} points of validation "
+            f"accuracy ({', '.join(losses)})"
         )
 
 
@@ -106,14 +113,16 @@ def quantize(
     images: np.ndarray,
     measure_accuracy: Callable[[Path], float],
     fp32_accuracy: float,
+    gate_images: int,
     config: QuantizeConfig,
 ) -> QuantizationResult:
     """Write the int8 form of `source` with as few layers in float as the gate allows.
 
     Deletes `target` where no form passes. `images`, uint8 [n,H,W,C], are training images whose
     activations set the ranges. `measure_accuracy` returns the accuracy of a file, 0..1, and
-    `fp32_accuracy` is that of `source` on the same images.
+    `fp32_accuracy` is that of `source` on the same images, `gate_images` of them.
     """
+    allowed_loss = config.allowed_loss(gate_images)
     prepared = target.with_suffix(".prepared")
     ranked_layers: list[str] = []
     attempts: list[QuantizationAttempt] = []
@@ -130,7 +139,7 @@ def quantize(
             _write_int8(prepared, target, images, float_layers)
             lost_points = 100 * (fp32_accuracy - measure_accuracy(target))
             attempts.append(QuantizationAttempt(share, lost_points))
-            if lost_points <= config.max_loss:
+            if lost_points <= allowed_loss + ROUNDING:
                 return QuantizationResult(True, attempts, float_layers)
     finally:
         prepared.unlink(missing_ok=True)

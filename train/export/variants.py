@@ -76,6 +76,7 @@ def quantize_int8(
             load_images(data, "train", training_rows),
             lambda file: score_val(file).accuracy,
             float(scores.val.correct[val_rows].mean()),
+            len(val_rows),
             config,
         )
     except Exception as error:
@@ -84,7 +85,7 @@ def quantize_int8(
         cause = " ".join(str(error).split())[:SHOWN_ERROR_CHARACTERS]
         return None, f"int8 is not shipped: onnxruntime can't quantize this network ({cause})"
 
-    note = result.describe(config.max_loss)
+    note = result.describe(config.allowed_loss(len(val_rows)))
     if not result.passed:
         return None, note
 

@@ -30,6 +30,9 @@ class OptimizerConfig:
         decay_biases: whether biases and norms decay as well.
         bias_lr: learning rate of biases and norms, as a multiple of lr (of others_lr for muon).
         head_lr: learning rate of the last layer's weights, likewise.
+        layer_decay: learning rate of each group of layers, as a multiple of that of the group
+            after it; 0.75 is usual where pretrained weights are fine-tuned, so that the first
+            layers change least (Clark et al., "ELECTRA", 2020; Bao et al., "BEiT", 2022).
         others: for muon: what trains the parameters that are not kernels.
         others_lr: for muon: their learning rate.
         others_momentum: for muon with sgd for the others.
@@ -43,6 +46,7 @@ class OptimizerConfig:
     decay_biases: bool = False
     bias_lr: float = 1.0
     head_lr: float = 1.0
+    layer_decay: float = 1.0
     others: Literal["sgd", "adamw"] = "sgd"
     others_lr: float = 0.1
     others_momentum: float = 0.9
@@ -60,6 +64,9 @@ class OptimizerConfig:
             if not 0 <= value < 1:
                 raise ValueError(f"model.optimizer.{name}: {value} is not in 0..1")
 
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"model.optimizer.layer_decay: {self.layer_decay} is not in 0..1")
+
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"model.optimizer.weight_decay: {self.weight_decay} is not 0 or more")
 
@@ -69,15 +76,31 @@ def build_parameter_groups(network: Network, config: OptimizerConfig) -> list[di
 
     Kernels map features to features: the weights of convolutions, linear layers and attention.
     Their shape does not identify them: layer scales, position embeddings and class tokens have
-    several axes as well. A group's weight decay is divided by its multiple of the learning rate, so
-    that a step takes off the same share in all groups. Empty groups are left out.
+    several axes as well. Their weight decay is divided by their multiple of the learning rate, so
+    that a step takes off the same share of all kinds. With `layer_decay`, each group of layers has
+    groups of its own. Empty groups are left out.
     """
+    if config.layer_decay == 1:
+        return _build_kind_groups(network, list(network.parameters()), config, 1.0)
+
+    layers = network.layer_groups()
+    groups: list[dict[str, Any]] = []
+    for i, parameters in enumerate(layers):
+        multiple = config.layer_decay ** (len(layers) - 1 - i)
+        groups += _build_kind_groups(network, parameters, config, multiple)
+    return groups
+
+
+def _build_kind_groups(
+    network: Network, parameters: list[nn.Parameter], config: OptimizerConfig, multiple: float
+) -> list[dict[str, Any]]:
+    """Group these parameters by their kind; `multiple` is that of all their learning rates."""
     head_weight = network.head.weight
     kernel_ids = {id(weight) for weight in _kernel_weights(network)}
     kernels: list[Tensor] = []
     vectors: list[Tensor] = []
     heads: list[Tensor] = []
-    for parameter in network.parameters():
+    for parameter in parameters:
         if not parameter.requires_grad:
             continue
         if parameter is head_weight:
@@ -88,12 +111,13 @@ def build_parameter_groups(network: Network, config: OptimizerConfig) -> list[di
             vectors.append(parameter)
 
     is_muon = config.name == "muon"
-    decay = config.weight_decay
-    other_lr = config.others_lr if is_muon else config.lr
+    decay = config.weight_decay  # in proportion to `multiple`: pretrained layers hardly shrink
+    lr = config.lr * multiple
+    other_lr = config.others_lr * multiple if is_muon else lr
 
     kernel_group: dict[str, Any] = {
         "params": kernels,
-        "lr": config.lr,
+        "lr": lr,
         "weight_decay": 0.0 if is_muon else decay,
     }
     if is_muon:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from models import networks
@@ -60,6 +60,10 @@ class Classifier(L.LightningModule):
             none for random weights.
         optimizer: which optimizer, and its learning rates.
         schedule: learning rate over the steps.
+        frozen_share: share of the groups of layers, from the first one on, that are not trained.
+            They are not run backwards, which saves a large part of the time of a step.
+        freeze_batch_norm: use the statistics of batch norms and do not update them: those of
+            pretrained weights are better than those of small batches or few images.
         label_smoothing: share of the label that is spread over all classes, in training.
         weigh_classes: weigh the loss by the inverse frequency of each class, in training; by
             default where the largest class has at least 10 times the images of the smallest, and
@@ -82,6 +86,8 @@ class Classifier(L.LightningModule):
         weights: str | None = None,
         optimizer: OptimizerConfig = ADAMW,
         schedule: ScheduleConfig = CONSTANT_RATE,
+        frozen_share: float = 0.0,
+        freeze_batch_norm: bool = False,
         label_smoothing: float = 0.0,
         weigh_classes: bool | None = None,
         channels_last: bool = False,
@@ -96,6 +102,11 @@ class Classifier(L.LightningModule):
                 "label"
             )
 
+        if not 0 <= frozen_share < 1:
+            raise ValueError(
+                f"model.frozen_share: {frozen_share} is not in 0..1; it is a share of the layers"
+            )
+
         # Left out: what does not change the model.
         self.save_hyperparameters(ignore=["weights", "channels_last", "compile", "tta"])
         self.name = network
@@ -104,6 +115,8 @@ class Classifier(L.LightningModule):
         self.is_checkpoint_expected = False
         self.optimizer = optimizer
         self.schedule = schedule
+        self.frozen_share = frozen_share
+        self.freeze_batch_norm = freeze_batch_norm
         self.label_smoothing = label_smoothing
         self.weigh_classes = weigh_classes
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -148,6 +161,12 @@ class Classifier(L.LightningModule):
         for part, values in totals.items():
             self.sums[part] = EpochSums(values.to(self.device))
 
+    def build_network(self, trainer: L.Trainer, data: ImageData) -> None:
+        """Build the network before `fit`, for steps that need it earlier, such as the probe."""
+        self.trainer = trainer
+        trainer.datamodule = data  # type: ignore[attr-defined]  # Lightning sets it in `fit`
+        self.setup("fit")
+
     def setup(self, stage: str) -> None:
         """Build the network for the data and load or prepare its weights."""
         if hasattr(self, "network"):
@@ -173,10 +192,32 @@ class Classifier(L.LightningModule):
         elif is_training and self.network.prepare:
             self.network.prepare(self.normalize(data.training_images(PREPARE_IMAGES)))
 
+        if is_training:
+            self._freeze_first_layers()
+            self.train()
         self.network.to(memory_format=self.layout)  # type: ignore[call-overload]  # torch's overloads leave it out
         if self.compile_mode != "off":
             # The network and not this module, as self.log does not work in a compiled module.
             self.network.compile(mode=self.compile_mode)
+
+    def _freeze_first_layers(self) -> None:
+        groups = self.network.layer_groups()
+        count = min(round(self.frozen_share * len(groups)), len(groups) - 1)  # never the head
+        for group in groups[:count]:
+            for parameter in group:
+                parameter.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "Classifier":
+        """Switch to training, or to evaluation; batch norms that are frozen stay in evaluation."""
+        super().train(mode)
+        if not mode or not hasattr(self, "network"):
+            return self
+        for module in self.network.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                is_frozen = module.weight is not None and not module.weight.requires_grad
+                if is_frozen or self.freeze_batch_norm:
+                    module.eval()
+        return self
 
     def _is_weighing_classes(self, is_training: bool) -> bool:
         """Whether the loss is weighed by class; prints a line where the data decides it."""

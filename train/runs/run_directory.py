@@ -36,6 +36,7 @@ DECISIVE_SETTINGS = (
     "seed_everything",
     "data",
     "model",
+    "fit",
     "ema",
     "early_stopping",
     "checkpoint",
