@@ -9,8 +9,7 @@ One function a format reads its header: JPEG, PNG, GIF, WebP, AVIF, BMP and TIFF
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from models.image import tiff
 from models.image.avif import AvifImage, has_avif_brand, read_avif
@@ -20,8 +19,7 @@ from models.image.jpeg_scans import JpegFrame
 DAMAGED = "the image header is cut short or damaged"
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+class Header(NamedTuple):
     """Format, size and memory of one image, as far as its header states them."""
 
     format: Literal["jpeg", "png", "webp", "avif", "bmp", "gif", "tiff"]
@@ -171,7 +169,10 @@ _MULTI_PICTURE = b"MPF\0"
 
 _PROGRESSIVE_FRAMES = frozenset((_SOF2, _SOF6, _SOF10, _SOF14))
 _NOT_FRAMES = frozenset((_DHT, _JPG, _DAC))  # among the markers from SOF0 to SOF15
+_STAND_ALONE = frozenset((_TEM, *range(_RST0, _RST7 + 1)))  # markers without a segment
+_FRAMES = frozenset(range(_SOF0, _SOF15 + 1)) - _NOT_FRAMES
 _INVALID_BEFORE_SCAN = frozenset((_STUFFING, _SOI, _EOI, _SOS))
+_FRAME_SIZE = struct.Struct(">HHB")  # height, width, components
 _MAX_SEGMENTS = 1000  # before the first scan; a colour profile takes up to 255
 _MAX_FILL_BYTES = 1000
 _MAX_SCANS = 100  # progressive encoders write about ten; each costs a pass over the picture
@@ -190,30 +191,30 @@ def _parse_jpeg(data: bytes) -> Header:
 
     for _ in range(_MAX_SEGMENTS):
         marker, position = _read_jpeg_marker(data, position)
-        if marker == _TEM or _RST0 <= marker <= _RST7:
+        if marker in _STAND_ALONE:
             continue
         length = data[position] << 8 | data[position + 1]
         if marker == _SOS and frame:
             break
 
-        is_frame = _SOF0 <= marker <= _SOF15 and marker not in _NOT_FRAMES
         if marker in _INVALID_BEFORE_SCAN or length < 2:
             raise UndecodableImage(DAMAGED)
-        if is_frame and frame:  # a second frame would hide the size of the first
-            raise UndecodableImage(DAMAGED)
-        if is_frame:
+        if marker in _FRAMES:
+            if frame:  # a second frame would hide the size of the first
+                raise UndecodableImage(DAMAGED)
             frame = position
-        if marker == _APP1 and not exif and data.startswith(_EXIF, position + 2):
-            exif = data[position + 2 : position + length]
-        if marker == _DRI:
+        elif marker == _APP1:
+            if not exif and data.startswith(_EXIF, position + 2):
+                exif = data[position + 2 : position + length]
+        elif marker == _APP2:
+            has_index = has_index or data.startswith(_MULTI_PICTURE, position + 2)
+        elif marker == _DRI:
             has_restarts = True
-        if marker == _APP2 and data.startswith(_MULTI_PICTURE, position + 2):
-            has_index = True
         position += length
     else:
         raise UndecodableImage(f"the jpeg has more than {_MAX_SEGMENTS} segments before its pixels")
 
-    height, width, frame_components = struct.unpack_from(">HHB", data, frame + 3)
+    height, width, frame_components = _FRAME_SIZE.unpack_from(data, frame + 3)
     scan_components = data[position + 2]
     is_progressive = data[frame - 1] in _PROGRESSIVE_FRAMES
     # Decoders stop after the first scan of any other frame.
@@ -267,9 +268,12 @@ def _read_jpeg_marker(data: bytes, position: int) -> tuple[int, int]:
     """Return the marker at `position` and the position after it; 0xFF fill bytes may precede it."""
     if data[position] != 0xFF:
         raise UndecodableImage(DAMAGED)
+    marker = data[position + 1]
+    position += 2
     for _ in range(_MAX_FILL_BYTES):
-        if data[position] != 0xFF:
-            return data[position], position + 1
+        if marker != 0xFF:
+            return marker, position
+        marker = data[position]
         position += 1
     raise UndecodableImage(DAMAGED)
 
