@@ -1,10 +1,13 @@
 """Pipelined requests, in pieces of any size: each gets its answer in order and affects no other."""
 
+import base64
 import contextlib
+import json
 import os
 import re
 import signal
 import socket
+import struct
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -365,3 +368,24 @@ def test_status_405_names_the_allowed_method(server):
     assert response.status_code == 405
     assert response.headers["allow"] == "POST"
     assert server.http.post("/model").headers["allow"] == "GET"
+
+
+def test_a_client_that_resets_pipelined_requests_leaves_no_traceback(server):
+    """The first request is answered when it has no connection any more."""
+    data = [base64.b64encode(IMAGE).decode()]
+    tensor = {"name": "image", "datatype": "BYTES", "shape": [1], "data": data}
+    body = json.dumps({"inputs": [tensor]}).encode()
+    infer = b"POST /v2/models/colours/infer HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
+    log_size = server.log.stat().st_size
+
+    with suspended_workers(server):
+        connection = connect(server)
+        send_piece(connection, infer % len(body) + body + build_get(b"/docs"))
+        wait_until(lambda: server.metric("imago_pending_images") == 1)
+        no_linger = struct.pack("ii", 1, 0)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, no_linger)
+        connection.close()  # sends RST instead of FIN
+        assert server.is_live()  # asked after the server has seen the reset
+
+    wait_until(lambda: server.metric("imago_pending_images") == 0)
+    assert b"Traceback" not in server.log.read_bytes()[log_size:]
