@@ -15,10 +15,11 @@ from models.bundle.errors import BundleError
 from models.bundle.files import read_file
 from models.image import InputSpec
 
-FORMAT = 2
+FORMAT = 3
 """Grows with each new field, as readers refuse unknown ones. Older formats stay readable.
 
 2: calibration and baseline of each variant.
+3: corrections of the data.
 """
 
 MANIFEST_FILE = "manifest.json"
@@ -184,12 +185,20 @@ class Metrics(_Part):
     )
 
 
+class CorrectionCounts(_Part):
+    """Corrections by the user that were applied to the data."""
+
+    relabelled: int = Field(default=0, ge=0, description="images with another label")
+    left_out: int = Field(default=0, ge=0, description="images that are in no part")
+
+
 class DataInfo(_Part):
     """The data set of the training run."""
 
     source: str
     digest: str = Field(description="sha256 over the pixels or files and labels")
     counts: dict[str, int] = Field(description="images of train, val and test")
+    corrections: CorrectionCounts = CorrectionCounts()
 
 
 class Provenance(_Part):

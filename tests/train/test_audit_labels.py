@@ -76,3 +76,19 @@ def test_the_chunk_size_does_not_change_the_result():
     assert len(whole.index) > 10
     assert chunked.index.tolist() == whole.index.tolist()
     assert chunked.suggested.tolist() == whole.suggested.tolist()
+
+
+def test_embeddings_replace_the_features_of_the_pixels():
+    """Pixels that show nothing leave the labels unchecked; embeddings find the wrong ones."""
+    images, truth = load_digits(return_X_y=True)
+    blank = np.zeros((len(truth), 8, 8, 1), np.uint8)
+    wrong = truth.copy()
+    wrong[:20] = (wrong[:20] + 5) % 10
+    index = np.arange(len(truth))[::-1].copy()
+
+    unchecked = find_label_errors(blank, wrong, index, 10, CPU)
+    errors = find_label_errors(blank, wrong, index, 10, CPU, embeddings=images.astype(np.float32))
+
+    assert not unchecked.is_checked
+    assert errors.accuracy > 0.85
+    assert len(set(errors.index[:30].tolist()) & set(range(20))) >= 12

@@ -8,12 +8,14 @@ import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
+
 from train.audit.findings import Findings, list_left_out, shows_mirror_images
 from train.data import ImageData
 from train.data.cache import replace_text
 from train.data.source import PARTS
 
-LAYOUT_VERSION = 5  # of the findings; increase it when they change
+LAYOUT_VERSION = 6  # of the findings; increase it when they change
 
 
 def load_cached_findings(data: ImageData) -> Findings | None:
@@ -49,6 +51,7 @@ def _cache_path(data: ImageData) -> Path | None:
         hashlib.sha256(names.encode()).hexdigest(),
         data.source,
         list_left_out(data),
+        np.flatnonzero(data.dataset.reviewed).tolist(),
         {part: data.index[part].tolist() for part in PARTS},
         data.input.model_dump(),
         shows_mirror_images(data),

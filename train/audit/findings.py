@@ -33,6 +33,7 @@ class ImageEntry(TypedDict):
     file: str
     part: str
     label: str
+    reviewed: bool  # whether the user has corrected or kept it
 
 
 class PairEntry(TypedDict):
@@ -41,6 +42,7 @@ class PairEntry(TypedDict):
     first: ImageEntry
     second: ImageEntry
     likeness: float  # 0..1, 1 for exact duplicates
+    reviewed: bool  # whether both images are
 
 
 class DuplicateFindings(TypedDict):
@@ -49,7 +51,8 @@ class DuplicateFindings(TypedDict):
     count: int  # pairs
     across_parts: int
     other_label: int  # pairs of different labels
-    pairs: list[PairEntry]  # pairs across parts first, then the closest
+    reviewed: int  # pairs
+    pairs: list[PairEntry]  # reviewed ones last; pairs across parts first, then the closest
 
 
 class NearDuplicateFindings(DuplicateFindings):
@@ -83,7 +86,8 @@ class UnusualFindings(TypedDict):
     sizes: dict[str, int]  # the most frequent sizes, such as 640x480 -> images
     different_sizes: int
     count: int  # unusual images
-    images: list[UnusualEntry]
+    reviewed: int  # of them
+    images: list[UnusualEntry]  # reviewed ones last
 
 
 class SampleBitsFindings(TypedDict):
@@ -109,14 +113,17 @@ class LabelFindings(TypedDict):
     largest_share: float  # of the images that belong to the largest class, 0..1
     checked: bool  # False where the model is not better than always predicting that class
     count: int
-    suspects: list[SuspectEntry]  # the most suspicious first
+    reviewed: int  # of them
+    suspects: list[SuspectEntry]  # the most suspicious first, reviewed ones last
 
 
 class UnreadableEntry(TypedDict):
     """A file that can't be read."""
 
     file: str
+    label: str
     problem: str
+    reviewed: bool
 
 
 class LeftOutEntry(TypedDict):
@@ -177,7 +184,7 @@ def collect_findings(data: ImageData) -> Findings:
         "left_out": list_left_out(data),
         "exact_duplicates": _describe_pairs(data, parts, duplicates.exact),
         "near_duplicates": near_duplicates,
-        "leakage": find_leaks(parts, duplicates),
+        "leakage": find_leaks(parts, duplicates, data.dataset.reviewed),
         "class_counts": _count_classes(data),
         "odd": _find_unusual_images(data, parts),
         "sample_bits": _count_sample_bits(data),
@@ -202,8 +209,22 @@ def shows_mirror_images(data: ImageData) -> bool:
 
 
 def _list_unreadable(data: ImageData) -> list[UnreadableEntry]:
-    """Return the files that are left out."""
-    return [{"file": name, "problem": problem} for name, problem in data.unreadable]
+    """Return the files that can't be read, reviewed ones last."""
+    positions = data.unreadable_positions()
+    labels = data.dataset.labels[positions]
+    reviewed = data.dataset.reviewed[positions]
+    entries: list[UnreadableEntry] = []
+    for u in np.argsort(reviewed, kind="stable").tolist():
+        name, problem = data.unreadable[u]
+        entries.append(
+            {
+                "file": name,
+                "label": data.classes[labels[u]],
+                "problem": problem,
+                "reviewed": bool(reviewed[u]),
+            }
+        )
+    return entries
 
 
 def list_left_out(data: ImageData) -> list[LeftOutEntry]:
@@ -228,28 +249,32 @@ def _describe_image(data: ImageData, parts: np.ndarray, i: int) -> ImageEntry:
         "file": data.dataset.items.name(int(i)),
         "part": str(parts[i]),
         "label": data.classes[data.dataset.labels[i]],
+        "reviewed": bool(data.dataset.reviewed[i]),
     }
 
 
 def _describe_pairs(data: ImageData, parts: np.ndarray, pairs: Pairs) -> DuplicateFindings:
-    """Count pairs of duplicates, and list those across parts first."""
+    """Count pairs of duplicates; list those across parts first, and reviewed ones last."""
     labels = data.dataset.labels
+    reviewed = data.dataset.reviewed[pairs.first] & data.dataset.reviewed[pairs.second]
     across_parts = parts[pairs.first] != parts[pairs.second]
     other_label = labels[pairs.first] != labels[pairs.second]
 
     entries: list[PairEntry] = []
-    for p in np.argsort(~across_parts, kind="stable")[:LISTED].tolist():
+    for p in np.lexsort((~across_parts, reviewed))[:LISTED].tolist():
         entries.append(
             {
                 "first": _describe_image(data, parts, pairs.first[p]),
                 "second": _describe_image(data, parts, pairs.second[p]),
                 "likeness": round(float(pairs.similarity[p]), 3),
+                "reviewed": bool(reviewed[p]),
             }
         )
     return {
         "count": len(pairs.first),
         "across_parts": int(across_parts.sum()),
         "other_label": int(other_label.sum()),
+        "reviewed": int(reviewed.sum()),
         "pairs": entries,
     }
 
@@ -294,8 +319,9 @@ def _find_unusual_images(data: ImageData, parts: np.ndarray) -> UnusualFindings:
     unusual_mode = (mode_counts / len(index) < UNUSUAL_MODE_SHARE)[mode_of_image]
 
     entries: list[UnusualEntry] = []
-    unusual = np.flatnonzero(unusual_size | unusual_mode).tolist()
-    for j in unusual[:LISTED]:
+    unusual = np.flatnonzero(unusual_size | unusual_mode)
+    reviewed = data.dataset.reviewed[index[unusual]]
+    for j in unusual[np.argsort(reviewed, kind="stable")][:LISTED].tolist():
         reasons = []
         if unusual_size[j]:
             reasons.append(f"size {int(width[j])}x{int(height[j])}")
@@ -313,6 +339,7 @@ def _find_unusual_images(data: ImageData, parts: np.ndarray) -> UnusualFindings:
         "sizes": {f"{sizes[s][0]}x{sizes[s][1]}": int(size_counts[s]) for s in most_frequent},
         "different_sizes": len(sizes),
         "count": len(unusual),
+        "reviewed": int(reviewed.sum()),
         "images": entries,
     }
 
@@ -348,8 +375,9 @@ def _check_labels(data: ImageData, parts: np.ndarray, duplicates: Duplicates) ->
         duplicates.groups(),
         data.embeddings,
     )
+    reviewed = data.dataset.reviewed[errors.index]
     entries: list[SuspectEntry] = []
-    for s in range(min(LISTED, len(errors.index))):
+    for s in np.argsort(reviewed, kind="stable")[:LISTED].tolist():
         image = _describe_image(data, parts, errors.index[s])
         suggested = data.classes[errors.suggested[s]]
         confidence = round(float(errors.confidence[s]), 3)
@@ -359,5 +387,6 @@ def _check_labels(data: ImageData, parts: np.ndarray, duplicates: Duplicates) ->
         "largest_share": round(errors.largest_share, 4),
         "checked": errors.is_checked,
         "count": len(errors.index),
+        "reviewed": int(reviewed.sum()),
         "suspects": entries,
     }

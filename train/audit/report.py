@@ -47,7 +47,7 @@ def apply_findings(data: ImageData, findings: Findings) -> None:
 def write_refusal(data: ImageData, problem: str, out: str | Path) -> None:
     """Write the report of data that `setup` refused after it had decoded all images."""
     refusal = describe_refusal(data, problem)
-    _write_report(out, refusal, render_refusal(refusal))
+    _write_report(out, refusal, render_refusal(refusal, data))
 
 
 def _write_report(out: str | Path, content: Findings | Refusal, page: str) -> None:

@@ -2,8 +2,17 @@
 
 from models.image.input_spec import SIXTEEN_BITS
 from train.audit.duplicates import MIN_SIDE
-from train.audit.findings import DuplicateFindings, Findings, LabelFindings, SampleBitsFindings
+from train.audit.findings import (
+    DuplicateFindings,
+    Findings,
+    LabelFindings,
+    SampleBitsFindings,
+    UnusualFindings,
+)
 from train.audit.leakage import Leak
+
+# Findings that the user can review one by one.
+Reviewable = Leak | DuplicateFindings | LabelFindings | UnusualFindings
 
 FEW_SAMPLE_BITS = 12  # of 16; images that use no more are nearly black
 LISTED_CLASSES = 10  # classes with few images that a line names
@@ -27,10 +36,8 @@ def summarize(findings: Findings) -> list[str]:
         )
 
     near = findings["near_duplicates"]
-    if findings["exact_duplicates"]["count"]:
-        lines.append(_summarize_duplicates(findings["exact_duplicates"], "exact"))
-    if near["count"]:
-        lines.append(_summarize_duplicates(near, "near"))
+    lines += _summarize_duplicates(findings["exact_duplicates"], "exact")
+    lines += _summarize_duplicates(near, "near")
     if not near["looked_for"]:
         lines.append(
             f"near duplicates are not searched: that needs images of {MIN_SIDE} pixels a side or "
@@ -46,8 +53,10 @@ def summarize(findings: Findings) -> list[str]:
     if small_classes:
         listed = [f"{row['label']} ({row['train']})" for row in small_classes[:LISTED_CLASSES]]
         lines.append("few images: " + ", ".join(listed))
-    if findings["odd"]["count"]:
-        lines.append(f"{format_count(findings['odd']['count'], 'image')} of unusual size or mode")
+    unusual = findings["odd"]
+    if count_new(unusual):
+        images = format_count(unusual["count"], "image")
+        lines.append(f"{images} of unusual size or mode{describe_reviewed(unusual)}")
     lines += _summarize_sample_bits(findings["sample_bits"])
     lines += _summarize_labels(findings["labels"])
     return lines
@@ -56,6 +65,16 @@ def summarize(findings: Findings) -> list[str]:
 def format_count(count: int, noun: str) -> str:
     """Return a number with its noun, such as `1 image` or `2 images`."""
     return f"{count} {pluralize(noun, count)}"
+
+
+def count_new(findings: Reviewable) -> int:
+    """Return the number of findings that the user has not reviewed."""
+    return findings["count"] - findings["reviewed"]
+
+
+def describe_reviewed(findings: Reviewable) -> str:
+    """Return how many of the findings are reviewed, to follow their number; empty for none."""
+    return f", {findings['reviewed']} reviewed" if findings["reviewed"] else ""
 
 
 def pluralize(noun: str, count: int) -> str:
@@ -93,16 +112,20 @@ def _summarize_leak(leak: Leak, part: str) -> str:
     """Return the first half of a line; the caller names the part with the duplicates."""
     images = format_count(leak["count"], f"{part} image")
     verb = "has" if leak["count"] == 1 else "have"
-    return f"WARNING: {images} ({leak['share']:.1%}) {verb} an exact or near duplicate "
+    warning = "WARNING: " if count_new(leak) else ""
+    share = f"{leak['share']:.1%}{describe_reviewed(leak)}"
+    return f"{warning}{images} ({share}) {verb} an exact or near duplicate "
 
 
-def _summarize_duplicates(duplicates: DuplicateFindings, kind: str) -> str:
-    """Return a line on the pairs of duplicates of one kind."""
+def _summarize_duplicates(duplicates: DuplicateFindings, kind: str) -> list[str]:
+    """Return a line on the pairs of duplicates of one kind, where some are new."""
+    if not count_new(duplicates):
+        return []
     pairs = format_count(duplicates["count"], f"{kind} duplicate")
     line = f"{pairs}, {duplicates['across_parts']} across parts"
     if duplicates["other_label"]:
         line += f", {duplicates['other_label']} with different labels"
-    return line
+    return [line + describe_reviewed(duplicates)]
 
 
 def _summarize_labels(labels: LabelFindings) -> list[str]:
@@ -113,7 +136,8 @@ def _summarize_labels(labels: LabelFindings) -> list[str]:
             f"accuracy, not more than always predicting the largest class "
             f"({labels['largest_share']:.1%})"
         ]
-    if not labels["count"]:
+    if not count_new(labels):
         return []
     suspects = format_count(labels["count"], "suspicious label")
-    return [f"{suspects} to check, by a simple model of {labels['accuracy']:.0%} accuracy"]
+    line = f"{suspects} to check, by a simple model of {labels['accuracy']:.0%} accuracy"
+    return [line + describe_reviewed(labels)]

@@ -1,24 +1,63 @@
 """The command audit: audit the data that training would use, without training.
 
-python -m train audit DATA [--recipe R] [--out DIR] [fit flags]
+python -m train audit DATA [--recipe R] [--out DIR] [--serve [--host H] [--port P]] [fit flags]
 """
 
+import os
+from dataclasses import dataclass
 from pathlib import Path
 
 from train import audit
+from train.audit.server import DEFAULT_HOST, DEFAULT_PORT, AuditServer
+from train.cli.recipes import UsageError, extract_flag
 from train.data import DataError, ImageData
+from train.data.corrections import explain_missing_location
 
 REPORTS = Path("artifacts/audit")
+MAX_PORT = 65535
 
 
-def run_audit_command(data: ImageData, report_directory: str | None) -> None:
-    """Audit the data, write the report and print its paths.
+@dataclass(frozen=True)
+class AuditOptions:
+    """Flags that only this command has."""
+
+    report_directory: str | None
+    is_served: bool
+    host: str
+    port: int
+
+
+def extract_audit_options(arguments: list[str]) -> tuple[AuditOptions, list[str]]:
+    """Return the flags of this command, and the other arguments. Raises UsageError."""
+    directory, arguments = extract_flag(arguments, "--out")
+    host, arguments = extract_flag(arguments, "--host")
+    port, arguments = extract_flag(arguments, "--port")
+    is_served = "--serve" in arguments
+    if (host or port) and not is_served:
+        raise UsageError("--host and --port belong to --serve; add it")
+    options = AuditOptions(directory, is_served, host or DEFAULT_HOST, _parse_port(port))
+    return options, [argument for argument in arguments if argument != "--serve"]
+
+
+def _parse_port(text: str | None) -> int:
+    if text is None:
+        return DEFAULT_PORT
+    if not (text.isascii() and text.isdigit() and int(text) <= MAX_PORT):
+        raise UsageError(f"--port {text}: not a number in 0..{MAX_PORT}")
+    return int(text)
+
+
+def run_audit_command(data: ImageData, options: AuditOptions) -> None:
+    """Audit the data, write the report and print its paths; then serve the page where asked for.
 
     Raises DataError with a one-line message for data that can't be used. If some of its files are
     unreadable, a report that lists them is written first.
     """
     data.allow_unreadable(1.0)  # the report lists them
-    directory = Path(report_directory or REPORTS / data.dataset.name)
+    data.allow_missing_corrections()
+    if options.is_served:
+        _check_corrections_writable(data)
+    directory = Path(options.report_directory or REPORTS / data.dataset.name)
     try:
         data.setup()
     except DataError as error:
@@ -32,7 +71,36 @@ def run_audit_command(data: ImageData, report_directory: str | None) -> None:
     if not has_losses and not audit.summarize(findings):
         print("audit: no findings")
     _print_paths(directory)
+    if options.is_served:
+        _serve(data, findings, options)
 
 
 def _print_paths(directory: Path) -> None:
     print(f"audit: {directory / 'index.html'} and {directory / 'audit.json'}")
+
+
+def _check_corrections_writable(data: ImageData) -> None:
+    """Raise DataError where corrections can't be saved, before the audit takes its time."""
+    file = data.corrections_file
+    if file is None:
+        raise DataError(f"--serve: {explain_missing_location(data.dataset, data.corrections)}")
+    directory = file.resolve().parent
+    if not directory.is_dir():
+        raise DataError(f"data.corrections: {directory}: no such folder; create it")
+    if not os.access(directory, os.W_OK):
+        raise DataError(
+            f"{directory}: not writable, so corrections can't be saved there; give a file "
+            "elsewhere: --data.corrections PATH"
+        )
+
+
+def _serve(data: ImageData, findings: audit.Findings, options: AuditOptions) -> None:
+    """Serve the page until the process is interrupted."""
+    editor = audit.CorrectionEditor(data)
+    page = audit.render_page(findings, data)
+    with AuditServer(page, editor, options.host, options.port) as server:
+        print(
+            f"audit: {server.url} saves corrections to {editor.file}; stop it with Ctrl-C",
+            flush=True,
+        )
+        server.serve_forever()

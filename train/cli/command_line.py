@@ -42,7 +42,8 @@ from train.runs.trainer import ImageTrainer
 RUNS = Path("artifacts/runs")
 DESCRIPTION = (
     "run DATA trains with the recipe named like the data, as fit does, and publishes a bundle. "
-    "audit DATA [--out DIR] reports broken, duplicate and leaked images. find-lr DATA and "
+    "audit DATA [--out DIR] reports broken, duplicate, leaked and mislabelled images; with "
+    "--serve [--port 8010] its page saves corrections beside the data. find-lr DATA and "
     "find-batch-size DATA suggest a learning rate and a batch size. launch runs several processes, "
     "as torchrun does. The commands below are Lightning's, each with all flags."
 )

@@ -14,10 +14,10 @@ from contextlib import contextmanager
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from train.cli.audit_command import run_audit_command
+from train.cli.audit_command import extract_audit_options, run_audit_command
 from train.cli.command_line import CommandLine
 from train.cli.evaluation import run_evaluation
-from train.cli.recipes import UsageError, expand_data_command, extract_flag
+from train.cli.recipes import UsageError, expand_data_command
 from train.cli.run import run_training
 from train.cli.tuner import find_batch_size, find_learning_rate
 from train.failures import (
@@ -123,13 +123,13 @@ def run(arguments: list[str]) -> CommandLine:
 
 
 def run_audit(arguments: list[str]) -> CommandLine:
-    """Run `audit DATA [--out DIR] [fit flags]`."""
-    report_directory, arguments = extract_flag(arguments, "--out")
+    """Run `audit DATA [--out DIR] [--serve] [fit flags]`."""
+    options, arguments = extract_audit_options(arguments)
     command_line = CommandLine(data_arguments("audit", arguments))
     check_no_checkpoint("audit", command_line)
     command_line.find_weights()
     with explain_errors(command_line):
-        run_audit_command(command_line.datamodule, report_directory)
+        run_audit_command(command_line.datamodule, options)
     return command_line
 
 

@@ -21,6 +21,7 @@ from models.image.input_spec import SIXTEEN_BITS
 from models.networks.pretrained import Preprocessing
 from train.data.augment import Augmentation, Augmenter
 from train.data.cache import DecodedImages, load_decoded_images
+from train.data.corrections import apply_corrections, locate_corrections, read_corrections
 from train.data.input_size import choose_input_spec, thumbnail_spec, training_spec
 from train.data.loader import BatchLoader, MemoryBatchLoader, StreamBatchLoader
 from train.data.memory import Memory, Storage, choose_storage, measure_free_memory
@@ -108,6 +109,9 @@ class ImageData(L.LightningDataModule):
         significant_bits: bits that the samples of 16-bit images use, 8 to 16: 12 for many cameras
             and scanners; by default as few as hold the samples of the training images. The
             service reads images in the same way.
+        corrections: file that keeps, relabels or leaves out single images, as the audit's page
+            writes it; by default corrections.csv in the folder of the data, or
+            photos.corrections.csv beside photos.csv; empty for none.
     """
 
     # `setup` sets these:
@@ -144,6 +148,7 @@ class ImageData(L.LightningDataModule):
         max_unreadable: float = 0.05,
         max_pixels: int = MAX_PIXELS,
         significant_bits: int | None = None,
+        corrections: str | None = None,
     ):
         super().__init__()
         _check_between("val_fraction", val_fraction)
@@ -179,6 +184,7 @@ class ImageData(L.LightningDataModule):
         self.max_unreadable = max_unreadable
         self.max_pixels = max_pixels
         self.significant_bits = significant_bits
+        self.corrections = corrections
 
         self.unreadable: list[UnreadableImage] = []  # filled by `setup`, also where it fails
         self.audit_summary: list[str] | None = None  # findings in words; None without an audit
@@ -187,6 +193,7 @@ class ImageData(L.LightningDataModule):
         self.leaked_test_rows = np.zeros(0, np.int64)  # rows of index["test"]; see `record_audit`
         self._preprocessing: Preprocessing | None = None  # of the weights to start from
         self._workers = workers
+        self._may_create_corrections = False
         self._ready = False
         self._tensors: dict[tuple[str, torch.device], Tensor] = {}  # moved to a device once
 
@@ -225,9 +232,26 @@ class ImageData(L.LightningDataModule):
 
     @cached_property
     def dataset(self) -> LabelledImages:
-        """The data set as its source holds it, before the split."""
+        """The data set before the split, with its corrections. Raises DataError."""
         is_first_on_node = self.trainer is None or self.trainer.local_rank == 0
-        return open_source(self._location, self.root, self.cache, refresh=is_first_on_node)
+        dataset = open_source(self._location, self.root, self.cache, refresh=is_first_on_node)
+        file = locate_corrections(dataset, self.corrections)
+        if file is None:
+            return dataset
+        try:
+            return apply_corrections(dataset, read_corrections(file), file)
+        except FileNotFoundError as error:
+            if self.corrections is None or self._may_create_corrections:
+                return dataset
+            raise DataError(
+                f"data.corrections: {error}; the audit can create it: python -m train audit DATA "
+                "--serve"
+            ) from error
+
+    @property
+    def corrections_file(self) -> Path | None:
+        """The file of the corrections, which may not exist yet; None where there can be none."""
+        return locate_corrections(self.dataset, self.corrections)
 
     def setup(self, stage: str | None = None) -> None:
         """Decode, split and measure the images. Raises DataError where they can't be used."""
@@ -262,7 +286,10 @@ class ImageData(L.LightningDataModule):
         self._report_missing_classes()
         self.use_normalization(*self._choose_normalization())
         self.digest = data_digest(
-            self.decoded.metadata["sha256"], self.dataset.labels, self.dataset.classes
+            self.decoded.metadata["sha256"],
+            self.dataset.labels,
+            self.dataset.classes,
+            self.dataset.excluded,
         )
         self._ready = True
 
@@ -300,8 +327,13 @@ class ImageData(L.LightningDataModule):
         problems = self.decoded.metadata["problem"]
         return [
             UnreadableImage(self.dataset.items.name(i), str(problems[i]))
-            for i in np.flatnonzero(problems != "").tolist()
+            for i in self.unreadable_positions().tolist()
         ]
+
+    def unreadable_positions(self) -> np.ndarray:
+        """Return the positions of `unreadable`, int64: without those that corrections leave out."""
+        is_unreadable = self.decoded.metadata["problem"] != ""
+        return np.flatnonzero(is_unreadable & ~self.dataset.excluded)
 
     def _check_unreadable(self) -> None:
         """Print the unreadable images. Raises DataError where there are more than allowed."""
@@ -309,7 +341,7 @@ class ImageData(L.LightningDataModule):
         if count == 0:
             return
 
-        total = len(self.dataset.items)
+        total = len(self.dataset.items) - self.dataset.count_excluded()
         files = ", ".join(f"{name} ({problem})" for name, problem in self.unreadable[:LISTED_FILES])
         if count > LISTED_FILES:
             files += f" and {count - LISTED_FILES} more"
@@ -383,6 +415,10 @@ class ImageData(L.LightningDataModule):
     def allow_unreadable(self, share: float) -> None:
         """Accept this share of unreadable images, 0..1, in `setup`."""
         self.max_unreadable = share
+
+    def allow_missing_corrections(self) -> None:
+        """Accept that the file of the setting `corrections` does not exist yet."""
+        self._may_create_corrections = True
 
     def use_normalization(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Normalise with this mean and standard deviation of each channel, in 0..255.

@@ -38,6 +38,7 @@ CHANNEL_COUNTS = (1, 3, 4)  # gray, RGB, RGBA
 IMAGE_FIELDS = ("image", "images", "img", "jpeg", "jpg", "png")
 LABEL_FIELDS = ("label", "labels", "class", "cls", "target")
 NO_LABEL = -1  # stands for a missing label; `open_source` refuses data that holds one
+CORRECTIONS_FILE = "corrections.csv"  # in the folder of the data
 DEEP_MODES = ("I", "F")  # Pillow modes with more than 8 bits a channel
 
 
@@ -106,8 +107,18 @@ class LeftOut:
 
 
 @dataclass(frozen=True, slots=True)
+class AppliedCorrections:
+    """The corrections that a data set holds; see train/data/corrections.py."""
+
+    file: Path
+    source_labels: np.ndarray  # int64 [N], before the corrections
+    excluded: np.ndarray  # bool [N], images that are left out
+    reviewed: np.ndarray  # bool [N], images with a correction of any kind
+
+
+@dataclass(frozen=True, slots=True)
 class LabelledImages:
-    """A data set as its source holds it, before any split or decoding."""
+    """A data set before any split or decoding: as its source holds it, or corrected by its user."""
 
     name: str
     classes: list[str]
@@ -116,10 +127,39 @@ class LabelledImages:
     parts: np.ndarray  # [N] of "train", "val" or "test"; "val" and "test" may be absent
     root: Path | None = None  # directory of the files, for sources made of files
     left_out: Sequence[LeftOut] = ()
+    corrections_file: Path | None = None  # default place of the corrections; it need not exist
+    corrections: AppliedCorrections | None = None
 
     def index(self, part: str) -> np.ndarray:
-        """Return the positions of a part's images: int64, ascending."""
-        return np.flatnonzero(self.parts == part)
+        """Return the positions of a part's images, less the excluded ones: int64, ascending."""
+        return np.flatnonzero((self.parts == part) & ~self.excluded)
+
+    @property
+    def excluded(self) -> np.ndarray:
+        """Images that a correction leaves out, bool [N]."""
+        if self.corrections is None:
+            return np.zeros(len(self.labels), bool)
+        return self.corrections.excluded
+
+    @property
+    def source_labels(self) -> np.ndarray:
+        """Labels before the corrections, int64 [N]."""
+        return self.labels if self.corrections is None else self.corrections.source_labels
+
+    @property
+    def reviewed(self) -> np.ndarray:
+        """Images with a correction of any kind, bool [N]."""
+        if self.corrections is None:
+            return np.zeros(len(self.labels), bool)
+        return self.corrections.reviewed
+
+    def count_relabelled(self) -> int:
+        """Count the images whose label a correction changes, without those that are left out."""
+        return int(((self.labels != self.source_labels) & ~self.excluded).sum())
+
+    def count_excluded(self) -> int:
+        """Count the images that corrections leave out."""
+        return int(self.excluded.sum())
 
 
 @dataclass(frozen=True, slots=True)

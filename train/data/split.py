@@ -18,8 +18,9 @@ def split(
     Images that `usable` bool [N] excludes are in no part. Parts that the source brings are kept. A
     missing test part is split off the training part first, then a missing validation part. Both
     splits are stratified: each class gives its share, and at least one image. The choice depends on
-    the labels and the seed only. Raises DataError that names the class where a class has too few
-    images.
+    the labels and the seed only. Corrections do not change it: a relabelled image stays in its
+    part, and where images are left out, all others stay in theirs. Raises DataError that names the
+    class where a class has too few images.
     """
     parts = {name: np.flatnonzero((dataset.parts == name) & usable) for name in PARTS}
     for name, fraction in (("test", test_fraction), ("val", val_fraction)):
@@ -27,6 +28,9 @@ def split(
             rest, chosen = _stratified_split(parts["train"], dataset, fraction, seed, name)
             parts["train"] = rest
             parts[name] = chosen
+
+    is_kept = ~dataset.excluded
+    parts = {name: index[is_kept[index]] for name, index in parts.items()}
 
     counts = np.bincount(dataset.labels[parts["train"]], minlength=len(dataset.classes))
     if not counts.all():
@@ -44,14 +48,21 @@ def split(
 def _stratified_split(
     index: np.ndarray, dataset: LabelledImages, fraction: float, seed: int, name: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the positions that remain, and `fraction` of each class, taken out of `index`."""
+    """Return the positions that remain, and `fraction` of each class, taken out of `index`.
+
+    The classes are those before corrections. One that is too small for that gives no image where
+    corrections add some to it.
+    """
     # Each part has its own generator: another test fraction does not change how "val" is drawn.
     rng = keyed_rng(f"split {name}", seed)
     taken = []
     for k, label in enumerate(dataset.classes):
-        members = index[dataset.labels[index] == k]
+        members = index[dataset.source_labels[index] == k]
         count = max(1, round(fraction * len(members)))
         if len(members) <= count:
+            corrected = (dataset.labels[index] == k) & ~dataset.excluded[index]
+            if corrected.sum() > count:
+                continue
             images = f"{len(members)} image{'s' * (len(members) != 1)}"
             raise DataError(
                 f"{dataset.name}: class {label!r} has {images}, too few to split off a {name} "

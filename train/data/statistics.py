@@ -8,11 +8,18 @@ import numpy as np
 LEVELS = 256  # of a uint8 pixel
 
 
-def data_digest(image_digests: np.ndarray, labels: np.ndarray, classes: list[str]) -> str:
-    """Return the sha256, in hex, over images' digests uint8 [N, 32], labels and classes."""
+def data_digest(
+    image_digests: np.ndarray, labels: np.ndarray, classes: list[str], excluded: np.ndarray
+) -> str:
+    """Return the sha256, in hex, over images' digests uint8 [N, 32], labels and classes.
+
+    `excluded` bool [N] marks the images that are left out; it counts where there are some.
+    """
     digest = hashlib.sha256(image_digests.tobytes())
     digest.update(labels.tobytes())
     digest.update("\0".join(classes).encode())
+    if excluded.any():
+        digest.update(b"\0excluded\0" + np.packbits(excluded).tobytes())
     return digest.hexdigest()
 
 

@@ -22,6 +22,7 @@ from models.bundle import (
     EXPECTED_FILE,
     SAMPLES_DIRECTORY,
     Calibration,
+    CorrectionCounts,
     DataInfo,
     Histogram,
     Manifest,
@@ -216,7 +217,14 @@ def build_manifest(
     model = contents.model
     calibration = contents.calibration
     metrics = compute_all_metrics(contents.scores, calibration.temperature)
-    data_info = DataInfo(source=str(data.source), digest=data.digest, counts=data.counts)
+    data_info = DataInfo(
+        source=str(data.source),
+        digest=data.digest,
+        counts=data.counts,
+        corrections=CorrectionCounts(
+            relabelled=data.dataset.count_relabelled(), left_out=data.dataset.count_excluded()
+        ),
+    )
     return Manifest(
         name=staged.name,
         version=staged.version,

@@ -11,7 +11,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
-from models.bundle import Calibration, Manifest
+from models.bundle import Calibration, CorrectionCounts, Manifest
 from train.audit.summary import format_count
 from train.data import ImageData
 from train.export import charts
@@ -103,6 +103,7 @@ def _template_variables(
         "abstention": describe_abstention(calibration, test.accuracy),
         "variant_abstention": _describe_variant_abstention(manifest),
         "provenance": manifest.provenance,
+        "corrections": describe_corrections(manifest.provenance.data.corrections),
         "fp32": manifest.variants["fp32"],
         "purpose": config.purpose or _default_purpose(manifest),
         "limits": config.limits or _default_limits(),
@@ -121,6 +122,16 @@ def _template_variables(
         "mean_set_size": float(in_prediction_set.sum(1).mean()),
         "audit": describe_audit(data),
     }
+
+
+def describe_corrections(counts: CorrectionCounts) -> str:
+    """Describe the corrections of the data in words; empty without any."""
+    if not counts.relabelled and not counts.left_out:
+        return ""
+    return (
+        f"{format_count(counts.relabelled, 'image')} relabelled and {counts.left_out} left out by "
+        "hand"
+    )
 
 
 def format_percent(share: float | None, digits: int = 2) -> str:

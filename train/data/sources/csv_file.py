@@ -9,7 +9,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from train.data.source import DataError, FileItems, LabelledImages, number_classes, parse_part
+from train.data.source import (
+    CORRECTIONS_FILE,
+    DataError,
+    FileItems,
+    LabelledImages,
+    number_classes,
+    parse_part,
+)
 
 DELIMITERS = ",;\t|"
 # Names of columns, in lower case and without spaces and underscores. The first one is the plain
@@ -54,12 +61,15 @@ def read_csv(path: Path) -> LabelledImages:
     classes, labels = number_classes([row.label for row in rows])
     parts = np.array([row.part for row in rows])
     items = FileItems(path.parent, [_to_posix(path.parent, row.path) for row in rows])
-    return LabelledImages(path.stem, classes, items, labels, parts)
+    corrections_file = path.with_name(f"{path.stem}.{CORRECTIONS_FILE}")
+    return LabelledImages(
+        path.stem, classes, items, labels, parts, corrections_file=corrections_file
+    )
 
 
 def _read_rows(path: Path) -> Iterator[Row]:
     """Parse the file. Raises DataError."""
-    text = _read_text(path)
+    text = read_text(path)
     columns, delimiter = _parse_header(path, text)
     reader = csv.reader(
         io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True
@@ -73,7 +83,7 @@ def _read_rows(path: Path) -> Iterator[Row]:
         raise DataError(f"{path}: line {reader.line_num}: {error}") from error
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
     """Read the file as UTF-8, or as UTF-16 where it begins with a byte-order mark."""
     try:
         content = path.read_bytes()
@@ -95,7 +105,7 @@ def _parse_header(path: Path, text: str) -> tuple[Columns, str]:
     """Return the columns and the delimiter of the fields."""
     first_line = re.split(r"[\r\n]", text, maxsplit=1)[0]
     headers = {
-        delimiter: _split_line(first_line, delimiter)
+        delimiter: split_line(first_line, delimiter)
         for delimiter in DELIMITERS
         if delimiter in first_line
     }
@@ -107,7 +117,8 @@ def _parse_header(path: Path, text: str) -> tuple[Columns, str]:
     return _parse_columns(path, names), ","
 
 
-def _split_line(line: str, delimiter: str) -> list[str]:
+def split_line(line: str, delimiter: str) -> list[str]:
+    """Return the fields of one line, without the blanks around them."""
     fields = next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])
     return [field.strip() for field in fields]
 

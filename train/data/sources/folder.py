@@ -23,6 +23,7 @@ from models.image.files import (
     is_image_file,
 )
 from train.data.source import (
+    CORRECTIONS_FILE,
     DataError,
     FileItems,
     LabelledImages,
@@ -91,7 +92,14 @@ def read_folder(root: Path) -> LabelledImages:
 
     classes, numbers = number_classes(labels)
     return LabelledImages(
-        root.name, classes, FileItems(root, paths), numbers, np.array(parts), root, left_out
+        root.name,
+        classes,
+        FileItems(root, paths),
+        numbers,
+        np.array(parts),
+        root,
+        left_out,
+        corrections_file=root / CORRECTIONS_FILE,
     )
 
 

@@ -26,6 +26,7 @@ from filelock import FileLock, Timeout
 from models.image.files import has_image_suffix, is_hidden
 from train.data.cache import replace_text
 from train.data.source import (
+    CORRECTIONS_FILE,
     DataError,
     FileItems,
     LabelledImages,
@@ -114,7 +115,10 @@ def read_remote(source: str, cache: Path | None, refresh: bool) -> LabelledImage
             directory = entry.fetch(source, refresh)
         else:
             directory = entry.unpack_file(Path(source), refresh)
-    return read_directory(directory, shown, name)
+    dataset = read_directory(directory, shown, name)
+    # Not in the cache, which may be deleted.
+    corrections = None if is_url(source) else Path(source).with_name(f"{name}.{CORRECTIONS_FILE}")
+    return dataclasses.replace(dataset, corrections_file=corrections)
 
 
 class CacheEntry:
