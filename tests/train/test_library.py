@@ -134,6 +134,11 @@ def test_an_error_is_the_line_that_the_command_prints(tmp_path, capsys, data, se
     assert capsys.readouterr().err == f"train: {caught.value}\n"
 
 
+def test_a_time_budget_reaches_the_run(tmp_path):
+    with pytest.raises(ValueError, match="soon"):
+        fit("digits", time_budget="soon", store=tmp_path / "store")
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

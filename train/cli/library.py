@@ -60,7 +60,7 @@ def fit(
         "trainer.devices": 1,
         "store": store,
         "name": name,
-        "time_budget": time_budget,
+        "fit.time_budget": time_budget,
     }
     given = {flag: value for flag, value in flags.items() if value is not None}
     arguments = [_format_data(data), *_format_flags({**given, **(settings or {})})]
