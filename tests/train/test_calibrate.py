@@ -5,6 +5,7 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
+from models.bundle import Calibration, Latency, Variant
 from train.export.calibrate import (
     ABSTAIN_CERTAINTY,
     CalibrateConfig,
@@ -20,6 +21,8 @@ from train.export.calibrate import (
     halve_errors,
     reliability_bins,
 )
+from train.export.evaluate import PartScores
+from train.export.pipeline import describe_variants
 from train.export.scores import Scores, energy, negative_log_likelihood, softmax
 
 
@@ -199,3 +202,24 @@ def test_calibrate_without_temperature_leaves_the_logits_unscaled():
 def test_shares_outside_of_0_to_1_are_refused(name, value):
     with pytest.raises(ValueError, match=f"calibrate.{name}: {value} is not between 0 and 1"):
         CalibrateConfig(**{name: value})
+
+
+def test_a_note_that_holds_for_all_variants_is_returned_once():
+    """Nothing abstains in either variant. The prediction sets of int8 alone miss their target."""
+    logits, labels = draw_scores(100)
+    part = Scores(logits, labels)
+    scores = PartScores(part, part, None, np.arange(100))
+    target = Calibration(abstain_accuracy=0.99, conformal_level=0.95, conformal_coverage=0.95)
+    variants: dict[str, Variant] = {}
+    for name in ("fp32", "int8"):
+        latency = Latency(device="cpu", threads=1, batch_ms={}, images_per_second=1)
+        variants[name] = Variant(
+            file=f"{name}.onnx", precision=name, sha256="", bytes=1, opset=18, latency=latency
+        )
+    variants["int8"].calibration = target.model_copy(update={"conformal_coverage": 0.5})
+
+    _, *notes = describe_variants(variants, target, scores)
+
+    assert len(notes) == 2
+    assert notes[0].startswith("no prediction abstains: ")
+    assert notes[1].startswith("int8: prediction sets hold the true class of 50.0%")

@@ -263,14 +263,15 @@ def describe_variants(
 ) -> list[str]:
     """Return notes on the speed of the variants and on targets that they miss.
 
-    `calibration` is that of fp32; other variants may have their own.
+    `calibration` is that of fp32; other variants may have their own. A note that holds for several
+    variants is returned once.
     """
     notes = describe_speedup(variants)
     notes += describe_missed_targets(calibration, scores)
     for name, variant in variants.items():
         if variant.calibration is not None:
             missed = describe_missed_targets(variant.calibration, scores)
-            notes += [f"{name}: {note}" for note in missed]
+            notes += [f"{name}: {note}" for note in missed if note not in notes]
     return notes
 
 
