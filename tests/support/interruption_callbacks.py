@@ -24,7 +24,8 @@ class SendSignal(Callback):
     epoch NUMBER; `epoch`, its start; `end` of the training; `after` it, for every callback;
     `export`, NUMBER tenths of a second after the training. Kinds: a signal's name without SIG;
     LAUNCHER, SIGTERM to the process that started this one; GROUP, SIGTERM to all processes of this
-    one's group; SLEEP, no signal, but a minute's pause, and half a second at the moment before.
+    one's group; SLEEP, no signal, but a minute's pause, and half a second at the moment before;
+    STALL, the same pause after a tenth of a second at each moment before.
     """
 
     def __init__(self) -> None:
@@ -37,12 +38,14 @@ class SendSignal(Callback):
     def _send_at(self, moment: str, number: int, trainer: L.Trainer) -> None:
         if self.kind == "SLEEP" and (moment, str(number + 1)) == (self.moment, self.number):
             time.sleep(0.5)  # a slow step
+        if self.kind == "STALL" and moment == self.moment and not self.is_sent:
+            time.sleep(0.1)  # a fast step
         is_due = (moment, str(number)) == (self.moment, self.number)
         if self.is_sent or not is_due or not trainer.is_global_zero:
             return
 
         self.is_sent = True
-        if self.kind == "SLEEP":
+        if self.kind in ("SLEEP", "STALL"):
             print("asleep", flush=True)
             time.sleep(60)
         elif self.kind == "LAUNCHER":

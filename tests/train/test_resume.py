@@ -1,6 +1,7 @@
 """A run that is killed and resumed ends like an uninterrupted one. Real processes are killed."""
 
 import contextlib
+import re
 import shutil
 import signal
 import time
@@ -347,6 +348,19 @@ def test_a_step_that_does_not_end_is_aborted_and_the_one_before_is_kept(
         command.text
     )
     assert "resuming from step 4:" in finish_run(commands, tmp_path).text
+    assert_same_result(tmp_path, undisturbed)
+
+
+def test_a_slow_step_after_fast_ones_costs_the_last_steps_only(commands, undisturbed, tmp_path):
+    """No checkpoint is due for minutes. The state is copied to memory every 0.4 seconds."""
+    command = start_run(commands, tmp_path, "--resume.notice_seconds=1.2", kill="STALL:step:9")
+    command.wait_for("asleep")
+    command.send_signal(signal.SIGTERM)
+    assert command.status() == 143
+    match = re.search(r"did not end .*; the next start resumes from step (\d)$", command.text, re.M)
+    assert match is not None, command.text
+    assert 1 <= int(match[1]) <= 8
+    assert f"resuming from step {match[1]}:" in finish_run(commands, tmp_path).text
     assert_same_result(tmp_path, undisturbed)
 
 

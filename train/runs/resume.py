@@ -11,8 +11,9 @@ not change. A checkpoint is written at one of four stages, from each of which Li
     end         after the last step, so that a run that is interrupted while it writes its bundle
                 does not train again
 
-Where steps take so long that the next one may not end within the time that a signal leaves, the
-state after each step is copied to memory, and the copy is written when a signal arrives.
+Any step may take longer than the time that a signal leaves. So the state is copied to memory after
+each slow step, and after a fast one every few seconds. Where a signal arrives and the step does not
+end, the copy is written.
 """
 
 import copy
@@ -49,8 +50,10 @@ Stage = Literal["step", "validation", "epoch", "end"]
 BETWEEN_EPOCHS: tuple[Stage, ...] = ("epoch", "end")  # stages at which no epoch is under way
 
 # A step that takes this share of the time that a signal leaves is slow: the state is copied after
-# it, which takes a small part of the time of such a step.
+# it, which takes a small part of the time of such a step. While steps are fast, the state is copied
+# again after this share, or later where copies would take more than COPY_SHARE of the time.
 SLOW_STEP_SHARE = 1 / 3
+COPY_SHARE = 0.01
 
 
 class Request(IntEnum):
@@ -125,6 +128,7 @@ class ResumeCheckpoint(Checkpoint):
         self.every_steps = every_steps
         self.keep = keep
         self.notice_seconds = notice_seconds
+        self._slow_step_seconds = notice_seconds * SLOW_STEP_SHARE
 
         self._directory: Path | None = None  # None writes no checkpoints
         self._is_resumed = False  # from a checkpoint of the same run
@@ -133,7 +137,8 @@ class ResumeCheckpoint(Checkpoint):
         self._next_save_time = float("inf")  # of time.monotonic()
         self._slow_batch_seconds = float("inf")  # of a part of an accumulated step
         self._batch_ended = float("inf")  # of time.monotonic(): the last batch
-        self._copy: StateCopy | None = None  # of the state after the last slow step
+        self._copy: StateCopy | None = None  # of the state after an earlier step
+        self._next_copy_time = float("inf")  # of time.monotonic()
         self._write_lock = threading.Lock()  # held while a checkpoint or the copy is written
         self._stage: Stage | None = None  # of the checkpoint that is being written
         self._loaded_state: dict[str, Any] | None = None  # to restore when training starts
@@ -159,10 +164,10 @@ class ResumeCheckpoint(Checkpoint):
         """Restore the state of a checkpoint, and defer signals to the end of a step."""
         if self._directory is not None:
             NOTICE.defer(self.notice_seconds, self._write_copy)
-        slow_step_seconds = self.notice_seconds * SLOW_STEP_SHARE
-        self._slow_batch_seconds = slow_step_seconds / trainer.accumulate_grad_batches
+        self._slow_batch_seconds = self._slow_step_seconds / trainer.accumulate_grad_batches
         self._batch_ended = time.monotonic()
         self._next_save_time = time.monotonic() + self.every_seconds
+        self._next_copy_time = time.monotonic() + self._slow_step_seconds
         self._saved_step = trainer.global_step
         if self._loaded_state is not None:
             assert isinstance(pl_module, Classifier)
@@ -243,7 +248,8 @@ class ResumeCheckpoint(Checkpoint):
         is_due = self.every_steps and trainer.global_step % self.every_steps == 0
         if is_due and trainer.global_step > self._saved_step:
             return Request.SAVE
-        return Request.COPY if is_slow else Request.NOTHING
+        is_copy_due = is_slow or now > self._next_copy_time
+        return Request.COPY if is_copy_due else Request.NOTHING
 
     def _exchange_request(self, request: Request) -> Request:
         """Send this process's request and return the greatest one that was sent a step ago.
@@ -283,6 +289,7 @@ class ResumeCheckpoint(Checkpoint):
     def _save(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: Stage) -> None:
         """Write a checkpoint. If the disk is full, training continues with the earlier one."""
         self._next_save_time = time.monotonic() + self.every_seconds
+        self._next_copy_time = time.monotonic() + self._slow_step_seconds
         if self._directory is None:
             return
         assert isinstance(pl_module, Classifier)
@@ -310,6 +317,7 @@ class ResumeCheckpoint(Checkpoint):
         """Copy the state to memory, in case the next step is interrupted."""
         if self._directory is None:
             return
+        started = time.monotonic()
         assert isinstance(pl_module, Classifier)
         pl_module.check_finite("train")
 
@@ -320,6 +328,10 @@ class ResumeCheckpoint(Checkpoint):
             self._stage = None
         path = checkpoint_path(self._directory, trainer.global_step)
         self._copy = StateCopy(path, _copy_to_cpu(checkpoint) if trainer.is_global_zero else None)
+
+        now = time.monotonic()
+        pause = max(self._slow_step_seconds, (now - started) / COPY_SHARE)
+        self._next_copy_time = now + pause
 
     def _write_copy(self) -> int | None:
         """Write the copy of the state, if any; return its step.
