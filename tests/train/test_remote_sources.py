@@ -7,6 +7,7 @@ import json
 import lzma
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import tarfile
@@ -314,7 +315,7 @@ def test_an_archive_on_a_full_disk_ends_with_status_1(tmp_path, images, cache, m
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     (tmp_path / "photos.zip").write_bytes(write_zip(images))
-    assert main(["audit", str(tmp_path / "photos.zip")]) == 1
+    assert main(["audit", str(tmp_path / "photos.zip"), *RANDOM_CONVNET]) == 1
     error = capsys.readouterr().err.strip()
     assert "No space left on device to unpack" in error
     assert "\n" not in error
@@ -370,7 +371,7 @@ def test_the_next_run_continues_a_download_that_keeps_breaking_off(server, image
     url = f"{server.url}/photos.zip?token=secret"
     server.bytes_before_break = 1000
     server.before_body = lambda: server.statuses.update({"/photos.zip": 503})
-    assert main(["audit", url]) == 1
+    assert main(["audit", url, *RANDOM_CONVNET]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     size = len(server.files["/photos.zip"])
     assert f"/photos.zip: the download broke off after 1,000 of {size:,} bytes" in error
@@ -395,6 +396,31 @@ def test_a_file_that_changes_during_a_download_starts_over(server, images):
     server.before_body = change
     assert read(f"{server.url}/photos.zip") == expected(fewer)
     assert server.ranges() == [None, "bytes=1000-"]
+
+
+def test_a_signal_ends_a_download_and_the_next_run_continues_it(commands, server, images, tmp_path):
+    url = f"{server.url}/photos.zip"
+    is_requested = threading.Event()
+    is_ended = threading.Event()
+    server.bytes_before_break = 1000
+
+    def hold_second_request() -> None:
+        if len(server.requests) == 2:
+            is_requested.set()
+            assert is_ended.wait(120)
+
+    server.before_body = hold_second_request
+    environment = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    command = commands.start("audit", url, *RANDOM_CONVNET, env=environment)
+    assert is_requested.wait(120), command.text
+    command.send_signal(signal.SIGTERM)
+    assert command.status() == 143, command.text
+    is_ended.set()
+
+    server.bytes_before_break = None
+    server.requests = []
+    assert read(url) == expected(images)
+    assert server.ranges() == ["bytes=1000-"]
 
 
 def test_a_server_without_versions_starts_over(server, images):
@@ -484,7 +510,7 @@ def test_a_url_without_an_archive_is_refused_in_one_line(
     server.files["/page.zip"] = b"<html>" + bytes(2000)
     server.files["/broken.zip"] = server.files["/photos.zip"][:-100]
     server.statuses = {path: status} if status else {}
-    assert main(["audit", f"{server.url}{path}"]) == 2
+    assert main(["audit", f"{server.url}{path}", *RANDOM_CONVNET]) == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith(f"train: {server.url}{path}: ")
     assert message in error
@@ -579,6 +605,17 @@ def test_a_mirror_that_was_interrupted_continues_with_what_is_missing(prefix, im
 
     monkeypatch.setattr(bucket_module.Bucket, "fetch_object", fetch_rest)
     assert read(url) == expected(images)
+
+
+def test_a_mirror_is_used_where_the_bucket_is_out_of_reach(prefix, images, monkeypatch, capsys):
+    url = f"s3://photos/{prefix}"
+    assert read(url) == expected(images)
+    monkeypatch.setitem(bucket_module.RETRIES, "max_retries", 0)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    assert read(url) == expected(images)
+    assert "can't be listed" in capsys.readouterr().err
+    with pytest.raises(DataError, match="can't be listed"):
+        read("s3://photos/others")
 
 
 @pytest.mark.parametrize("name", ["photos.tar.gz", "archive"])

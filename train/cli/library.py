@@ -49,9 +49,9 @@ def fit(
     interrupted is resumed by the same call.
 
     Raises ValueError with the line that the command prints for an invalid setting or input,
-    Diverged or OutOfMemory (train.failures) for a run that failed, and KeyboardInterrupt after
-    Ctrl-C, once the state is saved. May be called in another thread than the main one; Ctrl-C then
-    does not reach the run.
+    Diverged, DownloadFailed or OutOfMemory (train.failures) for a run that failed, and
+    KeyboardInterrupt after Ctrl-C, once the state is saved. May be called in another thread than
+    the main one; Ctrl-C then does not reach the run.
     """
     flags = {
         "recipe": recipe,

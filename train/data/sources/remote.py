@@ -304,7 +304,9 @@ def _visible_entries(directory: Path) -> list[Path]:
 
 
 def _is_table(path: Path) -> bool:
-    return path.name.lower().endswith(TABLE_ENDING) and path.is_file()
+    name = path.name.lower()
+    # The audit's page saves corrections beside the table.
+    return name.endswith(TABLE_ENDING) and not name.endswith("corrections.csv") and path.is_file()
 
 
 def _is_data(path: Path) -> bool:
