@@ -27,6 +27,7 @@ class Preprocessing:
     """How images are brought to the form that weights were trained with."""
 
     size: int  # pixels of a side of the network's input
+    resize: Literal["crop", "stretch", "pad"]  # as in InputSpec
     short_side: int | None  # pixels that the short side is scaled to before the centre is cut out
     interpolation: Literal["linear", "cubic"]
     mean: tuple[float, ...]  # of each channel, in 0..255
@@ -47,10 +48,13 @@ def pretrained_preprocessing(network: str) -> Preprocessing | None:
     if config is None or not config.has_weights:
         return None
     size = config.input_size[-1]
+    is_stretched = config.crop_mode == "squash"
     short_side = math.floor(size / config.crop_pct)
+    has_margin = short_side > size and not is_stretched
     return Preprocessing(
         size=size,
-        short_side=short_side if short_side > size else None,
+        resize="stretch" if is_stretched else "crop",
+        short_side=short_side if has_margin else None,
         interpolation="cubic" if config.interpolation == "bicubic" else "linear",
         mean=tuple(MAX_PIXEL * value for value in config.mean),
         std=tuple(MAX_PIXEL * value for value in config.std),

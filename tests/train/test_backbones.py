@@ -147,10 +147,10 @@ def test_a_small_network_has_no_pretrained_weights(commands, photos, tmp_path):
 
 @pytest.fixture(scope="module")
 def first(commands: ForkedCommands, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a store of one bundle, trained at a size of its own."""
+    """A directory with a store of one bundle, whose images are resized in a way of its own."""
     directory = tmp_path_factory.mktemp("first")
     flags = ("--model.network", "convnet", "--model.weights", "none", "--data.size", 40)
-    train(commands, photos, directory, *flags, "--data.short_side", 44)
+    train(commands, photos, directory, *flags, "--data.short_side", 44, "--data.resize", "pad")
     return directory
 
 
@@ -173,6 +173,7 @@ def test_a_bundle_is_continued_with_other_classes_as_it_was_prepared(
     assert after.input == before.input
     assert after.input.height == 40
     assert after.input.short_side == 44
+    assert after.input.resize == "pad"
 
 
 @pytest.mark.parametrize(
@@ -209,19 +210,20 @@ def open_photos(photos: Path, tmp_path: Path, network: str, **settings: object) 
 
 
 @pytest.mark.parametrize(
-    ("network", "size", "short_side", "mean"),
+    ("network", "size", "resize", "short_side", "mean"),
     [
-        (LITE0, 224, 256, 127.5),
-        ("resnet18.tv_in1k", 224, 256, 255 * 0.485),
-        ("vit_small_patch14_dinov2", 518, None, 255 * 0.485),
-        ("test_efficientnet", 160, 168, 255 * 0.485),
+        (LITE0, 224, "crop", 256, 127.5),
+        ("resnet18.tv_in1k", 224, "crop", 256, 255 * 0.485),
+        ("vit_small_patch14_dinov2", 518, "crop", None, 255 * 0.485),
+        ("convnext_tiny.in12k_ft_in1k_384", 384, "stretch", None, 255 * 0.485),
     ],
 )
 def test_images_are_prepared_as_for_the_pretrained_weights(
-    photos, tmp_path, network, size, short_side, mean
+    photos, tmp_path, network, size, resize, short_side, mean
 ):
     data = open_photos(photos, tmp_path, network)
     assert (data.input.height, data.input.width) == (size, size)
+    assert data.input.resize == resize
     assert data.input.short_side == short_side
     assert data.mean[0] == pytest.approx(mean)
     expected = timm.get_pretrained_cfg(network).interpolation
@@ -237,7 +239,8 @@ def test_settings_of_the_data_come_before_those_of_the_weights(photos, tmp_path)
     pixels = measured.decoded.pixels[measured.index["train"]].astype(float)
     assert measured.mean == pytest.approx(pixels.mean((0, 1, 2)), abs=0.01)
 
-    gray = open_photos(photos, tmp_path, "resnet18.tv_in1k", size=32, channels=1)
+    gray = open_photos(photos, tmp_path, "resnet18.tv_in1k", size=32, channels=1, resize="pad")
+    assert gray.input.resize == "pad"
     assert gray.mean == pytest.approx([(123.675 + 116.28 + 103.53) / 3])
 
     with pytest.raises(DataError, match="normalization: pretrained needs weights"):

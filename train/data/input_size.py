@@ -23,7 +23,7 @@ def choose_input_spec(
     dataset: LabelledImages,
     size: int | None,
     channels: Literal[1, 3] | None,
-    resize: Literal["crop", "stretch", "pad"],
+    resize: Literal["crop", "stretch", "pad"] | None,
     short_side: int | None,
     significant_bits: int | None,
     max_pixels: int,
@@ -33,12 +33,14 @@ def choose_input_spec(
 
     Without a size, size and short side are those of `preprocessing`, with which the weights were
     trained that the network starts from. Without both, images that are all squares of one small
-    size keep theirs; others get 224. Without channels, the result has 1 where all images are gray,
-    else 3. Without significant bits, the result has the least of SAMPLE_BITS that hold all samples.
-    Raises DataError where none of the sampled images can be read.
+    size keep theirs; others get 224. Without `resize`, it is that of `preprocessing`, else crop.
+    Without channels, the result has 1 where all images are gray, else 3. Without significant bits,
+    the result has the least of SAMPLE_BITS that hold all samples. Raises DataError where none of
+    the sampled images can be read.
     """
     if preprocessing is not None:
         channels = channels or preprocessing.channels
+        resize = resize or preprocessing.resize
         if size is None:
             size = preprocessing.size
             short_side = short_side or preprocessing.short_side
@@ -55,7 +57,7 @@ def choose_input_spec(
         height=size,
         width=size,
         channels=channels,
-        resize=resize,
+        resize=resize or "crop",
         short_side=short_side,
         interpolation=preprocessing.interpolation if preprocessing else "linear",
         significant_bits=significant_bits,

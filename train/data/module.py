@@ -78,7 +78,8 @@ class ImageData(L.LightningDataModule):
             network starts from; with random weights that of the images where all are squares of
             one small size, 224 otherwise.
         channels: 1 for gray, 3 for colour; by default as the images are.
-        resize: how images of another shape are fitted to the input: crop, stretch or pad.
+        resize: how images of another shape are fitted to the input: crop, stretch or pad; by
+            default as for the weights, else crop.
         short_side: for crop: the short side is resized to this before the centre is cut out;
             training crops at random positions. By default as for the weights, like size.
         batch_size: training images a step and process.
@@ -131,7 +132,7 @@ class ImageData(L.LightningDataModule):
         root: str | None = None,
         size: int | None = None,
         channels: Literal[1, 3] | None = None,
-        resize: Literal["crop", "stretch", "pad"] = "crop",
+        resize: Literal["crop", "stretch", "pad"] | None = None,
         short_side: int | None = None,
         batch_size: int = 64,
         eval_batch_size: int | None = None,

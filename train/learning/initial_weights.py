@@ -97,6 +97,7 @@ class InitialWeights:
         mean, std = normalization
         return Preprocessing(
             size=spec.height,
+            resize=spec.resize,
             short_side=spec.short_side,
             interpolation=spec.interpolation,
             mean=tuple(mean),
