@@ -30,6 +30,9 @@ CHANNELS_LAST = (1, 2)
 
 Stem = Literal["auto", "small", "original"]
 
+TimmModel = Any
+"""A module with forward_features and forward_head; timm has no type for its models."""
+
 
 @cache
 def list_timm_models() -> list[str]:
@@ -77,7 +80,7 @@ class TimmNetwork(Network):
         if _is_built_for_one_size(name):
             self.arguments["img_size"] = size
         self.arguments |= options
-        self.model = _build_model(name, self.arguments)
+        self.model: TimmModel = _build_model(name, self.arguments)
         if stem == "small" or (stem == "auto" and size <= SMALL_SIZE):
             _shrink_stem(self.model)
 
@@ -166,7 +169,7 @@ class TimmNetwork(Network):
 
 
 @torch.no_grad()
-def _find_pooled_axes(model: nn.Module, features: torch.Size) -> tuple[int, int] | None:
+def _find_pooled_axes(model: TimmModel, features: torch.Size) -> tuple[int, int] | None:
     """Return the axes over which the model averages its features before the last linear layer.
 
     None where it does something else, so that there is no class-activation map.
@@ -196,7 +199,7 @@ def _is_built_for_one_size(name: str) -> bool:
     return config is not None and config.fixed_input_size
 
 
-def _build_model(name: str, arguments: dict[str, Any]) -> nn.Module:
+def _build_model(name: str, arguments: dict[str, Any]) -> TimmModel:
     """Build a model of timm that ends with its embedding."""
     try:
         with warnings.catch_warnings():

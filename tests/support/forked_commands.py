@@ -207,6 +207,8 @@ def _run_command(package: str, request: dict[str, Any]) -> None:
         os.environ.pop(name, None)
         if value is not None:
             os.environ[name] = value
+    if any(name.startswith("HF_") for name in request["env"]):
+        _unload_huggingface_hub()
     os.chdir(request["cwd"])
     for name, value in request["limits"].items():
         resource.setrlimit(getattr(resource, name), (value, value))
@@ -226,6 +228,13 @@ def _run_command(package: str, request: dict[str, Any]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # C++ libraries would wait for threads that did not survive the fork
+
+
+def _unload_huggingface_hub() -> None:
+    """Let the command import huggingface_hub again, which reads its variables on import."""
+    for module in list(sys.modules):
+        if module.partition(".")[0] == "huggingface_hub":
+            del sys.modules[module]
 
 
 if __name__ == "__main__":
