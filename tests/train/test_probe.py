@@ -137,6 +137,15 @@ def test_the_audit_finds_wrong_labels_by_the_embeddings(commands, home, photos, 
     files = {Path(entry["file"]).name for entry in suspects[: len(planted)]}
     assert files == {f"from-{true_class}.png" for true_class, _ in planted}
 
+    audit = commands.run(
+        *("audit", mislabelled, *SMALL, "--model.weights", "photos/1", "--out", tmp_path / "audit"),
+        *("--store", home / "store", "--data.cache", home / "cache"),
+        *("--trainer.accelerator", "cpu", "--logger", "none"),
+    )
+    assert "suspicious label" in audit.text
+    report = json.loads((tmp_path / "audit" / "audit.json").read_text())
+    assert report["labels"]["suspects"] == suspects
+
 
 def test_a_run_that_ends_after_its_probe_starts_from_it(commands, home, photos):
     """A time budget keeps its epochs, too; the second command resumes the run of the first."""

@@ -4,6 +4,7 @@ python -m train audit DATA [--recipe R] [--out DIR] [--serve [--host H] [--port 
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from train.audit.server import DEFAULT_HOST, DEFAULT_PORT, AuditServer
 from train.cli.recipes import UsageError, extract_flag
 from train.data import DataError, ImageData
 from train.data.corrections import explain_missing_location
+from train.data.source import notify
 
 REPORTS = Path("artifacts/audit")
 MAX_PORT = 65535
@@ -47,8 +49,12 @@ def _parse_port(text: str | None) -> int:
     return int(text)
 
 
-def run_audit_command(data: ImageData, options: AuditOptions) -> None:
+def run_audit_command(
+    data: ImageData, options: AuditOptions, embed: Callable[[], None] | None
+) -> None:
     """Audit the data, write the report and print its paths; then serve the page where asked for.
+
+    `embed` gives the data embeddings by a pretrained network, which the check of labels uses.
 
     Raises DataError with a one-line message for data that can't be used. If some of its files are
     unreadable, a report that lists them is written first.
@@ -66,6 +72,8 @@ def run_audit_command(data: ImageData, options: AuditOptions) -> None:
             _print_paths(directory)
         raise
 
+    if embed is not None:
+        _embed_if_possible(embed)
     findings = audit.run_audit(data, directory)
     has_losses = findings["unreadable"] or findings["left_out"]
     if not has_losses and not audit.summarize(findings):
@@ -73,6 +81,14 @@ def run_audit_command(data: ImageData, options: AuditOptions) -> None:
     _print_paths(directory)
     if options.is_served:
         _serve(data, findings, options)
+
+
+def _embed_if_possible(embed: Callable[[], None]) -> None:
+    """Compute embeddings; print a line where the pretrained weights can't be had."""
+    try:
+        embed()
+    except ValueError as error:
+        notify(f"{error}. The audit checks labels without them")
 
 
 def _print_paths(directory: Path) -> None:

@@ -6,6 +6,7 @@ other modules of the commands call the steps in their order.
 """
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,6 +22,7 @@ from train.cli.validate_config import validate_config
 from train.data import ImageData
 from train.data.sources.remote import hide_secrets
 from train.export.config import ExportConfig
+from train.export.embedder import embed_data
 from train.failures import EXIT_STATUS_HELP
 from train.learning.ema import WeightAverage
 from train.learning.fit_config import FIT_MODE_HELP, TIME_BUDGET_HELP, FitConfig, FitMode
@@ -238,6 +240,20 @@ class CommandLine(LightningCLI):
         """Find the weights to start from, and prepare the data as theirs was prepared."""
         self.datamodule.use_preprocessing(self.model.find_weights(self.settings.store))
 
+    def embedder(self) -> Callable[[], None] | None:
+        """Return a function that embeds the data; None where the fit would have no probe."""
+        if not self._fit_config().uses_probe(bool(self.model.weights)):
+            return None
+
+        def embed() -> None:
+            self.model.build_network(self.trainer, self.datamodule)
+            embed_data(self.model, self.datamodule, self.trainer.strategy.root_device)
+
+        return embed
+
+    def _fit_config(self) -> FitConfig:
+        return FitConfig(self.settings.fit.mode, self.settings.fit.time_budget)
+
     def training_job(self) -> TrainingJob:
         """Return what `run_training` needs."""
         settings = self.settings
@@ -254,7 +270,7 @@ class CommandLine(LightningCLI):
             start_checkpoint=settings.ckpt_path,
             weights_only=settings.weights_only,
             started=self._started,
-            fit=FitConfig(settings.fit.mode, settings.fit.time_budget),
+            fit=self._fit_config(),
             audit=settings.audit,
             history=settings.history,
             monitor=settings.monitor,

@@ -129,7 +129,7 @@ def run_audit(arguments: list[str]) -> CommandLine:
     check_no_checkpoint("audit", command_line)
     command_line.find_weights()
     with explain_errors(command_line):
-        run_audit_command(command_line.datamodule, options)
+        run_audit_command(command_line.datamodule, options, command_line.embedder())
     return command_line
 
 
