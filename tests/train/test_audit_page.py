@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -270,14 +271,15 @@ def test_nothing_is_lost_when_the_server_is_killed(audited, open_page):
     """The last test of the file: it ends the server."""
     audited.file.unlink(missing_ok=True)
     page = open_page(audited.url)
-    saved = 0
-    for i in range(12):
+
+    def save(i: int) -> int:
         entry = {"path": f"train/red/{i:03d}.png", "action": "keep"}
-        answer = httpx.post(f"{audited.url}corrections", json={"corrections": [entry]})
-        saved += answer.status_code == 200
+        return httpx.post(f"{audited.url}corrections", json={"corrections": [entry]}).status_code
+
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(save, range(12))) == {200}
     audited.command.kill()
     audited.command.wait()
-    assert saved == 12
     assert len(read_rows(audited.file)) == 12
 
     item_of(page, "test/red/leaked.png").get_by_role("button", name="Leave out").click()
