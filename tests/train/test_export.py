@@ -157,7 +157,7 @@ def test_int8_is_chosen_on_validation_images_and_measured_on_test_images(bundle)
     test_accuracy = bundle.manifest.variants["int8"].accuracy
     assert test_accuracy == pytest.approx(measure_accuracy("int8", "test"))
     note = re.fullmatch(
-        r"int8 loses (\S+) points of validation accuracy \(5.0 allowed\).*; "
+        r"int8 loses (\S+) points of validation accuracy \(5 allowed\).*; "
         r"it loses (\S+) points of test accuracy",
         bundle.manifest.notes[0],
     )
