@@ -35,7 +35,7 @@ def shoot_page(browser: Browser, url: str, file: Path) -> None:
     for index in (0, 3):
         samples.nth(index).click()
         page.locator("#results .card .label").first.wait_for()
-    page.wait_for_function("document.querySelectorAll('#results .bars li').length > 1")
+    page.locator("#results .bars li").nth(1).wait_for()
     page.screenshot(path=file)
     page.close()
 

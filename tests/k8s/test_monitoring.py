@@ -229,7 +229,8 @@ def test_missing_metrics_remove_no_replica():
 
 
 def test_the_patch_in_the_readme_changes_the_namespace_of_the_query():
-    (patches,) = re.findall(r"^    (patches:\n.*?)\n\n", RUNBOOK, re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^    (patches:\n.*?)\n\n", RUNBOOK, re.MULTILINE | re.DOTALL)
+    (patches,) = (block for block in blocks if "ScaledObject" in block)
     manifests = render_overlay(
         "kind: Kustomization\nnamespace: team\nresources: [../local]\n"
         "components: [../../components/keda]\n" + textwrap.dedent("    " + patches)

@@ -9,6 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from playwright.sync_api import expect
 
 from models.bundle import Calibration, write_checksums
 from support import tiny_bundle
@@ -358,9 +359,9 @@ def test_the_page_asks_for_the_api_key(browser, start, store, tmp_path):
     opened.reload()  # the key is kept for this tab
     images = opened.locator("#strip img")
     images.nth(15).wait_for()
-    opened.wait_for_function(
-        "[...document.querySelectorAll('#strip img')].every(i => i.naturalWidth > 0)"
-    )
+    for i in range(images.count()):
+        # Not `wait_for_function`: it polls with eval, which the page's policy forbids.
+        expect(images.nth(i)).not_to_have_js_property("naturalWidth", 0)
     assert not opened.get_by_label("API key").is_visible()
 
     opened.get_by_role("link", name="Model report").click()
