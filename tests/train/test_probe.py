@@ -166,6 +166,21 @@ def test_a_run_that_ends_after_its_probe_starts_from_it(commands, home, photos):
     assert manifest.test_metrics.accuracy > 0.8
 
 
+def test_a_probe_of_other_data_is_not_resumed(commands, home, photos, tmp_path):
+    growing = tmp_path / "photos"
+    shutil.copytree(photos, growing)
+    flags = ("--model.weights", "photos/1", "--fit.mode", "probe", "--seed_everything", "4")
+    killed = start(commands, home, growing, *flags)
+    killed.wait_for("linear probe")
+    killed.kill()
+
+    write_digits(growing, NEW_CLASS)
+    command = start(commands, home, growing, *flags)
+    assert command.status() == 0, command.text
+    manifest = Bundle(home / "store" / "photos" / "latest").manifest
+    assert manifest.classes == [*SEEN_CLASSES, NEW_CLASS]
+
+
 @pytest.mark.parametrize(
     ("flags", "parts"),
     [

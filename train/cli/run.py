@@ -22,7 +22,6 @@ from train.data import DataError, ImageData
 from train.data.cache import replace_text
 from train.export.calibrate import calibrate
 from train.export.candidates import (
-    PROBE_FILE,
     SavedProbe,
     describe_choice,
     fit_and_save_probe,
@@ -298,8 +297,9 @@ def embed_images(job: TrainingJob, run: Run) -> None:
 
     The first process keeps them. A resumed run that has its probe, or trains already, needs none.
     """
-    has_started = run.checkpoint is not None or (run.path / PROBE_FILE).exists()
-    if has_started or not uses_probe(job):
+    if run.checkpoint is not None or not uses_probe(job):
+        return
+    if load_saved_probe(job.data, run.path) is not None:
         return
     trainer = job.trainer
     job.system.build_network(trainer, job.data)

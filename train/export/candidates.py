@@ -47,18 +47,29 @@ def fit_and_save_probe(system: Classifier, data: ImageData, directory: Path) -> 
     path = directory / PROBE_FILE
     state = {f"network.{name}": value for name, value in system.network.state_dict().items()}
     staged = path.with_suffix(".tmp")
-    torch.save({"state_dict": state, "val_logits": torch.from_numpy(probe.val_logits)}, staged)
+    content = {
+        "state_dict": state,
+        "val_logits": torch.from_numpy(probe.val_logits),
+        "data": data.digest,
+    }
+    torch.save(content, staged)
     staged.replace(path)
     return SavedProbe(path, Scores(probe.val_logits, labels[val]))
 
 
 def load_saved_probe(data: ImageData, directory: Path) -> SavedProbe | None:
-    """Return the probe that an earlier start of the run has saved; None without one."""
+    """Return the probe that an earlier start of the run has saved; None without one of this data.
+
+    The data may have changed since, as long as the run has no checkpoint.
+    """
     path = directory / PROBE_FILE
     if not path.exists():
         return None
-    logits = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["val_logits"]
-    return SavedProbe(path, Scores(logits.numpy(), data.dataset.labels[data.index["val"]]))
+    content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    if content["data"] != data.digest:
+        return None
+    logits = content["val_logits"].numpy()
+    return SavedProbe(path, Scores(logits, data.dataset.labels[data.index["val"]]))
 
 
 def is_better(one: Scores, other: Scores) -> bool:
