@@ -34,9 +34,7 @@ class EmbeddingCache:
     directory: Path | None  # None keeps nothing
 
     def load(self) -> dict[bytes, np.ndarray]:
-        """Return embeddings float32 [D] by the SHA-256 of the image; unreadable files count as
-        missing.
-        """
+        """Return embeddings float32 [D] by the SHA-256 of the image, without unreadable files."""
         known: dict[bytes, np.ndarray] = {}
         if self.directory is None or not self.directory.is_dir():
             return known

@@ -122,7 +122,7 @@ def unpack_archive(archive: Path, directory: Path, source: str) -> None:
         unpacker.create_links()
     except DataError:  # a ValueError, too
         raise
-    except NotImplementedError as error:
+    except NotImplementedError as error:  # of zipfile: another compression, or encryption
         raise DataError(
             f"{source}: {error}, which is not supported; pack it with deflate"
         ) from error
