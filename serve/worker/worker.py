@@ -10,6 +10,7 @@ import sys
 import time
 from types import FrameType
 
+from models.allocator import return_large_blocks
 from models.store import LATEST
 from serve import logs
 from serve.active_jobs import ActiveJobs
@@ -43,6 +44,7 @@ class Worker:
 
     def setup(self) -> None:
         """Load the model. Exit with status MODEL_UNUSABLE and one line on stderr if it fails."""
+        return_large_blocks()
         self.state = SharedState(self.run_directory)
         self._handle_signals()
         logs.configure(self.settings)

@@ -11,7 +11,7 @@ reliable.
 Prints one JSON line for each case: device, images/s of both, ratios, and the peak memory of the
 command alone, in a separate process. --keep also writes them into train_speed.json in this
 folder. The images are random, 32x32 in color, unless DIR is given. With MALLOC_ARENA_MAX or a
-similar variable in the environment, the memory settings of train.learning.lightning_speed stay
+similar variable in the environment, the memory settings of models.allocator stay
 off; the difference is what they gain.
 """
 

@@ -478,7 +478,10 @@ MEMORY = """
 import pickle
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from models.allocator import return_large_blocks
 from models.image import ImageError, InputSpec, decode
+
+return_large_blocks()  # as the workers of the server do
 
 def decode_outcome(data):
     try:

@@ -17,6 +17,7 @@ from typing import Any
 
 from lightning.pytorch.callbacks import LearningRateMonitor
 
+from models.allocator import keep_freed_memory
 from models.store import Store
 from train.data import DataError, ImageData
 from train.data.cache import replace_text
@@ -52,7 +53,7 @@ from train.export.variants import (
     quantize_int8,
 )
 from train.learning.fit_config import FitConfig
-from train.learning.lightning_speed import keep_freed_memory, skip_unused_hooks
+from train.learning.lightning_speed import skip_unused_hooks
 from train.learning.system import Classifier
 from train.runs.data_audit import Audit, audit_data
 from train.runs.distributed import (

@@ -4,14 +4,8 @@ Hooks: in each step Lightning calls a dozen hooks on every callback and on the m
 profiler's context and under a name that it formats, whether or not anything overrides them. Small
 networks spend a fifth of their time on that. Lightning skips a hook that is not callable, so hooks
 that are not overridden are set to None.
-
-Memory: glibc returns every large block to the kernel when it is freed. When the next step allocates
-the same size, the kernel hands it out page by page and zeroed. On a CPU that takes a quarter to a
-third of a step of speednet.
 """
 
-import ctypes
-import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -28,11 +22,6 @@ STEP_HOOKS = (
     "on_train_batch_end",
 )
 NO_CONTEXT = nullcontext()
-
-# Parameters of mallopt, as malloc.h numbers them, and a threshold that no block reaches.
-M_TRIM_THRESHOLD = -1
-M_MMAP_THRESHOLD = -3
-UNREACHABLE_BYTES = 2**31 - 1
 
 
 class NoProfiler(PassThroughProfiler):
@@ -54,16 +43,3 @@ def _skip_hooks(owner: object, base: type) -> None:
     for hook in STEP_HOOKS:
         if getattr(type(owner), hook) is getattr(base, hook):
             setattr(owner, hook, None)
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep freed memory for the next step. Peak memory may rise by half.
-
-    Does nothing where the C library has no such setting, or where the environment configures it.
-    """
-    is_configured = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None or is_configured:
-        return
-    mallopt(M_TRIM_THRESHOLD, UNREACHABLE_BYTES)
-    mallopt(M_MMAP_THRESHOLD, UNREACHABLE_BYTES)
