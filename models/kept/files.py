@@ -1,0 +1,169 @@
+"""The files of a directory of kept images: written whole or not at all, and on the disk.
+
+`LocalFiles` is a directory. `models.kept.bucket` has the same methods for an object store.
+"""
+
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+STAGING_PREFIX = ".staging-"
+
+
+class Files(Protocol):
+    """Files by their path below a root, with slashes."""
+
+    location: str  # for messages
+
+    def list_files(self) -> list[tuple[str, int]]:
+        """Return the path and the bytes of all files."""
+
+    def read(self, path: str) -> bytes:
+        """Return the content of a file. Raises FileNotFoundError, or OSError."""
+
+    def write(self, path: str, content: bytes) -> None:
+        """Write a file, which appears as a whole. Raises OSError."""
+
+    def append(self, path: str, line: bytes) -> None:
+        """Append a line to a file of lines, which need not exist. Raises OSError."""
+
+    def filter_lines(self, path: str, is_kept: Callable[[bytes], bool]) -> None:
+        """Remove the lines of a file that are not to be kept. Raises OSError."""
+
+    def remove(self, path: str) -> None:
+        """Remove a file, if it is there. Raises OSError."""
+
+    def count_free_bytes(self) -> int | None:
+        """Return how many bytes can be written; None where that is not limited."""
+
+
+class LocalFiles:
+    """Files in a local directory, which is created when the first one is written.
+
+    A crash at any moment leaves whole files, and at most one torn line at the end of a file.
+    """
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.location = str(root)
+
+    def list_files(self) -> list[tuple[str, int]]:
+        """Return the path and the bytes of all files, sorted; hidden ones are left out."""
+        files: list[tuple[str, int]] = []
+        for directory, names, file_names in os.walk(self.root):
+            names[:] = sorted(name for name in names if not name.startswith("."))
+            for name in sorted(file_names):
+                if name.startswith("."):
+                    continue
+                path = Path(directory, name)
+                with contextlib.suppress(FileNotFoundError):  # removed at this moment
+                    files.append((path.relative_to(self.root).as_posix(), path.stat().st_size))
+        return files
+
+    def read(self, path: str) -> bytes:
+        """Return the content of a file."""
+        return (self.root / path).read_bytes()
+
+    def write(self, path: str, content: bytes) -> None:
+        """Write a hidden file, sync it, rename it, and sync the directory."""
+        target = self.root / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staged = target.with_name(f"{STAGING_PREFIX}{secrets.token_hex(8)}")
+        try:
+            with staged.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            staged.replace(target)
+        except BaseException:
+            staged.unlink(missing_ok=True)
+            raise
+        _sync_directory(target.parent)
+
+    def append(self, path: str, line: bytes) -> None:
+        """Append a line and sync. After a torn line it begins on a line of its own."""
+        target = self.root / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _open_locked(target, "a+b") as descriptor:
+            size = os.fstat(descriptor).st_size
+            if size and os.pread(descriptor, 1, size - 1) != b"\n":
+                line = b"\n" + line
+            try:
+                _write_all(descriptor, line)
+            except OSError:
+                os.ftruncate(descriptor, size)  # a full disk must not leave half a line
+                raise
+            os.fsync(descriptor)
+        if not size:
+            _sync_directory(target.parent)
+
+    def filter_lines(self, path: str, is_kept: Callable[[bytes], bool]) -> None:
+        """Rewrite the file without some lines, while others may append to it."""
+        target = self.root / path
+        with _open_locked(target, "r+b"):
+            lines = target.read_bytes().splitlines(keepends=True)
+            remaining = [line for line in lines if is_kept(line)]
+            if len(remaining) < len(lines):
+                self.write(path, b"".join(remaining))
+
+    def remove(self, path: str) -> None:
+        """Remove a file, and its directory if that is empty then."""
+        target = self.root / path
+        target.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            target.parent.rmdir()
+
+    def remove_staged(self, older_than: float) -> None:
+        """Remove files that a process which was killed has left.
+
+        older_than: seconds since 1970; later ones may be written at this moment.
+        """
+        for staged in self.root.glob(f"*/{STAGING_PREFIX}*"):
+            with contextlib.suppress(FileNotFoundError):
+                if staged.stat().st_mtime < older_than:
+                    staged.unlink()
+
+    def count_free_bytes(self) -> int | None:
+        """Return the free bytes of the disk."""
+        existing = self.root
+        while not existing.exists():
+            existing = existing.parent
+        return shutil.disk_usage(existing).free
+
+
+@contextlib.contextmanager
+def _open_locked(path: Path, mode: str) -> Iterator[int]:
+    """Open a file that no other process appends to or rewrites within the block."""
+    while True:
+        with path.open(mode, buffering=0) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not _is_same_file(file.fileno(), path):
+                continue  # another process has replaced it, or removed it
+            yield file.fileno()
+            return
+
+
+def _is_same_file(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _write_all(descriptor: int, content: bytes) -> None:
+    while content:
+        content = content[os.write(descriptor, content) :]
+
+
+def _sync_directory(path: Path) -> None:
+    """Make a new name in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

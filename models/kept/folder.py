@@ -1,0 +1,175 @@
+"""`KeptFolder`: read, add and delete kept images and their labels."""
+
+import os
+import re
+import secrets
+import socket
+from collections.abc import Iterable
+from datetime import date, timedelta
+from pathlib import Path, PurePosixPath
+
+from models.kept.files import Files, LocalFiles
+from models.kept.records import (
+    KeptImage,
+    Label,
+    LabelledImage,
+    join,
+    merge_images,
+    merge_labels,
+    now,
+    pack_line,
+    parse_lines,
+)
+
+LABELS_DIRECTORY = "labels"
+LINES_SUFFIX = ".jsonl"
+DAY = re.compile(r"\d{4}-\d\d-\d\d")
+WRITER_CHARACTERS = re.compile(r"[^A-Za-z0-9.-]")
+
+# Suffix of an image file by its format, as `models.image.header.Header` names it.
+SUFFIXES = {"jpeg": "jpg"}
+
+
+def open_kept(location: str | os.PathLike[str]) -> "KeptFolder":
+    """Open a directory, or the URL of a bucket such as s3://bucket/kept, which may be empty yet.
+
+    Raises KeptError for a URL that can't be used.
+    """
+    text = os.fspath(location)
+    if "://" not in text:
+        return KeptFolder(LocalFiles(Path(text)))
+
+    from models.kept.bucket import BucketFiles
+
+    return KeptFolder(BucketFiles(text))
+
+
+def build_writer_name(suffix: str = "") -> str:
+    """Return a name of the files of one process, which no other process uses."""
+    host = WRITER_CHARACTERS.sub("-", socket.gethostname()) or "host"
+    return f"{host}-{secrets.token_hex(4)}{suffix}"
+
+
+def build_file_path(digest: str, image_format: str, day: date) -> str:
+    """Return the path of an image that arrives on `day`."""
+    return f"{day.isoformat()}/{digest}.{SUFFIXES.get(image_format, image_format)}"
+
+
+class KeptFolder:
+    """A directory of kept images. Several threads and processes may use it at once.
+
+    Methods raise OSError where the directory or bucket can't be read or written.
+    """
+
+    def __init__(self, files: Files):
+        self.files = files
+        self.writer = build_writer_name()
+
+    @property
+    def location(self) -> str:
+        """The directory or URL, for messages."""
+        return self.files.location
+
+    # Reading
+
+    def read(self) -> list[LabelledImage]:
+        """Return the images whose files are there, in the order of arrival, with their labels."""
+        paths = [path for path, _ in self.files.list_files()]
+        return join(self._read_images(paths), self._read_labels(paths))
+
+    def read_images(self) -> dict[str, KeptImage]:
+        """Return the images whose files are there by digest, in the order of arrival."""
+        return self._read_images([path for path, _ in self.files.list_files()])
+
+    def read_labels(self) -> dict[str, tuple[Label, tuple[Label, ...]]]:
+        """Return by digest the label that counts, and the last labels of others that differ."""
+        return self._read_labels([path for path, _ in self.files.list_files()])
+
+    def read_file(self, image: KeptImage) -> bytes:
+        """Return the bytes of an image file. Raises FileNotFoundError if it is gone."""
+        return self.files.read(image.file)
+
+    def _read_images(self, paths: list[str]) -> dict[str, KeptImage]:
+        present = set(paths)
+        lines: list[KeptImage] = []
+        for path in paths:
+            if path.endswith(LINES_SUFFIX) and is_day(path):
+                lines += parse_lines(self._read_if_present(path), KeptImage)
+        return merge_images(line for line in lines if line.file in present)
+
+    def _read_labels(self, paths: list[str]) -> dict[str, tuple[Label, tuple[Label, ...]]]:
+        lines: list[Label] = []
+        for path in paths:
+            if path.endswith(LINES_SUFFIX) and path.startswith(f"{LABELS_DIRECTORY}/"):
+                lines += parse_lines(self._read_if_present(path), Label)
+        return merge_labels(lines)
+
+    def _read_if_present(self, path: str) -> bytes:
+        try:
+            return self.files.read(path)
+        except FileNotFoundError:
+            return b""
+
+    # Adding
+
+    def add_image(self, image: KeptImage, content: bytes | None) -> None:
+        """Add an image: first its file, then its line. `content` is None if the file is there."""
+        if content is not None:
+            self.files.write(image.file, content)
+        day = PurePosixPath(image.file).parts[0]
+        self.files.append(f"{day}/{self.writer}{LINES_SUFFIX}", pack_line(image))
+
+    def add_labels(self, labels: Iterable[Label]) -> None:
+        """Add labels; they are on the disk when this returns."""
+        content = b"".join([pack_line(label) for label in labels])
+        self.files.append(f"{LABELS_DIRECTORY}/{self.writer}{LINES_SUFFIX}", content)
+
+    # Deleting
+
+    def delete_request(self, request_id: str) -> int:
+        """Delete all images of a request, with their lines and labels. Return how many.
+
+        An image that several requests sent is deleted with any of them.
+        """
+        digests: list[str] = []
+        for image in self.read_images().values():
+            if request_id in image.request_ids:
+                digests.append(image.digest)
+        self.delete_images(digests)
+        return len(digests)
+
+    def delete_images(self, digests: Iterable[str]) -> None:
+        """Delete images, with their lines and labels."""
+        deleted = {digest.encode() for digest in digests}
+        if not deleted:
+            return
+
+        def is_kept(line: bytes) -> bool:
+            return not any(digest in line for digest in deleted)
+
+        for path, _ in self.files.list_files():
+            digest = PurePosixPath(path).stem.encode()
+            if path.endswith(LINES_SUFFIX):
+                self.files.filter_lines(path, is_kept)
+            elif digest in deleted:
+                self.files.remove(path)
+
+    def delete_older(self, days: int) -> int:
+        """Delete the images that arrived more than `days` days ago. Return how many.
+
+        Their labels go with them.
+        """
+        first_day = (now().date() - timedelta(days=days)).isoformat()
+        expired = [path for path, _ in self.files.list_files() if is_day(path) and path < first_day]
+        digests: set[str] = set()
+        for path in expired:
+            if not path.endswith(LINES_SUFFIX):
+                digests.add(PurePosixPath(path).stem)
+            self.files.remove(path)
+        self.delete_images(digests)
+        return len(digests)
+
+
+def is_day(path: str) -> bool:
+    """Whether a path is below the directory of a day."""
+    return DAY.fullmatch(PurePosixPath(path).parts[0]) is not None

@@ -1,0 +1,165 @@
+"""Directories of kept images, on a disk and in a bucket: what is written is read again."""
+
+import base64
+import hashlib
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from models.kept import KeptError, KeptFolder, KeptImage, Label, Reason, Verdict, open_kept
+from support import tiny_bundle
+from support.s3_server import s3_server
+
+START = datetime(2026, 11, 30, 12, tzinfo=UTC)
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[None]:
+    with s3_server("kept"):
+        yield
+
+
+@pytest.fixture(params=["directory", "bucket"])
+def kept(request: pytest.FixtureRequest, tmp_path: Path) -> KeptFolder:
+    if request.param == "directory":
+        return open_kept(tmp_path / "kept")
+    request.getfixturevalue("bucket")
+    return open_kept(f"s3://kept/{request.node.name}")
+
+
+def add(
+    kept: KeptFolder,
+    seed: int = 0,
+    request_id: str = "a",
+    reason: Reason = Reason.RANDOM,
+    day: int = 0,
+) -> KeptImage:
+    """Add an image that arrives on the day `day` after START; images differ by their seed."""
+    content = tiny_bundle.make_image("red", seed=seed)
+    digest = hashlib.sha256(content).hexdigest()
+    time = START + timedelta(days=day, seconds=seed)
+    image = KeptImage(
+        digest=digest,
+        file=f"{time.date()}/{digest}.png",
+        request_id=request_id,
+        image=0,
+        time=time,
+        model={"name": "colours", "version": 1},
+        top=[{"label": "red", "index": 0, "confidence": 0.5}],
+        energy=-1.0,
+        reasons=[reason],
+        probability=0.25 if reason is Reason.RANDOM else None,
+        width=32,
+        height=32,
+        embedding=base64.b64encode(np.array([1, 2, 3], "<f2").tobytes()).decode(),
+    )
+    kept.add_image(image, content)
+    return image
+
+
+def label(
+    kept: KeptFolder,
+    image: KeptImage,
+    name: str,
+    who: str = "ann",
+    second: int = 0,
+    verdict: Verdict = Verdict.CLASS,
+) -> None:
+    time = START + timedelta(seconds=second)
+    kept.add_labels([Label(digest=image.digest, verdict=verdict, label=name, who=who, time=time)])
+
+
+def test_images_and_labels_are_read_as_they_were_added(kept):
+    image = add(kept)
+    add(kept, seed=1)
+    label(kept, image, "rose")
+
+    first, second = kept.read()
+    assert kept.read_file(first.image) == tiny_bundle.make_image("red", seed=0)
+    assert first.image.read_embedding().tolist() == [1, 2, 3]
+    assert first.label.label == "rose"
+    assert not first.has_conflict
+    assert second.label is None
+
+
+def test_lines_of_one_image_are_joined(kept):
+    add(kept, request_id="a")
+    again = add(kept, request_id="b")
+    kept.add_image(
+        again.model_copy(update={"reasons": [Reason.ABSTAIN], "probability": None}), None
+    )
+
+    (entry,) = kept.read()
+    assert entry.image.reasons == [Reason.ABSTAIN, Reason.RANDOM]
+    assert entry.image.weight == 8  # two draws with probability 1/4
+    assert entry.image.request_ids == {"a", "b"}
+
+
+def test_the_last_label_counts_and_conflicts_are_seen(kept):
+    image = add(kept)
+    label(kept, image, "rose", "ann", 1)
+    label(kept, image, "tulip", "bob", 2)
+    (entry,) = kept.read()
+    assert entry.label.label == "tulip"
+    assert [other.who for other in entry.others] == ["ann"]
+
+    label(kept, image, "", "bob", 3, Verdict.WITHDRAWN)
+    (entry,) = kept.read()
+    assert entry.label.label == "rose"
+    assert not entry.has_conflict
+
+    label(kept, image, "", "ann", 4, Verdict.WITHDRAWN)
+    (entry,) = kept.read()
+    assert entry.label is None
+
+
+def test_a_request_is_deleted_with_its_lines_and_labels(kept):
+    image = add(kept, request_id="gone")
+    other = add(kept, seed=1, request_id="stays")
+    label(kept, image, "rose")
+    label(kept, other, "tulip")
+
+    assert kept.delete_request("gone") == 1
+    assert kept.delete_request("gone") == 0
+    (entry,) = kept.read()
+    assert entry.image.digest == other.digest
+    assert entry.label.label == "tulip"
+    for path, _ in kept.files.list_files():
+        assert image.digest not in path
+        assert image.digest.encode() not in kept.files.read(path)
+
+
+def test_images_are_deleted_after_some_days(kept):
+    today = (datetime.now(UTC).date() - START.date()).days
+    old = add(kept, seed=1, day=today - 31)
+    new = add(kept, seed=2, day=today - 29)
+    label(kept, old, "rose")
+    assert kept.delete_older(days=30) == 1
+    assert [entry.image.digest for entry in kept.read()] == [new.digest]
+    assert kept.read_labels() == {}
+
+
+def test_a_label_of_an_image_that_is_gone_is_ignored(kept):
+    image = add(kept)
+    label(kept, image, "rose")
+    kept.files.remove(image.file)
+    assert kept.read() == []
+
+
+@pytest.mark.parametrize("end", [b'{"digest":"12', b"{}\n", b"\xff\xfe\n", b'[1]\n{"torn'])
+def test_torn_and_foreign_lines_are_skipped(tmp_path, end):
+    kept = open_kept(tmp_path)
+    add(kept)
+    (file,) = tmp_path.glob("*/*.jsonl")
+    file.write_bytes(file.read_bytes() + end)
+    add(kept, seed=1)
+    assert len(kept.read()) == 2
+
+
+@pytest.mark.parametrize("url", ["ftp://host/kept", "s3://"])
+def test_urls_that_are_no_bucket_are_refused(url):
+    with pytest.raises(KeptError, match="s3://bucket/path"):
+        open_kept(url)
