@@ -38,6 +38,9 @@ class Picture:
     units: bytes  # sequence header and one frame
 
 
+_SUBSAMPLED_IN_X = 0x08  # of the third byte of an av1C box
+
+
 @dataclass(frozen=True, slots=True)
 class Colours:
     """The kind of samples."""
@@ -46,6 +49,11 @@ class Colours:
     is_gray: bool
     is_full_range: bool  # otherwise black and white are 16 and 235, of 8 bits
     configuration: int  # the third byte of an av1C box, without the tier
+
+    @property
+    def is_subsampled(self) -> bool:
+        """Whether colour is stored at half the width or less."""
+        return bool(self.configuration & _SUBSAMPLED_IN_X)
 
 
 @dataclass(frozen=True, slots=True)

@@ -146,7 +146,7 @@ def decode(
     """
     header = _read_allowed_header(data, max_pixels)
     reduction = _jpeg_reduction(header, spec)
-    with _reserve_memory(header, reduction, max_pixels, reserve):
+    with _reserve_memory(data, header, reduction, max_pixels, reserve):
         on_start()
         pixels = _decode_pixels(data, header, spec.channels, reduction, spec.significant_bits)
         return resize_to_input(pixels, spec)
@@ -165,7 +165,7 @@ def decode_full_size(
     Raises as `decode` does.
     """
     header = _read_allowed_header(data, max_pixels)
-    with _reserve_memory(header, 1, max_pixels):
+    with _reserve_memory(data, header, 1, max_pixels):
         return _decode_pixels(data, header, channels, 1, significant_bits)
 
 
@@ -177,7 +177,7 @@ def read_largest_sample(data: bytes, max_pixels: int = MAX_PIXELS) -> int | None
     header = _read_allowed_header(data, max_pixels)
     if header.depth != 16:
         return None
-    with _reserve_memory(header, 1, max_pixels):
+    with _reserve_memory(data, header, 1, max_pixels):
         image, _ = _decode_stored(data, header, cv2.IMREAD_UNCHANGED, 1)
         return int(image.max() if image.ndim == 2 else image[:, :, :3].max())
 
@@ -209,6 +209,7 @@ def _jpeg_reduction(header: Header, spec: InputSpec) -> int:
 
 
 def _reserve_memory(
+    data: bytes,
     header: Header,
     reduction: int,
     max_pixels: int,
@@ -230,6 +231,7 @@ def _reserve_memory(
             f"bytes, more than the {allowed_bytes} allowed; send fewer pixels, or 8 bits a colour"
         )
 
+    most_bytes += len(data)  # the decoder gets a copy without metadata
     if most_bytes < UNCOUNTED_BYTES:
         return _no_reservation
     return reserve(most_bytes)

@@ -442,23 +442,30 @@ def _count_webp_table_bytes(data: bytes, pixels: int) -> int:
     return table_sets * _WEBP_TABLE_SET_BYTES
 
 
-# Planes in full resolution, the decoder's copies of them, and two pictures with alpha.
-_AVIF_PIXEL_BYTES = {8: 16, 10: 32, 12: 32}
+# Bytes a pixel, as measured with noise: planes, the decoder's copies of them and its coefficients,
+# and two pictures with alpha.
+_AVIF_SUBSAMPLED = 20
+_AVIF_FULL_COLOUR = 24
+_AVIF_MORE_BITS = 44
 
 
 def _parse_avif(data: bytes) -> Header:
     """Read the primary picture: its size is that of the AV1 data."""
     image = read_avif(data)
-    bits = image.picture.colours.bits
+    colours = image.picture.colours
+    pixel_bytes = _AVIF_SUBSAMPLED if colours.is_subsampled else _AVIF_FULL_COLOUR
+    if colours.bits > 8:
+        pixel_bytes = _AVIF_MORE_BITS
+
     return Header(
         "avif",
         image.picture.width,
         image.picture.height,
         alpha="premultiplied" if image.is_premultiplied else "straight",
         orientation=image.orientation,
-        pixel_bytes=_AVIF_PIXEL_BYTES[bits],
+        pixel_bytes=pixel_bytes,
         avif=image,
-        used_bits=bits,
+        used_bits=colours.bits,
     )
 
 
