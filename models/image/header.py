@@ -152,6 +152,7 @@ _SOF2 = 0xC2  # progressive
 _DHT = 0xC4  # Huffman tables
 _SOF6 = 0xC6  # differential progressive
 _JPG = 0xC8  # reserved
+_SOF9 = 0xC9  # arithmetic coding
 _SOF10 = 0xCA  # progressive, arithmetic coding
 _DAC = 0xCC  # arithmetic coding conditions
 _SOF14 = 0xCE  # differential progressive, arithmetic coding
@@ -168,6 +169,7 @@ _EXIF = b"Exif\0"
 _MULTI_PICTURE = b"MPF\0"
 
 _PROGRESSIVE_FRAMES = frozenset((_SOF2, _SOF6, _SOF10, _SOF14))
+_ARITHMETIC_FRAMES = frozenset(range(_SOF9, _SOF15 + 1)) - {_DAC}
 _NOT_FRAMES = frozenset((_DHT, _JPG, _DAC))  # among the markers from SOF0 to SOF15
 _STAND_ALONE = frozenset((_TEM, *range(_RST0, _RST7 + 1)))  # markers without a segment
 _FRAMES = frozenset(range(_SOF0, _SOF15 + 1)) - _NOT_FRAMES
@@ -177,6 +179,7 @@ _MAX_SEGMENTS = 1000  # before the first scan; a colour profile takes up to 255
 _MAX_FILL_BYTES = 1000
 _MAX_SCANS = 100  # progressive encoders write about ten; each costs a pass over the picture
 _MAX_SCAN_PIXELS = 1_000_000_000  # of all passes together
+_ARITHMETIC_PASSES = 4  # that a scan in arithmetic coding takes as long as
 _COEFFICIENT_BYTES = 2
 _JPEG_PIXEL_BYTES = 6  # three channels, twice
 
@@ -222,7 +225,8 @@ def _parse_jpeg(data: bytes) -> Header:
     coefficient_bytes = 0
     if has_several_scans:
         pixels = width * height
-        _check_scans(data.count(bytes((0xFF, _SOS)), position) + 1, pixels)
+        passes = _ARITHMETIC_PASSES if data[frame - 1] in _ARITHMETIC_FRAMES else 1
+        _check_scans(data.count(bytes((0xFF, _SOS)), position) + 1, passes * pixels)
         samples = _count_samples(data[frame + 9 : frame + 9 + 3 * frame_components : 3])
         # All coefficients stay in memory until the last scan is read.
         coefficient_bytes = int(pixels * samples * _COEFFICIENT_BYTES)

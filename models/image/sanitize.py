@@ -15,7 +15,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from models.image import tiff
+from models.image import deflate, tiff
 from models.image.errors import UndecodableImage
 from models.image.header import (
     DAMAGED,
@@ -72,11 +72,13 @@ def _sanitize_png(data: bytes, header: Header) -> bytes:
     parts = [data[:8]]
     kept_bytes = 8
     pixel_bytes = 0
+    pixel_parts: list[slice] = []
     has_exif = False
 
     for chunk_type, start, end in iterate_png_chunks(data):
         if chunk_type == b"IDAT":
             pixel_bytes += end - start
+            pixel_parts.append(slice(start + 8, end - 4))
         elif chunk_type == b"eXIf" and not has_exif and end - start <= MAX_EXIF_BYTES:
             has_exif = True
         elif chunk_type not in _PNG_PIXEL_CHUNKS:
@@ -86,8 +88,10 @@ def _sanitize_png(data: bytes, header: Header) -> bytes:
         parts.append(data[start:end])
         kept_bytes += end - start
 
-    if pixel_bytes > _PNG_MAX_EXPANSION * count_png_row_bytes(data) + _PNG_MAX_OVERHEAD_BYTES:
+    row_bytes = count_png_row_bytes(data)
+    if pixel_bytes > _PNG_MAX_EXPANSION * row_bytes + _PNG_MAX_OVERHEAD_BYTES:
         raise UndecodableImage("the png has more compressed data than a picture of its size needs")
+    deflate.check_blocks(data, [pixel_parts], row_bytes)
     if kept_bytes == len(data):
         return data
     return b"".join(parts)
@@ -310,6 +314,11 @@ _TIFF_TYPE_BYTES = {
 }
 _TIFF_COUNT_TYPES = {3: "u2", 4: "u4"}
 _TIFF_BYTE_COUNTS = frozenset((tiff.STRIP_BYTE_COUNTS, tiff.TILE_BYTE_COUNTS))
+_TIFF_BLOCK_TAGS = (
+    (tiff.STRIP_OFFSETS, tiff.STRIP_BYTE_COUNTS),
+    (tiff.TILE_OFFSETS, tiff.TILE_BYTE_COUNTS),
+)
+_TIFF_DEFLATE = frozenset((8, 32946))
 _TIFF_MAX_TAGS = 1000
 
 
@@ -325,14 +334,18 @@ def _sanitize_tiff(data: bytes, header: Header) -> bytes | bytearray:
         raise UndecodableImage(f"the tiff has more than {_TIFF_MAX_TAGS} tags")
 
     value_bytes = 0
+    entries: dict[int, int] = {}
     for i in range(tag_count):
         entry = directory + 2 + 12 * i
         tag, type_number, count = struct.unpack_from(order + "HHI", data, entry)
         value_bytes += count * _TIFF_TYPE_BYTES.get(type_number, 0)
+        entries[tag] = entry
         if tag in _TIFF_BYTE_COUNTS and count > 1:
             _check_tiff_byte_counts(data, order, entry)
     if value_bytes > len(data):
         raise UndecodableImage("the values of the tiff's tags overlap")
+    if len(data) > deflate.UNCHECKED_BYTES:
+        _check_tiff_deflate(data, order, entries, header)
 
     next_directory = directory + 2 + 12 * tag_count
     if data[next_directory : next_directory + 4] == bytes(4):
@@ -344,16 +357,40 @@ def _sanitize_tiff(data: bytes, header: Header) -> bytes | bytearray:
 
 def _check_tiff_byte_counts(data: bytes, order: str, entry: int) -> None:
     """Raise UndecodableImage where strips or tiles have more bytes together than the file."""
+    byte_counts = _read_tiff_numbers(data, order, entry)
+    if byte_counts.sum(dtype=np.uint64) > len(data):
+        raise UndecodableImage("the strips or tiles of the tiff overlap")
+
+
+def _check_tiff_deflate(data: bytes, order: str, entries: dict[int, int], header: Header) -> None:
+    """Raise UndecodableImage where compressed strips or tiles have too many blocks of codes."""
+    tags = header.page.tags if header.page is not None else {}
+    if tags.get(tiff.COMPRESSION) not in _TIFF_DEFLATE:
+        return
+
+    streams: list[list[slice]] = []
+    for offsets_tag, counts_tag in _TIFF_BLOCK_TAGS:
+        if offsets_tag not in entries or counts_tag not in entries:
+            continue
+        offsets = _read_tiff_numbers(data, order, entries[offsets_tag]).tolist()
+        byte_counts = _read_tiff_numbers(data, order, entries[counts_tag]).tolist()
+        for offset, byte_count in zip(offsets, byte_counts, strict=False):
+            start = min(offset, len(data))
+            streams.append([slice(start, min(start + byte_count, len(data)))])
+
+    pixel_bits = tags.get(tiff.SAMPLES_PER_PIXEL, 1) * tags.get(tiff.BITS_PER_SAMPLE, 1)
+    deflate.check_blocks(data, streams, header.width * header.height * pixel_bits // 8)
+
+
+def _read_tiff_numbers(data: bytes, order: str, entry: int) -> np.ndarray:
+    """Return the values of a directory entry of the types SHORT or LONG."""
     _, type_number, count, offset = struct.unpack_from(order + "HHII", data, entry)
     number = np.dtype(order + _TIFF_COUNT_TYPES[type_number])
     if count * number.itemsize <= 4:
         offset = entry + 8
     if offset + count * number.itemsize > len(data):
         raise UndecodableImage(DAMAGED)
-
-    byte_counts = np.frombuffer(data, number, count, offset)
-    if byte_counts.sum(dtype=np.uint64) > len(data):
-        raise UndecodableImage("the strips or tiles of the tiff overlap")
+    return np.frombuffer(data, number, count, offset)
 
 
 _FUNCTIONS: dict[str, Callable[[bytes, Header], bytes | bytearray]] = {

@@ -258,6 +258,38 @@ def many_strips_tiff(rows: int, width: int = 1) -> bytes:
     )
 
 
+def deflate_with_empty_blocks(content: bytes, blocks: int) -> bytes:
+    """A zlib stream of the content behind so many blocks of no data; they take 5 bytes each."""
+    stream = zlib.compress(content)
+    return stream[:2] + b"\0\0\0\xff\xff" * blocks + stream[2:]
+
+
+def flushed_rows_png(rows: np.ndarray) -> bytes:
+    """A PNG of gray rows [H, W]; the encoder ends a block after each."""
+    compressor = zlib.compressobj(1)
+    parts: list[bytes] = []
+    for row in rows:
+        parts.append(compressor.compress(b"\0" + row.tobytes()))
+        parts.append(compressor.flush(zlib.Z_SYNC_FLUSH))
+    parts.append(compressor.flush())
+    return png_of_pixels(rows.shape[1], rows.shape[0], b"".join(parts))
+
+
+def png_of_pixels(width: int, height: int, compressed: bytes) -> bytes:
+    """A gray PNG of this compressed data."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    pixels = png_chunk(b"IDAT", compressed)
+    return SIGNATURE + png_chunk(b"IHDR", header) + pixels + png_chunk(b"IEND", b"")
+
+
+def deflate_tiff(width: int, height: int, compressed: bytes) -> bytes:
+    """A gray TIFF of one strip of this compressed data."""
+    start = 8 + 2 + 12 * 9 + 4
+    return gray_tiff(
+        width, height, compressed, compression=8, offsets=start, counts=len(compressed)
+    )
+
+
 def with_size(kind: str, width: int, height: int) -> bytes:
     """A valid file whose header is changed to another size."""
     data = bytearray(FILES[kind])
@@ -326,6 +358,12 @@ HOSTILE = {
     "gif of a million blocks": gif([4, 1], 1, 1, extensions=b"!\xfe" + b"\1a" * 1_000_000 + b"\0"),
     "gif of clear codes": gif([4] * 40_000, 8, 8),
     "gif of clear codes after many pixels": gif([256, *[1] * 6000, *[256] * 40_000], 100, 90, 8),
+    "png of a million empty blocks": png_of_pixels(
+        2000, 1500, deflate_with_empty_blocks(bytes(2001 * 1500), 1_000_000)
+    ),
+    "tiff of a million empty blocks": deflate_tiff(
+        2000, 1500, deflate_with_empty_blocks(bytes(2000 * 1500), 1_000_000)
+    ),
     "gif that ends again and again": gif([5] * 40_000, 8, 8),
 }
 
@@ -349,6 +387,36 @@ def test_fewer_scans_are_allowed_of_a_large_picture():
     with pytest.raises(UndecodableImage, match="30 scans"):
         decode(jpeg_builder.green_jpeg([[i % 3] for i in range(30)], 7000, 0xC2), SPEC)
     decode(jpeg_builder.green_jpeg([[i % 3] for i in range(30)], 70, 0xC2), SPEC)
+
+
+@pytest.mark.parametrize("frame", [0xC9, 0xCA])
+def test_few_scans_are_allowed_of_a_large_picture_in_arithmetic_coding(frame):
+    """A scan takes several times as long as in Huffman coding."""
+    with pytest.raises(UndecodableImage, match="6 scans"):
+        decode(jpeg_builder.green_jpeg([[i % 3] for i in range(6)], 7000, frame), SPEC)
+
+
+def test_a_picture_of_too_much_avif_data_is_refused():
+    """The decoder takes 0.15 s a megabyte."""
+    data = bytearray(FILES["avif"] + bytes(13 << 20))
+    length_position = data.index(b"iloc") + 22
+    struct.pack_into(">I", data, length_position, 13 << 20)
+    with pytest.raises(UndecodableImage, match="convert it to JPEG"):
+        decode(bytes(data), SPEC)
+
+
+@pytest.mark.parametrize("blocks_end", ["rows", "strips"])
+def test_large_files_of_many_small_blocks_are_decoded(blocks_end):
+    """Some encoders end a block after each row; a TIFF may have a strip for each."""
+    pixels = np.random.default_rng(3).integers(0, 256, (4500, 1000), np.uint8)
+    if blocks_end == "rows":
+        data = flushed_rows_png(pixels)
+    else:
+        buffer = io.BytesIO()
+        options = {"compression": "tiff_adobe_deflate", "strip_size": 1000}
+        Image.fromarray(pixels).save(buffer, "TIFF", **options)
+        data = buffer.getvalue()
+    assert np.array_equal(decode_full_size(data, 1)[:, :, 0], pixels)
 
 
 @pytest.mark.parametrize("frame", [0xC0, 0xC1, 0xC2, 0xC9, 0xCA])
