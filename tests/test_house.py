@@ -37,8 +37,11 @@ BANNED_PHRASES = [
 GENERATED = (".lock", ".json", "LICENSE", ".png", ".svg")
 
 
-# `[text](target)` and `![text](target)`, without the #anchor.
-MARKDOWN_TARGET = re.compile(r"\]\(([^)\s#]+)")
+# `[text](target)`, `![text](target)` and the definition `[name]: target`, without the #anchor.
+MARKDOWN_TARGET = re.compile(r"\]\(([^)\s#]+)|^\[[^\]\s]+\]: ([^\s#]+)", re.MULTILINE)
+
+COMPARED = ROOT / "tests/benchmarks/COMPARED.md"
+NO_SOURCE = "no source found"
 
 
 def list_tracked_files() -> list[str]:
@@ -103,11 +106,37 @@ def test_relative_links_in_markdown_lead_to_files():
         if not name.endswith(".md"):
             continue
         file = ROOT / name
-        for target in MARKDOWN_TARGET.findall(file.read_text()):
+        for inline, defined in MARKDOWN_TARGET.findall(file.read_text()):
+            target = inline or defined
             is_checked = not re.match(r"[a-z]+:", target)
             if is_checked and not (file.parent / target).exists():
                 broken.append(f"{name}: {target}")
     assert broken == []
+
+
+def test_each_cell_of_the_comparison_has_its_source():
+    text = COMPARED.read_text()
+    sources = dict(re.findall(r"^\[(\S+)\]: (\S+)$", text, re.MULTILINE))
+    cited: set[str] = set()
+    tables = re.findall(r"^\| feature \|.*\n(?:\|.*\n)+", text, re.MULTILINE)
+    assert len(tables) == 2
+
+    for table in tables:
+        header, _, *rows = table.splitlines()
+        for row in rows:
+            feature, *cells = [cell.strip() for cell in row.strip("|").split("|")]
+            assert len(cells) == header.count("|") - 2, feature
+            for cell in cells:
+                if cell == NO_SOURCE:
+                    continue
+                link = re.fullmatch(r"\[.+\]\[(\S+)\]", cell)
+                assert link, f"{feature}: {cell} has no source"
+                cited.add(link[1])
+
+    assert cited == sources.keys()
+    own_sources = [target for target in sources.values() if target.startswith("../../")]
+    assert own_sources
+    assert all(re.match(r"https://|\.\./\.\./", target) for target in sources.values())
 
 
 def test_locks_satisfy_the_declared_ranges_and_name_no_index():
