@@ -60,9 +60,19 @@ def bundle_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def serve_commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkedCommands]:
+def shared_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory that all processes of pytest-xdist share."""
+    directory = tmp_path_factory.getbasetemp()
+    return directory.parent if "PYTEST_XDIST_WORKER" in os.environ else directory
+
+
+@pytest.fixture(scope="session")
+def serve_commands(
+    shared_directory: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ForkedCommands]:
     """Starts `python -m serve …` without the time of its imports."""
-    commands = ForkedCommands("serve", tmp_path_factory.mktemp("serve-commands"))
+    directory = tmp_path_factory.mktemp("serve-commands")
+    commands = ForkedCommands("serve", directory, shared_directory)
     yield commands
     commands.close()
 
@@ -115,9 +125,11 @@ def start(
 
 
 @pytest.fixture(scope="session")
-def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkedCommands]:
+def commands(
+    shared_directory: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ForkedCommands]:
     """Starts `python -m train …` without the time of its imports."""
-    commands = ForkedCommands("train", tmp_path_factory.mktemp("commands"))
+    commands = ForkedCommands("train", tmp_path_factory.mktemp("commands"), shared_directory)
     yield commands
     commands.close()
 

@@ -4,18 +4,22 @@ One process imports everything once and forks a child for each command. Each com
 process, with its signals, limits and exit status, and begins with the first line of the package's
 __main__. It starts in 20 ms instead of 8 s for train and 1 s for serve.
 
-Run as a module (`python -m support.forked_commands PACKAGE`), this file is the process that forks:
-it reads a JSON request per line from stdin and prints the process id of the command.
+Run as a module (`python -m support.forked_commands PACKAGE LOCK`), this file is the process that
+forks. All processes of pytest-xdist share it. It accepts connections on stdin, a socket, reads a
+JSON request per line and answers with the process id of the command. It ends with the last client.
 """
 
 import atexit
 import contextlib
+import fcntl
 import importlib
 import json
 import os
 import resource
 import runpy
+import selectors
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -108,22 +112,12 @@ class ForkedCommand:
 class ForkedCommands:
     """Starts commands of one package, in `directory` where no other is given."""
 
-    def __init__(self, package: str, directory: Path) -> None:
-        """`package`: "train" or "serve"."""
+    def __init__(self, package: str, directory: Path, shared: Path) -> None:
+        """`package`: "train" or "serve"; `shared`: a directory that all test processes share."""
         self.directory = directory
         self._count = 0
-        self._forker = subprocess.Popen(
-            [sys.executable, "-m", "support.forked_commands", package],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-                "XDG_CACHE_HOME": str(directory / "cache"),
-            },
-        )
+        self._connection = connect(package, shared)
+        self._replies = self._connection.makefile("r")
 
     def start(
         self,
@@ -143,14 +137,14 @@ class ForkedCommands:
         status_file = self.directory / f"{self._count}.status"
         request: dict[str, Any] = {
             "argv": [str(word) for word in argv],
-            "env": env or {},
+            "env": {"XDG_CACHE_HOME": str(self.directory / "cache"), **(env or {})},
             "limits": limits or {},
             "cwd": str(cwd or self.directory),
             "log": str(log),
             "status_file": str(status_file),
         }
-        print(json.dumps(request), file=self._forker.stdin, flush=True)
-        pid = int(self._forker.stdout.readline())
+        self._connection.sendall(json.dumps(request).encode() + b"\n")
+        pid = int(self._replies.readline())
         return ForkedCommand(pid, log, status_file)
 
     def run(self, *argv: object, **options: Any) -> ForkedCommand:
@@ -160,20 +154,98 @@ class ForkedCommands:
         return command
 
     def close(self) -> None:
-        self._forker.stdin.close()
-        self._forker.wait(60)
-        self._forker.stdout.close()
+        self._replies.close()
+        self._connection.close()
 
 
-def serve_requests(package: str) -> None:
-    """Read requests from stdin until it closes."""
-    with contextlib.redirect_stdout(sys.stderr):
-        WARM_UPS[package]()
-    for line in sys.stdin:
-        request = json.loads(line)
-        if os.fork() == 0:
-            _supervise(package, request)
-        _reap_children()
+def connect(package: str, shared: Path) -> socket.socket:
+    """Connect to the process that forks commands of a package; start it if there is none."""
+    address = shared / f"{package}.sock"
+    lock_path = shared / f"{package}.lock"
+    connection = socket.socket(socket.AF_UNIX)
+    with lock_path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            connection.connect(str(address))
+        except OSError:  # none was started, or its last client has left
+            start_forker(package, address, lock_path)
+            connection.connect(str(address))
+    return connection
+
+
+def start_forker(package: str, address: Path, lock_path: Path) -> None:
+    """Start the process that forks commands, which outlives this one while it has clients."""
+    address.unlink(missing_ok=True)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(address))
+        listener.listen()
+        subprocess.run(
+            [sys.executable, "-m", "support.forked_commands", package, str(lock_path)],
+            stdin=listener,
+            stdout=subprocess.DEVNULL,
+            check=True,
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+                # Libraries that read it when they are imported share this one among all commands.
+                "XDG_CACHE_HOME": str(lock_path.with_name("cache")),
+            },
+        )
+
+
+def serve_requests(package: str, lock_path: Path) -> None:
+    """Fork commands for all clients that connect, until the last has left."""
+    listener = socket.socket(fileno=os.dup(0))
+    with open(os.devnull) as null:
+        os.dup2(null.fileno(), 0)  # commands must not keep the socket open
+    WARM_UPS[package]()
+    with listener, selectors.DefaultSelector() as selector:
+        selector.register(listener, selectors.EVENT_READ)
+        while True:
+            for key, _ in selector.select():
+                if key.fileobj is listener:
+                    connection, _ = listener.accept()
+                    selector.register(connection, selectors.EVENT_READ, connection.makefile("r"))
+                    continue
+                line = ""
+                with contextlib.suppress(ConnectionResetError):  # the client was killed
+                    line = key.data.readline()
+                if line:
+                    _fork_command(package, json.loads(line), key.fileobj, selector)
+                else:
+                    selector.unregister(key.fileobj)
+                    key.data.close()
+                    key.fileobj.close()
+            if len(selector.get_map()) == 1 and _may_end(selector, lock_path):
+                return
+
+
+def _may_end(selector: selectors.BaseSelector, lock_path: Path) -> bool:
+    """Whether no client has connected. If so, none can any more: the lock is held until the end."""
+    descriptor = os.open(lock_path, os.O_WRONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        may_end = not selector.select(0)
+    except BlockingIOError:  # a client connects at this moment
+        may_end = False
+    if not may_end:
+        os.close(descriptor)
+    return may_end
+
+
+def _fork_command(
+    package: str,
+    request: dict[str, Any],
+    connection: socket.socket,
+    selector: selectors.BaseSelector,
+) -> None:
+    if os.fork() == 0:
+        for key in list(selector.get_map().values()):
+            if key.fileobj is not connection:
+                os.close(key.fd)
+        _supervise(package, request, connection)
+    _reap_children()
 
 
 def _reap_children() -> None:
@@ -182,12 +254,14 @@ def _reap_children() -> None:
             pass
 
 
-def _supervise(package: str, request: dict[str, Any]) -> None:
-    """Fork the command, print its process id, wait for its end and write its status."""
+def _supervise(package: str, request: dict[str, Any], connection: socket.socket) -> None:
+    """Fork the command, send its process id, wait for its end and write its status."""
     pid = os.fork()
     if pid == 0:
+        os.close(connection.fileno())
         _run_command(package, request)
-    print(pid, flush=True)
+    connection.sendall(f"{pid}\n".encode())
+    os.close(connection.fileno())
 
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     status_file = Path(request["status_file"])
@@ -238,4 +312,5 @@ def _unload_huggingface_hub() -> None:
 
 
 if __name__ == "__main__":
-    serve_requests(sys.argv[1])
+    if os.fork() == 0:  # so that the process that started this one need not wait for its end
+        serve_requests(sys.argv[1], Path(sys.argv[2]))
