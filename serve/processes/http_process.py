@@ -14,6 +14,8 @@ from types import FrameType
 
 import uvicorn
 
+from serve.processes.process_name import set_process_name
+
 TICK_SECONDS = 1.0
 LATE_CLIENTS_SECONDS = 0.2  # for all clients that connect too late
 LATE_CLIENT_TIMEOUT_SECONDS = 0.05  # for one read from or write to such a client
@@ -45,8 +47,9 @@ class HttpServer(uvicorn.Server):
             self.event_loop.call_soon_threadsafe(self.exit_event.set)
 
 
-def run_http_process(server: HttpServer, sockets: list[socket.socket]) -> None:
+def run_http_process(number: int, server: HttpServer, sockets: list[socket.socket]) -> None:
     """Run an HTTP process, the main function of a forked child of the supervisor."""
+    set_process_name(f"http-{number}")
     # The fork copied the supervisor's handlers, which drain the service. uvicorn sets others soon.
     for signal_number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signal_number, signal.SIG_IGN)

@@ -1,6 +1,6 @@
 """The only module that imports LitServe. It is written for LitServe 0.2.19.
 
-LitServe binds the port, starts the worker processes, and waits until the service ends. Its path of
+LitServe binds the port, runs in each worker process, and waits until the service ends. Its path of
 a request (endpoints, queues, batching, responses) is not used: HTTP processes and workers talk over
 Unix sockets. `LitServeAdapter` connects LitServe to a supervisor, which owns the processes.
 
@@ -9,6 +9,8 @@ Public parts that are extended:
 - `LitAPI.setup` loads the model in a worker process.
 - `LitLoop.__call__` is the main loop of a worker process, instead of LitServe's loop over a queue.
 - `LitServer.run` starts everything and returns when the service has ended.
+- `LitServer.launch_inference_worker` would start workers by spawn, which imports everything again.
+  They are forked from the launcher, and run LitServe's `inference_worker` in the same way.
 - `MessageTransport` is the interface of the transport, which is not used.
 
 Private parts that are replaced, because version 0.2.19 has no public alternative:
@@ -25,7 +27,8 @@ Private parts that are replaced, because version 0.2.19 has no public alternativ
 
 Private parts that are used:
 
-- `LitServer.inference_workers` and `LitServer.launch_single_inference_worker` replace a worker.
+- `LitServer.inference_workers` holds the worker processes, which LitServe ends at the shutdown.
+- `LitServer._callback_runner` is an argument of `inference_worker`.
 - `LitServer.app` and its attribute `response_queue_id`: the lifespan of LitServe's app runs in each
   HTTP process and reads that number.
 """
@@ -38,9 +41,12 @@ from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
 
 import litserve
+from litserve.loops import inference_worker
 from litserve.loops.base import LitLoop
 from litserve.transport.base import MessageTransport
 from starlette.types import ASGIApp
+
+from serve.processes.launcher import LaunchedProcess, Launcher
 
 # How often the first thread wakes to handle signals.
 SIGNAL_CHECK_SECONDS = 0.2
@@ -72,11 +78,15 @@ class ProcessOwner(Protocol):
 class LitServeAdapter(litserve.LitServer):
     """Runs the service with LitServe's process start and shutdown."""
 
-    def __init__(self, worker: WorkerProgram, worker_count: int, owner: ProcessOwner):
+    def __init__(
+        self, worker: WorkerProgram, worker_count: int, owner: ProcessOwner, launcher: Launcher
+    ):
         super().__init__(
             _WorkerApi(worker), accelerator="cpu", workers_per_device=worker_count, timeout=False
         )
+        self.worker_count = worker_count
         self.owner = owner
+        self.launcher = launcher
         self._shutdown_event = _ShutdownFlag()  # from now on, so that a signal is never lost
 
     def run_service(
@@ -96,14 +106,27 @@ class LitServeAdapter(litserve.LitServer):
         self._shutdown_event.set()
 
     @property
-    def workers(self) -> list[BaseProcess]:
+    def workers(self) -> list[LaunchedProcess]:
         """The worker processes by their numbers."""
         return self.inference_workers
 
     def replace_worker(self, number: int) -> None:
         """Start a process that replaces a worker that has ended."""
-        process = self.launch_single_inference_worker(self.lit_api, number)
-        self.inference_workers[number] = process
+        self.inference_workers[number] = self._start_worker(number)
+
+    def _start_worker(self, number: int) -> LaunchedProcess:
+        return self.launcher.start(
+            f"worker-{number}",
+            inference_worker,
+            self.lit_api,
+            "cpu",
+            number,
+            None,  # the queue of requests
+            self._transport,
+            {},  # the setup status of the workers
+            self._callback_runner,
+            False,  # restart_workers
+        )
 
     def create_lifespan_app(self, process_number: int) -> ASGIApp:
         """Return LitServe's app for an HTTP process. Give it only the events of the lifespan."""
@@ -118,6 +141,10 @@ class LitServeAdapter(litserve.LitServer):
         self.litapi_request_queues = {self.lit_api.api_path: None}
         self._transport = _UnusedTransport()
         return _NoManager()
+
+    def launch_inference_worker(self, lit_api: litserve.LitAPI) -> list[LaunchedProcess]:
+        """Start all workers."""
+        return [self._start_worker(number) for number in range(self.worker_count)]
 
     def verify_worker_status(self) -> None:
         """Do not wait for the workers."""

@@ -25,6 +25,7 @@ from serve.metrics import exposition
 from serve.metrics.shared_counters import SharedCounters
 from serve.processes.connection_limit import limit_connections
 from serve.processes.http_process import HttpServer, answer_late_clients, run_http_process
+from serve.processes.launcher import LaunchedProcess, Launcher
 from serve.processes.litserve_adapter import LitServeAdapter
 from serve.processes.ports import is_port_free
 from serve.processes.restart_policy import RestartPolicy
@@ -71,10 +72,11 @@ class ProcessKey(NamedTuple):
 class Supervisor:
     """Owns the processes of the service."""
 
-    def __init__(self, settings: Settings, run_directory: str, threads: int):
+    def __init__(self, settings: Settings, run_directory: str, threads: int, launcher: Launcher):
         self.settings = settings
         self.run_directory = run_directory
         self.threads = threads  # of each worker
+        self.launcher = launcher
         self.state = SharedState(run_directory)
         self.counters = SharedCounters(f"{run_directory}/supervisor.metrics")
         # The metric is the minimum over all processes, so those that are not ready decide.
@@ -82,7 +84,7 @@ class Supervisor:
 
         self.sockets: list[socket.socket] = []
         self.http_processes: dict[int, BaseProcess] = {}
-        self.shadow_processes: list[BaseProcess] = []  # one, or none
+        self.shadow_processes: list[LaunchedProcess] = []  # one, or none
         self.worker_failures = 0  # crashes and hangs
         self.model_is_unusable = False  # a worker could not load the model at the start
         for number in range(settings.api_processes):
@@ -91,7 +93,7 @@ class Supervisor:
             self.state.reset_worker(number)
 
         worker = Worker(settings, run_directory, threads)
-        self.litserve = LitServeAdapter(worker, settings.workers, self)
+        self.litserve = LitServeAdapter(worker, settings.workers, self, launcher)
         self.uvicorn_options: dict[str, Any] = {
             "log_level": "warning",
             "http": HttpProtocol,
@@ -161,20 +163,20 @@ class Supervisor:
         )
         process = multiprocessing.get_context("fork").Process(
             target=run_http_process,
-            args=(HttpServer(config), self.sockets),
+            args=(number, HttpServer(config), self.sockets),
             name=f"http-{number}",
         )
         process.start()
         self.http_processes[number] = process
 
     def _start_shadow_process(self) -> None:
-        process = multiprocessing.get_context("spawn").Process(
-            target=run_shadow,
-            args=(self.settings, self.settings.shadow_version, self.run_directory),
-            name="shadow",
-            daemon=True,
+        process = self.launcher.start(
+            "shadow",
+            run_shadow,
+            self.settings,
+            self.settings.shadow_version,
+            self.run_directory,
         )
-        process.start()
         self.shadow_processes = [process]
 
     def _publish_not_ready(self, number: int) -> None:
@@ -205,7 +207,7 @@ class Supervisor:
         keys += [ProcessKey("shadow", number) for number in range(len(self.shadow_processes))]
         return keys
 
-    def _process(self, key: ProcessKey) -> BaseProcess:
+    def _process(self, key: ProcessKey) -> BaseProcess | LaunchedProcess:
         if key.kind == "worker":
             return self.litserve.workers[key.number]
         if key.kind == "http":
@@ -371,13 +373,14 @@ def _run_service(settings: Settings, run_directory: str) -> int:
     """Run the supervisor and the server of /metrics."""
     SharedState.create(run_directory)
     threads = settings.threads or max(1, available_cores() // settings.workers)
-    supervisor = Supervisor(settings, run_directory, threads)
-    supervisor.handle_signals()
-    if not settings.metrics_port:
-        return supervisor.run()
+    with Launcher() as launcher:
+        supervisor = Supervisor(settings, run_directory, threads, launcher)
+        supervisor.handle_signals()
+        if not settings.metrics_port:
+            return supervisor.run()
 
-    metrics_server = exposition.start(settings.host, settings.metrics_port, run_directory)
-    try:
-        return supervisor.run()
-    finally:
-        metrics_server.shutdown()
+        metrics_server = exposition.start(settings.host, settings.metrics_port, run_directory)
+        try:
+            return supervisor.run()
+        finally:
+            metrics_server.shutdown()

@@ -83,12 +83,12 @@ class ShadowSender:
 
 
 def run_shadow(settings: Settings, version: int, run_directory: str) -> None:
-    """Load the second version and compare images until the supervisor ends."""
+    """Load the second version and compare images until the process that started this one ends."""
+    parent_pid = os.getppid()
     # Ctrl+C reaches the whole process group; only the supervisor ends this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     logs.configure(settings)
-    supervisor_pid = os.getppid()
 
     try:
         single = settings.model_copy(update={"max_batch_size": 1})
@@ -107,7 +107,7 @@ def run_shadow(settings: Settings, version: int, run_directory: str) -> None:
         receiver.settimeout(PARENT_CHECK_SECONDS)
         fields = {"version": model.version, "variant": model.variant}
         logs.logger.info("shadow ready", extra={"fields": fields})
-        while os.getppid() == supervisor_pid:
+        while os.getppid() == parent_pid:
             try:
                 datagram = receiver.recv(RECEIVE_BYTES)
             except TimeoutError:

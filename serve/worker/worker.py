@@ -1,6 +1,6 @@
 """The worker process: it holds the model, and has one predictor thread for each core.
 
-LitServe starts it, through `serve.processes.litserve_adapter`, and the supervisor replaces it when
+LitServe runs in it, through `serve.processes.litserve_adapter`, and the supervisor replaces it when
 it fails. Jobs arrive on a Unix socket in the format of `serve.wire`.
 """
 
@@ -45,6 +45,7 @@ class Worker:
     def setup(self) -> None:
         """Load the model. Exit with status MODEL_UNUSABLE and one line on stderr if it fails."""
         return_large_blocks()
+        self.parent_pid = os.getppid()
         self.state = SharedState(self.run_directory)
         self._handle_signals()
         logs.configure(self.settings)
@@ -57,7 +58,6 @@ class Worker:
     def run(self, number: int) -> None:
         """Serve as the worker with this number, until the supervisor ends the process."""
         self.number = number
-        self.supervisor_pid = os.getppid()
         self.metrics_prefix = os.path.join(self.run_directory, f"worker-{number}")
         self.active_jobs = ActiveJobs(
             self.run_directory, number, self.threads, self.settings.max_batch_size
@@ -166,9 +166,9 @@ class Worker:
     def _send_heartbeats(self) -> None:
         """Show the supervisor that this process is alive.
 
-        Exit when the supervisor is gone, or when a predictor hangs.
+        Exit when the process that started this one is gone, or when a predictor hangs.
         """
-        while os.getppid() == self.supervisor_pid:
+        while os.getppid() == self.parent_pid:
             self.state.set_heartbeat(self.number)
             self.batcher.set_max_batch_size(self._max_batch_size())
             self._exit_if_a_predictor_hangs()

@@ -2,7 +2,7 @@
 
     python serve_unchecked.py FLAGS…    takes the flags of `python -m serve`
 
-The calls of `replace` below show all that is left out. Worker processes import this file as well.
+The calls of `replace` below show all that is left out; worker processes inherit them by fork.
 The limits of serve/http/protocol.py (heads, connections, slow clients) and the timer of all
 deadlines stay on, because the protocol depends on them. A name that the service no longer has
 raises AttributeError, so that the benchmark never measures a service that still does the work.

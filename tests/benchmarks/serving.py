@@ -90,20 +90,20 @@ def tree_cpu_seconds(pid: int) -> float:
 
 
 def find_http_process(pid: int) -> int:
-    """The HTTP process of Imago's service: the child that the supervisor `pid` forked."""
-    supervisor = Path(f"/proc/{pid}/cmdline").read_bytes()
-    for child in find_descendants(pid):
-        if Path(f"/proc/{child}/cmdline").read_bytes() == supervisor:
-            return child
-    raise LookupError(f"process {pid} has no HTTP process")
+    """The HTTP process of Imago's service, whose supervisor is `pid`."""
+    return _find_by_name(pid, "imago-http-")
 
 
 def find_worker(pid: int) -> int:
-    """The inference worker of Imago's service: the child that multiprocessing spawned."""
-    for child in find_descendants(pid):
-        if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
-            return child
-    raise LookupError(f"process {pid} has no worker")
+    """The worker process of Imago's service, whose supervisor is `pid`."""
+    return _find_by_name(pid, "imago-worker-")
+
+
+def _find_by_name(pid: int, prefix: str) -> int:
+    for each in find_descendants(pid):
+        if Path(f"/proc/{each}/comm").read_text().startswith(prefix):
+            return each
+    raise LookupError(f"process {pid} has no process {prefix}*")
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Several HTTP processes and several workers behave as one service."""
 
 import fcntl
+import os
 import re
 import sys
 from collections import Counter
@@ -21,6 +22,7 @@ from support.server import Server, wait_until
 GOOD = tiny_bundle.make_image("blue")
 BAD = b"hello"
 PNG = {"Content-Type": "image/png"}
+LISTEN = "0A"  # a state of a socket in /proc/net/tcp
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +94,42 @@ def read_counter(path: Path, name: str) -> float:
     data = path.read_bytes()
     values = memoryview(data).cast("d")
     return sum(values[index] for metric, _, index in read_entries(data) if metric == name)
+
+
+def test_processes_are_named(service):
+    names = [read_process_name(pid) for pid in service.children()]
+    assert sorted(names) == [
+        "imago-http-0",
+        "imago-http-1",
+        "imago-launcher",
+        "imago-worker-0",
+        "imago-worker-1",
+    ]
+
+
+def read_process_name(pid: int) -> str:
+    return Path(f"/proc/{pid}/comm").read_text().rstrip()
+
+
+def test_workers_hold_no_listening_socket(service):
+    """One that hangs would keep the port of a supervisor that was killed."""
+    listening = {inode for pid in service.http_processes() for inode in listening_sockets(pid)}
+    assert listening
+    for pid in service.find_processes("worker") + service.find_processes("launcher"):
+        assert not listening & open_sockets(pid)
+
+
+def listening_sockets(pid: int) -> set[str]:
+    """Return the inodes of the TCP sockets of a process that listen."""
+    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    listening = {fields[9] for fields in lines if fields[3] == LISTEN}
+    return listening & open_sockets(pid)
+
+
+def open_sockets(pid: int) -> set[str]:
+    """Return the inodes of all sockets of a process."""
+    targets = [os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir()]
+    return {target[8:-1] for target in targets if target.startswith("socket:[")}
 
 
 def test_request_ids_differ_between_processes(service):

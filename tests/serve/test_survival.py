@@ -29,8 +29,7 @@ def kill_workers(server: Server, times: int) -> None:
     for _ in range(times):
         (pid,) = server.workers()
         os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: not server.is_ready())
-        wait_until(lambda pid=pid: server.is_ready() and server.workers() != [pid])
+        wait_until(lambda pid=pid: server.workers() not in ([pid], []) and server.is_ready())
 
 
 def check_kills(server: Server, times: int) -> None:
@@ -53,7 +52,37 @@ def check_kills(server: Server, times: int) -> None:
 
 
 def test_a_killed_worker_is_replaced_and_every_request_is_answered(start):
-    check_kills(start("--threads", "2"), 3)
+    server = start("--threads", "2")
+    check_kills(server, 3)
+    # A fork imports nothing; the command line of another interpreter would differ.
+    (worker,) = server.workers()
+    assert read_command(worker) == read_command(server.process.pid)
+
+
+def read_command(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+def test_a_killed_launcher_is_replaced_with_its_workers(start):
+    server = start("--workers", "2", "--threads", "1")
+    workers = server.workers()
+    (launcher,) = server.find_processes("launcher")
+    with LoadGenerator(server.port, IMAGE, clients=4) as load:
+        wait_until(lambda: load.statuses[200] > 20)
+        os.kill(launcher, signal.SIGKILL)
+        wait_until(lambda: len(server.workers()) == 2 and server.workers() != workers)
+        wait_until(server.is_ready)
+        before = load.statuses[200]
+        wait_until(lambda: load.statuses[200] > before + 20)
+    assert load.unanswered == []
+    assert set(load.statuses) <= {200, 503}
+    assert server.metric("imago_restarts_total", process="worker", reason="crash") == 2
+    assert not any(is_alive(pid) for pid in workers)
+
+    children = server.children()  # of the second launcher
+    server.process.kill()
+    server.process.wait()
+    wait_until(lambda: not any(is_alive(pid) for pid in children))
 
 
 @pytest.mark.slow

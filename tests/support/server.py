@@ -85,11 +85,22 @@ def wait_until(
         time.sleep(poll_seconds)
 
 
-def _read_command(pid: int) -> bytes:
-    """Return the command line of a process, empty for one that has ended."""
+def _read_name(pid: int) -> str:
+    """Return the name of a process, empty for one that has ended."""
     with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    return b""
+        return Path(f"/proc/{pid}/comm").read_text()
+    return ""
+
+
+def _find_descendants(pid: int) -> list[int]:
+    """Return the process ids of the children of a process, of their children, and so on."""
+    children: list[int] = []
+    for thread in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # the thread has ended
+            children += [int(child) for child in thread.read_text().split()]
+    for child in list(children):
+        children += _find_descendants(child)
+    return children
 
 
 def suspend_processes(pids: list[int]) -> None:
@@ -201,21 +212,19 @@ class Server:
 
     def workers(self) -> list[int]:
         """Process ids of the inference workers."""
-        pids = self.children()
-        return [pid for pid in pids if b"spawn_main" in _read_command(pid)]
-
-    def children(self) -> list[int]:
-        """Process ids of all processes that the supervisor started."""
-        pids: list[int] = []
-        for thread in Path(f"/proc/{self.process.pid}/task").glob("*/children"):
-            pids += [int(pid) for pid in thread.read_text().split()]
-        return pids
+        return self.find_processes("worker")
 
     def http_processes(self) -> list[int]:
-        """Process ids of the HTTP processes, which the supervisor forks."""
-        supervisor = Path(f"/proc/{self.process.pid}/cmdline").read_bytes()
-        pids = self.children()
-        return [pid for pid in pids if _read_command(pid) == supervisor]
+        """Process ids of the HTTP processes."""
+        return self.find_processes("http")
+
+    def find_processes(self, name: str) -> list[int]:
+        """Process ids of all processes of the service named `imago-<name>…`."""
+        return [pid for pid in self.children() if _read_name(pid).startswith(f"imago-{name}")]
+
+    def children(self) -> list[int]:
+        """Process ids of all processes that the supervisor started, and those that they started."""
+        return _find_descendants(self.process.pid)
 
     def run_directory(self) -> Path:
         """Return the run directory of the service, whose files the supervisor has mapped."""
