@@ -81,12 +81,24 @@ def test_metrics_are_the_sum_over_all_processes(service):
 
 
 def test_all_workers_and_http_processes_get_requests(service):
-    """Each process has its own file of counters, and none of them is 0."""
-    for pattern, name in (("api-?", "requests"), ("worker-?-0", "batch_size")):
-        paths = sorted(service.run_directory().glob(f"{pattern}.metrics"))
-        assert len(paths) == 2
-        for path in paths:
-            assert read_counter(path, name) > 0, path
+    """Each process has its own file of counters, and none of them stays 0."""
+    directory = service.run_directory()
+    http_files = sorted(directory.glob("api-?.metrics"))
+    worker_files = sorted(directory.glob("worker-?-0.metrics"))
+    assert len(http_files) == len(worker_files) == 2
+
+    def all_have_counted() -> bool:
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(send, range(8)))
+        counts = [read_counter(path, "requests") for path in http_files]
+        counts += [read_counter(path, "batch_size") for path in worker_files]
+        return min(counts) > 0
+
+    def send(_: int) -> None:
+        """Send an image over a connection of its own, which any HTTP process may accept."""
+        assert httpx.post(f"{service.url}/predict", content=GOOD, headers=PNG).status_code == 200
+
+    wait_until(all_have_counted)
 
 
 def read_counter(path: Path, name: str) -> float:
