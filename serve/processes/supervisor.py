@@ -41,6 +41,7 @@ MONITOR_SECONDS = 1.0
 STARTUP_MONITOR_SECONDS = 0.1  # until all workers have started
 # A worker without a heartbeat for so long hangs, where `worker_timeout_seconds` is even shorter.
 MIN_HEARTBEAT_TIMEOUT_SECONDS = 4 * HEARTBEAT_SECONDS
+KILL_SECONDS = 5.0  # a process ends so long after SIGKILL
 
 # The drain.
 DRAIN_POLL_SECONDS = 0.05
@@ -264,7 +265,7 @@ class Supervisor:
         process = self._process(key)
         if reason == "hang":
             process.kill()
-            process.join()
+            process.join(KILL_SECONDS)  # not reported by a launcher that hangs
 
         if process.exitcode == MODEL_UNUSABLE:
             if key.kind == "shadow":

@@ -116,6 +116,7 @@ class ForkedCommands:
         """`package`: "train" or "serve"; `shared`: a directory that all test processes share."""
         self.directory = directory
         self._count = 0
+        self._lock = threading.Lock()  # a test may start commands in several threads
         self._connection = connect(package, shared)
         self._replies = self._connection.makefile("r")
 
@@ -131,10 +132,12 @@ class ForkedCommands:
 
         `env`: variables to set, or with None to unset. `limits`: by their names in `resource`.
         """
-        self._count += 1
-        log = log or self.directory / f"{self._count}.log"
+        with self._lock:
+            self._count += 1
+            number = self._count
+        log = log or self.directory / f"{number}.log"
         log.touch()
-        status_file = self.directory / f"{self._count}.status"
+        status_file = self.directory / f"{number}.status"
         request: dict[str, Any] = {
             "argv": [str(word) for word in argv],
             "env": {"XDG_CACHE_HOME": str(self.directory / "cache"), **(env or {})},
@@ -143,8 +146,9 @@ class ForkedCommands:
             "log": str(log),
             "status_file": str(status_file),
         }
-        self._connection.sendall(json.dumps(request).encode() + b"\n")
-        pid = int(self._replies.readline())
+        with self._lock:
+            self._connection.sendall(json.dumps(request).encode() + b"\n")
+            pid = int(self._replies.readline())
         return ForkedCommand(pid, log, status_file)
 
     def run(self, *argv: object, **options: Any) -> ForkedCommand:

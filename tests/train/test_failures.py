@@ -13,6 +13,7 @@ import torch
 
 from models import networks
 from support import ROOT
+from support.blocked_path import BlockedPath
 from support.sample_images import write_image_folder
 from support.server import wait_until
 from train.data import DataError, ImageData
@@ -364,22 +365,19 @@ def test_a_user_without_home_directory_has_no_cache(monkeypatch, capsys):
         ImageData("~/photos").setup()
 
 
-def test_sigterm_is_handled_before_the_imports_are_done():
+def test_sigterm_is_handled_before_the_imports_are_done(tmp_path):
     """Without a handler, the first process of a container ignores it; others end with -15."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "train", "--help"], cwd=ROOT, stdout=subprocess.DEVNULL
-    )
-    process_files = Path(f"/proc/{process.pid}")
-
-    def handles_sigterm() -> bool:
-        status = (process_files / "status").read_text()
-        handled_signals = int(status.split("SigCgt:")[1].split()[0], 16)
-        return bool(handled_signals & 1 << signal.SIGTERM - 1)
-
-    wait_until(handles_sigterm, poll_seconds=0.005)  # libtorch is mapped soon after
-    assert "libtorch" not in (process_files / "maps").read_text()
-    process.terminate()
-    assert process.wait(60) == 143
+    blocked_path = BlockedPath(tmp_path / "hang", Path(torch.__file__).with_name("__pycache__"))
+    with blocked_path.blocked():
+        process = subprocess.Popen(
+            [sys.executable, "-m", "train", "--help"],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            env={**os.environ, **blocked_path.env},
+        )
+        wait_until(blocked_path.is_reached)
+        process.terminate()
+        assert process.wait(60) == 143
 
 
 # Takes the place of Python in a virtual environment: a training that saves before it ends.
