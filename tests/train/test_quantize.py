@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 from sklearn.datasets import load_digits
@@ -83,7 +85,7 @@ def test_layers_stay_in_float_until_the_gate_is_passed(hard_to_quantize, tmp_pat
 def test_no_file_is_left_when_no_form_passes_the_gate(hard_to_quantize, tmp_path):
     result = quantize_with_gate(hard_to_quantize, tmp_path / "int8.onnx", max_loss=-100.0)
     assert not result.passed
-    assert [attempt.float_share for attempt in result.attempts] == [0.0, 0.1, 0.25, 0.5]
+    assert [attempt.float_share for attempt in result.attempts] == [0.0, 0.05, 0.1, 0.25, 0.5]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -92,3 +94,68 @@ def test_no_file_is_left_when_no_form_passes_the_gate(hard_to_quantize, tmp_path
 )
 def test_one_image_of_the_gate_may_be_lost(max_loss, images, allowed):
     assert QuantizeConfig(max_loss=max_loss).allowed_loss(images) == pytest.approx(allowed)
+
+
+def write_bright_network(target: Path) -> None:
+    """Write a dense, a depthwise and a dense convolution whose products of int8 are large.
+
+    Input uint8 [N,16,16,3], output float32 [N,4].
+    """
+    rng = np.random.default_rng(0)
+    weights = {
+        "first": rng.uniform(0.9, 1.0, (8, 3, 3, 3)),
+        "depthwise": rng.uniform(0.9, 1.0, (8, 1, 3, 3)),
+        "last": rng.uniform(0.9, 1.0, (4, 8, 1, 1)),
+    }
+    initializers = []
+    for name, values in weights.items():
+        initializers.append(onnx.numpy_helper.from_array(values.astype(np.float32), name))
+
+    make_node = onnx.helper.make_node
+    nodes = [
+        make_node("Cast", ["image"], ["float"], to=onnx.TensorProto.FLOAT),
+        make_node("Transpose", ["float"], ["pixels"], perm=[0, 3, 1, 2]),
+        make_node("Conv", ["pixels", "first"], ["a"], "conv1"),
+        make_node("Conv", ["a", "depthwise"], ["b"], "conv2", group=8),
+        make_node("Conv", ["b", "last"], ["c"], "conv3"),
+        make_node("GlobalAveragePool", ["c"], ["d"], "pool"),
+        make_node("Flatten", ["d"], ["means"]),
+    ]
+    make_value = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        nodes,
+        "bright",
+        [make_value("image", onnx.TensorProto.UINT8, ["N", 16, 16, 3])],
+        [make_value("means", onnx.TensorProto.FLOAT, ["N", 4])],
+        initializers,
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)])
+    model.ir_version = 10
+    onnx.save(model, target)
+
+
+def test_int8_agrees_with_float_on_cpus_that_add_products_in_16_bits(tmp_path):
+    """Weights of 7 bits can't saturate; depthwise convolutions have 8, as they do not saturate."""
+    source = tmp_path / "model.onnx"
+    target = tmp_path / "int8.onnx"
+    write_bright_network(source)
+    images = np.random.default_rng(0).integers(200, 256, (8, 16, 16, 3), np.uint8)
+
+    def run(file: Path) -> np.ndarray:
+        return onnxruntime.InferenceSession(file).run(["means"], {"image": images})[0]
+
+    expected = run(source)
+
+    def measure_agreement(file: Path) -> float:
+        return float(np.abs(run(file) - expected).max() < 0.02 * expected.max())
+
+    result = quantize(source, target, images, measure_agreement, 1.0, 1000, QuantizeConfig())
+
+    assert result.passed
+    assert result.float_layers == []
+    largest: dict[str, int] = {}
+    for tensor in onnx.load(target).graph.initializer:
+        values = onnx.numpy_helper.to_array(tensor)
+        if tensor.name.endswith("_quantized"):
+            largest[tensor.name] = int(np.abs(values.astype(int)).max())
+    assert largest == {"first_quantized": 64, "depthwise_quantized": 127, "last_quantized": 64}
