@@ -24,7 +24,7 @@ import models.networks  # noqa: F401  (declares operators that torchvision needs
 NETWORK = "tf_efficientnet_lite0"
 EPOCHS = 5
 BATCH_SIZE = 32
-LEARNING_RATE = 3e-4
+LEARNING_RATE = 1e-3
 WEIGHT_DECAY = 0.05
 WARMUP = 0.1  # of all steps
 LABEL_SMOOTHING = 0.1
