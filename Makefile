@@ -56,8 +56,8 @@ serve: setup ## serve a model of the store; if the store is empty, train the bui
 audit: setup ## find broken, duplicate, leaked and mislabelled images: make audit DATA=…
 	@$(run) train audit "$(data)" $(recipe) $(root) $(ARGS)
 
-models: setup ## list the bundles in the store
-	@$(run) models list --store "$(STORE)" $(ARGS)
+models: $(if $(filter command% environment%,$(origin OVERLAY)),,setup) ## list the bundles in the store; of a cluster with OVERLAY=…
+	@$(if $(filter command% environment%,$(origin OVERLAY)),OVERLAY='$(OVERLAY)' k8s/cluster models,$(run) models list --store "$(STORE)" $(ARGS))
 
 ##@ Development
 # One worker more than cores, because tests also wait. Each worker takes complete files, because the tests of
@@ -121,9 +121,11 @@ deploy: ## apply an overlay and wait until it serves: make deploy OVERLAY=local 
 undeploy: ## delete an overlay, but keep its volumes: make undeploy OVERLAY=local [PURGE=1: delete them, too]
 logs: ## print the logs of the pods: make logs [FOLLOW=1]
 scale: ## set the number of serving replicas: make scale N=3
+promote: ## point latest of a cluster's store at a version: make promote VERSION=3 [OVERLAY=…] [NAME=…]
+rollback: ## point it at the version before: make rollback [VERSION=3] [OVERLAY=…] [NAME=…]
 render: ## print the manifests of an overlay: make render OVERLAY=cpu [REGISTRY=…] [TAG=…]
-deploy undeploy logs scale render:
-	@OVERLAY='$(OVERLAY)' N='$(N)' TRAIN='$(TRAIN)' PURGE='$(PURGE)' FOLLOW='$(FOLLOW)' \
+deploy undeploy logs scale promote rollback render:
+	@OVERLAY='$(OVERLAY)' N='$(N)' NAME='$(NAME)' VERSION='$(VERSION)' TRAIN='$(TRAIN)' WAIT_TRAIN='$(WAIT_TRAIN)' PURGE='$(PURGE)' FOLLOW='$(FOLLOW)' \
 	  REGISTRY='$(filter-out localhost,$(REGISTRY))' TAG='$(if $(filter file,$(origin TAG)),,$(TAG))' k8s/cluster $@
 
 # The stamp is a copy of the lock file: only a changed lock file, not a newer one, installs again.
@@ -138,4 +140,4 @@ $(VENV)/.%.lock: docker/%.lock
 	@touch $@
 
 .PHONY: help setup train serve audit models test test-slow lint format dev lock clean images test-images checkov \
-  deploy undeploy logs scale render
+  deploy undeploy logs scale promote rollback render

@@ -37,17 +37,17 @@ def read_quota(membership: str, root: Path) -> float | None:
     for line in membership.splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            for directory in _list_cgroups(root, path):
+            for directory in list_cgroups(root, path):
                 quotas.append(_read_quota_v2(directory))
         elif "cpu" in controllers.split(","):
             for mount in (root / controllers, root / "cpu", root / "cpu,cpuacct"):
-                for directory in _list_cgroups(mount, path):
+                for directory in list_cgroups(mount, path):
                     quotas.append(_read_quota_v1(directory))
 
     return min((quota for quota in quotas if quota), default=None)
 
 
-def _list_cgroups(mount: Path, path: str) -> list[Path]:
+def list_cgroups(mount: Path, path: str) -> list[Path]:
     """Return a cgroup's directory and its parents; in a container often only the mount exists."""
     directory = mount / path.lstrip("/")
     is_outside = ".." in directory.parts

@@ -7,10 +7,12 @@ when they are needed, so that `--help` and errors appear quickly.
 import argparse
 import importlib
 import io
+import logging
 import os
 import signal
 import sys
 from types import FrameType
+from typing import NoReturn
 
 DESCRIPTION = """Serve a model over HTTP. Each setting is a flag and an environment variable.
 
@@ -34,12 +36,13 @@ def main(arguments: list[str]) -> int:
     _handle_sigterm_as_init()
     from models.bundle import BundleError
 
+    is_command = bool(arguments) and arguments[0] in COMMANDS
     try:
-        if arguments and arguments[0] in COMMANDS:
+        if is_command:
             return run_command(arguments[0], arguments[1:])
         return run_service(arguments)
     except (ValueError, BundleError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        _print_error(str(error), as_json=not is_command and _is_json_demanded(arguments))
         return 2
 
 
@@ -49,11 +52,12 @@ def run_service(arguments: list[str]) -> int:
     from serve.http import tracing
     from serve.processes.ports import ANY_PORT, is_port_free
 
-    parser = argparse.ArgumentParser(
+    parser = _ServiceParser(
         "imago serve",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.is_json = _is_json_demanded(arguments)
     options.add_arguments(parser)
     flags = vars(parser.parse_args(arguments))
     settings = options.resolve_model(options.parse_settings(flags))
@@ -92,6 +96,41 @@ def run_command(name: str, arguments: list[str]) -> int:
     except BrokenPipeError:
         os._exit(STATUS_SIGPIPE)
     return status
+
+
+class _ServiceParser(argparse.ArgumentParser):
+    """A parser that leaves its errors to `main` where the log is demanded as JSON."""
+
+    is_json = False
+
+    def error(self, message: str) -> NoReturn:
+        """Print usage and message and exit with status 2, or raise ValueError."""
+        if self.is_json:
+            raise ValueError(message)
+        super().error(message)
+
+
+def _is_json_demanded(arguments: list[str]) -> bool:
+    """Whether a flag or variable sets the format of the log to JSON.
+
+    The default does not count: without a setting, errors at the start are text for a person.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--log-format", nargs="?", default=os.environ.get("IMAGO_LOG_FORMAT"))
+    known, _ = parser.parse_known_args(arguments)
+    return known.log_format == "json"
+
+
+def _print_error(message: str, as_json: bool) -> None:
+    """Print the error on stderr: one line, or a record like those of the log."""
+    if not as_json:
+        print(f"error: {message}", file=sys.stderr)
+        return
+
+    from serve.logs import JsonFormatter
+
+    record = logging.LogRecord("imago", logging.ERROR, "", 0, message, None, None)
+    print(JsonFormatter().format(record), file=sys.stderr)
 
 
 def _handle_sigterm_as_init() -> None:

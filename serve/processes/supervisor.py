@@ -8,7 +8,6 @@ import multiprocessing.connection
 import shutil
 import signal
 import socket
-import sys
 import threading
 import time
 from multiprocessing.process import BaseProcess
@@ -349,15 +348,14 @@ def _sleep_until(end: float) -> None:
 
 
 def serve(settings: Settings) -> int:
-    """Run the service until it is drained. Return the exit status."""
+    """Run the service until it is drained. Return the exit status.
+
+    Raises ValueError for a port that is in use.
+    """
     logs.configure(settings)
     for port in (settings.port, settings.metrics_port):
         if port and not is_port_free(settings.host, port):
-            print(
-                f"error: port {port} is in use; stop what uses it or choose another",
-                file=sys.stderr,
-            )
-            return EXIT_UNUSABLE
+            raise ValueError(f"port {port} is in use; stop what uses it or choose another")
 
     run_directory = create_run_directory()
     try:

@@ -177,9 +177,11 @@ def test_a_train_job_is_replaced_where_it_or_its_runtime_differs(
     status, replaced, cluster, tmp_path
 ):
     with overlay_with_components("training-kubeflow") as name:
-        result, calls = cluster(
-            "deploy", {"diff -l": f"cat >{tmp_path}/diffed; exit {status}"}, OVERLAY=name
-        )
+        answers = {
+            "diff -l": f"cat >{tmp_path}/diffed; exit {status}",
+            '"Complete"': "echo 'imago-train True- 0'",
+        }
+        result, calls = cluster("deploy", answers, OVERLAY=name)
     assert result.returncode == 0, result.stderr
     deletion = "-n imago delete trainjob imago-train --cascade=foreground --ignore-not-found\n"
     assert (deletion in calls) is replaced
@@ -188,6 +190,15 @@ def test_a_train_job_is_replaced_where_it_or_its_runtime_differs(
     diffed = yaml.safe_load_all((tmp_path / "diffed").read_text())
     diffed_kinds = {m["kind"] for m in diffed if label in m["metadata"].get("labels", {})}
     assert diffed_kinds == {"TrainJob", "TrainingRuntime"}
+
+
+@needs_kubectl
+def test_a_first_train_job_starts(cluster):
+    """It differs from the cluster, which has none."""
+    with overlay_with_components("training-kubeflow") as name:
+        result, calls = cluster("deploy", {"diff -l": "exit 1"}, OVERLAY=name)
+    assert "Training: starts\n" in result.stdout
+    assert "delete" not in calls
 
 
 @needs_kubectl
@@ -230,6 +241,7 @@ LIVE = (
 @needs_kubectl
 @pytest.mark.parametrize("verb", ["deploy", "undeploy"])
 def test_objects_of_another_overlay_are_listed_with_the_command_to_delete_them(verb, cluster):
+    """With undeploy older settings, too, which a deploy keeps for a rollback."""
     result, calls = cluster(
         verb,
         {
@@ -238,8 +250,52 @@ def test_objects_of_another_overlay_are_listed_with_the_command_to_delete_them(v
         },
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count(f"kubectl -n imago delete {LIVE[1]} {LIVE[2]} {LIVE[5]}\n") == 1
+    named = [LIVE[1], LIVE[2], LIVE[5]] if verb == "deploy" else LIVE[1:]
+    assert result.stdout.count(f"kubectl -n imago delete {' '.join(named)}\n") == 1
     assert "-n imago delete" not in calls, "only a person deletes them"
+
+
+@needs_kubectl
+@pytest.mark.parametrize(("overlay", "is_named"), [("local", True), ("cpu", False)])
+def test_purge_names_the_files_that_stay_on_the_node(overlay, is_named, cluster):
+    result, _ = cluster("undeploy", {}, OVERLAY=overlay, PURGE="1")
+    assert result.returncode == 0, result.stderr
+    assert ("run there: rm -r /var/tmp/imago" in result.stdout) is is_named
+
+
+def volumes(*lines: str) -> dict[str, str]:
+    """Return the answer of a cluster with these volumes: name, namespace of the claim, phase."""
+    return {"get persistentvolumes": shlex.join(["printf", r"%s\n", *lines])}
+
+
+@needs_kubectl
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("imago-store other Bound", "the namespace 'other' holds the volume imago-store"),
+        ("imago-data imago Released", "kubectl delete persistentvolume imago-data"),
+    ],
+)
+def test_a_volume_that_can_not_be_claimed_is_one_line(line, words, cluster):
+    result, calls = cluster("deploy", volumes("imago-data  Available", line))
+    assert words in error_line(result)
+    assert "nothing was changed" in result.stderr
+    assert "apply" not in calls
+
+
+@needs_kubectl
+def test_purge_keeps_the_volumes_of_another_namespace(cluster, tmp_path):
+    """Deleting one that is bound would wait for ever, and mark it as ending."""
+    answers = volumes("imago-data imago Bound", "imago-store other Bound")
+    answers["delete --ignore-not-found"] = f"cat >{tmp_path}/deleted"
+    result, _ = cluster("undeploy", answers, PURGE="1")
+    assert result.returncode == 0, result.stderr
+    assert "Volumes that another namespace holds are kept: imago-store\n" in result.stdout
+
+    deleted = list(yaml.safe_load_all((tmp_path / "deleted").read_text()))
+    names = [m["metadata"]["name"] for m in deleted if m["kind"] == "PersistentVolume"]
+    assert names == ["imago-data"]
+    assert len(deleted) == len(render("overlays/local")) - 1
 
 
 @needs_kubectl

@@ -11,7 +11,9 @@ from support.manifests import containers, pod_templates
 
 @pytest.fixture
 def waiting(tmp_path):
-    """Run the init container's process in an empty store."""
+    """Run the init container's process in a store without `latest`."""
+    (tmp_path / "digits/1").mkdir(parents=True)
+    (tmp_path / "photos/12").mkdir(parents=True)
     template = dict(pod_templates("overlays/local"))["Deployment/imago-serving"]
     container = next(c for c in containers(template) if c["name"] == "model")
     settings = {"IMAGO_STORE": str(tmp_path), "IMAGO_MODEL": "digits", "IMAGO_VERSION": "latest"}
@@ -21,7 +23,8 @@ def waiting(tmp_path):
         stdout=subprocess.PIPE,
         text=True,
     ) as process:
-        assert process.stdout.readline() == f"waiting for {tmp_path}/digits/latest\n"
+        line = process.stdout.readline()
+        assert line == f"{tmp_path} has no digits/latest; it has digits/1 photos/12 \n"
         yield process
         process.kill()
 

@@ -1,5 +1,6 @@
 """Start and stop: settings, API key, ports, stores and bundles that are refused."""
 
+import json
 import os
 import re
 import shutil
@@ -24,6 +25,28 @@ def test_help_lists_every_setting_with_its_variable():
 
 def test_an_empty_store_is_refused(tmp_path):
     assert_refused(run_serve("--store", str(tmp_path)), "no model in this store")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--threads", "-1"], "--threads (IMAGO_THREADS): Input should be greater than"),
+        (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+        ([], "no model in this store"),
+    ],
+)
+@pytest.mark.parametrize("by_flag", [True, False], ids=["--log-format", "IMAGO_LOG_FORMAT"])
+def test_errors_at_the_start_are_json_where_the_log_is(by_flag, flags, words, tmp_path):
+    flags = ["--store", str(tmp_path), *flags]
+    if by_flag:
+        result = run_serve(*flags, "--log-format", "json", IMAGO_LOG_FORMAT="text")
+    else:
+        result = run_serve(*flags, IMAGO_LOG_FORMAT="json")
+    assert_refused(result)
+    record = json.loads(result.stderr)
+    assert words in record["message"]
+    assert (record["level"], record["logger"]) == ("error", "imago")
+    assert record.keys() == {"time", "level", "logger", "message"}
 
 
 def test_one_of_several_models_must_be_named(tmp_path):

@@ -34,6 +34,11 @@ def run_cluster_script(verb: str, **env: str) -> subprocess.CompletedProcess[str
 def error_line(result: subprocess.CompletedProcess[str]) -> str:
     """The one line that the script prints when it exits with 2."""
     assert result.returncode == 2, result.stdout + result.stderr
+    return error_message(result)
+
+
+def error_message(result: subprocess.CompletedProcess[str]) -> str:
+    """The only line on stderr."""
     assert result.stderr.startswith("make: ")
     assert result.stderr.count("\n") == 1, result.stderr
     return result.stderr

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from train.data.memory import FreeMemory, available_host_memory, choose_storage
+from models.memory_limit import available_memory
+from train.data.memory import FreeMemory, choose_storage
 
 CPU = torch.device("cpu")
 ACCELERATOR = torch.device("meta")  # a device with memory of its own
@@ -42,5 +43,5 @@ def test_each_process_of_a_node_needs_its_share_of_host_memory():
     assert reason == "6 times 0.1 GB is more than 50% of 1.0 GB of free memory"
 
 
-def test_the_available_host_memory_is_plausible():
-    assert 10**6 < available_host_memory() < 10**15
+def test_the_available_memory_is_plausible():
+    assert 10**6 < available_memory() < 10**15

@@ -1,16 +1,14 @@
 """Where pixels are stored: on the device, in host memory, or on disk and streamed."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 
+from models.memory_limit import available_memory
+
 Memory = Literal["auto", "memory", "stream"]  # values of the setting data.memory
 Storage = Literal["device", "host", "stream"]
-
-ASSUMED_FREE_BYTES = 4 << 30  # where the system does not report its memory
-CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -23,7 +21,7 @@ class FreeMemory:
 
 def measure_free_memory(device: torch.device) -> FreeMemory:
     """Measure the free memory of the host and of the device."""
-    host = available_host_memory()
+    host = available_memory()
     on_device = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host
     return FreeMemory(host, on_device)
 
@@ -61,31 +59,3 @@ def choose_storage(
 
 def _format_size(size: float) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
-
-
-def available_host_memory() -> int:
-    """Return the free bytes of the machine, or of the container where it has a smaller limit."""
-    try:
-        meminfo = _read_fields(Path("/proc/meminfo"), ":")
-        free = int(meminfo["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return ASSUMED_FREE_BYTES  # not Linux
-
-    try:
-        limit = (CGROUP / "memory.max").read_text().strip()
-        if limit == "max":
-            return free
-        used = int((CGROUP / "memory.current").read_text())
-        file_cache = int(_read_fields(CGROUP / "memory.stat", None)["inactive_file"])
-        return min(free, int(limit) - used + file_cache)
-    except (OSError, KeyError, ValueError):
-        return free
-
-
-def _read_fields(path: Path, separator: str | None) -> dict[str, str]:
-    """Parse lines of a name, a separator (None: white space) and a value."""
-    fields = {}
-    for line in path.read_text().splitlines():
-        name, value = line.split(separator, 1)
-        fields[name] = value
-    return fields
