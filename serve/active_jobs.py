@@ -28,11 +28,30 @@ _NUMBER_BYTES = 8
 _CRASHED_THREAD = re.compile(rb"^Current thread 0x([0-9a-f]+) ", re.MULTILINE)
 
 
+JobName = tuple[int, int]
+"""The process that sent a job, and the number of the job."""
+
+
 class Failure(NamedTuple):
     """The jobs of one predictor that hung or crashed."""
 
     is_hang: bool
-    jobs: list[tuple[int, int]]  # process id of the sender, number of the job
+    jobs: list[JobName]
+
+
+class Failures(NamedTuple):
+    """What is known of the end of a worker."""
+
+    failed: list[Failure]
+
+    suspects: list[JobName]
+    """The jobs that may be the cause: those that failed or, where that is unknown, all of those
+    that the worker processed when it ended."""
+
+    @staticmethod
+    def select_jobs(jobs: list[JobName], process: int) -> list[int]:
+        """Return the numbers of the jobs that a process has sent."""
+        return [job for sender, job in jobs if sender == process]
 
 
 def _file_path(run_directory: str, worker: int) -> str:
@@ -94,7 +113,7 @@ def open_active_jobs(run_directory: str, worker: int) -> BinaryIO:
     return open(_file_path(run_directory, worker), "rb")
 
 
-def read_failures(file: BinaryIO) -> list[Failure]:
+def read_failures(file: BinaryIO) -> Failures:
     """Return the jobs at which a worker that has ended failed; none where that is unknown.
 
     SIGKILL leaves no report: the kernel sends it for lack of memory, which no single job need have
@@ -115,7 +134,10 @@ def read_failures(file: BinaryIO) -> list[Failure]:
     failed = [record for record in busy if record[_HANGS]]
     if not failed:
         failed = _find_crashed(busy, content[_NUMBER_BYTES * records_end :])
-    return [_read_failure(record) for record in failed]
+    suspects: list[JobName] = []
+    for record in failed or busy:
+        suspects += _read_failure(record).jobs
+    return Failures([_read_failure(record) for record in failed], suspects)
 
 
 def _find_crashed(busy: list[memoryview], report: bytes) -> list[memoryview]:

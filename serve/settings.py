@@ -91,7 +91,8 @@ class Settings(BaseSettings):
         7,
         gt=0,
         description="a worker without progress for this time, and for five times the duration of "
-        "a batch, is replaced; less than deadline_ms, so that its requests do not get status 504",
+        "a batch, is replaced; less than deadline_ms, so that its requests do not get status 504; "
+        "time in which it waits for a core does not count",
     )
 
     # Model operation

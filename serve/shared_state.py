@@ -1,9 +1,9 @@
 """A page of shared memory with the state that all processes of the service read.
 
 It holds the phase of the shutdown, how much work each HTTP process has accepted, the heartbeat of
-each worker, the memory it decodes images in, and whether images run alone. No number depends on
-what it was before, so no lock is needed. A sum over several numbers may be a few microseconds old.
-Times are seconds of `time.monotonic()`, which all processes of a machine share.
+each worker, and the memory it decodes images in. No number depends on what it was before, so no
+lock is needed. A sum over several numbers may be a few microseconds old. Times are seconds of
+`time.monotonic()`, which all processes of a machine share.
 """
 
 import mmap
@@ -13,15 +13,12 @@ import time
 FILE_NAME = "state"
 MAX_PROCESSES = 64  # HTTP processes, and workers
 START_SECONDS = 120  # a new worker may take this long to load its model
-RUN_ALONE_SECONDS = 60  # after a failed run of several images
 
 # The layout: indices into the page, which is an array of float64.
 # Flags, written by the supervisor.
 _DRAINING = 0
 _STOPPING = 1
 _REFUSING = 2
-# Written by any HTTP process.
-_RUN_ALONE_END = 3
 # One number for each HTTP process, written by that process.
 _PENDING_IMAGES = 64
 _PENDING_REQUESTS = 128
@@ -97,21 +94,6 @@ class SharedState:
         """Return the size of the bodies of these requests, in bytes."""
         return int(sum(self.page[_PENDING_BYTES : _PENDING_BYTES + http_processes]))
 
-    # The search for an image on which the graph fails.
-
-    @property
-    def images_run_alone(self) -> bool:
-        """Whether the graph runs on one image at a time."""
-        return self.page[_RUN_ALONE_END] > time.monotonic()
-
-    def run_images_alone(self) -> None:
-        """Run one image at a time for RUN_ALONE_SECONDS.
-
-        A run of several images has ended a worker. The next time, the image that is the cause is
-        alone and gets status 422.
-        """
-        self.page[_RUN_ALONE_END] = time.monotonic() + RUN_ALONE_SECONDS
-
     # Signs of life of workers.
 
     def reset_worker(self, worker: int) -> None:
@@ -127,9 +109,10 @@ class SharedState:
         """Whether the worker has sent a heartbeat."""
         return self.page[_HEARTBEAT + worker] <= time.monotonic()
 
-    def seconds_since_heartbeat(self, worker: int) -> float:
-        """Return the seconds since the worker's last heartbeat; 0 before the first one is due."""
-        return max(0.0, time.monotonic() - self.page[_HEARTBEAT + worker])
+    def heartbeat(self, worker: int) -> float | None:
+        """Return the time of the worker's last heartbeat; None before the first one is due."""
+        heartbeat = self.page[_HEARTBEAT + worker]
+        return heartbeat if heartbeat <= time.monotonic() else None
 
     # The memory of images that are being decoded.
 

@@ -43,6 +43,7 @@ TENSOR = 4  # the body is uint8 [height, width, channels] as the network takes i
 ARRAYS = 8  # the answer is not JSON but `pack_arrays` of the outputs
 EMBEDDING = 16  # add the embedding to the answer
 BASE64 = 32  # with EMBEDDING: as float16 in base64, not as numbers
+ALONE = 64  # run the graph on this image alone: it was in a run that failed
 OUTPUT_FLAGS = CAM | EMBEDDING  # need further outputs of the graph
 
 

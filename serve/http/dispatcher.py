@@ -2,7 +2,9 @@
 
 `Dispatcher` holds a connection to each worker (`WorkerConnection`) and knows which of them are
 ready. The images of one request are a `PendingRequest` until each has an answer, or the deadline
-passes. Everything runs by callbacks on the event loop; no request has a task.
+passes. Each image is a `PendingJob`: where its worker ends before it answers, another worker, or
+the one that replaces it, gets the image. Everything runs by callbacks on the event loop; no request
+has a task.
 """
 
 import asyncio
@@ -15,12 +17,19 @@ from itertools import count
 from typing import Any
 
 from serve import logs
-from serve.active_jobs import open_active_jobs, read_failures
+from serve.active_jobs import Failures, open_active_jobs, read_failures
 from serve.metrics.shared_counters import SharedCounters
 from serve.shared_state import SharedState
-from serve.wire import CANCEL, MAX_U32, MODEL_INFO, Answer, Job, pack_job, take_answers
+from serve.wire import ALONE, CANCEL, MAX_U32, MODEL_INFO, Answer, Job, pack_job, take_answers
 
 RECONNECT_SECONDS = 0.02
+# While no worker is ready, after the last one has ended: jobs wait this long for the one that
+# replaces it.
+REPLACEMENT_SECONDS = 30
+# Images of so many bytes together are kept until they are answered, to send them once more.
+KEPT_BYTES = 32 << 20
+# A job that workers worked on when they ended, so many times, is not sent once more.
+MAX_FAILURES = 2
 WORKER_LOST = b"the worker stopped before it answered; try again"
 HANGING_IMAGE = b"this image takes too long to process; sending it again does not help"
 CRASHING_IMAGE = b"the service crashes on this image; sending it again does not help"
@@ -134,6 +143,22 @@ def image_outcome(status: int) -> str:
     return "failed"
 
 
+class PendingJob:
+    """An image that waits for the answer of a worker."""
+
+    __slots__ = ("body", "failures", "flags", "index", "request", "top_k")
+
+    def __init__(
+        self, request: PendingRequest, index: int, body: bytes, top_k: int, flags: int
+    ) -> None:
+        self.request = request
+        self.index = index  # position of the image in the request
+        self.body: bytes | None = body  # None if it is not kept
+        self.top_k = top_k
+        self.flags = flags
+        self.failures = 0  # how many workers have ended while they worked on it
+
+
 class WorkerConnection(asyncio.Protocol):
     """The connection to one worker.
 
@@ -146,8 +171,7 @@ class WorkerConnection(asyncio.Protocol):
         self.buffer = bytearray()
         self.outgoing: list[bytes] = []  # frames for the next write
 
-        # By job id: the request that waits for the answer, and the position of the image in it.
-        self.pending: dict[int, tuple[PendingRequest, int]] = {}
+        self.pending: dict[int, PendingJob] = {}  # by job id
 
         self.model: dict[str, Any] | None = None  # None until the worker has described its model
         self.version = 0  # of that model
@@ -161,34 +185,59 @@ class WorkerConnection(asyncio.Protocol):
         self.active_jobs = open_active_jobs(self.dispatcher.run_directory, self.worker)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Answer the image on which the worker has failed with 422, and all others with 503."""
+        """Answer the image on which the worker has failed with 422, and send the others again."""
         if not self.closed.done():
             self.closed.set_result(None)
+        was_ready = self.model is not None
         self.model = None
         self.dispatcher.refresh_ready_workers()
+        if was_ready:
+            self.dispatcher.expect_replacement()
 
-        refusals = self._read_refusals()
-        for job_id, (request, index) in list(self.pending.items()):
-            answer = refusals.get(job_id) or Answer(job_id, 503, 0, WORKER_LOST)
-            request.set_answer(index, answer)
-        self.pending.clear()
-
-    def _read_refusals(self) -> dict[int, Answer]:
-        """Return the answers to the images on which the worker has failed, by job id.
-
-        Where it failed on several images at once, none of them is refused. From now on images run
-        alone, so that the one that is the cause is refused when it is sent again.
-        """
-        refusals: dict[int, Answer] = {}
         with self.active_jobs:
             failures = read_failures(self.active_jobs)
-        for failure in failures:
-            if len(failure.jobs) > 1:
-                self.dispatcher.state.run_images_alone()
+        self._mark_suspects(failures)
+        refusals = self._build_refusals(failures)
+
+        jobs = list(self.pending.items())
+        self.pending.clear()
+        for job_id, job in jobs:
+            self.dispatcher.release_body(job)
+            answer = refusals.get(job_id)
+            if answer is None:
+                if self.dispatcher.send_again(job):
+                    continue
+                answer = Answer(job_id, 503, 0, WORKER_LOST)
+            job.request.set_answer(job.index, answer)
+
+    def _mark_suspects(self, failures: Failures) -> None:
+        """Mark the jobs that may be why the worker has failed.
+
+        Those of a failed run of several images run alone from now on.
+        """
+        for job_id in failures.select_jobs(failures.suspects, os.getpid()):
+            job = self.pending.get(job_id)
+            if job is not None:
+                job.failures += 1
+        for failure in failures.failed:
+            if len(failure.jobs) == 1:
                 continue
-            process_id, job_id = failure.jobs[0]
-            if process_id == os.getpid():
-                detail = HANGING_IMAGE if failure.is_hang else CRASHING_IMAGE
+            for job_id in failures.select_jobs(failure.jobs, os.getpid()):
+                job = self.pending.get(job_id)
+                if job is not None:
+                    job.flags |= ALONE
+
+    def _build_refusals(self, failures: Failures) -> dict[int, Answer]:
+        """Return the answers to the images on which the worker has failed, by job id.
+
+        Where it failed on several images at once, none of them is refused yet.
+        """
+        refusals: dict[int, Answer] = {}
+        for failure in failures.failed:
+            if len(failure.jobs) > 1:
+                continue
+            detail = HANGING_IMAGE if failure.is_hang else CRASHING_IMAGE
+            for job_id in failures.select_jobs(failure.jobs, os.getpid()):
                 refusals[job_id] = Answer(job_id, 422, 0, detail)
         return refusals
 
@@ -208,25 +257,26 @@ class WorkerConnection(asyncio.Protocol):
                 continue  # cancelled, or past its deadline
             if answer.version:
                 self.version = answer.version  # may come before the description of the model
-            request, index = job
-            request.set_answer(index, answer)
+            self.dispatcher.release_body(job)
+            job.request.set_answer(job.index, answer)
 
-    def submit(
-        self, request: PendingRequest, index: int, body: bytes, top_k: int, flags: int
-    ) -> None:
-        """Send the image at position `index` of a request as a job."""
+    def submit(self, job: PendingJob, body: bytes) -> None:
+        """Send a job whose image is `body`."""
         job_ids = self.dispatcher.job_ids
         job_id = next(job_ids) & MAX_U32
         if job_id == MODEL_INFO:
             job_id = next(job_ids) & MAX_U32
 
-        self.pending[job_id] = (request, index)
-        request.jobs.append((self, job_id))
-        self._send(Job(job_id, request.deadline, top_k, flags, body))
+        self.pending[job_id] = job
+        job.request.jobs.append((self, job_id))
+        self._send(Job(job_id, job.request.deadline, job.top_k, job.flags, body))
+        self.dispatcher.keep_body(job, body)
 
     def cancel(self, job_id: int) -> None:
         """Drop a job, if it is still without an answer."""
-        if self.pending.pop(job_id, None) is not None:
+        job = self.pending.pop(job_id, None)
+        if job is not None:
+            self.dispatcher.release_body(job)
             self._send(Job(job_id, 0.0, 0, CANCEL, b""))
 
     def _send(self, job: Job) -> None:
@@ -265,6 +315,13 @@ class Dispatcher:
         self.connections: list[WorkerConnection | None] = [None] * worker_count
         self.ready_workers: list[WorkerConnection] = []
         self.job_ids = count(1)  # of all workers, so that a new connection repeats none
+
+        # Jobs that wait for the worker that replaces the last one, until when it is expected
+        # (seconds of time.monotonic()), and the timer that gives up then.
+        self.waiting_jobs: list[PendingJob] = []
+        self.replacement_end = 0.0
+        self._replacement_timer: asyncio.TimerHandle | None = None
+        self.kept_bytes = 0  # of the images of all pending jobs that are kept
 
         # The model that a worker described last. Empty until one has.
         self.model: dict[str, Any] = {}
@@ -316,13 +373,15 @@ class Dispatcher:
         self.refresh_ready_workers()
 
     def refresh_ready_workers(self) -> None:
-        """Recompute which workers accept jobs."""
+        """Recompute which workers accept jobs, and send them those that wait for a worker."""
         self.ready_workers = [
             connection
             for connection in self.connections
             if connection is not None and connection.model is not None
         ]
         self._set_ready_metric(self.is_ready)
+        if self.ready_workers and self.waiting_jobs:
+            self._send_waiting_jobs()
 
     @property
     def is_ready(self) -> bool:
@@ -340,7 +399,7 @@ class Dispatcher:
     ) -> PendingRequest:
         """Send each image that is UNANSWERED in `answers` to the worker with the fewest jobs.
 
-        At least one worker must be ready. `on_done` is not called before this method returns.
+        `accepts_jobs` must hold. `on_done` is not called before this method returns.
         """
         deadline = time.monotonic() + timeout_seconds
         request = PendingRequest(self, answers, deadline, on_done)
@@ -376,10 +435,77 @@ class Dispatcher:
         for index, body in enumerate(images):
             if request.answers[index] is not UNANSWERED:
                 continue
+            job = PendingJob(request, index, body, top_k, flags)
+            if not workers:
+                self._add_waiting_job(job)
+                continue
             worker = workers[0]
             if len(workers) > 1:
                 worker = min(workers, key=_count_pending_jobs)
-            worker.submit(request, index, body, top_k, flags)
+            worker.submit(job, body)
+
+    # Jobs whose worker has ended.
+
+    @property
+    def accepts_jobs(self) -> bool:
+        """Whether a worker is ready, or one that replaces the last is expected soon."""
+        return bool(self.ready_workers) or time.monotonic() < self.replacement_end
+
+    def expect_replacement(self) -> None:
+        """Let jobs wait from now on for a worker that replaces one which has ended."""
+        if not self.state.draining:  # then none is replaced
+            self.replacement_end = time.monotonic() + REPLACEMENT_SECONDS
+
+    def keep_body(self, job: PendingJob, body: bytes) -> None:
+        """Keep the image of a job that is sent, unless many bytes are kept already."""
+        if self.kept_bytes + len(body) > KEPT_BYTES:
+            job.body = None
+            return
+        self.kept_bytes += len(body)
+
+    def release_body(self, job: PendingJob) -> None:
+        """Count the image of a job no longer, which has an answer or is sent once more."""
+        if job.body is not None:
+            self.kept_bytes -= len(job.body)
+
+    def send_again(self, job: PendingJob) -> bool:
+        """Send a job whose worker has ended to another one; return False where that can't be."""
+        if job.body is None or job.failures >= MAX_FAILURES or self.state.stopping:
+            return False
+        if self.ready_workers:
+            worker = min(self.ready_workers, key=_count_pending_jobs)
+            worker.submit(job, job.body)
+            return True
+        if not self.accepts_jobs:
+            return False
+        self._add_waiting_job(job)
+        return True
+
+    def _add_waiting_job(self, job: PendingJob) -> None:
+        self.waiting_jobs.append(job)
+        if self._replacement_timer is None:
+            self._replacement_timer = self.loop.call_later(
+                REPLACEMENT_SECONDS, self._refuse_waiting_jobs
+            )
+
+    def _send_waiting_jobs(self) -> None:
+        """Send the jobs that wait for a worker, except those of requests that are over."""
+        for job in self._take_waiting_jobs():
+            if not self.send_again(job):
+                job.request.set_answer(job.index, Answer(0, 503, 0, WORKER_LOST))
+
+    def _refuse_waiting_jobs(self) -> None:
+        """Answer the jobs for which no worker has come with 503."""
+        for job in self._take_waiting_jobs():
+            job.request.set_answer(job.index, Answer(0, 503, 0, WORKER_LOST))
+
+    def _take_waiting_jobs(self) -> list[PendingJob]:
+        if self._replacement_timer is not None:
+            self._replacement_timer.cancel()
+            self._replacement_timer = None
+        jobs = [job for job in self.waiting_jobs if job.request in self.pending_requests]
+        self.waiting_jobs = []
+        return jobs
 
     def _resend(
         self,
@@ -390,7 +516,7 @@ class Dispatcher:
         indices: list[int],
     ) -> None:
         """Send the images at these positions once more, to get all answers from the new version."""
-        if not self.ready_workers:
+        if not self.accepts_jobs:
             request.finish()
             return
         for index in indices:

@@ -118,8 +118,8 @@ class PredictEndpoint:
             raise Problem(413, f"the body is larger than the {limit} bytes allowed", "body")
 
     def _check_ready(self) -> None:
-        """Raise Problem 503 if no worker accepts jobs."""
-        if not self.dispatcher.ready_workers:
+        """Raise Problem 503 if no worker accepts jobs, and none will soon."""
+        if not self.dispatcher.accepts_jobs:
             raise Problem(503, "no model is ready; try again in a second", "not_ready")
 
     def check_capacity(self, images: int, size: int) -> None:

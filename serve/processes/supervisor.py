@@ -31,6 +31,7 @@ from serve.processes.restart_policy import RestartPolicy
 from serve.processes.run_directory import create_run_directory
 from serve.settings import Settings
 from serve.shared_state import SharedState
+from serve.stall_timer import StallTimer
 from serve.worker.exit_status import HANGING, MODEL_UNUSABLE
 from serve.worker.shadow import run_shadow
 from serve.worker.worker import HEARTBEAT_SECONDS, Worker
@@ -86,6 +87,7 @@ class Supervisor:
         self.http_processes: dict[int, BaseProcess] = {}
         self.shadow_processes: list[LaunchedProcess] = []  # one, or none
         self.worker_failures = 0  # crashes and hangs
+        self.stall_timers: dict[int, StallTimer] = {}  # by the number of the worker
         self.model_is_unusable = False  # a worker could not load the model at the start
         for number in range(settings.api_processes):
             self._publish_not_ready(number)
@@ -254,8 +256,13 @@ class Supervisor:
 
     def _worker_hangs(self, number: int) -> bool:
         """Whether a worker as a whole hangs. It ends by itself if only a predictor hangs."""
+        pid = self.litserve.workers[number].pid
+        timer = self.stall_timers.get(number)
+        if timer is None or timer.process != pid:
+            timer = StallTimer(pid, pid)  # its main thread sends the heartbeats
+            self.stall_timers[number] = timer
         limit = max(self.settings.worker_timeout_seconds, MIN_HEARTBEAT_TIMEOUT_SECONDS)
-        return self.state.seconds_since_heartbeat(number) > limit
+        return timer.update(self.state.heartbeat(number)) > limit
 
     def _handle_failure(
         self, key: ProcessKey, reason: FailureReason, policy: RestartPolicy

@@ -109,10 +109,6 @@ class Batcher:
         """Change the number of threads that take batches."""
         self.active_predictors = count
 
-    def set_max_batch_size(self, size: int) -> None:
-        """Change the number of jobs in a batch, from the next batch on."""
-        self.max_batch_size = size
-
     def broadcast(self, frame: bytes) -> None:
         """Send a frame to all HTTP processes."""
         for connection in list(self.connections):

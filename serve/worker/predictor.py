@@ -23,7 +23,9 @@ from serve.prediction import (
     find_finite_rows,
 )
 from serve.settings import Settings
+from serve.stall_timer import StallTimer
 from serve.wire import (
+    ALONE,
     ARRAYS,
     BASE64,
     CAM,
@@ -44,6 +46,12 @@ from serve.worker.decoding_memory import DecodingMemory
 from serve.worker.worker_metrics import WorkerMetrics
 
 INACTIVE_CHECK_SECONDS = 0.5
+
+# Parts of the timeout after which a run counts as a hang. The images of a run of several are run
+# once more, each alone, and all of it should take less than the deadline.
+TIMEOUT_SHARE_OF_SEVERAL = 1 / 2
+TIMEOUT_SHARE_ALONE = 1 / 4
+
 NO_ACTIVATION_MAPS = "this model has no heat maps; leave explain out"
 NO_EMBEDDINGS = "this model has no embeddings; leave embedding out"
 NOT_FINITE = b"the outputs of the model for this image are NaN or infinite"
@@ -92,11 +100,17 @@ class Predictor:
         # Since when it decodes one image or runs the graph, in seconds of time.monotonic(); 0 while
         # it waits for jobs or for permission to decode.
         self.busy_since = 0.0
+        self.stall_timer: StallTimer | None = None  # until the thread has started
+        self.timeout_share = 1.0  # of the usual timeout, for what it does now
 
-    def stalled_seconds(self, now: float) -> float:
-        """Return for how long it has been busy with one image or one run, 0 if it is idle."""
-        busy_since = self.busy_since
-        return now - busy_since if busy_since else 0.0
+    def stalled_seconds(self) -> float:
+        """Return for how long it makes no progress with one image or one run, 0 if it is idle.
+
+        Called at regular intervals.
+        """
+        if self.stall_timer is None:
+            return 0.0
+        return self.stall_timer.update(self.busy_since or None)
 
     def start(self) -> None:
         """Start the thread."""
@@ -105,6 +119,7 @@ class Predictor:
     def _run(self) -> None:
         """Process batches until the process ends."""
         self.active_jobs.set_thread(self.number)
+        self.stall_timer = StallTimer(os.getpid(), threading.get_native_id())
         try:
             while True:
                 if self.number < self.batcher.active_predictors:
@@ -135,6 +150,7 @@ class Predictor:
     def _start_job(self, queued: QueuedJob) -> float:
         """Record that work on one image starts. Return now."""
         self.active_jobs.set_job(self.number, queued.key)
+        self.timeout_share = 1.0
         now = time.monotonic()
         self.busy_since = now
         return now
@@ -142,6 +158,10 @@ class Predictor:
     def _start_run(self, jobs: list[QueuedJob]) -> None:
         """Record that a run of the graph starts."""
         self.active_jobs.set_jobs(self.number, [queued.key for queued in jobs])
+        if len(jobs) > 1:
+            self.timeout_share = TIMEOUT_SHARE_OF_SEVERAL
+        elif jobs[0].job.flags & ALONE:
+            self.timeout_share = TIMEOUT_SHARE_ALONE
         self.busy_since = time.monotonic()
 
     def _set_idle(self) -> None:
@@ -284,15 +304,24 @@ class Predictor:
 
 
 def _group_by_outputs(batch: DecodedBatch) -> list[DecodedBatch]:
-    """Split off jobs that want further outputs, so that the others do not pay for them."""
+    """Split off jobs that want further outputs, so that the others do not pay for them.
+
+    Jobs that must run alone are groups of their own.
+    """
     if not batch.jobs:
         return []
     positions: dict[int, list[int]] = {}
+    alone: list[list[int]] = []
     for i, queued in enumerate(batch.jobs):
-        positions.setdefault(queued.job.flags & OUTPUT_FLAGS, []).append(i)
-    if len(positions) == 1:
+        flags = queued.job.flags
+        if flags & ALONE:
+            alone.append([i])
+        else:
+            positions.setdefault(flags & OUTPUT_FLAGS, []).append(i)
+    if len(positions) == 1 and not alone:
         return [batch]
-    return [batch.select(group) for _, group in sorted(positions.items())]
+    groups = [group for _, group in sorted(positions.items())]
+    return [batch.select(group) for group in groups + alone]
 
 
 def _compose_answers(

@@ -30,7 +30,7 @@ from serve.worker.shadow import ShadowSender
 from serve.worker.worker_metrics import WorkerMetrics, set_served_model
 
 HEARTBEAT_SECONDS = 0.5
-# A run that takes this many times its duration at the start is a hang, even on busy cores.
+# A run that takes this many times its duration at the start is a hang.
 HANG_FACTOR = 5
 
 
@@ -65,7 +65,7 @@ class Worker:
         self.batcher = Batcher(
             os.path.join(self.run_directory, f"worker-{number}.sock"),
             self._active_predictors(),
-            self._max_batch_size(),
+            self.settings.max_batch_size,
             self.settings.batch_wait_ms / 1000,
             self._pack_model_info,
         )
@@ -109,10 +109,6 @@ class Worker:
     def _active_predictors(self) -> int:
         """Return the number of threads that take batches: one for a light model, else all."""
         return 1 if self.model.is_light else self.threads
-
-    def _max_batch_size(self) -> int:
-        """Return how many images run together: one each after a run of several has failed."""
-        return 1 if self.state.images_run_alone else self.settings.max_batch_size
 
     def _pack_model_info(self) -> bytes:
         """Return the frame that announces the model to an HTTP process."""
@@ -170,7 +166,6 @@ class Worker:
         """
         while os.getppid() == self.parent_pid:
             self.state.set_heartbeat(self.number)
-            self.batcher.set_max_batch_size(self._max_batch_size())
             self._exit_if_a_predictor_hangs()
             time.sleep(HEARTBEAT_SECONDS)
         os._exit(1)
@@ -180,14 +175,17 @@ class Worker:
 
         HTTP processes read from the records of active jobs which images must not be sent again.
         """
-        limit_seconds = max(self.settings.worker_timeout_seconds, HANG_FACTOR * self.run_seconds)
-        now = time.monotonic()
-        stalled = [predictor.stalled_seconds(now) for predictor in self.predictors]
-        if max(stalled) <= limit_seconds:
+        worker_timeout = self.settings.worker_timeout_seconds
+        least_limit = HANG_FACTOR * self.run_seconds
+        shares: list[float] = []
+        for predictor in self.predictors:
+            limit_seconds = max(worker_timeout * predictor.timeout_share, least_limit)
+            shares.append(predictor.stalled_seconds() / limit_seconds)
+        if max(shares) <= 1:
             return
 
-        for number, seconds in enumerate(stalled):
+        for number, share in enumerate(shares):
             # Another predictor may hang as well, only not for as long.
-            if seconds > limit_seconds / 2:
+            if share > 1 / 2:
                 self.active_jobs.set_hanging(number)
         os._exit(HANGING)

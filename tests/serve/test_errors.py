@@ -69,7 +69,8 @@ def test_errors_hide_the_files_of_the_server(start, tmp_path):
 def test_the_service_is_not_ready_while_a_killed_worker_is_replaced(start, tmp_path):
     store = tmp_path / "store"
     blocked_path = BlockedPath(tmp_path / "hang", tiny_bundle.publish(store))
-    server = start("--reload-seconds", "0", store=store, env=blocked_path.env)
+    flags = ("--reload-seconds", "0", "--deadline-ms", "500")
+    server = start(*flags, store=store, env=blocked_path.env)
     assert server.metric("imago_ready") == 1
 
     with blocked_path.blocked():  # so that the next worker does not become ready
@@ -78,12 +79,13 @@ def test_the_service_is_not_ready_while_a_killed_worker_is_replaced(start, tmp_p
         wait_until(lambda: not server.is_ready())
         wait_until(blocked_path.is_reached)
 
-        for response in (
-            server.http.get("/health/ready"),
-            server.predict(IMAGE),
-            infer(server, IMAGE),
+        # Images wait for the next worker until their deadline.
+        for response, status in (
+            (server.http.get("/health/ready"), 503),
+            (server.predict(IMAGE), 504),
+            (infer(server, IMAGE), 504),
         ):
-            assert response.status_code == 503
+            assert response.status_code == status
             assert_hides_the_server(response, tmp_path)
         assert server.http.get("/v2/health/ready").status_code == 503
         assert server.metric("imago_ready") == 0
