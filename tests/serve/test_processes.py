@@ -17,7 +17,7 @@ from serve.metrics.shared_counters import read_entries
 from serve.shared_state import SharedState
 from serve.worker.decoding_memory import LOCK_NAME, DecodingMemory
 from support import ROOT, tiny_bundle
-from support.server import Server, wait_until
+from support.server import NO_TLS, Server, wait_until
 
 GOOD = tiny_bundle.make_image("blue")
 BAD = b"hello"
@@ -42,7 +42,7 @@ def send_requests(server: Server, client_number: int) -> Counter:
     """Send 26 requests over one connection. Count them by kind and status."""
     four_files = [("f", (str(i), image)) for i, image in enumerate([GOOD, GOOD, GOOD, BAD])]
     statuses: Counter = Counter()
-    with httpx.Client(base_url=server.url, timeout=30) as http:
+    with httpx.Client(base_url=server.url, timeout=30, verify=NO_TLS) as http:
         for i in range(25):
             is_good = (i + client_number) % 5 > 0
             response = http.post("/predict", content=GOOD if is_good else BAD, headers=PNG)
@@ -96,7 +96,12 @@ def test_all_workers_and_http_processes_get_requests(service):
 
     def send(_: int) -> None:
         """Send an image over a connection of its own, which any HTTP process may accept."""
-        assert httpx.post(f"{service.url}/predict", content=GOOD, headers=PNG).status_code == 200
+        assert (
+            httpx.post(
+                f"{service.url}/predict", content=GOOD, headers=PNG, verify=NO_TLS
+            ).status_code
+            == 200
+        )
 
     wait_until(all_have_counted)
 
@@ -146,7 +151,9 @@ def open_sockets(pid: int) -> set[str]:
 
 def test_request_ids_differ_between_processes(service):
     def read_id(_: int) -> str:
-        return httpx.post(f"{service.url}/predict", content=GOOD, headers=PNG).json()["id"]
+        return httpx.post(
+            f"{service.url}/predict", content=GOOD, headers=PNG, verify=NO_TLS
+        ).json()["id"]
 
     with ThreadPoolExecutor(8) as threads:
         ids = list(threads.map(read_id, range(64)))

@@ -23,7 +23,7 @@ import pytest
 
 from models.bundle import Calibration
 from support import tiny_bundle
-from support.server import Server, find_free_ports, wait_until
+from support.server import NO_TLS, Server, find_free_ports, wait_until
 
 PROMETHEUS = shutil.which("prometheus")
 PROMTOOL = shutil.which("promtool")
@@ -52,7 +52,7 @@ def send_rounds(server: Server, rounds: int, client_number: int) -> tuple[Counte
     labels = Counter()
     images = [tiny_bundle.make_image(tiny_bundle.CLASSES[i % 3], seed=i) for i in range(4)]
     files = [("f", (str(i), image)) for i, image in enumerate([*images, b"no image"])]
-    with httpx.Client(base_url=server.url, timeout=30) as http:
+    with httpx.Client(base_url=server.url, timeout=30, verify=NO_TLS) as http:
         for i in range(rounds):
             label = tiny_bundle.CLASSES[i % 3]
             image = tiny_bundle.make_image(label, seed=100 * client_number + i)
@@ -206,7 +206,7 @@ def running_prometheus(directory: Path, metrics_port: int) -> Iterator[str]:
 def query(url: str, expression: str) -> dict[str, float]:
     """Return the values of a PromQL query by label `code`, none until Prometheus is ready."""
     try:
-        response = httpx.get(f"{url}/api/v1/query", params={"query": expression})
+        response = httpx.get(f"{url}/api/v1/query", params={"query": expression}, verify=NO_TLS)
     except httpx.TransportError:
         return {}
     if response.status_code == 503:

@@ -10,7 +10,7 @@ from models.store import Store
 from support import tiny_bundle
 from support.hot_reload import FAST_RELOAD, served_version
 from support.load_generator import LoadGenerator
-from support.server import Server, wait_until
+from support.server import NO_TLS, Server, wait_until
 
 IMAGE = tiny_bundle.make_image("red")
 INFER_PATH = "/v2/models/colours/infer"
@@ -79,7 +79,7 @@ def test_the_images_of_a_request_are_answered_by_one_version(start, tmp_path):
     stop = threading.Event()
 
     def send_requests() -> None:
-        with httpx.Client(base_url=server.url, timeout=30) as http:
+        with httpx.Client(base_url=server.url, timeout=30, verify=NO_TLS) as http:
             while not stop.is_set():
                 responses.append(http.post("/predict", files=files))
 

@@ -12,6 +12,8 @@ JSON request per line and answers with the process id of the command. It ends wi
 import atexit
 import contextlib
 import fcntl
+import functools
+import gc
 import importlib
 import json
 import os
@@ -33,6 +35,17 @@ from support import ROOT
 TIMEOUT_SECONDS = 280
 POLL_SECONDS = 0.01
 
+# What `python -m train` imports only when it needs them.
+TRAIN_MODULES = (
+    "boto3",
+    "onnxruntime.quantization",
+    "s3fs",
+    "sklearn.datasets",
+    "sklearn.linear_model",
+    "sympy.tensor.tensor",
+    "torch.utils.tensorboard",
+)
+
 
 def warm_up_serve() -> None:
     """Import what `python -m serve` imports."""
@@ -43,15 +56,28 @@ def warm_up_train() -> None:
     """Import what `python -m train` imports at the start and later, and export a graph once.
 
     The first export of a process compiles the converters of all operators, which takes seconds.
+    Each export parses their sources again, only for the names of their domains, so the registry of
+    converters is kept. This is written for torch 2.13 and onnxscript 0.7.
     """
     importlib.import_module("train.cli.main")
-    for module in ("sklearn.datasets", "sklearn.linear_model", "onnxruntime.quantization", "s3fs"):
+    for module in TRAIN_MODULES:
         importlib.import_module(module)
+
+    registry = importlib.import_module("torch.onnx._internal.exporter._registration").ONNXRegistry
+    registry.from_torchlib = staticmethod(functools.cache(registry.from_torchlib))
+    opset = importlib.import_module("train.export.onnx_graph").OPSET
 
     torch = importlib.import_module("torch")
     images = torch.zeros(2, 1, 4, 4)
     network = torch.nn.Conv2d(1, 1, 3).eval()
-    torch.onnx.export(network, (images,), dynamo=True, verbose=False)
+    torch.onnx.export(
+        network,
+        (images,),
+        dynamo=True,
+        opset_version=opset,
+        dynamic_shapes=({0: torch.export.Dim("N", min=1)},),
+        verbose=False,
+    )
 
 
 WARM_UPS = {"train": warm_up_train, "serve": warm_up_serve}
@@ -204,6 +230,9 @@ def serve_requests(package: str, lock_path: Path) -> None:
     with open(os.devnull) as null:
         os.dup2(null.fileno(), 0)  # commands must not keep the socket open
     WARM_UPS[package]()
+    # The memory stays shared: the garbage collector of a command would write to all objects.
+    gc.collect()
+    gc.freeze()
     with listener, selectors.DefaultSelector() as selector:
         selector.register(listener, selectors.EVENT_READ)
         while True:

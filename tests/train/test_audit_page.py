@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from support.sample_images import make_png, write_image_folder
+from support.server import NO_TLS
 
 HEADER = "path,action,label"
 
@@ -31,14 +32,16 @@ def photos(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def audited(commands, photos, tmp_path_factory) -> Iterator[SimpleNamespace]:
-    """The served page: its URL, command, report and file of corrections."""
+    """The served page: its URL, a client, its command, report and file of corrections."""
     report = tmp_path_factory.mktemp("report")
     command = commands.start(
         *("audit", photos, "--out", report, "--data.size", 32, "--serve", "--port", 0)
     )
     command.wait_for("stop it with Ctrl-C")
     (url,) = re.findall(r"http://127\.0\.0\.1:\d+/", command.text)
-    yield SimpleNamespace(url=url, command=command, report=report, file=photos / "corrections.csv")
+    with httpx.Client(base_url=url, verify=NO_TLS) as http:
+        file = photos / "corrections.csv"
+        yield SimpleNamespace(url=url, http=http, command=command, report=report, file=file)
     if command.poll() is None:
         command.kill()
 
@@ -193,11 +196,11 @@ ONE = {"corrections": [{"path": "train/red/001.png", "action": "keep", "label": 
 def test_other_sites_can_save_nothing(audited, headers, status):
     audited.file.unlink(missing_ok=True)
     headers = {"Content-Type": "application/json"} | headers
-    answer = httpx.post(f"{audited.url}corrections", content=json.dumps(ONE), headers=headers)
+    answer = audited.http.post("corrections", content=json.dumps(ONE), headers=headers)
     assert answer.status_code == status, answer.text
     assert audited.file.exists() == (status == 200)
     if "Host" in headers:
-        assert httpx.get(audited.url, headers=headers).status_code == 403
+        assert audited.http.get("", headers=headers).status_code == 403
 
 
 @pytest.mark.parametrize(
@@ -217,7 +220,7 @@ def test_other_sites_can_save_nothing(audited, headers, status):
 def test_wrong_corrections_are_refused(audited, content, message):
     audited.file.write_text(f"{HEADER}\ntrain/red/002.png,keep,\n")
     headers = {"Content-Type": "application/json"}
-    answer = httpx.post(f"{audited.url}corrections", content=content, headers=headers)
+    answer = audited.http.post("corrections", content=content, headers=headers)
     assert answer.status_code == 400
     assert message in answer.json()["error"]
     assert read_rows(audited.file) == ["train/red/002.png,keep,"]
@@ -225,7 +228,7 @@ def test_wrong_corrections_are_refused(audited, content, message):
 
 def test_a_file_that_is_broken_meanwhile_is_not_overwritten(audited):
     audited.file.write_text("nonsense")
-    answer = httpx.post(f"{audited.url}corrections", json=ONE)
+    answer = audited.http.post("corrections", json=ONE)
     assert answer.status_code == 400
     assert "line 1: must name the columns" in answer.json()["error"]
     assert audited.file.read_text() == "nonsense"
@@ -274,7 +277,7 @@ def test_nothing_is_lost_when_the_server_is_killed(audited, open_page):
 
     def save(i: int) -> int:
         entry = {"path": f"train/red/{i:03d}.png", "action": "keep"}
-        return httpx.post(f"{audited.url}corrections", json={"corrections": [entry]}).status_code
+        return audited.http.post("corrections", json={"corrections": [entry]}).status_code
 
     with ThreadPoolExecutor(4) as pool:
         assert set(pool.map(save, range(12))) == {200}
