@@ -1,7 +1,8 @@
 """`imago models`, also `python -m models`: list, check, sign and copy bundles.
 
-Exit status: 0 done; 1 `verify` found a bundle that must not be served; 2 invalid arguments, or
-something that can't be done. Never imports torch.
+Exit status: 0 done; 1 `verify` found a bundle that must not be served, or `compare` a new version
+that is worse than the old one beyond a budget; 2 invalid arguments, or something that can't be
+done. Never imports torch.
 """
 
 import argparse
@@ -11,8 +12,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import TypeAlias
 
-from models.bundle import BundleError, Calibration, Latency, Manifest, Variant
+from models.bundle import Bundle, BundleError, Calibration, Latency, Manifest, Variant
 from models.bundle.verify import BundleReport, VariantReport, verify_bundle
+from models.comparison import ComparisonError, GateConfig, compare_candidates, decide
+from models.comparison.candidate import open_candidate
+from models.comparison.page import describe_comparison, render_page
+from models.comparison.test_images import choose_images_of_bundles, limit_images
 from models.store import LATEST, Store
 from models.store.remote import pull, push
 
@@ -31,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BundleError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1 if options.command is run_verify else 2
+    except ComparisonError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except OSError as error:  # such as a full disk, or a store that is read-only
         print(f"error: {error.filename or options.store}: {error.strerror}", file=sys.stderr)
         return 2
@@ -81,12 +89,70 @@ def _add_bundle_commands(commands: Subparsers) -> None:
     sign.add_argument(
         "--key", type=Path, required=True, help="PEM file with an elliptic curve private key"
     )
+    _add_compare_command(commands)
+
+
+def _add_compare_command(commands: Subparsers) -> None:
+    compare = _add_command(
+        commands,
+        "compare",
+        run_compare,
+        "run two versions on the same test images; exit status 1 where NEW is worse than allowed",
+    )
+    which = "directory of a bundle, or NAME or NAME/VERSION in the store"
+    compare.add_argument("old", metavar="OLD", help=which)
+    compare.add_argument("new", metavar="NEW", help=which)
+    compare.add_argument(
+        "--data",
+        type=Path,
+        help="folder with the test images, or with other labelled images in one folder a class, or "
+        "a CSV file with path and label (default: the test images that both bundles list)",
+    )
+    compare.add_argument("--html", type=Path, metavar="FILE", help="write a page; needs jinja2")
+    compare.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the results; - for stdout"
+    )
+    for name in ("old-variant", "new-variant"):
+        compare.add_argument(
+            f"--{name}", help="fp32 or int8 (default: the fastest where the bundle was made)"
+        )
+    defaults = GateConfig()
+    budgets = {
+        "accuracy": "accuracy that may be lost, 0..1, beyond its confidence interval",
+        "class-recall": "recall that any class may lose, 0..1, beyond its confidence interval",
+        "calibration": "calibration error that may be added, 0..1, beyond its confidence interval",
+        "latency": "factor by which one image may take longer; less than 1 ms more passes",
+        "confidence": "level of the confidence intervals, 0..1",
+    }
+    for name, help in budgets.items():
+        default = getattr(defaults, name.replace("-", "_"))
+        compare.add_argument(
+            f"--{name}", type=float, default=default, help=f"{help} (default: %(default)s)"
+        )
+    compare.add_argument(
+        "--live-images",
+        type=int,
+        default=defaults.live_images,
+        help="live images of equal weight from which their accuracy counts in place of that of the "
+        "test part (default: %(default)s)",
+    )
+    compare.add_argument(
+        "--images", type=int, default=0, help="images of each part at most; 0 for all (default: 0)"
+    )
 
 
 def _add_latest_commands(commands: Subparsers) -> None:
-    promote = _add_command(commands, "promote", run_promote, "point latest at a version")
+    promote = _add_command(
+        commands,
+        "promote",
+        run_promote,
+        "point latest at a version, unless the gate of training has refused it",
+    )
     _add_name(promote)
     promote.add_argument("version", help="number of the version")
+    promote.add_argument(
+        "--force", action="store_true", help="also a version that the gate has refused"
+    )
 
     rollback = _add_command(
         commands, "rollback", run_rollback, "point latest at the version before it"
@@ -271,6 +337,58 @@ def _print_report(report: BundleReport) -> None:
         print(f"ok: {title} reproduces its expected outputs on this machine")
 
 
+def run_compare(options: Options) -> int:
+    """Compare two bundles, print the results, and write a page and JSON where asked for."""
+    if options.html and not options.html.parent.is_dir():
+        raise BundleError(f"--html {options.html}: no such directory")
+    try:
+        budgets = GateConfig(
+            accuracy=options.accuracy,
+            class_recall=options.class_recall,
+            calibration=options.calibration,
+            latency=options.latency,
+            confidence=options.confidence,
+            images=options.images,
+            live_images=options.live_images,
+        )
+    except ValueError as error:
+        raise BundleError(str(error).replace("gate.", "--").replace("_", "-")) from error
+
+    old = _open_named(options.old, options.store)
+    new = _open_named(options.new, options.store)
+    chosen = choose_images_of_bundles(old, new, options.data)
+    comparison = compare_candidates(
+        open_candidate(old, options.old_variant),
+        open_candidate(new, options.new_variant),
+        limit_images(chosen.images, budgets.images),
+        budgets.confidence,
+        chosen.notes,
+    )
+    comparison.gate = decide(comparison, budgets)
+
+    if options.html:
+        options.html.write_text(render_page(comparison), encoding="utf-8")
+    is_json_on_stdout = options.json == Path("-")
+    if options.json:
+        text = comparison.to_json()
+        if is_json_on_stdout:
+            print(text, end="")
+        else:
+            options.json.write_text(text, encoding="utf-8")
+    if not is_json_on_stdout:
+        print("\n".join(describe_comparison(comparison)))
+    return 0 if comparison.gate.passed else 1
+
+
+def _open_named(text: str, store: Path) -> Bundle:
+    """Open a bundle by the path of its directory, or by NAME or NAME/VERSION in a store."""
+    path = Path(text)
+    if path.is_dir():
+        return Bundle(path)
+    name, _, version = text.partition("/")
+    return Store(store).open(name, version or LATEST)
+
+
 def run_sign(options: Options) -> int:
     """Sign a bundle after checking it."""
     from models.bundle.signing import sign_bundle
@@ -286,7 +404,12 @@ def run_promote(options: Options) -> int:
     store = Store(options.store)
     if not options.version.isdecimal():
         raise BundleError(f"can't promote {options.version!r}; give a number")
-    store.open(options.name, options.version)
+    gate = store.open(options.name, options.version).manifest.gate
+    if gate is not None and not gate.passed and not options.force:
+        raise BundleError(
+            f"{options.name}/{options.version} is refused by the gate, compared with version "
+            f"{gate.compared_with}: {'; '.join(gate.reasons)}; promote it anyway with --force"
+        )
     store.promote(options.name, int(options.version))
     print(f"{options.name}: latest is {options.version}")
     return 0

@@ -15,11 +15,12 @@ from models.bundle.errors import BundleError
 from models.bundle.files import read_file
 from models.image import InputSpec
 
-FORMAT = 3
+FORMAT = 4
 """Grows with each new field, as readers refuse unknown ones. Older formats stay readable.
 
 2: calibration and baseline of each variant.
 3: corrections of the data.
+4: gate.
 """
 
 MANIFEST_FILE = "manifest.json"
@@ -214,6 +215,30 @@ class Provenance(_Part):
     seconds: dict[str, float] = Field(default={}, description="step of the run -> seconds")
 
 
+class Gate(_Part):
+    """The comparison with the version that was the latest, on the same test images."""
+
+    compared_with: int = Field(description="version that was the latest")
+    passed: bool
+    reasons: list[str] = Field(default=[], description="what is worse beyond the budget")
+    part: str = Field(description="test or live: the part whose accuracy counts")
+    images: int = Field(description="of that part, compared")
+    difference: float = Field(description="accuracy of the new version minus that of the old one")
+    difference_low: float = Field(description="lower end of its confidence interval")
+    difference_high: float = Field(description="upper end of its confidence interval")
+
+    def describe(self) -> str:
+        """Return the decision in one line."""
+        numbers = (
+            f"{100 * self.difference:+.2f} points of {self.part} accuracy against version "
+            f"{self.compared_with} on {self.images} images ({100 * self.difference_low:+.2f} to "
+            f"{100 * self.difference_high:+.2f})"
+        )
+        if self.passed:
+            return f"passed: {numbers}"
+        return f"refused: {'; '.join(self.reasons)}; {numbers}"
+
+
 class Sample(_Part):
     """A validation image in samples/ that is used to verify the bundle."""
 
@@ -245,6 +270,9 @@ class Manifest(_Part):
         default={}, description="by part of the data: val, test, and others that were measured"
     )
     samples: list[Sample] = []
+    gate: Gate | None = Field(
+        default=None, description="null: the first version, or published without a gate"
+    )
     notes: list[str] = Field(
         default=[], description="what a reader should know, e.g. why int8 is missing"
     )

@@ -117,8 +117,8 @@ def test_a_bundle_renamed_in_its_store_is_refused(bundle, tmp_path, verify):
     ("changes", "message"),
     [
         (
-            {"format": 4},
-            "format 4 is newer than format 3, the newest that this version reads; update Imago",
+            {"format": 5},
+            "format 5 is newer than format 4, the newest that this version reads; update Imago",
         ),
         ({"calibration": {"abstain_threshold": 1.5}}, "abstain_threshold: Input should be less"),
         ({"calibration": {"abstain_threshold": float("nan")}}, "abstain_threshold: Input should"),

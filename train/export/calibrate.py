@@ -11,9 +11,9 @@ import torch
 from scipy.special import betaincinv
 
 from models.bundle import Calibration
+from models.comparison.statistics import CALIBRATION_BINS, calibration_error
 from train.export.scores import Scores, energy, negative_log_likelihood, softmax
 
-BINS = 15  # intervals of confidence, for the expected calibration error
 LOWEST_TEMPERATURE = 0.05
 HIGHEST_TEMPERATURE = 20.0
 ABSTAIN_CERTAINTY = 0.9  # confidence level of the promised accuracy
@@ -124,7 +124,7 @@ class ReliabilityBin(NamedTuple):
 
 
 def reliability_bins(
-    probabilities: np.ndarray, labels: np.ndarray, bins: int = BINS
+    probabilities: np.ndarray, labels: np.ndarray, bins: int = CALIBRATION_BINS
 ) -> list[ReliabilityBin]:
     """Group predictions into bins of equal width over the confidence; omit empty bins."""
     confidence = probabilities.max(1)
@@ -145,13 +145,10 @@ def reliability_bins(
 
 
 def expected_calibration_error(
-    probabilities: np.ndarray, labels: np.ndarray, bins: int = BINS
+    probabilities: np.ndarray, labels: np.ndarray, bins: int = CALIBRATION_BINS
 ) -> float:
     """Return the mean |confidence - accuracy| over the bins, weighted by their images."""
-    total = 0.0
-    for each in reliability_bins(probabilities, labels, bins):
-        total += each.images * abs(each.confidence - each.accuracy)
-    return total / len(labels)
+    return calibration_error(probabilities.max(1), probabilities.argmax(1) == labels, bins=bins)
 
 
 def coverage_curve(

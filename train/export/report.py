@@ -8,19 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
 from models.bundle import Calibration, CorrectionCounts, Manifest
+from models.comparison.thumbnails import encode_data_url
 from train.audit.summary import format_count
 from train.data import ImageData
 from train.export import charts
+from train.export.activation_maps import overlay_activation_map
 from train.export.calibrate import ABSTAIN_CERTAINTY, coverage_curve, reliability_bins
 from train.export.config import ExportConfig
 from train.export.evaluate import PartScores, evenly_spaced_rows, load_images
 from train.export.onnx_graph import InferenceGraph
 from train.export.parity import run_torch
-from train.export.report_images import encode_data_url, overlay_activation_map
 from train.export.scores import Scores, softmax
 
 MAX_MISTAKES = 12
@@ -63,7 +64,8 @@ def write_report(
 def _build_environment() -> Environment:
     """Return the environment of the templates; it escapes variables in HTML, not in Markdown."""
     environment = Environment(
-        loader=PackageLoader("train.export"),
+        # The style is that of the comparison page, too.
+        loader=ChoiceLoader([PackageLoader("train.export"), PackageLoader("models.comparison")]),
         autoescape=select_autoescape(["html"]),
         undefined=StrictUndefined,
         trim_blocks=True,
