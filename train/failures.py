@@ -5,6 +5,7 @@ status.
 """
 
 from enum import IntEnum
+from pathlib import Path
 
 import torch
 
@@ -15,15 +16,25 @@ class ExitStatus(IntEnum):
     DONE = 0
     FAILED = 1  # the loss diverged, memory was too small, the disk is full, a download broke off
     INVALID = 2  # a setting or the input is wrong; the same command fails again
+    REFUSED = 3  # the new version is published, but worse than the latest one, which stays
     INTERRUPTED = 130  # by Ctrl-C; the same command resumes
     TERMINATED = 143  # by SIGTERM; the same command resumes
 
 
 EXIT_STATUS_HELP = (
     "Exit status: 0 done; 1 the run failed (the loss diverged, memory was too small, the disk is "
-    "full, a download broke off); 2 invalid setting or input; 143 or 130 interrupted by SIGTERM or "
-    "Ctrl-C, run the same command again to resume."
+    "full, a download broke off); 2 invalid setting or input; 3 the new version is published, but "
+    "worse than the latest one, which stays; 143 or 130 interrupted by SIGTERM or Ctrl-C, run the "
+    "same command again to resume."
 )
+
+
+class GateRefused(Exception):
+    """The new version is published, but worse than the latest one, which stays."""
+
+    def __init__(self, path: Path, reasons: str):
+        super().__init__(reasons)
+        self.path = path
 
 
 class DownloadFailed(RuntimeError):

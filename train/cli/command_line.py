@@ -20,7 +20,7 @@ from train.cli.recipes import UsageError, default_model_name
 from train.cli.run import TrainingJob
 from train.cli.validate_config import validate_config
 from train.data import ImageData
-from train.data.sources.remote import hide_secrets
+from train.data.sources.several import hide_all_secrets
 from train.export.config import ExportConfig
 from train.export.embedder import embed_data
 from train.failures import EXIT_STATUS_HELP
@@ -286,7 +286,7 @@ class CommandLine(LightningCLI):
         """Return all settings as plain values, as the manifest records them, without secrets."""
         text = self.parser.dump(self.config, skip_none=False, format="yaml")
         settings: dict[str, Any] = yaml.safe_load(text)[self.subcommand]
-        settings["data"]["source"] = hide_secrets(settings["data"]["source"])
+        settings["data"]["source"] = hide_all_secrets(settings["data"]["source"])
         return settings
 
     def _requested_recipe(self, recipe: dict[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from train.cli.command_line import CommandLine
 from train.cli.main import LIGHTNING_LOGGERS, exit_status_of, explain_errors, silence_lightning
 from train.cli.recipes import UsageError, expand_data_command
 from train.cli.run import run_training
-from train.failures import ExitStatus
+from train.failures import ExitStatus, GateRefused
 from train.runs.preemption import NOTICE, Preempted
 from train.runs.run_directory import release_runs
 
@@ -43,6 +43,9 @@ def fit(
 
         bundle = fit("~/photos", {"trainer.max_epochs": 3}, name="photos")
         bundle.path, bundle.manifest.test_metrics.accuracy
+
+    Where a version of the model exists that is better beyond a budget (export.gate), it stays the
+    latest: `bundle.manifest.gate.passed` is false then.
 
     `data` is what the command `run` takes, and `settings` holds any of its flags by their names,
     without the dashes. The other parameters are the flags of the same names. A run that was
@@ -83,6 +86,8 @@ def _run(arguments: list[str]) -> Path:
     try:
         with explain_errors(command_line):
             path = run_training(command_line.training_job())
+    except GateRefused as error:
+        return error.path
     except Preempted as error:
         raise KeyboardInterrupt from error
     except RuntimeError as error:

@@ -25,6 +25,7 @@ from train.failures import (
     Diverged,
     DownloadFailed,
     ExitStatus,
+    GateRefused,
     OutOfMemory,
     is_out_of_memory,
 )
@@ -70,6 +71,8 @@ def main(arguments: list[str] | None = None) -> int:
             traceback.print_exc()
         print(f"train: {' '.join(str(error).split())}", file=sys.stderr)
         return exit_status_of(error)
+    except GateRefused:  # the last line of the run says so
+        return ExitStatus.REFUSED
     except RuntimeError:
         # A signal to the whole process group ends the decoding workers first.
         if NOTICE.signum:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from train.data.sources import READERS
 from train.data.sources.remote import source_name
+from train.data.sources.several import LIST_SUFFIX, split_sources
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 DEFAULT_RECIPE = RECIPES / "folder.yaml"
@@ -42,8 +43,11 @@ def expand_data_command(command: str, arguments: list[str]) -> list[str]:
 def find_recipe(recipe: str | None, data: str) -> Path:
     """Return the file of a recipe that is given by path or by name.
 
-    None stands for the recipe with the name of the data, or else the one for folders.
+    None stands for the recipe with the name of the data, of several sources the first one, or else
+    the one for folders.
     """
+    if recipe is None:
+        data = split_sources(data)[0]
     if recipe is None and "/" in data:
         return DEFAULT_RECIPE
     if recipe is None:
@@ -82,8 +86,12 @@ def default_model_name(source: str) -> str:
     """Return a valid model name, made of the data's name or of the last part of its path or URL.
 
     A scheme such as hf:, the query of a URL, and the ending of a table or an archive are not part
-    of it.
+    of it. Several sources have the name of the first one, or of the file that lists them.
     """
+    if source.endswith(LIST_SUFFIX):
+        source = source.removesuffix(LIST_SUFFIX)
+    else:
+        source = split_sources(source)[0]
     scheme, colon, location = source.partition(":")
     if colon and scheme in READERS and location:
         source = location

@@ -1,7 +1,7 @@
 """One training run, from the data to the published bundle: `run` and `fit`.
 
     find weights -> open data -> embed -> audit -> probe -> fit
-    -> test -> calibrate -> export -> quantize -> certify -> report -> publish
+    -> test -> calibrate -> export -> quantize -> certify -> gate -> report -> publish
 
 `run_training` calls the first line of steps, and `publish_bundle` the second. Where a run has
 several processes, each of them calls `run_training`, and only the first one publishes.
@@ -18,6 +18,7 @@ from typing import Any
 from lightning.pytorch.callbacks import LearningRateMonitor
 
 from models.allocator import keep_freed_memory
+from models.bundle import Gate
 from models.store import Store
 from train.data import DataError, ImageData
 from train.data.cache import replace_text
@@ -32,12 +33,15 @@ from train.export.candidates import (
 from train.export.config import ExportConfig
 from train.export.embedder import embed_data
 from train.export.evaluate import describe_weak_classes, evaluate_parts
+from train.export.gate import list_test_images, run_gate, write_list
 from train.export.pipeline import (
     BundleContents,
     RunRecord,
     build_manifest,
     describe_bundle,
+    describe_refusal,
     describe_variants,
+    is_refused,
     load_best_model,
     load_model,
     publish,
@@ -52,6 +56,7 @@ from train.export.variants import (
     export_fp32,
     quantize_int8,
 )
+from train.failures import GateRefused
 from train.learning.fit_config import FitConfig
 from train.learning.lightning_speed import skip_unused_hooks
 from train.learning.system import Classifier
@@ -110,7 +115,8 @@ def run_training(job: TrainingJob) -> Path | None:
     """Train a model and publish it as a bundle. Return its directory; None if none is published.
 
     A run that was interrupted resumes where it stopped. With `--trainer.fast_dev_run` only the
-    given number of batches run, and nothing is written.
+    given number of batches run, and nothing is written. Raises GateRefused in all processes where
+    the bundle is published, but not promoted.
     """
     connect_processes(job.trainer)
     if job.trainer.fast_dev_run:
@@ -135,8 +141,13 @@ def run_training(job: TrainingJob) -> Path | None:
         raise
 
     # The other processes wait: if one of them ended, a launcher would end the first one as well.
-    path = run_in_first_process(job.trainer, lambda: complete_run(job, run, probe))
-    return Path(path) if path else None
+    outcome = run_in_first_process(job.trainer, lambda: complete_run(job, run, probe))
+    if not outcome:
+        return None
+    path = Path(outcome["path"])
+    if outcome["refusal"]:
+        raise GateRefused(path, outcome["refusal"])
+    return path
 
 
 def discard_if_not_started(job: TrainingJob, run: Run) -> None:
@@ -146,15 +157,26 @@ def discard_if_not_started(job: TrainingJob, run: Run) -> None:
         run.discard()
 
 
-def complete_run(job: TrainingJob, run: Run, probe: SavedProbe | None) -> str | None:
-    """Publish the bundle and mark the run as finished. Return the directory of the bundle."""
-    path = publish_bundle(job, probe) if job.export.enabled else None
+def complete_run(job: TrainingJob, run: Run, probe: SavedProbe | None) -> dict[str, str] | None:
+    """Publish the bundle and mark the run as finished.
+
+    Return the `path` of the bundle, and why it is not promoted, `refusal`; None without a bundle.
+    """
+    if not job.export.enabled:
+        run.finish()
+        return None
+    path, gate = publish_bundle(job, probe)
     run.finish()
-    return str(path) if path else None
+    refusal = "; ".join(gate.reasons) if gate else ""
+    if refusal:
+        job.monitor.report_refusal()
+    return {"path": str(path), "refusal": refusal}
 
 
-def publish_bundle(job: TrainingJob, probe: SavedProbe | None = None) -> Path:
-    """Test the best weights, publish them as the next version of the model, return its directory.
+def publish_bundle(job: TrainingJob, probe: SavedProbe | None = None) -> tuple[Path, Gate | None]:
+    """Test the best weights, publish them as the next version of the model.
+
+    Return its directory, and the result of its comparison with the version before.
 
     They are those of the probe, where it is better than the fine-tuned network. The bundle appears
     in the store complete or not at all. Prints one line with the test accuracy and the command that
@@ -163,7 +185,9 @@ def publish_bundle(job: TrainingJob, probe: SavedProbe | None = None) -> Path:
     data = job.data
     config = job.export
     record = RunRecord(job.recipe, job.trainer.strategy.root_device, job.history.rows)
-    steps = ExportSteps(job.progress, data, config, record.device)
+    store = Store(job.store)
+    is_compared = config.gate.enabled and store.latest(job.name) is not None
+    steps = ExportSteps(job.progress, data, config, record.device, is_compared)
     steps.add("fit", record.fit_seconds)
 
     model = load_best_model(job.trainer, job.system)
@@ -182,7 +206,7 @@ def publish_bundle(job: TrainingJob, probe: SavedProbe | None = None) -> Path:
         calibration = calibrate(scores.val, scores.unleaked_test, config.calibrate)
         set_temperature(model, calibration)
 
-    with Store(job.store).stage(job.name) as staged:
+    with store.stage(job.name) as staged:
         write_weights(staged.path, model, data.classes)
         samples = write_samples(staged.path, model, data, config.samples)
         with steps.measure("export"):
@@ -209,6 +233,13 @@ def publish_bundle(job: TrainingJob, probe: SavedProbe | None = None) -> Path:
         assert manifest.test_metrics is not None
         warnings = describe_weak_classes(manifest.test_metrics, data.classes)
         manifest.notes += warnings
+        test_images = list_test_images(data, scores)
+        write_list(staged.path, data, test_images)
+        if is_compared:
+            with steps.measure("gate") as advance:
+                compared = run_gate(staged.path, manifest, test_images, store, config.gate, advance)
+            manifest.gate = compared.gate
+            manifest.notes += compared.notes
         if config.report:
             with steps.measure("report"):
                 write_report(
@@ -219,7 +250,9 @@ def publish_bundle(job: TrainingJob, probe: SavedProbe | None = None) -> Path:
     for warning in warnings:
         print(f"train: {warning}", file=sys.stderr)
     print(describe_bundle(path, manifest, job.store, job.name))
-    return path
+    if is_refused(manifest):
+        print(describe_refusal(manifest, job.store), file=sys.stderr)
+    return path, manifest.gate
 
 
 def check_store(job: TrainingJob) -> None:

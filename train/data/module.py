@@ -28,6 +28,8 @@ from train.data.memory import Memory, Storage, choose_storage, measure_free_memo
 from train.data.pixels import read_pixels, to_image_bytes, to_pixels
 from train.data.sampler import EpochOrder
 from train.data.source import (
+    CORRECTIONS_FILE,
+    LIVE,
     PARTS,
     ArrayItems,
     DataError,
@@ -37,7 +39,7 @@ from train.data.source import (
     notify,
 )
 from train.data.sources import open_source
-from train.data.sources.remote import hide_secrets
+from train.data.sources.several import hide_all_secrets, join_sources, split_sources
 from train.data.split import split
 from train.data.statistics import channel_mean_std, data_digest
 
@@ -72,7 +74,9 @@ class ImageData(L.LightningDataModule):
             folders, or of train/ and test/ with class folders, or of a .csv file with the columns
             path, label and perhaps split; a .zip or .tar of these, on disk or at an https://,
             s3://, gs:// or az:// URL; the URL of class folders in a bucket;
-            hf://datasets/owner/name; or litdata:, deeplake: or hf: and a path or URL.
+            hf://datasets/owner/name; or litdata:, deeplake: or hf: and a path or URL; or kept: and
+            the directory or bucket of images that the service kept. Several are separated by
+            commas, or listed in a .txt file, one a line.
         root: directory of a torchvision data set on disk; nothing is downloaded then.
         size: side of the network's input in pixels; by default that of the weights which the
             network starts from; with random weights that of the images where all are squares of
@@ -124,6 +128,7 @@ class ImageData(L.LightningDataModule):
     counts: dict[str, int]  # images of each part
     mean: list[float]  # of each channel, in 0..255, as `normalization` says
     std: list[float]
+    live_positions: np.ndarray  # of the live test set, int64; no training uses them
     digest: str  # sha256 over images, labels and class names, in hex
 
     def __init__(
@@ -164,7 +169,7 @@ class ImageData(L.LightningDataModule):
         _check_share("max_unreadable", max_unreadable)
         _check_share("memory_share", memory_share)
 
-        self.source = hide_secrets(source)  # for messages and manifests
+        self.source = hide_all_secrets(source)  # for messages and manifests
         self._location = source
         self.root = root
         self.size = size
@@ -234,8 +239,20 @@ class ImageData(L.LightningDataModule):
     @cached_property
     def dataset(self) -> LabelledImages:
         """The data set before the split, with its corrections. Raises DataError."""
+        sources = split_sources(self._location)
+        if len(sources) == 1:
+            return self._open_source(sources[0])
+        if self.corrections:
+            raise DataError(
+                "data.corrections: names one file, for one source; each of several sources has its "
+                f"own {CORRECTIONS_FILE}"
+            )
+        return join_sources([self._open_source(source) for source in sources], sources)
+
+    def _open_source(self, source: str) -> LabelledImages:
+        """Open one source, with its corrections."""
         is_first_on_node = self.trainer is None or self.trainer.local_rank == 0
-        dataset = open_source(self._location, self.root, self.cache, refresh=is_first_on_node)
+        dataset = open_source(source, self.root, self.cache, refresh=is_first_on_node)
         file = locate_corrections(dataset, self.corrections)
         if file is None:
             return dataset
@@ -282,6 +299,8 @@ class ImageData(L.LightningDataModule):
         self._check_unreadable()
 
         usable = self.decoded.metadata["problem"] == ""
+        self.live_positions = self.dataset.index(LIVE)[usable[self.dataset.index(LIVE)]]
+        usable &= ~self._find_copies_of_live_images()
         self.index = split(self.dataset, usable, self.val_fraction, self.test_fraction, self.seed)
         self.counts = {part: len(self.index[part]) for part in PARTS}
         self._report_missing_classes()
@@ -352,6 +371,19 @@ class ImageData(L.LightningDataModule):
                 f"{self.max_unreadable:.0%} allows: {files}"
             )
         notify(f"{count} of {total} images can't be read and are left out: {files}")
+
+    def _find_copies_of_live_images(self) -> np.ndarray:
+        """Return which images outside of the live test set are the same file as one in it."""
+        digests = self.decoded.metadata["sha256"]
+        live = {digests[i].tobytes() for i in self.live_positions.tolist()}
+        is_copy = np.zeros(len(digests), bool)
+        if not live:
+            return is_copy
+        for i in np.flatnonzero(self.dataset.parts != LIVE).tolist():
+            is_copy[i] = digests[i].tobytes() in live
+        if is_copy.any():
+            notify(f"{int(is_copy.sum())} images are left out: copies of live test images")
+        return is_copy
 
     def count_classes(self, part: str) -> np.ndarray:
         """Return the number of images of each class in a part, int64 [K]."""

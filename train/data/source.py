@@ -24,6 +24,8 @@ from PIL import Image
 from models.image.files import read_regular_file
 
 PARTS = ("train", "val", "test")
+KEPT = "kept"  # joins the training part after the split; see train/data/split.py
+LIVE = "live"  # the live test set, which is in none of the parts
 PART_ALIASES = {
     "training": "train",
     "valid": "val",
@@ -124,11 +126,12 @@ class LabelledImages:
     classes: list[str]
     items: Items
     labels: np.ndarray  # int64 [N], 0..K-1
-    parts: np.ndarray  # [N] of "train", "val" or "test"; "val" and "test" may be absent
+    parts: np.ndarray  # [N] of PARTS, KEPT or LIVE; all but "train" may be absent
     root: Path | None = None  # directory of the files, for sources made of files
     left_out: Sequence[LeftOut] = ()
     corrections_file: Path | None = None  # default place of the corrections; it need not exist
     corrections: AppliedCorrections | None = None
+    live_weights: np.ndarray | None = None  # float64 [N], images that each LIVE one stands for
 
     def index(self, part: str) -> np.ndarray:
         """Return the positions of a part's images, less the excluded ones: int64, ascending."""
@@ -233,6 +236,14 @@ def fingerprint_files(root: Path, paths: Sequence[str]) -> str:
             with contextlib.suppress(OSError):
                 digest.update(hashlib.sha256(read_regular_file(root / path)).digest())
     return digest.hexdigest()
+
+
+def locate_file(items: Items, i: int) -> Path | None:
+    """Return the path of an image; None for an image that is not a file."""
+    if isinstance(items, FileItems):
+        return items.root / items.paths[i]
+    find_path = getattr(items, "path", None)  # of joined sources
+    return find_path(i) if find_path is not None else None
 
 
 # Helpers of the readers

@@ -3,7 +3,7 @@
 import numpy as np
 
 from train.data.sampler import keyed_rng
-from train.data.source import PARTS, DataError, LabelledImages
+from train.data.source import KEPT, PARTS, DataError, LabelledImages
 
 
 def split(
@@ -16,7 +16,9 @@ def split(
     """Return the positions of the train, val and test images: int64, ascending, disjoint.
 
     Images that `usable` bool [N] excludes are in no part. Parts that the source brings are kept. A
-    missing test part is split off the training part first, then a missing validation part. Both
+    missing test part is split off the training part first, then a missing validation part. Images
+    of the part KEPT join the training part after that, so that they do not change the others; those
+    of the part LIVE are in none. Both
     splits are stratified: each class gives its share, and at least one image. The choice depends on
     the labels and the seed only. Corrections do not change it: a relabelled image stays in its
     part, and where images are left out, all others stay in theirs. Raises DataError that names the
@@ -29,8 +31,10 @@ def split(
             parts["train"] = rest
             parts[name] = chosen
 
-    is_kept = ~dataset.excluded
-    parts = {name: index[is_kept[index]] for name, index in parts.items()}
+    joining = np.flatnonzero((dataset.parts == KEPT) & usable)
+    parts["train"] = np.sort(np.concatenate([parts["train"], joining]))
+    is_included = ~dataset.excluded
+    parts = {name: index[is_included[index]] for name, index in parts.items()}
 
     counts = np.bincount(dataset.labels[parts["train"]], minlength=len(dataset.classes))
     if not counts.all():
@@ -51,13 +55,15 @@ def _stratified_split(
     """Return the positions that remain, and `fraction` of each class, taken out of `index`.
 
     The classes are those before corrections. One that is too small for that gives no image where
-    corrections add some to it.
+    corrections or kept images add some to it.
     """
     # Each part has its own generator: another test fraction does not change how "val" is drawn.
     rng = keyed_rng(f"split {name}", seed)
     taken = []
     for k, label in enumerate(dataset.classes):
         members = index[dataset.source_labels[index] == k]
+        if not len(members) and ((dataset.parts == KEPT) & (dataset.labels == k)).any():
+            continue
         count = max(1, round(fraction * len(members)))
         if len(members) <= count:
             corrected = (dataset.labels[index] == k) & ~dataset.excluded[index]

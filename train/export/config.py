@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from models.comparison import GateConfig
 from train.export.calibrate import CalibrateConfig
 from train.export.quantize import QuantizeConfig
 
@@ -23,6 +24,7 @@ class ExportConfig:
         sign_key: PEM file of an elliptic curve private key that signs the bundle; needs the extra
             `signing`.
         promote: make the new version the latest.
+        gate: comparison with the latest version; one that is worse is not promoted.
     """
 
     enabled: bool = True
@@ -35,6 +37,7 @@ class ExportConfig:
     license: str = "unknown"
     sign_key: str | None = None
     promote: bool = True
+    gate: GateConfig = field(default_factory=GateConfig)
 
     def __post_init__(self) -> None:
         if self.samples < 1:

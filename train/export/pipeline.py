@@ -320,7 +320,30 @@ def publish(
         from models.bundle.signing import sign_bundle
 
         sign_bundle(staged.path, Path(config.sign_key))
-    return staged.publish(config.promote).path
+    return staged.publish(config.promote and not is_refused(manifest)).path
+
+
+def is_refused(manifest: Manifest) -> bool:
+    """Whether the gate keeps a version from becoming the latest."""
+    return manifest.gate is not None and not manifest.gate.passed
+
+
+def describe_refusal(manifest: Manifest, store: str) -> str:
+    """Return one line: why a version is not promoted, and what to do."""
+    assert manifest.gate is not None
+    name = manifest.name
+    version = manifest.version
+    return (
+        f"train: {name}/{version} is not promoted, version {manifest.gate.compared_with} stays the "
+        f"latest: {'; '.join(manifest.gate.reasons)}; comparison.html in the bundle shows the "
+        f"images; to promote it anyway: {_python()} -m models promote {name} {version} --force "
+        f"--store {store}"
+    )
+
+
+def _python() -> str:
+    """Return the interpreter as it is called in this directory: .venv/bin/python in a clone."""
+    return sys.executable.removeprefix(f"{Path.cwd()}{os.sep}")
 
 
 def describe_bundle(path: Path, manifest: Manifest, store: str, name: str) -> str:
@@ -332,10 +355,10 @@ def describe_bundle(path: Path, manifest: Manifest, store: str, name: str) -> st
     if leaked:
         images += f", without {leaked} that have a duplicate in another part"
 
-    # As the user calls it from the current directory: `.venv/bin/python` in a clone.
-    python = sys.executable.removeprefix(f"{Path.cwd()}{os.sep}")
-    return (
+    line = (
         f"{path}: test accuracy {test.accuracy:.4f} (balanced {test.balanced_accuracy:.4f}, "
-        f"majority class {test.majority_accuracy:.4f}) on {images}; "
-        f"serve it: {python} -m serve --store {store} --model {name}"
+        f"majority class {test.majority_accuracy:.4f}) on {images}"
     )
+    if is_refused(manifest):
+        return line
+    return f"{line}; serve it: {_python()} -m serve --store {store} --model {name}"

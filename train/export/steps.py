@@ -22,6 +22,7 @@ FIXED_SECONDS = {
     "export": 5.0,
     "quantize": 4.0,
     "certify": 6.0,
+    "gate": 2.0,
     "report": 2.0,
 }
 CERTIFIED_IMAGES = 300  # through both variants, in batches of several sizes
@@ -40,10 +41,15 @@ def estimate_export_seconds(
 
 
 def _estimate_seconds(
-    data: ImageData, config: ExportConfig, device: torch.device, seconds_per_image: float
+    data: ImageData,
+    config: ExportConfig,
+    device: torch.device,
+    seconds_per_image: float,
+    is_compared: bool = True,
 ) -> dict[str, float]:
     """Return a rough estimate of the seconds of each step, in their order.
 
+    `is_compared`: whether there is a version to compare with.
     `seconds_per_image`: of an evaluation on `device`, on which the network is tested; the other
     steps run on the CPU.
     """
@@ -52,10 +58,13 @@ def _estimate_seconds(
         "test": _count_images(data, config)["test"],
         "quantize": _count_images(data, config)["quantize"] + 2 * config.quantize.images,
         "certify": CERTIFIED_IMAGES,
+        "gate": 2 * _count_images(data, config)["gate"],
     }
     skipped: set[str] = set()
     if not config.quantize.enabled:
         skipped.add("quantize")
+    if not is_compared:
+        skipped.add("gate")
     if not config.report:
         skipped.add("report")
 
@@ -73,7 +82,8 @@ def _count_images(data: ImageData, config: ExportConfig) -> dict[str, int]:
     test_images = min(config.quantize.gate_images, data.counts["test"])
     return {
         "test": data.counts["val"] + data.counts["test"],
-        "quantize": 2 * val_images + test_images,  # for the gate, and for the calibration
+        "quantize": 2 * val_images + test_images,  # for its accuracy, and for the calibration
+        "gate": min(config.gate.images or data.counts["test"], data.counts["test"]),
     }
 
 
@@ -89,12 +99,17 @@ class ExportSteps:
         data: ImageData,
         config: ExportConfig,
         device: torch.device,
+        is_compared: bool,
     ):
-        """`progress`: that of the fit, which knows the speed; `device`: that of the fit."""
+        """`progress`: that of the fit, which knows the speed; `device`: that of the fit.
+
+        `is_compared`: whether there is a version to compare with.
+        """
+        self.is_compared = is_compared
         self.seconds: dict[str, float] = {}
         self._console = progress.console
         self._images = _count_images(data, config)
-        self._estimate = partial(_estimate_seconds, data, config, device)
+        self._estimate = partial(_estimate_seconds, data, config, device, is_compared=is_compared)
         self._expected = self._estimate(progress.seconds_per_image)
 
     def add(self, step: str, seconds: float) -> None:

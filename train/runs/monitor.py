@@ -7,6 +7,7 @@ without waiting for it.
 
 import time
 from collections.abc import Iterator
+from threading import Event
 from typing import Any
 
 import lightning as L
@@ -17,9 +18,12 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from train.learning.system import Classifier
+from train.runs.preemption import NOTICE
 from train.runs.trainer import ImageTrainer
 
 PREFIX = "imago_train_"
+SCRAPE_SECONDS = 120  # longer than the interval of most Prometheus servers
+SCRAPE_POLL_SECONDS = 0.2
 
 
 class Monitor(Callback, Collector):
@@ -36,6 +40,8 @@ class Monitor(Callback, Collector):
         self.port = port
         self.host = host
         self._trainer: ImageTrainer | None = None
+        self._is_refused = False
+        self._scraped = Event()
         self._is_fitting = False
         self._images = 0  # trained on by this node since this start
         self._sums = torch.zeros(4, dtype=torch.float64)  # see EpochSums.totals
@@ -114,6 +120,14 @@ class Monitor(Callback, Collector):
         assert trainer is not None  # `start` sets it before it registers this collector
         yield from self._collect_progress(trainer)
         yield from self._collect_quality()
+        is_refused = self._is_refused
+        yield _gauge(
+            "gate_refused",
+            "1 where the new version is worse than the latest one, which stays.",
+            is_refused,
+        )
+        if is_refused:
+            self._scraped.set()
         if trainer.optimizers:
             learning_rate = trainer.optimizers[0].param_groups[0]["lr"]
             yield _gauge(
@@ -156,6 +170,19 @@ class Monitor(Callback, Collector):
         if "val/accuracy" in self._validation_metrics:
             accuracy = self._validation_metrics["val/accuracy"]
             yield _gauge("val_accuracy", "Accuracy of the last validation.", accuracy)
+
+    def report_refusal(self) -> None:
+        """Export that the gate refused the new version; wait until that is scraped once.
+
+        The process ends afterwards, and a scrape at intervals would miss it.
+        """
+        if self._trainer is None:
+            return
+        self._is_refused = True
+        end = time.monotonic() + SCRAPE_SECONDS
+        while not NOTICE.signum and time.monotonic() < end:
+            if self._scraped.wait(SCRAPE_POLL_SECONDS):
+                return
 
     def describe(self) -> list[Metric]:
         """Return nothing: otherwise the registry would call `collect` when this registers."""

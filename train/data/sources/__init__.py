@@ -12,10 +12,12 @@ from train.data.sources import (
     deeplake,
     folder,
     huggingface,
+    kept,
     litdata,
     remote,
 )
 from train.data.sources.archive import has_archive_ending
+from train.data.sources.several import KEPT_SCHEME
 
 # scheme -> reader of (location, cache directory, refresh); see `open_source`
 READERS: dict[str, Callable[[str, Path | None, bool], LabelledImages]] = {
@@ -23,8 +25,14 @@ READERS: dict[str, Callable[[str, Path | None, bool], LabelledImages]] = {
     "csv": lambda location, cache, refresh: csv_file.read_csv(expand_home(location)),
     "litdata": lambda location, cache, refresh: litdata.read_litdata(location, cache),
     "deeplake": lambda location, cache, refresh: deeplake.read_deeplake(location),
+    "kept": lambda location, cache, refresh: kept.read_kept(_expand_kept(location), cache),
     "hf": lambda location, cache, refresh: huggingface.read_huggingface(location, refresh),
 }
+
+
+def _expand_kept(location: str) -> str:
+    """Return a directory of kept images with ~ replaced; the URL of a bucket as it is."""
+    return location if "://" in location else str(expand_home(location))
 
 
 def open_source(
@@ -35,8 +43,8 @@ def open_source(
     Args:
         source: digits; cifar10, cifar100, mnist or fashion-mnist; the path of a folder, of a .csv
             file or of an archive; the URL of an archive, or of class folders in a bucket;
-            hf://datasets/owner/name; or folder, csv, litdata, deeplake or hf with the location
-            after a colon.
+            hf://datasets/owner/name; or folder, csv, litdata, deeplake, hf or kept with the
+            location after a colon.
         root: directory of a torchvision data set (nothing is downloaded then), or the location
             where `source` is a scheme without one.
         cache: directory that keeps fetched data, and labels that are slow to read; None for none.
@@ -55,7 +63,8 @@ def open_source(
     dataset = _read_source(source, root, cache, refresh)
     source = remote.hide_secrets(source)
     _check_labels(source, dataset)
-    if not (dataset.parts == "train").any():
+    is_kept = source.startswith(KEPT_SCHEME)
+    if not is_kept and not (dataset.parts == "train").any():
         present = " and ".join(sorted(set(dataset.parts.tolist())))
         raise DataError(
             f"{source}: all images are in the part {present}, so nothing is left to train on; put "
