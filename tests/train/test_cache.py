@@ -74,6 +74,32 @@ def test_a_change_that_keeps_size_and_modification_time_is_noticed(
     assert items.fingerprint() != before
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_folder_that_grows_decodes_only_new_images(tmp_path, cache, workers):
+    """Pixels that are changed in the cache show which of the images are copied from it."""
+    source = write_image_folder(tmp_path / "photos", size=32)
+    first = ready(source, cache)
+    (entry,) = Path(cache, "pixels").glob("*/pixels.npy")
+    kept = np.load(entry, mmap_mode="r+")
+    kept[...] = 7
+    kept.flush()
+
+    (source / "red" / "000.png").unlink()
+    (source / "red" / "new.png").write_bytes(make_png(2, 77, 32))
+    grown = ImageData(str(source), cache=cache, workers=workers)
+    grown.setup()
+
+    names = [grown.dataset.items.name(i) for i in range(len(grown.dataset.items))]
+    is_copied = (grown.decoded.pixels == 7).all((1, 2, 3))
+    assert [name for name, copied in zip(names, is_copied, strict=True) if not copied] == [
+        "red/new.png"
+    ]
+    row_of_digest = {record["sha256"].tobytes(): record for record in first.decoded.metadata}
+    for name, record in zip(names, grown.decoded.metadata, strict=True):
+        if name != "red/new.png":
+            assert record == row_of_digest[record["sha256"].tobytes()]
+
+
 def test_a_damaged_entry_is_decoded_again(tmp_path, cache):
     source = write_image_folder(tmp_path / "photos")
     before = np.array(ready(source, cache).decoded.pixels)

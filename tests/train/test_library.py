@@ -87,24 +87,33 @@ def test_fit_runs_in_another_thread(tmp_path, fit_digits):
     assert read_process_state() == before
 
 
-def test_ctrl_c_saves_the_state_and_the_same_call_resumes(fit_digits, tmp_path, monkeypatch):
+def test_ctrl_c_saves_the_state_and_call_and_command_resume(fit_digits, tmp_path, monkeypatch):
     training_step = Classifier.training_step
+    interrupted_steps = [5, 8]
 
-    def interrupt_once(self: Classifier, *arguments: object) -> object:
-        if self.trainer.global_step == 5:
+    def interrupt(self: Classifier, *arguments: object) -> object:
+        if self.trainer.global_step in interrupted_steps:
+            interrupted_steps.remove(self.trainer.global_step)
             signal.raise_signal(signal.SIGINT)
         return training_step(self, *arguments)
 
-    monkeypatch.setattr(Classifier, "training_step", interrupt_once)
+    monkeypatch.setattr(Classifier, "training_step", interrupt)
     before = read_process_state()
-    with pytest.raises(KeyboardInterrupt):
-        fit_digits()
-    assert read_process_state() == before
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            fit_digits()
+        assert read_process_state() == before
     assert list((tmp_path / "runs").rglob("step-*.ckpt"))
     assert not (tmp_path / "store" / "digits").exists()
 
-    monkeypatch.undo()
-    assert fit_digits().manifest.version == 1
+    flags = [f"--{name}={str(value).lower()}" for name, value in QUICK.items()]
+    main.run(
+        [
+            *("run", "digits", "--store", str(tmp_path / "store"), *flags),
+            f"--trainer.default_root_dir={tmp_path / 'runs'}",
+        ]
+    )
+    assert Bundle(tmp_path / "store" / "digits" / "latest").manifest.version == 1
     assert [path.name for path in (tmp_path / "runs" / "digits").iterdir()] == ["1"]
 
 

@@ -12,6 +12,8 @@ from sklearn.datasets import load_digits
 
 from models.bundle import Bundle
 from support.forked_commands import ForkedCommand, ForkedCommands
+from train.cli import main
+from train.export import embedder
 
 IMAGES_PER_CLASS = 30
 SEEN_CLASSES = ("0", "1", "2", "3", "4")
@@ -41,14 +43,7 @@ def photos(tmp_path_factory):
 def home(tmp_path_factory, commands: ForkedCommands, photos):
     """A directory with a store whose `photos/1` is trained from random weights."""
     home = tmp_path_factory.mktemp("home")
-    weights = (
-        "--model.weights",
-        "none",
-        "--model.frozen_share",
-        "0",
-        "--model.optimizer.lr",
-        "3e-3",
-    )
+    weights = ("--model.weights", "none", "--model.optimizer.lr", "3e-3")
     budget = ("--trainer.max_epochs", "8", "--time-budget", "1h")
     command = start(commands, home, photos, *weights, *budget)
     assert command.status() == 0, command.text
@@ -96,6 +91,26 @@ def test_a_new_class_costs_only_its_embeddings(commands, home, photos, tmp_path)
     assert test.accuracy > 0.9
     assert test.per_class[-1].recall > 0.5
     assert "epoch" not in second.text
+
+
+def test_another_decoder_computes_embeddings_again(home, photos, tmp_path, monkeypatch):
+    def audit() -> list[int]:
+        main.run(
+            [
+                *("audit", str(photos), *SMALL, "--store", str(home / "store")),
+                *("--model.weights", "photos/1", "--out", str(tmp_path / "audit")),
+                *("--data.cache", str(tmp_path / "cache"), "--data.workers", "0"),
+                *("--trainer.accelerator", "cpu"),
+            ]
+        )
+        return count_embeddings(tmp_path)
+
+    images = len(SEEN_CLASSES) * IMAGES_PER_CLASS
+    assert audit() == [images]
+    assert audit() == [images]
+
+    monkeypatch.setattr(embedder, "DECODER_VERSION", "another")
+    assert audit() == [images, images]
 
 
 def test_the_better_of_probe_and_fine_tuning_is_published(commands, home, photos):

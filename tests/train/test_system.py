@@ -93,6 +93,13 @@ def test_loss_weighs_classes_and_smooths_labels(photos):
         assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_random_weights_are_all_trained(photos):
+    """A recipe for pretrained weights freezes layers and statistics; random ones must change."""
+    system, *_ = fit(photos, frozen_share=0.6, freeze_batch_norm=True)
+    assert all(parameter.requires_grad for parameter in system.network.parameters())
+    assert all(module.training for module in system.network.modules())
+
+
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_channels_last_sets_the_layout_of_kernels_and_images(photos, channels_last):
     system, *_ = fit(photos, channels_last=channels_last)

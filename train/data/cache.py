@@ -4,9 +4,11 @@
     <cache>/pixels/<fingerprint>-<suffix>.key    names the entry of files of this fingerprint
 
 The fingerprint (paths, sizes, times) is cheap to compute; the digest needs all bytes. The suffix
-stands for the input size and the decoder's version. An entry is written under a hidden name and
-renamed when it is complete. A lock makes a second job, or a second process of a job, wait for the
-first and read what it wrote.
+stands for the input size and the decoder's version. A data set that grows or changes gets a new
+entry, for which images of the latest entries with this suffix are copied instead of decoded.
+
+An entry is written under a hidden name and renamed when it is complete. A lock makes a second job,
+or a second process of a job, wait for the first and read what it wrote.
 """
 
 import contextlib
@@ -22,10 +24,14 @@ import numpy as np
 from filelock import FileLock
 
 from models.image import MAX_PIXELS, InputSpec
-from train.data.pixels import METADATA_DTYPE, decode_all, read_array_metadata
+from train.data.pixels import METADATA_DTYPE, KnownPixels, decode_all, read_array_metadata
 from train.data.source import ArrayItems, Items, notify
 
 LAYOUT_VERSION = 3  # of the entries; increase it when decoding changes
+DECODER_VERSION = f"{LAYOUT_VERSION} {cv2.__version__}"
+"""Changes where the same file may give other pixels."""
+
+COPIED_ENTRIES = 8  # the latest ones, whose images are not decoded again
 
 
 @dataclass(frozen=True)
@@ -51,9 +57,18 @@ class DecodingJob:
         """Shape of all decoded pixels."""
         return len(self.items), self.spec.height, self.spec.width, self.spec.channels
 
-    def decode_into(self, pixels: np.ndarray, metadata: np.ndarray) -> None:
-        """Decode all items into arrays of `shape` and [N]."""
-        chunks = decode_all(self.items, self.spec, self.workers, self.title, self.max_pixels)
+    def decode_into(
+        self, pixels: np.ndarray, metadata: np.ndarray, known: KnownPixels | None = None
+    ) -> None:
+        """Decode all items but the known ones into arrays of `shape` and [N]."""
+        chunks = decode_all(
+            self.items,
+            self.spec,
+            self.workers,
+            self.title,
+            self.max_pixels,
+            known or KnownPixels(),
+        )
         for rows, chunk, records in chunks:
             pixels[rows] = chunk
             metadata[rows] = records
@@ -98,7 +113,7 @@ def load_decoded_images(
 
 def _load_or_decode(directory: Path, job: DecodingJob) -> DecodedImages:
     """Load the entry of these items, or decode them to a new one. Raises OSError."""
-    version = f"{LAYOUT_VERSION} {cv2.__version__} {job.spec.model_dump_json()} {job.max_pixels}"
+    version = f"{DECODER_VERSION} {job.spec.model_dump_json()} {job.max_pixels}"
     suffix = hashlib.sha256(version.encode()).hexdigest()[:16]
     key = directory / f"{job.items.fingerprint()[:32]}-{suffix}.key"
     with FileLock(f"{key}.lock"):
@@ -152,7 +167,7 @@ def _write_entry(key: Path, suffix: str, job: DecodingJob) -> None:
     try:
         pixels = _create_array_file(staged / "pixels.npy", job.shape)
         metadata = np.zeros(len(job.items), METADATA_DTYPE)
-        job.decode_into(pixels, metadata)
+        job.decode_into(pixels, metadata, _find_known_pixels(key.parent, suffix, job))
         pixels.flush()
         np.save(staged / "facts.npy", metadata)
 
@@ -165,6 +180,25 @@ def _write_entry(key: Path, suffix: str, job: DecodingJob) -> None:
         replace_text(key, entry.name)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+
+
+def _find_known_pixels(directory: Path, suffix: str, job: DecodingJob) -> KnownPixels:
+    """Return the images of the latest entries of this suffix, without unreadable entries."""
+    entries: list[tuple[float, Path]] = []
+    for path in directory.glob(f"*-{suffix}"):
+        with contextlib.suppress(OSError):
+            entries.append((path.stat().st_mtime, path))
+
+    known = KnownPixels()
+    for _, path in sorted(entries)[-COPIED_ENTRIES:]:
+        try:
+            pixels = np.load(path / "pixels.npy", mmap_mode="r")
+            metadata = np.load(path / "facts.npy", mmap_mode="r")
+        except (OSError, ValueError):
+            continue
+        if metadata.dtype == METADATA_DTYPE and pixels.shape == (len(metadata), *job.shape[1:]):
+            known.add(path / "pixels.npy", path / "facts.npy", metadata["sha256"])
+    return known
 
 
 def replace_text(path: Path, text: str) -> None:

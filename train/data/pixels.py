@@ -11,6 +11,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -118,11 +119,53 @@ class PixelBatches(PositionDataset):
         return to_shared_memory(np.stack(pixels))
 
 
+class KnownPixels:
+    """Images that were decoded before by this version of the decoder, at the same size.
+
+    They lie in arrays on disk, which are opened in the process that reads them.
+    """
+
+    def __init__(self) -> None:
+        self._files: list[tuple[Path, Path]] = []  # of pixels, and of metadata
+        self._places: dict[bytes, tuple[int, int]] = {}  # sha256 -> file and row
+        self._arrays: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def add(self, pixels: Path, metadata: Path, digests: np.ndarray) -> None:
+        """Add arrays uint8 [N, H, W, C] and METADATA_DTYPE [N]; `digests` uint8 [N, 32]."""
+        number = len(self._files)
+        self._files.append((pixels, metadata))
+        for row in np.flatnonzero(digests.any(1)).tolist():
+            self._places[digests[row].tobytes()] = (number, row)
+
+    def find(self, item: bytes) -> tuple[np.ndarray, np.void] | None:
+        """Return pixels uint8 [H, W, C] and metadata of a file; None where it is not known."""
+        if not self._places:
+            return None
+        place = self._places.get(hashlib.sha256(item).digest())
+        if place is None:
+            return None
+        number, row = place
+        if number not in self._arrays:
+            pixels_file, metadata_file = self._files[number]
+            try:
+                pixels = np.load(pixels_file, mmap_mode="r")
+                metadata = np.load(metadata_file, mmap_mode="r")
+            except (OSError, ValueError):  # removed since
+                return None
+            self._arrays[number] = (pixels, metadata)
+        pixels, metadata = self._arrays[number]
+        return pixels[row], metadata[row]
+
+
 class PixelsWithMetadata(PositionDataset):
     """Elements are pixels uint8 [B, H, W, C] and METADATA_DTYPE [B].
 
     An image that can't be decoded is black, and its metadata name the problem.
     """
+
+    def __init__(self, items: Items, spec: InputSpec, max_pixels: int, known: KnownPixels):
+        super().__init__(items, spec, max_pixels)
+        self.known = known
 
     def __getitem__(self, index: np.ndarray) -> Decoded:
         shape = (len(index), self.spec.height, self.spec.width, self.spec.channels)
@@ -138,6 +181,11 @@ class PixelsWithMetadata(PositionDataset):
             item = self.items[i]
         except OSError as error:
             metadata[row]["problem"] = str(error)
+            return
+
+        known = self.known.find(item) if isinstance(item, bytes) else None
+        if known is not None:
+            pixels[row], metadata[row] = known
             return
 
         try:
@@ -244,9 +292,9 @@ def _is_truncated(item: bytes | np.ndarray) -> bool:
 
 
 def decode_all(
-    items: Items, spec: InputSpec, workers: int, title: str, max_pixels: int
+    items: Items, spec: InputSpec, workers: int, title: str, max_pixels: int, known: KnownPixels
 ) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
-    """Decode all items in order, with a progress bar on a terminal.
+    """Decode all items in order but those that are known, with a progress bar on a terminal.
 
     Yields the rows of each task's images, their pixels uint8 [B, H, W, C] and METADATA_DTYPE [B].
     """
@@ -254,7 +302,8 @@ def decode_all(
     image_bytes = spec.height * spec.width * spec.channels
     task_images = max(1, min(TASK_IMAGES, TASK_BYTES // image_bytes))
     tasks = np.array_split(np.arange(count), max(1, -(-count // task_images)))
-    loader = build_worker_loader(PixelsWithMetadata(items, spec, max_pixels), tasks, workers)
+    dataset = PixelsWithMetadata(items, spec, max_pixels, known)
+    loader = build_worker_loader(dataset, tasks, workers)
 
     start = 0
     for pixels, metadata in _with_progress_bar(loader, title, count):

@@ -12,6 +12,7 @@ from models.bundle import BundleError
 from models.bundle.bundle import GraphFile
 from models.bundle.verify import load_runner
 from train.data import ImageData
+from train.data.cache import DECODER_VERSION
 from train.export.onnx_graph import InferenceGraph, export_onnx
 from train.learning.embeddings import Embed, EmbeddedImages, open_embedding_cache
 from train.learning.system import Classifier
@@ -33,6 +34,7 @@ def embed_data(system: Classifier, data: ImageData, device: torch.device) -> Non
         system.name,
         repr(sorted(system.options.items())),
         data.input.model_dump_json(),
+        DECODER_VERSION,
         repr((mean, std, data.max_pixels)),
     )
     images = EmbeddedImages(data, open_embedding_cache(data.cache, *key))

@@ -61,9 +61,11 @@ class Classifier(L.LightningModule):
         optimizer: which optimizer, and its learning rates.
         schedule: learning rate over the steps.
         frozen_share: share of the groups of layers, from the first one on, that are not trained.
-            They are not run backwards, which saves a large part of the time of a step.
+            They are not run backwards, which saves a large part of the time of a step. Random
+            weights are all trained.
         freeze_batch_norm: use the statistics of batch norms and do not update them: those of
-            pretrained weights are better than those of small batches or few images.
+            pretrained weights are better than those of small batches or few images. No effect on
+            random weights.
         label_smoothing: share of the label that is spread over all classes, in training.
         weigh_classes: weigh the loss by the inverse frequency of each class, in training; by
             default where the largest class has at least 10 times the images of the smallest, and
@@ -193,7 +195,8 @@ class Classifier(L.LightningModule):
             self.network.prepare(self.normalize(data.training_images(PREPARE_IMAGES)))
 
         if is_training:
-            self._freeze_first_layers()
+            if self.weights:
+                self._freeze_first_layers()
             self.train()
         self.network.to(memory_format=self.layout)  # type: ignore[call-overload]  # torch's overloads leave it out
         if self.compile_mode != "off":
@@ -215,7 +218,7 @@ class Classifier(L.LightningModule):
         for module in self.network.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 is_frozen = module.weight is not None and not module.weight.requires_grad
-                if is_frozen or self.freeze_batch_norm:
+                if is_frozen or (self.freeze_batch_norm and self.weights):
                     module.eval()
         return self
 

@@ -46,8 +46,9 @@ DECISIVE_SETTINGS = (
 )
 # Settings within these sections that do not change the result. A user may have to lower
 # eval_batch_size after the last step, if the evaluation for the bundle does not fit into memory.
+# Of the devices their number counts, which is in `processes`.
 INDIFFERENT_SETTINGS = {
-    "trainer": ("logger", "default_root_dir", "profiler", "enable_progress_bar"),
+    "trainer": ("devices", "logger", "default_root_dir", "profiler", "enable_progress_bar"),
     "data": ("eval_batch_size", "workers", "cache", "memory", "memory_share"),
 }
 
