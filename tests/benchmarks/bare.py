@@ -65,11 +65,16 @@ def train_epoch(
     system: Classifier,
     bf16: bool,
 ) -> Stopwatch:
-    """Train one epoch; mean, deviation, memory layout and label smoothing are those of `system`."""
+    """Train one epoch; mean, deviation, memory layout and label smoothing are those of `system`.
+
+    So are the batch norms that keep their statistics.
+    """
     device = system.device
     mean = system.mean
     std = system.std
-    network.train()
+    system.train()
+    for module, original in zip(network.modules(), system.network.modules(), strict=True):
+        module.training = original.training
     stopwatch = Stopwatch(device)
     for pixels, labels in loader:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):

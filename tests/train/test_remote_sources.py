@@ -6,6 +6,8 @@ import io
 import json
 import lzma
 import os
+import re
+import resource
 import shutil
 import signal
 import struct
@@ -152,6 +154,23 @@ def test_an_archive_is_unpacked_once_and_again_where_it_has_changed(tmp_path, im
     path.write_bytes(write_zip(fewer))
     assert read(path) == expected(fewer)
     assert len(list(cache.glob("*/archive-*"))) == 1, "the older one is deleted"
+
+
+def test_a_process_reads_on_where_another_has_unpacked_a_changed_archive(tmp_path, images, cache):
+    """As a run does that streams its images."""
+    path = tmp_path / "photos.zip"
+    path.write_bytes(write_zip(images))
+    running = open_source(str(path), None, tmp_path / "cache" / "imago")
+
+    fewer = {name: content for name, content in images.items() if not name.endswith("000.png")}
+    path.write_bytes(write_zip(fewer))
+    assert read(path) == expected(fewer)
+    assert [bytes(item) for item in running.items] == [images[name] for name in sorted(images)]
+
+    del running
+    path.write_bytes(write_zip(images))
+    assert read(path) == expected(images)
+    assert len(list(cache.glob("*/archive-*"))) == 1, "what no process reads is deleted"
 
 
 def test_links_to_files_of_an_archive_are_kept(tmp_path, images):
@@ -383,6 +402,31 @@ def test_the_next_run_continues_a_download_that_keeps_breaking_off(server, image
     server.requests = []
     assert read(url) == expected(images)
     assert server.ranges() == ["bytes=1000-"]
+
+
+@pytest.mark.parametrize("tells_its_size", [True, False])
+def test_a_disk_that_is_full_during_a_download_ends_with_status_1(
+    server, images, cache, capsys, tells_its_size
+):
+    """A limit on the size of a file acts like a full disk: the first write takes a part."""
+    url = f"{server.url}/photos.zip?token=secret"
+    server.has_validators = tells_its_size
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(server.files["/photos.zip"]) // 2, hard))
+    try:
+        status = main(["audit", url, *RANDOM_CONVNET])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    error = capsys.readouterr().err.strip()
+    assert status == 1
+    assert re.search(
+        r"File too large to fetch .*/photos\.zip; free some space, or set --data", error
+    )
+    assert "\n" not in error
+    assert "secret" not in error
+    assert list_kept(cache) == []
+    assert read(url) == expected(images)
 
 
 def test_a_file_that_changes_during_a_download_starts_over(server, images):

@@ -204,8 +204,13 @@ def _find_known_pixels(directory: Path, suffix: str, job: DecodingJob) -> KnownP
 def replace_text(path: Path, text: str) -> None:
     """Write a file under a hidden name, then rename it, so that a reader never sees half of it."""
     staged = path.with_name(f".{path.name}-{os.getpid()}")
-    staged.write_text(text)
-    staged.replace(path)
+    try:
+        staged.write_text(text)
+        staged.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            staged.unlink()
+        raise
 
 
 def _create_array_file(path: Path, shape: tuple[int, ...]) -> np.memmap:

@@ -188,7 +188,7 @@ class ArrayItems:
         return hashlib.sha256(self.array.tobytes()).hexdigest()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class FileItems:
     """Image files below a root directory."""
 

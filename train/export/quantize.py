@@ -22,8 +22,7 @@ import onnxruntime
 from models.cpu_quota import available_cores
 
 # Operators that int8 makes faster, and those that lie between two of them. Converting other
-# elementwise operators costs more than int8 gains. With these, int8 runs ResNet-18 3.4 times as
-# fast as fp32, and EfficientNet-B0 0.8 times (tests/benchmarks/bundle_export.json).
+# elementwise operators costs more than int8 gains; tests/benchmarks/bundle_export.py measures it.
 OPERATORS = [
     "Conv",
     "MatMul",

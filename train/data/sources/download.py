@@ -21,6 +21,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
+from io import RawIOBase
 from pathlib import Path
 from typing import Protocol
 
@@ -189,7 +190,7 @@ def _receive(
         byte_progress(f"Fetching {source}", total, part.size) as report,
     ):
         for chunk in response.chunks:
-            file.write(chunk)
+            _write_all(file, chunk)
             done = file.tell()
             report(done)
             if not is_checked and done >= HEAD_BYTES:
@@ -199,6 +200,13 @@ def _receive(
         raise ConnectionLost("the connection closed early")
     if not is_checked:
         _check_head(part, check_head)
+
+
+def _write_all(file: RawIOBase, chunk: bytes) -> None:
+    """Write a chunk; a disk that is nearly full takes a part of it before it reports an error."""
+    rest = memoryview(chunk)
+    while rest:
+        rest = rest[file.write(rest) :]
 
 
 def _check_head(part: PartialFile, check_head: Callable[[bytes], None]) -> None:

@@ -2,7 +2,7 @@
 
     <cache>/fetched/<name>-<digest of the source>/    one directory a source, with a lock beside it
         archive.json        version, size and sha256 of the archive that was unpacked
-        archive-<sha256>/   what it holds
+        archive-<sha256>/   what it holds; locked while a process may read images from it
         archive.part        an archive that is being downloaded
         files/, …           the mirror of a prefix; see mirror.py
 
@@ -12,10 +12,13 @@ be reached. What lies in the cache is then read as a folder.
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
+import os
 import shutil
 import urllib.parse
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -110,12 +113,18 @@ def read_remote(source: str, cache: Path | None, refresh: bool) -> LabelledImage
     digest = hashlib.sha256(source.encode()).hexdigest()[:16]
     safe_name = "".join(c if c.isalnum() else "-" for c in name)[:MAX_NAME_LENGTH]
     entry = CacheEntry(cache / "fetched" / f"{safe_name}-{digest}", shown)
-    with entry.lock():
+    with entry.lock(), entry.explain_full_disk():
         if is_url(source):
             directory = entry.fetch(source, refresh)
         else:
             directory = entry.unpack_file(Path(source), refresh)
-    dataset = read_directory(directory, shown, name)
+        in_use = _mark_in_use(directory)
+    try:
+        dataset = read_directory(directory, shown, name)
+    except BaseException:
+        os.close(in_use)
+        raise
+    weakref.finalize(dataset.items, os.close, in_use)
     # Not in the cache, which may be deleted.
     corrections = None if is_url(source) else Path(source).with_name(f"{name}.{CORRECTIONS_FILE}")
     return dataclasses.replace(dataset, corrections_file=corrections)
@@ -153,6 +162,20 @@ class CacheEntry:
             yield
         finally:
             lock.release()
+
+    @contextmanager
+    def explain_full_disk(self) -> Iterator[None]:
+        """Add what is fetched, and what to do, to errors of a full disk."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in DISK_FULL_ERRORS:
+                raise
+            reason = error.strerror or os.strerror(error.errno)
+            if self.source not in reason:
+                reason += f" to fetch {self.source}"
+            advice = "free some space, or set --data.cache to a directory on another disk"
+            raise OSError(error.errno, f"{reason}; {advice}", str(self.path)) from error
 
     def fetch(self, url: str, refresh: bool) -> Path:
         """Return the directory with what is at a URL, up to date where `refresh` asks for it."""
@@ -221,7 +244,10 @@ class CacheEntry:
         return self._unpack(path, version)
 
     def _unpack(self, path: Path, version: Version) -> Path:
-        """Unpack an archive into a directory named by its digest, and delete older ones."""
+        """Unpack an archive into a directory named by its digest.
+
+        Older ones are deleted, except for those from which a process may still read images.
+        """
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         directory = self.path / f"archive-{sha256[:16]}"
@@ -238,7 +264,7 @@ class CacheEntry:
         state = UnpackedArchive(version, sha256, directory.name)
         replace_text(self._state_path, json.dumps(asdict(state)))
         for other in self.path.glob("archive-*"):
-            if other != directory:
+            if other != directory and not _is_in_use(other):
                 shutil.rmtree(other, ignore_errors=True)
         return directory
 
@@ -251,6 +277,31 @@ class CacheEntry:
             if (self.path / archive.directory).is_dir():
                 return archive
         return None
+
+
+def _mark_in_use(directory: Path) -> int:
+    """Lock a directory as one that is read; return the file descriptor, which holds the lock."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    with contextlib.suppress(OSError):  # a file system without locks
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    return descriptor
+
+
+def _is_in_use(directory: Path) -> bool:
+    """Whether a process, such as this one, reads images of a directory."""
+    try:
+        descriptor = os.open(directory, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
 
 
 # What was fetched, as a folder or a table
