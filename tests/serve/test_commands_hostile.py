@@ -57,7 +57,7 @@ def run(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess:
 def interrupt(process: subprocess.Popen) -> str:
     """Send SIGINT, check that the process ends without a message, and return its output."""
     process.send_signal(signal.SIGINT)
-    output, error = process.communicate(timeout=20)
+    output, error = process.communicate(timeout=60)
     assert process.returncode == 130, error
     assert error == ""
     return output

@@ -181,23 +181,23 @@ def test_images_of_a_request_and_pixels_of_an_image_are_limited(start):
 
 
 def test_a_missed_deadline_is_504_and_its_job_is_dropped(start):
-    server = start("--deadline-ms", "300")
+    server = start("--deadline-ms", "1000")
     before = server.metric("imago_images_total", outcome="answered")
     with suspended_workers(server):
         start_time = time.monotonic()
         answer = server.predict(IMAGE)
         assert answer.status_code == 504
-        assert 0.25 < time.monotonic() - start_time < 30
+        assert 0.9 < time.monotonic() - start_time < 30
         assert answer.headers["content-type"] == "application/problem+json"
         assert server.metric("imago_pending_images") == 0
-    assert server.predict(IMAGE).status_code == 200
+        assert server.metric("imago_requests_total", code="504") == 1
+        assert server.metric("imago_images_total", outcome="expired") == 1
+    wait_until(lambda: server.predict(IMAGE).status_code == 200)
     assert server.metric("imago_images_total", outcome="answered") == before + 1
-    assert server.metric("imago_requests_total", code="504") == 1
-    assert server.metric("imago_images_total", outcome="expired") == 1
 
 
 def test_every_expired_image_is_counted_once(start):
-    server = start("--deadline-ms", "300")
+    server = start("--deadline-ms", "1000")
     with suspended_workers(server):
         files = [("f", (f"{i}", IMAGE)) for i in range(3)]
         assert server.http.post("/predict", files=files).status_code == 504

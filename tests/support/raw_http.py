@@ -14,7 +14,7 @@ class RawConnection:
     """
 
     def __init__(self, server: Server, data: bytes = b"") -> None:
-        self.socket = socket.create_connection(("127.0.0.1", server.port), timeout=30)
+        self.socket = socket.create_connection(("127.0.0.1", server.port), timeout=60)
         weakref.finalize(self, self.socket.close)
         self.socket.sendall(data)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from support import ROOT
+from support import RANDOM_CONVNET, ROOT
 from support.sample_images import CLASSES, make_png, write_image_folder
 from train.data import DataError, ImageData
 
@@ -216,7 +216,7 @@ def leaky(tmp_path_factory) -> Path:
 
 def audit(commands, source: Path, out: Path) -> tuple[dict[str, Any], str]:
     """Run the command; return the findings and its output."""
-    done = commands.run("audit", source, "--out", out, "--data.size", 32)
+    done = commands.run("audit", source, "--out", out, "--data.size", 32, *RANDOM_CONVNET)
     return json.loads((out / "audit.json").read_text()), done.text
 
 

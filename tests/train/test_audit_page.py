@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
+from support import RANDOM_CONVNET
 from support.sample_images import make_png, write_image_folder
 from support.server import NO_TLS
 
@@ -35,7 +36,8 @@ def audited(commands, photos, tmp_path_factory) -> Iterator[SimpleNamespace]:
     """The served page: its URL, a client, its command, report and file of corrections."""
     report = tmp_path_factory.mktemp("report")
     command = commands.start(
-        *("audit", photos, "--out", report, "--data.size", 32, "--serve", "--port", 0)
+        *("audit", photos, "--out", report, "--data.size", 32, "--serve", "--port", 0),
+        *RANDOM_CONVNET,
     )
     command.wait_for("stop it with Ctrl-C")
     (url,) = re.findall(r"http://127\.0\.0\.1:\d+/", command.text)
@@ -264,7 +266,8 @@ def test_a_port_in_use_is_refused(commands, audited, photos, tmp_path):
     audited.file.unlink(missing_ok=True)
     port = audited.url.rstrip("/").rpartition(":")[2]
     command = commands.start(
-        *("audit", photos, "--out", tmp_path, "--data.size", 32, "--serve", "--port", port)
+        *("audit", photos, "--out", tmp_path, "--data.size", 32, "--serve", "--port", port),
+        *RANDOM_CONVNET,
     )
     assert command.status() == 2
     assert f"--port {port}: Address already in use; give another port" in command.text

@@ -71,7 +71,7 @@ def test_a_folder_with_odd_names_becomes_a_bundle(trained):
 
 
 def test_odd_names_in_the_audit_are_valid_text(commands, photos, tmp_path):
-    commands.run("audit", photos, f"--out={tmp_path / 'audit'}")
+    commands.run("audit", photos, *RANDOM_CONVNET, f"--out={tmp_path / 'audit'}")
     text = (tmp_path / "audit/audit.json").read_text("ascii")
     json.loads(text)
     assert r"\ud" not in text  # half a surrogate pair, which only Python accepts

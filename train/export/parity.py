@@ -19,6 +19,7 @@ BATCHES_PER_SIZE = 8
 LATENCY_BATCH_SIZES = (1, 8, 16)
 LATENCY_ROUNDS = 4
 LATENCY_BUDGET_SECONDS = 5.0  # after which no further round starts
+LATENCY_GAIN = 0.02  # of the best time; a round without such a gain is the last
 
 
 def run_torch(graph: InferenceGraph, images: np.ndarray) -> dict[str, np.ndarray]:
@@ -71,7 +72,8 @@ def measure_latencies(
 ) -> dict[str, Latency]:
     """Time the variants in turn, over several rounds, and return the best round of each one.
 
-    As they take turns, other load on the machine slows down all variants alike.
+    As they take turns, other load on the machine slows down all variants alike. Rounds end where
+    one makes no variant faster than those before it.
     `seconds` is the time for each variant and batch size in a round.
     """
     best_ms: dict[str, dict[int, float]] = {}
@@ -82,11 +84,17 @@ def measure_latencies(
     for round_number in range(LATENCY_ROUNDS):
         if round_number > 0 and time.monotonic() - started > budget_seconds:
             break
+
+        has_gained = False
         for name, run in runners.items():
             for size in LATENCY_BATCH_SIZES:
                 batch = np.resize(images, (size, *images.shape[1:]))
                 milliseconds = measure_latency_ms(partial(run, batch), seconds)
-                best_ms[name][size] = min(best_ms[name][size], milliseconds)
+                best = best_ms[name][size]
+                has_gained = has_gained or milliseconds < (1 - LATENCY_GAIN) * best
+                best_ms[name][size] = min(best, milliseconds)
+        if not has_gained:
+            break
 
     return {name: _as_latency(batch_ms) for name, batch_ms in best_ms.items()}
 
