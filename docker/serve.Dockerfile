@@ -38,6 +38,8 @@ FROM ${BASE} AS sources
 COPY models/*.py /app/models/
 COPY models/image /app/models/image
 COPY models/bundle /app/models/bundle
+COPY models/kept /app/models/kept
+COPY models/labelling /app/models/labelling
 COPY models/store /app/models/store
 COPY serve /app/serve
 RUN chmod -R u=rwX,go=rX /app

@@ -19,8 +19,10 @@ DESCRIPTION = """Serve a model over HTTP. Each setting is a flag and an environm
 Commands, each with its own --help:
   predict   classify image files without a server
   check     show what would be served, and whether it is ready
+  kept      show the images that a service kept, or delete those of a request
+  label     label them on a page in the browser
 """
-COMMANDS = ("predict", "check")
+COMMANDS = ("predict", "check", "kept", "label")
 
 # Exit statuses, as a shell reports them: 128 plus the number of the signal.
 STATUS_SIGINT = 130

@@ -12,6 +12,8 @@ from typing import Any, Literal
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from models.kept import open_kept
+
 PREFIX = "IMAGO_"  # of the environment variables
 ANY_ORIGIN = "*"  # of cors_origins
 ORIGIN = re.compile(r"https?://[^/\s?#@]+")
@@ -115,6 +117,33 @@ class Settings(BaseSettings):
         0.1, gt=0, le=1, description="share of the images that the second version gets"
     )
 
+    # Kept images
+    keep: str = Field(
+        "",
+        description="directory, or s3:// URL, that a sample of the images is kept in, to be "
+        "labelled and trained on: those that abstain, are out of distribution, disagree with the "
+        "shadow version, or were corrected by /feedback, and a random share",
+    )
+    keep_share: float = Field(
+        0.01, ge=0, le=1, description="share of all images that is kept at random"
+    )
+    keep_files: int = Field(
+        1000, ge=1, description="most images that are kept a day for each reason"
+    )
+    keep_bytes: int = Field(
+        10 << 30, ge=1, description="most bytes of all kept images; then no more are kept"
+    )
+    keep_free_bytes: int = Field(
+        1 << 30, ge=0, description="bytes of the disk that kept images leave free"
+    )
+    keep_days: int = Field(
+        90, ge=0, description="days after which kept images are deleted; 0: never"
+    )
+    keep_strip_exif: bool = Field(
+        True,
+        description="take EXIF and other metadata, such as the place, out of kept images",
+    )
+
     # Access and logs
     api_key: SecretStr | None = Field(
         None,
@@ -154,6 +183,13 @@ class Settings(BaseSettings):
             if origin != ANY_ORIGIN and not ORIGIN.fullmatch(origin):
                 raise ValueError(f"{origin} is not an origin such as https://app.example.com")
         return origins
+
+    @field_validator("keep")
+    @classmethod
+    def _check_kept_location(cls, location: str) -> str:
+        if location:
+            open_kept(location)  # raises for a URL that can't be used
+        return location
 
     @field_validator("api_key")
     @classmethod

@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-# id, bytes of body, deadline [s], top_k, flags
-JOB_HEAD = struct.Struct("<IIdHH")
+# id, bytes of body, deadline [s], top_k, flags, bytes of name
+JOB_HEAD = struct.Struct("<IIdHHH")
 
 # id, bytes of body, status, padding, version, class index, confidence, queue [us], decode [us],
 # inference [us]
@@ -44,6 +44,8 @@ ARRAYS = 8  # the answer is not JSON but `pack_arrays` of the outputs
 EMBEDDING = 16  # add the embedding to the answer
 BASE64 = 32  # with EMBEDDING: as float16 in base64, not as numbers
 ALONE = 64  # run the graph on this image alone: it was in a run that failed
+LABEL = 128  # no image: the body is the true label of the earlier image `name`; it gets no answer
+FORGET = 256  # no image: drop what is stored of the images of the request `name`
 OUTPUT_FLAGS = CAM | EMBEDDING  # need further outputs of the graph
 
 
@@ -55,6 +57,7 @@ class Job(NamedTuple):
     top_k: int
     flags: int
     body: bytes
+    name: bytes = b""  # of `build_image_name`; empty if the service keeps no images
 
 
 class Answer(NamedTuple):
@@ -119,10 +122,21 @@ def unpack_arrays(body: bytes) -> Arrays:
     )
 
 
+def build_image_name(request_id: bytes, index: int) -> bytes:
+    """Return the name of one image of a request. A request id has no spaces."""
+    return b"%b %d" % (request_id, index) if index else request_id
+
+
+def parse_image_name(name: bytes) -> tuple[str, int]:
+    """Return the request id and the position of the image of a name."""
+    request_id, _, index = name.partition(b" ")
+    return request_id.decode(), int(index or b"0")
+
+
 def pack_job(job: Job) -> bytes:
     """Return the frame of a job."""
-    head = JOB_HEAD.pack(job.id, len(job.body), job.deadline, job.top_k, job.flags)
-    return head + job.body
+    head = JOB_HEAD.pack(job.id, len(job.body), job.deadline, job.top_k, job.flags, len(job.name))
+    return head + job.name + job.body
 
 
 def pack_answer(answer: Answer) -> bytes:
@@ -148,12 +162,16 @@ def take_jobs(buffer: bytearray) -> list[Job]:
     end = len(buffer)
 
     while end - position >= JOB_HEAD.size:
-        job_id, length, deadline, top_k, flags = JOB_HEAD.unpack_from(buffer, position)
-        body_start = position + JOB_HEAD.size
+        head = JOB_HEAD.unpack_from(buffer, position)
+        job_id, length, deadline, top_k, flags, name_length = head
+        name_start = position + JOB_HEAD.size
+        body_start = name_start + name_length
         if end - body_start < length:
             break
         position = body_start + length
-        jobs.append(Job(job_id, deadline, top_k, flags, bytes(buffer[body_start:position])))
+        body = bytes(buffer[body_start:position])
+        name = bytes(buffer[name_start:body_start])
+        jobs.append(Job(job_id, deadline, top_k, flags, body, name))
 
     del buffer[:position]
     return jobs

@@ -104,12 +104,16 @@ def _parse_header(data: bytes) -> Header:
     raise UnsupportedFormat(_describe_other_format(data))
 
 
+_PHONE_FORMAT = (
+    "the format in which phones store photos (an iPhone stores JPEG with the setting Camera, "
+    "Formats, Most Compatible)"
+)
 # Position, bytes there, and what such a file is.
 _OTHER_FORMATS = (
-    (4, b"ftyphei", "a HEIC image, as phones take them"),
-    (4, b"ftyphev", "a HEIC image, as phones take them"),
-    (4, b"ftypmif1", "a HEIF image, as phones take them"),
-    (4, b"ftypmsf1", "a HEIF image, as phones take them"),
+    (4, b"ftyphei", f"a HEIC image, {_PHONE_FORMAT}"),
+    (4, b"ftyphev", f"a HEIC image, {_PHONE_FORMAT}"),
+    (4, b"ftypmif1", f"a HEIF image, {_PHONE_FORMAT}"),
+    (4, b"ftypmsf1", f"a HEIF image, {_PHONE_FORMAT}"),
     (4, b"ftypcrx", "raw data of a camera"),
     (4, b"ftyp", "a video"),
     (0, b"FUJIFILM", "raw data of a camera"),

@@ -54,6 +54,17 @@ class BucketFiles:
                 files += [(entry["path"].removeprefix(prefix), entry["size"]) for entry in chunk]
         return sorted(files)
 
+    def exists(self, path: str) -> bool:
+        """Whether an object is there."""
+        from obstore import head
+
+        try:
+            with self._translate_errors():
+                head(self.store, self._full_path(path))
+        except FileNotFoundError:
+            return False
+        return True
+
     def read(self, path: str) -> bytes:
         """Return the content of an object."""
         from obstore import get
@@ -89,6 +100,9 @@ class BucketFiles:
 
         with self._translate_errors():
             delete(self.store, self._full_path(path))
+
+    def remove_staged(self, older_than: float) -> None:
+        """Do nothing: an object appears as a whole."""
 
     def count_free_bytes(self) -> int | None:
         """Return None: a bucket has no limit."""

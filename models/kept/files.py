@@ -23,6 +23,9 @@ class Files(Protocol):
     def list_files(self) -> list[tuple[str, int]]:
         """Return the path and the bytes of all files."""
 
+    def exists(self, path: str) -> bool:
+        """Whether a file is there. Raises OSError."""
+
     def read(self, path: str) -> bytes:
         """Return the content of a file. Raises FileNotFoundError, or OSError."""
 
@@ -37,6 +40,9 @@ class Files(Protocol):
 
     def remove(self, path: str) -> None:
         """Remove a file, if it is there. Raises OSError."""
+
+    def remove_staged(self, older_than: float) -> None:
+        """Remove what a killed process has left before a time, in seconds since 1970."""
 
     def count_free_bytes(self) -> int | None:
         """Return how many bytes can be written; None where that is not limited."""
@@ -64,6 +70,10 @@ class LocalFiles:
                 with contextlib.suppress(FileNotFoundError):  # removed at this moment
                     files.append((path.relative_to(self.root).as_posix(), path.stat().st_size))
         return files
+
+    def exists(self, path: str) -> bool:
+        """Whether a file is there."""
+        return (self.root / path).is_file()
 
     def read(self, path: str) -> bytes:
         """Return the content of a file."""

@@ -7,12 +7,14 @@ import socket
 from collections.abc import Iterable
 from datetime import date, timedelta
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from models.kept.files import Files, LocalFiles
 from models.kept.records import (
     KeptImage,
     Label,
     LabelledImage,
+    Record,
     join,
     merge_images,
     merge_labels,
@@ -23,6 +25,7 @@ from models.kept.records import (
 
 LABELS_DIRECTORY = "labels"
 LINES_SUFFIX = ".jsonl"
+ABANDONED_SECONDS = 600.0  # age from which a half-written file counts as one of a killed process
 DAY = re.compile(r"\d{4}-\d\d-\d\d")
 WRITER_CHARACTERS = re.compile(r"[^A-Za-z0-9.-]")
 
@@ -64,6 +67,8 @@ class KeptFolder:
     def __init__(self, files: Files):
         self.files = files
         self.writer = build_writer_name()
+        # Records of each file of lines that was read, with the bytes that it had.
+        self._parsed: dict[str, tuple[int, list[Any]]] = {}
 
     @property
     def location(self) -> str:
@@ -74,41 +79,66 @@ class KeptFolder:
 
     def read(self) -> list[LabelledImage]:
         """Return the images whose files are there, in the order of arrival, with their labels."""
-        paths = [path for path, _ in self.files.list_files()]
-        return join(self._read_images(paths), self._read_labels(paths))
+        files = self.files.list_files()
+        return join(self._read_images(files), self._read_labels(files))
 
     def read_images(self) -> dict[str, KeptImage]:
         """Return the images whose files are there by digest, in the order of arrival."""
-        return self._read_images([path for path, _ in self.files.list_files()])
+        return self._read_images(self.files.list_files())
 
     def read_labels(self) -> dict[str, tuple[Label, tuple[Label, ...]]]:
         """Return by digest the label that counts, and the last labels of others that differ."""
-        return self._read_labels([path for path, _ in self.files.list_files()])
+        return self._read_labels(self.files.list_files())
 
     def read_file(self, image: KeptImage) -> bytes:
         """Return the bytes of an image file. Raises FileNotFoundError if it is gone."""
         return self.files.read(image.file)
 
-    def _read_images(self, paths: list[str]) -> dict[str, KeptImage]:
-        present = set(paths)
+    def has_file(self, path: str) -> bool:
+        """Whether an image file is there."""
+        return self.files.exists(path)
+
+    def list_image_files(self) -> dict[str, str]:
+        """Return the path of each image file by its digest."""
+        files: dict[str, str] = {}
+        for path, _ in self.files.list_files():
+            if is_day(path) and not path.endswith(LINES_SUFFIX):
+                files[PurePosixPath(path).stem] = path
+        return files
+
+    def count_bytes(self) -> int:
+        """Return the bytes of all files."""
+        return sum(size for _, size in self.files.list_files())
+
+    def _read_images(self, files: list[tuple[str, int]]) -> dict[str, KeptImage]:
+        present = {path for path, _ in files}
         lines: list[KeptImage] = []
-        for path in paths:
+        for path, size in files:
             if path.endswith(LINES_SUFFIX) and is_day(path):
-                lines += parse_lines(self._read_if_present(path), KeptImage)
+                lines += self._read_lines(path, size, KeptImage)
         return merge_images(line for line in lines if line.file in present)
 
-    def _read_labels(self, paths: list[str]) -> dict[str, tuple[Label, tuple[Label, ...]]]:
+    def _read_labels(
+        self, files: list[tuple[str, int]]
+    ) -> dict[str, tuple[Label, tuple[Label, ...]]]:
         lines: list[Label] = []
-        for path in paths:
+        for path, size in files:
             if path.endswith(LINES_SUFFIX) and path.startswith(f"{LABELS_DIRECTORY}/"):
-                lines += parse_lines(self._read_if_present(path), Label)
+                lines += self._read_lines(path, size, Label)
         return merge_labels(lines)
 
-    def _read_if_present(self, path: str) -> bytes:
+    def _read_lines(self, path: str, size: int, record_type: type[Record]) -> list[Record]:
+        """Return the records of a file of lines, which is read again only if its size changed."""
+        parsed_size, records = self._parsed.get(path, (-1, []))
+        if parsed_size == size:
+            return records
         try:
-            return self.files.read(path)
+            content = self.files.read(path)
         except FileNotFoundError:
-            return b""
+            return []
+        records = parse_lines(content, record_type)
+        self._parsed[path] = (len(content), records)
+        return records
 
     # Adding
 
@@ -153,6 +183,10 @@ class KeptFolder:
                 self.files.filter_lines(path, is_kept)
             elif digest in deleted:
                 self.files.remove(path)
+
+    def delete_leftovers(self) -> None:
+        """Delete files that a killed process has left half-written."""
+        self.files.remove_staged(now().timestamp() - ABANDONED_SECONDS)
 
     def delete_older(self, days: int) -> int:
         """Delete the images that arrived more than `days` days ago. Return how many.

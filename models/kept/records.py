@@ -74,14 +74,14 @@ class KeptImage(BaseModel):
     top: list[TopClass] = Field(min_length=1)
     energy: float
     reasons: list[Reason] = Field(min_length=1)
-    probability: float | None = Field(None, gt=0, le=1)
+    probability: float | None = Field(default=None, gt=0, le=1)
     width: int = Field(ge=1)
     height: int = Field(ge=1)
     embedding: str = ""
 
     # Of all lines with this digest; not in the file.
-    weight: float = Field(0.0, exclude=True)
-    request_ids: frozenset[str] = Field(frozenset(), exclude=True)
+    weight: float = Field(default=0.0, exclude=True)
+    request_ids: frozenset[str] = Field(default=frozenset(), exclude=True)
 
     def read_embedding(self) -> np.ndarray:
         """Return the embedding, float32 [D]; D is 0 if the model has none."""
@@ -96,7 +96,7 @@ class Label(BaseModel):
 
     digest: str = Field(pattern=DIGEST_PATTERN)
     verdict: Verdict
-    label: str = Field("", max_length=MAX_LABEL_CHARACTERS)
+    label: str = Field(default="", max_length=MAX_LABEL_CHARACTERS)
     who: str = Field(min_length=1, max_length=MAX_WHO_CHARACTERS)
     time: datetime
 

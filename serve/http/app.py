@@ -31,6 +31,8 @@ from serve.http import openapi
 from serve.http.cross_site import CrossSitePolicy
 from serve.http.dispatcher import Dispatcher
 from serve.http.feedback import FeedbackEndpoint
+from serve.http.kept_endpoint import KeptEndpoint
+from serve.http.label_endpoint import LabelEndpoint
 from serve.http.open_inference import OpenInference
 from serve.http.page import Page
 from serve.http.predict_endpoint import PredictEndpoint
@@ -59,8 +61,8 @@ STATE_KEY = "service"  # of the Service in the lifespan's state
 
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
 PREDICT_PATHS = frozenset(("/predict", "/predict/"))
-PUBLIC_PATHS = frozenset(("/", "/docs", "/openapi.json"))
-PUBLIC_PREFIXES = ("/page/", "/health/", "/v2/health/")
+PUBLIC_PATHS = frozenset(("/", "/docs", "/label", "/openapi.json"))
+PUBLIC_PREFIXES = ("/page/", "/label/page/", "/health/", "/v2/health/")
 INFER_PATHS = "/v2/models/"
 
 # Their counters exist from the start; those of other codes are created when they occur.
@@ -125,12 +127,15 @@ class Service:
         self._request_log = RequestLog(settings.access_log)
 
         self.dispatcher = Dispatcher(run_directory, settings.workers, self.state, self.counters)
-        feedback = FeedbackEndpoint(run_directory, self.counters, self.dispatcher)
+        feedback = FeedbackEndpoint(
+            run_directory, self.counters, self.dispatcher, bool(settings.keep)
+        )
         self.predict_endpoint = PredictEndpoint(
             settings, self.dispatcher, self.state, self.counters, process_number, feedback
         )
         open_inference = OpenInference(self.predict_endpoint, self.dispatcher)
         page = Page(settings, self.dispatcher)
+        label = LabelEndpoint(settings, self.dispatcher, feedback)
 
         self.routes: dict[tuple[str, str], Handler] = {
             ("GET", "/model"): self.describe_model,
@@ -141,9 +146,12 @@ class Service:
             ("POST", "/feedback"): feedback,
             ("GET", "/"): page.index,
             ("GET", "/report"): page.report,
+            ("GET", "/label"): label,
             ("GET", "/v2"): open_inference,
         }
         self.prefixes: dict[str, Handler] = {
+            "/label/": label,
+            "/kept/": KeptEndpoint(settings, self.dispatcher),
             "/page/": page.file,
             "/samples/": page.sample,
             "/v2/": open_inference,
@@ -380,7 +388,7 @@ class Service:
         """Handle GET /model: the description that a worker sent. Raises Problem 503."""
         if not self.dispatcher.model:
             raise Problem(503, "no model is ready yet; try again in a second")
-        return json_response(self.dispatcher.model)
+        return json_response({**self.dispatcher.model, "keeps_images": bool(self.settings.keep)})
 
 
 def check_single_host(headers: list[Header]) -> None:

@@ -20,7 +20,17 @@ from serve import logs
 from serve.active_jobs import Failures, open_active_jobs, read_failures
 from serve.metrics.shared_counters import SharedCounters
 from serve.shared_state import SharedState
-from serve.wire import ALONE, CANCEL, MAX_U32, MODEL_INFO, Answer, Job, pack_job, take_answers
+from serve.wire import (
+    ALONE,
+    CANCEL,
+    MAX_U32,
+    MODEL_INFO,
+    Answer,
+    Job,
+    build_image_name,
+    pack_job,
+    take_answers,
+)
 
 RECONNECT_SECONDS = 0.02
 # While no worker is ready, after the last one has ended: jobs wait this long for the one that
@@ -52,6 +62,7 @@ class PendingRequest:
         "expired",
         "jobs",
         "missing",
+        "name",
         "on_done",
         "resend",
         "submitted",
@@ -63,15 +74,18 @@ class PendingRequest:
         answers: list[Answer],
         deadline: float,
         on_done: Callable[["PendingRequest"], None],
+        name: bytes,
     ) -> None:
         """Wait for the answers that are UNANSWERED.
 
         deadline: in seconds of time.monotonic().
+        name: the request id, if workers need it, else empty.
         """
         self.dispatcher = dispatcher
         self.answers = answers
         self.deadline = deadline
         self.on_done = on_done
+        self.name = name
         self.expired = False
         self.jobs: list[tuple[WorkerConnection, int]] = []
 
@@ -268,8 +282,10 @@ class WorkerConnection(asyncio.Protocol):
             job_id = next(job_ids) & MAX_U32
 
         self.pending[job_id] = job
-        job.request.jobs.append((self, job_id))
-        self._send(Job(job_id, job.request.deadline, job.top_k, job.flags, body))
+        request = job.request
+        request.jobs.append((self, job_id))
+        name = build_image_name(request.name, job.index) if request.name else b""
+        self._send(Job(job_id, request.deadline, job.top_k, job.flags, body, name))
         self.dispatcher.keep_body(job, body)
 
     def cancel(self, job_id: int) -> None:
@@ -278,6 +294,10 @@ class WorkerConnection(asyncio.Protocol):
         if job is not None:
             self.dispatcher.release_body(job)
             self._send(Job(job_id, 0.0, 0, CANCEL, b""))
+
+    def send_notice(self, name: bytes, flags: int, body: bytes = b"") -> None:
+        """Tell the worker about an earlier image: a job with LABEL or FORGET."""
+        self._send(Job(0, 0.0, 0, flags, body, name))
 
     def _send(self, job: Job) -> None:
         if not self.outgoing:
@@ -396,13 +416,14 @@ class Dispatcher:
         top_k: int,
         flags: int,
         on_done: Callable[[PendingRequest], None],
+        name: bytes = b"",
     ) -> PendingRequest:
         """Send each image that is UNANSWERED in `answers` to the worker with the fewest jobs.
 
         `accepts_jobs` must hold. `on_done` is not called before this method returns.
         """
         deadline = time.monotonic() + timeout_seconds
-        request = PendingRequest(self, answers, deadline, on_done)
+        request = PendingRequest(self, answers, deadline, on_done, name)
         self.pending_requests[request] = None
         if self._deadline_timer is None:
             self._deadline_timer = self.loop.call_later(timeout_seconds, self._expire_overdue)
@@ -523,6 +544,11 @@ class Dispatcher:
             request.answers[index] = UNANSWERED
         request.missing = len(indices)
         self._send_jobs(request, images, top_k, flags)
+
+    def send_notice(self, name: bytes, flags: int, body: bytes = b"") -> None:
+        """Tell all workers about an earlier image; the one that answered it knows the name."""
+        for worker in self.ready_workers:
+            worker.send_notice(name, flags, body)
 
     def _expire_overdue(self) -> None:
         """Expire the requests whose deadline has passed, and set the timer for the next one."""

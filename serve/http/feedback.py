@@ -14,12 +14,13 @@ from collections import deque
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from models.kept import KeptImage, Reason
 from serve.http import request_body
 from serve.http.dispatcher import Dispatcher
 from serve.http.responses import JSON, Problem, Request, Response, json_response
 from serve.metrics.definitions import FEEDBACK_BINS
 from serve.metrics.shared_counters import SharedCounters
-from serve.wire import Answer
+from serve.wire import LABEL, Answer, build_image_name
 
 TABLE_SLOTS = 1 << 16
 WINDOW_LABELS = 2000  # of one HTTP process
@@ -101,8 +102,14 @@ class FeedbackEndpoint:
     """Handles POST /feedback in one HTTP process and remembers the predictions that leave it."""
 
     def __init__(
-        self, run_directory: str, counters: SharedCounters, dispatcher: Dispatcher
+        self,
+        run_directory: str,
+        counters: SharedCounters,
+        dispatcher: Dispatcher,
+        keeps_images: bool = False,
     ) -> None:
+        """`keeps_images`: whether workers keep images, and so want to know their labels."""
+        self.keeps_images = keeps_images
         self.table = AnswerTable(run_directory)
         self.counters = counters
         self.dispatcher = dispatcher
@@ -152,14 +159,35 @@ class FeedbackEndpoint:
         is_correct = model["classes"].index(feedback.label) == answer.class_index
         if self.table.pop(feedback.request_id, feedback.image) is not None:
             self._count(is_correct, answer.confidence)
+            if self.keeps_images:
+                name = build_image_name(feedback.request_id.encode(), feedback.image)
+                self.dispatcher.send_notice(name, LABEL, feedback.label.encode())
         return json_response(
             {"id": feedback.request_id, "image": feedback.image, "correct": is_correct}
         )
 
+    def count_label(self, image: KeptImage, label: str) -> None:
+        """Count the label of a kept image, once, if the version that answered it is served.
+
+        Only images that were drawn at random change the live accuracy: the others were kept because
+        they are doubtful, and would make it too low.
+        """
+        self.table.pop(image.request_id, image.image)
+        model = self.dispatcher.model
+        if str(image.model.version) != model.get("version") or label not in model["classes"]:
+            return
+        predicted = image.top[0]
+        is_correct = predicted.label == label
+        self.counters.add("feedback", "correct" if is_correct else "wrong")
+        if Reason.RANDOM in image.reasons:
+            self._move_window(is_correct, predicted.confidence)
+
     def _count(self, is_correct: bool, confidence: float) -> None:
         """Count a label and move the window by one."""
         self.counters.add("feedback", "correct" if is_correct else "wrong")
+        self._move_window(is_correct, confidence)
 
+    def _move_window(self, is_correct: bool, confidence: float) -> None:
         confidence_bin = min(int(confidence * FEEDBACK_BINS), FEEDBACK_BINS - 1)
         entry = WindowEntry(confidence_bin, is_correct, confidence)
         self.window.append(entry)

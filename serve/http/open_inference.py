@@ -175,7 +175,8 @@ class OpenInference:
                 if output.name in OPTIONAL_OUTPUT_FLAGS and output.name not in model["outputs"]:
                     raise Problem(400, f"this model has no output {output.name}")
                 flags |= OPTIONAL_OUTPUT_FLAGS.get(output.name, 0)
-            return PredictInput(inference.images, 1, flags)
+            name = self.predict_endpoint.build_name(request)
+            return PredictInput(inference.images, 1, flags, name)
 
         answers = await self.predict_endpoint.predict(request, parse)
         for i, answer in enumerate(answers):

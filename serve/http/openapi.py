@@ -9,6 +9,7 @@ import json
 from html import escape
 from typing import Any
 
+from serve.http.code_examples import build_code_examples
 from serve.http.responses import Header, Request, Response
 
 Json = dict[str, Any]
@@ -16,7 +17,7 @@ Json = dict[str, Any]
 STATUS_DESCRIPTIONS = {
     400: "The request is malformed.",
     401: "The API key is missing or wrong.",
-    403: "A web page of another origin sent the request, and the service does not allow it.",
+    403: "A web page of another origin sent the request, or the path needs a service with a key.",
     404: "The path, model, sample or answer does not exist.",
     405: "The path does not support this method.",
     408: "The request did not arrive in time.",
@@ -170,7 +171,14 @@ SCHEMAS: Json = {
         }
     ),
     "Status": _object({"status": STRING}),
-    "Model": _object({"name": STRING, "version": STRING, "classes": _array(STRING)}),
+    "Model": _object(
+        {
+            "name": STRING,
+            "version": STRING,
+            "classes": _array(STRING),
+            "keeps_images": {**BOOLEAN, "description": "a sample of the images is stored"},
+        }
+    ),
     "Feedback": _object(
         {
             "id": {**STRING, "description": "id of the answer"},
@@ -185,13 +193,14 @@ SCHEMAS: Json = {
         },
         required=["id", "label"],
     ),
+    "Deleted": _object({"deleted": INTEGER}),
     "FeedbackResult": _object({"id": STRING, "image": INTEGER, "correct": BOOLEAN}),
     "Tensor": _object(
         {
             "name": STRING,
             "datatype": {"enum": ["UINT8", "FP32", "BYTES"]},
             "shape": _array(INTEGER),
-            "data": {"type": "array"},
+            "data": _array({}),
             "parameters": OBJECT,
         },
         required=["name", "datatype", "shape"],
@@ -254,7 +263,7 @@ EXAMPLES: Json = {
         "request_id": "3f6b1c09a2d40000001f",
     },
     "Status": {"status": "ready"},
-    "Model": {"name": "digits", "version": "3", "classes": ["1", "7"]},
+    "Model": {"name": "digits", "version": "3", "classes": ["1", "7"], "keeps_images": False},
     "Feedback": {"id": "3f6b1c09a2d40000001f", "label": "7", "image": 0},
     "FeedbackResult": {"id": "3f6b1c09a2d40000001f", "image": 0, "correct": True},
     "InferRequest": {
@@ -359,9 +368,34 @@ FEEDBACK: Json = {
         **_problems(400, 401, 403, 404, 413, 415),
     },
 }
+DELETE_KEPT: Json = {
+    "summary": "Delete what was kept of a request: images, lines and labels",
+    "operationId": "delete_kept",
+    "security": [{"key": []}],
+    "parameters": [
+        {
+            "name": "id",
+            "in": "path",
+            "required": True,
+            "description": "id of the answer",
+            "schema": {"type": "string", "minLength": 1},
+        }
+    ],
+    "responses": {
+        "200": _response("The number of images that were deleted.", "Deleted"),
+        **_problems(401, 403, 404, 503),
+    },
+}
 PAGE: Json = {
     "summary": "A page to try the model",
     "operationId": "page",
+    "responses": {
+        "200": {"description": "The page as HTML.", "content": _content(STRING, "text/html")}
+    },
+}
+LABEL_PAGE: Json = {
+    "summary": "A page to label kept images",
+    "operationId": "label_page",
     "responses": {
         "200": {"description": "The page as HTML.", "content": _content(STRING, "text/html")}
     },
@@ -463,6 +497,8 @@ PATHS: Json = {
     "/health/live": {"get": LIVE},
     "/health/ready": {"get": READY},
     "/feedback": {"post": FEEDBACK},
+    "/label": {"get": LABEL_PAGE},
+    "/kept/{id}": {"delete": DELETE_KEPT},
     "/": {"get": PAGE},
     "/report": {"get": REPORT},
     "/samples/{index}": {"get": SAMPLE},
@@ -573,7 +609,8 @@ def _render_operation(path: str, method: str, operation: Json) -> str:
         f"<section class=card><h2><code>{method.upper()} {path}</code></h2>"
         f"<p>{escape(operation['summary'])}.{accepts}</p>"
         f"<table>{''.join(rows)}</table>"
-        f"{_render_examples(operation)}{_render_form(path, method, operation)}</section>"
+        f"{_render_examples(operation)}{_render_code(path, method, operation)}"
+        f"{_render_form(path, method, operation)}</section>"
     )
 
 
@@ -593,6 +630,21 @@ def _render_examples(operation: Json) -> str:
                 f"<pre tabindex=0>{text}</pre></details>"
             )
     return "".join(parts)
+
+
+def _render_code(path: str, method: str, operation: Json) -> str:
+    """Return the request in several languages."""
+    body = _find_example(operation.get("requestBody", {}))
+    examples = build_code_examples(path, method, operation, body)
+    parts = [
+        f'<h3>{language}</h3><pre class="code" tabindex="0" data-language="{language}">'
+        f"{escape(code)}</pre>"
+        for language, code in examples.items()
+    ]
+    return (
+        f'<details data-code="{method} {path}"><summary>Code: {", ".join(examples)}</summary>'
+        f"{''.join(parts)}</details>"
+    )
 
 
 def _find_example(described: Json) -> Json | None:

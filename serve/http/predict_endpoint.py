@@ -33,6 +33,7 @@ class PredictInput(NamedTuple):
     images: Sequence[bytes | Problem]  # a Problem stands for an image that is malformed
     top_k: int
     flags: int  # of serve.wire.Job
+    name: bytes = b""  # the request id, if the service keeps images, else empty
 
 
 class Reservation:
@@ -68,6 +69,7 @@ class PredictEndpoint:
         self.counters = counters
         self.process_number = process_number
         self.feedback = feedback
+        self.keeps_images = bool(settings.keep)
         self.cache: AnswerCache | None = None
         if settings.cache_entries:
             self.cache = AnswerCache(settings.cache_entries, counters)
@@ -165,7 +167,11 @@ class PredictEndpoint:
 
         content_type = request.headers.get(b"content-type", b"")
         images = request_body.parse_images(content, content_type, self.settings.max_images)
-        return PredictInput(images, top_k, flags)
+        return PredictInput(images, top_k, flags, self.build_name(request))
+
+    def build_name(self, request: Request) -> bytes:
+        """Return the name of a request for workers, empty if the service keeps no images."""
+        return request.id.encode() if self.keeps_images else b""
 
     def submit(
         self, inputs: PredictInput, on_done: Callable[[PendingRequest], None]
@@ -189,7 +195,7 @@ class PredictEndpoint:
         self._check_ready()
         timeout_seconds = self.settings.deadline_ms / 1000
         return self.dispatcher.submit(
-            images, answers, timeout_seconds, inputs.top_k, inputs.flags, on_done
+            images, answers, timeout_seconds, inputs.top_k, inputs.flags, on_done, inputs.name
         )
 
     def _build_refusal(self, problem: Problem) -> Answer:

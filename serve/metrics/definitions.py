@@ -106,6 +106,14 @@ METRICS: dict[str, Definition] = {
         combine="max",
         exposed=False,
     ),
+    # Kept images
+    "kept": _counter("Images kept for labelling, by reason; one may have several.", "reason"),
+    "kept_dropped": _counter(
+        "Images selected and not kept: duplicate, limit (files a day, bytes), disk (too little "
+        "free), queue (too many at once), error, metadata (could not be taken out).",
+        "reason",
+    ),
+    "kept_bytes": Definition("gauge", "Bytes of all kept images, as last counted.", combine="max"),
     # Shadow version
     "shadow_images": _counter(
         "Images of the shadow version: agree, disagree, failed, dropped (no idle time), "

@@ -38,4 +38,4 @@ class CompletedBatch:
     model: Model
     jobs: list[QueuedJob]
     pixels: np.ndarray  # uint8 [N, H, W, C]
-    outputs: list[np.ndarray]  # probabilities [N, K], energy [N]; cam, embedding if wanted
+    outputs: list[np.ndarray]  # probabilities [N, K], energy [N]; cam, embedding if run

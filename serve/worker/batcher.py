@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable
 
 from serve.active_jobs import build_key
-from serve.wire import CANCEL, Job, take_jobs
+from serve.wire import CANCEL, FORGET, LABEL, Job, take_jobs
 
 SEND_TIMEOUT_SECONDS = 5  # an HTTP process that reads nothing for so long loses its answers
 SEND_BUFFER_BYTES = 1 << 20
@@ -80,16 +80,19 @@ class Batcher:
         max_batch_size: int,
         wait_seconds: float,
         pack_model_info: Callable[[], bytes],
+        on_notice: Callable[[Job], None],
     ):
         """Listen on the Unix socket `path`.
 
         `active_predictors` is the number of threads that take batches; `pack_model_info` returns
-        the frame that each HTTP process gets when it connects.
+        the frame that each HTTP process gets when it connects. `on_notice` gets jobs with LABEL or
+        FORGET, and returns at once.
         """
         self.active_predictors = active_predictors
         self.max_batch_size = max_batch_size
         self.wait_seconds = wait_seconds
         self.pack_model_info = pack_model_info
+        self.on_notice = on_notice
 
         self.queue: deque[QueuedJob] = deque()
         self.connections: set[HttpProcessConnection] = set()
@@ -185,6 +188,8 @@ class Batcher:
         for job in take_jobs(connection.buffer):
             if job.flags & CANCEL:
                 self._remove_jobs(connection, job.id)
+            elif job.flags & (LABEL | FORGET):
+                self.on_notice(job)
             else:
                 self.queue.append(QueuedJob(connection, job, arrived))
         return bool(data)

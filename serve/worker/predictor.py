@@ -82,6 +82,8 @@ class PredictorContext:
     decoding_memory: DecodingMemory
     current_model: Callable[[], Model]  # called for each batch, as the model may be replaced
     observers: list[Observer]
+    # Whether observers use the embedding, which is then an output of each run, if the model has it.
+    observes_embedding: bool = False
 
 
 class Predictor:
@@ -96,6 +98,7 @@ class Predictor:
         self.decoding_memory = context.decoding_memory
         self.current_model = context.current_model
         self.observers = context.observers
+        self.observes_embedding = context.observes_embedding
 
         # Since when it decodes one image or runs the graph, in seconds of time.monotonic(); 0 while
         # it waits for jobs or for permission to decode.
@@ -249,7 +252,7 @@ class Predictor:
         flags = batch.jobs[0].job.flags
         if flags & CAM:
             output_names = (*output_names, "cam")
-        if flags & EMBEDDING:
+        if flags & EMBEDDING or (self.observes_embedding and model.has_embeddings):
             output_names = (*output_names, "embedding")
 
         images = np.stack(batch.pixels)

@@ -8,6 +8,7 @@ version may be slow, hang or crash without delaying an answer.
 `ShadowSender` runs in worker processes, `run_shadow` is the main function of the shadow process.
 """
 
+import contextlib
 import os
 import random
 import signal
@@ -16,6 +17,7 @@ import struct
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -29,10 +31,12 @@ from serve.wire import TENSOR
 from serve.worker.batch import CompletedBatch
 from serve.worker.batcher import Batcher
 from serve.worker.exit_status import MODEL_UNUSABLE
+from serve.worker.keeper import build_socket_path
 
 SOCKET_NAME = "shadow.sock"
-# A datagram: the confidence and the label that the client got, then the image file.
-DATAGRAM_HEAD = struct.Struct("<fH")  # confidence, bytes of the label
+# A datagram: the confidence and the label that the client got, the name of the image, its file.
+# The name is empty if the service keeps no images.
+DATAGRAM_HEAD = struct.Struct("<fHHH")  # confidence, bytes of label and of name, worker
 MAX_IMAGE_BYTES = 192 << 10  # fits in a datagram with Linux's default of net.core.wmem_max
 SEND_BUFFER_BYTES = 1 << 20
 RECEIVE_BYTES = 1 << 20
@@ -43,8 +47,15 @@ class ShadowSender:
     """Sends a share of the images to the shadow process. An observer of completed batches."""
 
     def __init__(
-        self, run_directory: str, share: float, batcher: Batcher, counters: SharedCounters
+        self,
+        run_directory: str,
+        worker: int,
+        share: float,
+        batcher: Batcher,
+        counters: SharedCounters,
     ):
+        """`worker` is the number of this process."""
+        self.worker = worker
         self.path = os.path.join(run_directory, SOCKET_NAME)
         self.share = share
         self.batcher = batcher
@@ -71,9 +82,9 @@ class ShadowSender:
 
             index = int(probabilities.argmax())
             label = batch.model.manifest.classes[index].encode()
-            head = DATAGRAM_HEAD.pack(probabilities[index], len(label))
+            head = DATAGRAM_HEAD.pack(probabilities[index], len(label), len(job.name), self.worker)
             try:
-                self.socket.sendto(head + label + job.body, self.path)
+                self.socket.sendto(head + label + job.name + job.body, self.path)
             except OSError:  # the shadow process is busy, starts or is dead
                 self._count("dropped")
 
@@ -102,6 +113,7 @@ def run_shadow(settings: Settings, version: int, run_directory: str) -> None:
     path = os.path.join(run_directory, SOCKET_NAME)
     if os.path.exists(path):
         os.unlink(path)  # left by a shadow process that crashed
+    request_keep = KeepRequester(run_directory)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
         receiver.bind(path)
         receiver.settimeout(PARENT_CHECK_SECONDS)
@@ -112,14 +124,39 @@ def run_shadow(settings: Settings, version: int, run_directory: str) -> None:
                 datagram = receiver.recv(RECEIVE_BYTES)
             except TimeoutError:
                 continue
-            compare(datagram, model, settings.max_pixels, counters)
+            compare(datagram, model, settings.max_pixels, counters, request_keep)
 
 
-def compare(datagram: bytes, model: Model, max_pixels: int, counters: SharedCounters) -> None:
-    """Predict one image, compare with the answer that the client got, and count the outcome."""
-    confidence, label_length = DATAGRAM_HEAD.unpack_from(datagram)
-    image_start = DATAGRAM_HEAD.size + label_length
-    label = datagram[DATAGRAM_HEAD.size : image_start].decode()
+class KeepRequester:
+    """Asks workers to keep images on which the two versions disagree."""
+
+    def __init__(self, run_directory: str):
+        self.run_directory = run_directory
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.setblocking(False)
+
+    def __call__(self, worker: int, name: bytes) -> None:
+        """Ask the worker that answered the image `name`. A busy worker does not keep it."""
+        with contextlib.suppress(OSError):
+            self.socket.sendto(name, build_socket_path(self.run_directory, worker))
+
+
+def compare(
+    datagram: bytes,
+    model: Model,
+    max_pixels: int,
+    counters: SharedCounters,
+    request_keep: Callable[[int, bytes], None],
+) -> None:
+    """Predict one image, compare with the answer that the client got, and count the outcome.
+
+    `request_keep` is called with the worker and the name of an image with another label.
+    """
+    confidence, label_length, name_length, worker = DATAGRAM_HEAD.unpack_from(datagram)
+    name_start = DATAGRAM_HEAD.size + label_length
+    image_start = name_start + name_length
+    label = datagram[DATAGRAM_HEAD.size : name_start].decode()
+    name = datagram[name_start:image_start]
 
     start = time.perf_counter()
     try:
@@ -137,5 +174,7 @@ def compare(datagram: bytes, model: Model, max_pixels: int, counters: SharedCoun
     index = int(np.argmax(probabilities))
     agrees = model.manifest.classes[index] == label
     counters.add("shadow_images", "agree" if agrees else "disagree")
+    if name and not agrees:
+        request_keep(worker, name)
     difference = abs(float(probabilities[index]) - confidence)
     counters.observe("shadow_confidence_difference", difference)

@@ -18,11 +18,12 @@ from serve.metrics.shared_counters import SharedCounters
 from serve.model import Model
 from serve.settings import Settings
 from serve.shared_state import SharedState
-from serve.wire import MODEL_INFO, Answer, pack_answer
+from serve.wire import MODEL_INFO, Answer, Job, pack_answer
 from serve.worker.batcher import Batcher
 from serve.worker.decoding_memory import DecodingMemory
 from serve.worker.drift_window import DriftWindow
 from serve.worker.exit_status import HANGING, MODEL_UNUSABLE
+from serve.worker.keeper import Keeper
 from serve.worker.predictor import Observer, Predictor, PredictorContext
 from serve.worker.reload import Reloader
 from serve.worker.served_version import load_first_model
@@ -32,6 +33,7 @@ from serve.worker.worker_metrics import WorkerMetrics, set_served_model
 HEARTBEAT_SECONDS = 0.5
 # A run that takes this many times its duration at the start is a hang.
 HANG_FACTOR = 5
+KEEPER_FINISH_SECONDS = 0.5  # at the end, for images that wait to be written
 
 
 class Worker:
@@ -41,6 +43,7 @@ class Worker:
         self.settings = settings
         self.run_directory = run_directory
         self.threads = threads
+        self.keeper: Keeper | None = None
 
     def setup(self) -> None:
         """Load the model. Exit with status MODEL_UNUSABLE and one line on stderr if it fails."""
@@ -68,12 +71,16 @@ class Worker:
             self.settings.max_batch_size,
             self.settings.batch_wait_ms / 1000,
             self._pack_model_info,
+            self._handle_notice,
         )
         self.model_counters = SharedCounters(f"{self.metrics_prefix}-model.metrics")
         set_served_model(self.model_counters, self.model)
         self.run_seconds = self.model.run_seconds
 
         self.drift_window = self._create_drift_window()
+        if self.settings.keep:
+            self.keeper = self._create_keeper()
+            self.keeper.start()
         self.predictors = self._start_predictors()
         if self.settings.version == LATEST and self.settings.reload_seconds:
             self._start_reloader()
@@ -104,6 +111,8 @@ class Worker:
 
     def _handle_sigterm(self, number: int, frame: FrameType | None) -> None:
         if self.state.stopping:
+            if self.keeper is not None:
+                self.keeper.finish(KEEPER_FINISH_SECONDS)
             os._exit(0)
 
     def _active_predictors(self) -> int:
@@ -122,7 +131,17 @@ class Worker:
 
     def _create_shadow_sender(self) -> ShadowSender:
         counters = SharedCounters(f"{self.metrics_prefix}-shadow.metrics")
-        return ShadowSender(self.run_directory, self.settings.shadow_share, self.batcher, counters)
+        return ShadowSender(
+            self.run_directory, self.number, self.settings.shadow_share, self.batcher, counters
+        )
+
+    def _create_keeper(self) -> Keeper:
+        counters = SharedCounters(f"{self.metrics_prefix}-keep.metrics")
+        return Keeper(self.settings, self.run_directory, self.number, counters)
+
+    def _handle_notice(self, job: Job) -> None:
+        if self.keeper is not None:
+            self.keeper.on_notice(job)
 
     def _start_predictors(self) -> list[Predictor]:
         """Start a predictor thread for each core."""
@@ -131,6 +150,9 @@ class Worker:
             observers.append(self.drift_window)
         if self.settings.shadow_version:
             observers.append(self._create_shadow_sender())
+        if self.keeper is not None:
+            # Before the others: the shadow version may ask to keep an image that it was sent.
+            observers.insert(0, self.keeper)
 
         context = PredictorContext(
             self.settings,
@@ -139,6 +161,7 @@ class Worker:
             DecodingMemory(self.run_directory, self.state, self.number, self.settings.workers),
             self._current_model,
             observers,
+            observes_embedding=self.keeper is not None,
         )
         predictors: list[Predictor] = []
         for i in range(self.threads):

@@ -1,19 +1,15 @@
 """Directories of kept images, on a disk and in a bucket: what is written is read again."""
 
-import base64
-import hashlib
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from models.kept import KeptError, KeptFolder, KeptImage, Label, Reason, Verdict, open_kept
 from support import tiny_bundle
+from support.kept_images import START, add_answered_image
 from support.s3_server import s3_server
-
-START = datetime(2026, 11, 30, 12, tzinfo=UTC)
 
 
 @pytest.fixture(scope="module")
@@ -30,36 +26,6 @@ def kept(request: pytest.FixtureRequest, tmp_path: Path) -> KeptFolder:
     return open_kept(f"s3://kept/{request.node.name}")
 
 
-def add(
-    kept: KeptFolder,
-    seed: int = 0,
-    request_id: str = "a",
-    reason: Reason = Reason.RANDOM,
-    day: int = 0,
-) -> KeptImage:
-    """Add an image that arrives on the day `day` after START; images differ by their seed."""
-    content = tiny_bundle.make_image("red", seed=seed)
-    digest = hashlib.sha256(content).hexdigest()
-    time = START + timedelta(days=day, seconds=seed)
-    image = KeptImage(
-        digest=digest,
-        file=f"{time.date()}/{digest}.png",
-        request_id=request_id,
-        image=0,
-        time=time,
-        model={"name": "colours", "version": 1},
-        top=[{"label": "red", "index": 0, "confidence": 0.5}],
-        energy=-1.0,
-        reasons=[reason],
-        probability=0.25 if reason is Reason.RANDOM else None,
-        width=32,
-        height=32,
-        embedding=base64.b64encode(np.array([1, 2, 3], "<f2").tobytes()).decode(),
-    )
-    kept.add_image(image, content)
-    return image
-
-
 def label(
     kept: KeptFolder,
     image: KeptImage,
@@ -73,12 +39,12 @@ def label(
 
 
 def test_images_and_labels_are_read_as_they_were_added(kept):
-    image = add(kept)
-    add(kept, seed=1)
+    image = add_answered_image(kept)
+    add_answered_image(kept, seed=1)
     label(kept, image, "rose")
 
     first, second = kept.read()
-    assert kept.read_file(first.image) == tiny_bundle.make_image("red", seed=0)
+    assert kept.read_file(first.image) == tiny_bundle.make_image("red", size=64, seed=0)
     assert first.image.read_embedding().tolist() == [1, 2, 3]
     assert first.label.label == "rose"
     assert not first.has_conflict
@@ -86,8 +52,8 @@ def test_images_and_labels_are_read_as_they_were_added(kept):
 
 
 def test_lines_of_one_image_are_joined(kept):
-    add(kept, request_id="a")
-    again = add(kept, request_id="b")
+    add_answered_image(kept, request_id="a")
+    again = add_answered_image(kept, request_id="b")
     kept.add_image(
         again.model_copy(update={"reasons": [Reason.ABSTAIN], "probability": None}), None
     )
@@ -99,7 +65,7 @@ def test_lines_of_one_image_are_joined(kept):
 
 
 def test_the_last_label_counts_and_conflicts_are_seen(kept):
-    image = add(kept)
+    image = add_answered_image(kept)
     label(kept, image, "rose", "ann", 1)
     label(kept, image, "tulip", "bob", 2)
     (entry,) = kept.read()
@@ -117,8 +83,8 @@ def test_the_last_label_counts_and_conflicts_are_seen(kept):
 
 
 def test_a_request_is_deleted_with_its_lines_and_labels(kept):
-    image = add(kept, request_id="gone")
-    other = add(kept, seed=1, request_id="stays")
+    image = add_answered_image(kept, request_id="gone")
+    other = add_answered_image(kept, seed=1, request_id="stays")
     label(kept, image, "rose")
     label(kept, other, "tulip")
 
@@ -134,8 +100,8 @@ def test_a_request_is_deleted_with_its_lines_and_labels(kept):
 
 def test_images_are_deleted_after_some_days(kept):
     today = (datetime.now(UTC).date() - START.date()).days
-    old = add(kept, seed=1, day=today - 31)
-    new = add(kept, seed=2, day=today - 29)
+    old = add_answered_image(kept, seed=1, day=today - 31)
+    new = add_answered_image(kept, seed=2, day=today - 29)
     label(kept, old, "rose")
     assert kept.delete_older(days=30) == 1
     assert [entry.image.digest for entry in kept.read()] == [new.digest]
@@ -143,7 +109,7 @@ def test_images_are_deleted_after_some_days(kept):
 
 
 def test_a_label_of_an_image_that_is_gone_is_ignored(kept):
-    image = add(kept)
+    image = add_answered_image(kept)
     label(kept, image, "rose")
     kept.files.remove(image.file)
     assert kept.read() == []
@@ -152,10 +118,10 @@ def test_a_label_of_an_image_that_is_gone_is_ignored(kept):
 @pytest.mark.parametrize("end", [b'{"digest":"12', b"{}\n", b"\xff\xfe\n", b'[1]\n{"torn'])
 def test_torn_and_foreign_lines_are_skipped(tmp_path, end):
     kept = open_kept(tmp_path)
-    add(kept)
+    add_answered_image(kept)
     (file,) = tmp_path.glob("*/*.jsonl")
     file.write_bytes(file.read_bytes() + end)
-    add(kept, seed=1)
+    add_answered_image(kept, seed=1)
     assert len(kept.read()) == 2
 
 

@@ -320,6 +320,11 @@ def test_docs_can_be_tried_out(page, tmp_path):
     for label in ("green", "blue"):
         predict.get_by_text(f'"label": "{label}"').first.wait_for()
 
+    code = page.locator("details[data-code='post /predict'] pre[data-language=JavaScript]")
+    program = code.text_content().replace("console.log(", "return (")
+    answer = page.evaluate(f"async () => {{ {program} }}")
+    assert answer["predictions"][0]["label"] == "green"
+
     infer = page.locator("form[data-path='/v2/models/{name}/infer']")
     infer.get_by_role("button").click()  # the name of the model is filled in
     infer.get_by_text('"model_name": "colours"').wait_for()

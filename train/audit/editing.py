@@ -62,6 +62,13 @@ class CorrectionEditor:
                 removed.append(path)
             else:
                 changes.append(self._parse_correction(path, entry))
+        return self.merge(changes, removed)
+
+    def merge(self, changes: list[Correction], removed: list[str]) -> int:
+        """Add corrections, take out those of some paths; return how many the file holds now.
+
+        Raises DataError and OSError as `save` does.
+        """
         with self._lock:
             return len(merge_corrections(self.file, changes, removed))
 

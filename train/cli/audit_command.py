@@ -8,8 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from models.labelling import LabelApp
+from models.labelling.local_server import DEFAULT_HOST, DEFAULT_PORT
 from train import audit
-from train.audit.server import DEFAULT_HOST, DEFAULT_PORT, AuditServer
+from train.audit.server import AuditServer
+from train.audit.suspects import SuspectSource
 from train.cli.recipes import UsageError, extract_flag
 from train.data import DataError, ImageData
 from train.data.corrections import explain_missing_location
@@ -114,9 +117,11 @@ def _serve(data: ImageData, findings: audit.Findings, options: AuditOptions) -> 
     """Serve the page until the process is interrupted."""
     editor = audit.CorrectionEditor(data)
     page = audit.render_page(findings, data)
-    with AuditServer(page, editor, options.host, options.port) as server:
+    app = LabelApp(SuspectSource(data, findings, editor))
+    with AuditServer(page, editor, app, options.host, options.port) as server:
         print(
-            f"audit: {server.url} saves corrections to {editor.file}; stop it with Ctrl-C",
+            f"audit: {server.url} saves corrections to {editor.file}; the page /label shows the "
+            "suspicious labels one by one; stop it with Ctrl-C",
             flush=True,
         )
         server.serve_forever()

@@ -79,6 +79,16 @@ async function send(event) {
   }
 }
 
+// The examples of code name a local service and a model; put in the real ones.
+const EXAMPLE_URL = "http://localhost:8000";
+const EXAMPLE_MODEL = "/models/digits";
+
+function replaceInCode(text, replacement) {
+  for (const code of document.querySelectorAll("pre.code")) {
+    code.textContent = code.textContent.replaceAll(text, replacement);
+  }
+}
+
 // The name of the served model and its first sample are useful values to begin with.
 async function fillIn() {
   const headers = {};
@@ -87,10 +97,12 @@ async function fillIn() {
   if (!response.ok) return;
   const { name } = await response.json();
   for (const input of document.querySelectorAll("input[name=name]")) input.value = name;
+  replaceInCode(EXAMPLE_MODEL, `/models/${name}`);
   for (const input of document.querySelectorAll("input[name=index]")) input.value = "0";
 }
 
 for (const form of document.querySelectorAll("form")) form.addEventListener("submit", send);
+replaceInCode(EXAMPLE_URL, new URL(".", document.baseURI).href.replace(/\/$/, ""));
 byId("key").value = sessionStorage.getItem(KEY_ITEM) ?? "";
 byId("key").addEventListener("change", () => {
   sessionStorage.setItem(KEY_ITEM, byId("key").value.trim());

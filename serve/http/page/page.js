@@ -59,6 +59,7 @@ async function loadModel() {
   byId("model").textContent = `${model.name}, version ${model.version}`;
   document.title = `Imago: ${model.name}`;
   byId("report").hidden = !model.report;
+  if (model.keeps_images) byId("keeping").textContent = "which keeps a sample of them to be labelled";
   byId("cam-option").hidden = !model.explains.includes("cam");
   byId("top").max = String(model.classes.length);
   byId("strip").replaceChildren();
