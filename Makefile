@@ -121,11 +121,11 @@ deploy: ## apply an overlay and wait until it serves: make deploy OVERLAY=local 
 undeploy: ## delete an overlay, but keep its volumes: make undeploy OVERLAY=local [PURGE=1: delete them, too]
 logs: ## print the logs of the pods: make logs [FOLLOW=1]
 scale: ## set the number of serving replicas: make scale N=3
-promote: ## point latest of a cluster's store at a version: make promote VERSION=3 [OVERLAY=…] [NAME=…]
+promote: ## point latest of a cluster's store at a version: make promote VERSION=3 [FORCE=1] [OVERLAY=…] [NAME=…]
 rollback: ## point it at the version before: make rollback [VERSION=3] [OVERLAY=…] [NAME=…]
 render: ## print the manifests of an overlay: make render OVERLAY=cpu [REGISTRY=…] [TAG=…]
 deploy undeploy logs scale promote rollback render:
-	@OVERLAY='$(OVERLAY)' N='$(N)' NAME='$(NAME)' VERSION='$(VERSION)' TRAIN='$(TRAIN)' WAIT_TRAIN='$(WAIT_TRAIN)' PURGE='$(PURGE)' FOLLOW='$(FOLLOW)' \
+	@OVERLAY='$(OVERLAY)' N='$(N)' NAME='$(NAME)' VERSION='$(VERSION)' FORCE='$(FORCE)' TRAIN='$(TRAIN)' WAIT_TRAIN='$(WAIT_TRAIN)' PURGE='$(PURGE)' FOLLOW='$(FOLLOW)' \
 	  REGISTRY='$(filter-out localhost,$(REGISTRY))' TAG='$(if $(filter file,$(origin TAG)),,$(TAG))' k8s/cluster $@
 
 # The stamp is a copy of the lock file: only a changed lock file, not a newer one, installs again.

@@ -7,6 +7,9 @@ from models.comparison.results import LIVE, TEST, Comparison, GateDecision, Part
 LATENCY_FLOOR_MS = 1.0
 """A model that is slower by less than this passes: the rest of a request takes as long."""
 
+MIN_CALIBRATION_IMAGES = 100
+"""With fewer images, those that fit the temperature are few, too, and confidences are uncertain."""
+
 LISTED_CLASSES = 5
 
 
@@ -23,7 +26,7 @@ class GateConfig:
             that is worse beyond a budget is published, but does not become the latest.
         accuracy: accuracy that may be lost, 0..1.
         class_recall: recall that any class may lose, 0..1.
-        calibration: expected calibration error that may be added, 0..1.
+        calibration: expected calibration error that may be added, 0..1; checked from 100 images on.
         latency: factor by which one image may take longer; less than 1 ms more always passes.
         confidence: level of the confidence intervals, 0..1.
         images: test images that are compared, the same ones of each version; 0 for all.
@@ -34,7 +37,7 @@ class GateConfig:
     enabled: bool = True
     accuracy: float = 0.005
     class_recall: float = 0.05
-    calibration: float = 0.03
+    calibration: float = 0.05
     latency: float = 1.5
     confidence: float = 0.95
     images: int = 2000
@@ -106,6 +109,8 @@ def _check_classes(results: PartComparison, part: Part, config: GateConfig) -> l
 
 
 def _check_calibration(results: PartComparison, config: GateConfig) -> list[str]:
+    if results.effective_images < MIN_CALIBRATION_IMAGES:
+        return []
     if results.calibration_difference.low <= config.calibration:
         return []
     return [

@@ -30,7 +30,7 @@ VOLUMES = {
     "projected",
     "secret",
 }
-POD_FAILURE_RULES = (("FailJob", 2), ("Ignore", 143))  # action and exit status
+POD_FAILURE_RULES = (("FailJob", [2, 3]), ("Ignore", [143]))  # action and exit statuses
 CHECKOV = Path(os.environ.get("CHECKOV", K8S.parent / ".venv/checkov/bin/checkov"))
 
 
@@ -134,8 +134,8 @@ def test_training_restarts_after_disruptions_and_not_after_invalid_settings(case
     for job in training_jobs(case):
         (train,) = containers(job["template"])
         rules: list[Manifest] = []
-        for action, status in POD_FAILURE_RULES:
-            exit_codes = {"containerName": train["name"], "operator": "In", "values": [status]}
+        for action, statuses in POD_FAILURE_RULES:
+            exit_codes = {"containerName": train["name"], "operator": "In", "values": statuses}
             rules.append({"action": action, "onExitCodes": exit_codes})
         disruption = {"type": "DisruptionTarget", "status": "True"}
         rules.append({"action": "Ignore", "onPodConditions": [disruption]})

@@ -1,13 +1,24 @@
 """`make deploy` with an existing training job: a new image alone does not restart it."""
 
+import re
 import shlex
 import subprocess
+import textwrap
 
 import pytest
 import yaml
 
 from support.fake_kubectl import admission_errors, error_line, needs_kubectl
-from support.manifests import K8S, Manifest, overlay_with_components, temporary_overlay
+from support.manifests import (
+    K8S,
+    Manifest,
+    containers,
+    overlay_with_components,
+    render_overlay,
+    temporary_overlay,
+)
+from train.cli.recipes import default_model_name
+from train.data.sources.several import split_sources
 
 OLD = "registry.example.com/imago-train:old"
 FAILED = '"Failed"'
@@ -184,3 +195,35 @@ def test_a_cron_job_gets_the_new_image(deploy):
     assert (
         image([cron["spec"]["jobTemplate"] | {"kind": "Job"}], "Job") == "localhost/imago-train:new"
     )
+
+
+def test_the_overlay_of_the_loop_in_the_readme_trains_on_kept_images():
+    """Training and serving name the same bucket; the CronJob trains within a budget."""
+    text = (K8S / "README.md").read_text()
+    (block,) = re.findall(
+        r"^    # k8s/overlays/loop/kustomization.yaml\n(.*?)\n\n", text, re.MULTILINE | re.DOTALL
+    )
+    manifests = render_overlay(textwrap.dedent(block))
+    settings: dict[str, str] = {}
+    for manifest in manifests:
+        if manifest["kind"] == "ConfigMap":
+            settings |= manifest["data"]
+    kept = settings["IMAGO_KEEP"]
+    assert kept.startswith("s3://")
+    assert settings["DATA"].endswith(f",kept:{kept}")
+    assert split_sources(settings["DATA"]) == ["s3://bucket/photos", f"kept:{kept}"]
+    assert default_model_name(settings["DATA"]) == settings["IMAGO_MODEL"]
+
+    assert not any(manifest["kind"] == "Job" for manifest in manifests)
+    (cron,) = (manifest for manifest in manifests if manifest["kind"] == "CronJob")
+    job = cron["spec"]["jobTemplate"]["spec"]
+    (train,) = containers(job["template"])
+    assert train["args"][-1] == "--time-budget=2h"
+    assert {"secretRef": {"name": "bucket-credentials"}} in train["envFrom"]
+    (serving,) = (
+        manifest
+        for manifest in manifests
+        if manifest["kind"] == "Deployment" and manifest["metadata"]["name"] == "imago-serving"
+    )
+    (serve,) = serving["spec"]["template"]["spec"]["containers"]
+    assert {"secretRef": {"name": "bucket-credentials"}} in serve["envFrom"]
