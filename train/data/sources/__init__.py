@@ -25,8 +25,8 @@ READERS: dict[str, Callable[[str, Path | None, bool], LabelledImages]] = {
     "csv": lambda location, cache, refresh: csv_file.read_csv(expand_home(location)),
     "litdata": lambda location, cache, refresh: litdata.read_litdata(location, cache),
     "deeplake": lambda location, cache, refresh: deeplake.read_deeplake(location),
-    "kept": lambda location, cache, refresh: kept.read_kept(_expand_kept(location), cache),
     "hf": lambda location, cache, refresh: huggingface.read_huggingface(location, refresh),
+    "kept": lambda location, cache, refresh: kept.read_kept(_expand_kept(location), cache),
 }
 
 
