@@ -99,6 +99,7 @@ class ServiceApp:
         """Create the service, and close it when the lifespan ends."""
         service = Service(self.settings, self.run_directory, self.process_number)
         scope["state"][STATE_KEY] = service
+        await service.dispatcher.wait_for_running_workers()
         await self.app(scope, receive, send)
         service.close()
 

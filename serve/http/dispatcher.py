@@ -33,6 +33,7 @@ from serve.wire import (
 )
 
 RECONNECT_SECONDS = 0.02
+CONNECT_SECONDS = 1  # that a process waits for workers before it accepts requests
 # While no worker is ready, after the last one has ended: jobs wait this long for the one that
 # replaces it.
 REPLACEMENT_SECONDS = 30
@@ -375,6 +376,17 @@ class Dispatcher:
             self.refresh_ready_workers()
             await connection.closed
             self.connections[number] = None
+
+    async def wait_for_running_workers(self) -> None:
+        """Wait for the connection to a worker, if there are any that run.
+
+        A process that replaces another one accepts no requests before it can answer them.
+        """
+        end = time.monotonic() + CONNECT_SECONDS
+        while not self.ready_workers and time.monotonic() < end:
+            if not any(self.state.has_started(number) for number in range(self.worker_count)):
+                return
+            await asyncio.sleep(RECONNECT_SECONDS)
 
     def add_version_callback(self, callback: Callable[[], None]) -> None:
         """Call `callback` whenever another version of the model is served."""

@@ -1,15 +1,15 @@
 """Fuzz the image decoder with structure-aware mutations of every format.
 
     python tests/reliability/fuzz_images.py [--minutes 10] [--formats png gif] [--seed 0]
-        [--processes 2] [--findings DIR]
+        [--processes 2] [--findings DIR] [--out FILE]
 
 Child processes decode mutated files through `models.image.decode`, as a worker of the service does.
 A finding is an image that ends the process, raises anything but an ImageError, takes more than 5
 CPU seconds or more memory than its allowed size needs, or makes a library write to stderr. Its file
 is kept in DIR, named after the format and the cause.
 
-Prints one JSON line: images and statuses by format, the slowest image, the findings. Exit status 1
-where there are findings.
+Prints the report as JSON, which FILE keeps: images and statuses by format, the slowest image, the
+findings. Exit status 1 where there are findings.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import project_path  # noqa: F401  makes the imports below possible
+from reports import describe_run, print_report
 
 from models.image import ImageError, InputSpec, decode
 from support.image_mutations import FORMATS, mutate_image, write_seed_images
@@ -186,6 +187,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--findings", type=Path, default=Path("artifacts/fuzz-images"))
+    parser.add_argument("--out", type=Path, help="file for the report")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
 
@@ -197,14 +199,16 @@ def main() -> int:
     with TemporaryDirectory() as directory:
         parent = Parent(arguments, Path(directory))
         parent.run()
-    summary = {
+    report = {
+        **describe_run(),
+        "minutes": arguments.minutes,
+        "seed": arguments.seed,
         "images": sum(sum(counts.values()) for counts in parent.statuses.values()),
         "statuses": {name: dict(counts) for name, counts in parent.statuses.items()},
         "slowest_cpu_seconds": [round(parent.slowest[0], 3), parent.slowest[1]],
-        "findings": dict(parent.findings),
+        "violations": dict(parent.findings),
     }
-    print(json.dumps(summary))
-    return 1 if parent.findings else 0
+    return print_report(report, arguments.out)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Fuzz the running service with requests that no client library sends.
 
     python tests/reliability/fuzz_requests.py [--minutes 10] [--clients 8] [--seed 0]
-        [--findings DIR]
+        [--findings DIR] [--out FILE]
 
 Starts the service with a small bundle, then sends valid requests to every endpoint with changes in
 the request line, the headers, the framing, the body (multipart, JSON, Open Inference Protocol) and
@@ -9,8 +9,8 @@ the image in it, several in one connection, some of them cut off. A finding is a
 above, a process that ended, a log line that is no JSON or an error, or a service that does not
 answer a plain request at the end. What was sent is kept in DIR.
 
-Prints one JSON line: requests, statuses, memory of the processes before and after [MB], findings.
-Exit status 1 where there are findings.
+Prints the report as JSON, which FILE keeps: connections, statuses, memory of the processes before
+and after [MB], findings. Exit status 1 where there are findings.
 """
 
 import argparse
@@ -28,6 +28,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import project_path  # noqa: F401  makes the imports below possible
+from processes import read_usage
+from reports import describe_run, print_report
 
 from support import sample_images, tiny_bundle
 from support.image_mutations import FORMATS, damage_bytes, mutate_image, write_seed_images
@@ -57,6 +59,15 @@ PATHS = (
     b"http://x",
     b"//x/../y",
     b"/\xff\xfe",
+)
+PART_HEADS = (
+    b'Content-Disposition: form-data; name="f%d"; filename="a"',
+    b'Content-Disposition: form-data; name="f%d"',
+    b'Content-Disposition: form-data; name="f%d"; filename="a"\r\nContent-Type: image/png',
+    b"Content-Disposition: form-data; name=f%d\r\nContent-Transfer-Encoding: base64",
+    b"content-disposition:form-data;name=\"f%d\";filename*=UTF-8''%%e2%%82",
+    b'Content-Disposition: form-data; name="f%d"\r\nContent-Type: multipart/mixed; boundary=c',
+    b"X-Other: %d",
 )
 EXTRA_HEADERS = (
     b"Expect: 100-continue",
@@ -155,10 +166,13 @@ class RequestWriter:
         """Return a multipart body with one to four images."""
         parts = []
         for i in range(self.rng.randint(1, 4)):
-            head = b'--b\r\nContent-Disposition: form-data; name="f%d"; filename="a"\r\n\r\n' % i
+            head = b"--b\r\n" + self.rng.choice(PART_HEADS) % i + b"\r\n\r\n"
             if self.rng.random() < 0.3:
                 head = damage_bytes(head, self.rng)
-            parts.append(head + self.write_image() + b"\r\n")
+            image = self.write_image()
+            if b"base64" in head:
+                image = base64.encodebytes(image)
+            parts.append(head + image + b"\r\n")
         end = self.rng.choice((b"--b--\r\n", b"--b--", b"--b", b""))
         return b"multipart/form-data; boundary=b", b"".join(parts) + end
 
@@ -170,8 +184,21 @@ class RequestWriter:
         """Return the JSON of an inference request; `binary_bytes` follow it."""
         tensor: dict[str, object] = {
             "name": self.rng.choice(("image", "x")),
-            "datatype": self.rng.choice(("BYTES", "UINT8", "FP32", "x")),
-            "shape": self.rng.choice(([1], [1, 1], [-1], [10**30], [], "x", [1, 32, 32, 3])),
+            "datatype": self.rng.choice(("BYTES", "UINT8", "FP32", "x", None, 8)),
+            "shape": self.rng.choice(
+                (
+                    [1],
+                    [1, 1],
+                    [-1],
+                    [True],
+                    [1.5],
+                    [10**30],
+                    [],
+                    "x",
+                    [1, 32, 32, 3],
+                    [2, 32, 32, 3],
+                )
+            ),
         }
         if binary_bytes is None:
             tensor["data"] = self.rng.choice(([self.write_base64()], [[1, 2], [3]], [], "x", None))
@@ -258,16 +285,6 @@ def exchange(port: int, data: bytes, half_close: bool) -> bytes:
     return answer
 
 
-def read_memory_mb(server: Server) -> float:
-    """The resident memory of all processes of the service."""
-    total = 0.0
-    for pid in [server.process.pid, *server.children()]:
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("VmRSS:"):
-                total += int(line.split()[1]) / 1024
-    return round(total, 1)
-
-
 def find_bad_log_lines(log: Path) -> Counter[str]:
     """Count lines that are no JSON, and errors by the last line of what they say."""
     bad: Counter[str] = Counter()
@@ -290,6 +307,7 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--findings", type=Path, default=Path("artifacts/fuzz-requests"))
+    parser.add_argument("--out", type=Path, help="file for the report")
     arguments = parser.parse_args()
 
     with TemporaryDirectory() as directory:
@@ -303,9 +321,9 @@ def main() -> int:
             clients = Clients(server, arguments.findings, arguments.seed)
 
             clients.run(arguments.clients, WARM_UP_SECONDS)
-            memory_before = read_memory_mb(server)
+            memory_before = read_usage(server).memory_mb
             clients.run(arguments.clients, 60 * arguments.minutes)
-            memory_after = read_memory_mb(server)
+            memory_after = read_usage(server).memory_mb
 
             if sorted(server.children()) != processes:
                 clients.findings["a process ended"] += 1
@@ -315,14 +333,16 @@ def main() -> int:
                 clients.findings["memory"] += 1
         clients.findings.update(find_bad_log_lines(log))
 
-    summary = {
+    report = {
+        **describe_run(),
+        "minutes": arguments.minutes,
+        "seed": arguments.seed,
         "connections": clients.requests,
-        "statuses": dict(sorted(clients.statuses.items())),
-        "memory_mb": [memory_before, memory_after],
-        "findings": dict(clients.findings),
+        "statuses": {str(status): count for status, count in sorted(clients.statuses.items())},
+        "memory_mb": [round(memory_before, 1), round(memory_after, 1)],
+        "violations": dict(clients.findings),
     }
-    print(json.dumps(summary))
-    return 1 if clients.findings else 0
+    return print_report(report, arguments.out)
 
 
 if __name__ == "__main__":

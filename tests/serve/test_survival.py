@@ -334,14 +334,24 @@ def test_the_other_worker_serves_while_one_is_replaced(start, tmp_path):
     assert set(load.statuses) <= {200, 503}
 
 
-def test_a_killed_http_process_is_replaced(start):
-    server = start("--api-processes", "2")
-    forked = server.http_processes()
-    assert len(forked) == 2
-    os.kill(forked[0], signal.SIGKILL)
-    wait_until(lambda: server.metric("imago_restarts_total", process="http", reason="crash") == 1)
-    wait_until(server.is_ready)
-    assert all(server.predict(IMAGE).status_code == 200 for _ in range(20))
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_http_process_is_replaced(start, processes):
+    """The connections that it holds are closed; no other is refused, and none gets 503."""
+    server = start("--api-processes", str(processes))
+    killed = server.http_processes()
+    assert len(killed) == processes
+    clients = 4
+    with LoadGenerator(server.port, IMAGE, clients=clients) as load:
+        wait_until(lambda: load.statuses[200] > 20)
+        os.kill(killed[0], signal.SIGKILL)
+        wait_until(lambda: server.http_processes() not in (killed, killed[1:]))
+        before = load.statuses[200]
+        wait_until(lambda: load.statuses[200] > before + 200)
+        wait_until(server.is_ready)
+    assert len(load.unanswered) <= clients
+    assert load.refused_connections == 0
+    assert set(load.statuses) == {200}
+    assert server.metric("imago_restarts_total", process="http", reason="crash") == 1
     assert server.metric("imago_pending_images") == 0
 
 

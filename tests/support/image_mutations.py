@@ -378,6 +378,7 @@ FORMATS: dict[str, tuple[Callable[[bytes], Pieces], Callable[[Pieces], bytes]]] 
 }
 
 _DEFLATED_LETTERS = zlib.compress(b"a" * 1_000_000, 9)
+_EMPTY_BLOCKS = b"\x78\x9c" + b"\0\0\0\xff\xff" * 100_000
 _FRAME_CONTROL = struct.pack(">IIIIIHHBB", 0, 32, 24, 0, 0, 1, 10, 0, 0)
 # Pieces that the seeds lack: text and profiles that inflate, frames of animations, empty ones.
 EXTRA_PIECES: dict[str, Pieces] = {
@@ -394,6 +395,7 @@ EXTRA_PIECES: dict[str, Pieces] = {
         b"sPLTk\0\x08" + bytes(6),
         b"eXIfMM\0*" + bytes(4),
         b"IDAT",
+        b"IDAT" + _EMPTY_BLOCKS,
         b"PLTE" + bytes(768),
         b"tRNS" + bytes(300),
     ],
@@ -407,10 +409,14 @@ EXTRA_PIECES: dict[str, Pieces] = {
         b"\xff\xc4\0\0\0" + bytes([16] * 16) + bytes(256),
         b"\xff\xdb\0\0\0" + bytes(64),
         b"\xff\xd0",
+        b"\xff\xd0" * 1000,
+        b"\xff\xcc\0\0\0\x10",
+        b"\xff\xdc\0\0\0\x18",
         b"\xff" * 1000,
     ],
     "gif": [
         b"\x21\xfe" + (b"\xff" + b"a" * 255) * 100 + b"\0",
+        b"\x21\xfe" + b"\1a" * 1000 + b"\0",
         b"\x21\xff\x0bNETSCAPE2.0\x03\1\0\0\0",
         b"\x21\xf9\x04\x0c\0\0\0\0",
         b"\x2c" + struct.pack("<HHHHB", 0, 0, 32, 24, 0) + b"\x02" + b"\xff" + b"\x24\x49\x92" * 85,

@@ -18,6 +18,7 @@ import threading
 import time
 import zlib
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 TIMEOUT_SECONDS = 50
@@ -50,7 +51,7 @@ class LoadGenerator:
     def __init__(
         self,
         port: int,
-        body: bytes,
+        body: bytes | Callable[[], bytes],
         clients: int = 8,
         *,
         host: str = "127.0.0.1",
@@ -58,7 +59,10 @@ class LoadGenerator:
         rate: float | None = None,
         reconnecting: int = 0,
     ) -> None:
-        """`reconnecting`: how many of the clients open a new connection for each request."""
+        """`body`: the image of all requests, or a function that clients call for each.
+
+        `reconnecting`: how many of the clients open a new connection for each request.
+        """
         self.responses: list[Response] = []
         self.statuses: Counter[int] = Counter()
         self.unanswered: list[str] = []
@@ -144,7 +148,8 @@ class LoadGenerator:
     def _send(self, connection: http.client.HTTPConnection, due: float) -> bool:
         """Send one request; return whether the connection can be used again."""
         try:
-            connection.request("POST", "/predict", self._body, {"Content-Type": "image/png"})
+            body = self._body() if callable(self._body) else self._body
+            connection.request("POST", "/predict", body, {"Content-Type": "image/png"})
             answer = connection.getresponse()
             answer.read()
         except (OSError, http.client.HTTPException) as error:

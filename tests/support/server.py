@@ -142,13 +142,16 @@ class Server:
         env: dict[str, str] | None = None,
         command: list[str] | None = None,
         forker: ForkedCommands | None = None,
+        ports: tuple[int, int] | None = None,
     ) -> None:
-        """`command` replaces `python -m serve`; the flags follow it.
+        """`ports`: of the service and of its metrics; without them free ones are found.
+
+        `command` replaces `python -m serve`; the flags follow it.
 
         `forker` starts the process without the second that imports take, unless `command` or a
         variable in `env` needs a new interpreter.
         """
-        self.port, self.metrics_port = find_free_ports(2)
+        self.port, self.metrics_port = ports or find_free_ports(2)
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
         self.http = httpx.Client(base_url=self.url, timeout=60, verify=NO_TLS)
