@@ -2,13 +2,15 @@
 
     python tests/benchmarks/finetune_recipes.py [--flowers DIR] [--cifar10 DIR] [--work DIR]
         [--methods probe auto timm …] [--sets flowers cifar10-50 …] [--seeds 3]
-        [--peer-python PYTHON] [--table]
+        [--peer-python PYTHON] [--out FILE] [--table]
 
 Each cell of the table is one process: the project's command `train run`, or finetune_peers.py with
-the Python of the peers (`pip install torch timm fastai`), on the same files and with the same
-pretrained weights. Results are kept in finetune_recipes.json in this folder after each cell, and a
-cell that is there is not run again, so an interrupted table is continued by the same command.
---table prints the results and runs nothing.
+the Python of the peers, on the same files and with the same pretrained weights. For the peers,
+`pip install torch timm fastai`, and autogluon.multimodal in an environment of its own.
+
+Results are kept in FILE after each cell, by default finetune_recipes.json in this folder, and a
+cell that is there is not run again: the same command continues an interrupted table. --table prints
+the results and runs nothing.
 
 --flowers is a folder of class folders. Near duplicates are left out, as the project's audit
 reports them; of each class 20 % are for testing and 15 % for validation. --cifar10 is a folder with
@@ -43,7 +45,7 @@ from models.networks.pretrained import PACKAGED_NETWORK, fetch_pretrained_file
 
 Result = dict[str, Any]
 
-RESULTS = Path(__file__).with_suffix(".json")
+DEFAULT_RESULTS = Path(__file__).with_suffix(".json")
 PEERS_SCRIPT = Path(__file__).with_name("finetune_peers.py")
 KEY = ("set", "method", "seed")
 
@@ -284,15 +286,15 @@ def list_cells(options: argparse.Namespace) -> Iterator[tuple[ImageSet, str, int
 # Results
 
 
-def read_results() -> list[Result]:
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+def read_results(file: Path) -> list[Result]:
+    return json.loads(file.read_text()) if file.exists() else []
 
 
-def keep_result(result: Result) -> None:
-    """Add a result to the file of this script, which is replaced at once."""
-    staged = RESULTS.with_suffix(".tmp")
-    staged.write_text(json.dumps([*read_results(), result], indent=1) + "\n")
-    staged.replace(RESULTS)
+def keep_result(result: Result, file: Path) -> None:
+    """Add a result to a file, which is replaced at once."""
+    staged = file.with_suffix(".tmp")
+    staged.write_text(json.dumps([*read_results(file), result], indent=1) + "\n")
+    staged.replace(file)
 
 
 def print_table(results: list[Result]) -> None:
@@ -328,10 +330,11 @@ def run_table() -> None:
     parser.add_argument("--methods", nargs="+", choices=methods, default=methods)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--peer-python", default=sys.executable)
+    parser.add_argument("--out", type=Path, default=DEFAULT_RESULTS, help="file of the results")
     parser.add_argument("--table", action="store_true", help="print the results, run nothing")
     options = parser.parse_args()
     if options.table:
-        print_table(read_results())
+        print_table(read_results(options.out))
         return
 
     options.work = options.work.resolve()
@@ -339,7 +342,7 @@ def run_table() -> None:
     duplicates = find_duplicates(options.flowers, options.work) if options.flowers else set()
     for image_set, method, seed in list_cells(options):
         key = (image_set.name, method, seed)
-        if any(tuple(result[part] for part in KEY) == key for result in read_results()):
+        if any(tuple(result[part] for part in KEY) == key for result in read_results(options.out)):
             continue
         try:
             result = measure_cell(image_set, method, seed, duplicates, options)
@@ -352,8 +355,8 @@ def run_table() -> None:
             json.dumps({part: result[part] for part in (*KEY, "accuracy", "cpu_seconds")}),
             flush=True,
         )
-        keep_result(result)
-    print_table(read_results())
+        keep_result(result, options.out)
+    print_table(read_results(options.out))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 
 SCRIPTS = Path(__file__).parents[1] / "benchmarks"
@@ -103,3 +105,30 @@ def test_bundle_export_writes_sizes_and_speeds(tmp_path):
     assert result["max_abs_diff"] < 1e-3
     assert result["bytes"]["int8"] < result["bytes"]["fp32"]
     assert result["images_per_second"].keys() == {"fp32", "int8"}
+
+
+@pytest.mark.slow
+def test_finetune_recipes_continues_a_table(tmp_path):
+    rng = np.random.default_rng(0)
+    for label in ("dark", "light"):
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        for i in range(12):
+            squares = rng.integers(0, 128, (6, 6, 3), np.uint8) + 127 * (label == "light")
+            image = cv2.resize(squares.astype(np.uint8), (48, 48), interpolation=cv2.INTER_CUBIC)
+            cv2.imwrite(str(tmp_path / "photos" / label / f"{i}.png"), image)
+
+    command = ["--flowers", str(tmp_path / "photos"), "--work", str(tmp_path / "work")]
+    command += ["--out", str(tmp_path / "out.json"), "--sets", "flowers", "--seeds", "1"]
+
+    run_script("finetune_recipes", *command, "--methods", "probe", cwd=tmp_path)
+    output = run_script("finetune_recipes", *command, "--methods", "probe", "timm", cwd=tmp_path)
+
+    (new_cell,) = parse_json_lines(output)
+    assert new_cell["method"] == "timm"
+    probe, timm = json.loads((tmp_path / "out.json").read_text())
+    assert probe["images"] == timm["images"]
+    for result in (probe, timm):
+        assert 0 <= result["accuracy"] <= 1
+        assert result["cpu_seconds"] > 0
+        row = f"| flowers | {result['method']} | 1 | {result['accuracy']:.4f} |"
+        assert row in output
