@@ -4,7 +4,7 @@
 #   NAME    name of the model in the store (default: the name of the data)
 #   RECIPE  name in train/recipes/, or a path (default: the recipe with the name of the data, else folder)
 #   ROOT    directory with torchvision's data sets; with it, nothing is downloaded
-#   STORE   directory of the bundles (default: artifacts/store)
+#   STORE   of the bundles: a directory (default: artifacts/store), or s3://bucket/prefix, gs://…, az://…
 #   PORT    port of the service (default: 8000)
 #   ARGS    more arguments, e.g. ARGS='--trainer.max_epochs 5' or ARGS='--max-batch-size 8'
 SHELL := /bin/bash
@@ -48,7 +48,7 @@ train: setup ## train a model and publish a bundle in the store
 	@$(call interruptible,$(run) train run "$(data)" --store "$(STORE)" $(named) $(recipe) $(root) $(ARGS))
 
 serve: setup ## serve a model of the store; if the store is empty, train the built-in digits first
-	@if ! compgen -G '$(STORE)/$(or $(NAME),*)/latest/manifest.json' >/dev/null; then \
+	@if [[ '$(STORE)' != *://* ]] && ! compgen -G '$(STORE)/$(or $(NAME),*)/latest/manifest.json' >/dev/null; then \
 	  $(if $(NAME),[ '$(origin DATA)' != file ] || { echo "make: $(STORE) has no model '$(NAME)'; train it first: make train DATA=<data> NAME=$(NAME)" >&2; exit 2; };) \
 	  exec $(MAKE) train ARGS=; fi
 	@exec $(run) serve --store "$(STORE)" $(if $(NAME),--model $(NAME)) --port $(PORT) $(ARGS)

@@ -14,10 +14,12 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     python3 -m venv --without-pip /opt/imago \
     && python3 -m pip --python /opt/imago/bin/python install --quiet --no-cache-dir --no-compile --no-deps \
        --only-binary :all: --require-hashes -r "$lock"
-# Remove what the server does not import. Byte code without times gives the same layer for the same lock.
+# Remove what the server does not import. libonnxruntime.so is for programs in C: Python's module contains the same code.
+# Byte code without times gives the same layer for the same lock.
 WORKDIR /opt/imago/lib/python3.11/site-packages
 RUN find . -type d \( -name tests -o -name include \) -prune -exec rm -r {} + \
     && rm -rf onnxruntime/transformers onnxruntime/quantization onnxruntime/tools onnxruntime/datasets \
+    && { [ "$RUNTIME" = cuda ] || rm -f onnxruntime/capi/libonnxruntime.so.*; } \
     && PYTHONHASHSEED=0 /opt/imago/bin/python -m compileall -q --invalidation-mode unchecked-hash -x 'pygments' .
 
 # System without pip, caches, manuals and legacy encodings. dpkg's package list stays for scanners, and the copyright

@@ -6,6 +6,7 @@ done. Never imports torch.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -18,10 +19,11 @@ from models.comparison import ComparisonError, GateConfig, compare_candidates, d
 from models.comparison.candidate import open_candidate
 from models.comparison.page import describe_comparison, render_page
 from models.comparison.test_images import choose_images_of_bundles, limit_images
-from models.store import LATEST, Store
-from models.store.remote import pull, push
+from models.store import LATEST, Store, StoreError
+from models.store.copying import copy_version
 
-DEFAULT_STORE = Path("artifacts/store")
+DEFAULT_STORE = "artifacts/store"
+STORE_VARIABLE = "IMAGO_STORE"
 
 Options = argparse.Namespace
 Command = Callable[[Options], int]
@@ -183,7 +185,7 @@ def _add_copy_commands(commands: Subparsers) -> None:
         _add_version(parser)
         parser.add_argument(
             "url",
-            help="URL of the other store, as fsspec takes it: s3://bucket/store, gs://…, file:///…",
+            help="the other store: a directory, or s3://bucket/prefix, gs://…, az://…, file:///…",
         )
         parser.add_argument("--no-promote", action="store_true", help="leave latest where it is")
 
@@ -195,7 +197,10 @@ def _add_command(
     parser = commands.add_parser(name, help=help, description=description)
     parser.set_defaults(command=command)
     parser.add_argument(
-        "--store", type=Path, default=DEFAULT_STORE, help="directory (default: %(default)s)"
+        "--store",
+        default=os.environ.get(STORE_VARIABLE) or DEFAULT_STORE,
+        help="directory, or s3://bucket/prefix, gs://… or az://… "
+        f"(default: ${STORE_VARIABLE}, else {DEFAULT_STORE})",
     )
     return parser
 
@@ -245,12 +250,13 @@ def run_list(options: Options) -> int:
 
 def _list_row(store: Store, name: str, version: int, is_latest: bool) -> tuple[str, ...]:
     try:
-        bundle = store.open(name, version, verify=False)
+        manifest = store.read_manifest(name, version)
+    except StoreError:
+        raise
     except BundleError as error:
         unknown = ("-",) * 6
         return (name, str(version), *unknown, f"unreadable: {error}")
 
-    manifest = bundle.manifest
     return (
         name,
         str(version),
@@ -272,8 +278,7 @@ def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
 
 def run_show(options: Options) -> int:
     """Print the main facts of one bundle, or its manifest as JSON."""
-    bundle = Store(options.store).open(options.name, options.version, verify=False)
-    manifest = bundle.manifest
+    manifest = Store(options.store).read_manifest(options.name, options.version)
     if options.json:
         print(manifest.model_dump_json(indent=1))
         return 0
@@ -380,7 +385,7 @@ def run_compare(options: Options) -> int:
     return 0 if comparison.gate.passed else 1
 
 
-def _open_named(text: str, store: Path) -> Bundle:
+def _open_named(text: str, store: str) -> Bundle:
     """Open a bundle by the path of its directory, or by NAME or NAME/VERSION in a store."""
     path = Path(text)
     if path.is_dir():
@@ -393,9 +398,12 @@ def run_sign(options: Options) -> int:
     """Sign a bundle after checking it."""
     from models.bundle.signing import sign_bundle
 
-    bundle = Store(options.store).open(options.name, options.version)
+    store = Store(options.store)
+    bundle = store.open(options.name, options.version)
+    version = bundle.manifest.version
     sign_bundle(bundle.path, options.key)
-    print(f"signed {bundle.path}")
+    store.save_signature(options.name, version)
+    print(f"signed {store.location_of(options.name, version)}")
     return 0
 
 
@@ -430,20 +438,29 @@ def run_prune(options: Options) -> int:
 
 
 def run_push(options: Options) -> int:
-    """Copy a bundle to another store and print its URL."""
-    store = Store(options.store)
-    promote = not options.no_promote
-    url, is_copied = push(store, options.name, options.version, options.url, promote)
-    print(f"{'pushed to' if is_copied else 'already at'} {url}")
+    """Copy a bundle to another store and print where it is."""
+    source = Store(options.store)
+    target = Store(options.url)
+    location, is_copied = copy_version(
+        source, options.name, options.version, target, not options.no_promote
+    )
+    print(f"{'pushed to' if is_copied else 'already at'} {location}")
     return 0
 
 
 def run_pull(options: Options) -> int:
-    """Copy a bundle from another store and print its path."""
-    store = Store(options.store)
-    promote = not options.no_promote
-    bundle, is_copied = pull(store, options.name, options.version, options.url, promote)
-    print(f"{'pulled to' if is_copied else 'already at'} {bundle.path}")
+    """Copy a bundle from another store and print where it is."""
+    version = options.version
+    if version != LATEST and not version.isdecimal():
+        raise BundleError(
+            f"can't pull version {version!r} of {options.name}; give a number or latest"
+        )
+    source = Store(options.url)
+    target = Store(options.store)
+    location, is_copied = copy_version(
+        source, options.name, version, target, not options.no_promote
+    )
+    print(f"{'pulled to' if is_copied else 'already at'} {location}")
     return 0
 
 

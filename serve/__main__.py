@@ -62,7 +62,7 @@ def run_service(arguments: list[str]) -> int:
     parser.is_json = _is_json_demanded(arguments)
     options.add_arguments(parser)
     flags = vars(parser.parse_args(arguments))
-    settings = options.resolve_model(options.parse_settings(flags))
+    settings = options.resolve_model_apart(options.parse_settings(flags))
 
     settings.load_api_key()
     if not is_port_free(settings.host, ANY_PORT):

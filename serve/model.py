@@ -25,6 +25,7 @@ from models.image import (
 )
 from models.store import LATEST, Store
 from serve import logs, options
+from serve.bundle_source import BundleSource
 from serve.engines.base import Engine, EngineFactory, measure_seconds
 from serve.engines.select import engine_factories
 from serve.prediction import (
@@ -99,17 +100,19 @@ class Model:
             Model.open("artifacts/store/photos/latest")   # a version of a store, or any bundle
             Model.open("artifacts/store", "photos", 3)    # the same by name and version
 
-        `path` is the directory of a bundle, of a model or of a store. `name` may be left out if
-        the store has one model only. Other settings of the service, such as `variant`, `engine`
-        or `threads`, are keyword arguments or IMAGO_ variables. Raises BundleError if the bundle
-        is not trusted or does not exist, ValueError for an invalid setting.
+        `path` is the directory of a bundle, of a model or of a store, or the URL of a store in a
+        bucket. `name` may be left out if the store has one model only. Other settings of the
+        service, such as `variant`, `engine` or `threads`, are keyword arguments or IMAGO_
+        variables. Raises BundleError if the bundle is not trusted or does not exist, ValueError
+        for an invalid setting.
         """
-        path = Path(path).expanduser()
+        is_url = "://" in str(path)
+        path = path if is_url else Path(path).expanduser()
         flags = {"store": path, "model": name, "version": str(version), **settings}
         parsed = options.parse_settings(flags)
         threads = parsed.threads or available_cores()
 
-        bundle_path = None if name else _find_bundle(path, parsed.version)
+        bundle_path = None if name or is_url else _find_bundle(Path(path), parsed.version)
         if bundle_path is not None:
             return cls(Bundle(bundle_path, public_key=parsed.public_key), parsed, threads)
         return cls.from_settings(options.resolve_model(parsed), threads)
@@ -344,7 +347,7 @@ def open_bundle(settings: Settings, version: str | int) -> Bundle:
 
     Raises BundleError if it can't be trusted.
     """
-    return Store(settings.store).open(settings.model, version, public_key=settings.public_key)
+    return BundleSource(settings).open(version)
 
 
 def _select_variant(

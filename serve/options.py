@@ -6,17 +6,29 @@ variables in `--help` nor combine a subset of the settings with the arguments of
 """
 
 import argparse
+import multiprocessing
 from collections.abc import Iterable
+from multiprocessing import connection
 from typing import Any
 
 from pydantic import ValidationError
 
 from models.bundle import BundleError
-from models.store import Store
+from serve.bundle_source import BundleSource
 from serve.settings import PREFIX, Settings
 
 # The settings that select the model and how it runs.
-MODEL_SETTINGS = ("store", "model", "version", "variant", "engine", "threads")
+MODEL_SETTINGS = (
+    "store",
+    "bundle",
+    "model",
+    "version",
+    "variant",
+    "engine",
+    "threads",
+    "store_cache",
+    "store_cache_bytes",
+)
 
 
 def add_arguments(
@@ -56,21 +68,43 @@ def resolve_model(settings: Settings) -> Settings:
 
     Raises BundleError if the store has none or several, or not the version of the settings.
     """
-    store = Store(settings.store)
-    if not settings.model:
-        names = store.names()
-        if not names:
-            raise BundleError(
-                f"{settings.store}: no model in this store; train one first: make train"
-            )
-        if len(names) > 1:
-            raise BundleError(
-                f"{settings.store} has several models, choose with --model: {', '.join(names)}"
-            )
-        settings.model = names[0]
-
-    store.path(settings.model, settings.version)
+    BundleSource(settings).resolve_model()
     return settings
+
+
+def resolve_model_apart(settings: Settings) -> Settings:
+    """Do what `resolve_model` does, such that this process may fork others that use a bucket.
+
+    The threads that read a bucket do not survive a fork, so a child process reads it.
+    """
+    if not BundleSource(settings).is_bucket:
+        return resolve_model(settings)
+
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_send_resolved_model, args=(settings, sender))
+    child.start()
+    sender.close()
+    try:
+        model, error = receiver.recv()
+    except EOFError as failure:
+        raise BundleError(f"{settings.store}: the process that reads it was killed") from failure
+    finally:
+        child.join()
+    if error:
+        raise BundleError(error)
+    settings.model = model
+    return settings
+
+
+def _send_resolved_model(settings: Settings, sender: connection.Connection) -> None:
+    """Send the name of the model and an empty text, or the error."""
+    try:
+        resolve_model(settings)
+    except (ValueError, OSError) as error:  # BundleError is a ValueError
+        sender.send(("", str(error)))
+    else:
+        sender.send((settings.model, ""))
 
 
 def _flag(name: str) -> str:

@@ -13,6 +13,7 @@ from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from models.kept import open_kept
+from models.store import DEFAULT_MAX_BYTES
 
 PREFIX = "IMAGO_"  # of the environment variables
 ANY_ORIGIN = "*"  # of cors_origins
@@ -25,7 +26,13 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, extra="ignore")
 
     # Model
-    store: Path = Field(Path("artifacts/store"), description="directory that holds the bundles")
+    store: str = Field(
+        "artifacts/store",
+        description="what holds the bundles: a directory, or s3://bucket/prefix, gs://… or az://…",
+    )
+    bundle: Path | None = Field(
+        None, description="directory of one bundle, which is served instead of one of the store"
+    )
     model: str = Field("", description="name of the model; needed if the store has several")
     version: str = Field(
         "latest", pattern="^(latest|[1-9][0-9]*)$", description="latest or a number"
@@ -35,6 +42,17 @@ class Settings(BaseSettings):
     )
     engine: Literal["auto", "onnxruntime", "cuda", "openvino"] = Field(
         "auto", description="runtime for the graph; auto: the fastest that is installed"
+    )
+
+    store_cache: Path | None = Field(
+        None,
+        description="directory for copies of what is served from a bucket; default "
+        "~/.cache/imago/store",
+    )
+    store_cache_bytes: int = Field(
+        DEFAULT_MAX_BYTES,
+        ge=1,
+        description="bytes of these copies; the one that is served and a new one always fit",
     )
 
     # Addresses
@@ -166,6 +184,11 @@ class Settings(BaseSettings):
     access_log: bool = Field(False, description="log every request, not only failed ones")
     tracing: bool = Field(False, description="send OpenTelemetry spans, as the OTEL_ variables say")
 
+    @field_validator("store", mode="before")
+    @classmethod
+    def _write_path(cls, store: Any) -> Any:
+        return str(store) if isinstance(store, Path) else store
+
     @field_validator("port", "metrics_port", mode="before")
     @classmethod
     def _check_service_link(cls, port: Any) -> Any:
@@ -221,6 +244,12 @@ class Settings(BaseSettings):
         for name in (f"{PREFIX}API_KEY", f"{PREFIX}API_KEY_FILE"):
             if os.environ.get(name) == "":
                 raise ValueError(f"{name} is empty; set a key, or unset it to serve without one")
+        return self
+
+    @model_validator(mode="after")
+    def _check_shadow(self) -> "Settings":
+        if self.bundle is not None and self.shadow_version is not None:
+            raise ValueError("shadow_version needs a store; give no bundle")
         return self
 
     @model_validator(mode="after")

@@ -17,6 +17,7 @@ from models.bundle.errors import BundleError
 
 CHECKSUMS_FILE = "SHA256SUMS"
 SIGNATURE_FILE = "bundle.sig"
+MAX_SIGNATURE_BYTES = 4 << 20
 MAX_FILES = 1000
 
 # What file managers leave in each directory that they show: never read, and not listed.

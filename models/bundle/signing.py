@@ -19,9 +19,12 @@ from typing import Any
 
 from models.bundle.checksums import parse_checksums, read_checksums
 from models.bundle.errors import BundleError
-from models.bundle.files import CHECKSUMS_FILE, SIGNATURE_FILE, read_file
-
-MAX_SIGNATURE_BYTES = 4 << 20
+from models.bundle.files import (
+    CHECKSUMS_FILE,
+    MAX_SIGNATURE_BYTES,
+    SIGNATURE_FILE,
+    read_file,
+)
 
 
 def sign_bundle(path: Path, private_key: Path, password: str | None = None) -> None:

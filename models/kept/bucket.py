@@ -129,9 +129,7 @@ def _open_store(url: str, scheme: str) -> Any:
         from obstore.exceptions import BaseError
         from obstore.store import from_url
     except ImportError as error:
-        raise KeptError(
-            f"{url}: buckets need the package obstore: pip install 'imago[bucket]'"
-        ) from error
+        raise KeptError(f"{url}: buckets need the package obstore: pip install obstore") from error
 
     config: Any = {}
     endpoints = [os.environ.get(variable, "") for variable in ENDPOINT_VARIABLES]

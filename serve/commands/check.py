@@ -9,10 +9,12 @@ import json
 import sys
 from collections.abc import Callable
 
+from models.bundle import read_manifest
 from models.cpu_quota import available_cores
-from models.store import LATEST, Store
+from models.store import LATEST
 from serve import options
-from serve.model import Model, open_bundle
+from serve.bundle_source import BundleSource
+from serve.model import Model
 from serve.settings import Settings
 from serve.worker.exit_status import STORE_UNREADABLE
 from serve.worker.version_check import is_transient
@@ -65,17 +67,20 @@ def load_model(settings: Settings, show_line: ShowLine) -> Model:
 
     settings.load_api_key()
     options.resolve_model(settings)
-    store = Store(settings.store)
-    path = store.path(settings.model, settings.version)
-    versions = ", ".join(map(str, store.versions(settings.model)))
+    source = BundleSource(settings)
+    path = source.path(settings.version)
+    versions = ", ".join(map(str, source.versions())) or "unknown"
     follows_latest = settings.version == LATEST and settings.reload_seconds > 0
     show_line(
         "model",
-        f"{settings.model}, version {path.resolve().name} of {versions}"
+        f"{settings.model}, version {read_manifest(path).version} of {versions}"
         f"{', follows latest' if follows_latest else ''}",
     )
 
-    bundle = open_bundle(settings, settings.version)
+    if not source.is_reachable:
+        show_line("store", f"out of reach, so this is the copy in {path}")
+
+    bundle = source.open(settings.version)
     show_line("checksums", "all files match")
     if bundle.public_key:
         show_line("signature", "by the given key")

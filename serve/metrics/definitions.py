@@ -90,6 +90,11 @@ METRICS: dict[str, Definition] = {
     "ready": Definition(
         "gauge", "1 when all workers are ready and the service is not draining.", combine="min"
     ),
+    "store_reachable": Definition(
+        "gauge",
+        "1 while the store answers; 0 while the service runs on what it has.",
+        combine="min",
+    ),
     "restarts": _counter("Processes replaced, by reason: crash, hang.", "process", "reason"),
     "reloads": _counter("New versions that a worker loaded (ok) or refused.", "outcome"),
     "cache": _counter("Images looked up in the answer cache: hit, miss.", "outcome"),

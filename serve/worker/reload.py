@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from models.bundle import BundleError
-from models.store import Store
+from models.store import StoreError
 from serve import logs
+from serve.bundle_source import BundleSource
 from serve.metrics.shared_counters import SharedCounters
-from serve.model import Model, open_bundle
+from serve.model import Model
 from serve.settings import Settings
 from serve.worker.served_version import record_served_version
 from serve.worker.version_check import check_version, is_transient
@@ -32,6 +33,7 @@ class Reloader:
     def __init__(
         self,
         settings: Settings,
+        source: BundleSource,
         run_directory: str,
         threads: int,
         counters: SharedCounters,
@@ -44,7 +46,7 @@ class Reloader:
         self.counters = counters
         self.current_model = current_model
         self.replace_model = replace_model
-        self.store = Store(settings.store)
+        self.source = source
         self.refused_version: int | None = None
         for outcome in ("ok", "refused"):
             counters.slot("reloads", outcome)  # so that the series exist with value 0
@@ -56,18 +58,33 @@ class Reloader:
     def _watch(self) -> None:
         while True:
             time.sleep(self.settings.reload_seconds)
+            was_reachable = self.source.is_reachable
             try:
                 self._follow_latest()
-            except Exception:  # for example, the store does not answer
+            except StoreError as error:
+                if was_reachable:
+                    logs.logger.warning("store out of reach, the model stays: %s", error)
+            except Exception:  # for example, a disk does not answer
                 logs.logger.exception("could not check for a new version; trying again later")
 
     def _follow_latest(self) -> None:
         """Reload if `latest` points to a version that is neither served nor refused."""
-        latest = self.store.latest(self.settings.model)
+        latest = self._read_latest()
         if latest is None or latest == self.current_model().version:
             self._allow_refused_version()
         elif latest != self.refused_version:
             self._reload(latest)
+
+    def _read_latest(self) -> int | None:
+        """Return the target of `latest`, and show in the metrics whether the store answers."""
+        was_reachable = self.source.is_reachable
+        try:
+            latest = self.source.latest()
+        finally:
+            self.counters.set("store_reachable", to=int(self.source.is_reachable))
+        if not was_reachable:
+            logs.logger.info("store within reach again")
+        return latest
 
     def _allow_refused_version(self) -> None:
         """Try the refused version again when `latest` points to it the next time."""
@@ -94,10 +111,11 @@ class Reloader:
             logs.logger.error("new version refused: %s", error, extra={"fields": fields})
             return
 
-        if self.store.latest(self.settings.model) != version:
+        if self._read_latest() != version:
             return  # it was withdrawn while it was checked and loaded
         self.replace_model(model)
         record_served_version(self.run_directory, version)
+        self.source.record_served(version)
         self.counters.add("reloads", "ok")
         fields["seconds"] = round(time.monotonic() - start, 2)
         logs.logger.info("model replaced", extra={"fields": fields})
@@ -105,8 +123,10 @@ class Reloader:
     def _load(self, version: int) -> Model:
         """Check a version and load it. Raises an exception of any kind if that fails."""
         with self._lock():
-            result = check_version(self.settings, self.run_directory, version, self.threads)
-            bundle = open_bundle(self.settings, version)
+            result = check_version(
+                self.settings, self.source, self.run_directory, version, self.threads
+            )
+            bundle = self.source.open(version)
             if bundle.digest != result.digest:
                 raise BundleError(f"version {version}: changed since it was checked")
             settings = self.settings.model_copy(update={"variant": result.variant})

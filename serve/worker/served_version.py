@@ -8,7 +8,8 @@ import os
 
 from models.store import LATEST
 from serve import logs
-from serve.model import Model, open_bundle
+from serve.bundle_source import BundleSource
+from serve.model import Model
 from serve.settings import Settings
 
 RECORD_NAME = "serving"
@@ -23,7 +24,9 @@ def record_served_version(run_directory: str, version: int) -> None:
     os.replace(temporary_path, path)
 
 
-def load_first_model(settings: Settings, run_directory: str, threads: int) -> Model:
+def load_first_model(
+    settings: Settings, source: BundleSource, run_directory: str, threads: int
+) -> Model:
     """Load the model of a worker that starts, and record its version.
 
     Raises ValueError (BundleError is one) or OSError if no version can be loaded.
@@ -33,14 +36,15 @@ def load_first_model(settings: Settings, run_directory: str, threads: int) -> Mo
     model: Model | None = None
     for version in preferred:
         try:
-            model = Model(open_bundle(settings, version), settings, threads)
+            model = Model(source.open(version), settings, threads)
             break
         except (ValueError, OSError) as error:
             logs.logger.error("version %s refused, loading %s instead: %s", version, last, error)
     if model is None:
-        model = Model(open_bundle(settings, last), settings, threads)
+        model = Model(source.open(last), settings, threads)
 
     record_served_version(run_directory, model.version)
+    source.record_served(model.version)
     return model
 
 

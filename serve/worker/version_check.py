@@ -13,7 +13,8 @@ import time
 from typing import NamedTuple
 
 from models.bundle import CHECKSUMS_FILE, BundleError, file_sha256
-from models.store import Store
+from models.store import IncompleteVersion, StoreError
+from serve.bundle_source import BundleSource
 from serve.settings import PREFIX, Settings
 from serve.worker.exit_status import STORE_UNREADABLE
 
@@ -49,7 +50,7 @@ class CheckResult(NamedTuple):
 
 
 def check_version(
-    settings: Settings, run_directory: str, version: int, threads: int
+    settings: Settings, source: BundleSource, run_directory: str, version: int, threads: int
 ) -> CheckResult:
     """Check a version once for all workers.
 
@@ -59,10 +60,8 @@ def check_version(
     """
     result_path = os.path.join(run_directory, f"checked-{version}")
     result = _read_recent_result(result_path)
-    if result is not None:
-        bundle_path = Store(settings.store).path(settings.model, version)
-        if result.digest == file_sha256(bundle_path / CHECKSUMS_FILE):
-            return result
+    if result and result.digest == file_sha256(source.path(version) / CHECKSUMS_FILE):
+        return result
 
     output = _run_check(_check_command(settings, version, threads), version)
     report = json.loads(output)
@@ -74,6 +73,8 @@ def check_version(
 
 def is_transient(error: BaseException | None) -> bool:
     """Whether the store failed, not the bundle: the error or one of its causes may go away."""
+    if isinstance(error, StoreError | IncompleteVersion):
+        return True
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__
     return error is not None and error.errno is not None and error.errno not in PERMANENT_ERRORS
@@ -92,6 +93,9 @@ def _check_command(settings: Settings, version: int, threads: int) -> list[str]:
     """Return the command that checks this version. All settings that matter are flags of it."""
     command = [sys.executable, "-c", CHECK_PROGRAM % os.getpid(), "check", "--json"]
     command += ["--store", str(settings.store)]
+    if settings.store_cache is not None:
+        command += ["--store-cache", str(settings.store_cache)]
+    command += ["--store-cache-bytes", str(settings.store_cache_bytes)]
     command += ["--model", settings.model]
     command += ["--version", str(version)]
     command += ["--variant", settings.variant]

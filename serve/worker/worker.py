@@ -14,6 +14,7 @@ from models.allocator import return_large_blocks
 from models.store import LATEST
 from serve import logs
 from serve.active_jobs import ActiveJobs
+from serve.bundle_source import BundleSource
 from serve.metrics.shared_counters import SharedCounters
 from serve.model import Model
 from serve.settings import Settings
@@ -53,7 +54,10 @@ class Worker:
         self._handle_signals()
         logs.configure(self.settings)
         try:
-            self.model = load_first_model(self.settings, self.run_directory, self.threads)
+            self.source = BundleSource(self.settings)
+            self.model = load_first_model(
+                self.settings, self.source, self.run_directory, self.threads
+            )
         except (ValueError, OSError) as error:  # BundleError is a ValueError
             print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(MODEL_UNUSABLE)
@@ -75,6 +79,8 @@ class Worker:
         )
         self.model_counters = SharedCounters(f"{self.metrics_prefix}-model.metrics")
         set_served_model(self.model_counters, self.model)
+        self.reload_counters = SharedCounters(f"{self.metrics_prefix}-reload.metrics")
+        self.reload_counters.set("store_reachable", to=int(self.source.is_reachable))
         self.run_seconds = self.model.run_seconds
 
         self.drift_window = self._create_drift_window()
@@ -172,12 +178,12 @@ class Worker:
         return predictors
 
     def _start_reloader(self) -> None:
-        counters = SharedCounters(f"{self.metrics_prefix}-reload.metrics")
         Reloader(
             self.settings,
+            self.source,
             self.run_directory,
             self.threads,
-            counters,
+            self.reload_counters,
             self._current_model,
             self.replace_model,
         ).start()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from support import tiny_bundle
+from support.s3_server import s3_server
 
 pytest.importorskip("model_signing", reason="the optional extra `signing` is not installed")
 from cryptography.hazmat.primitives import serialization
@@ -186,3 +187,17 @@ def test_a_server_with_a_public_key_serves_signed_bundles_only(signed, start, tm
     refused = start("--public-key", str(public), "--version", "2", store=store, wait=False)
     assert refused.process.wait(60) == 2
     assert "bundle.sig: no such file, so the bundle is not signed" in refused.log.read_text()
+
+
+def test_a_signature_of_a_version_in_a_bucket_reaches_other_machines(tmp_path, monkeypatch):
+    private, public = key_pair(tmp_path, "key")
+    monkeypatch.setenv("IMAGO_STORE_CACHE", str(tmp_path / "one"))
+    with s3_server("bucket"):
+        url = "s3://bucket/store"
+        tiny_bundle.publish(url, samples=1)
+        verify = ["verify", "colours", "--store", url, "--public-key", str(public)]
+        assert main(verify) == 1
+        monkeypatch.setenv("IMAGO_STORE_CACHE", str(tmp_path / "two"))
+        assert main(["sign", "colours", "--store", url, "--key", str(private)]) == 0
+        monkeypatch.setenv("IMAGO_STORE_CACHE", str(tmp_path / "one"))
+        assert main(verify) == 0

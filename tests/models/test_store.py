@@ -202,7 +202,7 @@ def test_prune_keeps_latest_and_the_one_before_it(three):
         (["show", "colours", "../../x"], "has no version"),
         (["rollback", "../colours"], "no model '../colours'"),
         (["push", "colours", "nowhere://bucket/x"], "nowhere://bucket/x"),
-        (["pull", "colours", "file:///no/such/store"], "no such version"),
+        (["pull", "colours", "file:///no/such/store"], "no model 'colours' in this store"),
         (["pull", "colours", "first", "file:///no/such/store"], "give a number or latest"),
     ],
 )

@@ -39,7 +39,6 @@ POLL_SECONDS = 0.01
 TRAIN_MODULES = (
     "boto3",
     "onnxruntime.quantization",
-    "s3fs",
     "sklearn.datasets",
     "sklearn.linear_model",
     "sympy.tensor.tensor",

@@ -49,14 +49,21 @@ REPRODUCED_STATE = (
 
 
 def start_run(
-    commands: ForkedCommands, runs: Path, *flags: object, kill: str = "", **options: Any
+    commands: ForkedCommands,
+    runs: Path,
+    *flags: object,
+    kill: str = "",
+    variables: dict[str, str] | None = None,
+    **options: Any,
 ) -> ForkedCommand:
     """Start a run of RECIPE below `runs`; `kill` is the SEND_SIGNAL of `SendSignal`."""
     runs.mkdir(exist_ok=True)
     recipe = commands.directory / "recipe.yaml"
     recipe.write_text(RECIPE)
     settings = ("--config", recipe, "--trainer.default_root_dir", runs)
-    return commands.start("fit", *settings, *flags, env={"SEND_SIGNAL": kill}, **options)
+    return commands.start(
+        "fit", *settings, *flags, env={**(variables or {}), "SEND_SIGNAL": kill}, **options
+    )
 
 
 def finish_run(

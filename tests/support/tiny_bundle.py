@@ -110,7 +110,7 @@ def expected_outputs(images: np.ndarray, classes: int, scale: float = 1.0) -> di
 
 
 def publish(
-    store: Path,
+    store: Path | str,
     name: str = "colours",
     classes: list[str] | None = None,
     scale: float = 1.0,
@@ -121,7 +121,7 @@ def publish(
     samples: int = 16,
     files: list[bytes] | None = None,
 ) -> Path:
-    """Publish the next version of a tiny model and return its directory.
+    """Publish the next version of a tiny model and return its directory, for a URL that of a copy.
 
     `files` are the samples' images; without them `samples` images of the three colours are made.
     """
@@ -161,8 +161,7 @@ def publish(
         )
         manifest.write(staged.path)
         write_checksums(staged.path)
-        staged.publish(promote)
-        return store / name / str(staged.version)
+        return staged.publish(promote).path
 
 
 def _write_samples(

@@ -180,8 +180,7 @@ def test_a_bundle_is_continued_with_other_classes_as_it_was_prepared(
     ("weights", "store", "problem"),
     [
         ("photos/7", "{}/store", "photos has no version 7; it has 1"),
-        ("photos", "s3://bucket/store", "local stores only, not from s3://bucket/store; copy it"),
-        ("s3://bucket/store/photos/1", "{}/store", "local stores only, not from s3://bucket"),
+        ("s3:///photos/1", "{}/store", "s3://: no bucket; write s3://bucket/path"),
     ],
 )
 def test_a_missing_bundle_is_refused(commands, photos, first, tmp_path, weights, store, problem):

@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import yaml
 
+from models.store import object_storage
 from support import RANDOM_CONVNET, ROOT
 from support.file_server import FileServer, file_server
 from support.s3_server import s3_server
@@ -654,7 +655,7 @@ def test_a_mirror_that_was_interrupted_continues_with_what_is_missing(prefix, im
 def test_a_mirror_is_used_where_the_bucket_is_out_of_reach(prefix, images, monkeypatch, capsys):
     url = f"s3://photos/{prefix}"
     assert read(url) == expected(images)
-    monkeypatch.setitem(bucket_module.RETRIES, "max_retries", 0)
+    monkeypatch.setitem(object_storage.RETRIES, "max_retries", 0)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     assert read(url) == expected(images)
     assert "can't be listed" in capsys.readouterr().err

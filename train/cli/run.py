@@ -74,6 +74,7 @@ from train.runs.monitor import Monitor
 from train.runs.progress_bar import ProgressBar
 from train.runs.resume import ResumeCheckpoint, read_data_state
 from train.runs.run_directory import Run, open_run
+from train.runs.run_mirror import RunMirror
 from train.runs.time_budget import Plan, measure_epoch, plan_epochs
 from train.runs.trainer import ImageTrainer
 
@@ -114,6 +115,8 @@ class TrainingJob:
 def run_training(job: TrainingJob) -> Path | None:
     """Train a model and publish it as a bundle. Return its directory; None if none is published.
 
+    Of a store in a bucket, that is the copy on this machine.
+
     A run that was interrupted resumes where it stopped. With `--trainer.fast_dev_run` only the
     given number of batches run, and nothing is written. Raises GateRefused in all processes where
     the bundle is published, but not promoted.
@@ -126,7 +129,17 @@ def run_training(job: TrainingJob) -> Path | None:
         return None
 
     check_store(job)
-    run = start_run(job)
+    mirror = open_mirror(job)
+    try:
+        return _run_to_bundle(job, mirror)
+    finally:
+        if mirror is not None:
+            mirror.close()
+
+
+def _run_to_bundle(job: TrainingJob, mirror: RunMirror | None) -> Path | None:
+    """Run the steps from the run directory to the published bundle; return its directory."""
+    run = start_run(job, mirror)
     try:
         find_weights(job, run)
         open_data(job)
@@ -137,11 +150,11 @@ def run_training(job: TrainingJob) -> Path | None:
         apply_time_budget(job, run, probe)
         fit(job, run)
     except BaseException:
-        discard_if_not_started(job, run)
+        discard_if_not_started(job, run, mirror)
         raise
 
     # The other processes wait: if one of them ended, a launcher would end the first one as well.
-    outcome = run_in_first_process(job.trainer, lambda: complete_run(job, run, probe))
+    outcome = run_in_first_process(job.trainer, lambda: complete_run(job, run, probe, mirror))
     if not outcome:
         return None
     path = Path(outcome["path"])
@@ -150,27 +163,38 @@ def run_training(job: TrainingJob) -> Path | None:
     return path
 
 
-def discard_if_not_started(job: TrainingJob, run: Run) -> None:
+def discard_if_not_started(job: TrainingJob, run: Run, mirror: RunMirror | None) -> None:
     """Delete the directory of a new run that has failed before its first step."""
     trainer = job.trainer
     if run.is_new and trainer.is_global_zero and trainer.global_step == 0:
         run.discard()
+        if mirror is not None:
+            mirror.discard(run.path.name)
 
 
-def complete_run(job: TrainingJob, run: Run, probe: SavedProbe | None) -> dict[str, str] | None:
+def complete_run(
+    job: TrainingJob, run: Run, probe: SavedProbe | None, mirror: RunMirror | None
+) -> dict[str, str] | None:
     """Publish the bundle and mark the run as finished.
 
     Return the `path` of the bundle, and why it is not promoted, `refusal`; None without a bundle.
     """
     if not job.export.enabled:
-        run.finish()
+        finish_run(run, mirror)
         return None
     path, gate = publish_bundle(job, probe)
-    run.finish()
+    finish_run(run, mirror)
     refusal = "; ".join(gate.reasons) if gate else ""
     if refusal:
         job.monitor.report_refusal()
     return {"path": str(path), "refusal": refusal}
+
+
+def finish_run(run: Run, mirror: RunMirror | None) -> None:
+    """Mark the run as finished, in the bucket, too."""
+    run.finish()
+    if mirror is not None:
+        mirror.finish()
 
 
 def publish_bundle(job: TrainingJob, probe: SavedProbe | None = None) -> tuple[Path, Gate | None]:
@@ -249,7 +273,7 @@ def publish_bundle(job: TrainingJob, probe: SavedProbe | None = None) -> tuple[P
 
     for warning in warnings:
         print(f"train: {warning}", file=sys.stderr)
-    print(describe_bundle(path, manifest, job.store, job.name))
+    print(describe_bundle(staged.location, manifest, job.store, job.name))
     if is_refused(manifest):
         print(describe_refusal(manifest, job.store), file=sys.stderr)
     return path, manifest.gate
@@ -269,14 +293,23 @@ def check_store(job: TrainingJob) -> None:
             check_private_key(Path(job.export.sign_key))
 
 
-def start_run(job: TrainingJob) -> Run:
+def open_mirror(job: TrainingJob) -> RunMirror | None:
+    """Return the runs in a bucket, in the first process; None where the settings name none."""
+    url = job.resume_checkpoint.url
+    return RunMirror(url, job.name) if url and job.trainer.is_global_zero else None
+
+
+def start_run(job: TrainingJob, mirror: RunMirror | None) -> Run:
     """Open the run directory; start what writes to it: checkpoints, loggers, metrics."""
     trainer = job.trainer
-    run = open_run(trainer, job.runs, job.name, job.requested_recipe, job.is_fresh)
+    run = open_run(trainer, job.runs, job.name, job.requested_recipe, job.is_fresh, mirror)
 
     is_resumed = run.checkpoint is not None
     job.model_checkpoint.write_to(run.path, is_resumed)
     job.resume_checkpoint.write_to(run.path, is_resumed)
+    if mirror is not None:
+        mirror.start(run.path)
+        job.resume_checkpoint.upload_to(mirror)
     job.monitor.start(trainer)
     trainer.add_loggers(build_loggers(job.loggers, run))
     return run

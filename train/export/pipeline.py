@@ -346,7 +346,7 @@ def _python() -> str:
     return sys.executable.removeprefix(f"{Path.cwd()}{os.sep}")
 
 
-def describe_bundle(path: Path, manifest: Manifest, store: str, name: str) -> str:
+def describe_bundle(location: str, manifest: Manifest, store: str, name: str) -> str:
     """Return one line: how good the model is, and the command that serves it."""
     test = manifest.test_metrics
     assert test is not None
@@ -356,7 +356,7 @@ def describe_bundle(path: Path, manifest: Manifest, store: str, name: str) -> st
         images += f", without {leaked} that have a duplicate in another part"
 
     line = (
-        f"{path}: test accuracy {test.accuracy:.4f} (balanced {test.balanced_accuracy:.4f}, "
+        f"{location}: test accuracy {test.accuracy:.4f} (balanced {test.balanced_accuracy:.4f}, "
         f"majority class {test.majority_accuracy:.4f}) on {images}"
     )
     if is_refused(manifest):

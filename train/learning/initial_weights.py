@@ -24,7 +24,8 @@ class InitialWeights:
     """The weights that a setting names: pretrained, a bundle's, a file's, or none.
 
     A bundle is given by its directory, by the weights in it, or as `name` or `name/version` of the
-    store. Nothing is read or downloaded before it is needed.
+    store, also after the URL of another one: `s3://bucket/store/name/version`. Nothing is read or
+    downloaded before it is needed.
     """
 
     def __init__(self, setting: str | None, network: str, store: str = DEFAULT_STORE):
@@ -42,8 +43,8 @@ class InitialWeights:
     def bundle(self) -> Path | None:
         """Directory of the bundle; None where the setting names none.
 
-        Raises BundleError where the store has no such version, and ValueError where it is not a
-        local store.
+        One of a bucket is copied to this machine. Raises BundleError where the store has no such
+        version.
         """
         if self.setting in ("", PRETRAINED):
             return None
@@ -55,14 +56,8 @@ class InitialWeights:
             return path
         if path.suffix in FILE_ENDINGS or path.is_absolute():
             return None  # a file that does not exist
-        for location in (self.setting, self.store):
-            if "://" in location:
-                raise ValueError(
-                    f"model.weights: bundles are read from local stores only, not from {location}; "
-                    "copy it with python -m models pull NAME URL, and give its directory"
-                )
-        name, _, version = self.setting.partition("/")
-        return Store(self.store).path(name, version or LATEST)
+        store, name, version = _split_location(self.setting, self.store)
+        return Store(store).path(name, version)
 
     @cached_property
     def file(self) -> Path:
@@ -104,6 +99,18 @@ class InitialWeights:
             std=tuple(std),
             channels=spec.channels,
         )
+
+
+def _split_location(setting: str, store: str) -> tuple[str, str, str]:
+    """Return store, name and version of `name`, `name/version`, or either of them after a URL."""
+    if "://" not in setting:
+        name, _, version = setting.partition("/")
+        return store, name, version or LATEST
+    location, _, last = setting.rstrip("/").rpartition("/")
+    if last != LATEST and not last.isdecimal():
+        return location, last, LATEST
+    store, _, name = location.rpartition("/")
+    return store, name, last
 
 
 def _is_bundle(directory: Path) -> bool:

@@ -30,6 +30,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 
+from models.store.object_storage import BUCKET_SCHEMES
 from train.data import DataError
 from train.learning.lightning_loop_state import (
     LightningLoopState,
@@ -45,6 +46,7 @@ from train.runs.checkpoints import (
     list_checkpoints,
 )
 from train.runs.preemption import NOTICE, SHUTDOWN_SECONDS, Preempted
+from train.runs.run_mirror import RunMirror
 
 Stage = Literal["step", "validation", "epoch", "end"]
 BETWEEN_EPOCHS: tuple[Stage, ...] = ("epoch", "end")  # stages at which no epoch is under way
@@ -109,6 +111,8 @@ class ResumeCheckpoint(Checkpoint):
         every_steps: steps between checkpoints; 0 for none by steps.
         keep: number of newest checkpoints to keep, so that a damaged one costs little.
         notice_seconds: time from SIGTERM or Ctrl-C to the end of the process, at most.
+        url: place in a bucket, s3://…, gs://… or az://…, to which each checkpoint is uploaded, and
+            from which the run resumes on another machine; for runs on one node.
     """
 
     def __init__(
@@ -117,6 +121,7 @@ class ResumeCheckpoint(Checkpoint):
         every_steps: int = 0,
         keep: int = 2,
         notice_seconds: float = SHUTDOWN_SECONDS,
+        url: str | None = None,
     ):
         if every_minutes < 0 or every_steps < 0 or keep < 1:
             raise ValueError(
@@ -124,6 +129,12 @@ class ResumeCheckpoint(Checkpoint):
             )
         if notice_seconds <= 0:
             raise ValueError(f"resume.notice_seconds: {notice_seconds} is not above 0")
+        if url and url.partition("://")[0] not in BUCKET_SCHEMES:
+            raise ValueError(
+                f"resume.url: {url} is not a URL of a bucket, such as s3://bucket/runs"
+            )
+        self.url = url
+        self._mirror: RunMirror | None = None
         self.every_seconds = every_minutes * 60 or float("inf")
         self.every_steps = every_steps
         self.keep = keep
@@ -147,6 +158,10 @@ class ResumeCheckpoint(Checkpoint):
         self._group: torch.distributed.ProcessGroup | None = None
         # The exchange that is under way, and its request.
         self._pending: tuple[torch.distributed.Work, torch.Tensor] | None = None
+
+    def upload_to(self, mirror: RunMirror) -> None:
+        """Upload each checkpoint of the run directory to a bucket."""
+        self._mirror = mirror
 
     def write_to(self, directory: Path, is_resumed: bool) -> None:
         """Write checkpoints to the run directory; `is_resumed`: `fit` starts from one of them."""
@@ -312,6 +327,8 @@ class ResumeCheckpoint(Checkpoint):
             self._stage = None
         if trainer.is_global_zero:
             delete_old_checkpoints(directory, self.keep)
+            if self._mirror is not None:
+                self._mirror.upload_soon()
 
     def _copy_state(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: Stage) -> None:
         """Copy the state to memory, in case the next step is interrupted."""

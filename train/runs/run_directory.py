@@ -25,6 +25,7 @@ from train.runs.checkpoints import (
     newest_checkpoint,
 )
 from train.runs.distributed import share_choice
+from train.runs.run_mirror import RunMirror
 
 SETTINGS_FILE = "settings.json"
 FINISHED_FILE = "finished"
@@ -94,16 +95,24 @@ class Run:
 
 
 def open_run(
-    trainer: L.Trainer, root: Path, name: str, settings: dict[str, Any], fresh: bool
+    trainer: L.Trainer,
+    root: Path,
+    name: str,
+    settings: dict[str, Any],
+    fresh: bool,
+    mirror: RunMirror | None = None,
 ) -> Run:
     """Return the run to resume, or a new one; the same in all processes.
 
+    Runs of the mirror that are newer than those of this machine are copied to it first.
     `settings` are all settings of the command as plain values, which are also written to the run's
     config.yaml. `fresh` always starts a new run.
     """
 
     def choose() -> dict[str, Any]:
-        run = claim_run(root, name, settings, trainer.world_size, fresh)
+        if mirror is not None:
+            mirror.fetch((root / name).resolve())
+        run = claim_run(root, name, settings, trainer.world_size, fresh, mirror)
         (run.path / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
         checkpoint = str(run.checkpoint) if run.checkpoint else None
         return {"path": str(run.path), "checkpoint": checkpoint, "is_new": run.is_new}
@@ -113,7 +122,14 @@ def open_run(
     return Run(Path(choice["path"]), checkpoint, choice["is_new"])
 
 
-def claim_run(root: Path, name: str, settings: dict[str, Any], processes: int, fresh: bool) -> Run:
+def claim_run(
+    root: Path,
+    name: str,
+    settings: dict[str, Any],
+    processes: int,
+    fresh: bool,
+    mirror: RunMirror | None = None,
+) -> Run:
     """Return the run to resume, or a new one, and lock it until this process ends.
 
     `processes` is their number, which decides the result as the settings do.
@@ -133,16 +149,22 @@ def claim_run(root: Path, name: str, settings: dict[str, Any], processes: int, f
     if runs and not fresh:
         _report_other_settings(runs[-1], settings)
     first_number = int(runs[-1].name) + 1 if runs else 1
-    return _start_new_run(directory, first_number, settings)
+    return _start_new_run(directory, first_number, settings, mirror)
 
 
-def _start_new_run(directory: Path, number: int, settings: dict[str, Any]) -> Run:
+def _start_new_run(
+    directory: Path, number: int, settings: dict[str, Any], mirror: RunMirror | None
+) -> Run:
     """Create and lock the directory `number`, or the next one that no other process has taken."""
     while True:
         path = directory / str(number)
         try:
             path.mkdir()
         except FileExistsError:
+            number += 1
+            continue
+        if mirror is not None and not mirror.claim(number, settings):
+            path.rmdir()
             number += 1
             continue
         if _try_lock(path):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from models.bundle import SAMPLES_DIRECTORY, BundleError, open_verified
-from models.store import Store
+from serve.bundle_source import BundleSource
 from serve.http.dispatcher import Dispatcher
 from serve.http.responses import Header, OpenFile, Problem, Request, Response
 from serve.settings import Settings
@@ -64,7 +64,7 @@ class Page:
     """The handlers of the page, of one HTTP process."""
 
     def __init__(self, settings: Settings, dispatcher: Dispatcher):
-        self.store = Store(settings.store)
+        self.source = BundleSource(settings)
         self.dispatcher = dispatcher
         self.read_timeout_seconds = settings.deadline_ms / 1000
 
@@ -124,7 +124,7 @@ class Page:
             raise Problem(500, "this file has changed since the model was loaded") from error
 
     def _open_in_store(self, model: dict[str, Any], name: str) -> tuple[bytes, OpenFile]:
-        bundle_path = self.store.path(model["name"], model["version"])
+        bundle_path = self.source.local_path(int(model["version"]))
         stream = open_verified(bundle_path, name, model["digest"])
         if stream is None:
             raise Problem(404, "the bundle has no such file")

@@ -27,6 +27,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from models.image.files import has_image_suffix, is_hidden
+from models.store.object_storage import BUCKET_SCHEMES
 from train.data.cache import replace_text
 from train.data.source import (
     CORRECTIONS_FILE,
@@ -46,7 +47,7 @@ from train.data.sources.archive import (
     strip_archive_ending,
     unpack_archive,
 )
-from train.data.sources.bucket import BUCKET_SCHEMES, Bucket, BucketFile
+from train.data.sources.bucket import Bucket, BucketFile
 from train.data.sources.download import (
     HttpFile,
     PartialFile,
