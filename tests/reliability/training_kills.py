@@ -35,6 +35,7 @@ import project_path  # noqa: F401  makes the imports below possible
 from reports import PACKAGES, TRAINING_PACKAGES, describe_run, print_report
 
 from models.bundle import Bundle, file_sha256
+from support import RANDOM_CONVNET
 from support.forked_commands import ForkedCommand, ForkedCommands
 from support.interrupted_runs import assert_same_result, start_run
 from support.sample_images import write_image_folder
@@ -75,7 +76,8 @@ class Jobs:
     def start_audit(self, directory: Path) -> ForkedCommand:
         env = {"XDG_CACHE_HOME": str(directory / "cache")}
         report = directory / "report"
-        return self.commands.start("audit", self.images, "--out", report, env=env)
+        flags = ("--out", report, "--data.size", 32, *RANDOM_CONVNET)
+        return self.commands.start("audit", self.images, *flags, env=env)
 
     def start_export(self, directory: Path) -> ForkedCommand:
         """A run of one epoch, of which the export takes the largest part."""
