@@ -268,7 +268,7 @@ def test_each_kind_of_backbone_is_certified_at_its_own_size(commands, photos, tm
 
     commands.run(
         *["run", photos, "--model.network", network, "--model.weights", "none"],
-        *["--data.size", BACKBONES[network], "--data.batch_size", 8, "--trainer.max_steps", 1],
+        *["--data.size", BACKBONES[network], "--data.batch_size", 2, "--trainer.max_steps", 1],
         *["--data.val_fraction", 0.2, "--data.test_fraction", 0.2, "--audit.enabled", "false"],
         *["--progress.quiet", "true", "--export.report", "false", "--logger", "none"],
         *["--export.quantize.images", 8, "--export.quantize.gate_images", 8],

@@ -131,6 +131,8 @@ def test_the_better_of_probe_and_fine_tuning_is_published(commands, home, photos
         accuracies[rate] = manifest.test_metrics.accuracy
         if kept:
             assert note.endswith(kept)
+        else:
+            assert re.search(r"(probe|network|fine-tuned \(\d\.\d{4}\),) is kept$", note)
     # A tiny rate leaves the probe as it was.
     assert accuracies["3"] == pytest.approx(accuracies["1e-6"], abs=0.05)
 

@@ -25,9 +25,8 @@ from train.data.cache import replace_text
 from train.export.calibrate import calibrate
 from train.export.candidates import (
     SavedProbe,
-    describe_choice,
+    choose_model,
     fit_and_save_probe,
-    is_better,
     load_saved_probe,
 )
 from train.export.config import ExportConfig
@@ -50,7 +49,7 @@ from train.export.pipeline import (
     write_weights,
 )
 from train.export.report import write_report
-from train.export.steps import ExportSteps, estimate_export_seconds, ignore_progress
+from train.export.steps import ExportSteps, estimate_export_seconds
 from train.export.variants import (
     certify_variants,
     export_fp32,
@@ -202,8 +201,8 @@ def publish_bundle(job: TrainingJob, probe: SavedProbe | None = None) -> tuple[P
 
     Return its directory, and the result of its comparison with the version before.
 
-    They are those of the probe, where it is better than the fine-tuned network. The bundle appears
-    in the store complete or not at all. Prints one line with the test accuracy and the command that
+    They are the best of the probe, the fine-tuned network and means of both. The bundle appears in
+    the store complete or not at all. Prints one line with the test accuracy and the command that
     serves the model.
     """
     data = job.data
@@ -217,15 +216,11 @@ def publish_bundle(job: TrainingJob, probe: SavedProbe | None = None) -> tuple[P
     model = load_best_model(job.trainer, job.system)
     notes: list[str] = []
     with steps.measure("test") as advance:
-        scores = evaluate_parts(model.graph, data, record.device, model.tta, advance)
         if probe is not None and job.trainer.global_step > 0:
-            keeps_probe = is_better(probe.val, scores.val)
-            notes.append(describe_choice(probe.val, scores.val, keeps_probe))
-            if keeps_probe:
-                model = load_model(job.system, probe.path)
-                scores = evaluate_parts(
-                    model.graph, data, record.device, model.tta, ignore_progress
-                )
+            probe_model = load_model(job.system, probe.path)
+            model, note = choose_model(probe_model, model, probe.val, data, record.device, advance)
+            notes.append(note)
+        scores = evaluate_parts(model.graph, data, record.device, model.tta, advance)
     with steps.measure("calibrate"):
         calibration = calibrate(scores.val, scores.unleaked_test, config.calibrate)
         set_temperature(model, calibration)

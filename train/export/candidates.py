@@ -1,13 +1,22 @@
-"""The probe and the fine-tuned network: the better one on the validation part is published."""
+"""The probe, the fine-tuned network and means of their weights: the best one is published.
 
-from dataclasses import dataclass
+Fine-tuning from the probe moves the weights so little that a mean of both is a network, too, and
+often better than both (Wortsman et al., "Robust Fine-Tuning of Zero-Shot Models", 2022).
+"""
+
+import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from train.data import ImageData
 from train.export.calibrate import fit_temperature
+from train.export.evaluate import score_part
+from train.export.pipeline import TrainedModel
 from train.export.scores import Scores, negative_log_likelihood
+from train.export.steps import Advance
+from train.learning.fit_config import MIXED_SHARES
 from train.learning.probe import fit_probe
 from train.learning.system import Classifier
 
@@ -72,6 +81,41 @@ def load_saved_probe(data: ImageData, directory: Path) -> SavedProbe | None:
     return SavedProbe(path, Scores(logits, data.dataset.labels[data.index["val"]]))
 
 
+def choose_model(
+    probe: TrainedModel,
+    fine_tuned: TrainedModel,
+    probe_val: Scores,
+    data: ImageData,
+    device: torch.device,
+    advance: Advance,
+) -> tuple[TrainedModel, str]:
+    """Return the best candidate on the validation part, and a note on all of them."""
+    best = probe
+    best_share = 0.0
+    best_val = probe_val
+    accuracies = {0.0: probe_val.accuracy}
+    for share in MIXED_SHARES:
+        model = _mix_weights(probe, fine_tuned, share)
+        val = score_part(model.graph, data, "val", device, advance)
+        accuracies[share] = val.accuracy
+        if is_better(val, best_val):
+            best = model
+            best_share = share
+            best_val = val
+    return best, _describe_choice(accuracies, best_share, len(probe_val.labels))
+
+
+def _mix_weights(probe: TrainedModel, fine_tuned: TrainedModel, share: float) -> TrainedModel:
+    """Return the mean of two networks, with this share of the fine-tuned one, 0..1."""
+    graph = copy.deepcopy(fine_tuned.graph).cpu()
+    probe_state = probe.graph.state_dict()
+    with torch.no_grad():
+        for name, value in graph.state_dict().items():
+            if value.is_floating_point():
+                value.lerp_(probe_state[name].to(value), 1 - share)
+    return replace(fine_tuned, graph=graph)
+
+
 def is_better(one: Scores, other: Scores) -> bool:
     """Whether `one` is more accurate; where both are alike, whether it is more certain.
 
@@ -87,10 +131,14 @@ def _calibrated_loss(scores: Scores) -> float:
     return negative_log_likelihood(scores.logits, scores.labels, temperature)
 
 
-def describe_choice(probe: Scores, fine_tuned: Scores, keeps_probe: bool) -> str:
-    """Return a note on both candidates and which one is kept."""
-    kept = "the probe" if keeps_probe else "the fine-tuned network"
+def _describe_choice(accuracies: dict[float, float], best_share: float, images: int) -> str:
+    """Return a note on all candidates and which one is kept; the keys are shares of fine-tuning."""
+    kept = f"a mean of their weights, {best_share:.0%} fine-tuned ({accuracies[best_share]:.4f}),"
+    if best_share == 0:
+        kept = "the probe"
+    if best_share == 1:
+        kept = "the fine-tuned network"
     return (
-        f"validation accuracy: linear probe {probe.accuracy:.4f}, fine-tuned "
-        f"{fine_tuned.accuracy:.4f}, on {len(probe.labels)} images; {kept} is kept"
+        f"validation accuracy: linear probe {accuracies[0.0]:.4f}, fine-tuned "
+        f"{accuracies[1.0]:.4f}, on {images} images; {kept} is kept"
     )

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from train.data import ImageData
 from train.export.config import ExportConfig
+from train.learning.fit_config import MIXED_SHARES
 from train.runs.progress_bar import ProgressBar, TimeLeftColumn, format_seconds
 
 Advance = Callable[[int], None]
@@ -80,8 +81,10 @@ def _count_images(data: ImageData, config: ExportConfig) -> dict[str, int]:
     """Return the images of the steps that report how many they have processed."""
     val_images = min(config.quantize.gate_images, data.counts["val"])
     test_images = min(config.quantize.gate_images, data.counts["test"])
+    # With a probe, several networks are compared on the validation part.
+    candidates = 0 if data.embeddings is None else len(MIXED_SHARES)
     return {
-        "test": data.counts["val"] + data.counts["test"],
+        "test": (1 + candidates) * data.counts["val"] + data.counts["test"],
         "quantize": 2 * val_images + test_images,  # for its accuracy, and for the calibration
         "gate": min(config.gate.images or data.counts["test"], data.counts["test"]),
     }

@@ -10,11 +10,15 @@ UNIT_SECONDS = {"h": 3600.0, "m": 60.0, "s": 1.0}
 DURATION = re.compile(r"(\d+(?:\.\d+)?)([hms]?)")
 
 
+# Of the fine-tuned weights in the means of probe and fine-tuned network that are tried, with all of
+# them last.
+MIXED_SHARES = (0.25, 0.5, 0.75, 1.0)
+
 FIT_MODE_HELP = (
     "probe fits only the head, as a logistic regression on the embeddings of the frozen network, "
-    "and is done in seconds; auto fits the probe, trains on from it and keeps the better of both "
-    "on validation data, and is plain where the network starts with random weights; plain trains "
-    "at once"
+    "and is done in seconds; auto fits the probe, trains on from it and keeps the best on "
+    "validation data of both networks and means of their weights, and is plain where the network "
+    "starts with random weights; plain trains at once"
 )
 TIME_BUDGET_HELP = (
     "time for the whole command, the bundle included, such as 90s, 10m or 1h30m: a step is "
