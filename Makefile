@@ -69,6 +69,12 @@ test: dev ## run the quick tests: make test [ARGS='tests/serve -k drain']
 test-slow: dev ## run the slow tests
 	@$(run) pytest -m slow $(ARGS)
 
+bench: dev ## run the benchmarks in their short form (10 minutes): make bench [ARGS='--only serve_speed']
+	@$(python) tests/benchmarks/bench.py $(ARGS)
+
+bench-full: dev ## run all benchmarks, keep their results, draw the pages (hours)
+	@$(python) tests/benchmarks/bench.py --full $(ARGS)
+
 lint: dev ## check style, types, imports and workflows
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check --quiet . || { echo "make: some files are not formatted; run: make format" >&2; exit 1; }
@@ -139,5 +145,5 @@ $(VENV)/.%.lock: docker/%.lock
 	  $(run) pip install --quiet --disable-pip-version-check --no-deps --editable .; cp $< $@; }
 	@touch $@
 
-.PHONY: help setup train serve audit models test test-slow lint format dev lock clean images test-images checkov \
+.PHONY: help setup train serve audit models test test-slow bench bench-full lint format dev lock clean images test-images checkov \
   deploy undeploy logs scale promote rollback render

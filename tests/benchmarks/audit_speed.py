@@ -13,9 +13,10 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import bare  # first: it puts the repository on the path
+import bare  # noqa: F401  (first: it puts the repository on the path)
 import numpy as np
 import torch
+from results import write_result
 
 from train.audit import collect_findings
 from train.audit.duplicates import find_near_duplicates
@@ -103,7 +104,7 @@ def main() -> None:
             "torch": torch.__version__,
             "python": platform.python_version(),
         }
-        bare.write_result(__file__, result, ("data", "threads"))
+        write_result(__file__, result, ("data", "threads"))
 
 
 def print_results(

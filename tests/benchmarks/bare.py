@@ -4,13 +4,11 @@ Importing this first also puts the repository on the path, so that a script in t
 any directory.
 """
 
-import json
 import resource
 import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -115,17 +113,3 @@ def peak_memory_mb() -> int:
     else:
         peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return round(peak_bytes / 1e6)
-
-
-def write_result(script: str, result: dict[str, Any], keys: tuple[str, ...]) -> None:
-    """Write a result into the JSON file of a script.
-
-    It replaces an earlier result that has the same values for all `keys`.
-    """
-    file = Path(script).with_suffix(".json")
-    old_results = json.loads(file.read_text()) if file.exists() else []
-    kept: list[dict[str, Any]] = []
-    for old in old_results:
-        if any(old[key] != result[key] for key in keys):
-            kept.append(old)
-    file.write_text(json.dumps([*kept, result], indent=1) + "\n")

@@ -1,6 +1,6 @@
 """Cost of a bundle: seconds to export, file sizes, latency and throughput of each variant.
 
-    python tests/benchmarks/bundle_export.py [--networks resnet18 …] [--out bundle_export.json]
+    python tests/benchmarks/bundle_export.py [--networks resnet18 …] [--keep]
 
 Each network has random weights and is exported, quantized and timed as after a fit, on the CPU, at
 its usual input size. fp32 and int8 are timed in turn in one process: their ratio is the result, as
@@ -18,6 +18,7 @@ from typing import Any
 import bare  # noqa: F401  (first: it puts the repository on the path)
 import numpy as np
 import torch
+from results import write_result
 
 from models import networks
 from models.bundle import GraphFile
@@ -124,20 +125,10 @@ def format_pair(result: Result, format_value: Callable[[Result, str], str]) -> s
     return f"{format_value(result, 'fp32')} / {format_value(result, 'int8')}"
 
 
-def write_results(file: Path, results: list[Result]) -> None:
-    """Write results into a JSON file; results of other networks in it stay."""
-    old_results = json.loads(file.read_text())["networks"] if file.exists() else []
-    measured = {result["network"] for result in results}
-    kept = [result for result in old_results if result["network"] not in measured]
-    order = list(SIZES)
-    merged = sorted(kept + results, key=lambda result: order.index(result["network"]))
-    file.write_text(json.dumps({"device": cpu_name(), "networks": merged}, indent=1) + "\n")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--networks", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--keep", action="store_true", help="write the results to a file as well")
     options = parser.parse_args()
 
     results: list[Result] = []
@@ -146,10 +137,10 @@ def main() -> None:
             result = measure(name, Path(directory))
             results.append(result)
             print(json.dumps(result), flush=True)
+            if options.keep:
+                write_result(__file__, result, ("network",))
 
     print(f"\n{cpu_name()}\n\n{format_table(results)}")
-    if options.out:
-        write_results(options.out, results)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ value of the rounds), the machine, the versions of what was measured, and the da
 import json
 import os
 import platform
-import statistics
 import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+DIRECTORY = Path(os.environ.get("BENCHMARK_RESULTS", Path(__file__).parent))
+"""Where the files are; the variable is for tests and for a checkout that can't be written."""
 PACKAGES = ("onnxruntime", "openvino", "litserve", "numpy", "torch", "lightning", "timm")
 
 
@@ -77,12 +78,17 @@ def write_result(script: str, result: dict[str, Any], keys: tuple[str, ...]) -> 
         if _identify(old, keys) != _identify(entry, keys):
             kept.append(old)
     text = json.dumps([*kept, entry], indent=1)
-    Path(script).with_suffix(".json").write_text(text + "\n")
+    find_file(script).write_text(text + "\n")
+
+
+def find_file(script: str) -> Path:
+    """The file with the results of a script."""
+    return DIRECTORY / f"{Path(script).stem}.json"
 
 
 def read_results(script: str) -> list[dict[str, Any]]:
     """The results of a script, oldest first; empty where none was kept."""
-    file = Path(script).with_suffix(".json")
+    file = find_file(script)
     return json.loads(file.read_text()) if file.exists() else []
 
 
@@ -94,8 +100,3 @@ def _identify(entry: dict[str, Any], keys: tuple[str, ...]) -> tuple[Any, ...]:
 def spread(values: list[float]) -> list[float]:
     """The least and the largest value of the rounds."""
     return [round(min(values), 3), round(max(values), 3)]
-
-
-def median(values: list[float]) -> float:
-    """The median of the rounds, to three places."""
-    return round(statistics.median(values), 3)

@@ -14,7 +14,7 @@
   cache; the least of three starts.
 - memory_mb: proportional set size of all processes after load, with ResNet-18.
 
-Prints JSON lines.
+Prints JSON lines; --keep also writes them into serve_cost.json in this folder.
 """
 
 import argparse
@@ -26,6 +26,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
+from results import write_result
 from serve_models import make_jpeg, publish
 from serve_speed import BareRuntime
 from serving import (
@@ -148,6 +149,7 @@ def measure_ready_seconds(store: Path) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=int, default=4)
+    parser.add_argument("--keep", action="store_true", help="write the results to a file as well")
     parser.add_argument("--store", type=Path, help="keeps the bundles for the next run")
     options = parser.parse_args()
     seconds = options.seconds
@@ -157,10 +159,18 @@ def main() -> None:
         store.mkdir(parents=True, exist_ok=True)
         image = make_jpeg(32, 32)
         script = write_wrk_script(store, image)
-        print(json.dumps(measure_http_cost(store, script, seconds)), flush=True)
-        print(json.dumps(measure_one_client(store, script, image, seconds)), flush=True)
-        print(json.dumps(measure_checks(store, script, seconds)), flush=True)
-        print(json.dumps({"ready_s": round(measure_ready_seconds(store), 2)}), flush=True)
+        result: dict[str, object] = {"case": "cost"}
+        for part in (
+            lambda: measure_http_cost(store, script, seconds),
+            lambda: measure_one_client(store, script, image, seconds),
+            lambda: measure_checks(store, script, seconds),
+            lambda: {"ready_s": round(measure_ready_seconds(store), 2)},
+        ):
+            line = part()
+            print(json.dumps(line), flush=True)
+            result |= line
+        if options.keep:
+            write_result(__file__, result, ("case",))
 
 
 if __name__ == "__main__":

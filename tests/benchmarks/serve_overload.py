@@ -15,7 +15,8 @@ left: `goodput = (200s a second / share left) / (capacity / share left)`; `goodp
 it. The capacity is taken before and after each flood, which is compared with the mean of the two;
 figures are medians of the rounds. `refusal_cpu_us` is the CPU of the HTTP process per request of
 the flood; `refusal_ms` the latency of refusals (p50, p99) while the worker is suspended and
-MAX_PENDING images wait. Prints one JSON line.
+MAX_PENDING images wait. Prints one JSON line; --keep also writes it into serve_overload.json in
+this folder.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from results import spread, write_result
 from serve_models import make_jpeg, publish
 from serving import (
     CORES,
@@ -188,7 +190,8 @@ def measure(store: Path, case: str, variant: str, seconds: int, rounds: int) -> 
     for figure in measured[0]:
         values = [each[figure] for each in measured]
         line[figure] = round(statistics.median(values), 3)
-    return line | {"refusal_ms": refusals}
+    goodputs = [each["goodput"] for each in measured]
+    return line | {"refusal_ms": refusals, "spread": {"goodput": spread(goodputs)}}
 
 
 def compare(flood: SteadyLoad, before: SteadyLoad, after: SteadyLoad) -> dict[str, float]:
@@ -211,6 +214,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--variant", default="fp32")
+    parser.add_argument("--keep", action="store_true", help="write the results to a file as well")
     parser.add_argument("--store", type=Path, help="keeps the bundles for the next run")
     options = parser.parse_args()
 
@@ -218,6 +222,8 @@ def main() -> None:
         store = options.store or Path(directory)
         line = measure(store, options.case, options.variant, options.seconds, options.rounds)
         print(json.dumps(line))
+        if options.keep:
+            write_result(__file__, line, ("case", "variant"))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Compare the service with onnxruntime alone on the same cores, and with other ways to serve.
 
     python tests/benchmarks/serve_speed.py [small-int8 small-fp32 large-fp32 large-int8 tiny]
-        [--rounds 3] [--seconds 3] [--rivals litserve fastapi]
+        [--rounds 3] [--seconds 3] [--rivals litserve fastapi] [--keep]
 
 The client (wrk) shares the cores with the server. The limit is therefore measured without it, with
 one thread and a one-thread session per core on the best batch size, and multiplied by the share of
@@ -10,7 +10,8 @@ the cores that the client left in the round it is compared with:
 limit also decodes what it runs. Rounds alternate between limit, service and rivals; the medians of
 the rounds' ratios are printed, one JSON line a case: `of_limit`; `of_limit_cpu`, the same by CPU
 seconds per image, which other load on the machine disturbs less; throughput and p99 against
-LitServe as it comes and plain FastAPI with onnxruntime.
+LitServe as it comes and plain FastAPI with onnxruntime. --keep also writes the lines into
+serve_speed.json in this folder.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from results import spread, write_result
 from serve_models import make_jpeg, publish
 from serving import (
     CORES,
@@ -193,8 +195,13 @@ def summarize(name: str, batch: int, rounds: list[Round], rivals: list[str]) -> 
         "of_limit_raw": median(lambda r: r.service.rate / r.limit),
         "of_limit_cpu": median(lambda r: r.limit_cpu / r.service.cpu),
         "p99_ms": median(lambda r: r.service.p99),
+        "spread": {
+            "service": spread([each.service.rate for each in rounds]),
+            "p99_ms": spread([each.service.p99 for each in rounds]),
+        },
     }
     for rival in rivals:
+        line[rival] = median(lambda r, k=rival: r.loads[k].rate)
         line[f"times_{rival}"] = median(lambda r, k=rival: r.service.rate / r.loads[k].rate)
         line[f"p99_of_{rival}"] = median(lambda r, k=rival: r.service.p99 / r.loads[k].p99)
     return line
@@ -208,6 +215,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=int, default=3)
     parser.add_argument("--rivals", nargs="*", default=["litserve", "fastapi"])
+    parser.add_argument("--keep", action="store_true", help="write the results to a file as well")
     parser.add_argument("--store", type=Path, help="keeps the bundles for the next run")
     options = parser.parse_args()
 
@@ -216,6 +224,8 @@ def main() -> None:
         for case in options.cases:
             line = measure_case(store, case, options.rounds, options.seconds, options.rivals)
             print(json.dumps(line), flush=True)
+            if options.keep:
+                write_result(__file__, line, ("case",))
 
 
 if __name__ == "__main__":

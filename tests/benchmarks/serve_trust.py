@@ -5,7 +5,8 @@
 Servers run at the same time, but only one is loaded at a time (wrk, 32 clients), in turns. One JSON
 line a case: medians of the rounds' ratios to the service with everything off, for throughput, p99
 and CPU seconds per request. `swap_p99` is the p99 of rounds in which `latest` moves, divided by
-that of rounds in which it does not.
+that of rounds in which it does not. --keep also
+writes the lines into serve_trust.json in this folder.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import urllib.request
 from contextlib import ExitStack
 from pathlib import Path
 
+from results import write_result
 from serve_models import make_jpeg, publish
 from serving import LoadResult, measure_load, running_service, write_wrk_script
 
@@ -129,12 +131,15 @@ def main() -> None:
     parser.add_argument(
         "--modes", nargs="*", default=["drift", "on", "shadow"], choices=list(MODES)[1:]
     )
+    parser.add_argument("--keep", action="store_true", help="write the results to a file as well")
     parser.add_argument("--store", type=Path, help="keeps the bundles for the next run")
     options = parser.parse_args()
 
     for case in options.cases:
         line = measure_case(case, options.store, options.rounds, options.seconds, options.modes)
         print(json.dumps(line), flush=True)
+        if options.keep:
+            write_result(__file__, line, ("case",))
 
 
 if __name__ == "__main__":

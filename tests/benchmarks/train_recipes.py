@@ -28,6 +28,7 @@ import lightning as L
 import torch
 import yaml
 from lightning.pytorch.callbacks import Callback
+from results import write_result
 
 from models import networks
 from train.cli import main
@@ -217,7 +218,7 @@ def run_benchmark() -> None:
         print(json.dumps(runs[-1]), flush=True)
         summary = summarize(options.recipe, flags, options.note, runs)
         if options.keep:  # after each seed, as the next one may take hours
-            bare.write_result(__file__, summary, ("recipe", "flags", "device"))
+            write_result(__file__, summary, ("recipe", "flags", "device"))
     print(
         f"{options.recipe}: {summary['mean_accuracy']:.4f} ± {summary['sd'] or 0:.4f} "
         f"over {len(runs)} seeds"

@@ -35,6 +35,7 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
+from results import spread, write_result
 
 from train.cli import main
 from train.learning.optimizers import build_optimizer
@@ -153,6 +154,7 @@ def measure(case: str, data: str, epochs: int) -> dict[str, Any]:
         "epochs": len(ratios),
         "bare_images_per_s": round(statistics.median(bare_speeds), 1),
         "fit_images_per_s": round(statistics.median(fit_speeds), 1),
+        "spread": {"ratio": spread(ratios), "cpu_ratio": spread(cpu_ratios)},
         "ratio": round(statistics.median(ratios), 3),
         "cpu_ratio": round(statistics.median(cpu_ratios), 3),
         "peak_memory_mb": memory,
@@ -183,7 +185,7 @@ def run_benchmark() -> None:
             result = measure(case, data, options.epochs)
         print(json.dumps(result), flush=True)
         if options.keep:
-            bare.write_result(__file__, result, ("case", "device"))
+            write_result(__file__, result, ("case", "device"))
 
 
 if __name__ == "__main__":
