@@ -139,6 +139,21 @@ def test_each_cell_of_the_comparison_has_its_source():
     assert all(re.match(r"https://|\.\./\.\./", target) for target in sources.values())
 
 
+def test_the_readme_of_the_benchmarks_names_each_script_and_make_runs_them():
+    folder = ROOT / "tests/benchmarks"
+    text = (folder / "README.md").read_text()
+    scripts = [file.name for file in folder.glob("*.py") if "ArgumentParser" in file.read_text()]
+    assert len(scripts) >= 12
+    unnamed = [name for name in scripts if name not in text]
+    assert unnamed == []
+
+    for target, flag in (("bench", "bench.py"), ("bench-full", "bench.py --full")):
+        printed = subprocess.run(
+            ["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout
+        assert f"tests/benchmarks/{flag}" in printed
+
+
 def test_locks_satisfy_the_declared_ranges_and_name_no_index():
     extras = PROJECT["optional-dependencies"]
     wanted = {

@@ -48,6 +48,12 @@ BENCHMARKS = (
         ("service", "litserve", "fastapi", "of_limit", "p99_ms"),
     ),
     Benchmark(
+        "serve_curves",
+        ("--rounds", "1", "--seconds", "1", "--clients", "1", "16", "--loads", "0.6"),
+        ("--keep",),
+        ("rate", "p50_ms", "p99_ms", "failed_share"),
+    ),
+    Benchmark(
         "serve_cost",
         ("--seconds", "1"),
         ("--keep",),
@@ -127,6 +133,9 @@ def parse_rows(benchmark: Benchmark, output: str) -> list[Row]:
 
 def build_row(benchmark: Benchmark, entry: dict[str, Any]) -> Row:
     name = next((str(entry[key]) for key in NAMES if key in entry), "")
+    for part in ("server", "clients", "load"):
+        if part in entry:
+            name = f"{name} {part} {entry[part]}"
     if "variant" in entry:
         name = f"{name}-{entry['variant']}"
     figures: dict[str, float] = {}

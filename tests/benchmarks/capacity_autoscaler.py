@@ -250,6 +250,8 @@ class Autoscaler:
     def _stabilize(self, now: float, replicas: int, proposal: int) -> int:
         """The most cautious proposal within the windows."""
         settings = self.settings
+        if not self.proposals:
+            self.proposals.append((now, replicas))  # as the controller does when it starts
         self.proposals.append((now, proposal))
         longest = max(settings.up.window, settings.down.window)
         while self.proposals[0][0] < now - longest:
@@ -258,9 +260,9 @@ class Autoscaler:
         lowest = proposal
         highest = proposal
         for time, proposed in self.proposals:
-            if time >= now - settings.up.window:
+            if time > now - settings.up.window:
                 lowest = min(lowest, proposed)
-            if time >= now - settings.down.window:
+            if time > now - settings.down.window:
                 highest = max(highest, proposed)
         if replicas < lowest:
             return lowest

@@ -24,7 +24,6 @@ CPU_DELAY_SECONDS = 15
 CPU_YOUNG_SECONDS = 30
 """After which a pod that became ready has a CPU value."""
 TABLE_UTILIZATIONS = (0.02, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.94)
-TABLE_REQUESTS = 20_000
 
 RateFunction = Callable[[float], float]
 
@@ -70,12 +69,13 @@ class Timeline:
 class UtilizationTable:
     """Pending images and p99 of one replica by its utilization, from the event simulation."""
 
-    def __init__(self, times: ServiceTimes) -> None:
+    def __init__(self, times: ServiceTimes, requests: int) -> None:
+        """`requests` are simulated at each utilization."""
         self.pending: list[float] = []
         self.p99_ms: list[float] = []
         for utilization in TABLE_UTILIZATIONS:
             rate = utilization * times.capacity
-            outcome = simulate_replica(times, rate, TABLE_REQUESTS)
+            outcome = simulate_replica(times, rate, requests)
             mean = sum(outcome.latencies) / len(outcome.latencies)
             self.pending.append(rate * mean)  # Little's law
             self.p99_ms.append(outcome.latency_ms(0.99))

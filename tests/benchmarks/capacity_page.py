@@ -17,7 +17,6 @@ MAX_POINTS = 300
 LONG_SECONDS = 7200
 """Beyond which the axis of a plot is in hours."""
 UTILIZATIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-LATENCY_REQUESTS = 20_000
 
 
 def write_page(
@@ -25,23 +24,24 @@ def write_page(
     times: ServiceTimes,
     lines: list[dict[str, Any]],
     timelines: dict[tuple[str, str], Timeline],
+    requests: int,
 ) -> None:
     """Write the page, and its plots into the folder `plots` next to it."""
     plots = page.parent / "plots"
     plots.mkdir(exist_ok=True)
-    draw_latency(plots / "capacity-latency.svg", times)
+    draw_latency(plots / "capacity-latency.svg", times, requests)
     for name in dict.fromkeys(scenario for scenario, _ in timelines):
         draw_scenario(plots / f"capacity-{name}.svg", name, times, timelines)
     page.write_text(build_text(times, lines))
 
 
-def draw_latency(file: Path, times: ServiceTimes) -> None:
+def draw_latency(file: Path, times: ServiceTimes, requests: int) -> None:
     """p50 and p99 of a replica over its utilization."""
     p50: list[float] = []
     p99: list[float] = []
     for utilization in UTILIZATIONS:
         rate = utilization * times.capacity
-        outcome = simulate_replica(times, rate, LATENCY_REQUESTS)
+        outcome = simulate_replica(times, rate, requests)
         p50.append(outcome.latency_ms(0.5))
         p99.append(outcome.latency_ms(0.99))
 

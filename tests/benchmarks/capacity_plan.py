@@ -10,10 +10,11 @@
 duration of a batch by its size from the throughput and the batch sizes that the service counts;
 the spread of the durations and what HTTP adds come from requests that find the service idle.
 `replicas` and `autoscale` simulate with these times (--service FILE, else what `measure --keep`
-wrote). `autoscale` reads the autoscalers from the manifests (--components DIR, else those in k8s/):
-a spike and a ramp from half to five times what a replica answers, a spike from 20,000 to 100,000
-requests a second, and a day up to 100,000. All are played as a flow (see capacity_cluster.py); the
-last two with minReplicas and maxReplicas that fit the load.
+wrote, else DEFAULT_TIMES, which follow from the README's throughput). `autoscale` reads the
+autoscalers from the manifests (--components DIR, else those in k8s/): a spike and a ramp from half
+to five times what a replica answers, a spike from 20,000 to 100,000 requests a second, and a day up
+to 100,000. All are played as a flow (see capacity_cluster.py); the last two with minReplicas and
+maxReplicas that fit the load.
 `plots` draws all of it on CAPACITY.md. `check` compares the simulation with the real service on
 this machine at three rates: it fails where a p99 differs by more than 20 %, and takes three
 minutes; run it on an otherwise idle machine. Prints JSON lines.
@@ -54,6 +55,11 @@ from serving import (
 HERE = Path(__file__).parent
 PAGE = HERE / "CAPACITY.md"
 
+DEFAULT_TIMES = ServiceTimes(
+    fixed_ms=0.0, image_ms=8.77, alone_ms=6.0, overhead_ms=0.5, predictors=2
+)
+"""Until `measure --keep` has run: ResNet-18 in fp32 at 32 pixels answers 228 requests a second on
+two cores (README, Speed); that one image alone takes 6 ms is assumed."""
 CLIENTS = (2, 4, 8, 16, 32)
 IDLE_RATE = 10
 """Requests per second that find the service idle, for its spread and overhead."""
@@ -159,7 +165,7 @@ def summarize(
 def run_autoscale(options: argparse.Namespace) -> None:
     times = load_times(options.service)
     scenarios = build_scenarios(times.capacity)
-    table = UtilizationTable(times)
+    table = UtilizationTable(times, options.requests)
     for name in options.scenario:
         scenario = scenarios[name]
         for settings in load_autoscalers(options.components).values():
@@ -195,16 +201,11 @@ def run_replicas(options: argparse.Namespace) -> None:
 
 
 def load_times(file: Path | None) -> ServiceTimes:
-    """Read a file, or what `measure --keep` wrote last."""
+    """Read a file, or what `measure --keep` wrote last; DEFAULT_TIMES without either."""
     if file is not None:
         return ServiceTimes.parse(json.loads(file.read_text()))
     kept = read_results(__file__)
-    if not kept:
-        print(
-            "capacity_plan: no service times; run: capacity_plan.py measure --keep", file=sys.stderr
-        )
-        sys.exit(2)
-    return ServiceTimes.parse(kept[-1])
+    return ServiceTimes.parse(kept[-1]) if kept else DEFAULT_TIMES
 
 
 # Measuring the real service
@@ -347,7 +348,7 @@ def run_plots(options: argparse.Namespace) -> None:
     from capacity_page import write_page
 
     times = load_times(options.service)
-    table = UtilizationTable(times)
+    table = UtilizationTable(times, options.requests)
     scenarios = build_scenarios(times.capacity)
     lines: list[dict[str, Any]] = []
     timelines: dict[tuple[str, str], Timeline] = {}
@@ -356,7 +357,7 @@ def run_plots(options: argparse.Namespace) -> None:
             timeline = play(times, table, settings, scenario, options.start_seconds)
             timelines[scenario.name, settings.name] = timeline
             lines.append(summarize(times, settings, scenario, timeline))
-    write_page(options.page, times, lines, timelines)
+    write_page(options.page, times, lines, timelines, options.requests)
     print(options.page)
 
 
@@ -392,6 +393,9 @@ def build_parser() -> argparse.ArgumentParser:
     for command in (autoscale, plots):
         command.add_argument("--components", type=Path, default=COMPONENTS)
         command.add_argument("--start-seconds", type=float, default=START_SECONDS)
+        command.add_argument(
+            "--requests", type=int, default=20_000, help="simulated for each utilization"
+        )
     for command in (replicas, autoscale, plots):
         command.add_argument("--service", type=Path, help="JSON that `measure` printed")
     return parser
