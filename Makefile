@@ -96,7 +96,7 @@ lock: ## write the lock files from pyproject.toml: make lock [ARGS=--upgrade]
 	@compile() { $(VENV)/bin/uv pip compile pyproject.toml --universal --python-version 3.11 --no-emit-index-url \
 	  --custom-compile-command 'make lock' --quiet $(ARGS) "$$@"; }; \
 	compile --all-extras -o docker/dev.lock; \
-	compile --extra train --extra serve -c docker/dev.lock -o docker/train.lock; \
+	compile --extra train --extra serve --extra parquet -c docker/dev.lock -o docker/train.lock; \
 	compile --extra serve --extra bucket -c docker/dev.lock --generate-hashes -o docker/serve.lock; \
 	compile --extra serve --extra bucket -c docker/dev.lock --generate-hashes --no-emit-package onnxruntime -o docker/serve-cuda.lock \
 	  - < <(sed -n 's/^ *"onnxruntime\(>=[^"]*\)".*/onnxruntime-gpu[cuda,cudnn]\1/p' pyproject.toml); \

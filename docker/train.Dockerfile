@@ -19,6 +19,7 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
 FROM ${BASE} AS sources
 COPY models /app/models
 COPY train /app/train
+COPY serve /app/serve
 RUN chmod -R u=rwX,go=rX /app
 
 FROM ${BASE}

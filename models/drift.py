@@ -51,6 +51,25 @@ def image_signals(pixels: np.ndarray) -> ImageSignals:
     )
 
 
+def measure_signals(
+    probabilities: np.ndarray, energy: float, pixels: np.ndarray, height: int, width: int
+) -> dict[str, float]:
+    """Return all signals of an image and its outputs, by the names of a baseline.
+
+    `probabilities` is [K], `pixels` the network's input, uint8 [H, W, C]; `height` and `width` are
+    those of the file.
+    """
+    index = int(probabilities.argmax())
+    return {
+        "class": index,
+        "confidence": float(probabilities[index]),
+        "energy": float(energy),
+        **image_signals(pixels)._asdict(),
+        "width": width,
+        "height": height,
+    }
+
+
 def bin_edges(values: np.ndarray, bins: int = 10) -> np.ndarray:
     """Return edges for `histogram` that suit the values of a baseline: bins of equal mass.
 

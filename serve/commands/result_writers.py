@@ -50,10 +50,11 @@ CSV_COLUMNS = (
 class Result:
     """A file and its prediction, or the reason why there is none."""
 
-    file: Path
+    file: os.PathLike[str]
     prediction: Prediction | None = None
     embedding: np.ndarray | None = None  # float32 [D], if it is asked for
     error: str = ""
+    signals: dict[str, float] | None = None  # for drift, if they are asked for
 
     def members(self) -> dict[str, Any]:
         """Return all values by the names that the service uses, without the embedding."""
@@ -215,6 +216,10 @@ class ParquetWriter:
         table = self.pyarrow.Table.from_pylist(self.rows, self.schema)
         self.writer.write_table(table)
         self.rows = []
+
+    def add_metadata(self, metadata: dict[str, str]) -> None:
+        """Add to the metadata of the file, such as what is known only at its end."""
+        self.writer.add_key_value_metadata(metadata)
 
     def finish(self) -> None:
         """Write the last rows, and the index of the file."""

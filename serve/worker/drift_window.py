@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections import deque
 
 from models.bundle import Histogram
-from models.drift import count_bins, image_signals, merge_bins
+from models.drift import count_bins, measure_signals, merge_bins
 from models.image import read_header
 from serve.metrics.shared_counters import SharedCounters
 from serve.model import Model
@@ -64,7 +64,7 @@ class DriftWindow:
             count = min(len(batch.jobs), MAX_IMAGES_PER_BATCH)
             self.next_sample = now + count / MAX_IMAGES_PER_SECOND
             for i in range(count):
-                self._add(measure_signals(batch, i))
+                self._add(measure_image(batch, i))
         finally:
             self.lock.release()
 
@@ -98,13 +98,10 @@ class DriftWindow:
                 self.counters.values[index] -= 1
 
 
-def measure_signals(batch: CompletedBatch, i: int) -> dict[str, float]:
+def measure_image(batch: CompletedBatch, i: int) -> dict[str, float]:
     """Return all signals of image `i`, by the names in `models.bundle.DRIFT_SIGNALS`."""
-    probabilities = batch.outputs[0][i]
-    energy = batch.outputs[1][i]
     pixels = batch.pixels[i]
     job = batch.jobs[i].job
-    index = int(probabilities.argmax())
 
     height, width, _ = pixels.shape
     if not job.flags & TENSOR:  # the size of the file, not of the network's input
@@ -112,11 +109,4 @@ def measure_signals(batch: CompletedBatch, i: int) -> dict[str, float]:
         height = header.height
         width = header.width
 
-    return {
-        "class": index,
-        "confidence": float(probabilities[index]),
-        "energy": float(energy),
-        **image_signals(pixels)._asdict(),
-        "width": width,
-        "height": height,
-    }
+    return measure_signals(batch.outputs[0][i], batch.outputs[1][i], pixels, height, width)

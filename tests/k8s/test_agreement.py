@@ -66,7 +66,7 @@ def test_settings_are_those_of_the_service(case, monkeypatch, tmp_path):
                 Settings()  # accepts the values
 
     for name in data:
-        assert is_setting(name) or "model-from-bucket" in case, name
+        assert is_setting(name), name
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -123,8 +123,8 @@ def test_selectors_match_pods(case):
     for manifest in manifests_of_kind(case, "PodDisruptionBudget", "PodMonitor"):
         assert selects_pods(case, manifest["spec"]["selector"]["matchLabels"])
     for policy in manifests_of_kind(case, "NetworkPolicy"):
-        is_for_bucket = "bucket" in policy["metadata"]["name"]
-        if not is_for_bucket or "bucket" in case:
+        is_for_bucket = policy["metadata"]["name"] == "imago-bucket"
+        if not is_for_bucket or "store-bucket" in case:
             assert selects_pods(case, policy["spec"]["podSelector"]["matchLabels"])
 
     for monitor in manifests_of_kind(case, "ServiceMonitor"):
@@ -173,7 +173,8 @@ def test_references_of_pods_resolve(case):
                 else:
                     assert ("ConfigMap", source["configMapRef"]["name"]) in names
             arguments = " ".join(container.get("args", []))
-            assert set(re.findall(r"\$\((\w+)\)", arguments)) <= config_map_data(case).keys()
+            known = config_map_data(case).keys() | {"JOB_COMPLETION_INDEX"}
+            assert set(re.findall(r"\$\((\w+)\)", arguments)) <= known
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -232,7 +233,7 @@ def train_containers(case: str) -> list[Manifest]:
     trainers = [trainjob["spec"]["trainer"] for trainjob in manifests_of_kind(case, "TrainJob")]
     for _, template in pod_templates(case):
         for container in containers(template):
-            if "imago-train:" in container["image"]:
+            if "imago-train:" in container["image"] and container["name"] != "predict":
                 trainers.append(container)
     return trainers
 
@@ -241,7 +242,8 @@ def test_training_takes_the_arguments_of_every_manifest(commands):
     command_lines = train_arguments()
     assert len(command_lines) >= 2
     for command_line in command_lines:
-        arguments = ["digits" if word == "$(DATA)" else word for word in command_line]
+        values = {"$(DATA)": "digits", "--store=$(STORE)": "--store=/store"}
+        arguments = [values.get(word, word) for word in command_line]
         assert "store: /store" in commands.run(*arguments, "--print_config", cwd=ROOT).text
 
 
@@ -310,14 +312,17 @@ def test_a_canary_keeps_the_other_variables_of_its_environment():
     }
 
 
-def test_network_policies_allow_the_bucket_of_the_model():
-    case = "components/network-policy,model-from-bucket on local"
+def test_network_policies_allow_the_bucket_of_the_store():
+    case = "components/network-policy,store-bucket on local"
     policies = manifests_of_kind(case, "NetworkPolicy")
-    policy = find_named(policies, "imago-serving-bucket")["spec"]
+    policy = find_named(policies, "imago-bucket")["spec"]
     assert {"port": 443, "protocol": "TCP"} in policy["egress"][0]["ports"]
+    addresses = {peer["ipBlock"]["cidr"] for peer in policy["egress"][1]["to"]}
+    assert "169.254.169.254/32" in addresses, "where pods get the credentials of an identity"
 
     labels = policy["podSelector"]["matchLabels"]
-    assert has_labels(dict(pod_templates(case))["Deployment/imago-serving"], labels)
+    for name in ("Deployment/imago-serving", "Job/imago-train"):
+        assert has_labels(dict(pod_templates(case))[name], labels)
     assert not has_labels(dict(pod_templates("overlays/cpu"))["Deployment/imago-serving"], labels)
 
 
@@ -340,10 +345,10 @@ def test_serving_on_gpus_uses_the_cuda_image():
         assert all(c["image"].endswith("-cuda") for c in containers(template))
 
 
-@pytest.mark.parametrize("component", ["model-from-bucket", "model-from-image"])
-def test_a_store_of_a_component_is_mounted_without_sub_path(component):
+def test_a_store_of_a_component_is_mounted_without_sub_path():
     """An overlay may use a directory of a volume; the store of a component has none."""
-    template = dict(pod_templates(f"components/{component} on local"))["Deployment/imago-serving"]
+    case = "components/model-from-image on local"
+    template = dict(pod_templates(case))["Deployment/imago-serving"]
     mounts = [m for c in containers(template) for m in c["volumeMounts"] if m["name"] == "store"]
     assert len(mounts) == 2
     assert not any("subPath" in m for m in mounts)
@@ -359,6 +364,25 @@ def test_a_model_image_has_the_version_that_its_pod_serves(case):
             settings = data | variables(container)
             tag = f"{settings['IMAGO_MODEL']}-{settings['IMAGO_VERSION']}"
             assert reference.endswith(f":{tag}"), container["name"]
+
+
+@pytest.mark.parametrize("overlay", ["local", "cpu", "gpu"])
+def test_a_store_in_a_bucket_needs_no_shared_volume(overlay):
+    case = f"components/store-bucket on {overlay}"
+    for claim in manifests_of_kind(case, "PersistentVolumeClaim"):
+        assert claim["metadata"]["name"] == "imago-data"
+        assert claim["spec"]["accessModes"] == ["ReadWriteOnce"]
+    volumes = manifests_of_kind(case, "PersistentVolume")
+    assert "imago-store" not in [volume["metadata"]["name"] for volume in volumes]
+
+    credentials = {"secretRef": {"name": "imago-bucket", "optional": True}}
+    for name, template in pod_templates(case):
+        assert "/store" not in str(template["spec"]["volumes"]), name
+        for container in containers(template):
+            assert credentials in container["envFrom"], name
+            assert "/store" not in [m["mountPath"] for m in container["volumeMounts"]], name
+    data = config_map_data(case)
+    assert data["STORE"] == data["IMAGO_STORE"] == "s3://bucket/imago"
 
 
 def test_the_overlay_in_the_readme_trains_and_serves_the_users_data():

@@ -2,9 +2,9 @@
 
 Opt-in, because the definitions are large and not part of Imago. IMAGO_TEST_CRDS names a directory
 with those of KEDA (config/crd/bases), Argo Rollouts (manifests/crds), Kubeflow Trainer
-(manifests/base/crds), the Gateway API (config/crd/standard) and the Prometheus operator
-(example/prometheus-operator-crd), each as in its repository. Without it, only test_schema.py
-validates custom resources.
+(manifests/base/crds), the Gateway API (config/crd/standard), the Prometheus operator
+(example/prometheus-operator-crd) and KServe (config/crd/full), each as in its repository. Without
+it, only test_schema.py validates custom resources.
 """
 
 import os
@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from support import crd_models
-from support.manifests import CASES, render
+from support.manifests import CASES, KSERVE, render
 
 DIRECTORY = os.environ.get("IMAGO_TEST_CRDS")
 pytestmark = pytest.mark.skipif(
@@ -75,7 +75,7 @@ def validators() -> dict[tuple[str, str], jsonschema.Draft7Validator]:
     return {name: jsonschema.Draft7Validator(schema) for name, schema in definitions()}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, KSERVE])
 def test_custom_kinds_match_their_definitions(case, validators):
     for manifest in render(case):
         if manifest["kind"] in crd_models.custom_resource_models():

@@ -28,6 +28,22 @@ def test_a_job_whose_settings_differ_is_replaced(job, cluster):
 
 
 @needs_kubectl
+def test_a_bulk_prediction_whose_settings_differ_is_replaced_alone(cluster, tmp_path):
+    """Finished shards are skipped, so nothing is lost."""
+    refusal = JOB.replace("imago-train", "imago-predict")
+    answers = {
+        "--dry-run": admission_errors(f"The Job {refusal}")["--dry-run"],
+        '"Complete"': "echo 'imago-train True- 0'",
+    }
+    with overlay_with_components("store-bucket", "bulk-predict") as name:
+        result, calls = cluster("deploy", answers, OVERLAY=name)
+    assert result.returncode == 0, result.stderr
+    assert "Training: completed, unchanged" in result.stdout
+    (deleted,) = (line for line in calls.splitlines() if " delete " in line)
+    assert "delete job imago-predict --cascade=foreground" in deleted
+
+
+@needs_kubectl
 def test_a_failed_job_is_replaced_even_without_changes(cluster, tmp_path):
     failed = f"[ -e {tmp_path}/deleted ] || echo 'the backoff limit is reached'"
     result, calls = cluster(

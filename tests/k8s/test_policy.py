@@ -154,9 +154,11 @@ def test_a_changed_setting_makes_a_new_config_map(case):
         for m in manifests_of_kind(case, "ConfigMap")
         if m["metadata"]["name"] != "imago-dashboard"
     ]
-    assert len(settings) == 2
+    assert len(settings) == (3 if "bulk-predict" in case else 2)
     for manifest in settings:
-        assert re.fullmatch(r"imago-(serving|training)-[a-z0-9]{10}", manifest["metadata"]["name"])
+        assert re.fullmatch(
+            r"imago-(serving|training|predict)-[a-z0-9]{10}", manifest["metadata"]["name"]
+        )
         assert manifest["immutable"] is True, manifest["metadata"]["name"]
 
 

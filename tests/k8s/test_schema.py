@@ -13,7 +13,7 @@ import kubernetes_validate
 import pytest
 
 from support import crd_models
-from support.manifests import CASES, Manifest, render
+from support.manifests import CASES, KSERVE, Manifest, render
 
 KINDS = crd_models.custom_resource_models()
 VERSIONS = [f"1.{minor}" for minor in range(30, 37)]
@@ -70,7 +70,7 @@ def built_in(manifest: Manifest) -> Iterator[Manifest]:
             }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, KSERVE])
 def test_custom_kinds_match_their_models(case):
     for manifest in render(case):
         if manifest["kind"] in KINDS:

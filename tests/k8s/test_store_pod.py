@@ -17,7 +17,7 @@ import yaml
 from models.store import Store
 from support import ROOT, tiny_bundle
 from support.fake_kubectl import error_line, needs_kubectl, run_cluster_script
-from support.manifests import Manifest, render_overlay
+from support.manifests import Manifest, manifests_of_kind
 
 pytestmark = needs_kubectl
 
@@ -26,10 +26,16 @@ pytestmark = needs_kubectl
 def run_verb(cluster, tmp_path) -> Callable:
     """Run a verb on a cluster with the local overlay. Return the result, the calls and the pod."""
 
-    def run(verb: str, phase: str = "Succeeded", log: str = "done", **env: str) -> tuple:
+    def run(
+        verb: str,
+        phase: str = "Succeeded",
+        log: str = "done",
+        case: str = "overlays/local",
+        **env: str,
+    ) -> tuple:
         created = tmp_path / "pod"
         deployment = tmp_path / "deployment.yaml"
-        deployment.write_text(yaml.safe_dump(render_deployment()))
+        deployment.write_text(yaml.safe_dump(read_deployment(case)))
         # The real kubectl reads the fields of the Deployment.
         query = f"for words; do :; done; exec {shutil.which('kubectl')} annotate --local a=b"
         answers = {
@@ -44,9 +50,8 @@ def run_verb(cluster, tmp_path) -> Callable:
     return run
 
 
-def render_deployment() -> Manifest:
-    manifests = render_overlay("{kind: Kustomization, namespace: imago, resources: [../local]}")
-    (deployment,) = (m for m in manifests if m["kind"] == "Deployment")
+def read_deployment(case: str = "overlays/local") -> Manifest:
+    (deployment,) = manifests_of_kind(case, "Deployment")
     return deployment
 
 
@@ -92,7 +97,7 @@ def test_the_pod_is_restricted_and_mounts_the_store_of_the_deployment(run_verb):
 
     spec = pod["spec"]
     (container,) = spec["containers"]
-    deployed = render_deployment()["spec"]["template"]["spec"]
+    deployed = read_deployment()["spec"]["template"]["spec"]
     (serve,) = deployed["containers"]
     assert container["image"] == serve["image"]
     assert container["envFrom"] == serve["envFrom"]
@@ -105,6 +110,18 @@ def test_the_pod_is_restricted_and_mounts_the_store_of_the_deployment(run_verb):
     assert spec["automountServiceAccountToken"] is False
     name = pod["metadata"]["name"]
     assert f"delete pod {name} " in calls, "also where it failed"
+
+
+def test_with_a_bucket_the_pod_has_its_credentials_and_no_volume(run_verb):
+    case = "components/store-bucket on local"
+    _, _, pod = run_verb("rollback", case=case)
+    kubernetes_validate.validate(pod, "1.30", strict=True)
+    (container,) = pod["spec"]["containers"]
+    (serve,) = read_deployment(case)["spec"]["template"]["spec"]["containers"]
+    assert {"secretRef": {"name": "imago-bucket", "optional": True}} in container["envFrom"]
+    assert container["envFrom"] == serve["envFrom"]
+    assert [volume["name"] for volume in pod["spec"]["volumes"]] == ["tmp"]
+    assert pod["metadata"]["labels"]["store"] == "bucket", "for the network policy"
 
 
 def test_what_the_pod_says_is_the_error(run_verb):

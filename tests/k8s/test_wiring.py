@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from serve.commands.shards import Shard, parse_shard
 from support.manifests import CASES, containers, manifests_of_kind, pod_templates
 from train.runs.preemption import SHUTDOWN_SECONDS
 
@@ -16,7 +17,7 @@ def trainers(case: str) -> Iterator[tuple[list[str], dict[str, int]]]:
     train_jobs = manifests_of_kind(case, "TrainJob")
     for _, template in pod_templates(case):
         for container in containers(template):
-            if "imago-train:" not in container["image"]:
+            if "imago-train:" not in container["image"] or container["name"] == "predict":
                 continue
             ports = {port["name"]: port["containerPort"] for port in container["ports"]}
             trainer = train_jobs[0]["spec"]["trainer"] if train_jobs else container
@@ -72,7 +73,8 @@ def test_pods_that_are_reachable_from_outside_have_a_key(case):
 def test_training_has_time_to_save_a_checkpoint(case):
     grace_periods: list[int] = []
     for _, template in pod_templates(case):
-        if "imago-train:" in containers(template)[-1]["image"]:
+        container = containers(template)[-1]
+        if "imago-train:" in container["image"] and container["name"] != "predict":
             grace_periods.append(template["spec"]["terminationGracePeriodSeconds"])
     assert grace_periods
     # The constant is the time in which training promises to end after a signal.
@@ -80,18 +82,35 @@ def test_training_has_time_to_save_a_checkpoint(case):
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if "gpu" in c])
-def test_gpu_pods_request_a_gpu_and_select_a_node_with_one(case):
+def test_gpu_pods_request_a_gpu_and_no_label_of_an_existing_node(case):
+    """Autoscalers of nodes create one for the request; its labels exist only afterwards."""
     for name, template in pod_templates(case):
         spec = template["spec"]
         limits = containers(template)[-1]["resources"]["limits"]
         role = "serving" if name.startswith("Deployment/") else "training"
         if case == "overlays/gpu" or f"gpu-{role}" in case:
             assert limits["nvidia.com/gpu"] == "1", name
-            assert spec["nodeSelector"] == {"nvidia.com/gpu.present": "true"}, name
+            assert "nodeSelector" not in spec, name
             assert GPU_TOLERATION in spec["tolerations"], name
         else:
             assert "nvidia.com/gpu" not in limits, name
             assert not {"nodeSelector", "tolerations"} & set(spec), name
+
+
+def test_each_pod_of_a_bulk_prediction_takes_one_shard():
+    """`serve predict` takes the arguments of every pod, and the shards are all of them."""
+    case = "components/store-bucket,bulk-predict on local"
+    (job,) = (m for m in manifests_of_kind(case, "Job") if m["metadata"]["name"] == "imago-predict")
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    assert container["command"] == ["python", "-m", "serve", "predict"]
+    assert job["spec"]["completionMode"] == "Indexed"
+
+    shards: set[Shard] = set()
+    for index in range(job["spec"]["completions"]):
+        flag = container["args"][-1].replace("$(JOB_COMPLETION_INDEX)", str(index))
+        shards.add(parse_shard(flag.removeprefix("--shard=")))
+    (count,) = {shard.count for shard in shards}
+    assert {shard.number for shard in shards} == set(range(count))
 
 
 def test_gpu_components_change_every_kind_with_pods():
@@ -100,3 +119,14 @@ def test_gpu_components_change_every_kind_with_pods():
         if "gpu" in case:
             kinds |= {name.partition("/")[0] for name, _ in pod_templates(case)}
     assert kinds == {"Deployment", "Job", "CronJob", "TrainingRuntime"}
+
+
+@pytest.mark.parametrize("component", ["", "cron-training,", "training-kubeflow,"])
+def test_training_is_queued_whatever_creates_it(component):
+    case = f"components/{component}kueue on local"
+    (queued,) = manifests_of_kind(case, "Job", "CronJob", "TrainJob")
+    metadata = queued["metadata"]
+    if queued["kind"] == "CronJob":
+        metadata = queued["spec"]["jobTemplate"]["metadata"]
+    assert metadata["labels"]["kueue.x-k8s.io/queue-name"] == "imago"
+    assert "suspend" not in queued["spec"], "each apply would stop it"

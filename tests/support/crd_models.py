@@ -1,10 +1,10 @@
 """Pydantic models of the operators' custom resources: of the fields that the manifests use only.
 
 They are not the CustomResourceDefinitions. They were written by hand from those of KEDA 2.20,
-Prometheus operator 0.93, Gateway API 1.6, Argo Rollouts 1.10 and Kubeflow Trainer 2.3: names,
-types, enumerations, patterns and required fields. They find a misspelt or misplaced field, not one
-that an operator has changed since, nor what its webhooks reject; `kubectl apply --dry-run=server`
-on a cluster with the operators does.
+Prometheus operator 0.93, Gateway API 1.6, Argo Rollouts 1.10, Kubeflow Trainer 2.3 and KServe:
+names, types, enumerations, patterns and required fields. They find a misspelt or misplaced field,
+not one that an operator has changed since, nor what its webhooks reject; `kubectl apply
+--dry-run=server` on a cluster with the operators does.
 """
 
 from typing import Annotated, Any, Literal
@@ -341,6 +341,56 @@ class TrainJobSpec(Strict):
 class TrainJob(Resource):
     apiVersion: Literal["trainer.kubeflow.org/v1alpha1"]
     spec: TrainJobSpec
+
+
+# KServe
+
+
+class ModelFormat(Strict):
+    name: str
+    version: str
+    autoSelect: bool | None = None
+
+
+class ServingRuntimeSpec(Strict):
+    annotations: dict[str, str]
+    supportedModelFormats: list[ModelFormat]
+    protocolVersions: list[Literal["v1", "v2", "grpc-v2"]]
+    containers: list[dict[str, Any]]  # of a pod; test_kserve.py checks them
+    volumes: list[dict[str, Any]]
+
+
+class ServingRuntime(Resource):
+    apiVersion: Literal["serving.kserve.io/v1alpha1"]
+    spec: ServingRuntimeSpec
+
+
+class PredictorModel(Strict):
+    modelFormat: ModelFormat
+    runtime: Name
+    protocolVersion: Literal["v1", "v2", "grpc-v2"]
+    storageUri: str
+
+
+class Predictor(Strict):
+    minReplicas: int
+    maxReplicas: int
+    serviceAccountName: Name
+    model: PredictorModel
+
+
+class InferenceServiceSpec(Strict):
+    predictor: Predictor
+
+
+class AnnotatedMetadata(Metadata):
+    annotations: dict[str, str]
+
+
+class InferenceService(Resource):
+    apiVersion: Literal["serving.kserve.io/v1beta1"]
+    metadata: AnnotatedMetadata
+    spec: InferenceServiceSpec
 
 
 def custom_resource_models() -> dict[str, type[Resource]]:
