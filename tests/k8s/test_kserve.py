@@ -51,6 +51,7 @@ def test_serve_takes_the_arguments_of_the_runtime():
     for argument in container["args"]:
         name, _, value = argument.removeprefix("--").partition("=")
         flags[name.replace("-", "_")] = value
+    assert flags.keys() <= options.Settings.model_fields.keys()
     assert flags["bundle"] == "/mnt/models", "where KServe copies storageUri to"
     settings = options.parse_settings(flags)
     assert [port["containerPort"] for port in container["ports"]] == [settings.port]
