@@ -101,6 +101,19 @@ class BundleSource:
             return self._bundle
         return self._store.local_path(self._settings.model, version)
 
+    def describe_files(self, version: int) -> object:
+        """Return what changes when files of a version are replaced, to compare with `==`.
+
+        Of a bucket, the checksums; else sizes and times of the files. Raises BundleError, OSError.
+        """
+        if self.is_bucket:
+            return self._store.read_checksums(self._settings.model, version)
+        files: list[tuple[str, int, int]] = []
+        for path in sorted(self.path(version).rglob("*")):
+            status = path.lstat()
+            files.append((str(path), status.st_size, status.st_mtime_ns))
+        return files
+
     def record_served(self, version: int) -> None:
         """Record the version that is served as latest, to start from it without the bucket."""
         if self.is_bucket and self._settings.version == LATEST:

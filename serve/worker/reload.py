@@ -2,9 +2,9 @@
 
 A thread of each worker watches where `latest` points. A new version is first checked in a
 separate process (`version_check`). Then the worker loads it while the old model still serves, and
-replaces the old one. A version that fails is refused until `latest` points to another. A rollback
-works in the same way: only the target of `latest` counts. After an error of the store itself, the
-version is not refused but tried again.
+replaces the old one. A version that fails is refused until its files are replaced or `latest`
+points to another. A rollback works in the same way: only the target of `latest` counts. After an
+error of the store itself, the version is not refused but tried again.
 """
 
 import fcntl
@@ -48,6 +48,7 @@ class Reloader:
         self.replace_model = replace_model
         self.source = source
         self.refused_version: int | None = None
+        self.refused_files: object = None  # as BundleSource describes them
         for outcome in ("ok", "refused"):
             counters.slot("reloads", outcome)  # so that the series exist with value 0
 
@@ -72,8 +73,17 @@ class Reloader:
         latest = self._read_latest()
         if latest is None or latest == self.current_model().version:
             self._allow_refused_version()
-        elif latest != self.refused_version:
+        elif latest != self.refused_version or self._has_new_files(latest):
             self._reload(latest)
+
+    def _has_new_files(self, refused_version: int) -> bool:
+        return self._describe_files(refused_version) != self.refused_files
+
+    def _describe_files(self, version: int) -> object:
+        try:
+            return self.source.describe_files(version)
+        except (BundleError, OSError):  # deleted, or being replaced
+            return None
 
     def _read_latest(self) -> int | None:
         """Return the target of `latest`, and show in the metrics whether the store answers."""
@@ -95,6 +105,7 @@ class Reloader:
     def _reload(self, version: int) -> None:
         """Replace the model by this version, or refuse it."""
         start = time.monotonic()
+        files = self._describe_files(version)  # before the check, during which they may be replaced
         fields: dict[str, object] = {"from": self.current_model().version, "to": version}
         try:
             model = self._load(version)
@@ -107,6 +118,7 @@ class Reloader:
                 )
                 return
             self.refused_version = version
+            self.refused_files = files
             self.counters.add("reloads", "refused")
             logs.logger.error("new version refused: %s", error, extra={"fields": fields})
             return

@@ -91,6 +91,11 @@ def test_bad_version_is_refused_and_the_old_one_keeps_serving(start, tmp_path, h
     assert entry["level"] == "error"
     assert entry["from"] == 1
     assert entry["to"] == 2
+    if how == "changed":  # mended in place, it is checked again although `latest` does not move
+        graph = tmp_path / "colours/2/model.onnx"
+        graph.write_bytes((tmp_path / "colours/1/model.onnx").read_bytes())
+        wait_until(lambda: server.metric("imago_reloads_total", outcome="ok") == 1)
+        assert served_version(server) == "2"
 
 
 @pytest.mark.slow
