@@ -255,3 +255,27 @@ def test_the_revision_of_changed_sources_is_dirty(tmp_path):
 def test_a_missing_base_image_is_one_line(engine):
     error = error_line(run("docker/build", "serve", BASE="localhost:1/no/such:image"))
     assert "the base image localhost:1/no/such:image is not on this machine" in error
+
+
+def test_the_steps_of_a_build_are_printed_and_its_log_after_a_failure(tmp_path):
+    """The rest of the output is only of interest where the build fails."""
+    lines = (
+        "STEP 1/3: FROM base AS packages\\nCollecting numpy\\n[2/2] STEP 2/3: RUN pip install\\n"
+    )
+    (tmp_path / "podman").write_text(f"""#!/bin/sh
+case "$*" in
+  --version) echo podman version 5 ;;
+  *build*) printf '{lines}'; exit $BUILD_STATUS ;;
+esac
+""")
+    (tmp_path / "podman").chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    result = run("docker/build", "train", ENGINE="podman", PATH=path, BUILD_STATUS="0")
+    assert result.returncode == 0, result.stderr
+    steps = "  STEP 1/3: FROM base AS packages\n  STEP 2/3: RUN pip install\n"
+    assert result.stdout == f"Building localhost/imago-train:dev\n{steps}"
+
+    failed = run("docker/build", "train", ENGINE="podman", PATH=path, BUILD_STATUS="1")
+    assert failed.returncode == 2
+    assert "Collecting numpy" in failed.stderr
+    assert "the build of localhost/imago-train:dev failed" in failed.stderr.splitlines()[-1]
