@@ -84,7 +84,7 @@ class Promise:
 
 @dataclass
 class Outcome:
-    """What was seen of one kind of fault, over all times it was applied."""
+    """The results of one kind of fault, over all times it was applied."""
 
     times: int = 0
     statuses: Counter[int] = field(default_factory=Counter)
