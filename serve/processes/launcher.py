@@ -15,6 +15,7 @@ import os
 import pickle
 import signal
 import socket
+import threading
 from collections.abc import Callable
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
@@ -49,18 +50,25 @@ class LaunchedProcess:
         # The launcher sends the exit status through it; no other process has its other end.
         self._status_pipe = status_pipe
         self._exitcode: int | None = None
+        # The first thread ends processes while the monitor may still check them.
+        self._lock = threading.Lock()
 
     @property
     def exitcode(self) -> int | None:
         """The exit status, negative for a signal; None while the process runs."""
-        if self._exitcode is None and self._status_pipe.poll():
-            try:
-                self._exitcode = self._status_pipe.recv()
-            except EOFError:
-                # The launcher was killed. The process will notice, but must not run meanwhile.
-                self._send_signal(signal.SIGKILL)
-                self._exitcode = -signal.SIGKILL
-        return self._exitcode
+        with self._lock:
+            if self._exitcode is None and self._status_pipe.poll():
+                self._exitcode = self._receive_status()
+            return self._exitcode
+
+    def _receive_status(self) -> int:
+        try:
+            status: int = self._status_pipe.recv()
+        except EOFError:
+            # The launcher was killed. The process will notice, but must not run meanwhile.
+            self._send_signal(signal.SIGKILL)
+            return -signal.SIGKILL
+        return status
 
     @property
     def sentinel(self) -> int:

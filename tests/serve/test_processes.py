@@ -128,6 +128,12 @@ def read_process_name(pid: int) -> str:
     return Path(f"/proc/{pid}/comm").read_text().rstrip()
 
 
+def test_the_launcher_has_one_thread(service):
+    """A fork copies only the thread that calls it: another could hold a lock for ever."""
+    (launcher,) = service.find_processes("launcher")
+    assert len(list(Path(f"/proc/{launcher}/task").iterdir())) == 1
+
+
 def test_workers_hold_no_listening_socket(service):
     """One that hangs would keep the port of a supervisor that was killed."""
     listening = {inode for pid in service.http_processes() for inode in listening_sockets(pid)}
