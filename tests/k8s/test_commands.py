@@ -107,6 +107,7 @@ def test_make_passes_the_given_variables_and_no_others(verb):
         "N": "3",
         "NAME": "photos",
         "VERSION": "3",
+        "FORCE": "1",
         "TRAIN": "1",
         "WAIT_TRAIN": "1",
         "PURGE": "1",
