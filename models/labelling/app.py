@@ -190,7 +190,16 @@ class LabelApp:
             gone = self.source.save(labels)
         for label in labels:
             self.leases.pop(label.id, None)
-        return _json({"saved": len(labels) - len(gone), "gone": gone})
+        items = self.source.list_items()
+        labelled = sum(1 for item in items if item.label is not None)
+        return _json(
+            {
+                "saved": len(labels) - len(gone),
+                "gone": gone,
+                "total": len(items),
+                "labelled": labelled,
+            }
+        )
 
     def _check_classes(self, labels: list[NewLabel]) -> None:
         """Raise LabelProblem for a class that is not known, where that is not allowed."""

@@ -216,6 +216,39 @@ def test_a_label_of_an_image_that_is_gone_is_told(labelling, open_page):
     expect_status(page, "image is gone")
 
 
+def test_the_order_is_stated_and_can_be_changed(labelling, open_page):
+    page = open_page(labelling.url)
+    page.get_by_text("Order now: What teaches most first").click()
+    images = list(labelling.kept.read_images().values())
+    with page.expect_request("**/label/images/*"):
+        page.locator("#order").select_option("newest")
+    page.get_by_text("Order now: Newest first").wait_for()
+    newest = images[-1].top[0].label
+    expect(page.locator("#classes button.guess")).to_contain_text(newest)
+
+
+def test_the_page_of_a_service_asks_for_the_key_and_labels_become_accuracy(
+    start, browser, tmp_path
+):
+    kept = open_kept(tmp_path / "kept")
+    add_answered_image(kept, 0, "red", confidence=0.9)
+    server = start("--keep", kept.location, "--api-key", "secret", "--keep-days", "0")
+    context = browser.new_context()
+    page = context.new_page()
+    page.goto(f"{server.url}/label")
+    page.get_by_label("Your name").fill("ann")
+    page.get_by_role("button", name="Start").click()
+    expect_status(page, "This page needs the API key.")
+    page.get_by_label("API key").fill("secret")
+    page.get_by_role("button", name="Start").click()
+    page.locator("#image[src^='blob:']").wait_for()
+    page.keyboard.press("1")
+    wait_until(lambda: "imago_feedback_accuracy 1.0" in server.metrics())
+    assert server.metric("imago_feedback_ece") == pytest.approx(0.1)
+    assert read_labels(kept) == [("class", "red", "ann")]
+    context.close()
+
+
 @pytest.mark.parametrize("width", [390, 1280])
 def test_the_page_fits_and_follows_the_colour_scheme(labelling, open_page, width):
     page = open_page(labelling.url, width=width, has_touch=width < 500)
@@ -240,7 +273,7 @@ def test_the_page_is_accessible(labelling, open_page):
     from axe_playwright_python.sync_playwright import Axe
 
     page = open_page(labelling.url, bypass_csp=True)  # axe runs by eval
-    page.get_by_text("Order and settings").click()
+    page.locator("#order-summary").click()
     page.get_by_role("button", name="Look-alikes").click()
     page.locator("#alike input").first.wait_for()
     violations = Axe().run(page).response["violations"]

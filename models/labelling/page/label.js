@@ -28,7 +28,7 @@ let shownClasses = []; // classes of the buttons, by their numbers
 let lookAlikes = [];
 let isSending = false;
 let retryMs = FIRST_RETRY_MS;
-let labelledHere = 0;
+let sentRequests = 0; // with labels, that were answered
 
 /* Requests */
 
@@ -67,6 +67,7 @@ async function loadItems() {
     show: byId("show").value,
     client,
   });
+  const sentBefore = sentRequests;
   let response;
   try {
     response = await fetchWithKey(`label/items?${query}`);
@@ -79,7 +80,13 @@ async function loadItems() {
     return false;
   }
   const isFirst = state === null;
-  state = await response.json();
+  const loaded = await response.json();
+  if (sentRequests > sentBefore) {
+    // Labels were saved meanwhile, so the counts that came with them are newer.
+    loaded.labelled = state.labelled;
+    loaded.total = state.total;
+  }
+  state = loaded;
   if (isFirst) {
     fillOrders();
     adoptUnsaved();
@@ -88,7 +95,6 @@ async function loadItems() {
   const known = new Set(queue.map((item) => item.id));
   const isNew = (item) => !known.has(item.id) && !waiting.has(item.id) && !answered.has(item.id);
   queue.push(...state.items.filter(isNew));
-  labelledHere = 0;
   showProgress();
   return true;
 }
@@ -98,7 +104,13 @@ function fillOrders() {
   const options = Object.entries(state.orders).map(([key, text]) => new Option(text, key));
   byId("order").replaceChildren(...options);
   byId("order").value = chosen in state.orders ? chosen : "teach";
+  showOrder();
   byId("place").textContent = `Labels are saved in ${state.location}`;
+}
+
+function showOrder() {
+  const [name] = state.orders[byId("order").value].split(":");
+  byId("order-summary").textContent = `Order and settings. Order now: ${name}`;
 }
 
 async function restart() {
@@ -183,7 +195,9 @@ function showConflict(item) {
 }
 
 function showProgress() {
-  const labelled = Math.min(state.labelled + labelledHere, state.total);
+  const changes = readUnsaved().map((label) => (label.verdict === "withdrawn" ? -1 : 1));
+  const unsaved = changes.reduce((sum, change) => sum + change, 0);
+  const labelled = Math.min(state.labelled + unsaved, state.total);
   const conflicts = state.conflicts ? `, ${state.conflicts} with a conflict` : "";
   byId("progress-text").textContent = `${labelled} of ${state.total} labelled${conflicts}`;
   byId("progress").max = Math.max(state.total, 1);
@@ -265,7 +279,6 @@ function choose(verdict, label = "") {
 function advance(items, text) {
   const ids = new Set(items.map((item) => item.id));
   items.forEach((item) => answered.add(item.id));
-  labelledHere += items.filter((item) => item.label === null).length;
   queue = queue.filter((item) => !ids.has(item.id));
   const [next] = queue;
   showStatus(next ? `${text} Next: ${describe(next)}` : text);
@@ -295,7 +308,6 @@ function undo() {
   if (!last) return;
   submit(last.items, "withdrawn");
   last.items.forEach((item) => answered.delete(item.id));
-  labelledHere -= last.items.filter((item) => item.label === null).length;
   queue.unshift(...last.items);
   byId("undo").disabled = history.length === 0;
   showStatus(`Undone. ${describe(queue[0])}`);
@@ -352,6 +364,7 @@ async function send() {
       if (reason) break;
       const sent = new Set(part.map((label) => label.key));
       writeUnsaved(readUnsaved().filter((label) => !sent.has(label.key)));
+      showProgress();
     }
   } finally {
     isSending = false;
@@ -389,7 +402,10 @@ async function sendPart(labels) {
     return "";
   }
   if (!response.ok) return readError(response);
-  const { gone } = await response.json();
+  const { gone, total, labelled } = await response.json();
+  sentRequests += 1;
+  state.total = total;
+  state.labelled = labelled;
   if (gone.length > 0) showStatus(`Not saved, since the image is gone: ${gone.length}`);
   gone.forEach((id) => {
     queue = queue.filter((item) => item.id !== id);
@@ -540,6 +556,7 @@ byId("show-alike").addEventListener("click", openLookAlikes);
 byId("again").addEventListener("click", restart);
 byId("order").addEventListener("change", () => {
   localStorage.setItem(ORDER_ITEM, byId("order").value);
+  showOrder();
   restart();
 });
 byId("show").addEventListener("change", restart);
