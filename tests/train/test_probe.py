@@ -1,5 +1,6 @@
 """The linear probe, fine-tuning from it, and the time budget."""
 
+import copy
 import json
 import re
 import shutil
@@ -8,12 +9,22 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from sklearn.datasets import load_digits
 
+from models import networks
 from models.bundle import Bundle
+from models.networks.base import Network
+from models.networks.weights import load_weights, read_weights
 from support.forked_commands import ForkedCommand, ForkedCommands
 from train.cli import main
+from train.data import ImageData
 from train.export import embedder
+from train.export.candidates import choose_model
+from train.export.evaluate import score_part
+from train.export.onnx_graph import InferenceGraph
+from train.export.pipeline import TrainedModel
+from train.export.steps import ignore_progress
 
 IMAGES_PER_CLASS = 30
 SEEN_CLASSES = ("0", "1", "2", "3", "4")
@@ -135,6 +146,39 @@ def test_the_better_of_probe_and_fine_tuning_is_published(commands, home, photos
             assert re.search(r"(probe|network|fine-tuned \(\d\.\d{4}\),) is kept$", note)
     # A tiny rate leaves the probe as it was.
     assert accuracies["3"] == pytest.approx(accuracies["1e-6"], abs=0.05)
+
+
+def test_the_mean_of_both_networks_is_kept_where_it_is_best(home, photos):
+    """Two networks with noise in their heads, whose mean is the trained one."""
+    weights = read_weights(home / "store" / "photos" / "1" / "weights.safetensors")
+    assert weights.normalization is not None
+    mean, std = weights.normalization
+
+    def build_model(network: Network) -> TrainedModel:
+        graph = InferenceGraph(network.eval(), mean, std)
+        return TrainedModel("convnet", {}, mean, std, "none", graph)
+
+    data = ImageData(str(photos), size=16, channels=1, val_fraction=0.4, cache="", workers=0)
+    data.setup()
+    torch.manual_seed(0)
+    trained = networks.build("convnet", len(SEEN_CLASSES), 1, 16)
+    load_weights(trained, weights)
+    first = copy.deepcopy(trained)
+    second = copy.deepcopy(trained)
+    noise = 20 * torch.randn_like(trained.head.weight)
+    with torch.no_grad():
+        first.head.weight.add_(noise)
+        second.head.weight.sub_(noise)
+
+    probe = build_model(first)
+    val = score_part(probe.graph, data, "val", torch.device("cpu"))
+    best, note = choose_model(
+        probe, build_model(second), val, data, torch.device("cpu"), ignore_progress
+    )
+    assert note.endswith("is kept")
+    assert "a mean of their weights, 50% fine-tuned (" in note
+    kept = best.graph.network.head.weight
+    torch.testing.assert_close(kept, trained.head.weight, atol=1e-3, rtol=0)
 
 
 def test_the_audit_finds_wrong_labels_by_the_embeddings(commands, home, photos, tmp_path):
