@@ -40,6 +40,7 @@ FROM ${BASE} AS sources
 COPY models/*.py /app/models/
 COPY models/image /app/models/image
 COPY models/bundle /app/models/bundle
+COPY models/comparison /app/models/comparison
 COPY models/kept /app/models/kept
 COPY models/labelling /app/models/labelling
 COPY models/store /app/models/store

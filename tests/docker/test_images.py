@@ -196,6 +196,21 @@ print(present + [name for name in programs if shutil.which(name)])
     assert result.stdout.strip() == ""
 
 
+def test_the_serving_image_manages_its_store(volume, engine):
+    """The operator's commands run in it."""
+    result = engine(
+        "run",
+        "--rm",
+        *RESTRICTED,
+        "--volume",
+        f"{volume / 'store'}:/store:ro",
+        "--entrypoint=python",
+        name("serve"),
+        *("-m", "models", "list"),
+    )
+    assert "digits" in result.stdout
+
+
 @pytest.mark.parametrize("kind", ["serve", "train"])
 def test_each_debian_package_has_its_licence(engine, kind):
     script = """for package in $(dpkg-query -W -f '${Package} '); do
