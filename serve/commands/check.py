@@ -71,9 +71,10 @@ def load_model(settings: Settings, show_line: ShowLine) -> Model:
     path = source.path(settings.version)
     versions = ", ".join(map(str, source.versions())) or "unknown"
     follows_latest = settings.version == LATEST and settings.reload_seconds > 0
+    version = read_manifest(path).version if settings.bundle else path.resolve().name
     show_line(
         "model",
-        f"{settings.model}, version {read_manifest(path).version} of {versions}"
+        f"{settings.model}, version {version} of {versions}"
         f"{', follows latest' if follows_latest else ''}",
     )
 

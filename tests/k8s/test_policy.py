@@ -30,7 +30,8 @@ VOLUMES = {
     "projected",
     "secret",
 }
-POD_FAILURE_RULES = (("FailJob", [2, 3]), ("Ignore", [143]))  # action and exit statuses
+# Exit statuses, by container, after which another pod would end in the same way.
+FINAL_STATUSES = {"train": [2, 3], "node": [2, 3], "predict": [2]}
 CHECKOV = Path(os.environ.get("CHECKOV", K8S.parent / ".venv/checkov/bin/checkov"))
 
 
@@ -134,7 +135,7 @@ def test_training_restarts_after_disruptions_and_not_after_invalid_settings(case
     for job in training_jobs(case):
         (train,) = containers(job["template"])
         rules: list[Manifest] = []
-        for action, statuses in POD_FAILURE_RULES:
+        for action, statuses in (("FailJob", FINAL_STATUSES[train["name"]]), ("Ignore", [143])):
             exit_codes = {"containerName": train["name"], "operator": "In", "values": statuses}
             rules.append({"action": action, "onExitCodes": exit_codes})
         disruption = {"type": "DisruptionTarget", "status": "True"}

@@ -108,7 +108,7 @@ def test_a_file_in_a_closed_directory_is_refused(bundle_store, images, set_mode)
 
 
 @pytest.mark.parametrize(
-    "command", [("predict", "a.png"), ("check",), ()], ids=["predict", "check", "serve"]
+    "command", [("predict", __file__), ("check",), ()], ids=["predict", "check", "serve"]
 )
 def test_a_closed_store_is_refused(tmp_path, set_mode, command):
     store = tmp_path / "store"

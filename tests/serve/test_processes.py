@@ -179,7 +179,11 @@ def test_unchecked_service_of_the_benchmarks_answers(start):
         for line in server.metrics().splitlines()
         if line[0] != "#" and not line.endswith(" 0.0")
     ]
-    assert {re.match(r"\w+", line)[0] for line in counted} == {"imago_ready", "imago_model_info"}
+    assert {re.match(r"\w+", line)[0] for line in counted} == {
+        "imago_ready",
+        "imago_model_info",
+        "imago_store_reachable",
+    }
 
 
 def test_workers_share_the_bound_on_memory_for_decoding(tmp_path):

@@ -104,6 +104,9 @@ def test_a_new_class_costs_only_its_embeddings(commands, home, photos, tmp_path)
     assert "epoch" not in second.text
 
 
+@pytest.mark.filterwarnings(
+    "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"
+)  # Lightning's, once a process
 def test_another_decoder_computes_embeddings_again(home, photos, tmp_path, monkeypatch):
     def audit() -> list[int]:
         main.run(
