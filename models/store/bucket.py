@@ -118,7 +118,7 @@ class BucketBackend:
         return parse_manifest(stored.content, source)
 
     def read_checksums(self, name: str, version: int) -> bytes | None:
-        """Return SHA256SUMS of a version; None where there is no such version."""
+        """Return SHA256SUMS of a version; None if the version does not exist."""
         stored = self._client.read(f"{name}/{version}/{CHECKSUMS_FILE}", MAX_CHECKSUMS_BYTES)
         if stored is None or not self.has_version(name, version):
             return None

@@ -61,12 +61,12 @@ class DirectoryBackend:
         return int(target) if target.isdecimal() else None
 
     def read_manifest(self, name: str, version: int) -> Manifest | None:
-        """Return the manifest of a version; None where there is no such version."""
+        """Return the manifest of a version; None if the version does not exist."""
         path = self.fetch(name, version)
         return None if path is None else read_manifest(path)
 
     def read_checksums(self, name: str, version: int) -> bytes | None:
-        """Return SHA256SUMS of a version; None where there is no such version."""
+        """Return SHA256SUMS of a version; None if the version does not exist."""
         path = self.fetch(name, version)
         return None if path is None else read_checksums(path)
 

@@ -41,16 +41,16 @@ class Backend(Protocol):
         """Return the version that `latest` names."""
 
     def read_manifest(self, name: str, version: int) -> Manifest | None:
-        """Return the manifest of a version; None where there is no such version."""
+        """Return the manifest of a version; None if the version does not exist."""
 
     def read_checksums(self, name: str, version: int) -> bytes | None:
-        """Return SHA256SUMS of a version; None where there is no such version."""
+        """Return SHA256SUMS of a version; None if the version does not exist."""
 
     def local_path(self, name: str, version: int) -> Path | None:
         """Return the directory of a version where it is on this machine already."""
 
     def fetch(self, name: str, version: int) -> Path | None:
-        """Return the directory of a version; None where there is no such version."""
+        """Return the directory of a version; None if the version does not exist."""
 
     def check_writable(self, name: str) -> None:
         """Raise BundleError where nothing can be published under this name."""
