@@ -1,33 +1,25 @@
 """Kept images in a bucket: s3://, gs:// and az://, by obstore.
 
 Objects can't be appended to, so each line is an object of its own, `<writer>-<number>.jsonl`.
-Credentials are those of the cloud's own variables, such as AWS_ACCESS_KEY_ID; AWS_ENDPOINT_URL
-names another store with the interface of S3.
+`models.store.object_storage` says where credentials come from.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from itertools import count
 from pathlib import PurePosixPath
-from typing import Any
 
 from models.kept.records import KeptError
-
-SCHEMES = ("s3", "gs", "az")
-LIST_CHUNK = 1000  # objects
-TIMEOUTS = {"connect_timeout": "5s", "read_timeout": "30s", "timeout": "60s"}
-RETRIES: Any = {"max_retries": 2, "retry_timeout": timedelta(seconds=10)}
-ENDPOINT_VARIABLES = (
-    "AWS_ENDPOINT_URL_S3",
-    "AWS_ENDPOINT_URL",
-    "AWS_ENDPOINT",
-    "GOOGLE_BASE_URL",
-    "AZURE_STORAGE_ENDPOINT",
-    "AZURE_ENDPOINT",
+from models.store.object_storage import (
+    BUCKET_SCHEMES,
+    ObjectStorageError,
+    describe_error,
+    explain_error,
+    open_client,
+    split_url,
 )
-MAX_REASON_CHARACTERS = 200
+
+LIST_CHUNK = 1000  # objects
 
 
 class BucketFiles:
@@ -36,11 +28,15 @@ class BucketFiles:
     def __init__(self, url: str):
         """Raises KeptError for a URL or settings that can't be used."""
         self.location = url.rstrip("/")
-        scheme, _, location = self.location.partition("://")
-        bucket, _, self.prefix = location.partition("/")
-        if scheme not in SCHEMES or not bucket:
-            raise KeptError(f"{url}: not a bucket; write s3://bucket/path, gs://… or az://…")
-        self.store = _open_store(f"{scheme}://{bucket}", scheme)
+        try:
+            scheme, _, self.prefix = split_url(url)
+            if scheme not in BUCKET_SCHEMES:
+                raise KeptError(f"{url}: not a bucket; write s3://bucket/path, gs://… or az://…")
+            self.store = open_client(self.location)
+        except ImportError as error:
+            raise KeptError(f"{url}: buckets need the package obstore") from error
+        except ObjectStorageError as error:
+            raise KeptError(str(error)) from error
         self._numbers = count()
 
     def list_files(self) -> list[tuple[str, int]]:
@@ -118,34 +114,8 @@ class BucketFiles:
 
         try:
             yield
-        except FileNotFoundError:
-            raise
-        except BaseError as error:
-            raise OSError(f"{self.location}: {_describe(error)}") from error
-
-
-def _open_store(url: str, scheme: str) -> Any:
-    try:
-        from obstore.exceptions import BaseError
-        from obstore.store import from_url
-    except ImportError as error:
-        raise KeptError(f"{url}: buckets need the package obstore: pip install obstore") from error
-
-    config: Any = {}
-    endpoints = [os.environ.get(variable, "") for variable in ENDPOINT_VARIABLES]
-    named = [endpoint for endpoint in endpoints[:3] if endpoint]
-    if scheme == "s3" and named:
-        config["endpoint"] = named[0]
-    options: Any = dict(TIMEOUTS)
-    if any(endpoint.startswith("http:") for endpoint in endpoints):
-        options["allow_http"] = True  # stores inside a cluster often have no certificate
-    try:
-        return from_url(url, config=config, client_options=options, retry_config=RETRIES)
-    except (BaseError, ValueError) as error:
-        raise KeptError(f"{url}: {_describe(error)}") from error
-
-
-def _describe(error: Exception) -> str:
-    """Return one line of what obstore says, without its description for developers."""
-    reason = " ".join(str(error).partition("Debug source")[0].split())
-    return reason[:MAX_REASON_CHARACTERS]
+        except (BaseError, FileNotFoundError) as error:
+            problem = explain_error(error, self.location)
+            if problem is None and isinstance(error, FileNotFoundError):
+                raise
+            raise OSError(f"{self.location}: {problem or describe_error(error)}") from error
