@@ -335,6 +335,7 @@ class Dispatcher:
 
         self.connections: list[WorkerConnection | None] = [None] * worker_count
         self.ready_workers: list[WorkerConnection] = []
+        self.publishes_ready = False  # not before clients can connect
         self.job_ids = count(1)  # of all workers, so that a new connection repeats none
 
         # Jobs that wait for the worker that replaces the last one, until when it is expected
@@ -411,9 +412,14 @@ class Dispatcher:
             for connection in self.connections
             if connection is not None and connection.model is not None
         ]
-        self._set_ready_metric(self.is_ready)
+        self._set_ready_metric(self.is_ready and self.publishes_ready)
         if self.ready_workers and self.waiting_jobs:
             self._send_waiting_jobs()
+
+    def start_publishing(self) -> None:
+        """Publish from now on whether all workers accept jobs, as a metric."""
+        self.publishes_ready = True
+        self._set_ready_metric(self.is_ready)
 
     @property
     def is_ready(self) -> bool:

@@ -14,6 +14,7 @@ from types import FrameType
 
 import uvicorn
 
+from serve.http.app import STATE_KEY
 from serve.processes.process_name import set_process_name
 
 TICK_SECONDS = 1.0
@@ -33,7 +34,8 @@ class HttpServer(uvicorn.Server):
     exit_event: asyncio.Event | None = None
 
     async def main_loop(self) -> None:
-        """Run until the server should exit."""
+        """Run until the server should exit. Clients can connect when it is called."""
+        self.lifespan.state[STATE_KEY].dispatcher.start_publishing()
         self.event_loop = asyncio.get_running_loop()
         self.exit_event = asyncio.Event()
         while not await self.on_tick(0):

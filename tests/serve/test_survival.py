@@ -140,7 +140,8 @@ def assert_refused(response: httpx.Response, reason: str) -> None:
 def test_only_the_image_on_which_a_worker_fails_gets_422(start, endless_store, reason):
     """The worker that replaces it answers the others."""
     flags = ("--threads", "1", "--max-batch-size", "1")
-    timeouts = ("--worker-timeout-seconds", "1", "--deadline-ms", "60000")
+    timeout = "1" if reason == "hang" else "30"
+    timeouts = ("--worker-timeout-seconds", timeout, "--deadline-ms", "60000")
     server = start(*flags, *timeouts, store=endless_store)
     with ThreadPoolExecutor(3) as executor:
         failing = executor.submit(server.predict, WHITE)
@@ -229,26 +230,46 @@ def test_an_image_in_the_hands_of_two_killed_workers_gets_503(start, endless_sto
         killed = 0
         for _ in range(2):
             wait_until(lambda killed=killed: server.is_ready() and server.workers() != [killed])
-            wait_until(lambda: find_busy_threads(server))
+            wait_for_busy_thread(server)
             (killed,) = server.workers()
             os.kill(killed, signal.SIGKILL)
         assert response.result().status_code == 503
     assert response.result().headers["retry-after"] == "1"
 
 
-def find_busy_threads(server: Server) -> list[int]:
-    """Return the threads of the worker that run or wait for a core."""
+def read_cpu_seconds(process: int) -> dict[int, float]:
+    """Return the CPU time that each thread of a process has used."""
+    seconds: dict[int, float] = {}
+    for stat in Path(f"/proc/{process}/task").glob("*/stat"):
+        _, _, fields = stat.read_text().rpartition(") ")
+        ticks = fields.split()[11:13]  # in user mode, and in the kernel
+        seconds[int(stat.parent.name)] = sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+    return seconds
+
+
+def wait_for_busy_thread(server: Server) -> int:
+    """Wait until one thread of the worker has run for half a second, and return that thread.
+
+    Threads that start, or wake for a moment, do not use so much CPU time.
+    """
     (worker,) = server.workers()
-    stats = [stat.read_text() for stat in Path(f"/proc/{worker}/task").glob("*/stat")]
-    return [int(stat.split()[0]) for stat in stats if stat.rpartition(")")[2].split()[0] == "R"]
+    start = read_cpu_seconds(worker)
+    busy: list[int] = []
+
+    def has_run() -> bool:
+        for thread, seconds in read_cpu_seconds(worker).items():
+            if seconds > start.get(thread, seconds) + 0.5:
+                busy.append(thread)
+        return bool(busy)
+
+    wait_until(has_run)
+    return busy[0]
 
 
 def send_to_busy_thread(server: Server, number: signal.Signals) -> None:
     """Send a signal to one thread, as the kernel does where that thread crashes."""
-    (worker,) = server.workers()
-    wait_until(lambda: find_busy_threads(server))
-    thread = find_busy_threads(server)[-1]
-    assert ctypes.CDLL(None).tgkill(worker, thread, number) == 0
+    thread = wait_for_busy_thread(server)
+    assert ctypes.CDLL(None).tgkill(server.workers()[0], thread, number) == 0
 
 
 @contextlib.contextmanager
