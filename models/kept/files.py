@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
+from models.durable_files import open_replacement, sync_path
+
 STAGING_PREFIX = ".staging-"
 
 
@@ -83,17 +85,8 @@ class LocalFiles:
         """Write a hidden file, sync it, rename it, and sync the directory."""
         target = self.root / path
         target.parent.mkdir(parents=True, exist_ok=True)
-        staged = target.with_name(f"{STAGING_PREFIX}{secrets.token_hex(8)}")
-        try:
-            with staged.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            staged.replace(target)
-        except BaseException:
-            staged.unlink(missing_ok=True)
-            raise
-        _sync_directory(target.parent)
+        with open_replacement(target, f"{STAGING_PREFIX}{secrets.token_hex(8)}") as file:
+            file.write(content)
 
     def append(self, path: str, line: bytes) -> None:
         """Append a line and sync. After a torn line it begins on a line of its own."""
@@ -110,7 +103,7 @@ class LocalFiles:
                 raise
             os.fsync(descriptor)
         if not size:
-            _sync_directory(target.parent)
+            sync_path(target.parent)
 
     def filter_lines(self, path: str, is_kept: Callable[[bytes], bool]) -> None:
         """Rewrite the file without some lines, while others may append to it."""
@@ -168,12 +161,3 @@ def _is_same_file(descriptor: int, path: Path) -> bool:
 def _write_all(descriptor: int, content: bytes) -> None:
     while content:
         content = content[os.write(descriptor, content) :]
-
-
-def _sync_directory(path: Path) -> None:
-    """Make a new name in a directory durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

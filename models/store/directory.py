@@ -18,6 +18,7 @@ from pathlib import Path
 from models.bundle import BundleError, Manifest, read_manifest
 from models.bundle.checksums import read_checksums
 from models.bundle.files import read_file
+from models.durable_files import sync_path
 from models.store.layout import ABANDONED_SECONDS, LATEST, MAX_LATEST_BYTES, STAGING_PREFIX
 
 LOCK_FILE = ".lock"
@@ -221,8 +222,4 @@ def _list_directories(path: Path) -> list[str]:
 def _sync_to_disk(directory: Path) -> None:
     """Flush the files, so that after a power cut no renamed directory has empty files."""
     for path in [*directory.rglob("*"), directory]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        sync_path(path)

@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from models.durable_files import open_replacement
 from train.data.source import (
     AppliedCorrections,
     DataError,
@@ -268,7 +269,9 @@ def merge_corrections(
         merged.pop(normalize_path(path), None)
 
     corrections = list(merged.values())
-    _replace_durably(file, format_corrections(corrections))
+    target = file.resolve()  # the target of a link is replaced, not the link
+    with open_replacement(target, f".{target.name}-{os.getpid()}") as output:
+        output.write(format_corrections(corrections).encode())
     return corrections
 
 
@@ -280,18 +283,3 @@ def format_corrections(corrections: Iterable[Correction]) -> str:
     for correction in corrections:
         writer.writerow(correction.as_json())
     return text.getvalue()
-
-
-def _replace_durably(file: Path, text: str) -> None:
-    """Write a hidden file, sync it to the disk, and rename it; a link's target is replaced."""
-    file = file.resolve()
-    staged = file.with_name(f".{file.name}-{os.getpid()}")
-    try:
-        with staged.open("w", encoding="utf-8", newline="") as output:
-            output.write(text)
-            output.flush()
-            os.fsync(output.fileno())
-        staged.replace(file)
-    except BaseException:
-        staged.unlink(missing_ok=True)
-        raise

@@ -1,6 +1,5 @@
 """Checkpoint files of a run directory: written completely or not at all, numbered by step."""
 
-import os
 import sys
 import zipfile
 import zlib
@@ -9,6 +8,8 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
+
+from models.durable_files import open_replacement
 
 PREFIX = "step-"
 SUFFIX = ".ckpt"
@@ -28,29 +29,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Write a checkpoint. Raises OSError where the disk refuses it."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}{UNFINISHED_SUFFIX}")
         try:
-            with unfinished.open("wb") as file:
+            with open_replacement(path, f".{path.name}{UNFINISHED_SUFFIX}") as file:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            unfinished.replace(path)
-            _flush_directory(path.parent)
         except BaseException as error:
-            unfinished.unlink(missing_ok=True)
             # torch's writer may hide the cause behind a RuntimeError.
             cause = error.__context__ if isinstance(error, RuntimeError) else error
             if isinstance(cause, OSError):
                 raise OSError(cause.errno, cause.strerror, str(path)) from error
             raise
-
-
-def _flush_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:
