@@ -7,6 +7,7 @@ thread per core each wait for one another.
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import TYPE_CHECKING
 
 import pytest
@@ -75,6 +76,21 @@ def serve_commands(
     commands = ForkedCommands("serve", directory, shared_directory)
     yield commands
     commands.close()
+
+
+@pytest.fixture(scope="session")
+def run_serve(serve_commands: ForkedCommands) -> Callable[..., CompletedProcess[str]]:
+    """`run_serve("check", "--store", store, IMAGO_MODEL="colours")`: run a command to its end.
+
+    The environment of the command is PATH and these variables.
+    """
+    unset = dict.fromkeys((*os.environ, "OMP_NUM_THREADS", "PYTHONPATH", "XDG_CACHE_HOME"))
+
+    def run(*flags: object, **env: str) -> CompletedProcess[str]:
+        variables = {**unset, "PATH": "/usr/bin", **env}
+        return serve_commands.complete(*flags, env=variables, cwd=ROOT)
+
+    return run
 
 
 @pytest.fixture(scope="session")

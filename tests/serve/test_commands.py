@@ -1,12 +1,11 @@
 """The commands `predict` and `check`, as a user calls them."""
 
-import contextlib
 import csv
 import io
 import json
 import os
 import re
-import subprocess
+import select
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,26 +18,7 @@ from models.bundle import Calibration, write_checksums
 from serve import Model
 from serve.commands import predict, result_writers
 from support import ROOT, tiny_bundle
-
-
-def run(*arguments: str | Path) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "serve", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=ROOT,
-        check=False,
-    )
-
-
-def assert_refused(result: subprocess.CompletedProcess, *words: str, status: int = 2) -> None:
-    """Check the exit status, and that stderr is one line with these words."""
-    assert result.returncode == status, result.stderr
-    assert result.stderr.count("\n") == 1, result.stderr
-    assert "Traceback" not in result.stderr
-    for word in words:
-        assert word in result.stderr
+from support.server import assert_refused
 
 
 @pytest.fixture
@@ -53,8 +33,8 @@ def images(tmp_path: Path) -> Path:
     return images
 
 
-def test_predict_gives_the_predictions_of_the_server(bundle_store, images, server):
-    result = run("predict", images, "--store", bundle_store, "--format", "json")
+def test_predict_gives_the_predictions_of_the_server(run_serve, bundle_store, images, server):
+    result = run_serve("predict", images, "--store", bundle_store, "--format", "json")
     assert result.returncode == 0, result.stderr
     answer = json.loads(result.stdout)
     assert answer["model"] == {"name": "colours", "version": "1"}
@@ -65,7 +45,7 @@ def test_predict_gives_the_predictions_of_the_server(bundle_store, images, serve
         assert server.predict(data).json()["predictions"] == [prediction]
 
 
-def test_predict_finds_the_images_that_training_finds(bundle_store, images):
+def test_predict_finds_the_images_that_training_finds(run_serve, bundle_store, images):
     """Links are followed, hidden files are skipped, and the content decides without an ending."""
     (images / "a.png").rename(images / "photo")
     (images / ".hidden.png").write_bytes(tiny_bundle.make_image("red"))
@@ -77,7 +57,7 @@ def test_predict_finds_the_images_that_training_finds(bundle_store, images):
     (linked / "d.png").write_bytes(tiny_bundle.make_image("blue"))
     (images / "link").symlink_to(linked)
     os.mkfifo(images / "pipe.png")
-    result = run("predict", images, "--store", bundle_store, "--format", "csv")
+    result = run_serve("predict", images, "--store", bundle_store, "--format", "csv")
     assert result.returncode == 0, result.stderr
     files = [row["file"] for row in csv.DictReader(io.StringIO(result.stdout))]
     names = ["b [bold].jpg", "deep/c.webp", "link/d.png", "photo"]
@@ -86,8 +66,8 @@ def test_predict_finds_the_images_that_training_finds(bundle_store, images):
     assert result.stderr.count("\n") == 1
 
 
-def test_predict_prints_csv(bundle_store, images):
-    result = run("predict", images, "--store", bundle_store, "--format", "csv")
+def test_predict_prints_csv(run_serve, bundle_store, images):
+    result = run_serve("predict", images, "--store", bundle_store, "--format", "csv")
     rows = list(csv.DictReader(io.StringIO(result.stdout)))
     assert [row["label"] for row in rows] == ["red", "green", "blue"]
     assert all(0 < float(row["confidence"]) <= 1 for row in rows)
@@ -111,12 +91,12 @@ def read_embedding(row: dict[str, Any]) -> list[float]:
 
 @pytest.mark.parametrize("ending", ["json", "csv", "parquet"])
 def test_predict_writes_a_file_with_predictions_embeddings_and_errors(
-    bundle_store, images, tmp_path, ending
+    run_serve, bundle_store, images, tmp_path, ending
 ):
     out = tmp_path / f"results.{ending}"
     out.write_text("old")
     (images / "broken.png").write_bytes(b"no image")
-    result = run("predict", images, "--store", bundle_store, "--out", out, "--embedding")
+    result = run_serve("predict", images, "--store", bundle_store, "--out", out, "--embedding")
     assert result.returncode == 1
     assert result.stdout == ""
     assert [path.name for path in out.parent.iterdir() if path.is_file()] == [out.name]
@@ -138,10 +118,10 @@ def test_predict_writes_a_file_with_predictions_embeddings_and_errors(
 
 
 def test_a_parquet_file_has_the_types_of_the_values_and_names_the_model(
-    bundle_store, images, tmp_path
+    run_serve, bundle_store, images, tmp_path
 ):
     out = tmp_path / "results.parquet"
-    assert run("predict", images, "--store", bundle_store, "--out", out).returncode == 0
+    assert run_serve("predict", images, "--store", bundle_store, "--out", out).returncode == 0
     schema = parquet.read_schema(out)
     assert schema.metadata[b"model"] == b"colours"
     assert schema.metadata[b"version"] == b"1"
@@ -197,8 +177,8 @@ def test_results_are_written_in_order_while_files_are_classified(
         (("--top-k", "0"), "--top-k must be at least 1"),
     ],
 )
-def test_predict_refuses_flags_that_do_not_fit(bundle_store, images, flags, words):
-    assert_refused(run("predict", images / "a.png", "--store", bundle_store, *flags), words)
+def test_predict_refuses_flags_that_do_not_fit(run_serve, bundle_store, images, flags, words):
+    assert_refused(run_serve("predict", images / "a.png", "--store", bundle_store, *flags), words)
 
 
 def test_parquet_without_its_package_names_the_extra(bundle_store, images, tmp_path, monkeypatch):
@@ -209,56 +189,54 @@ def test_parquet_without_its_package_names_the_extra(bundle_store, images, tmp_p
     assert not out.exists()
 
 
-def test_predict_prints_a_table(bundle_store, images):
-    table = run("predict", images, "--store", bundle_store).stdout
+def test_predict_prints_a_table(run_serve, bundle_store, images):
+    table = run_serve("predict", images, "--store", bundle_store).stdout
     for word in ("a.png", "b [bold].jpg", "green", "%", "colours, version 1"):
         assert word in table
 
 
-def test_progress_bar_appears_on_a_terminal_only(bundle_store, images):
+def test_progress_bar_appears_on_a_terminal_only(run_serve, serve_commands, bundle_store, images):
     command = ["predict", str(images), "--store", str(bundle_store), "--format", "csv"]
-    assert "Classifying" not in run(*command).stderr
+    assert "Classifying" not in run_serve(*command).stderr
 
     terminal, child_end = os.openpty()
-    with subprocess.Popen(
-        [sys.executable, "-m", "serve", *command],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=child_end,
-        env={**os.environ, "TERM": "xterm"},
-    ):
-        os.close(child_end)
-        output = b""
-        # Reading from a terminal ends with an error.
-        with contextlib.suppress(OSError):
-            while chunk := os.read(terminal, 4096):
-                output += chunk
+    error_log = Path(os.ttyname(child_end))
+    process = serve_commands.start(*command, env={"TERM": "xterm"}, error_log=error_log)
+    output = b""
+    is_running = True
+    while is_running:
+        is_running = process.poll() is None
+        while select.select([terminal], [], [], 0.05)[0]:
+            output += os.read(terminal, 4096)
+    os.close(child_end)
     os.close(terminal)
     assert b"Classifying" in output
     assert b"100%" in output
 
 
-def test_a_file_that_fails_does_not_stop_the_others(bundle_store, images):
+def test_a_file_that_fails_does_not_stop_the_others(run_serve, bundle_store, images):
     files = (images / "notes.txt", images / "a.png")
-    result = run("predict", *files, "--store", bundle_store, "--format", "json")
+    result = run_serve("predict", *files, "--store", bundle_store, "--format", "json")
     assert result.returncode == 1
     failed, classified = json.loads(result.stdout)["predictions"]
     assert "not a JPEG" in failed["error"]
     assert classified["label"] == "red"
 
 
-def test_predict_names_what_is_missing(bundle_store, tmp_path):
-    result = run("predict", tmp_path / "gone.png", "--store", bundle_store)
+def test_predict_names_what_is_missing(run_serve, bundle_store, tmp_path):
+    result = run_serve("predict", tmp_path / "gone.png", "--store", bundle_store)
     assert_refused(result, "gone.png", "No such file")
-    assert_refused(run("predict", tmp_path, "--store", bundle_store), "no images")
-    assert_refused(run("predict", ROOT / "README.md", "--store", tmp_path / "empty"), "no model")
+    assert_refused(run_serve("predict", tmp_path, "--store", bundle_store), "no images")
+    assert_refused(
+        run_serve("predict", ROOT / "README.md", "--store", tmp_path / "empty"), "no model"
+    )
 
 
-def test_check_shows_what_would_be_served(tmp_path):
+def test_check_shows_what_would_be_served(run_serve, tmp_path):
     calibration = Calibration(conformal_level=0.9, conformal_quantile=0.5)
     tiny_bundle.publish(tmp_path, calibration=calibration)
     tiny_bundle.publish(tmp_path)
-    result = run("check", "--store", tmp_path, "--version", "1")
+    result = run_serve("check", "--store", tmp_path, "--version", "1")
     assert result.returncode == 0, result.stderr
     for line in (
         r"model +colours, version 1 of 1, 2$",
@@ -271,38 +249,38 @@ def test_check_shows_what_would_be_served(tmp_path):
     ):
         assert re.search(line, result.stdout, re.MULTILINE), (line, result.stdout)
 
-    latest = run("check", "--store", tmp_path)
+    latest = run_serve("check", "--store", tmp_path)
     assert "version 2 of 1, 2, follows latest" in latest.stdout
-    summary = json.loads(run("check", "--store", tmp_path, "--json").stdout)
+    summary = json.loads(run_serve("check", "--store", tmp_path, "--json").stdout)
     assert summary["version"] == 2
     assert summary["variant"] == "fp32"
     assert summary["engine"] == "onnxruntime"
 
 
-def test_check_shows_why_the_service_is_not_ready(tmp_path):
+def test_check_shows_why_the_service_is_not_ready(run_serve, tmp_path):
     store = tmp_path / "store"
-    assert_refused(run("check", "--store", store, "--json"), "no model", status=1)
+    assert_refused(run_serve("check", "--store", store, "--json"), "no model", status=1)
     path = tiny_bundle.publish(store)
     with (path / "model.onnx").open("ab") as file:
         file.write(b"\0")
-    result = run("check", "--store", store)
+    result = run_serve("check", "--store", store)
     assert_refused(result, "model.onnx", "changed since it was written", status=1)
     assert re.search(r"ready +no", result.stdout)
-    assert_refused(run("check", "--store", store, "--threads", "x"), "--threads")
+    assert_refused(run_serve("check", "--store", store, "--threads", "x"), "--threads")
 
 
-def test_check_runs_the_samples(tmp_path):
+def test_check_runs_the_samples(run_serve, tmp_path):
     path = tiny_bundle.publish(tmp_path)
     expected = dict(np.load(path / "samples" / "expected.npz"))
     expected["probabilities"] = expected["probabilities"][:, ::-1]
     np.savez(path / "samples" / "expected.npz", **expected)
     write_checksums(path)
-    result = run("check", "--store", tmp_path, "--json")
+    result = run_serve("check", "--store", tmp_path, "--json")
     assert_refused(result, "self check", "probabilities", status=1)
 
 
-def test_help_lists_every_command():
-    text = run("--help").stdout
+def test_help_lists_every_command(run_serve):
+    text = run_serve("--help").stdout
     for command in ("predict", "check"):
         assert command in text
-        assert run(command, "--help").returncode == 0
+        assert run_serve(command, "--help").returncode == 0

@@ -15,6 +15,7 @@ import pytest
 
 from support import ROOT, tiny_bundle
 from support.blocked_path import BlockedPath
+from support.forked_commands import ForkedCommand
 from support.server import assert_refused, wait_until
 
 COMMAND = [sys.executable, "-m", "serve"]
@@ -50,17 +51,15 @@ def start_command(
 def run(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess:
     """Run `python -m serve …` until it ends."""
     process = start_command(*arguments, **options)
-    output, error = process.communicate(timeout=60)
+    output, error = process.communicate(timeout=120)
     return subprocess.CompletedProcess(process.args, process.returncode, output, error)
 
 
-def interrupt(process: subprocess.Popen) -> str:
-    """Send SIGINT, check that the process ends without a message, and return its output."""
-    process.send_signal(signal.SIGINT)
-    output, error = process.communicate(timeout=60)
-    assert process.returncode == 130, error
-    assert error == ""
-    return output
+def interrupt(command: ForkedCommand) -> None:
+    """Send SIGINT, and check that the command ends without a message."""
+    command.send_signal(signal.SIGINT)
+    assert command.status() == 130, command.text
+    assert command.text == ""
 
 
 @pytest.fixture
@@ -162,25 +161,25 @@ def test_a_closed_pipe_ends_the_command_without_a_message(bundle_store, images, 
     assert result.stderr == ""
 
 
-def test_sigint_ends_predict_while_it_reads_from_a_pipe(bundle_store, tmp_path):
+def test_sigint_ends_predict_while_it_reads_from_a_pipe(serve_commands, bundle_store, tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    process = start_command("predict", tmp_path / "pipe", "--store", bundle_store)
+    command = serve_commands.start("predict", tmp_path / "pipe", "--store", bundle_store)
     # Opening the pipe waits until the command reads from it.
     with (tmp_path / "pipe").open("wb"):
-        assert interrupt(process) == ""
+        interrupt(command)
 
 
 @pytest.mark.parametrize("output_format", ["json", "parquet"])
 def test_an_interrupted_predict_leaves_the_output_file_as_it_was(
-    bundle_store, images, tmp_path, output_format
+    serve_commands, bundle_store, images, tmp_path, output_format
 ):
     out = tmp_path / f"results.{output_format}"
     out.write_text("old")
     os.mkfifo(tmp_path / "pipe")
     arguments = ("predict", images, tmp_path / "pipe", "--store", bundle_store, "--out", out)
-    process = start_command(*arguments)
+    command = serve_commands.start(*arguments)
     with (tmp_path / "pipe").open("wb"):
-        interrupt(process)
+        interrupt(command)
     assert out.read_text() == "old"
     assert {path.name for path in tmp_path.iterdir()} == {"images", "pipe", out.name}
 
@@ -196,7 +195,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_part(bundle_store, images, tmp_pa
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
     assert_refused(result, f"--out {out}: File too large")
     assert [path.name for path in tmp_path.iterdir()] == ["images"]
@@ -207,4 +206,8 @@ def test_sigint_ends_check_and_leaves_its_lines(tmp_path):
     with blocked_path.blocked():
         process = start_command("check", "--store", tmp_path / "store", env=blocked_path.env)
         wait_until(blocked_path.is_reached)
-        assert "model            colours" in interrupt(process)
+        process.send_signal(signal.SIGINT)
+        output, error = process.communicate(timeout=120)
+    assert process.returncode == 130, error
+    assert error == ""
+    assert "model            colours" in output

@@ -14,7 +14,7 @@ from models.store import Store
 from serve.model import Model
 from serve.settings import Settings
 from support import tiny_bundle
-from support.server import Server, assert_refused, loopback_flags, run_serve
+from support.server import Server, assert_refused, loopback_flags
 
 SPEC = InputSpec(height=32, width=32)
 IMAGES = [tiny_bundle.make_image(label, seed=7) for label in tiny_bundle.CLASSES]
@@ -78,7 +78,7 @@ def test_bfloat16_is_not_used_if_it_changes_labels_of_samples(start, tmp_path):
 
 
 @needs_no_gpu
-def test_cuda_without_a_gpu_is_refused_in_one_line(bundle_store):
+def test_cuda_without_a_gpu_is_refused_in_one_line(run_serve, bundle_store):
     assert_refused(
         run_serve("--store", str(bundle_store), "--engine", "cuda", *loopback_flags()), "cuda"
     )
@@ -92,7 +92,7 @@ def test_auto_falls_back_to_the_cpu_without_a_gpu(bundle_store, monkeypatch):
     assert load_model(bundle_store).engine.name == "onnxruntime"
 
 
-def test_unknown_variant_is_refused_in_one_line(bundle_store):
+def test_unknown_variant_is_refused_in_one_line(run_serve, bundle_store):
     assert_refused(
         run_serve("--store", str(bundle_store), "--variant", "int4", *loopback_flags()),
         "int4",
@@ -127,7 +127,7 @@ def test_auto_skips_a_faster_variant_that_fails_its_self_check(start, tmp_path, 
     assert message in line
 
 
-def test_auto_is_refused_if_all_variants_fail(tmp_path):
+def test_auto_is_refused_if_all_variants_fail(run_serve, tmp_path):
     bundle = tiny_bundle.publish(tmp_path)
     tiny_bundle.add_int8(bundle, scale=2)
     tiny_bundle.fail_on_bright_pixels(bundle, 0.1)

@@ -16,7 +16,7 @@ from models.bundle import Calibration
 from models.kept import LabelledImage, Reason, open_kept
 from support import tiny_bundle
 from support.s3_server import s3_server
-from support.server import Server, assert_refused, run_serve, wait_until
+from support.server import Server, assert_refused, wait_until
 
 DOUBTFUL = Calibration(abstain_threshold=0.9, energy_threshold=-3.0)
 
@@ -262,7 +262,7 @@ def test_deletion_needs_the_api_key_of_the_service(start_keeping):
     assert "--api-key" in response.json()["detail"]
 
 
-def test_the_command_shows_and_deletes(start_keeping, tmp_path):
+def test_the_command_shows_and_deletes(run_serve, start_keeping, tmp_path):
     server = start_keeping()
     request_id = server.predict(make_gray()).json()["id"]
     wait_for_kept(tmp_path, 1)
@@ -277,12 +277,12 @@ def test_the_command_shows_and_deletes(start_keeping, tmp_path):
     assert_refused(run_serve("kept", kept, "--delete", request_id), "no image", request_id)
 
 
-def test_locations_that_cannot_be_used_are_refused(doubtful_store):
+def test_locations_that_cannot_be_used_are_refused(run_serve, doubtful_store):
     result = run_serve("--store", str(doubtful_store), "--keep", "ftp://host/kept")
     assert_refused(result, "--keep", "s3://bucket/path")
 
 
-def test_a_bucket_that_is_away_is_told_in_one_line():
+def test_a_bucket_that_is_away_is_told_in_one_line(run_serve):
     env = {
         "AWS_ACCESS_KEY_ID": "test",
         "AWS_SECRET_ACCESS_KEY": "test",

@@ -16,7 +16,7 @@ from models.kept import KeptFolder, Reason, open_kept
 from support import ROOT, tiny_bundle
 from support.forked_commands import ForkedCommands
 from support.kept_images import add_answered_image
-from support.server import Server, assert_refused, run_serve, wait_until
+from support.server import Server, assert_refused, wait_until
 
 KEY = {"X-API-Key": "secret"}
 OPENED: list[httpx.Client] = []
@@ -286,7 +286,7 @@ def test_what_teaches_most_comes_first(tmp_path, serve_commands):
 
 
 @pytest.mark.parametrize("directory", ["empty", "missing"])
-def test_the_command_refuses_a_directory_without_images(tmp_path, directory):
+def test_the_command_refuses_a_directory_without_images(run_serve, tmp_path, directory):
     (tmp_path / "empty").mkdir()
     assert_refused(run_serve("label", str(tmp_path / directory)), "no kept images", "--keep")
 

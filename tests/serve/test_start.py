@@ -13,17 +13,17 @@ import pytest
 from models.cpu_quota import available_cores
 from serve.settings import Settings
 from support import tiny_bundle
-from support.server import assert_refused, loopback_flags, run_serve, wait_until
+from support.server import assert_refused, loopback_flags, spawn_serve, wait_until
 
 
-def test_help_lists_every_setting_with_its_variable():
+def test_help_lists_every_setting_with_its_variable(run_serve):
     text = run_serve("--help").stdout
     for name in Settings.model_fields:
         assert f"--{name.replace('_', '-')} " in text
         assert f"[IMAGO_{name.upper()}" in text.replace("\n", "").replace(" " * 24, "")
 
 
-def test_an_empty_store_is_refused(tmp_path):
+def test_an_empty_store_is_refused(run_serve, tmp_path):
     assert_refused(run_serve("--store", str(tmp_path)), "no model in this store")
 
 
@@ -36,7 +36,7 @@ def test_an_empty_store_is_refused(tmp_path):
     ],
 )
 @pytest.mark.parametrize("by_flag", [True, False], ids=["--log-format", "IMAGO_LOG_FORMAT"])
-def test_errors_at_the_start_are_json_where_the_log_is(by_flag, flags, words, tmp_path):
+def test_errors_at_the_start_are_json_where_the_log_is(run_serve, by_flag, flags, words, tmp_path):
     flags = ["--store", str(tmp_path), *flags]
     if by_flag:
         result = run_serve(*flags, "--log-format", "json", IMAGO_LOG_FORMAT="text")
@@ -49,7 +49,7 @@ def test_errors_at_the_start_are_json_where_the_log_is(by_flag, flags, words, tm
     assert record.keys() == {"time", "level", "logger", "message"}
 
 
-def test_one_of_several_models_must_be_named(tmp_path):
+def test_one_of_several_models_must_be_named(run_serve, tmp_path):
     tiny_bundle.publish(tmp_path, "one")
     tiny_bundle.publish(tmp_path, "two")
     assert_refused(run_serve("--store", str(tmp_path)), "--model", "one, two")
@@ -59,14 +59,14 @@ def test_one_of_several_models_must_be_named(tmp_path):
     )
 
 
-def test_a_changed_bundle_is_refused(tmp_path):
+def test_a_changed_bundle_is_refused(run_serve, tmp_path):
     directory = tiny_bundle.publish(tmp_path)
     with (directory / "model.onnx").open("ab") as file:
         file.write(b"\0")
     assert_refused(run_serve("--store", str(tmp_path), *loopback_flags()), "model.onnx", "changed")
 
 
-def test_a_bundle_with_other_outputs_is_refused(tmp_path):
+def test_a_bundle_with_other_outputs_is_refused(run_serve, tmp_path):
     directory = tiny_bundle.publish(tmp_path)
     other = tiny_bundle.publish(tmp_path, scale=2)
     (directory / "samples" / "expected.npz").write_bytes(
@@ -80,7 +80,7 @@ def test_a_bundle_with_other_outputs_is_refused(tmp_path):
     )
 
 
-def test_a_bundle_with_other_samples_is_refused(tmp_path):
+def test_a_bundle_with_other_samples_is_refused(run_serve, tmp_path):
     directory = tiny_bundle.publish(tmp_path)
     (directory / "samples" / "00.png").write_bytes(tiny_bundle.make_image("green"))
     tiny_bundle.update_checksums(directory)
@@ -90,7 +90,7 @@ def test_a_bundle_with_other_samples_is_refused(tmp_path):
     )
 
 
-def test_a_bundle_whose_graph_fails_is_refused(tmp_path):
+def test_a_bundle_whose_graph_fails_is_refused(run_serve, tmp_path):
     tiny_bundle.fail_on_bright_pixels(tiny_bundle.publish(tmp_path), 0.1)
     assert_refused(
         run_serve("--store", str(tmp_path), *loopback_flags()),
@@ -114,12 +114,12 @@ def test_a_bundle_whose_graph_fails_is_refused(tmp_path):
         (("--api-key-file", sys.executable), (sys.executable, "can't be read")),
     ],
 )
-def test_invalid_settings_are_refused(bundle_store, flags, words):
+def test_invalid_settings_are_refused(run_serve, bundle_store, flags, words):
     assert_refused(run_serve("--store", str(bundle_store), *flags), *words)
 
 
 @pytest.mark.parametrize("name", ["IMAGO_PORT", "IMAGO_METRICS_PORT"])
-def test_a_port_from_a_service_of_kubernetes_is_explained(bundle_store, name):
+def test_a_port_from_a_service_of_kubernetes_is_explained(run_serve, bundle_store, name):
     result = run_serve("--store", str(bundle_store), **{name: "tcp://10.0.0.1:80"})
     assert_refused(result, name, "tcp://10.0.0.1:80", "Service", "enableServiceLinks")
 
@@ -135,7 +135,7 @@ def test_a_port_from_a_service_of_kubernetes_is_explained(bundle_store, name):
         ((), {"IMAGO_API_KEY_FILE": ""}, ("IMAGO_API_KEY_FILE is empty",)),
     ],
 )
-def test_an_empty_key_is_refused(bundle_store, flags, env, words):
+def test_an_empty_key_is_refused(run_serve, bundle_store, flags, env, words):
     assert_refused(
         run_serve("--store", str(bundle_store), *loopback_flags(), *flags, **env), *words
     )
@@ -155,7 +155,7 @@ def test_white_space_around_the_key_is_ignored(start, flags, env):
     assert server.predict(image, **{"X-API-Key": "secret"}).status_code == 200
 
 
-def test_threads_are_per_worker(bundle_store):
+def test_threads_are_per_worker(run_serve, bundle_store):
     help_text = " ".join(run_serve("--help").stdout.split())
     assert "cores of each worker; 0: the CPU quota divided by the workers" in help_text
 
@@ -177,7 +177,7 @@ def test_threads_follow_the_cpu_affinity(start, tmp_path):
         assert len(threads) == min(len(cores), available_cores())
 
 
-def test_a_port_in_use_is_refused(bundle_store):
+def test_a_port_in_use_is_refused(run_serve, bundle_store):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -192,7 +192,7 @@ def test_a_port_in_use_is_refused(bundle_store):
 def test_an_ipv6_host_is_refused_without_ipv6(bundle_store, tmp_path):
     (tmp_path / "sitecustomize.py").write_text("import socket; socket.AF_INET6 = 999")
     assert_refused(
-        run_serve("--store", str(bundle_store), "--host", "::", PYTHONPATH=str(tmp_path)),
+        spawn_serve("--store", str(bundle_store), "--host", "::", PYTHONPATH=str(tmp_path)),
         "--host",
         "::",
     )
@@ -203,7 +203,7 @@ def test_tracing_is_refused_without_its_packages(bundle_store, tmp_path):
         "import sys; sys.modules['opentelemetry.exporter'] = None"
     )
     assert_refused(
-        run_serve(
+        spawn_serve(
             "--store",
             str(bundle_store),
             "--tracing",

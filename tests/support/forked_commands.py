@@ -24,6 +24,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -46,9 +47,20 @@ TRAIN_MODULES = (
 )
 
 
+# What the commands of `python -m serve` import when they run.
+SERVE_MODULES = (
+    "serve.processes.supervisor",
+    "serve.commands.check",
+    "serve.commands.kept",
+    "serve.commands.label",
+    "serve.commands.predict",
+)
+
+
 def warm_up_serve() -> None:
-    """Import what `python -m serve` imports."""
-    importlib.import_module("serve.processes.supervisor")
+    """Import what `python -m serve` and its commands import."""
+    for module in SERVE_MODULES:
+        importlib.import_module(module)
 
 
 def warm_up_train() -> None:
@@ -152,10 +164,12 @@ class ForkedCommands:
         limits: dict[str, int] | None = None,
         cwd: Path | None = None,
         log: Path | None = None,
+        error_log: Path | None = None,
     ) -> ForkedCommand:
         """Start `python -m PACKAGE ARGV…`.
 
         `env`: variables to set, or with None to unset. `limits`: by their names in `resource`.
+        `error_log`: a file or terminal for stderr; without it, stderr goes to the log, too.
         """
         with self._lock:
             self._count += 1
@@ -169,6 +183,7 @@ class ForkedCommands:
             "limits": limits or {},
             "cwd": str(cwd or self.directory),
             "log": str(log),
+            "error_log": str(error_log or log),
             "status_file": str(status_file),
         }
         with self._lock:
@@ -181,6 +196,19 @@ class ForkedCommands:
         command = self.start(*argv, **options)
         assert command.status() == 0, command.text
         return command
+
+    def complete(self, *argv: object, **options: Any) -> subprocess.CompletedProcess[str]:
+        """Run a command to its end; return its exit status and what it printed, as `subprocess`."""
+        with tempfile.TemporaryDirectory(dir=self.directory) as directory:
+            error_log = Path(directory, "stderr")
+            error_log.touch()
+            command = self.start(
+                *argv, log=Path(directory, "stdout"), error_log=error_log, **options
+            )
+            status = command.wait()
+            return subprocess.CompletedProcess(
+                argv, status, stdout=command.text, stderr=error_log.read_text()
+            )
 
     def close(self) -> None:
         self._replies.close()
@@ -308,7 +336,10 @@ def _run_command(package: str, request: dict[str, Any]) -> None:
     with open(os.devnull) as null, open(request["log"], "ab") as log:
         os.dup2(null.fileno(), 0)
         os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
+    with open(request["error_log"], "ab", buffering=0) as error_log:
+        os.dup2(error_log.fileno(), 2)
+    # As in a terminal, even if the shell that started the tests ignores it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for name, value in request["env"].items():
         os.environ.pop(name, None)
         if value is not None:

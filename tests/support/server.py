@@ -58,8 +58,11 @@ def loopback_flags() -> list[str]:
     return ["--host", "127.0.0.1", "--port", str(port), "--metrics-port", str(metrics_port)]
 
 
-def run_serve(*flags: str, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run `python -m serve` to its end, with PATH and `env` as its environment."""
+def spawn_serve(*flags: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a new interpreter with `-m serve` to its end, with PATH and `env` as its environment.
+
+    The fixture `run_serve` does the same without the second that imports take.
+    """
     return subprocess.run(
         [*SERVE, *flags],
         capture_output=True,
@@ -69,9 +72,9 @@ def run_serve(*flags: str, **env: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def assert_refused(result: subprocess.CompletedProcess[str], *words: str) -> None:
-    """Assert exit status 2 and one line on stderr that holds these words."""
-    assert result.returncode == 2
+def assert_refused(result: subprocess.CompletedProcess[str], *words: str, status: int = 2) -> None:
+    """Assert the exit status and one line on stderr that holds these words."""
+    assert result.returncode == status, result.stderr
     assert result.stderr.count("\n") == 1, result.stderr
     assert "Traceback" not in result.stderr
     for word in words:
