@@ -89,6 +89,7 @@ class Supervisor:
         self.worker_failures = 0  # crashes and hangs
         self.stall_timers: dict[int, StallTimer] = {}  # by the number of the worker
         self.model_is_unusable = False  # a worker could not load the model at the start
+        self.latest_end = 0.0  # of the drain, in seconds of time.monotonic()
         for number in range(settings.api_processes):
             self._publish_not_ready(number)
         for number in range(settings.workers):
@@ -141,8 +142,12 @@ class Supervisor:
     def end_processes(self) -> None:
         """End the workers and the HTTP processes, and answer clients that connect too late."""
         self.state.set_stopping()
-        # All jobs that could be answered are. HTTP processes answer the others with 503.
+        # All jobs that could be answered are. HTTP processes answer the others with 503. Workers
+        # that keep images write those that wait.
         for worker in self.litserve.workers:
+            worker.terminate()
+        for worker in self.litserve.workers:
+            worker.join(max(0.0, self.latest_end - time.monotonic()))
             worker.kill()
 
         for http_process in self.http_processes.values():
@@ -323,6 +328,8 @@ class Supervisor:
         drain_seconds - 1.8
                The processes end in any case (SHUTDOWN_SECONDS before the end).
 
+        Before they end, workers write the images that they keep.
+
         Where `drain_seconds` is short, the last of these times bounds the others.
         """
         if self.state.draining:
@@ -332,14 +339,14 @@ class Supervisor:
         logs.logger.info("draining")
 
         start = time.monotonic()
-        latest_end = start + self.settings.drain_seconds - SHUTDOWN_SECONDS
-        refusal_start = min(start + CLOSE_NOTICE_SECONDS, latest_end)
-        earliest_end = min(start + CLOSE_NOTICE_SECONDS + REFUSAL_SECONDS, latest_end)
+        self.latest_end = start + self.settings.drain_seconds - SHUTDOWN_SECONDS
+        refusal_start = min(start + CLOSE_NOTICE_SECONDS, self.latest_end)
+        earliest_end = min(start + CLOSE_NOTICE_SECONDS + REFUSAL_SECONDS, self.latest_end)
 
         _sleep_until(refusal_start)
         self.state.set_refusing()
         _sleep_until(earliest_end)
-        while self._has_pending_requests() and time.monotonic() < latest_end:
+        while self._has_pending_requests() and time.monotonic() < self.latest_end:
             time.sleep(DRAIN_POLL_SECONDS)
         # Not by an exception: it would be lost where the signal interrupts code that ignores
         # exceptions, such as the hooks of a fork.

@@ -163,7 +163,7 @@ class KeptWriter:
             self.is_finishing.wait(min(rest, MAX_REST_SECONDS))
 
     def _retry(self, write: Callable[[], None]) -> None:
-        """Call a function until it raises no OSError, with growing pauses."""
+        """Call a function until it raises no OSError, with growing pauses; once at the end."""
         pause = FIRST_RETRY_SECONDS
         while True:
             try:
@@ -175,7 +175,9 @@ class KeptWriter:
                 logs.logger.warning(
                     "%s: images are not kept: %s; trying again", self.folder.location, reason
                 )
-            time.sleep(pause)
+            if self.is_finishing.is_set():
+                return
+            self.is_finishing.wait(pause)
             pause = min(2 * pause, LAST_RETRY_SECONDS)
 
     # What is kept

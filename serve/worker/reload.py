@@ -119,8 +119,8 @@ class Reloader:
                 return
             self.refused_version = version
             self.refused_files = files
-            self.counters.add("reloads", "refused")
             logs.logger.error("new version refused: %s", error, extra={"fields": fields})
+            self.counters.add("reloads", "refused")
             return
 
         if self._read_latest() != version:

@@ -34,7 +34,6 @@ from serve.worker.worker_metrics import WorkerMetrics, set_served_model
 HEARTBEAT_SECONDS = 0.5
 # A run that takes this many times its duration at the start is a hang.
 HANG_FACTOR = 5
-KEEPER_FINISH_SECONDS = 0.5  # at the end, for images that wait to be written
 
 
 class Worker:
@@ -118,7 +117,8 @@ class Worker:
     def _handle_sigterm(self, number: int, frame: FrameType | None) -> None:
         if self.state.stopping:
             if self.keeper is not None:
-                self.keeper.finish(KEEPER_FINISH_SECONDS)
+                # For as long as the supervisor lets it.
+                self.keeper.finish(self.settings.drain_seconds)
             os._exit(0)
 
     def _active_predictors(self) -> int:
