@@ -98,14 +98,6 @@ class KeptFolder:
         """Whether an image file is there."""
         return self.files.exists(path)
 
-    def list_image_files(self) -> dict[str, str]:
-        """Return the path of each image file by its digest."""
-        files: dict[str, str] = {}
-        for path, _ in self.files.list_files():
-            if is_day(path) and not path.endswith(LINES_SUFFIX):
-                files[PurePosixPath(path).stem] = path
-        return files
-
     def count_bytes(self) -> int:
         """Return the bytes of all files."""
         return sum(size for _, size in self.files.list_files())
@@ -202,6 +194,15 @@ class KeptFolder:
             self.files.remove(path)
         self.delete_images(digests)
         return len(digests)
+
+
+def select_image_files(files: list[tuple[str, int]]) -> dict[str, str]:
+    """Return the path of each image by its digest, of all files of a directory of kept images."""
+    images: dict[str, str] = {}
+    for path, _ in files:
+        if is_day(path) and not path.endswith(LINES_SUFFIX):
+            images[PurePosixPath(path).stem] = path
+    return images
 
 
 def is_day(path: str) -> bool:

@@ -1,7 +1,5 @@
 """Near duplicates among images, by a hash of their pixels and by their embeddings."""
 
-from collections import deque
-
 import cv2
 import numpy as np
 
@@ -27,14 +25,13 @@ class NearDuplicates:
     """The last images, to tell whether a further one is nearly the same as one of them."""
 
     def __init__(self) -> None:
-        self._hashes: deque[int] = deque(maxlen=REMEMBERED_IMAGES)
-        self._embeddings: deque[np.ndarray] = deque(maxlen=REMEMBERED_IMAGES)
+        self._hashes = np.zeros(REMEMBERED_IMAGES, np.uint64)
+        self._embeddings: list[np.ndarray] = []
+        self._next = 0  # position of the next image; that of the oldest one if all are in use
 
     def has_near(self, image_hash: int, embedding: np.ndarray) -> bool:
         """Whether one of the images has nearly this hash and this embedding, float [D] or empty."""
-        if not self._hashes:
-            return False
-        hashes = np.array(self._hashes, np.uint64)
+        hashes = self._hashes[: len(self._embeddings)]
         distances = np.bitwise_count(hashes ^ np.uint64(image_hash))
         for i in np.flatnonzero(distances <= MAX_HASH_DISTANCE).tolist():
             if _are_near(self._embeddings[i], embedding):
@@ -42,9 +39,13 @@ class NearDuplicates:
         return False
 
     def add(self, image_hash: int, embedding: np.ndarray) -> None:
-        """Remember an image."""
-        self._hashes.append(image_hash)
-        self._embeddings.append(embedding)
+        """Remember an image, in place of the oldest one."""
+        self._hashes[self._next] = image_hash
+        if len(self._embeddings) < REMEMBERED_IMAGES:
+            self._embeddings.append(embedding)
+        else:
+            self._embeddings[self._next] = embedding
+        self._next = (self._next + 1) % REMEMBERED_IMAGES
 
 
 def _are_near(one: np.ndarray, other: np.ndarray) -> bool:

@@ -4,14 +4,15 @@
 drawn at random, and holds the last ones in memory for a while: a label that a client sends, or the
 shadow version, may select one of them later. What is selected goes to the thread of
 `serve.worker.kept_writer` through a bounded queue. If the queue is full, the image is dropped and
-counted, so no answer ever waits for a disk or a bucket.
+counted, so no answer ever waits for a disk or a bucket. What each image costs here delays the next
+batch, so images share what they can.
 """
 
+import math
 import os
 import random
 import socket
 import threading
-from collections import OrderedDict
 
 from models.kept import Reason
 from models.kept.records import now
@@ -19,16 +20,58 @@ from serve.metrics.shared_counters import SharedCounters
 from serve.settings import Settings
 from serve.wire import FORGET, TENSOR, Job
 from serve.worker.batch import CompletedBatch
-from serve.worker.kept_writer import Candidate, KeptWriter, Selection
+from serve.worker.kept_writer import AnsweredBatch, Candidate, KeptWriter, Selection
 
-RECENT_BYTES = 64 << 20  # of the last images, held in memory
-RECENT_IMAGES = 10_000
+# Of each of the two generations of `RecentImages`.
+RECENT_BYTES = 32 << 20
+RECENT_IMAGES = 5000
 NAME_BYTES = 256  # of a datagram of the shadow process
 
 
 def build_socket_path(run_directory: str, worker: int) -> str:
     """Return the path of the socket on which a worker gets the names of images to keep."""
     return os.path.join(run_directory, f"keep-{worker}.sock")
+
+
+class RecentImages:
+    """The last images of a worker by name, within bounds. Threads may share it.
+
+    They are in two generations: when the newer one is full, it replaces the older one. So no image
+    has to be removed by itself.
+    """
+
+    def __init__(self) -> None:
+        self.newer: dict[bytes, Candidate] = {}
+        self.older: dict[bytes, Candidate] = {}
+        self.newer_bytes = 0  # about
+        self.lock = threading.Lock()
+
+    def get(self, name: bytes) -> Candidate | None:
+        """Return an image, None if it is not there."""
+        return self.newer.get(name) or self.older.get(name)
+
+    def add(self, candidates: list[Candidate], extra_bytes: int) -> None:
+        """Add images. Each takes `extra_bytes` in memory besides its file."""
+        with self.lock:
+            for candidate in candidates:
+                size = len(candidate.job.body) + extra_bytes
+                if size > RECENT_BYTES:
+                    continue
+                if self.newer_bytes + size > RECENT_BYTES or len(self.newer) >= RECENT_IMAGES:
+                    self.older = self.newer
+                    self.newer = {}
+                    self.newer_bytes = 0
+                self.newer[candidate.job.name] = candidate
+                self.newer_bytes += size
+
+    def forget(self, request_id: bytes) -> None:
+        """Drop all images of a request, also those that wait to be written."""
+        prefix = request_id + b" "
+        with self.lock:
+            for images in (self.newer, self.older):
+                for name in list(images):
+                    if name == request_id or name.startswith(prefix):
+                        images.pop(name).is_forgotten = True
 
 
 class Keeper:
@@ -41,9 +84,7 @@ class Keeper:
         self.share = settings.keep_share
         self.random = random.Random()
         self.writer = KeptWriter(settings, counters)
-        self.recent: OrderedDict[bytes, Candidate] = OrderedDict()
-        self.recent_bytes = 0
-        self.recent_lock = threading.Lock()
+        self.recent = RecentImages()
         self.socket_path = build_socket_path(run_directory, worker)
 
     def start(self) -> None:
@@ -67,49 +108,37 @@ class Keeper:
         probabilities = batch.outputs[0]
         energies = batch.outputs[1]
         embeddings = batch.outputs[-1] if model.has_embeddings else None
-        confidences = probabilities.max(1).tolist()
+        answered = AnsweredBatch(model, now(), probabilities, energies, embeddings)
+        row_bytes = sum(output.nbytes for output in batch.outputs) // len(batch.jobs)
         lowest_confidence = model.composer.lowest_answered_confidence
-        energy_threshold = model.composer.energy_threshold
-        time = now()
-        # What an image takes in memory besides its file.
-        row_bytes = probabilities[0].nbytes
-        if embeddings is not None:
-            row_bytes += embeddings[0].nbytes
+        highest_energy = model.composer.energy_threshold
+        if highest_energy is None:
+            highest_energy = math.inf
 
         candidates: list[Candidate] = []
-        for i, queued in enumerate(batch.jobs):
-            job = queued.job
+        numbers = zip(probabilities.max(1).tolist(), energies.tolist(), strict=True)
+        for row, (confidence, energy) in enumerate(numbers):
+            job = batch.jobs[row].job
             if not job.name or job.flags & TENSOR:
                 continue
-            energy = energies.item(i)
-            candidate = Candidate(
-                job.name,
-                job.body,
-                time,
-                model,
-                probabilities[i],
-                energy,
-                None if embeddings is None else embeddings[i],
-                row_bytes + len(job.body),
-            )
+            candidate = Candidate(job, answered, row)
             candidates.append(candidate)
 
             reasons: list[Reason] = []
-            if confidences[i] < lowest_confidence:
+            if confidence < lowest_confidence:
                 reasons.append(Reason.ABSTAIN)
-            if energy_threshold is not None and energy > energy_threshold:
+            if energy > highest_energy:
                 reasons.append(Reason.OUT_OF_DISTRIBUTION)
             if self.random.random() < self.share:
                 reasons.append(Reason.RANDOM)
             if reasons:
-                # A copy, since a view would hold the whole batch.
-                self.writer.submit(Selection(candidate, reasons, batch.pixels[i].copy()))
-        self._remember(candidates)
+                self.writer.submit(Selection(candidate, reasons, batch.pixels[row]))
+        self.recent.add(candidates, row_bytes)
 
     def on_notice(self, job: Job) -> None:
         """Handle what an HTTP process tells about an earlier image: its label, or its deletion."""
         if job.flags & FORGET:
-            self._forget(job.name)
+            self.recent.forget(job.name)
             return
         candidate = self.recent.get(job.name)
         if candidate is None:
@@ -118,29 +147,6 @@ class Keeper:
         is_correct = candidate.predicted_label() == label
         reasons = [] if is_correct else [Reason.CORRECTED]
         self.writer.submit(Selection(candidate, reasons, label=label))
-
-    def _remember(self, candidates: list[Candidate]) -> None:
-        """Hold images in memory, in place of the oldest ones."""
-        with self.recent_lock:
-            for candidate in candidates:
-                previous = self.recent.pop(candidate.name, None)
-                if previous is not None:
-                    self.recent_bytes -= previous.memory_bytes
-                self.recent[candidate.name] = candidate
-                self.recent_bytes += candidate.memory_bytes
-            while self.recent_bytes > RECENT_BYTES or len(self.recent) > RECENT_IMAGES:
-                _, oldest = self.recent.popitem(last=False)
-                self.recent_bytes -= oldest.memory_bytes
-
-    def _forget(self, request_id: bytes) -> None:
-        """Drop all images of a request, also those that wait to be written."""
-        prefix = request_id + b" "
-        with self.recent_lock:
-            for name in list(self.recent):
-                if name == request_id or name.startswith(prefix):
-                    candidate = self.recent.pop(name)
-                    candidate.is_forgotten = True
-                    self.recent_bytes -= candidate.memory_bytes
 
     def _receive_names(self, receiver: socket.socket) -> None:
         """Select the images on which the shadow version gave another label, until the end."""

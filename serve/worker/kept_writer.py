@@ -1,7 +1,9 @@
 """Writes selected images to the directory or bucket of `--keep`, in a thread of a worker.
 
 The thread bounds what it writes (files a day for each reason, bytes, free space of the disk) and
-its pace. Where the disk is full or the bucket can't be reached, it tries again after growing
+its CPU time, since it shares the cores and the interpreter with the predictors. What is beyond
+the limit of the day, or does not fit in the queue, is dropped before it is copied. Where the disk
+is full or the bucket can't be reached, it tries again after growing
 pauses; in the meantime the queue fills, and further images are dropped and counted.
 """
 
@@ -22,23 +24,28 @@ import numpy as np
 from models.image import ImageError, read_header
 from models.image.metadata import strip_metadata
 from models.kept import KeptImage, Label, Reason, TopClass, Verdict, open_kept
-from models.kept.folder import build_file_path
+from models.kept.folder import build_file_path, select_image_files
 from models.kept.records import ModelVersion, now
 from models.kept.similarity import NearDuplicates, compute_hash
 from serve import logs
 from serve.metrics.shared_counters import SharedCounters
 from serve.model import Model
 from serve.settings import Settings
-from serve.wire import parse_image_name
+from serve.wire import Job, parse_image_name
 
 QUEUED_IMAGES = 64
+# Of them doubtful ones, of which there may be many: the rest is for images drawn at random, which
+# stand for all traffic, and for labels.
+QUEUED_DOUBTFUL_IMAGES = 32
 LISTED_CLASSES = 5
 MAX_LINES = 16  # of one image that many requests send, unless one adds a reason or is drawn
 MAX_FLOAT16 = 65504.0
-# After each image the thread rests for this many times as long as it took: it uses little of a core
-# and of the disk.
+# After each image the thread rests for this many times as long as it took, which spares the disk.
 REST_FACTOR = 4
 MAX_REST_SECONDS = 1.0
+# What the thread uses of a core, on average and at once after a quiet time.
+CPU_SHARE = 0.01
+BURST_CPU_SECONDS = 0.2
 RECOUNT_SECONDS = 600.0  # other processes may write to the directory as well
 FIRST_RETRY_SECONDS = 0.5
 LAST_RETRY_SECONDS = 60.0
@@ -48,24 +55,35 @@ FEEDBACK = "feedback"  # who gave a label, for labels of clients
 REASONS_WITHOUT_NEAR_DUPLICATES = frozenset((Reason.ABSTAIN, Reason.OUT_OF_DISTRIBUTION))
 
 
+class AnsweredBatch(NamedTuple):
+    """What the images of one batch share, so that an image needs no objects of its own for it."""
+
+    model: Model
+    time: datetime  # of the answers
+    probabilities: np.ndarray  # [N, K]
+    energies: np.ndarray  # [N]
+    embeddings: np.ndarray | None  # [N, D]
+
+
 @dataclass(slots=True, eq=False)
 class Candidate:
     """An answered image that may be kept."""
 
-    name: bytes  # of serve.wire.build_image_name
-    body: bytes  # the image file
-    time: datetime  # of the answer
-    model: Model
-    probabilities: np.ndarray  # [K]
-    energy: float
-    embedding: np.ndarray | None  # [D]
-    memory_bytes: int  # about
+    job: Job  # with the name and the image file
+    batch: AnsweredBatch
+    row: int  # of the batch
     digest: str = ""  # once it is kept
     is_forgotten: bool = False  # its deletion was asked for
 
     def predicted_label(self) -> str:
         """Return the class that was answered."""
-        return self.model.manifest.classes[int(self.probabilities.argmax())]
+        probabilities = self.batch.probabilities[self.row]
+        return self.batch.model.manifest.classes[int(probabilities.argmax())]
+
+    def copy_embedding(self) -> np.ndarray | None:
+        """Return the embedding [D], which does not hold those of the whole batch in memory."""
+        embeddings = self.batch.embeddings
+        return None if embeddings is None else embeddings[self.row].copy()
 
 
 class Selection(NamedTuple):
@@ -99,6 +117,24 @@ class Usage:
     files_today: Counter[Reason] = field(default_factory=Counter)  # of this process
 
 
+class CpuBudget:
+    """Limits the CPU time of a thread to a share of a core, apart from bursts."""
+
+    def __init__(self, share: float, burst_seconds: float, now: float):
+        """`now` is in seconds of time.monotonic()."""
+        self.share = share
+        self.burst_seconds = burst_seconds
+        self.credit_seconds = burst_seconds
+        self.updated = now
+
+    def spend(self, cpu_seconds: float, now: float) -> float:
+        """Return for how many seconds the thread has to rest after it used `cpu_seconds`."""
+        earned = self.share * (now - self.updated)
+        self.updated = now
+        self.credit_seconds = min(self.credit_seconds + earned, self.burst_seconds) - cpu_seconds
+        return max(0.0, -self.credit_seconds / self.share)
+
+
 class KeptWriter:
     """The thread and its queue."""
 
@@ -112,6 +148,7 @@ class KeptWriter:
         self.usage = Usage()
         self.near_duplicates = NearDuplicates()
         self.next_recount = 0.0
+        self.day_of_deletion = date.min  # when images that are too old were deleted last
         # Workers write independently of one another, so each gets a part of what is allowed.
         self.files_a_day = -(-settings.keep_files // settings.workers)
         self.is_finishing = threading.Event()
@@ -124,11 +161,33 @@ class KeptWriter:
         threading.Thread(target=self._run, name="kept-writer", daemon=True).start()
 
     def submit(self, selection: Selection) -> None:
-        """Queue a selection, or drop it. Returns at once."""
+        """Queue a selection, or drop it and count why. Returns at once."""
+        if self._is_beyond_limit(selection):
+            self._count("kept_dropped", "limit")
+            return
+        if not self._has_room(selection.reasons):
+            self._count("kept_dropped", "queue")
+            return
+        if selection.pixels is not None:
+            # A copy, since a view would hold the whole batch.
+            selection = selection._replace(pixels=selection.pixels.copy())
         try:
             self.queue.put_nowait(selection)
-        except queue.Full:
+        except queue.Full:  # another predictor was faster
             self._count("kept_dropped", "queue")
+
+    def _is_beyond_limit(self, selection: Selection) -> bool:
+        """Whether no more images are kept today for any of the reasons.
+
+        Only the thread starts a new day, so an image of another day is left to it.
+        """
+        if not selection.reasons or selection.candidate.batch.time.date() != self.usage.day:
+            return False
+        return not self._choose_allowed(selection.reasons)
+
+    def _has_room(self, reasons: list[Reason]) -> bool:
+        is_doubtful = bool(reasons) and REASONS_WITHOUT_NEAR_DUPLICATES.issuperset(reasons)
+        return self.queue.qsize() < (QUEUED_DOUBTFUL_IMAGES if is_doubtful else QUEUED_IMAGES)
 
     def finish(self, timeout_seconds: float) -> None:
         """Write what is queued without rests, for at most this time."""
@@ -143,24 +202,29 @@ class KeptWriter:
 
     def _run(self) -> None:
         """Write selections until the process ends."""
+        budget = CpuBudget(CPU_SHARE, BURST_CPU_SECONDS, time.monotonic())
         while True:
             try:
                 selection = self.queue.get(timeout=RECOUNT_SECONDS)
             except queue.Empty:
                 selection = None
-            started = time.monotonic()
             self._retry(self._recount_if_due)
             if selection is None:
                 continue
 
+            started = time.monotonic()
+            cpu_before = time.thread_time()
             try:
                 self._keep(selection)
             except Exception:
                 logs.logger.exception("an image was not kept")
                 self._count("kept_dropped", "error")
             self.queue.task_done()
-            rest = REST_FACTOR * (time.monotonic() - started)
-            self.is_finishing.wait(min(rest, MAX_REST_SECONDS))
+
+            ended = time.monotonic()
+            rest = min(REST_FACTOR * (ended - started), MAX_REST_SECONDS)
+            budget_rest = budget.spend(time.thread_time() - cpu_before, ended)
+            self.is_finishing.wait(max(rest, budget_rest))
 
     def _retry(self, write: Callable[[], None]) -> None:
         """Call a function until it raises no OSError, with growing pauses; once at the end."""
@@ -187,14 +251,18 @@ class KeptWriter:
         if time.monotonic() < self.next_recount:
             return
         self.folder.delete_leftovers()
-        if self.settings.keep_days:
+        today = now().date()
+        if self.settings.keep_days and today != self.day_of_deletion:
             self.folder.delete_older(self.settings.keep_days)
+            self.day_of_deletion = today
+
+        files = self.folder.files.list_files()
         known = self.usage.images
         self.usage.images = {
             digest: known.get(digest, KnownImage(path))
-            for digest, path in self.folder.list_image_files().items()
+            for digest, path in select_image_files(files).items()
         }
-        self._set_bytes(self.folder.count_bytes())
+        self._set_bytes(sum(size for _, size in files))
         self.next_recount = time.monotonic() + RECOUNT_SECONDS
 
     def _set_bytes(self, size: int) -> None:
@@ -209,6 +277,7 @@ class KeptWriter:
         candidate = selection.candidate
         if candidate.is_forgotten:
             return
+        self._start_day()
         reasons = self._choose_allowed(selection.reasons)
         if not reasons and selection.reasons:
             self._count("kept_dropped", "limit")
@@ -219,12 +288,15 @@ class KeptWriter:
             label = self._build_label(candidate.digest, selection.label)
             self._retry(partial(self.folder.add_labels, [label]))
 
-    def _choose_allowed(self, reasons: list[Reason]) -> list[Reason]:
-        """Return the reasons for which more images may be kept today."""
+    def _start_day(self) -> None:
+        """Count from 0 if a new day has begun."""
         today = now().date()
         if today != self.usage.day:
-            self.usage.day = today
             self.usage.files_today.clear()
+            self.usage.day = today
+
+    def _choose_allowed(self, reasons: list[Reason]) -> list[Reason]:
+        """Return the reasons for which more images may be kept today."""
         counts = self.usage.files_today
         return [reason for reason in reasons if counts[reason] < self.files_a_day]
 
@@ -250,7 +322,7 @@ class KeptWriter:
         if problem:
             self._count("kept_dropped", problem)
             return
-        path = build_file_path(digest, read_header(content).format, candidate.time.date())
+        path = build_file_path(digest, read_header(content).format, candidate.batch.time.date())
         image = self._describe(candidate, digest, path, content, reasons)
         self.folder.add_image(image, content)
         candidate.digest = digest
@@ -294,9 +366,9 @@ class KeptWriter:
     def _read_content(self, candidate: Candidate) -> bytes:
         """Return the bytes that are stored. Raises ImageError if metadata can't be taken out."""
         if not self.settings.keep_strip_exif:
-            return candidate.body
-        spec = candidate.model.manifest.input
-        return strip_metadata(candidate.body, spec, self.settings.max_pixels)
+            return candidate.job.body
+        spec = candidate.batch.model.manifest.input
+        return strip_metadata(candidate.job.body, spec, self.settings.max_pixels)
 
     def _find_full(self, size: int) -> str | None:
         """Return which bound does not allow `size` more bytes, None if all do."""
@@ -317,24 +389,25 @@ class KeptWriter:
         self, candidate: Candidate, digest: str, path: str, content: bytes, reasons: list[Reason]
     ) -> KeptImage:
         """Return the line of an image."""
-        request_id, index = parse_image_name(candidate.name)
+        request_id, index = parse_image_name(candidate.job.name)
         header = read_header(content)
-        model = candidate.model
+        batch = candidate.batch
+        model = batch.model
         is_drawn = Reason.RANDOM in reasons
         return KeptImage(
             digest=digest,
             file=path,
             request_id=request_id,
             image=index,
-            time=candidate.time,
+            time=batch.time,
             model=ModelVersion(name=model.name, version=model.version),
-            top=list_top_classes(candidate.probabilities, model.manifest.classes),
-            energy=candidate.energy,
+            top=list_top_classes(batch.probabilities[candidate.row], model.manifest.classes),
+            energy=batch.energies.item(candidate.row),
             reasons=reasons,
             probability=self.settings.keep_share if is_drawn else None,
             width=header.width,
             height=header.height,
-            embedding=encode_embedding(candidate.embedding),
+            embedding=encode_embedding(candidate.copy_embedding()),
         )
 
     def _build_label(self, digest: str, label: str) -> Label:
@@ -345,7 +418,7 @@ def describe_appearance(selection: Selection) -> Appearance | None:
     """Return what near duplicates are found by, None for an image whose pixels are gone."""
     if selection.pixels is None:
         return None
-    embedding = selection.candidate.embedding
+    embedding = selection.candidate.copy_embedding()
     if embedding is None:
         embedding = np.zeros(0, np.float32)
     return compute_hash(selection.pixels), embedding

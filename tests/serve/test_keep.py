@@ -14,6 +14,12 @@ import pytest
 
 from models.bundle import Calibration
 from models.kept import LabelledImage, Reason, open_kept
+from models.kept.records import now
+from models.kept.similarity import REMEMBERED_IMAGES, NearDuplicates
+from serve.wire import Job
+from serve.worker import keeper
+from serve.worker.keeper import RecentImages
+from serve.worker.kept_writer import AnsweredBatch, Candidate, CpuBudget
 from support import tiny_bundle
 from support.s3_server import s3_server
 from support.server import Server, assert_refused, wait_until
@@ -209,9 +215,13 @@ def test_answers_do_not_wait_for_a_directory_that_cannot_be_written(start_keepin
         assert server.predict(make_gray(value)).status_code == 200
     wait_until(lambda: server.metric("imago_kept_dropped_total", reason="queue") > 0)
     assert "images are not kept" in server.log.read_text()
+    # Doubtful images leave room for others in the queue.
+    blue = server.predict(tiny_bundle.make_image("blue")).json()["id"]
+    server.http.post("/feedback", json={"id": blue, "label": "green"})
 
     (tmp_path / "kept").unlink()
     wait_until(lambda: (tmp_path / "kept").is_dir() and read_kept(tmp_path))
+    wait_until(lambda: server.metric("imago_kept_total", reason="corrected") == 1)
 
 
 def test_metadata_is_taken_out(start_keeping, tmp_path):
@@ -321,3 +331,68 @@ def test_a_full_disk_leaves_whole_files(start_keeping, tmp_path):
 
     resource.prlimit(worker, resource.RLIMIT_FSIZE, (hard_limit, hard_limit))
     wait_for_kept(tmp_path, 20)
+
+
+def test_the_writer_uses_a_share_of_a_core_apart_from_bursts():
+    budget = CpuBudget(share=0.01, burst_seconds=0.2, now=0.0)
+    assert budget.spend(0.1, now=1.0) == 0
+    assert budget.spend(0.1, now=1.0) == 0
+    time = 1.0
+    used = 0.0
+    for _ in range(100):
+        rest = budget.spend(0.05, now=time)
+        used += 0.05
+        time += rest
+    assert used / (time - 1.0) == pytest.approx(0.01)
+
+    # A day without images does not save up for more than a burst.
+    time += 86400
+    assert budget.spend(0.2, now=time) == 0
+    assert budget.spend(0.001, now=time) == pytest.approx(0.1)
+
+
+def make_candidate(name: bytes, body: bytes = b"image") -> Candidate:
+    job = Job(id=1, deadline=0.0, top_k=1, flags=0, body=body, name=name)
+    answered = AnsweredBatch(None, now(), np.ones((1, 1)), np.zeros(1), None)
+    return Candidate(job, answered, row=0)
+
+
+def test_the_last_images_are_remembered_within_bounds(monkeypatch):
+    monkeypatch.setattr(keeper, "RECENT_IMAGES", 10)
+    monkeypatch.setattr(keeper, "RECENT_BYTES", 100)
+    recent = RecentImages()
+    for i in range(100):
+        recent.add([make_candidate(b"%d" % i)], extra_bytes=1)
+    assert recent.get(b"79") is None
+    assert all(recent.get(b"%d" % i) for i in range(90, 100))
+
+    recent.add([make_candidate(b"large", bytes(101))], extra_bytes=0)
+    assert recent.get(b"large") is None
+    for i in range(4):
+        recent.add([make_candidate(b"half %d" % i, bytes(50))], extra_bytes=0)
+    assert recent.get(b"99") is None
+    assert recent.get(b"half 3")
+
+
+def test_all_images_of_a_request_are_forgotten():
+    recent = RecentImages()
+    candidates = [make_candidate(name) for name in (b"a", b"a 1", b"ab")]
+    recent.add(candidates, extra_bytes=0)
+    recent.forget(b"a")
+    assert [candidate.is_forgotten for candidate in candidates] == [True, True, False]
+    assert recent.get(b"a 1") is None
+    assert recent.get(b"ab") is candidates[2]
+
+
+def test_near_duplicates_of_the_last_images_are_found():
+    seen = NearDuplicates()
+    one = np.array([1.0, 0.0])
+    other = np.array([0.0, 1.0])
+    assert not seen.has_near(1 << 63, one)
+    for i in range(REMEMBERED_IMAGES):
+        seen.add((1 << 63) + (i << 8), one)
+    assert seen.has_near((1 << 63) + 3, one)  # two bits differ
+    assert not seen.has_near((1 << 63) + 7, one)
+    assert not seen.has_near(1 << 63, other)
+    seen.add(0b1111 << 20, other)  # in place of the oldest
+    assert seen.has_near(0b1111 << 20, other)
