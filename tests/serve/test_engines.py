@@ -11,6 +11,7 @@ import pytest
 
 from models.image import InputSpec, decode
 from models.store import Store
+from serve.engines.onnxruntime import TRIAL_PERIOD, TRIAL_RUNS, OnnxRuntimeEngine, SessionChooser
 from serve.model import Model
 from serve.settings import Settings
 from support import tiny_bundle
@@ -42,9 +43,9 @@ def read_engine(server: Server) -> str:
     return server.http.get("/model").json()["engine"]
 
 
-def load_model(store: Path) -> Model:
-    """Load the latest version with default settings and one thread."""
-    return Model(Store(store).open("colours"), Settings(store=store), threads=1)
+def load_model(store: Path, threads: int = 1) -> Model:
+    """Load the latest version with default settings."""
+    return Model(Store(store).open("colours"), Settings(store=store), threads=threads)
 
 
 needs_no_gpu = pytest.mark.skipif(
@@ -90,6 +91,75 @@ def test_auto_falls_back_to_the_cpu_without_a_gpu(bundle_store, monkeypatch):
     # onnxruntime-gpu can't be installed beside the onnxruntime of the other tests.
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     assert load_model(bundle_store).engine.name == "onnxruntime"
+
+
+class FakeSession:
+    """A session whose runs advance a clock by what they are said to take."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+        self.runs = 0
+        self.now = 0.0
+
+    def run(self, output_names: tuple[str, ...], feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+        self.runs += 1
+        self.now += self.seconds
+        return [feed["image"]]
+
+
+def run_lone_images(chooser: SessionChooser, count: int) -> None:
+    image = np.zeros((1, 2, 2, 3), np.uint8)
+    for _ in range(count):
+        assert chooser.run(image, ("probabilities",))[0] is image
+
+
+def test_lone_images_run_in_the_faster_session_after_a_disturbed_start():
+    """While other processes start, the session over all threads waits for a core."""
+    several = FakeSession(seconds=5)
+    single = FakeSession(seconds=2)
+    chooser = SessionChooser([several, single], clock=lambda: several.now + single.now)
+    run_lone_images(chooser, TRIAL_PERIOD)
+    assert chooser.fastest is single
+    assert several.runs == TRIAL_RUNS / 2
+
+    several.seconds = 1
+    run_lone_images(chooser, TRIAL_RUNS)
+    assert chooser.fastest is several
+    before = several.runs
+    run_lone_images(chooser, TRIAL_PERIOD - TRIAL_RUNS)
+    assert several.runs - before == TRIAL_PERIOD - TRIAL_RUNS
+
+
+def test_one_disturbed_run_does_not_choose_the_session():
+    several = FakeSession(seconds=1)
+    single = FakeSession(seconds=2)
+    chooser = SessionChooser([several, single], clock=lambda: several.now + single.now)
+    for i in range(TRIAL_RUNS):
+        several.seconds = 50 if i < TRIAL_RUNS / 2 else 1
+        run_lone_images(chooser, 1)
+    assert chooser.fastest is several
+
+
+def test_runs_of_several_images_are_not_compared():
+    several = FakeSession(seconds=5)
+    single = FakeSession(seconds=1)
+    chooser = SessionChooser([several, single], clock=lambda: several.now + single.now)
+    for _ in range(TRIAL_RUNS):
+        chooser.run(np.zeros((4, 2, 2, 3), np.uint8), ("probabilities",))
+    assert single.runs == 0
+    run_lone_images(chooser, TRIAL_RUNS)
+    assert chooser.fastest is single
+
+
+def test_the_session_of_a_lone_image_is_compared_with_requests(bundle_store):
+    """The trial at the start does not decide: the first images are one, too."""
+    model = load_model(bundle_store, threads=2)
+    assert isinstance(model.engine, OnnxRuntimeEngine)
+    chooser = model.engine.lone_sessions
+    assert len(chooser.sessions) == 2
+    for _ in range(TRIAL_RUNS):
+        model.predict(IMAGES[0])
+    assert all(seconds < float("inf") for seconds in chooser.least_seconds)
 
 
 def test_unknown_variant_is_refused_in_one_line(run_serve, bundle_store):
