@@ -63,6 +63,23 @@ def test_an_unchanged_job_is_kept(cluster):
 
 
 @needs_kubectl
+@pytest.mark.parametrize("differs", [True, False])
+def test_a_deploy_prints_only_what_it_changes(differs, cluster):
+    """kubectl calls a disruption budget configured even where it sends the same again."""
+    applied = ("service/imago-serving unchanged", "poddisruptionbudget.policy/imago configured")
+    answers = {
+        "apply -f -": shlex.join(["printf", r"%s\n", *applied]),
+        "diff -f -": f"exit {int(differs)}",
+    }
+    result, _ = cluster("deploy", answers)
+    assert result.returncode == 0, result.stderr
+    assert applied[0] not in result.stdout
+    assert (applied[1] in result.stdout) is differs
+    unchanged = "Unchanged: the cluster has the overlay 'local' as it is.\n"
+    assert (unchanged in result.stdout) is not differs
+
+
+@needs_kubectl
 @pytest.mark.parametrize("exists", [True, False])
 def test_a_key_is_made_for_a_service_that_is_reachable_from_outside(cluster, tmp_path, exists):
     answers = {
@@ -201,7 +218,7 @@ def test_a_train_job_is_replaced_where_it_or_its_runtime_differs(
     assert result.returncode == 0, result.stderr
     deletion = "-n imago delete trainjob imago-train --cascade=foreground --ignore-not-found\n"
     assert (deletion in calls) is replaced
-    (line,) = (line for line in calls.splitlines() if line.startswith("diff"))
+    (line,) = (line for line in calls.splitlines() if line.startswith("diff -l"))
     label = line.split()[2]
     diffed = yaml.safe_load_all((tmp_path / "diffed").read_text())
     diffed_kinds = {m["kind"] for m in diffed if label in m["metadata"].get("labels", {})}

@@ -137,6 +137,8 @@ class ScaledObject(Resource):
 
 
 class Parent(Strict):
+    group: str
+    kind: str
     name: Name
     namespace: Name
 
@@ -155,8 +157,11 @@ class Timeouts(Strict):
 
 
 class Backend(Strict):
+    group: str
+    kind: str
     name: Name
     port: Port
+    weight: int
 
 
 class RouteRule(Strict):
@@ -299,6 +304,8 @@ class JobTemplate(Strict):
 
 class ReplicatedJob(Strict):
     name: str
+    groupName: str
+    replicas: int
     template: JobTemplate
 
 
