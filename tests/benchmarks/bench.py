@@ -45,7 +45,7 @@ BENCHMARKS = (
         "serve_speed",
         ("small-int8", "tiny", "--rounds", "1", "--seconds", "2"),
         ("small-int8", "small-fp32", "large-fp32", "large-int8", "tiny", "--keep"),
-        ("service", "litserve", "fastapi", "of_limit", "p99_ms"),
+        ("service", "litserve", "fastapi", "mlserver", "ray", "bentoml", "of_limit", "p99_ms"),
     ),
     Benchmark(
         "serve_curves",
@@ -70,6 +70,12 @@ BENCHMARKS = (
         ("small-int8", "--rounds", "1", "--seconds", "1", "--modes", "on"),
         ("--keep",),
         ("rate_on", "p99_on", "rate_shadow", "swap_p99"),
+    ),
+    Benchmark(
+        "serve_keep",
+        ("--rounds", "2", "--seconds", "2"),
+        ("--keep",),
+        ("rate", "p99", "cpu"),
     ),
     Benchmark(
         "capacity_plan",

@@ -77,9 +77,11 @@ class _Connection:
 class OpenLoopClient:
     """Sends one request again and again to a port of this machine."""
 
-    def __init__(self, port: int, body: bytes, content_type: str = "image/jpeg") -> None:
+    def __init__(
+        self, port: int, body: bytes, content_type: str = "image/jpeg", path: str = "/predict"
+    ) -> None:
         head = (
-            f"POST /predict HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
+            f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
             f"Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n\r\n"
         )
         self.port = port

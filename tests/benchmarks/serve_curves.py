@@ -1,7 +1,8 @@
 """Throughput over clients, and latency over the offered load, of Imago and other servers in turn.
 
     python tests/benchmarks/serve_curves.py [small-int8 …]
-        [--seconds 5] [--rounds 3] [--rivals litserve fastapi] [--clients 1 2 4 8 16 32 64]
+        [--seconds 5] [--rounds 3] [--rivals litserve fastapi mlserver ray bentoml]
+        [--environments DIR] [--clients 1 2 4 8 16 32 64]
         [--loads 0.2 0.4 0.6 0.8 0.9 1.0 1.2] [--keep]
 
 The curve over clients is a closed loop (wrk): each client sends its next request when the last one
@@ -14,7 +15,6 @@ serve_curves.json in this folder.
 """
 
 import argparse
-import base64
 import json
 import statistics
 import tempfile
@@ -25,10 +25,11 @@ from typing import Any
 from open_loop import OpenLoopClient
 from results import spread, write_result
 from serve_models import make_jpeg, publish
-from serve_speed import NO_TIMEOUT, WARM_UP_SECONDS, start_rival, write_scripts
+from serve_rivals import DEFAULT_RIVALS, RIVALS, prepare_rivals, start_rival
+from serve_speed import NO_TIMEOUT, WARM_UP_SECONDS, write_scripts
 from serving import RunningServer, measure_load, resumed, run_wrk, running_service, suspend
 
-from models.bundle import read_manifest
+from models.bundle import MANIFEST_FILE, read_manifest
 
 CLIENTS = (1, 2, 4, 8, 16, 32, 64)
 LOADS = (0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.2)
@@ -68,21 +69,21 @@ def measure_case(store: Path, name: str, options: argparse.Namespace) -> None:
     bundle = publish(store, model)
     graph = bundle / read_manifest(bundle).variants[variant].file
     image = make_jpeg(375, 500) if model == "large" else make_jpeg(32, 32)
-    scripts = write_scripts(store, image)
-    encoded = json.dumps({"image": base64.b64encode(image).decode()}).encode()
+    rivals = prepare_rivals(options.rivals, options.environments)
+    scripts = write_scripts(store, image, list(rivals))
 
     with ExitStack() as stack:
         flags = ("--variant", variant, *NO_TIMEOUT)
         servers = {"service": stack.enter_context(running_service(store, model, *flags))}
-        for rival in options.rivals:
-            servers[rival] = start_rival(stack, rival, graph, bundle)
-        open_clients: dict[str, OpenLoopClient] = {}
+        open_clients = {"service": OpenLoopClient(servers["service"].port, image)}
+        for kind, python in rivals.items():
+            server = start_rival(stack, kind, python, graph, bundle / MANIFEST_FILE)
+            rival = RIVALS[kind]
+            body = rival.build_body(image)
+            servers[kind] = server
+            open_clients[kind] = OpenLoopClient(server.port, body, rival.content_type, rival.path)
         for kind, server in servers.items():
             measure_load(server, scripts[kind], WARM_UP_SECONDS)
-            is_json = kind == "litserve"
-            body = encoded if is_json else image
-            content_type = "application/json" if is_json else "image/jpeg"
-            open_clients[kind] = OpenLoopClient(server.port, body, content_type)
         capacity = measure_load(servers["service"], scripts["service"], options.seconds).rate
         for server in servers.values():
             suspend(server)
@@ -113,7 +114,8 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", default=["small-int8"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=int, default=5, help="of each point")
-    parser.add_argument("--rivals", nargs="*", default=["litserve", "fastapi"])
+    parser.add_argument("--rivals", nargs="*", choices=list(RIVALS), default=DEFAULT_RIVALS)
+    parser.add_argument("--environments", type=Path, help="folder for the rivals' packages")
     parser.add_argument("--clients", nargs="*", type=int, default=CLIENTS)
     parser.add_argument("--loads", nargs="*", type=float, default=LOADS)
     parser.add_argument("--keep", action="store_true", help="write the results to a file as well")

@@ -1,11 +1,13 @@
 """Measure what `--keep` costs: requests per second, p99 and CPU, with and without, in pairs.
 
     python tests/benchmarks/serve_keep.py [small-int8] [--rounds 12] [--seconds 4] [--share 0.01]
+        [--keep]
 
 Both servers run at the same time, and wrk loads one at a time with 512 different images (32
 clients); the order within a pair alternates. Prints one JSON line: medians of the pairs' ratios
-(kept to not kept), their quartiles, and how many images were kept. With the defaults it
-takes less than 2 minutes. The target is a ratio of 0.98 to 1.02.
+(kept to not kept), their quartiles (`spread`), and how many images were kept. With the defaults it
+takes less than 2 minutes. The target is a ratio of 0.98 to 1.02. --keep also writes the line into
+serve_keep.json in this folder.
 """
 
 import argparse
@@ -14,9 +16,11 @@ import statistics
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
+from results import write_result
 from serve_models import publish
 from serving import LoadResult, measure_load, running_service
 
@@ -52,7 +56,7 @@ def write_script(directory: Path) -> Path:
     return script
 
 
-def measure(name: str, rounds: int, seconds: int, share: float) -> dict[str, object]:
+def measure(name: str, rounds: int, seconds: int, share: float) -> dict[str, Any]:
     """Return the medians and quartiles of the pairs' ratios."""
     model, _, variant = name.partition("-")
     pairs: list[dict[bool, LoadResult]] = []
@@ -73,12 +77,13 @@ def measure(name: str, rounds: int, seconds: int, share: float) -> dict[str, obj
             pairs.append({keeps: measure_load(servers[keeps], script, seconds) for keeps in order})
         kept = open_kept(root / "kept").read_images()
 
-    line: dict[str, object] = {"case": name, "share": share, "kept": len(kept)}
+    line: dict[str, Any] = {"case": name, "share": share, "kept": len(kept), "spread": {}}
     line["rate_without"] = round(statistics.median(pair[False].rate for pair in pairs), 1)
     for figure in FIGURES:
         ratios = [getattr(pair[True], figure) / getattr(pair[False], figure) for pair in pairs]
         lower, middle, upper = statistics.quantiles(ratios, n=4)
-        line[figure] = [round(value, 3) for value in (lower, middle, upper)]
+        line[figure] = round(middle, 3)
+        line["spread"][figure] = [round(lower, 3), round(upper, 3)]
     return line
 
 
@@ -88,9 +93,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--seconds", type=int, default=4)
     parser.add_argument("--share", type=float, default=0.01)
+    parser.add_argument("--keep", action="store_true", help="write the result to a file as well")
     options = parser.parse_args()
     result = measure(options.case, options.rounds, options.seconds, options.share)
     print(json.dumps(result), flush=True)
+    if options.keep:
+        write_result(__file__, result, ("case", "share"))
 
 
 if __name__ == "__main__":

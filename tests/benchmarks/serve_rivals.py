@@ -1,122 +1,253 @@
-"""The servers that serve_speed.py compares with: LitServe as it comes, FastAPI with onnxruntime.
+"""The other servers that serve_speed.py and serve_curves.py measure in turn with Imago.
 
-    python serve_rivals.py litserve|fastapi MODEL.onnx PORT MANIFEST.json
+    python tests/benchmarks/serve_rivals.py [litserve fastapi mlserver ray bentoml]
+        --environments DIR
 
-Both decode with the project's own code and run the same graph on all cores with one session.
-FastAPI takes the raw bytes, LitServe base64 in JSON: it answers a raw image body with 500, and its
-form parser costs more. The variables BATCH (16) and BATCH_SECONDS (0.002) set LitServe's
-max_batch_size and batch_timeout.
+starts each server once with the same ONNX file and compares its answer with that of onnxruntime.
+mlserver, ray and bentoml are installed first, each into a virtual environment DIR/NAME of its own;
+one that can't be installed is left out with a line. `--serve PORT MODEL.onnx MANIFEST.json` runs
+one server with the packages of the Python that it is called with.
+
+Each is set up as its documentation says; its module in rivals/ has the details:
+
+| server | image in a request | processes that predict | batches |
+| --- | --- | --- | --- |
+| litserve | base64 in JSON | 1 worker, 1 API process | 16, waits 2 ms |
+| fastapi | raw bytes | 1, threads of Starlette's pool | none |
+| mlserver | base64 in a BYTES tensor | 1 inference worker, 1 server | 16, waits 2 ms |
+| ray | raw bytes | 1 replica with all cores, 1 proxy | 16, waits 2 ms |
+| bentoml | base64 in a JSON list | 1 worker | 16, adaptive wait |
+
+All decode with the project's code and run the graph in one session over all cores. The variables
+BATCH and BATCH_SECONDS change the two numbers.
 """
 
+import argparse
 import base64
+import importlib
+import json
 import os
+import subprocess
 import sys
+import tempfile
+import urllib.request
+import venv
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import litserve as ls
 import numpy as np
-import project_path  # noqa: F401  makes the imports below possible
+import project_path  # noqa: F401  makes `models` importable
+from rivals.graph import GRAPH_VARIABLE, MANIFEST_VARIABLE, Graph
+from serving import RunningServer, find_free_port, running_server
 
-from models.bundle import read_manifest
-from models.image import InputSpec, decode
-
-
-class Graph:
-    """The ONNX graph with a session over all cores."""
-
-    def __init__(self, path: str) -> None:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = len(os.sched_getaffinity(0))
-        self.session = onnxruntime.InferenceSession(
-            path, options, providers=["CPUExecutionProvider"]
-        )
-
-    def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Probabilities [N, K] of uint8 [N, H, W, C]."""
-        return self.session.run(["probabilities"], {"image": images})[0]
+SHARED_PACKAGES = ("onnxruntime", "opencv-python-headless", "numpy", "pydantic")
+"""Installed with each server; onnxruntime in the version that measures Imago."""
+DEFAULT_RIVALS = ["litserve", "fastapi"]
+"""Those whose packages Imago's tests have already."""
 
 
-def build_answer(probabilities: np.ndarray) -> dict[str, float]:
-    index = int(probabilities.argmax())
-    return {"label": index, "confidence": float(probabilities[index])}
+def encode(image: bytes) -> str:
+    return base64.b64encode(image).decode()
 
 
-class ImageAPI(ls.LitAPI):
-    """LitServe's API of the graph; at module level, since LitServe pickles it for its worker."""
-
-    def __init__(self, path: str, spec: InputSpec, **options: Any) -> None:
-        super().__init__(**options)
-        self.path = path
-        self.input_spec = spec
-
-    def setup(self, device: str) -> None:
-        self.graph = Graph(self.path)
-
-    def decode_request(self, request: dict[str, str]) -> np.ndarray:
-        return decode(base64.b64decode(request["image"]), self.input_spec)
-
-    def batch(self, inputs: list[np.ndarray]) -> np.ndarray:
-        return np.stack(inputs)
-
-    def predict(self, x: np.ndarray) -> np.ndarray:
-        return self.graph(x)
-
-    def unbatch(self, output: np.ndarray) -> list[np.ndarray]:
-        return list(output)
-
-    def encode_response(self, output: np.ndarray) -> dict[str, float]:
-        return build_answer(output)
+def build_raw_body(image: bytes) -> bytes:
+    return image
 
 
-def run_litserve(path: str, port: int, spec: InputSpec) -> None:
-    api = ImageAPI(
-        path,
-        spec,
-        max_batch_size=int(os.environ.get("BATCH", "16")),
-        batch_timeout=float(os.environ.get("BATCH_SECONDS", "0.002")),
+def build_litserve_body(image: bytes) -> bytes:
+    return json.dumps({"image": encode(image)}).encode()
+
+
+def build_bentoml_body(image: bytes) -> bytes:
+    return json.dumps({"images": [encode(image)]}).encode()
+
+
+def build_mlserver_body(image: bytes) -> bytes:
+    tensor = {
+        "name": "image",
+        "shape": [1, 1],
+        "datatype": "BYTES",
+        "parameters": {"content_type": "base64"},
+        "data": [encode(image)],
+    }
+    return json.dumps({"inputs": [tensor]}).encode()
+
+
+def read_label(answer: Any) -> int:
+    return answer["label"]
+
+
+def read_bentoml_label(answer: Any) -> int:
+    return answer[0]["label"]
+
+
+def read_mlserver_label(answer: Any) -> int:
+    return answer["outputs"][0]["data"][0]
+
+
+@dataclass(frozen=True)
+class Rival:
+    """How to install a server, and how to talk to it."""
+
+    module: str
+    """In rivals/; its function `run` serves on a port."""
+    packages: tuple[str, ...] = ()
+    """To install into an environment of its own, the server first; none: this Python has it."""
+    path: str = "/predict"
+    health: str = "/health"
+    content_type: str = "application/json"
+    build_body: Callable[[bytes], bytes] = build_raw_body
+    read_label: Callable[[Any], int] = read_label
+
+
+RIVALS = {
+    "litserve": Rival("litserve_api", build_body=build_litserve_body),
+    "fastapi": Rival("fastapi_app", content_type="image/jpeg"),
+    "mlserver": Rival(
+        "mlserver_model",
+        ("mlserver", "uvloop<0.22"),  # a worker of 1.7.1 does not start with later ones
+        path="/v2/models/images/infer",
+        health="/v2/models/images/ready",
+        build_body=build_mlserver_body,
+        read_label=read_mlserver_label,
+    ),
+    "ray": Rival("ray_app", ("ray[serve]",), health="/predict", content_type="image/jpeg"),
+    "bentoml": Rival(
+        "bentoml_service",
+        ("bentoml",),
+        health="/readyz",
+        build_body=build_bentoml_body,
+        read_label=read_bentoml_label,
+    ),
+}
+
+
+def prepare_python(kind: str, environments: Path | None) -> str | None:
+    """Return the Python that runs a server; install the server first where it is missing.
+
+    Prints why and returns None where that is not possible.
+    """
+    packages = RIVALS[kind].packages
+    if not packages:
+        return sys.executable
+    if environments is None:
+        print(f"{kind} left out: name a folder for its packages with --environments", flush=True)
+        return None
+
+    directory = environments.absolute() / kind
+    python = directory / "bin/python"
+    installed = directory / "installed.txt"
+    if not installed.exists():
+        venv.create(directory, with_pip=True, clear=True)
+        shared = [f"onnxruntime=={version('onnxruntime')}", *SHARED_PACKAGES[1:]]
+        pip = [str(python), "-m", "pip", "install", "--quiet", *packages, *shared]
+        process = subprocess.run(pip, capture_output=True, text=True)
+        if process.returncode:
+            lines = process.stderr.strip().splitlines() or ["pip failed"]
+            print(f"{kind} left out: {lines[-1]}", flush=True)
+            return None
+        freeze = [str(python), "-m", "pip", "freeze"]
+        installed.write_text(subprocess.check_output(freeze, text=True))
+    return str(python)
+
+
+def prepare_rivals(kinds: list[str], environments: Path | None) -> dict[str, str]:
+    """Return the Python of each server that can run here."""
+    pythons: dict[str, str] = {}
+    for kind in kinds:
+        python = prepare_python(kind, environments)
+        if python is not None:
+            pythons[kind] = python
+    return pythons
+
+
+def read_version(kind: str, python: str) -> str:
+    """The version of a server's package."""
+    packages = RIVALS[kind].packages or (kind,)
+    code = "import sys; from importlib.metadata import version; print(version(sys.argv[1]))"
+    return subprocess.check_output(
+        [python, "-c", code, packages[0].partition("[")[0]], text=True
+    ).strip()
+
+
+def start_rival(
+    stack: ExitStack, kind: str, python: str, graph: Path, manifest: Path
+) -> RunningServer:
+    """Start a server, which ends with the stack."""
+    port = find_free_port()
+    command = [__file__, kind, "--serve", str(port), str(graph), str(manifest)]
+    context = running_server(command, port, RIVALS[kind].health, python)
+    return RunningServer(stack.enter_context(context), port)
+
+
+def check_answer(
+    kind: str, server: RunningServer, image: bytes, graph: Path, manifest: Path
+) -> None:
+    """Raise ValueError if a server answers another class than onnxruntime."""
+    rival = RIVALS[kind]
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{server.port}{rival.path}",
+        rival.build_body(image),
+        {"Content-Type": rival.content_type},
     )
-    ls.LitServer(api, accelerator="cpu").run(
-        host="127.0.0.1",
-        port=port,
-        generate_client_file=False,
-        log_level="error",
-        access_log=False,
-    )
+    with urllib.request.urlopen(request, timeout=60) as response:
+        label = rival.read_label(json.load(response))
+
+    os.environ[GRAPH_VARIABLE] = str(graph)
+    os.environ[MANIFEST_VARIABLE] = str(manifest)
+    reference = Graph()
+    probabilities = reference.run(reference.decode(image)[None])
+    expected = int(np.argmax(probabilities))
+    if label != expected:
+        raise ValueError(f"{kind} answers class {label}, onnxruntime {expected}")
 
 
-def run_fastapi(path: str, port: int, spec: InputSpec) -> None:
-    import uvicorn
-    from fastapi import FastAPI, Request
-    from starlette.concurrency import run_in_threadpool
-
-    app = FastAPI()
-    graph = Graph(path)
-
-    def predict(body: bytes) -> dict[str, float]:
-        images = decode(body, spec)[None]
-        return build_answer(graph(images)[0])
-
-    @app.post("/predict")
-    async def predict_endpoint(request: Request) -> dict:
-        return await run_in_threadpool(predict, await request.body())
-
-    @app.get("/health")
-    async def health() -> str:
-        return "ok"
-
-    uvicorn.run(app, host="127.0.0.1", port=port, log_level="error", access_log=False)
+def serve(kind: str, port: int, graph: str, manifest: str) -> None:
+    """Run a server until it is stopped."""
+    os.environ[GRAPH_VARIABLE] = graph
+    os.environ[MANIFEST_VARIABLE] = manifest
+    # Servers start processes of their own, which import the modules of this folder as well.
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    importlib.import_module(f"rivals.{RIVALS[kind].module}").run(port)
 
 
-RIVALS = {"litserve": run_litserve, "fastapi": run_fastapi}
+def check_rivals(kinds: list[str], environments: Path | None) -> bool:
+    """Install and start each server once, and print a line for each. Return whether all answer."""
+    from serve_models import make_jpeg, publish
+
+    pythons = prepare_rivals(kinds, environments)
+    if not pythons:
+        return False
+    image = make_jpeg(32, 32)
+    with tempfile.TemporaryDirectory() as directory:
+        bundle = publish(Path(directory), "tiny")
+        files = (bundle / "model.onnx", bundle / "manifest.json")
+        for kind, python in pythons.items():
+            with ExitStack() as stack:
+                server = start_rival(stack, kind, python, *files)
+                check_answer(kind, server, image, *files)
+            print(f"{kind} {read_version(kind, python)} answers as onnxruntime does", flush=True)
+    return len(pythons) == len(kinds)
 
 
 def main() -> None:
-    kind, graph, port, manifest = sys.argv[1:]
-    spec = read_manifest(Path(manifest).parent).input
-    RIVALS[kind](graph, int(port), spec)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("kinds", nargs="*", choices=list(RIVALS), default=list(RIVALS))
+    parser.add_argument("--environments", type=Path, help="folder for a server's packages")
+    parser.add_argument(
+        "--serve", nargs=3, metavar=("PORT", "GRAPH", "MANIFEST"), help="run one server"
+    )
+    options = parser.parse_args()
+    if options.serve:
+        port, graph, manifest = options.serve
+        serve(options.kinds[0], int(port), graph, manifest)
+        return
+    sys.exit(0 if check_rivals(options.kinds, options.environments) else 1)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Compare the service with onnxruntime alone on the same cores, and with other ways to serve.
 
     python tests/benchmarks/serve_speed.py [small-int8 small-fp32 large-fp32 large-int8 tiny]
-        [--rounds 3] [--seconds 3] [--rivals litserve fastapi] [--keep]
+        [--rounds 3] [--seconds 3] [--rivals litserve fastapi mlserver ray bentoml]
+        [--environments DIR] [--keep]
 
 The client (wrk) shares the cores with the server. The limit is therefore measured without it, with
 one thread and a one-thread session per core on the best batch size, and multiplied by the share of
@@ -10,12 +11,12 @@ the cores that the client left in the round it is compared with:
 limit also decodes what it runs. Rounds alternate between limit, service and rivals; the medians of
 the rounds' ratios are printed, one JSON line a case: `of_limit`; `of_limit_cpu`, the same by CPU
 seconds per image, which other load on the machine disturbs less; throughput and p99 against
-LitServe as it comes and plain FastAPI with onnxruntime. --keep also writes the lines into
+the other servers (serve_rivals.py tells how they are set up and installed; those that are not
+installed are left out with a line). --keep also writes the lines into
 serve_speed.json in this folder.
 """
 
 import argparse
-import base64
 import json
 import statistics
 import tempfile
@@ -29,23 +30,27 @@ from pathlib import Path
 import numpy as np
 from results import spread, write_result
 from serve_models import make_jpeg, publish
+from serve_rivals import (
+    DEFAULT_RIVALS,
+    RIVALS,
+    check_answer,
+    prepare_rivals,
+    read_version,
+    start_rival,
+)
 from serving import (
     CORES,
     LoadResult,
-    RunningServer,
-    find_free_port,
     measure_load,
     resumed,
-    running_server,
     running_service,
     suspend,
     write_wrk_script,
 )
 
-from models.bundle import read_manifest
+from models.bundle import MANIFEST_FILE, read_manifest
 from models.image import decode
 
-HERE = Path(__file__).parent
 OUTPUTS = ["probabilities", "energy"]
 WARM_UP_SECONDS = 1
 SMALL_BATCHES = (8, 16)
@@ -120,8 +125,10 @@ class Round:
         return self.loads["service"]
 
 
-def measure_case(store: Path, name: str, rounds: int, seconds: float, rivals: list[str]) -> dict:
-    """Measure a case, e.g. small-int8; return its line."""
+def measure_case(
+    store: Path, name: str, rounds: int, seconds: float, rivals: dict[str, str]
+) -> dict:
+    """Measure a case, e.g. small-int8; return its line. `rivals` has the Python of each."""
     model, _, variant = name.partition("-")
     variant = variant or "fp32"
     bundle = publish(store, model)
@@ -129,14 +136,16 @@ def measure_case(store: Path, name: str, rounds: int, seconds: float, rivals: li
 
     is_photo = model == "large"
     image = make_jpeg(375, 500) if is_photo else make_jpeg(32, 32)
-    scripts = write_scripts(store, image)
+    scripts = write_scripts(store, image, list(rivals))
     bare = choose_bare_runtime(graph, image, is_photo)
 
     with ExitStack() as stack:
         flags = ("--variant", variant, *NO_TIMEOUT)
         servers = {"service": stack.enter_context(running_service(store, model, *flags))}
-        for rival in rivals:
-            servers[rival] = start_rival(stack, rival, graph, bundle)
+        manifest = bundle / MANIFEST_FILE
+        for rival, python in rivals.items():
+            servers[rival] = start_rival(stack, rival, python, graph, manifest)
+            check_answer(rival, servers[rival], image, graph, manifest)
         for kind, server in servers.items():
             measure_load(server, scripts[kind], WARM_UP_SECONDS)
             suspend(server)
@@ -149,18 +158,21 @@ def measure_case(store: Path, name: str, rounds: int, seconds: float, rivals: li
                 with resumed(server):
                     loads[kind] = measure_load(server, scripts[kind], seconds)
             measured.append(Round(limit, limit_cpu, loads))
-    return summarize(name, bare.batch, measured, rivals)
+    line = summarize(name, bare.batch, measured, list(rivals))
+    line["rivals"] = {kind: read_version(kind, python) for kind, python in rivals.items()}
+    return line
 
 
-def write_scripts(directory: Path, image: bytes) -> dict[str, Path]:
-    """The wrk script for each server: LitServe takes base64 in JSON, the others raw bytes."""
-    encoded = json.dumps({"image": base64.b64encode(image).decode()}).encode()
-    raw = write_wrk_script(directory, image)
-    return {
-        "service": raw,
-        "fastapi": raw,
-        "litserve": write_wrk_script(directory, encoded, "application/json"),
-    }
+def write_scripts(directory: Path, image: bytes, rivals: list[str]) -> dict[str, Path]:
+    """The wrk script for each server, with the request that it takes."""
+    scripts = {"service": write_wrk_script(directory, image)}
+    for kind in rivals:
+        rival = RIVALS[kind]
+        folder = directory / f"requests-{kind}"
+        folder.mkdir(exist_ok=True)
+        body = rival.build_body(image)
+        scripts[kind] = write_wrk_script(folder, body, rival.content_type, rival.path)
+    return scripts
 
 
 def choose_bare_runtime(graph: Path, image: bytes, is_photo: bool) -> BareRuntime:
@@ -168,14 +180,6 @@ def choose_bare_runtime(graph: Path, image: bytes, is_photo: bool) -> BareRuntim
     batches = PHOTO_BATCHES if is_photo else SMALL_BATCHES
     runtimes = [BareRuntime(graph, image, is_photo, batch) for batch in batches]
     return max(runtimes, key=lambda runtime: runtime.measure_rate(WARM_UP_SECONDS)[0])
-
-
-def start_rival(stack: ExitStack, kind: str, graph: Path, bundle: Path) -> RunningServer:
-    port = find_free_port()
-    script = str(HERE / "serve_rivals.py")
-    command = [script, kind, str(graph), str(port), str(bundle / "manifest.json")]
-    pid = stack.enter_context(running_server(command, port, "/health"))
-    return RunningServer(pid, port)
 
 
 def summarize(name: str, batch: int, rounds: list[Round], rivals: list[str]) -> dict:
@@ -214,15 +218,17 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=int, default=3)
-    parser.add_argument("--rivals", nargs="*", default=["litserve", "fastapi"])
+    parser.add_argument("--rivals", nargs="*", choices=list(RIVALS), default=DEFAULT_RIVALS)
+    parser.add_argument("--environments", type=Path, help="folder for the rivals' packages")
     parser.add_argument("--keep", action="store_true", help="write the results to a file as well")
     parser.add_argument("--store", type=Path, help="keeps the bundles for the next run")
     options = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as directory:
         store = options.store or Path(directory)
+        rivals = prepare_rivals(options.rivals, options.environments)
         for case in options.cases:
-            line = measure_case(store, case, options.rounds, options.seconds, options.rivals)
+            line = measure_case(store, case, options.rounds, options.seconds, rivals)
             print(json.dumps(line), flush=True)
             if options.keep:
                 write_result(__file__, line, ("case",))

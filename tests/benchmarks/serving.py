@@ -28,6 +28,7 @@ SETTLE_SECONDS = 1
 
 WRK_SCRIPT = """wrk.method = "POST"
 wrk.headers["Content-Type"] = "{content_type}"
+wrk.path = "{path}"
 local file = io.open("{body}", "rb")
 wrk.body = file:read("*a")
 file:close()
@@ -107,11 +108,13 @@ def _find_by_name(pid: int, prefix: str) -> int:
 
 
 @contextmanager
-def running_server(command: list[str], port: int, health: str) -> Iterator[int]:
+def running_server(
+    command: list[str], port: int, health: str, python: str = sys.executable
+) -> Iterator[int]:
     """Run `python COMMAND`; yield its process id once the path `health` answers."""
-    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([python, *command], cwd=ROOT, stdout=subprocess.DEVNULL)
     try:
-        wait_for_url(f"http://127.0.0.1:{port}{health}")
+        wait_for_url(f"http://127.0.0.1:{port}{health}", process)
         yield process.pid
     finally:
         pids = [process.pid, *find_descendants(process.pid)]  # LitServe's survive SIGTERM
@@ -125,12 +128,15 @@ def running_server(command: list[str], port: int, health: str) -> Iterator[int]:
                 os.kill(pid, signal.SIGKILL)
 
 
-def wait_for_url(url: str) -> None:
+def wait_for_url(url: str, process: subprocess.Popen[bytes] | None = None) -> None:
+    """Wait until a server answers there; `process` is the server, if it may end before."""
     deadline = time.monotonic() + START_TIMEOUT_SECONDS
     while True:
         try:
             urllib.request.urlopen(url, timeout=5).close()
         except OSError:
+            has_ended = process is not None and process.poll() is not None
+            assert not has_ended, f"the server of {url} ended; its messages say why"
             assert time.monotonic() < deadline, f"{url} does not answer"
             time.sleep(0.02)
         else:
@@ -174,13 +180,15 @@ def resumed(server: RunningServer) -> Iterator[None]:
     suspend(server)
 
 
-def write_wrk_script(directory: Path, body: bytes, content_type: str = "image/jpeg") -> Path:
-    """Write the Lua script that makes wrk POST this body; return its path."""
+def write_wrk_script(
+    directory: Path, body: bytes, content_type: str = "image/jpeg", path: str = "/predict"
+) -> Path:
+    """Write the Lua script that makes wrk POST this body to `path`; return where it is."""
     name = content_type.replace("/", "-")
     body_file = directory / f"{name}.body"
     body_file.write_bytes(body)
     script = directory / f"{name}.lua"
-    script.write_text(WRK_SCRIPT.format(content_type=content_type, body=body_file))
+    script.write_text(WRK_SCRIPT.format(content_type=content_type, path=path, body=body_file))
     return script
 
 

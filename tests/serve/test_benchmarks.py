@@ -7,17 +7,20 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
-from support import ROOT
+from models.store import Store
+from support import ROOT, tiny_bundle
 
 sys.path.insert(0, str(ROOT / "tests/benchmarks"))
 
 from open_loop import OpenLoopClient, draw_arrivals
+from serve_rivals import RIVALS, check_answer, prepare_rivals, start_rival
 
 RATE = 100
 SECONDS = 0.4
@@ -115,3 +118,44 @@ def test_results_are_kept_once_for_each_case_and_drawn(tmp_path: Path):
     assert "| small-int8 | service 200 |" in page
     assert "| tiny | service 900 |" in page
     assert "small-int8" in (tmp_path / "plots/serve_speed.svg").read_text()
+
+
+def test_another_server_answers_as_onnxruntime_does(bundle_store: Path):
+    """FastAPI is there in any case; the script checks the others when it installs them."""
+    bundle = Store(bundle_store).path("colours")
+    files = (bundle / "model.onnx", bundle / "manifest.json")
+    with ExitStack() as stack:
+        server = start_rival(stack, "fastapi", sys.executable, *files)
+        for label in tiny_bundle.CLASSES:
+            check_answer("fastapi", server, tiny_bundle.make_image(label), *files)
+        with pytest.raises(urllib.error.HTTPError):
+            check_answer("fastapi", server, b"no image", *files)
+
+
+def test_servers_that_are_not_installed_are_left_out_with_a_line(
+    tmp_path: Path, capsys, monkeypatch
+):
+    assert prepare_rivals(["mlserver", "fastapi"], None) == {"fastapi": sys.executable}
+    assert "mlserver left out: name a folder" in capsys.readouterr().out
+
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    assert prepare_rivals(["bentoml"], tmp_path) == {}
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("bentoml left out: ERROR")
+
+
+@pytest.mark.parametrize(
+    ("kind", "answer"),
+    [
+        ("litserve", {"label": 3, "confidence": 0.5}),
+        ("ray", {"label": 3, "confidence": 0.5}),
+        ("bentoml", [{"label": 3, "confidence": 0.5}]),
+        ("mlserver", {"outputs": [{"name": "label", "data": [3]}]}),
+    ],
+)
+def test_requests_and_answers_of_other_servers(kind: str, answer: object):
+    rival = RIVALS[kind]
+    body = rival.build_body(b"image")
+    is_json = rival.content_type == "application/json"
+    assert (b"aW1hZ2U=" if is_json else b"image") in body
+    assert rival.read_label(answer) == 3
