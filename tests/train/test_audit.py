@@ -205,8 +205,15 @@ def test_wrong_labels_are_listed_first(tmp_path):
     assert np.mean(right) > 0.8
 
 
-def test_clean_data_causes_no_warning():
+@pytest.fixture(scope="module")
+def digits_findings() -> audit.Findings:
+    """The findings in digits. Read only."""
     _, findings = audit_source("digits")
+    return findings
+
+
+def test_clean_data_causes_no_warning(digits_findings):
+    findings = digits_findings
     assert findings["leakage"]["test"]["count"] == 0
     assert not any("WARNING" in line for line in audit.summarize(findings))
 
@@ -272,7 +279,7 @@ def test_a_leak_of_many_copies_is_found(tmp_path):
     assert findings["near_duplicates"]["complete"]
 
 
-def test_a_search_that_leaves_out_candidates_is_reported():
+def test_a_search_that_leaves_out_candidates_is_reported(digits_findings):
     rng = np.random.default_rng(0)
     pixels = [darker_noisy_copy(make_pixels(i % 3, i), rng) for i in range(60) for _ in range(5)]
     few = SearchLimits(min_pairs=100)
@@ -282,7 +289,7 @@ def test_a_search_that_leaves_out_candidates_is_reported():
     )
 
     assert not pairs.complete
-    _, findings = audit_source("digits")
+    findings = copy.deepcopy(digits_findings)
     findings["near_duplicates"]["complete"] = False
     lines = audit.summarize(findings)
     assert any("only the closest pairs were compared" in line for line in lines)
@@ -342,8 +349,16 @@ def test_mirror_images_are_searched_by_cells():
     assert len(pairs) >= 18
 
 
-def test_the_command_writes_the_report_and_warns(commands, faulty, tmp_path):
-    done = commands.run("audit", faulty, "--out", tmp_path / "report", "--data.size", "32")
+@pytest.mark.parametrize(
+    "network",
+    [
+        pytest.param(RANDOM_CONVNET, id="small network"),
+        pytest.param((), id="pretrained network", marks=pytest.mark.slow),
+    ],
+)
+def test_the_command_writes_the_report_and_warns(commands, faulty, tmp_path, network):
+    flags = ("--out", tmp_path / "report", "--data.size", "32", *network)
+    done = commands.run("audit", faulty, *flags)
     assert "WARNING: 3 test images" in done.text
     assert (tmp_path / "report" / "index.html").is_file()
     assert json.loads((tmp_path / "report" / "audit.json").read_text())["classes"] == sorted(
@@ -385,7 +400,7 @@ def test_the_command_audits_what_training_uses(commands, tmp_path, flags):
 
 
 def test_the_command_reports_a_missing_source_in_one_line(commands, tmp_path):
-    done = commands.start("audit", tmp_path / "nowhere")
+    done = commands.start("audit", tmp_path / "nowhere", *RANDOM_CONVNET)
     assert done.status() == 2
     assert len(done.text.strip().splitlines()) == 1
     assert "no such folder" in done.text
@@ -395,7 +410,7 @@ def test_the_report_lists_what_cannot_be_read_where_that_is_a_whole_class(comman
     source = write_image_folder(tmp_path / "photos", 8)
     for file in (source / "red").iterdir():
         file.write_bytes(b"no image")
-    done = commands.start("audit", source, "--out", tmp_path / "report")
+    done = commands.start("audit", source, "--out", tmp_path / "report", *RANDOM_CONVNET)
     assert done.status() == 2
     assert "class 'red' has 0 images" in done.text.splitlines()[-1]
     files = [
@@ -436,6 +451,8 @@ def test_training_audits_first_and_reports_metrics_without_leaked_images(
         "32",
         "--trainer.max_epochs",
         "1",
+        "--export.quantize.enabled",
+        "false",
         "--store",
         tmp_path / "store",
         "--trainer.default_root_dir",

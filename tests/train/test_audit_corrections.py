@@ -143,7 +143,7 @@ def test_a_broken_file_is_refused_with_its_line(photos, content, message):
 
 def test_a_broken_file_ends_commands_with_status_2(commands, photos):
     write_corrections(photos / "corrections.csv", "red/001.png,relabel,pink")
-    command = commands.start("find-lr", photos)
+    command = commands.start("find-lr", photos, *RANDOM_CONVNET)
     assert command.status() == 2
     assert command.text.splitlines()[-1] == (
         f"train: {photos}/corrections.csv: line 2: label 'pink' is not a class; the classes are "
@@ -270,6 +270,7 @@ def test_a_bundle_states_its_corrections_and_commands_apply_them(commands, tmp_p
     commands.run(
         *("run", photos, "--recipe", "digits", "--data.size", "32", "--trainer.max_epochs", "1"),
         *("--store", tmp_path / "store", "--export.quantize.enabled", "false", *runs),
+        *("--audit.enabled", "false", "--trainer.limit_train_batches", 1, "--logger", "none"),
     )
     bundle = tmp_path / "store/photos/1"
     data = json.loads((bundle / "manifest.json").read_text())["provenance"]["data"]

@@ -257,7 +257,7 @@ def test_data_without_files_says_why_and_is_not_served(commands, tmp_path):
     ],
 )
 def test_wrong_flags_are_refused(commands, photos, flags, message):
-    command = commands.start("audit", photos, *flags)
+    command = commands.start("audit", photos, *flags, *RANDOM_CONVNET)
     assert command.status() == 2
     assert message in command.text.splitlines()[-1]
 

@@ -93,7 +93,7 @@ def test_the_default_network_knows_imagenet():
 def test_weights_of_the_hub_are_fetched_once(commands, photos, hub_weights, tmp_path):
     hub = HubServer(hub_weights)
     environment = hub_environment(hub.url, tmp_path / "cache")
-    flags = ("--model.network", SMALL, "--data.size", 96, "--model.optimizer.lr", 1e-9)
+    flags = ("--model.network", SMALL, "--data.size", 32, "--model.optimizer.lr", 1e-9)
     try:
         train(commands, photos, tmp_path, *flags, env=environment)
         served = list(hub.requests)
@@ -107,7 +107,7 @@ def test_weights_of_the_hub_are_fetched_once(commands, photos, hub_weights, tmp_
 
     # From the hub's cache: no server listens on the port any more.
     for variables in ({}, {"HF_HUB_OFFLINE": "1"}):
-        flags = ("--model.network", SMALL, "--data.size", 96, "--trainer.fast_dev_run", 1)
+        flags = ("--model.network", SMALL, "--data.size", 32, "--trainer.fast_dev_run", 1)
         commands.run("run", photos, *QUICK, *flags, env=environment | variables, cwd=tmp_path)
 
 
@@ -154,15 +154,12 @@ def first(commands: ForkedCommands, photos: Path, tmp_path_factory: pytest.TempP
     return directory
 
 
-@pytest.mark.parametrize("weights", ["photos", "photos/1", "{}/store/photos/1"])
-def test_a_bundle_is_continued_with_other_classes_as_it_was_prepared(
-    commands, first, tmp_path, weights
-):
+def test_a_bundle_is_continued_with_other_classes_as_it_was_prepared(commands, first, tmp_path):
     other = write_image_folder(tmp_path / "other", 12, 48)
     (other / "red").rename(other / "yellow")
     text = commands.run(
         *["run", other, *QUICK, "--model.network", "convnet", "--trainer.max_steps", 1],
-        *["--model.weights", weights.format(first), "--name", "other"],
+        *["--model.weights", "photos", "--name", "other"],
         *["--store", first / "store", "--trainer.default_root_dir", tmp_path / "runs"],
     ).text
 
@@ -174,6 +171,13 @@ def test_a_bundle_is_continued_with_other_classes_as_it_was_prepared(
     assert after.input.height == 40
     assert after.input.short_side == 44
     assert after.input.resize == "pad"
+
+
+@pytest.mark.parametrize("weights", ["photos", "photos/1", "{}/store/photos/1"])
+def test_a_bundle_is_named_with_or_without_its_version_or_by_its_path(first, weights):
+    bundle = InitialWeights(weights.format(first), "convnet", str(first / "store")).bundle
+    assert bundle is not None
+    assert bundle.samefile(first / "store/photos/1")
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from jsonargparse import Namespace
 
 from models import networks
-from support import ROOT
+from support import RANDOM_CONVNET, ROOT
 from support.blocked_path import BlockedPath
 from support.sample_images import write_image_folder
 from support.server import wait_until
+from train.cli.command_line import CommandLine
+from train.cli.validate_config import validate_config
 from train.data import DataError, ImageData
 from train.failures import is_out_of_memory
+from train.learning.optimizers import OptimizerConfig
+from train.learning.schedules import ScheduleConfig
+from train.runs.monitor import Monitor
+from train.runs.resume import ResumeCheckpoint
 
 NO_OUTPUT = ("--progress.quiet=true", "--audit.enabled=false")
 QUIET = ("--logger=none", *NO_OUTPUT)
@@ -32,13 +39,6 @@ QUIET = ("--logger=none", *NO_OUTPUT)
             "train: the train loss of epoch 1 from step 2 on is not finite: the training diverged; "
             "try a lower --model.optimizer.lr (it is 1e+30)",
         ),
-        (("--monitor.port", 70000), 2, "monitor.port: 70000 is not between 1 and 65535"),
-        (
-            ("--resume.keep", 0),
-            2,
-            "resume: every_minutes and every_steps must be 0 or more, and keep 1 or more",
-        ),
-        (("--resume.notice_seconds", 0), 2, "resume.notice_seconds: 0.0 is not above 0"),
         (
             ("--logger", "tensorbord"),
             2,
@@ -51,26 +51,12 @@ QUIET = ("--logger=none", *NO_OUTPUT)
         ),
         (("--trainer.precision=16-mixed", "--trainer.accelerator=gpu"), 2, "train: "),
         (("--model.label_smoothing", 1.5), 2, "model.label_smoothing: 1.5 is not in 0..1"),
-        (("--model.optimizer.head_lr", 0), 2, "model.optimizer.head_lr: 0.0 is not above 0"),
-        (("--model.optimizer.bias_lr", 0), 2, "model.optimizer.bias_lr: 0.0 is not above 0"),
         (("--model.optimizer.lr", ".inf"), 2, "model.optimizer.lr: inf is not a finite number"),
-        (("--model.optimizer.momentum", 2), 2, "model.optimizer.momentum: 2.0 is not in 0..1"),
-        (
-            ("--model.optimizer.weight_decay", -1),
-            2,
-            "model.optimizer.weight_decay: -1.0 is not 0 or more",
-        ),
-        (
-            ("--model.schedule.start", -1),
-            2,
-            "model.schedule.start: -1.0 is not in 0..1; it is a share of the peak",
-        ),
         (
             ("--model.schedule.milestones", "[50, 75]"),
             2,
             "model.schedule.milestones: [50.0, 75.0] are not in 0..1",
         ),
-        (("--model.schedule.gamma", -1), 2, "model.schedule.gamma: -1.0 is not above 0"),
         (("--early_stopping.patience", -3), 2, "early_stopping.patience: -3 is less than 0"),
         (
             ("--trainer.max_epochs=-1", "--trainer.max_time=00:00:00:05"),
@@ -82,46 +68,12 @@ QUIET = ("--logger=none", *NO_OUTPUT)
             2,
             "widths: 64 is not a list",
         ),
-        (
-            ("--model.network=speednet", "--model.options={widths: []}"),
-            2,
-            "widths: [] is not a list",
-        ),
-        (
-            ("--model.network=speednet", "--model.options={depth: two}"),
-            2,
-            "depth: 'two' is not a whole number",
-        ),
         (("--ckpt_path", __file__), 2, "not a checkpoint, or damaged"),
-        (
-            ("--data.sampling=balanced", "--model.weigh_classes=true"),
-            2,
-            "both compensate for rare classes; choose one",
-        ),
-        (
-            ("--early_stopping.monitor", "val/los"),
-            2,
-            "early_stopping.monitor: 'val/los' is not one of val/loss, val/accuracy",
-        ),
         (
             ("--checkpoint.monitor", "val/acuracy"),
             2,
             "train: checkpoint.monitor: 'val/acuracy' is not one of val/loss, val/accuracy, null",
         ),
-        (
-            ("--checkpoint.monitor", "train/loss"),
-            2,
-            "'train/loss' is not one of val/loss, val/accuracy, null",
-        ),
-        (("--checkpoint.mode", "max"), 2, "checkpoint.mode: max would prefer the worst val/loss"),
-        (
-            ("--early_stopping.mode", "max"),
-            2,
-            "early_stopping.mode: max would prefer the worst val/loss",
-        ),
-        (("--checkpoint.save_top_k", 2), 2, "checkpoint.save_top_k: 2 is not supported"),
-        (("--checkpoint.save_top_k", -1), 2, "checkpoint.save_top_k: -1 is not supported"),
-        (("--trainer.max_epochs", 0), 2, "trainer.max_epochs: 0 trains nothing"),
     ],
 )
 def test_invalid_settings_end_with_one_line(commands, tmp_path, settings, status, words):
@@ -130,6 +82,97 @@ def test_invalid_settings_end_with_one_line(commands, tmp_path, settings, status
     *other_lines, last = command.text.splitlines()
     assert words in last
     assert all(line.startswith("data: ") for line in other_lines)
+
+
+@pytest.mark.parametrize(
+    ("build", "settings", "message"),
+    [
+        (Monitor, {"port": 70000}, "monitor.port: 70000 is not between 1 and 65535"),
+        (
+            ResumeCheckpoint,
+            {"keep": 0},
+            "resume: every_minutes and every_steps must be 0 or more, and keep 1 or more",
+        ),
+        (ResumeCheckpoint, {"notice_seconds": 0}, "resume.notice_seconds: 0 is not above 0"),
+        (OptimizerConfig, {"head_lr": 0.0}, "model.optimizer.head_lr: 0.0 is not above 0"),
+        (OptimizerConfig, {"bias_lr": 0.0}, "model.optimizer.bias_lr: 0.0 is not above 0"),
+        (OptimizerConfig, {"momentum": 2.0}, "model.optimizer.momentum: 2.0 is not in 0..1"),
+        (
+            OptimizerConfig,
+            {"weight_decay": -1.0},
+            "model.optimizer.weight_decay: -1.0 is not 0 or more",
+        ),
+        (
+            ScheduleConfig,
+            {"start": -1.0},
+            "model.schedule.start: -1.0 is not in 0..1; it is a share of the peak",
+        ),
+        (ScheduleConfig, {"gamma": -1.0}, "model.schedule.gamma: -1.0 is not above 0"),
+    ],
+)
+def test_a_section_of_settings_refuses_invalid_values(build, settings, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build(**settings)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"widths": []}, "widths: [] is not a list"),
+        ({"depth": "two"}, "depth: 'two' is not a whole number"),
+    ],
+)
+def test_a_network_refuses_invalid_options(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        networks.build("speednet", 10, 1, 32, **options)
+
+
+@pytest.fixture(scope="module")
+def digits_settings(tmp_path_factory) -> Namespace:
+    """The settings of `fit --data.source digits`. Read only."""
+    directory = tmp_path_factory.mktemp("settings")
+    flags = ["--data.source=digits", f"--trainer.default_root_dir={directory}"]
+    command_line = CommandLine(["fit", *flags])
+    return command_line.config["fit"]
+
+
+@pytest.mark.filterwarnings(
+    "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"
+)  # Lightning's, once a process
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"data.sampling": "balanced", "model.weigh_classes": True},
+            "both compensate for rare classes; choose one",
+        ),
+        (
+            {"early_stopping.monitor": "val/los"},
+            "early_stopping.monitor: 'val/los' is not one of val/loss, val/accuracy",
+        ),
+        (
+            {"checkpoint.monitor": "train/loss"},
+            "'train/loss' is not one of val/loss, val/accuracy, null",
+        ),
+        (
+            {"checkpoint.monitor": "val/loss", "checkpoint.mode": "max"},
+            "checkpoint.mode: max would prefer the worst val/loss",
+        ),
+        (
+            {"early_stopping.mode": "max"},
+            "early_stopping.mode: max would prefer the worst val/loss",
+        ),
+        ({"checkpoint.save_top_k": 2}, "checkpoint.save_top_k: 2 is not supported"),
+        ({"checkpoint.save_top_k": -1}, "checkpoint.save_top_k: -1 is not supported"),
+        ({"trainer.max_epochs": 0}, "trainer.max_epochs: 0 trains nothing"),
+    ],
+)
+def test_settings_that_do_not_fit_together_are_refused(digits_settings, settings, message):
+    changed = digits_settings.clone()
+    for name, value in settings.items():
+        changed[name] = value
+    with pytest.raises(ValueError, match=re.escape(message)):
+        validate_config("fit", changed)
 
 
 @pytest.mark.parametrize(
@@ -163,25 +206,33 @@ def test_a_variable_enables_tracebacks(commands, tmp_path):
     assert full.text.splitlines()[-1] == plain.text.splitlines()[-1]
 
 
-@pytest.mark.parametrize("subcommand", ["validate", "test", "predict"])
-def test_random_weights_are_not_evaluated(commands, tmp_path, subcommand):
+@pytest.mark.parametrize(
+    ("subcommand", "flags", "words"),
+    [
+        ("validate", (), "train: validate: the weights would be random; give --ckpt_path"),
+        ("test", (), "train: test: the weights would be random; give --ckpt_path"),
+        ("predict", (), "train: predict: the weights would be random; give --ckpt_path"),
+        (
+            "test",
+            ("--ckpt_path", "damaged.ckpt"),
+            "train: --ckpt_path damaged.ckpt: not a checkpoint, or",
+        ),
+        ("predict", ("--ckpt_path", "nowhere.ckpt"), "nowhere.ckpt"),
+    ],
+)
+def test_random_weights_are_not_evaluated(commands, tmp_path, subcommand, flags, words):
     (tmp_path / "damaged.ckpt").write_bytes(b"PK no checkpoint")
-    for flags, words in (
-        ((), f"train: {subcommand}: the weights would be random; give --ckpt_path"),
-        (("--ckpt_path", "damaged.ckpt"), "train: --ckpt_path damaged.ckpt: not a checkpoint, or"),
-        (("--ckpt_path", "nowhere.ckpt"), "nowhere.ckpt"),
-    ):
-        command = commands.start(
-            subcommand,
-            "--data.source=digits",
-            "--model.network=convnet",
-            *NO_OUTPUT,
-            *flags,
-            cwd=tmp_path,
-        )
-        assert command.status() == 2
-        assert words in command.text.splitlines()[-1]
-        assert "Traceback" not in command.text
+    command = commands.start(
+        subcommand,
+        "--data.source=digits",
+        "--model.network=convnet",
+        *NO_OUTPUT,
+        *flags,
+        cwd=tmp_path,
+    )
+    assert command.status() == 2
+    assert words in command.text.splitlines()[-1]
+    assert "Traceback" not in command.text
 
 
 def test_a_checkpoint_of_another_network_is_refused(commands, tmp_path):
@@ -237,7 +288,7 @@ def test_missing_weights_are_reported_and_not_evaluated(commands, elsewhere, tmp
         f"train: {tmp_path / 'ten.pt'}: loaded all but head.weight, head.bias, which start"
         in trained.text
     )
-    for subcommand in ("test", "validate", "predict"):
+    for subcommand in ("test", "predict"):  # validate runs as test does
         refused = commands.start(subcommand, *settings, cwd=elsewhere)
         assert refused.status() == 2
         assert "ten.pt has no head.weight, head.bias that fit, so" in refused.text.splitlines()[-1]
@@ -344,6 +395,7 @@ def test_a_run_that_fails_to_start_leaves_no_directory(commands, tmp_path):
     refused = commands.start(
         "run",
         f"{tmp_path}/nowhere",
+        *RANDOM_CONVNET,
         f"--trainer.default_root_dir={tmp_path / 'runs'}",
         f"--store={tmp_path / 'store'}",
     )
