@@ -323,8 +323,8 @@ def parse_manifest(data: bytes, source: object) -> Manifest:
     Raises BundleError for contents that are not JSON, not valid, or of a newer format.
     """
     try:
-        content = json.loads(data)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        content = json.loads(data, parse_constant=_parse_finite, parse_float=_parse_finite)
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{source}: not readable as JSON: {error}") from error
 
     file_format = content.get("format") if isinstance(content, dict) else None
@@ -340,3 +340,11 @@ def parse_manifest(data: bytes, source: object) -> Manifest:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "manifest"
         raise BundleError(f"{source}: {field}: {first['msg']}") from error
+
+
+def _parse_finite(text: str) -> float:
+    """Parse a number of JSON. Raises ValueError for NaN and infinity, which JSON does not have."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is not a finite number")
+    return number

@@ -15,6 +15,7 @@ import hashlib
 import io
 import math
 import os
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,6 +36,16 @@ PATH_BYTES = "surrogateescape"  # paths need not be UTF-8
 MAX_LIST_BYTES = 1 << 30
 MAX_PACKED_BYTES = 16 << 20
 """Of all images in test_images.zip; every server copies it with the bundle."""
+
+# Raised by zipfile for a damaged or hostile archive. RuntimeError: encrypted, or an unknown method.
+ARCHIVE_ERRORS = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    EOFError,
+    RuntimeError,
+    ValueError,
+)
 
 PATH_COLUMNS = ("path", "file", "filename", "image")
 TEST_FOLDERS = ("test", "testing")
@@ -153,7 +164,7 @@ def _open_packed(path: Path) -> Opener | None:
     content = read_file(path, 2 * MAX_PACKED_BYTES)
     try:
         archive = zipfile.ZipFile(io.BytesIO(content))
-    except zipfile.BadZipFile as error:
+    except ARCHIVE_ERRORS as error:
         raise BundleError(f"{path}: {error}") from error
 
     def read(name: str, sha256: str) -> bytes:
@@ -161,7 +172,7 @@ def _open_packed(path: Path) -> Opener | None:
             if archive.getinfo(name).file_size > MAX_PACKED_BYTES:
                 raise OSError(f"{name}: too large")
             return archive.read(name)
-        except (KeyError, zipfile.BadZipFile, zlib.error) as error:
+        except (KeyError, *ARCHIVE_ERRORS) as error:
             raise FileNotFoundError(f"{name}: not in {path}") from error
 
     return read

@@ -4,14 +4,17 @@
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
+from models.bundle.files import open_file
 from models.durable_files import open_replacement, sync_path
 
 STAGING_PREFIX = ".staging-"
@@ -53,7 +56,8 @@ class Files(Protocol):
 class LocalFiles:
     """Files in a local directory, which is created when the first one is written.
 
-    A crash at any moment leaves whole files, and at most one torn line at the end of a file.
+    A crash at any moment leaves whole files, and at most one torn line at the end of a file. Links,
+    named pipes and devices are ignored: they could lead to files elsewhere, or block a reader.
     """
 
     def __init__(self, root: Path):
@@ -61,7 +65,7 @@ class LocalFiles:
         self.location = str(root)
 
     def list_files(self) -> list[tuple[str, int]]:
-        """Return the path and the bytes of all files, sorted; hidden ones are left out."""
+        """Return the path and the bytes of all regular files, sorted, without hidden ones."""
         files: list[tuple[str, int]] = []
         for directory, names, file_names in os.walk(self.root):
             names[:] = sorted(name for name in names if not name.startswith("."))
@@ -69,29 +73,29 @@ class LocalFiles:
                 if name.startswith("."):
                     continue
                 path = Path(directory, name)
-                with contextlib.suppress(FileNotFoundError):  # removed at this moment
-                    files.append((path.relative_to(self.root).as_posix(), path.stat().st_size))
+                status = _read_status(path)
+                if status is not None:
+                    files.append((path.relative_to(self.root).as_posix(), status.st_size))
         return files
 
     def exists(self, path: str) -> bool:
         """Whether a file is there."""
-        return (self.root / path).is_file()
+        return _read_status(self.root / path) is not None
 
     def read(self, path: str) -> bytes:
         """Return the content of a file."""
-        return (self.root / path).read_bytes()
+        with open_file(self.root / path) as file:
+            return file.read()
 
     def write(self, path: str, content: bytes) -> None:
         """Write a hidden file, sync it, rename it, and sync the directory."""
-        target = self.root / path
-        target.parent.mkdir(parents=True, exist_ok=True)
+        target = self._prepare_target(path)
         with open_replacement(target, f"{STAGING_PREFIX}{secrets.token_hex(8)}") as file:
             file.write(content)
 
     def append(self, path: str, line: bytes) -> None:
         """Append a line and sync. After a torn line it begins on a line of its own."""
-        target = self.root / path
-        target.parent.mkdir(parents=True, exist_ok=True)
+        target = self._prepare_target(path)
         with _open_locked(target, "a+b") as descriptor:
             size = os.fstat(descriptor).st_size
             if size and os.pread(descriptor, 1, size - 1) != b"\n":
@@ -137,6 +141,24 @@ class LocalFiles:
         while not existing.exists():
             existing = existing.parent
         return shutil.disk_usage(existing).free
+
+    def _prepare_target(self, path: str) -> Path:
+        """Return where to write a file, after its directory exists. Raises OSError for a link."""
+        target = self.root / path
+        directory = target.parent
+        directory.mkdir(parents=True, exist_ok=True)
+        if directory != self.root and directory.is_symlink():
+            raise OSError(errno.ELOOP, "a link; replace it by a directory", str(directory))
+        return target
+
+
+def _read_status(path: Path) -> os.stat_result | None:
+    """Return the status of a regular file; None for anything else, or if it is gone."""
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return None
+    return status if stat.S_ISREG(status.st_mode) else None
 
 
 @contextlib.contextmanager

@@ -170,7 +170,7 @@ class KeptFolder:
             return not any(digest in line for digest in deleted)
 
         for path, _ in self.files.list_files():
-            digest = PurePosixPath(path).stem.encode()
+            digest = os.fsencode(PurePosixPath(path).stem)
             if path.endswith(LINES_SUFFIX):
                 self.files.filter_lines(path, is_kept)
             elif digest in deleted:

@@ -1,6 +1,7 @@
 """The lines of a directory of kept images: an image, and a label."""
 
 import base64
+import binascii
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,11 +10,12 @@ from enum import StrEnum
 from typing import TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 DIGEST_PATTERN = "^[0-9a-f]{64}$"
 MAX_WHO_CHARACTERS = 80
 MAX_LABEL_CHARACTERS = 200
+MIN_PROBABILITY = 1e-12  # so that the weight of an image is finite
 
 Record = TypeVar("Record", bound=BaseModel)
 
@@ -69,12 +71,12 @@ class KeptImage(BaseModel):
     file: str = Field(pattern=r"^\d{4}-\d\d-\d\d/[0-9a-f]{64}\.[a-z]{3,4}$")
     request_id: str
     image: int = Field(ge=0)
-    time: datetime
+    time: AwareDatetime
     model: ModelVersion
     top: list[TopClass] = Field(min_length=1)
-    energy: float
+    energy: float = Field(allow_inf_nan=False)
     reasons: list[Reason] = Field(min_length=1)
-    probability: float | None = Field(default=None, gt=0, le=1)
+    probability: float | None = Field(default=None, ge=MIN_PROBABILITY, le=1)
     width: int = Field(ge=1)
     height: int = Field(ge=1)
     embedding: str = ""
@@ -82,6 +84,18 @@ class KeptImage(BaseModel):
     # Of all lines with this digest; not in the file.
     weight: float = Field(default=0.0, exclude=True)
     request_ids: frozenset[str] = Field(default=frozenset(), exclude=True)
+
+    @field_validator("embedding")
+    @classmethod
+    def _check_embedding(cls, embedding: str) -> str:
+        """Raise ValueError for what `read_embedding` can't read, or numbers that are not finite."""
+        try:
+            numbers = np.frombuffer(base64.b64decode(embedding), "<f2")
+        except binascii.Error as error:
+            raise ValueError("the embedding is not base64") from error
+        if not np.isfinite(numbers).all():
+            raise ValueError("the embedding has numbers that are not finite")
+        return embedding
 
     def read_embedding(self) -> np.ndarray:
         """Return the embedding, float32 [D]; D is 0 if the model has none."""
@@ -98,7 +112,7 @@ class Label(BaseModel):
     verdict: Verdict
     label: str = Field(default="", max_length=MAX_LABEL_CHARACTERS)
     who: str = Field(min_length=1, max_length=MAX_WHO_CHARACTERS)
-    time: datetime
+    time: AwareDatetime
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,14 @@ import socket
 import sys
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 from models.labelling.app import LabelApp, LabelProblem
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8010
 MAX_BODY_BYTES = 64 << 20
+MAX_LENGTH_DIGITS = 20  # of Content-Length; int() raises for thousands of them
 SAME_ORIGIN_SITES = ("same-origin", "none")  # none: by the user, such as from the address bar
 SOCKET_TIMEOUT_SECONDS = 60
 
@@ -122,7 +123,7 @@ class LocalRequestHandler(BaseHTTPRequestHandler):
             self._check_host()
             if method == "POST":
                 self._check_site()
-            path = urlsplit(self.path).path
+            path = self._split_target().path
             if not self.answer(method, path):
                 self._answer_label(method, path)
         except (RequestRefused, LabelProblem) as refused:
@@ -141,11 +142,20 @@ class LocalRequestHandler(BaseHTTPRequestHandler):
         if app is None or not f"{path}/".startswith("/label/"):
             raise RequestRefused(HTTPStatus.NOT_FOUND, "no such page")
         body = self.read_body() if method == "POST" else b""
-        query = dict(parse_qsl(urlsplit(self.path).query))
+        query = dict(parse_qsl(self._split_target().query))
         reply = app.handle(method, unquote(path), query, body)
         self.send(HTTPStatus.OK, reply.content_type, reply.body, reply.headers)
 
     # Checks
+
+    def _split_target(self) -> SplitResult:
+        """Return the parts of the request's target. Raises RequestRefused."""
+        try:
+            return urlsplit(self.path)
+        except ValueError as error:
+            raise RequestRefused(
+                HTTPStatus.BAD_REQUEST, f"the target is no URL: {error}"
+            ) from error
 
     def _check_host(self) -> None:
         """Refuse requests for another host: its page would read this server's answers."""
@@ -174,12 +184,13 @@ class LocalRequestHandler(BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length", "")
         if not (length.isascii() and length.isdigit()):
             raise RequestRefused(HTTPStatus.LENGTH_REQUIRED, "Content-Length is missing")
-        if int(length) > MAX_BODY_BYTES:
+        size = int(length[:MAX_LENGTH_DIGITS])
+        if size > MAX_BODY_BYTES:
             raise RequestRefused(
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"more than {MAX_BODY_BYTES} bytes"
             )
-        body = self.rfile.read(int(length))
-        if len(body) < int(length):
+        body = self.rfile.read(size)
+        if len(body) < size:
             raise RequestRefused(HTTPStatus.BAD_REQUEST, "the body is shorter than Content-Length")
         return body
 

@@ -115,6 +115,8 @@ class Service:
         self.state = SharedState(run_directory)
         self.cross_site = CrossSitePolicy(settings.allowed_origins())
         self.connections: set[ClientConnection] = set()  # the open ones; each adds itself
+        # Of those, the ones above the limit, the oldest first; each adds itself.
+        self.extra_connections: dict[ClientConnection, None] = {}
         # Those that may make room for others, the longest idle last, with the time since then.
         self._idle_connections: list[tuple[float, ClientConnection]] = []
         self._request_ids = count()
@@ -197,10 +199,28 @@ class Service:
         while self._idle_connections:
             since, connection = self._idle_connections.pop()
             if connection in self.connections and connection.idle_since() == since:
-                self.connections.discard(connection)
+                self.remove_connection(connection)
                 connection.close_idle()
                 return True
         return False
+
+    def close_extra_connection(self) -> bool:
+        """Close the oldest connection above the limit that is in no request, however new it is.
+
+        So clients that open connections all the time do not keep a probe out. Return whether there
+        was one.
+        """
+        for connection in self.extra_connections:
+            if connection.idle_since() is not None:
+                self.remove_connection(connection)
+                connection.close_idle()
+                return True
+        return False
+
+    def remove_connection(self, connection: ClientConnection) -> None:
+        """Forget a connection that is closed or lost."""
+        self.connections.discard(connection)
+        self.extra_connections.pop(connection, None)
 
     def close(self) -> None:
         """Stop the timeout checks, disconnect from the workers, and send the buffered traces."""

@@ -307,7 +307,10 @@ def parse_inference(
     else:
         raise Problem(400, "the datatype must be UINT8 or BYTES")
 
-    return InferenceRequest(members.get("id"), images, flags, _parse_outputs(members))
+    request_id = members.get("id")
+    if request_id is not None and not isinstance(request_id, str):
+        raise Problem(400, "id must be a string")
+    return InferenceRequest(request_id, images, flags, _parse_outputs(members))
 
 
 def _parse_json_length(content: bytes, headers: dict[bytes, bytes]) -> int:

@@ -59,7 +59,7 @@ MAX_DISCARDED_BYTES = 16 << 20
 
 # A connection above the limit may ask for the health of the service, once, so that an overloaded
 # service is not restarted. This many such connections are accepted. Those that ask for nothing make
-# room for others, see `Service.close_idle_connection`.
+# room for others, see `Service.close_idle_connection` and `Service.close_extra_connection`.
 EXTRA_CONNECTIONS = 16
 HEALTH_PATHS = ("/health/", "/v2/health/")
 
@@ -188,12 +188,14 @@ class HttpProtocol(HttpToolsProtocol):
         if excess > 0 and self.service.close_idle_connection():
             excess -= 1
         self.is_above_limit = excess > 0
-        if excess > EXTRA_CONNECTIONS:
+        if excess > EXTRA_CONNECTIONS and not self.service.close_extra_connection():
             self._refuse_connection()
+        elif self.is_above_limit:
+            self.service.extra_connections[self] = None
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Drop the request that is answered now."""
-        self.service.connections.discard(self)
+        self.service.remove_connection(self)
         self.phase = CLOSED
         self.held_data = b""
         self._count_unsent_bytes(0)

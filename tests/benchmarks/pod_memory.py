@@ -237,6 +237,7 @@ def build_largest_images() -> dict[str, bytes]:
         "gif": ("GIF", "P", {}),
         "webp": ("WEBP", "RGBA", {"lossless": True, "method": 0, "quality": 0}),
         "webp animated": ("WEBP", "RGB", {"save_all": True, "lossless": True, "method": 0}),
+        "avif": ("AVIF", "RGB", {"speed": 10, "subsampling": "4:4:4"}),
         "jpeg": ("JPEG", "RGB", {}),
         "jpeg progressive": ("JPEG", "RGB", {"progressive": True, "subsampling": 0}),
         "bmp": ("BMP", "L", {}),

@@ -121,7 +121,8 @@ def test_a_bundle_renamed_in_its_store_is_refused(bundle, tmp_path, verify):
             "format 5 is newer than format 4, the newest that this version reads; update Imago",
         ),
         ({"calibration": {"abstain_threshold": 1.5}}, "abstain_threshold: Input should be less"),
-        ({"calibration": {"abstain_threshold": float("nan")}}, "abstain_threshold: Input should"),
+        ({"calibration": {"abstain_threshold": float("nan")}}, "NaN is not a finite number"),
+        ({"calibration": {"energy_threshold": float("-inf")}}, "-Infinity is not a finite number"),
         ({"classes": ["one"]}, "classes: List should have at least 2 items"),
         ({"version": 0}, "version: Input should be greater than or equal to 1"),
         ({"name": "../etc"}, "name: String should match pattern"),
@@ -149,7 +150,13 @@ def test_an_invalid_manifest_is_refused(bundle, verify, changes, message):
     assert message in line
 
 
-@pytest.mark.parametrize("text", ["", "[]", "nonsense", "{", "[" * 100_000, "\xff\xfe"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "[]", "nonsense", "{", "[" * 100_000, "\xff\xfe"),
+        *('{"seed": 1e999}', '{"seed": ' + "9" * 5000 + "}"),
+    ],
+)
 def test_a_file_that_is_not_a_manifest_is_refused(bundle, verify, text):
     (bundle / "manifest.json").write_text(text, encoding="latin-1")
     write_checksums(bundle)

@@ -1,8 +1,11 @@
 """`imago models compare` and `promote`: two bundles on the same images, and the gate's decision."""
 
 import hashlib
+import io
 import json
 import shutil
+import struct
+import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -201,6 +204,49 @@ def test_images_that_are_not_files_lie_in_the_bundle(tmp_path, photos):
     _, result = compare(tmp_path / "store", "colours/1", "colours/2")
     assert result["parts"]["test"]["images"] == 30
     assert result["unreadable"] == 0
+
+
+def pack_as(flag_bits: int, method: int) -> bytes:
+    """A .zip of one image, whose directory states these flags and this method of packing."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("red.png", tiny_bundle.make_image("red"))
+    content = bytearray(buffer.getvalue())
+    for magic, offset in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+        struct.pack_into("<HH", content, content.index(magic) + offset, flag_bits, method)
+    return bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("packed", "message"),
+    [
+        (
+            pack_as(flag_bits=1, method=0),
+            "can be read; give the folder that holds them with --data",
+        ),
+        (
+            pack_as(flag_bits=0, method=99),
+            "can be read; give the folder that holds them with --data",
+        ),
+        (b"", "test_images.zip: File is not a zip file"),
+        (b"PK\5\6" + b"\xff" * 18, "test_images.zip: "),
+    ],
+    ids=["encrypted", "unknown method", "empty", "damaged"],
+)
+def test_a_hostile_archive_in_a_bundle_is_one_line(tmp_path, photos, capsys, packed, message):
+    for _ in range(2):
+        bundle = tiny_bundle.publish(tmp_path)
+        list_images(bundle, [photos / "red" / "00.png"])
+        listed = (bundle / "test_images.csv").read_text()
+        (bundle / "test_images.csv").write_text(
+            listed.replace(str(photos / "red" / "00.png"), "red.png")
+        )
+        (bundle / "test_images.zip").write_bytes(packed)
+        tiny_bundle.update_checksums(bundle)
+    assert main(["compare", "colours/1", "colours/2", "--store", str(tmp_path)]) in (1, 2)
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,8 @@
 """Directories of kept images, on a disk and in a bucket: what is written is read again."""
 
+import base64
+import json
+import os
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -123,6 +126,66 @@ def test_torn_and_foreign_lines_are_skipped(tmp_path, end):
     file.write_bytes(file.read_bytes() + end)
     add_answered_image(kept, seed=1)
     assert len(kept.read()) == 2
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("time", "2026-11-30T12:00:00"),
+        ("embedding", "abc"),
+        ("embedding", base64.b64encode(b"abc").decode()),
+        ("embedding", base64.b64encode(b"\0\x7c").decode()),
+        ("probability", 5e-324),
+        ("file", "../outside.png"),
+        ("file", "2026-11-30/../../outside.png"),
+    ],
+)
+def test_lines_that_cannot_be_used_are_skipped(tmp_path, field, value):
+    kept = open_kept(tmp_path / "kept")
+    add_answered_image(kept)
+    (file,) = tmp_path.glob("kept/*/*.jsonl")
+    add_answered_image(kept, seed=1)
+    first, second = file.read_bytes().splitlines(keepends=True)
+    hostile = json.dumps({**json.loads(second), field: value}).encode() + b"\n"
+    file.write_bytes(first + hostile)
+    (entry,) = kept.read()
+    assert entry.image.embedding
+
+
+def test_links_and_pipes_lead_nowhere(tmp_path):
+    """Somebody else can write to the directory, such as on a shared volume."""
+    kept = open_kept(tmp_path / "kept")
+    images = [add_answered_image(kept, seed=seed) for seed in range(2)]
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"secret")
+    linked = tmp_path / "kept" / images[0].file
+    linked.unlink()
+    linked.symlink_to(secret)
+    day = linked.parent
+    os.mkfifo(day / "pipe.jsonl")
+    (day / "circle.jsonl").symlink_to("circle.jsonl")
+    (day / "there.jsonl").symlink_to(secret)
+    (tmp_path / "kept" / "labels").symlink_to(tmp_path)
+
+    assert [entry.image for entry in kept.read()] == [*kept.read_images().values()]
+    assert [*kept.read_images()] == [images[1].digest]
+    with pytest.raises(OSError, match="symbolic link"):
+        kept.read_file(images[0])
+    with pytest.raises(OSError, match="a link; replace it by a directory"):
+        label(kept, images[1], "red")
+    kept.delete_request("a")
+    assert kept.read() == []
+    assert secret.read_bytes() == b"secret"
+    assert {path.name for path in tmp_path.iterdir()} == {"kept", "secret"}
+
+
+def test_names_that_are_not_utf8_do_not_prevent_deletion(tmp_path):
+    kept = open_kept(tmp_path)
+    image = add_answered_image(kept)
+    stranger = (tmp_path / image.file).parent / os.fsdecode(b"\xff.png")
+    stranger.write_bytes(b"")
+    assert kept.delete_request("a") == 1
+    assert stranger.exists()
 
 
 @pytest.mark.parametrize("url", ["ftp://host/kept", "s3://"])

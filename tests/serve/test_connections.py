@@ -120,6 +120,20 @@ def test_idle_connections_make_room(start, data):
         connection.close()
 
 
+def test_new_connections_do_not_keep_a_probe_out(start):
+    """Clients open connections all the time, so that none of them is idle for long."""
+    server = start("--max-connections", "2", "--read-timeout-seconds", "1000")
+    server.http.close()
+    wait_until(lambda: get_status(server, LIVE_AND_CLOSE) == 200)
+
+    connections: list[RawConnection] = []
+    for _ in range(5):
+        connections += [RawConnection(server) for _ in range(40)]
+        assert get_status(server, LIVE) == 200
+    for connection in connections:
+        connection.close()
+
+
 def test_idle_scrapers_make_room(server):
     address = ("127.0.0.1", server.metrics_port)
     scrapers = [socket.create_connection(address) for _ in range(40)]

@@ -40,10 +40,23 @@ def test_status_is_503_if_the_store_does_not_respond_in_time(start, tmp_path):
     wait_until(lambda: server.http.get("/samples/0").status_code == 200)
 
 
+SAMPLE_KINDS = {
+    ".png": "image/png",
+    ".jpg": "image/jpeg",
+    ".gif": "image/gif",
+    ".webp": "image/webp",
+    ".avif": "image/avif",
+    ".tiff": "image/tiff",
+    ".bmp": "image/bmp",
+}
+
+
 @pytest.fixture(scope="module")
 def server_with_report(tmp_path_factory):
+    """A server whose bundle has a report, and a sample of each format."""
     store = tmp_path_factory.mktemp("reported")
-    path = tiny_bundle.publish(store)
+    files = [tiny_bundle.make_image("red", kind=kind) for kind in SAMPLE_KINDS]
+    path = tiny_bundle.publish(store, files=files, samples=len(files))
     (path / "report.html").write_text("Accuracy of the model")
     write_checksums(path)
     with Server(store, tmp_path_factory.mktemp("log") / "log") as running:
@@ -88,3 +101,11 @@ def test_files_that_changed_since_they_were_verified_are_not_sent(start, tmp_pat
             assert "has changed" in response.json()["detail"]
         else:
             assert response.content == (path / name).read_bytes()
+
+
+@pytest.mark.parametrize(("kind", "content_type"), SAMPLE_KINDS.items())
+def test_samples_have_their_content_type(server_with_report, kind, content_type):
+    answer = server_with_report.http.get(f"/samples/{[*SAMPLE_KINDS].index(kind)}")
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == content_type
+    assert answer.content == tiny_bundle.make_image("red", kind=kind)

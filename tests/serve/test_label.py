@@ -3,6 +3,7 @@
 import json
 import re
 import resource
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import pytest
 
 from models.kept import KeptFolder, Reason, open_kept
 from support import ROOT, tiny_bundle
-from support.forked_commands import ForkedCommands
+from support.forked_commands import ForkedCommand, ForkedCommands
 from support.kept_images import add_answered_image
 from support.server import Server, assert_refused, wait_until
 
@@ -35,6 +36,7 @@ class Labeller:
     def __init__(self, url: str, who: str, headers: dict[str, str] | None = None):
         self.http = httpx.Client(base_url=url, headers=headers, timeout=60)
         self.who = who
+        self.command: ForkedCommand | None = None  # whose page it is
         OPENED.append(self.http)
 
     def items(self, **query: str) -> dict[str, Any]:
@@ -87,7 +89,9 @@ def label_command(commands: ForkedCommands, kept: KeptFolder) -> Iterator[Labell
     process = commands.start("label", kept.location, "--port", "0", cwd=ROOT)
     process.wait_for("stop it with Ctrl-C")
     (url,) = re.findall(r"http://127\.0\.0\.1:\d+/", process.text)
-    yield Labeller(url, "ann")
+    labeller = Labeller(url, "ann")
+    labeller.command = process
+    yield labeller
     process.kill()
     process.wait()
 
@@ -301,3 +305,30 @@ def test_the_command_refuses_other_sites(tmp_path, serve_commands):
         site = {"Origin": "https://other.example"}
         assert ann.http.post("/label/labels", json={}, headers=site).status_code == 403
         assert ann.http.get("/label/none").status_code == 404
+
+
+HOSTILE_HEADS = {
+    b"GET http://[ HTTP/1.1\r\n": 400,
+    b"GET /label/items?limit=x HTTP/1.1\r\n": 400,
+    b"GET /label/page/../app.py HTTP/1.1\r\n": 404,
+    b"GET /label/images/%2e%2e%2f%2e%2e%2fetc%2fpasswd HTTP/1.1\r\n": 404,
+    b"POST /label/labels HTTP/1.1\r\nContent-Length: " + b"9" * 5000 + b"\r\n": 413,
+    b"POST /label/labels HTTP/1.1\r\nContent-Length: -1\r\n": 411,
+    b"POST /label/labels HTTP/1.1\r\nContent-Length: 1\r\n": 400,
+}
+
+
+def test_the_command_answers_hostile_requests_without_a_traceback(tmp_path, serve_commands):
+    kept = open_kept(tmp_path / "kept")
+    add_answered_image(kept, reason=Reason.ABSTAIN)
+    with label_command(serve_commands, kept) as ann:
+        address = (ann.http.base_url.host, ann.http.base_url.port)
+        for head, status in HOSTILE_HEADS.items():
+            headers = b"Host: localhost\r\nContent-Type: application/json\r\n\r\n"
+            with socket.create_connection(address, timeout=60) as connection:
+                connection.sendall(head + headers + b"{")
+                connection.shutdown(socket.SHUT_WR)
+                assert connection.recv(12) == b"HTTP/1.1 %d" % status, head[:80]
+        assert len(ann.items()["items"]) == 1
+        assert ann.command is not None
+        assert "Traceback" not in ann.command.text

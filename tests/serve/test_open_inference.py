@@ -1,6 +1,7 @@
 """The Open Inference Protocol, through tritonclient, and with requests that it would not send."""
 
 import base64
+import functools
 import json
 import struct
 import tracemalloc
@@ -257,6 +258,8 @@ def build_request(**changes: object) -> dict:
         (build_request(parameters=7), 400),
         (build_request() | {"outputs": [{"name": "logits"}]}, 400),
         (build_request() | {"outputs": 3}, 400),
+        (build_request() | {"id": 7}, 400),
+        (build_request() | {"id": functools.reduce(lambda inner, _: [inner], range(900))}, 400),
         (build_request() | {"outputs": [{"name": "energy"}, {"name": "label"}]}, 200),
         (build_request() | {"outputs": [{"name": "energy"}] * 2}, 400),
         (build_request(datatype="BYTES", shape=[1], data=["?"]), 400),

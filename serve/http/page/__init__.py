@@ -50,6 +50,7 @@ IMAGE_TYPES = {
     re.compile(rb"\x89PNG\r\n\x1a\n"): b"image/png",
     re.compile(rb"GIF8[79]a"): b"image/gif",
     re.compile(rb"RIFF....WEBP", re.DOTALL): b"image/webp",
+    re.compile(rb"....ftypavif", re.DOTALL): b"image/avif",
     re.compile(rb"II\*\0|MM\0\*"): b"image/tiff",
     re.compile(rb"BM"): b"image/bmp",
 }
