@@ -12,6 +12,7 @@ same cores little. Prints one JSON line.
 
 import argparse
 import json
+import math
 import random
 import selectors
 import socket
@@ -64,14 +65,30 @@ class _Connection:
             return None
 
         head = bytes(self.received[:head_end]).lower()
-        _, _, after = head.partition(b"content-length:")
-        length = int(after.split(b"\r\n", 1)[0])
-        end = head_end + 4 + length
+        _, has_length, after = head.partition(b"content-length:")
+        if has_length:
+            end = head_end + 4 + int(after.split(b"\r\n", 1)[0])
+        else:
+            end = find_chunks_end(self.received, head_end + 4)
         if len(self.received) < end:
             return None
 
         del self.received[:end]
         return int(head.split(b" ", 2)[1])
+
+
+def find_chunks_end(received: bytearray, position: int) -> float:
+    """The end of a body in chunks that starts at `position`; infinite while it is incomplete."""
+    while True:
+        line_end = received.find(b"\r\n", position)
+        if line_end < 0:
+            return math.inf
+        length = int(received[position:line_end].split(b";")[0], 16)
+        position = line_end + 2 + length + 2
+        if not length:
+            return position
+        if position > len(received):
+            return math.inf
 
 
 class OpenLoopClient:

@@ -44,8 +44,8 @@ import project_path  # noqa: F401  makes `models` importable
 from rivals.graph import GRAPH_VARIABLE, MANIFEST_VARIABLE, Graph
 from serving import RunningServer, find_free_port, running_server
 
-SHARED_PACKAGES = ("onnxruntime", "opencv-python-headless", "numpy", "pydantic")
-"""Installed with each server; onnxruntime in the version that measures Imago."""
+SHARED_PACKAGES = ("opencv-python-headless", "numpy", "pydantic")
+"""Installed with each server, besides the version of onnxruntime that Imago uses here."""
 DEFAULT_RIVALS = ["litserve", "fastapi"]
 """Those whose packages Imago's tests have already."""
 
@@ -142,8 +142,12 @@ def prepare_python(kind: str, environments: Path | None) -> str | None:
     python = directory / "bin/python"
     installed = directory / "installed.txt"
     if not installed.exists():
-        venv.create(directory, with_pip=True, clear=True)
-        shared = [f"onnxruntime=={version('onnxruntime')}", *SHARED_PACKAGES[1:]]
+        try:
+            venv.create(directory, with_pip=True, clear=True)
+        except (OSError, subprocess.CalledProcessError) as error:  # such as: no ensurepip
+            print(f"{kind} left out: {error}", flush=True)
+            return None
+        shared = [f"onnxruntime=={version('onnxruntime')}", *SHARED_PACKAGES]
         pip = [str(python), "-m", "pip", "install", "--quiet", *packages, *shared]
         process = subprocess.run(pip, capture_output=True, text=True)
         if process.returncode:

@@ -61,6 +61,6 @@ def run(port: int) -> None:
         "MLSERVER_MODEL_MAX_BATCH_TIME": BATCH_SECONDS,
     }
     os.environ |= {name: str(value) for name, value in settings.items()}
-    os.chdir(tempfile.gettempdir())
-    empty = tempfile.mkdtemp(prefix="mlserver-")  # without files of settings
-    os.execv(sys.executable, [sys.executable, "-m", "mlserver.cli.main", "start", empty])
+    # Without files of settings, and for what it writes.
+    os.chdir(tempfile.mkdtemp(prefix="mlserver-"))
+    os.execv(sys.executable, [sys.executable, "-m", "mlserver.cli.main", "start", "."])
