@@ -123,7 +123,7 @@ checkov: $(VENV)/checkov/bin/checkov ## install checkov in its own environment; 
 $(VENV)/checkov/bin/checkov:
 	@$(PYTHON) -m venv $(VENV)/checkov && $(VENV)/checkov/bin/pip install --quiet --disable-pip-version-check 'checkov==3.3.30'
 
-deploy: ## apply an overlay and wait until it serves: make deploy OVERLAY=local [TRAIN=1: train again]
+deploy: ## apply an overlay and wait until it serves: make deploy OVERLAY=local [TRAIN=1: train again] [PUBLISHED=1: no build]
 undeploy: ## delete an overlay, but keep its volumes: make undeploy OVERLAY=local [PURGE=1: delete them, too]
 logs: ## print the logs of the pods: make logs [FOLLOW=1]
 scale: ## set the number of serving replicas: make scale N=3
@@ -131,7 +131,7 @@ promote: ## point latest of a cluster's store at a version: make promote VERSION
 rollback: ## point it at the version before: make rollback [VERSION=3] [OVERLAY=…] [NAME=…]
 render: ## print the manifests of an overlay: make render OVERLAY=cpu [REGISTRY=…] [TAG=…]
 deploy undeploy logs scale promote rollback render:
-	@OVERLAY='$(OVERLAY)' N='$(N)' NAME='$(NAME)' VERSION='$(VERSION)' FORCE='$(FORCE)' TRAIN='$(TRAIN)' WAIT_TRAIN='$(WAIT_TRAIN)' PURGE='$(PURGE)' FOLLOW='$(FOLLOW)' \
+	@OVERLAY='$(OVERLAY)' PUBLISHED='$(PUBLISHED)' DIGESTS='$(DIGESTS)' N='$(N)' NAME='$(NAME)' VERSION='$(VERSION)' FORCE='$(FORCE)' TRAIN='$(TRAIN)' WAIT_TRAIN='$(WAIT_TRAIN)' PURGE='$(PURGE)' FOLLOW='$(FOLLOW)' \
 	  REGISTRY='$(filter-out localhost,$(REGISTRY))' TAG='$(if $(filter file,$(origin TAG)),,$(TAG))' k8s/cluster $@
 
 # The stamp is a copy of the lock file: only a changed lock file, not a newer one, installs again.

@@ -60,6 +60,12 @@ BENCHMARKS = (
         ("api_us", "idle_cores", "one_client", "memory_mb", "checks_rate", "ready_s"),
     ),
     Benchmark(
+        "predict_speed",
+        ("small", "--rounds", "1", "--seconds", "1", "--images", "500"),
+        ("--keep",),
+        ("predict", "service", "ratio"),
+    ),
+    Benchmark(
         "serve_overload",
         ("--rounds", "1", "--seconds", "2"),
         ("--keep",),

@@ -90,7 +90,8 @@ def test_make_prints_the_error(unreachable_cluster):
         ["make", "deploy", "OVERLAY=moon"], cwd=Path(K8S).parent, capture_output=True, text=True
     )
     assert result.returncode == 2
-    assert result.stderr.splitlines()[0] == "make: no overlay 'moon'; choose one of: cpu gpu local"
+    error = "make: no overlay 'moon'; choose one of: cpu gpu local, or name a file of a release"
+    assert result.stderr.splitlines()[0] == error
 
 
 @pytest.mark.parametrize("verb", ["deploy", "undeploy", "logs", "scale", "promote", "rollback"])
@@ -114,6 +115,8 @@ def test_make_passes_the_given_variables_and_no_others(verb):
         "FOLLOW": "1",
         "REGISTRY": "example.com/team",
         "TAG": "7",
+        "PUBLISHED": "1",
+        "DIGESTS": "digests",
     }
     assert passed(**given) == given
     assert passed() == dict.fromkeys(given, "") | {"OVERLAY": "local"}, (
