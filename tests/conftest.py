@@ -11,6 +11,7 @@ from subprocess import CompletedProcess
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from models.bundle import Bundle
 from support import ROOT, tiny_bundle
@@ -23,6 +24,12 @@ if TYPE_CHECKING:
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 MAX_ENDING_SERVERS = 8
+
+# On a busy machine an example may take any time, and so may their generation.
+settings.register_profile(
+    "busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("busy machine")
 
 # Test files that take longest, the longest first. They start first, so that no process works on one
 # of them alone at the end.
@@ -173,13 +180,14 @@ def browser() -> "Iterator[Browser]":
 
     For one module, since Playwright's event loop must not run while tests of others do.
     """
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import expect, sync_playwright
 
-    from support.chromium import find_chromium, launch_chromium
+    from support.chromium import BROWSER_MS, find_chromium, launch_chromium
 
     path = find_chromium()
     if path is None:
         pytest.skip("Chromium is not installed")
+    expect.set_options(timeout=BROWSER_MS)
     with sync_playwright() as playwright:
         browser = launch_chromium(playwright, path)
         yield browser

@@ -49,16 +49,16 @@ def test_with_a_bucket_it_says_what_the_store_has(tmp_path):
     ) as process:
         assert process.stdout.readline() == f"{tmp_path}: digits has no version 2; it has 1\n"
         tiny_bundle.publish(tmp_path, "digits")
-        assert process.wait(60) == 0
+        assert process.wait(240) == 0
 
 
 def test_it_ends_when_the_model_exists(waiting, tmp_path):
     (tmp_path / "digits/latest").mkdir(parents=True)
     (tmp_path / "digits/latest/manifest.json").touch()
-    assert waiting.wait(60) == 0
+    assert waiting.wait(240) == 0
 
 
 def test_it_ends_on_sigterm(waiting):
     """Process 1 of a container gets only the signals that it handles."""
     waiting.send_signal(signal.SIGTERM)
-    assert waiting.wait(60) == 143
+    assert waiting.wait(240) == 143

@@ -58,7 +58,7 @@ def test_the_commands_for_curl_run(examples, server, tmp_path, operation):
         ["sh", "-c", command.replace("curl -sS", "curl -sS --fail-with-body")],
         cwd=tmp_path,
         capture_output=True,
-        timeout=60,
+        timeout=240,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout
@@ -71,7 +71,7 @@ def test_the_programs_for_httpx_run(examples, server, tmp_path, operation):
     code = prepare(examples[operation]["Python"], server, tmp_path)
     code = code.replace("'label': '7'", "'label': 'red'")
     result = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=240
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("{")
@@ -129,7 +129,7 @@ def test_a_typed_client_is_generated_and_works(server, tmp_path):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == ["colours", "red", "2", "True"]

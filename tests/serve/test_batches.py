@@ -36,14 +36,20 @@ def predict_together(
 ) -> list[httpx.Response]:
     """Send images to suspended workers, so that they find them all at once when they continue.
 
-    The workers continue when `min_pending` images wait for them; by default, all.
+    The workers continue when `min_pending` images wait for them, by default all, or when one has
+    expired.
     """
     if min_pending is None:
         min_pending = len(images)
     with ThreadPoolExecutor(len(images)) as threads:
         with suspended_workers(server):
             futures = [threads.submit(server.predict, image) for image in images]
-            wait_until(lambda: server.metric("imago_pending_images") >= min_pending)
+            wait_until(
+                lambda: (
+                    server.metric("imago_pending_images") >= min_pending
+                    or any(future.done() for future in futures)
+                )
+            )
         return [future.result() for future in futures]
 
 
@@ -70,15 +76,21 @@ def test_threads_share_the_images_of_a_request(start, tmp_path):
 
 
 def test_a_batch_waits_for_more_images_only_on_demand(start):
-    server = start("--threads", "1", "--batch-wait-ms", "1000")
-    with ThreadPoolExecutor(4) as threads:
-        futures = [threads.submit(server.predict, IMAGE) for _ in range(4)]
-        timings = [future.result().headers["server-timing"] for future in futures]
-    wait_until(lambda: count_batched_images(server) == 4)
-    assert count_batches(server) <= 2
+    """Until it is full, or until the time is over."""
+    server = start("--threads", "1", "--max-batch-size", "4", "--batch-wait-ms", "1000")
+    timing = server.predict(IMAGE).headers["server-timing"]
+    queue_ms = float(timing.split("dur=")[1].split(",")[0])
+    assert queue_ms > 500
+    wait_until(lambda: count_batched_images(server) == 1)
 
-    queue_ms = [float(timing.split("dur=")[1].split(",")[0]) for timing in timings]
-    assert max(queue_ms) > 500
+    # On a busy machine the four may arrive over a longer time, so there are several attempts.
+    for attempt in range(1, 21):
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(server.predict, [IMAGE] * 4))
+        wait_until(lambda total=1 + 4 * attempt: count_batched_images(server) == total)
+        if count_batches(server) < 1 + 4 * attempt:
+            break
+    assert count_batches(server) < 1 + 4 * attempt
 
 
 def test_images_that_expire_in_a_batch_are_dropped(start, slow_image):

@@ -14,7 +14,7 @@ IMAGE = tiny_bundle.make_image("red")
 LIVE = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
 PREDICT = request_head(len(IMAGE)) + IMAGE
 # Flags with which requests wait for suspended workers as long as a test takes.
-PATIENT = ("--max-pending", "1000", "--deadline-ms", "100000", "--worker-timeout-seconds", "100")
+PATIENT = ("--max-pending", "1000", "--deadline-ms", "200000", "--worker-timeout-seconds", "200")
 LIVE_AND_CLOSE = b"GET /health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
 
 
@@ -174,7 +174,7 @@ def test_pipelined_requests_are_answered_in_order(server):
     for i, body in enumerate(bodies):
         requests += request_head(len(body), f"X-Request-ID: n{i}") + body
 
-    _, text = RawConnection(server, requests + LIVE).read_response()
+    _, text = RawConnection(server, requests + LIVE).read_response(5)
     assert re.findall(r"HTTP/1.1 (\d+)", text) == ["200", "400", "200", "415", "200"]
     assert re.findall(r"x-request-id: (\S+)", text)[:4] == ["n0", "n1", "n2", "n3"]
 

@@ -8,7 +8,7 @@ from models.image import InputSpec, decode
 from serve.http.feedback import AnswerTable
 from serve.wire import Answer
 from support import tiny_bundle
-from support.server import NO_TLS, Server, wait_until
+from support.server import CLIENT_SECONDS, NO_TLS, Server, wait_until
 
 BINS = 15  # of the calibration error
 
@@ -22,7 +22,7 @@ def send_label(server: Server, request_id: str, label: str, **members: int) -> h
 def reconnect(server: Server) -> None:
     """Open a new connection, which another HTTP process may accept."""
     server.http.close()
-    server.http = httpx.Client(base_url=server.url, timeout=30, verify=NO_TLS)
+    server.http = httpx.Client(base_url=server.url, timeout=CLIENT_SECONDS, verify=NO_TLS)
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_the_accuracy_is_that_of_the_served_version(start, tmp_path):
     assert read_accuracy() == [0]
 
     tiny_bundle.publish(tmp_path)
-    wait_until(lambda: server.metric("imago_reloads_total", outcome="ok") == 1, 60)
+    wait_until(lambda: server.metric("imago_reloads_total", outcome="ok") == 1)
     wait_until(lambda: read_accuracy() == [])
     send_red_with_label("red")
     assert read_accuracy() == [1]

@@ -52,14 +52,15 @@ SAMPLE_KINDS = {
 
 
 @pytest.fixture(scope="module")
-def server_with_report(tmp_path_factory):
+def server_with_report(serve_commands, tmp_path_factory):
     """A server whose bundle has a report, and a sample of each format."""
     store = tmp_path_factory.mktemp("reported")
     files = [tiny_bundle.make_image("red", kind=kind) for kind in SAMPLE_KINDS]
     path = tiny_bundle.publish(store, files=files, samples=len(files))
     (path / "report.html").write_text("Accuracy of the model")
     write_checksums(path)
-    with Server(store, tmp_path_factory.mktemp("log") / "log") as running:
+    log = tmp_path_factory.mktemp("log") / "log"
+    with Server(store, log, forker=serve_commands) as running:
         yield running.wait_ready()
 
 

@@ -1,5 +1,6 @@
 """`--keep`: a sample of the images is stored with what was answered, without delaying answers."""
 
+import contextlib
 import hashlib
 import os
 import resource
@@ -22,7 +23,7 @@ from serve.worker.keeper import RecentImages
 from serve.worker.kept_writer import AnsweredBatch, Candidate, CpuBudget
 from support import tiny_bundle
 from support.s3_server import s3_server
-from support.server import Server, assert_refused, wait_until
+from support.server import SHADOW_SECONDS, Server, assert_refused, wait_until
 
 DOUBTFUL = Calibration(abstain_threshold=0.9, energy_threshold=-3.0)
 
@@ -60,8 +61,8 @@ def read_kept(tmp_path: Path) -> list[LabelledImage]:
     return open_kept(tmp_path / "kept").read()
 
 
-def wait_for_kept(tmp_path: Path, count: int) -> list[LabelledImage]:
-    wait_until(lambda: len(read_kept(tmp_path)) >= count)
+def wait_for_kept(tmp_path: Path, count: int, seconds: float = 240) -> list[LabelledImage]:
+    wait_until(lambda: len(read_kept(tmp_path)) >= count, seconds)
     entries = read_kept(tmp_path)
     assert len(entries) == count
     return entries
@@ -96,8 +97,9 @@ def test_doubtful_images_are_kept_with_their_answers(start_keeping, tmp_path):
     assert image.read_embedding() == pytest.approx(np.full(3, 128 / 255), abs=1e-3)
     assert abs(datetime.now(UTC) - image.time) < timedelta(minutes=10)
     assert set(image.reasons) <= {Reason.ABSTAIN, Reason.OUT_OF_DISTRIBUTION}
-    assert server.metric("imago_kept_total", reason="abstain") == 1
-    assert server.metric("imago_kept_bytes") == len(gray)
+    # A file is counted after it is written.
+    wait_until(lambda: server.metric("imago_kept_bytes") == len(gray))
+    wait_until(lambda: server.metric("imago_kept_total", reason="abstain") == 1)
 
 
 def test_images_are_kept_for_each_reason(start_keeping, tmp_path):
@@ -127,9 +129,9 @@ def test_images_on_which_the_shadow_version_disagrees_are_kept(start, tmp_path):
     shadow = ("--shadow-version", "2", "--shadow-share", "1", "--version", "1")
     keep = ("--keep", str(tmp_path / "kept"), "--keep-share", "0", "--keep-free-bytes", "1")
     server = start(*shadow, *keep, store=store)
-    wait_until(lambda: "shadow ready" in server.log.read_text())
+    wait_until(lambda: "shadow ready" in server.log.read_text(), SHADOW_SECONDS)
     request_id = server.predict(tiny_bundle.make_image("blue")).json()["id"]
-    (entry,) = wait_for_kept(tmp_path, 1)
+    (entry,) = wait_for_kept(tmp_path, 1, SHADOW_SECONDS)
     assert entry.image.reasons == [Reason.SHADOW]
     assert entry.image.request_id == request_id
 
@@ -187,7 +189,9 @@ def test_a_killed_service_loses_nothing_that_was_written(start_keeping, tmp_path
             wait_until(lambda: len(read_kept(tmp_path)) > 2)
     written = {entry.image.digest for entry in read_kept(tmp_path)}
     for pid in (*server.children(), server.process.pid):
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has ended with one before it
+            os.kill(pid, signal.SIGKILL)
+    server.process.wait()
 
     entries = read_kept(tmp_path)
     assert written <= {entry.image.digest for entry in entries}

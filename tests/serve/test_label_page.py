@@ -14,6 +14,7 @@ from playwright.sync_api import expect
 
 from models.kept import KeptFolder, Verdict, open_kept
 from support import ROOT, tiny_bundle
+from support.chromium import BROWSER_MS
 from support.kept_images import add_answered_image
 from support.server import find_free_ports, wait_until
 
@@ -58,6 +59,7 @@ def open_page(browser) -> Iterator[Callable[..., object]]:
 
     def open_url(url: str, who: str = "ann", width: int = 1280, **options: object):
         context = browser.new_context(viewport={"width": width, "height": 900}, **options)
+        context.set_default_timeout(BROWSER_MS)
         contexts.append(context)
         page = context.new_page()
         page.on("pageerror", lambda error: errors.append(str(error)))
@@ -234,6 +236,7 @@ def test_the_page_of_a_service_asks_for_the_key_and_labels_become_accuracy(
     add_answered_image(kept, 0, "red", confidence=0.9)
     server = start("--keep", kept.location, "--api-key", "secret", "--keep-days", "0")
     context = browser.new_context()
+    context.set_default_timeout(BROWSER_MS)
     page = context.new_page()
     page.goto(f"{server.url}/label")
     page.get_by_label("Your name").fill("ann")

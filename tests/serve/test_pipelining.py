@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from support import tiny_bundle
-from support.server import Server, suspended_workers, wait_until
+from support.server import CLIENT_SECONDS, Server, suspended_workers, wait_until
 
 IMAGE = tiny_bundle.make_image("red")
 TOO_MANY_HEADERS = b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 101 + b"\r\n"
@@ -51,7 +51,7 @@ def build_get(path: bytes, *lines: bytes) -> bytes:
 
 
 def connect(server: Server) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", server.port), timeout=60)
+    return socket.create_connection(("127.0.0.1", server.port), timeout=CLIENT_SECONDS)
 
 
 def send_piece(connection: socket.socket, data: bytes) -> None:
@@ -279,7 +279,7 @@ def test_few_requests_are_parsed_in_advance(start):
         os.kill(process, signal.SIGCONT)
 
     for connection in connections:
-        connection.settimeout(60)
+        connection.settimeout(CLIENT_SECONDS)
         assert read_statuses(connection, 1)[0] == 404
     assert peak_megabytes(process) - before < 60
     for connection in connections:

@@ -100,7 +100,7 @@ def sandboxed(store: Path, log: Path, host: str) -> Iterator[int]:
             env={"PATH": os.environ["PATH"], "HOME": "/nonexistent"},
         )
     try:
-        end = time.monotonic() + 60
+        end = time.monotonic() + 240
         while True:
             inner = find_child(outer.pid)
             if inner is not None and request_status(inner, "/health/ready") == 200:
@@ -109,7 +109,7 @@ def sandboxed(store: Path, log: Path, host: str) -> Iterator[int]:
             assert time.monotonic() < end, log.read_text()
         yield inner
         os.kill(inner, signal.SIGTERM)
-        assert outer.wait(60) == 0
+        assert outer.wait(240) == 0
     finally:
         with contextlib.suppress(ProcessLookupError):
             outer.kill()
@@ -137,7 +137,7 @@ def test_pid_1_handles_sigterm_during_imports(bundle_store, tmp_path):
             [*UNSHARE, "sh", "-c", SETUP, "sh", *command], cwd=ROOT, stdout=file, stderr=file
         )
     try:
-        end = time.monotonic() + 60
+        end = time.monotonic() + 240
         while True:
             assert time.monotonic() < end
             inner = find_child(outer.pid)
@@ -147,11 +147,14 @@ def test_pid_1_handles_sigterm_during_imports(bundle_store, tmp_path):
             if b"serve" not in command_line[:4]:
                 continue  # still the setup of the namespace
             # A signal that arrives before the handler is set would be lost.
-            assert "numpy" not in Path(f"/proc/{inner}/maps").read_text()
-            if handles_sigterm(inner):
+            has_imported = "numpy" in Path(f"/proc/{inner}/maps").read_text()
+            has_handler = handles_sigterm(inner)
+            assert has_handler or not has_imported
+            if has_handler:
                 break
         os.kill(inner, signal.SIGTERM)
-        assert outer.wait(60) == 128 + signal.SIGTERM
+        # On a busy machine it may serve already.
+        assert outer.wait(240) in (0, 128 + signal.SIGTERM)
     finally:
         outer.kill()
         outer.wait()

@@ -63,7 +63,7 @@ def test_spans_of_requests(start, collector):
     def find_requests() -> list[Any]:
         return [span for span in spans if span.name == "POST /predict"]
 
-    wait_until(lambda: len(find_requests()) == 2, 30)
+    wait_until(lambda: len(find_requests()) == 2)
     answered, refused = find_requests()
     attributes = read_attributes(answered)
     assert answered.trace_id.hex() == trace_id

@@ -4,6 +4,8 @@ import shutil
 
 from playwright.sync_api import Browser, Playwright
 
+# For what a page shows in milliseconds, on a busy machine.
+BROWSER_MS = 120_000
 COMMANDS = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = [
     "--no-sandbox",

@@ -1,10 +1,11 @@
 """TCP connections to a server, for requests that no HTTP client library sends."""
 
 import contextlib
+import re
 import socket
 import weakref
 
-from support.server import Server
+from support.server import CLIENT_SECONDS, Server
 
 
 class RawConnection:
@@ -14,7 +15,7 @@ class RawConnection:
     """
 
     def __init__(self, server: Server, data: bytes = b"") -> None:
-        self.socket = socket.create_connection(("127.0.0.1", server.port), timeout=60)
+        self.socket = socket.create_connection(("127.0.0.1", server.port), timeout=CLIENT_SECONDS)
         weakref.finalize(self, self.socket.close)
         self.socket.sendall(data)
 
@@ -25,21 +26,20 @@ class RawConnection:
         """Return at most `size` bytes, as soon as some have arrived."""
         return self.socket.recv(size)
 
-    def read_response(self) -> tuple[int, str]:
-        """Return the status and the text of what arrives, (0, "") where the server closes at once.
+    def read_response(self, count: int = 1) -> tuple[int, str]:
+        """Read `count` responses, or fewer where the server closes the connection.
 
-        Reading ends when the server closes the connection or pauses for a second.
+        Return the status of the first and the text of all, (0, "") where there is none.
         """
-        data = self.socket.recv(1 << 16)
+        data = b""
+        with contextlib.suppress(ConnectionResetError):
+            while count_responses(data) < count:
+                received = self.socket.recv(1 << 16)
+                if not received:
+                    break
+                data += received
         if not data:
             return 0, ""
-
-        self.socket.settimeout(1)
-        with contextlib.suppress(TimeoutError, ConnectionResetError):
-            while more := self.socket.recv(1 << 16):
-                data += more
-        self.socket.settimeout(30)
-
         status = int(data.split(b" ", 2)[1])
         return status, data.decode()
 
@@ -52,6 +52,19 @@ class RawConnection:
 
     def close(self) -> None:
         self.socket.close()
+
+
+def count_responses(data: bytes) -> int:
+    """Return how many complete responses the bytes begin with."""
+    count = 0
+    while True:
+        head, separator, rest = data.partition(b"\r\n\r\n")
+        match = re.search(rb"\r\ncontent-length: *(\d+)", head, re.IGNORECASE)
+        length = int(match[1]) if match else 0
+        if not separator or len(rest) < length:
+            return count
+        count += 1
+        data = rest[length:]
 
 
 def request_head(length: int, *lines: str) -> bytes:

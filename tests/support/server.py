@@ -21,9 +21,16 @@ from support.forked_commands import ForkedCommand, ForkedCommands
 FIRST_PORT = 18000
 PORTS_PER_WORKER = 100
 SERVE = [sys.executable, "-m", "serve"]
+# A suspended worker stays, and the requests that it holds stay pending, as long as a test takes on
+# a busy machine. Tests that are about these times set them.
+PATIENT = ("--deadline-ms", "200000", "--worker-timeout-seconds", "200")
 # For `verify` of httpx, which otherwise loads the certificates of all authorities for each client
 # and each request without one. That takes 40 ms of CPU time.
 NO_TLS = False
+# Longer than any answer takes on a busy machine.
+CLIENT_SECONDS = 240
+# For the shadow process, which gets only the CPU time that no other process wants.
+SHADOW_SECONDS = 500
 
 
 def find_free_ports(count: int) -> list[int]:
@@ -82,7 +89,7 @@ def assert_refused(result: subprocess.CompletedProcess[str], *words: str, status
 
 
 def wait_until(
-    condition: Callable[[], object], seconds: float = 120, poll_seconds: float = 0.02
+    condition: Callable[[], object], seconds: float = 240, poll_seconds: float = 0.02
 ) -> None:
     """Poll until the condition holds; fail after `seconds`."""
     deadline = time.monotonic() + seconds
@@ -157,11 +164,11 @@ class Server:
         self.port, self.metrics_port = ports or find_free_ports(2)
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
-        self.http = httpx.Client(base_url=self.url, timeout=60, verify=NO_TLS)
+        self.http = httpx.Client(base_url=self.url, timeout=CLIENT_SECONDS, verify=NO_TLS)
 
         address = ["--host", "127.0.0.1", "--port", str(self.port)]
         metrics = ["--metrics-port", str(self.metrics_port)]
-        arguments = ["--store", str(store), *address, *metrics, *flags]
+        arguments = ["--store", str(store), *address, *metrics, *PATIENT, *flags]
         env = env or {}
         is_plain = command is None and all(name.startswith("IMAGO_") for name in env)
         self.process: ForkedCommand | subprocess.Popen[bytes]
@@ -193,7 +200,7 @@ class Server:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def wait_ready(self, seconds: float = 120) -> "Server":
+    def wait_ready(self, seconds: float = 240) -> "Server":
         deadline = time.monotonic() + seconds
         while not self.is_ready():
             assert self.process.poll() is None, f"the server ended: {self.log.read_text()}"
@@ -245,7 +252,7 @@ class Server:
     def metrics(self) -> str:
         """The text of the metrics page."""
         url = f"http://127.0.0.1:{self.metrics_port}/metrics"
-        return httpx.get(url, timeout=60, verify=NO_TLS).text
+        return httpx.get(url, timeout=CLIENT_SECONDS, verify=NO_TLS).text
 
     def metric(self, name: str, **labels: str) -> float:
         """The value of one series, e.g. metric("imago_requests_total", code="200").
@@ -276,7 +283,7 @@ class Server:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
 
-    def stop(self, seconds: float = 60) -> int:
+    def stop(self, seconds: float = 240) -> int:
         """Send SIGTERM, wait for the end and return the exit status."""
         self.begin_stop()
         try:
