@@ -33,7 +33,7 @@ from serve.wire import (
 )
 
 RECONNECT_SECONDS = 0.02
-CONNECT_SECONDS = 1  # that a process waits for workers before it accepts requests
+CONNECT_SECONDS = 10  # that a process waits for workers before it accepts requests
 # While no worker is ready, after the last one has ended: jobs wait this long for the one that
 # replaces it.
 REPLACEMENT_SECONDS = 30

@@ -1,12 +1,12 @@
 """Policies for pods: restricted profile, probes, resources, fixed tags, safe updates."""
 
+import json
 import os
 import re
 import subprocess
 from pathlib import Path
 
 import pytest
-import yaml
 
 from support.manifests import (
     CASES,
@@ -177,10 +177,10 @@ def test_objects_have_the_recommended_labels(case):
 def test_checkov_finds_nothing(tmp_path):
     if not CHECKOV.exists():
         pytest.skip(f"{CHECKOV} is not installed; run make checkov, or set CHECKOV")
-    for case in CASES:
-        (tmp_path / f"{re.sub('[^a-z]+', '-', case)[:80]}.yaml").write_text(
-            yaml.safe_dump_all(render(case))
-        )
+    # Most cases render most manifests alike: each is checked once.
+    distinct = {json.dumps(manifest): manifest for case in CASES for manifest in render(case)}
+    for number, manifest in enumerate(distinct.values()):
+        (tmp_path / f"{number}.yaml").write_text(json.dumps(manifest))  # JSON is YAML
     result = subprocess.run(
         [CHECKOV, "--config-file", K8S / ".checkov.yaml", "-d", tmp_path],
         capture_output=True,
@@ -190,4 +190,4 @@ def test_checkov_finds_nothing(tmp_path):
     assert problems == []
     assert result.returncode == 0
     checked = int(re.search(r"Passed checks: (\d+)", result.stdout)[1])
-    assert checked > 100 * len(CASES)
+    assert checked > 10 * len(distinct)

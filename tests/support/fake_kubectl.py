@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from support.manifests import K8S
+from support.manifests import K8S, KUSTOMIZE, kustomize_variables
 
 needs_kubectl = pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl is not installed")
 
@@ -18,7 +18,7 @@ RunCluster = Callable[..., tuple[subprocess.CompletedProcess[str], str]]
 KUBECTL = """#!/bin/sh
 echo "$*" >>"$0.calls"
 case "$*" in
-  kustomize*) exec {kubectl} "$@" ;;
+  kustomize*) {kustomize} ;;
   {answers}
 esac
 """
@@ -58,7 +58,9 @@ def make_fake_cluster(directory: Path) -> RunCluster:
         cases = [f"*'{words}'*) {command} ;;" for words, command in answers.items()]
         kubectl = directory / "kubectl"
         kubectl.write_text(
-            KUBECTL.format(kubectl=shutil.which("kubectl"), answers="\n  ".join(cases))
+            KUBECTL.format(
+                kustomize=KUSTOMIZE.format(**kustomize_variables()), answers="\n  ".join(cases)
+            )
         )
         kubectl.chmod(0o755)
 

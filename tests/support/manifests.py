@@ -1,5 +1,9 @@
-"""The manifests that `kubectl kustomize` renders from each overlay and each component."""
+"""The manifests that `kubectl kustomize` renders from each overlay and each component.
 
+What it prints is kept in the cache directory of pytest, for all test processes and further runs.
+"""
+
+import hashlib
 import shutil
 import subprocess
 import tempfile
@@ -15,6 +19,7 @@ from support import ROOT
 
 K8S = ROOT / "k8s"
 OVERLAYS = sorted(path.name for path in (K8S / "overlays").iterdir() if path.is_dir())
+TEMPORARY_PREFIX = ".test-"
 KSERVE = "components/kserve on local"  # it has no Deployment, so test_kserve.py covers it
 COMPONENTS = sorted(path.name for path in (K8S / "components").iterdir() if path.name != "kserve")
 
@@ -65,7 +70,7 @@ def render_overlay(kustomization: str) -> tuple[Manifest, ...]:
 @contextmanager
 def temporary_overlay(kustomization: str) -> Iterator[str]:
     """Write an overlay for the duration of the block; yield its name."""
-    with tempfile.TemporaryDirectory(dir=K8S / "overlays", prefix=".test-") as directory:
+    with tempfile.TemporaryDirectory(dir=K8S / "overlays", prefix=TEMPORARY_PREFIX) as directory:
         (Path(directory) / "kustomization.yaml").write_text(kustomization)
         yield Path(directory).name
 
@@ -89,12 +94,46 @@ def _kustomization(resource: str, components: list[str] | tuple[str, ...]) -> st
 
 def kustomize(directory: Path) -> tuple[Manifest, ...]:
     """Run `kubectl kustomize`; skip the test where kubectl is not installed."""
-    kubectl = shutil.which("kubectl")
-    if kubectl is None:
+    if shutil.which("kubectl") is None:
         pytest.skip("kubectl is not installed, so no manifest can be rendered")
-    result = subprocess.run([kubectl, "kustomize", directory], capture_output=True, text=True)
+    script = KUSTOMIZE.format(**kustomize_variables())
+    result = subprocess.run(
+        ["sh", "-c", script, "sh", "kustomize", directory], capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
-    return tuple(yaml.safe_load_all(result.stdout))
+    return tuple(yaml.load_all(result.stdout, yaml.CSafeLoader))
+
+
+# `kubectl kustomize DIRECTORY`, which runs once for the same contents of the directory.
+KUSTOMIZE = """
+rendered={cache}/$(LC_ALL=C; cat "$2"/* | sha256sum | cut -d' ' -f1)
+if [ ! -e "$rendered" ]; then
+  {kubectl} "$@" >"$rendered.$$" && mv "$rendered.$$" "$rendered" || exit 1
+fi
+exec cat "$rendered"
+"""
+
+
+def kustomize_variables() -> dict[str, str]:
+    """Return the variables of the script KUSTOMIZE."""
+    return {"cache": str(make_cache_directory()), "kubectl": str(shutil.which("kubectl"))}
+
+
+@cache
+def make_cache_directory() -> Path:
+    """Make the directory for what is rendered from these manifests by this kubectl."""
+    digest = hashlib.sha256()
+    kubectl = Path(shutil.which("kubectl") or "/nowhere")
+    for path in [kubectl, *sorted(K8S.rglob("*.*"))]:
+        if path.is_file() and TEMPORARY_PREFIX not in str(path):
+            digest.update(f"{path} {path.stat().st_mtime_ns}\n".encode())
+
+    directory = ROOT / f".pytest_cache/manifests-{digest.hexdigest()[:16]}"
+    if not directory.exists():
+        for old in directory.parent.glob("manifests-*"):
+            shutil.rmtree(old, ignore_errors=True)
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
 
 
 def manifests_of_kind(case: str, *kinds: str) -> list[Manifest]:
