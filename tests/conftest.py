@@ -34,13 +34,13 @@ settings.load_profile("busy machine")
 # Test files that take longest, the longest first. They start first, so that no process works on one
 # of them alone at the end.
 LONG_FILES = (
-    "tests/train/test_export.py",
+    "tests/train/test_fit.py",
     "tests/serve/test_survival.py",
     "tests/train/test_failures.py",
     "tests/train/test_resume.py",
     "tests/serve/test_page.py",
-    "tests/train/test_export_options.py",
-    "tests/train/test_names.py",
+    "tests/train/test_probe.py",
+    "tests/train/test_backbones.py",
     "tests/serve/test_limits.py",
     "tests/serve/test_start.py",
     "tests/train/test_data.py",

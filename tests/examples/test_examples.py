@@ -2,7 +2,6 @@
 
 import ast
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -51,21 +50,12 @@ def test_a_notebook_is_committed_without_outputs(notebook):
     assert f"tests/examples/{notebook.name}" in (ROOT / "README.md").read_text()
 
 
-def test_the_notebook_trains_predicts_embeds_explains_and_plots(tmp_path):
+def test_the_notebook_trains_predicts_embeds_explains_and_plots(commands, tmp_path):
     pytest.importorskip("matplotlib")
     script = tmp_path / "cells.py"
     script.write_text(READ_HANDLERS + read_code(EXAMPLES / "digits.ipynb") + NOTEBOOK_CHECKS)
-    python_path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    result = subprocess.run(
-        [sys.executable, script],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": python_path, "MPLBACKEND": "Agg"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "test accuracy 0.9" in result.stdout
+    command = commands.run(script=script, cwd=tmp_path, env={"MPLBACKEND": "Agg"})
+    assert "test accuracy 0.9" in command.text
     assert (tmp_path / "artifacts" / "store" / "digits" / "1" / "manifest.json").is_file()
 
 

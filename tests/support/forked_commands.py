@@ -165,8 +165,9 @@ class ForkedCommands:
         cwd: Path | None = None,
         log: Path | None = None,
         error_log: Path | None = None,
+        script: Path | None = None,
     ) -> ForkedCommand:
-        """Start `python -m PACKAGE ARGV…`.
+        """Start `python -m PACKAGE ARGV…`, or `python SCRIPT ARGV…` with the same imports.
 
         `env`: variables to set, or with None to unset. `limits`: by their names in `resource`.
         `error_log`: a file or terminal for stderr; without it, stderr goes to the log, too.
@@ -184,6 +185,7 @@ class ForkedCommands:
             "cwd": str(cwd or self.directory),
             "log": str(log),
             "error_log": str(error_log or log),
+            "script": str(script) if script else None,
             "status_file": str(status_file),
         }
         with self._lock:
@@ -350,9 +352,13 @@ def _run_command(package: str, request: dict[str, Any]) -> None:
     for name, value in request["limits"].items():
         resource.setrlimit(getattr(resource, name), (value, value))
 
-    sys.argv = [package, *request["argv"]]
+    script = request["script"]
+    sys.argv = [script or package, *request["argv"]]
     try:
-        runpy.run_module(package, run_name="__main__", alter_sys=True)
+        if script:
+            runpy.run_path(script, run_name="__main__")
+        else:
+            runpy.run_module(package, run_name="__main__", alter_sys=True)
         code = 0
     except SystemExit as end:
         code = end.code or 0

@@ -12,7 +12,10 @@ from support import ROOT
 from support.sample_images import make_png
 from train.cli.main import main
 
-ONE_CONVNET_EPOCH = ["--trainer.max_epochs", "1", "--model.network", "convnet"]
+ONE_CONVNET_EPOCH = [
+    *["--trainer.max_epochs", "1", "--model.network", "convnet"],
+    *["--audit.enabled", "false", "--logger", "none"],
+]
 NO_INT8 = ["--export.quantize.enabled", "false"]
 
 
@@ -52,7 +55,7 @@ def test_manifest_of_1500_classes_stays_small(commands, tmp_path):
         *["--store", tmp_path / "store", "--trainer.default_root_dir", tmp_path / "runs"],
         *ONE_CONVNET_EPOCH,
         *NO_INT8,
-        *["--samples.images", 0, "--audit.enabled", "false"],
+        *["--samples.images", 0],
     )
 
     bundle = Bundle(tmp_path / "store/many/1")
@@ -109,7 +112,7 @@ def test_accuracy_is_stated_with_what_unequal_classes_make_of_it(commands, tmp_p
         *["--store", tmp_path / "store", "--trainer.default_root_dir", tmp_path / "runs"],
         *ONE_CONVNET_EPOCH,
         *NO_INT8,
-        *["--samples.images", 0, "--audit.enabled", "false"],
+        *["--samples.images", 0],
     )
 
     bundle = Bundle(tmp_path / "store/unequal/1")
@@ -172,7 +175,8 @@ def test_sign_key_signs_the_bundle(fitted, tmp_path):
     extract = ["openssl", "ec", "-in", key, "-pubout", "-out", public_key]
     subprocess.run(extract, check=True, capture_output=True)
 
-    bundle = fitted(tmp_path, *ONE_CONVNET_EPOCH, *NO_INT8, "--export.sign_key", str(key))
+    signed = ["--export.sign_key", str(key), "--export.report", "false"]
+    bundle = fitted(tmp_path, *ONE_CONVNET_EPOCH, *NO_INT8, *signed)
 
     verify = [sys.executable, "-m", "models", "verify", str(bundle.path)]
     done = subprocess.run(

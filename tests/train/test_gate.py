@@ -17,6 +17,7 @@ from support.server import find_free_ports
 QUICK = (
     *("--data.source", "digits", "--model.network", "convnet", "--trainer.max_epochs", 2),
     *("--export.quantize.enabled", "false", "--progress.quiet", "true", "--logger", "none"),
+    *("--audit.enabled", "false"),
 )
 
 

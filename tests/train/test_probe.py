@@ -1,5 +1,6 @@
 """The linear probe, fine-tuning from it, and the time budget."""
 
+import contextlib
 import copy
 import json
 import re
@@ -63,14 +64,22 @@ def home(tmp_path_factory, commands: ForkedCommands, photos):
     return home
 
 
-def start(commands: ForkedCommands, home: Path, folder: Path, *flags: str) -> ForkedCommand:
-    """Start `run FOLDER` with store, runs and cache in `home`."""
+def start(
+    commands: ForkedCommands, home: Path, folder: Path, *flags: str, kill: str = ""
+) -> ForkedCommand:
+    """Start `run FOLDER` with store, runs and cache in `home`.
+
+    `kill` is the SEND_SIGNAL of the callback `SendSignal`.
+    """
     return commands.start(
         *("run", folder, *SMALL, "--trainer.accelerator", "cpu", "--logger", "none"),
         *("--store", home / "store", "--name", "photos", "--data.cache", home / "cache"),
         *("--trainer.default_root_dir", home / "runs", "--samples.images", "0"),
         *("--export.report", "false", "--export.quantize.enabled", "false"),
+        *("--audit.enabled", "false"),
+        "--trainer.callbacks+=support.interruption_callbacks.SendSignal",
         *flags,
+        env={"SEND_SIGNAL": kill},
     )
 
 
@@ -192,9 +201,8 @@ def test_the_audit_finds_wrong_labels_by_the_embeddings(commands, home, photos, 
         source = mislabelled / true_class / "5.png"
         source.rename(mislabelled / wrong_class / f"from-{true_class}.png")
 
-    command = start(
-        commands, home, mislabelled, "--model.weights", "photos/1", "--fit.mode", "probe"
-    )
+    probe = ("--model.weights", "photos/1", "--fit.mode", "probe", "--audit.enabled", "true")
+    command = start(commands, home, mislabelled, *probe)
     assert command.status() == 0, command.text
     newest = max(home.glob("runs/photos/*/audit/audit.json"), key=lambda path: path.stat().st_mtime)
     suspects = json.loads(newest.read_text())["labels"]["suspects"]
@@ -217,9 +225,9 @@ def test_a_run_that_ends_after_its_probe_starts_from_it(commands, home, photos):
         *("--model.weights", "photos/1", "--seed_everything", "3", "--time-budget", "1h"),
         *("--trainer.max_epochs", "2", "--resume.every_steps", "1"),
     )
-    killed = start(commands, home, photos, *flags)
-    killed.wait_for("2 epochs of")
-    killed.kill()
+    killed = start(commands, home, photos, *flags, kill="KILL:step:1")
+    assert killed.status() == 137
+    assert "2 epochs of" in killed.text
 
     resumed = start(commands, home, photos, *flags)
     assert resumed.status() == 0, resumed.text
@@ -236,7 +244,9 @@ def test_a_probe_of_other_data_is_not_resumed(commands, home, photos, tmp_path):
     flags = ("--model.weights", "photos/1", "--fit.mode", "probe", "--seed_everything", "4")
     killed = start(commands, home, growing, *flags)
     killed.wait_for("linear probe")
-    killed.kill()
+    with contextlib.suppress(ProcessLookupError):  # it ended first
+        killed.kill()
+    killed.wait()
 
     write_digits(growing, NEW_CLASS)
     command = start(commands, home, growing, *flags)

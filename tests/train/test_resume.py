@@ -272,7 +272,7 @@ def test_sampling_and_augmentation_draw_the_same_again(commands, tmp_path):
         "cutmix": 0.5,
         "flip": "random",
     }
-    drawn = ["--data.sampling=balanced"]
+    drawn = ["--data.sampling=balanced", "--trainer.max_epochs=2"]
     for name, value in chances.items():
         drawn.append(f"--data.augment.{name}={value}")
     finish_run(commands, tmp_path / "undisturbed", *drawn)
