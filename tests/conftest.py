@@ -36,16 +36,15 @@ settings.load_profile("busy machine")
 LONG_FILES = (
     "tests/train/test_fit.py",
     "tests/serve/test_survival.py",
+    "tests/test_end_to_end.py",
     "tests/train/test_failures.py",
     "tests/train/test_resume.py",
     "tests/serve/test_page.py",
     "tests/train/test_probe.py",
     "tests/train/test_backbones.py",
-    "tests/serve/test_limits.py",
-    "tests/serve/test_start.py",
     "tests/train/test_data.py",
     "tests/train/test_weights.py",
-    "tests/test_end_to_end.py",
+    "tests/serve/test_label_page.py",
 )
 
 

@@ -88,7 +88,8 @@ def test_cuda_without_a_gpu_is_refused_in_one_line(run_serve, bundle_store):
 @needs_no_gpu
 def test_auto_falls_back_to_the_cpu_without_a_gpu(bundle_store, monkeypatch):
     """For example, an image for GPUs on a node that has none."""
-    # onnxruntime-gpu can't be installed beside the onnxruntime of the other tests.
+    # Only onnxruntime-gpu has this provider, and it can't be installed beside the onnxruntime of
+    # the other tests: no setting, file or variable of the service shows the same.
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     assert load_model(bundle_store).engine.name == "onnxruntime"
 
