@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socketserver
 import subprocess
 import sys
@@ -167,3 +168,15 @@ def test_requests_and_answers_of_other_servers(kind: str, answer: object):
     is_json = rival.content_type == "application/json"
     assert (b"aW1hZ2U=" if is_json else b"image") in body
     assert rival.read_label(answer) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("wrk"), reason="wrk is not installed")
+def test_serve_predict_is_measured_beside_the_service(tmp_path: Path):
+    environment = os.environ | {"BENCHMARK_RESULTS": str(tmp_path)}
+    script = ROOT / "tests/benchmarks/predict_speed.py"
+    sizes = ("small", "--rounds", "1", "--seconds", "1", "--images", "200", "--keep")
+    subprocess.run([sys.executable, str(script), *sizes], env=environment, check=True)
+    (result,) = json.loads((tmp_path / "predict_speed.json").read_text())
+    assert result["case"] == "small"
+    assert result["predict"] / result["service"] == pytest.approx(result["ratio"], rel=0.1)
