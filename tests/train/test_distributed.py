@@ -2,9 +2,11 @@
 
 import collections
 import csv
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 
 from models import networks
 from support import ROOT
+from support.s3_server import S3Server, failing_s3_server
 from support.sample_images import write_image_folder
 from support.server import find_free_ports
 
@@ -169,8 +172,13 @@ def test_lightning_starts_the_processes_itself(one, tmp_path):
     assert_alike(tmp_path, one)
 
 
-@pytest.mark.slow
-def test_two_launchers_meet(one, tmp_path):
+def run_two_nodes(
+    directory: Path, *settings: str, roots: tuple[str, ...] = (), kill: str = ""
+) -> list[int]:
+    """Run a launcher for each of two nodes until both end; return their exit statuses.
+
+    `roots` are the directories of the runs of each; without it both have the same.
+    """
     flags = (
         "--nnodes=2",
         "--nproc-per-node=1",
@@ -178,13 +186,54 @@ def test_two_launchers_meet(one, tmp_path):
         "--rdzv-endpoint",
         f"127.0.0.1:{find_free_ports(1)[0]}",
     )
-    nodes = [torchrun(tmp_path, "--data.batch_size=32", flags=flags, wait=False) for _ in range(2)]
+    nodes: list[subprocess.Popen] = []
     try:
-        assert [node.wait(280) for node in nodes] == [0, 0], (tmp_path / "log").read_text()
+        for number in range(2):
+            own = [f"--trainer.default_root_dir={directory / root}" for root in roots[number:][:1]]
+            node = torchrun(directory, *settings, *own, flags=flags, kill=kill, wait=False)
+            nodes.append(node)
+        return [node.wait(280) for node in nodes]
     finally:
         for node in nodes:
             if node.poll() is None:
                 node.kill()
+
+
+@pytest.mark.slow
+def test_two_launchers_meet(one, tmp_path):
+    statuses = run_two_nodes(tmp_path, "--data.batch_size=32")
+    assert statuses == [0, 0], (tmp_path / "log").read_text()
+    assert_alike(tmp_path, one)
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[S3Server]:
+    with failing_s3_server("bucket") as server:
+        yield server
+
+
+@pytest.mark.slow
+def test_two_nodes_without_a_shared_volume_resume_from_a_bucket(one, s3, tmp_path):
+    """The first process uploads. Each node, here a directory, fetches the checkpoint."""
+    settings = ("--data.batch_size=32", "--resume.url=s3://bucket/runs")
+    statuses = run_two_nodes(tmp_path, *settings, roots=("a", "b"), kill="TERM:step:27")
+    log = (tmp_path / "log").read_text()
+    assert 0 not in statuses, log
+    newest = json.loads(s3.read("bucket", "runs/digits/1/newest"))
+    assert 27 <= newest["step"] < 42, log
+    uploaded = s3.keys("bucket", f"runs/digits/1/{newest['snapshot']}/")
+    assert [Path(key).name for key in uploaded].count(newest["checkpoint"]) == 1
+
+    statuses = run_two_nodes(tmp_path, *settings, roots=("c", "d"))
+    log = (tmp_path / "log").read_text()
+    assert statuses == [0, 0], log
+    assert log.count(f"resuming from step {newest['step']}") == 1, log
+    assert "runs/digits/1/finished" in s3.keys("bucket", "runs/")
+
+    (finished,) = tmp_path.glob("[cd]/digits/1/finished")  # of the first process
+    finished.parents[2].rename(tmp_path / "runs")
+    (other,) = tmp_path.glob("[cd]/digits/1")
+    assert (other / newest["checkpoint"]).is_file()
     assert_alike(tmp_path, one)
 
 

@@ -289,9 +289,9 @@ def check_store(job: TrainingJob) -> None:
 
 
 def open_mirror(job: TrainingJob) -> RunMirror | None:
-    """Return the runs in a bucket, in the first process; None where the settings name none."""
+    """Return the runs in a bucket, in the first process of each node; None where there are none."""
     url = job.resume_checkpoint.url
-    return RunMirror(url, job.name) if url and job.trainer.is_global_zero else None
+    return RunMirror(url, job.name) if url and job.trainer.local_rank == 0 else None
 
 
 def start_run(job: TrainingJob, mirror: RunMirror | None) -> Run:
@@ -302,7 +302,7 @@ def start_run(job: TrainingJob, mirror: RunMirror | None) -> Run:
     is_resumed = run.checkpoint is not None
     job.model_checkpoint.write_to(run.path, is_resumed)
     job.resume_checkpoint.write_to(run.path, is_resumed)
-    if mirror is not None:
+    if mirror is not None and trainer.is_global_zero:
         mirror.start(run.path)
         job.resume_checkpoint.upload_to(mirror)
     job.monitor.start(trainer)

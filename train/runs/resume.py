@@ -112,7 +112,7 @@ class ResumeCheckpoint(Checkpoint):
         keep: number of newest checkpoints to keep, so that a damaged one costs little.
         notice_seconds: time from SIGTERM or Ctrl-C to the end of the process, at most.
         url: place in a bucket, s3://…, gs://… or az://…, to which each checkpoint is uploaded, and
-            from which the run resumes on another machine; for runs on one node.
+            from which the run resumes on another machine, and each of its nodes.
     """
 
     def __init__(

@@ -24,7 +24,7 @@ from train.runs.checkpoints import (
     list_checkpoints,
     newest_checkpoint,
 )
-from train.runs.distributed import share_choice
+from train.runs.distributed import run_once_per_node, share_choice
 from train.runs.run_mirror import RunMirror
 
 SETTINGS_FILE = "settings.json"
@@ -104,22 +104,33 @@ def open_run(
 ) -> Run:
     """Return the run to resume, or a new one; the same in all processes.
 
-    Runs of the mirror that are newer than those of this machine are copied to it first.
+    Runs of the mirror that are newer than those of this machine are copied to it first. On several
+    nodes without a shared volume, each gets the checkpoint from the mirror. `mirror` is None in all
+    but the first process of each node.
     `settings` are all settings of the command as plain values, which are also written to the run's
     config.yaml. `fresh` always starts a new run.
     """
 
     def choose() -> dict[str, Any]:
         if mirror is not None:
-            mirror.fetch((root / name).resolve())
+            mirror.fetch(directory)
         run = claim_run(root, name, settings, trainer.world_size, fresh, mirror)
         (run.path / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
-        checkpoint = str(run.checkpoint) if run.checkpoint else None
-        return {"path": str(run.path), "checkpoint": checkpoint, "is_new": run.is_new}
+        checkpoint = run.checkpoint.name if run.checkpoint else None
+        return {"number": run.path.name, "checkpoint": checkpoint, "is_new": run.is_new}
 
+    directory = (root / name).resolve()
     choice = share_choice(trainer, choose)
-    checkpoint = Path(choice["checkpoint"]) if choice["checkpoint"] else None
-    return Run(Path(choice["path"]), checkpoint, choice["is_new"])
+    path = directory / choice["number"]
+    checkpoint = path / choice["checkpoint"] if choice["checkpoint"] else None
+
+    def fetch_checkpoint() -> None:
+        if mirror is not None and checkpoint is not None and not checkpoint.exists():
+            mirror.fetch_snapshot(int(path.name), path)
+
+    if trainer.num_nodes > 1:
+        run_once_per_node(trainer, fetch_checkpoint)
+    return Run(path, checkpoint, choice["is_new"])
 
 
 def claim_run(

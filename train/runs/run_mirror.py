@@ -63,9 +63,9 @@ class RunMirror:
             if f"{number}/{FINISHED_FILE}" in objects:
                 (target / FINISHED_FILE).touch()
             elif number == max(numbers):
-                self._fetch_snapshot(number, target)
+                self.fetch_snapshot(number, target)
 
-    def _fetch_snapshot(self, number: int, target: Path) -> None:
+    def fetch_snapshot(self, number: int, target: Path) -> None:
         """Copy the newest snapshot of a run, unless there is a newer checkpoint here."""
         newest = self._client.read(f"{number}/{NEWEST_OBJECT}", MAX_NEWEST_BYTES)
         if newest is None:
