@@ -178,7 +178,7 @@ class LabelApp:
     # Saving
 
     def _save_labels(self, body: bytes) -> LabelReply:
-        content = _parse_body(body)
+        content = parse_body(body)
         if content.get("page") != PAGE_VERSION:
             raise LabelProblem(
                 HTTPStatus.CONFLICT,
@@ -265,7 +265,8 @@ def _clean_text(text: Any, most: int, name: str) -> str:
     return cleaned
 
 
-def _parse_body(body: bytes) -> dict[str, Any]:
+def parse_body(body: bytes) -> dict[str, Any]:
+    """Return the object of a body in JSON. Raises LabelProblem 400."""
     try:
         content = json.loads(body)
     except (ValueError, RecursionError) as error:

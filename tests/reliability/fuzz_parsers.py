@@ -5,7 +5,7 @@
         [--seed 0] [--findings DIR] [--out FILE]
 
 Each target runs for MINUTES in a process of its own, from a corpus of valid inputs. A finding is an
-exception that is no ImageError or Problem, an input that takes more than 5 seconds, or more than 2
+exception that the parser does not document, an input that takes more than 5 seconds, or more than 2
 GiB of memory. The input is kept in DIR.
 
 Prints the report as JSON, which FILE keeps: the inputs that were run and the findings of each
@@ -43,9 +43,15 @@ def build_targets() -> dict[str, Target]:
     """Import the parsers with instrumentation and return a function for each target."""
     import atheris
 
-    with atheris.instrument_imports(include=["models.image", "serve.http", "serve.wire"]):
+    instrumented = ["models.image", "models.bundle", "models.kept", "models.labelling"]
+    instrumented += ["serve.http", "serve.wire"]
+    with atheris.instrument_imports(include=instrumented):
+        from models.bundle import BundleError
+        from models.bundle.manifest import parse_manifest
         from models.image import ImageError, read_header
         from models.image.sanitize import sanitize
+        from models.kept.records import KeptImage, merge_images, parse_lines
+        from models.labelling.app import LabelProblem, parse_body, parse_labels
         from serve.http import open_inference, predict_endpoint, request_body
         from serve.http.feedback import parse_feedback
         from serve.http.responses import Problem
@@ -57,6 +63,10 @@ def build_targets() -> dict[str, Target]:
     def read_frames(data: bytes) -> object:
         return take_jobs(bytearray(data)), take_answers(bytearray(data))
 
+    def read_kept_lines(data: bytes) -> object:
+        images = merge_images(parse_lines(data, KeptImage))
+        return [image.read_embedding() for image in images.values()]
+
     parsers: dict[str, Target] = {
         "header": read_header,
         "sanitize": read_image,
@@ -66,8 +76,12 @@ def build_targets() -> dict[str, Target]:
         "feedback": parse_feedback,
         "query": predict_endpoint.parse_query,
         "frames": read_frames,
+        "labels": lambda data: parse_labels(parse_body(data)),
+        "kept": read_kept_lines,
+        "manifest": lambda data: parse_manifest(data, "fuzz"),
     }
-    return {name: _ignore(parser, (ImageError, Problem)) for name, parser in parsers.items()}
+    expected = (ImageError, Problem, LabelProblem, BundleError)
+    return {name: _ignore(parser, expected) for name, parser in parsers.items()}
 
 
 def _ignore(parser: Target, expected: tuple[type[Exception], ...]) -> Target:
@@ -80,7 +94,19 @@ def _ignore(parser: Target, expected: tuple[type[Exception], ...]) -> Target:
     return run
 
 
-TARGETS = ("header", "sanitize", "multipart", "json", "inference", "feedback", "query", "frames")
+TARGETS = (
+    "header",
+    "sanitize",
+    "multipart",
+    "json",
+    "inference",
+    "feedback",
+    "query",
+    "frames",
+    "labels",
+    "kept",
+    "manifest",
+)
 
 
 def write_corpus(target: str, directory: Path) -> None:
@@ -99,10 +125,32 @@ def write_corpus(target: str, directory: Path) -> None:
         "feedback": [b'{"id": "a", "label": "b", "image": 0}'],
         "query": [b"top_k=3&explain=cam&embedding=base64"],
         "frames": [bytes(64)],
+        "labels": [
+            b'{"labels": [{"id": "a", "verdict": "class", "label": "red", "who": "ann"}]}',
+        ],
+        "kept": _write_kept_lines(directory.with_name("kept-files")) if target == "kept" else [],
+        "manifest": _write_manifest(directory.with_name("store")) if target == "manifest" else [],
     }
     directory.mkdir()
     for number, content in enumerate(inputs[target]):
         (directory / str(number)).write_bytes(content)
+
+
+# The imports are in the functions: what a child fuzzes must be imported with instrumentation.
+
+
+def _write_kept_lines(root: Path) -> list[bytes]:
+    from models.kept import open_kept
+    from support.kept_images import add_answered_image
+
+    add_answered_image(open_kept(root))
+    return [path.read_bytes() for path in root.glob("*/*.jsonl")]
+
+
+def _write_manifest(store: Path) -> list[bytes]:
+    from support import tiny_bundle
+
+    return [(tiny_bundle.publish(store) / "manifest.json").read_bytes()]
 
 
 def run_child(target: str, corpus: Path, findings: Path, seconds: int, seed: int) -> None:

@@ -3,11 +3,12 @@
     python tests/reliability/fuzz_requests.py [--minutes 10] [--clients 8] [--seed 0]
         [--findings DIR] [--out FILE]
 
-Starts the service with a small bundle, then sends valid requests to every endpoint with changes in
-the request line, the headers, the framing, the body (multipart, JSON, Open Inference Protocol) and
-the image in it, several in one connection, some of them cut off. A finding is a status of 500 or
-above, a process that ended, a log line that is no JSON or an error, or a service that does not
-answer a plain request at the end. What was sent is kept in DIR.
+Starts the service with a small bundle, an API key and a directory of kept images, then sends valid
+requests to every endpoint with changes in the request line, the headers, the framing, the body
+(multipart, JSON, Open Inference Protocol, labels, feedback) and the image in it, several in one
+connection, some of them cut off or without the key. A finding is a status of 500 or above, a
+process that ended, a log line that is no JSON or an error, or a service that does not answer a
+plain request at the end. What was sent is kept in DIR.
 
 Prints the report as JSON, which FILE keeps: connections, statuses, memory of the processes before
 and after [MB], findings. Exit status 1 where there are findings.
@@ -16,6 +17,7 @@ and after [MB], findings. Exit status 1 where there are findings.
 import argparse
 import base64
 import contextlib
+import hashlib
 import json
 import random
 import re
@@ -31,6 +33,8 @@ import project_path  # noqa: F401  makes the imports below possible
 from processes import read_usage
 from reports import describe_run, print_report
 
+from models.kept import Verdict
+from models.labelling.app import PAGE_VERSION
 from support import sample_images, tiny_bundle
 from support.image_mutations import FORMATS, damage_bytes, mutate_image, write_seed_images
 from support.server import Server
@@ -38,18 +42,32 @@ from support.server import Server
 READ_TIMEOUT_SECONDS = 20
 WARM_UP_SECONDS = 5
 MAX_GROWTH_MB = 64
+KEY = "fuzz"
+KEY_SHARE = 0.95  # of the requests that have the key
 STATUS_LINE = re.compile(rb"HTTP/1\.1 (\d{3}) ")
 
 PATHS = (
     b"/predict",
     b"/predict?top_k=3",
-    b"/predict?explain=cam",
+    b"/predict?explain=cam&embedding=true",
+    b"/predict?embedding=base64",
     b"/predict?top_k=-1&explain=x&%zz",
     b"/v2/models/colours/infer",
     b"/v2/models/colours",
     b"/v2",
     b"/feedback",
+    b"/label",
+    b"/label/page/../app.py",
+    b"/label/items?order=random&show=labelled&limit=99999999999",
+    b"/label/items?order=teach&limit=%D9%A3&client=%00",
+    b"/label/images/%2e%2e%2fmanifest.json",
+    b"/label/similar/" + b"0" * 64,
+    b"/label/labels",
+    b"/kept/x",
+    b"/kept/%00%ff",
     b"/model",
+    b"/docs",
+    b"/page/page.js",
     b"/samples/0",
     b"/report",
     b"/openapi.json",
@@ -90,6 +108,24 @@ EXTRA_HEADERS = (
     b" folded",
     b"no colon",
     b"Origin: http://elsewhere.example",
+    b"Origin: http://allowed.example\r\nAccess-Control-Request-Method: POST",
+    b"Sec-Fetch-Site: cross-site\r\nSec-Fetch-Mode: navigate",
+    b"Authorization: Bearer " + KEY.encode(),
+    b"X-API-Key: \xff",
+    b"Traceparent: 00-" + b"f" * 32 + b"-" + b"f" * 16 + b"-01",
+    b"Range: bytes=5-1",
+)
+METHODS = (b"POST", b"POST", b"POST", b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE", b"X")
+TEXTS = ("red", "violet", "", " ", "<b>&\0", "\ud800", "a" * 10_000, "\u202e", None, 5, [], {})
+# Each kind of body, and a path that reads it.
+BODY_PATHS = (
+    b"/predict",
+    b"/predict",
+    b"/v2/models/colours/infer",
+    b"/feedback",
+    b"/v2/models/colours/infer",
+    b"/predict",
+    b"/label/labels",
 )
 
 
@@ -109,10 +145,13 @@ class RequestWriter:
 
     def write_request(self) -> bytes:
         rng = self.rng
-        method = rng.choice((b"POST", b"POST", b"POST", b"GET", b"HEAD", b"OPTIONS", b"PUT", b"X"))
-        path = b"/predict" if rng.random() < 0.5 else rng.choice(PATHS)
-        content_type, body = self.write_body()
+        method = rng.choice(METHODS)
+        kind = rng.randrange(len(BODY_PATHS))
+        path = BODY_PATHS[kind] if rng.random() < 0.5 else rng.choice(PATHS)
+        content_type, body = self.write_body(kind)
         lines = [b"%b %b HTTP/1.1" % (method, path), b"Host: x", b"Content-Type: " + content_type]
+        if rng.random() < KEY_SHARE:
+            lines.append(b"X-API-Key: " + KEY.encode())
         lines += rng.sample(EXTRA_HEADERS, rng.choice((0, 0, 0, 1, 2)))
 
         if rng.random() < 0.2:
@@ -142,9 +181,8 @@ class RequestWriter:
             return self.rng.choice(seeds)
         return mutate_image(file_format, seeds, self.rng)
 
-    def write_body(self) -> tuple[bytes, bytes]:
-        """Return a content type and a body."""
-        kind = self.rng.randrange(6)
+    def write_body(self, kind: int) -> tuple[bytes, bytes]:
+        """Return a content type and a body for the path BODY_PATHS[kind]."""
         if kind == 0:
             return self.write_form()
         if kind == 1:
@@ -153,14 +191,38 @@ class RequestWriter:
         if kind == 2:
             return b"application/json", self.damage_text(self.write_open_inference())
         if kind == 3:
-            content = {"request_id": "x", "label": "red", "index": self.rng.choice((0, -1, 1e9))}
-            return b"application/json", self.damage_text(content)
+            return b"application/json", self.damage_text(self.write_feedback())
         if kind == 4:
             image = self.write_image()
             inputs = self.write_open_inference(len(image) + 4)
             head = json.dumps(inputs).encode()
             return b"application/octet-stream", head + len(image).to_bytes(4, "little") + image
+        if kind == 6:
+            return b"application/json", self.damage_text(self.write_labels())
         return b"image/png", self.write_image()
+
+    def write_feedback(self) -> dict[str, object]:
+        """Return the JSON of a label for an answer."""
+        return {
+            "id": self.rng.choice(("x", *TEXTS)),
+            "label": self.rng.choice(TEXTS),
+            "image": self.rng.choice((0, -1, 1e9, 65_536, True, None)),
+        }
+
+    def write_labels(self) -> dict[str, object]:
+        """Return the JSON of labels that the labelling page saves."""
+        labels: list[object] = []
+        for _ in range(self.rng.randint(1, 4)):
+            image = self.rng.choice(self.seeds["bmp"])
+            digest = hashlib.sha256(image).hexdigest()
+            label = {
+                "id": self.rng.choice((digest, "../x", *TEXTS)),
+                "verdict": self.rng.choice((*Verdict, "x", None, [])),
+                "label": self.rng.choice(TEXTS),
+                "who": self.rng.choice(("ann", "ann", *TEXTS)),
+            }
+            labels.append(self.rng.choice((label, label, label, 5)))
+        return {"page": self.rng.choice((PAGE_VERSION, PAGE_VERSION, "old")), "labels": labels}
 
     def write_form(self) -> tuple[bytes, bytes]:
         """Return a multipart body with one to four images."""
@@ -204,8 +266,23 @@ class RequestWriter:
             tensor["data"] = self.rng.choice(([self.write_base64()], [[1, 2], [3]], [], "x", None))
         else:
             tensor["parameters"] = {"binary_data_size": self.rng.choice((binary_bytes, -1, 10**30))}
-        outputs = self.rng.choice((None, [], [{"name": "probabilities"}], [{"name": 3}], "x"))
-        return {"id": "x", "inputs": [tensor], "outputs": outputs}
+        outputs: list[object] = []
+        for name in self.rng.sample(("probabilities", "energy", "label", "cam", "embedding", 3), 2):
+            parameters = self.rng.choice(
+                (
+                    {},
+                    {"binary_data": True},
+                    {"classification": self.rng.choice((2, -1, 10**30, "x"))},
+                    {"shared_memory_region": "x"},
+                    5,
+                )
+            )
+            outputs.append({"name": name, "parameters": parameters})
+        return {
+            "id": self.rng.choice(("x", *TEXTS)),
+            "inputs": [tensor],
+            "outputs": self.rng.choice((None, [], outputs, outputs, "x")),
+        }
 
     def damage_text(self, content: object) -> bytes:
         """Return the JSON of the content, sometimes damaged or deeply nested."""
@@ -314,7 +391,9 @@ def main() -> int:
         store = Path(directory) / "store"
         log = Path(directory) / "log"
         tiny_bundle.publish(store)
-        flags = ("--keep-alive-seconds", "1", "--read-timeout-seconds", "1")
+        flags = ["--keep-alive-seconds", "1", "--read-timeout-seconds", "1", "--api-key", KEY]
+        flags += ["--keep", str(Path(directory) / "kept"), "--keep-share", "1"]
+        flags += ["--cors-origins", "http://allowed.example"]
         with Server(store, log, *flags, env={"IMAGO_LOG_FORMAT": "json"}) as server:
             server.wait_ready()
             processes = sorted(server.children())
@@ -327,7 +406,8 @@ def main() -> int:
 
             if sorted(server.children()) != processes:
                 clients.findings["a process ended"] += 1
-            if server.predict(sample_images.make_png(0, 0)).status_code != 200:
+            plain = server.predict(sample_images.make_png(0, 0), **{"X-API-Key": KEY})
+            if plain.status_code != 200:
                 clients.findings["no answer to a plain request"] += 1
             if memory_after - memory_before > MAX_GROWTH_MB:
                 clients.findings["memory"] += 1

@@ -15,7 +15,19 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from support.jpeg_builder import green_jpeg
+from support.tiff_builder import DEFLATE, Page, build_tiff
+
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+ADAM7_PASSES = (  # first column and row, and the steps to the next
+    (0, 0, 8, 8),
+    (4, 0, 8, 8),
+    (0, 4, 4, 8),
+    (2, 0, 4, 4),
+    (0, 2, 2, 4),
+    (1, 0, 2, 2),
+    (0, 1, 1, 2),
+)
 EXTREME_INTEGERS = (0, 1, 2, 7, 8, 15, 16, 127, 128, 255, 256, 32767, 32768, 65535, 1 << 16)
 EXTREME_LONG_INTEGERS = (*EXTREME_INTEGERS, (1 << 31) - 1, 1 << 31, (1 << 32) - 1)
 MAX_COPIES = 300
@@ -45,6 +57,8 @@ def write_seed_images() -> dict[str, list[bytes]]:
             _save(gray, "JPEG", restart_marker_blocks=2),
             _save(rgb, "JPEG", subsampling=2, quality=20),
             _save(rgb.convert("CMYK"), "JPEG"),
+            green_jpeg([[0], [1], [2]]),
+            green_jpeg([[0], [1, 2]], frame=0xC2),
         ],
         "png": [
             _save(rgb, "PNG", exif=exif),
@@ -54,6 +68,7 @@ def write_seed_images() -> dict[str, list[bytes]]:
             _save(rgb.convert("1"), "PNG"),
             _save(sixteen_bit, "PNG"),
             _save(frames[0], "PNG", save_all=True, append_images=frames[1:]),
+            _build_interlaced_png(noise[:, :, 0]),
         ],
         "gif": [
             _save(palette, "GIF", comment=b"comment"),
@@ -82,6 +97,8 @@ def write_seed_images() -> dict[str, list[bytes]]:
             _save(rgb.convert("1"), "TIFF", compression="group4"),
             _save(sixteen_bit, "TIFF"),
             _save(frames[0], "TIFF", save_all=True, append_images=frames[1:]),
+            build_tiff(Page(noise[:, :, :3], {259: DEFLATE, 284: 2})),
+            build_tiff(Page(noise.astype(np.uint16)[:, :, :3] * 9, {259: DEFLATE}), order=">"),
         ],
         "bmp": [_save(rgb, "BMP"), _save(palette, "BMP"), _save(rgba, "BMP")],
     }
@@ -91,6 +108,17 @@ def _save(image: Image.Image, file_format: str, **options: object) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, file_format, **options)
     return buffer.getvalue()
+
+
+def _build_interlaced_png(pixels: np.ndarray) -> bytes:
+    """A PNG of gray pixels [H, W] in the seven passes of Adam7, which Pillow does not write."""
+    height, width = pixels.shape
+    rows = b""
+    for x, y, step_x, step_y in ADAM7_PASSES:
+        for row in pixels[y::step_y, x::step_x]:
+            rows += b"\0" + row.tobytes()
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 1)
+    return _join_png([header, b"IDAT" + zlib.compress(rows), b"IEND"])
 
 
 def mutate_image(file_format: str, seeds: list[bytes], rng: random.Random) -> bytes:
