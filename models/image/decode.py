@@ -420,6 +420,8 @@ def _expand_range(gray: np.ndarray, bits: int) -> np.ndarray:
 
 def _run_decoder(data: bytes | bytearray, header: Header, flag: int) -> tuple[np.ndarray, bytes]:
     """Return the decoded image, not turned, and the EXIF block of a PNG or WebP."""
+    if header.format == "jpeg":
+        data = sanitize(bytes(data), header)
     buffer = np.frombuffer(data, np.uint8)
     exif = b""
     image: np.ndarray | None

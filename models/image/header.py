@@ -253,6 +253,19 @@ def _parse_jpeg(data: bytes) -> Header:
     )
 
 
+def iterate_jpeg_segments(data: bytes, end: int) -> Iterator[tuple[int, int, int]]:
+    """Yield the marker, the start and the end of each segment of a parsed JPEG before `end`."""
+    start = 2
+    while start < end:
+        marker, position = _read_jpeg_marker(data, start)
+        if position >= end:
+            return
+        if marker not in _STAND_ALONE:
+            position += data[position] << 8 | data[position + 1]
+        yield marker, start, position
+        start = position
+
+
 def _check_scans(scans: int, pixels: int) -> None:
     """Raise UndecodableImage where so many scans of so many pixels take too long."""
     if scans > _MAX_SCANS:

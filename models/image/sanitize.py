@@ -4,9 +4,9 @@ A decoder sees no text, colour profile or animation: libpng inflates up to 1,000
 8 MB each and keeps them, and an animation costs several canvases. What remains can't take much
 longer than its pixels need.
 
-One function a format takes what the decoder gets out of a file: PNG, GIF, WebP and TIFF; of an AVIF
-the module `avif` does it. JPEG and BMP stay as they are: their decoders skip what is no pixel, and
-`header` bounds the scans of a JPEG.
+One function a format takes what the decoder gets out of a file: JPEG, PNG, GIF, WebP and TIFF; of
+an AVIF the module `avif` does it. BMP stays as it is: its decoder skips what is no pixel. `header`
+bounds the scans of a JPEG.
 """
 
 import struct
@@ -21,6 +21,7 @@ from models.image.header import (
     DAMAGED,
     Header,
     count_png_row_bytes,
+    iterate_jpeg_segments,
     iterate_png_chunks,
     iterate_webp_chunks,
 )
@@ -55,6 +56,33 @@ def read_first_frame(data: bytes | bytearray, header: Header) -> Frame | None:
     if header.format == "webp" and data[12:16] == b"VP8X" and data[20] & _WEBP_ANIMATION:
         return _read_webp_frame(data)
     return None
+
+
+# ---------------------------------------------------------------------------------------------
+# JPEG
+
+_JPEG_MAX_HEAD_BYTES = 1 << 18
+"""Before the first scan. In a longer head libjpeg would keep as many bytes of profiles and EXIF."""
+
+_JPEG_APPLICATIONS = range(0xE1, 0xF0)
+_JPEG_ADOBE = 0xEE  # tells how colours are stored
+_JPEG_COMMENT = 0xFE
+
+
+def _sanitize_jpeg(data: bytes, header: Header) -> bytes:
+    """Leave the segments of applications and comments out of a head that is long."""
+    if header.frame is None or header.frame.first_scan <= _JPEG_MAX_HEAD_BYTES:
+        return data
+    first_scan = header.frame.first_scan
+    parts = [data[:2]]
+    scan_start = 2
+    for marker, start, end in iterate_jpeg_segments(data, first_scan):
+        is_application = marker in _JPEG_APPLICATIONS and marker != _JPEG_ADOBE
+        if not is_application and marker != _JPEG_COMMENT:
+            parts.append(data[start:end])
+        scan_start = end
+    parts.append(data[scan_start:])
+    return b"".join(parts)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -394,6 +422,7 @@ def _read_tiff_numbers(data: bytes, order: str, entry: int) -> np.ndarray:
 
 
 _FUNCTIONS: dict[str, Callable[[bytes, Header], bytes | bytearray]] = {
+    "jpeg": _sanitize_jpeg,
     "png": _sanitize_png,
     "gif": _sanitize_gif,
     "webp": _sanitize_webp,

@@ -26,6 +26,7 @@ from models.image import (
     decode_full_size,
     read_header,
 )
+from models.image.sanitize import sanitize
 from support import jpeg_builder, webp_builder
 from support.webp_builder import webp
 
@@ -495,6 +496,32 @@ def test_webp_chunks_that_make_no_pixels_are_left_out(extra):
     pixels = PLAIN_WEBP[PLAIN_WEBP.index(b"VP8L") + 8 :]
     data = webp((b"VP8X", flags + sizes), *extra, (b"VP8L", pixels), *extra)
     assert np.array_equal(decode_full_size(data, 3), decode_full_size(PLAIN_PNG, 3))
+
+
+BURDENED_JPEG = {
+    "comments": b"".join([jpeg_builder.segment(0xFE, bytes(60_000))] * 400),
+    "exif": b"".join([jpeg_builder.segment(0xE1, b"Exif\0\0" + bytes(60_000))] * 400),
+    "profile": b"".join(
+        [
+            jpeg_builder.segment(0xE2, b"ICC_PROFILE\0" + bytes((i, 255)) + bytes(60_000))
+            for i in range(1, 256)
+        ]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BURDENED_JPEG)
+def test_jpeg_segments_that_make_no_pixels_are_left_out(name, capfd):
+    """libjpeg would keep those of profiles and EXIF in memory."""
+    plain = save("JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\6\0\0\0\0\0\0")
+    burdened = insert(plain, plain.index(b"\xff\xdb"), BURDENED_JPEG[name])
+    expected = decode_full_size(plain, 3)
+    assert np.array_equal(decode_full_size(burdened, 3), expected)
+    assert expected.shape == (60, 40, 3)  # turned
+    assert capfd.readouterr() == ("", "")
+
+    small = sanitize(burdened, read_header(burdened))
+    assert len(small) < len(plain) + 100
 
 
 def test_only_the_first_directory_of_a_tiff_is_read():

@@ -27,6 +27,8 @@ from support.sample_images import (
     write_image_folder,
 )
 from train.data import DataError, ImageData
+from train.data.corrections import read_corrections
+from train.data.sources.csv_file import read_csv
 
 COUNT = 30
 LABELS = [i % 3 for i in range(COUNT)]
@@ -213,6 +215,13 @@ def test_a_csv_in_another_encoding_names_the_line(tmp_path):
     (tmp_path / "table.csv").write_bytes("path,label\na.png,rose\nb.png,käse\n".encode("latin-1"))
     with pytest.raises(DataError, match=r"line 3: .*save the file as UTF-8"):
         ImageData(str(tmp_path / "table.csv"), cache="").setup()
+
+
+@pytest.mark.parametrize("read", [read_csv, read_corrections])
+def test_a_named_pipe_is_no_table(tmp_path, read):
+    os.mkfifo(tmp_path / "pipe.csv")
+    with pytest.raises(DataError, match="not readable as a CSV file: not a regular file"):
+        read(tmp_path / "pipe.csv")
 
 
 def test_a_named_pipe_in_a_csv_counts_as_unreadable(pictures):

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from models.image.files import read_regular_file
 from train.data.source import (
     CORRECTIONS_FILE,
     DataError,
@@ -86,7 +87,7 @@ def _read_rows(path: Path) -> Iterator[Row]:
 def read_text(path: Path) -> str:
     """Read the file as UTF-8, or as UTF-16 where it begins with a byte-order mark."""
     try:
-        content = path.read_bytes()
+        content = read_regular_file(path)
     except OSError as error:
         raise DataError(f"{path}: not readable as a CSV file: {error}") from error
 
