@@ -279,6 +279,11 @@ class Manifest(_Part):
     provenance: Provenance
 
     @property
+    def title(self) -> str:
+        """NAME/VERSION, for messages and pages."""
+        return f"{self.name}/{self.version}"
+
+    @property
     def test_metrics(self) -> Metrics | None:
         """Metrics of the test images that have no duplicate in another part.
 

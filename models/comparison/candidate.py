@@ -51,7 +51,7 @@ def served_variant(manifest: Manifest) -> str:
 
 def _build(manifest: Manifest, variant: str, graph: GraphFile) -> Candidate:
     return Candidate(
-        title=f"{manifest.name}/{manifest.version}",
+        title=manifest.title,
         network=manifest.network,
         classes=manifest.classes,
         input=manifest.input,

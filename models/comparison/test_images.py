@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import cast
 
-from models.bundle import Bundle, BundleError
+from models.bundle import Bundle, BundleError, Manifest
 from models.bundle.files import read_file
 from models.comparison.results import LIVE, TEST, Part
 from models.image.files import find_files, is_hidden, is_image_file, read_regular_file
@@ -281,16 +281,17 @@ class ChosenImages:
 
 
 def choose_images(
-    old: Sequence[TestImage], new: Sequence[TestImage], old_title: str, new_title: str
+    old: Sequence[TestImage], new: Sequence[TestImage], old_version: Manifest, new_version: Manifest
 ) -> ChosenImages:
     """Return the test images of two versions that neither of them was trained on.
 
-    Those are the test images of both, with the labels of the new version. No version is trained on
-    an image of a live test set. Where one version lists none, those of the other are taken, and a
-    note says that the accuracy of the first may be too high.
+    Those are the test images of both, with the labels of the new version, and those of a class that
+    the other version does not know. No version is trained on an image of a live test set. Where one
+    version lists none, those of the other are taken, and a note says that the accuracy of the first
+    may be too high.
     """
     if not old or not new:
-        title = old_title if not old else new_title
+        title = (old_version if not old else new_version).title
         note = (
             f"{title} does not list its test images; it may have been trained on some of the "
             "compared images"
@@ -298,17 +299,24 @@ def choose_images(
         images = [*old, *new]
         return ChosenImages(images, [note] if images else [])
 
-    old_digests = {image.sha256 for image in old if image.part == TEST}
-    of_test = [image for image in new if image.part == TEST]
-    shared = [image for image in of_test if image.sha256 in old_digests]
+    old_test = [image for image in old if image.part == TEST]
+    new_test = [image for image in new if image.part == TEST]
+    old_classes = set(old_version.classes)
+    new_classes = set(new_version.classes)
+    of_added = [image for image in new_test if image.label not in old_classes]
+    of_removed = [image for image in old_test if image.label not in new_classes]
+
+    old_digests = {image.sha256 for image in old_test}
+    of_known = [image for image in new_test if image.label in old_classes]
+    shared = [image for image in of_known if image.sha256 in old_digests]
     live = {image.sha256: image for image in [*old, *new] if image.part == LIVE}
     notes: list[str] = []
-    if len(shared) < len(of_test):
+    if len(shared) < len(of_known):
         notes.append(
-            f"compared on the {len(shared)} of {len(of_test)} test images that are test images of "
-            f"both {old_title} and {new_title}"
+            f"compared on the {len(shared)} of {len(of_known)} test images that are test images of "
+            f"both {old_version.title} and {new_version.title}"
         )
-    return ChosenImages([*shared, *live.values()], notes)
+    return ChosenImages([*shared, *of_added, *of_removed, *live.values()], notes)
 
 
 def choose_images_of_bundles(old: Bundle, new: Bundle, data: Path | None) -> ChosenImages:
@@ -317,12 +325,11 @@ def choose_images_of_bundles(old: Bundle, new: Bundle, data: Path | None) -> Cho
     `data`: a folder or a CSV file. Where it holds listed test images, these are taken from it, and
     otherwise all of its images. Raises BundleError where there are none.
     """
-    titles = [f"{bundle.manifest.name}/{bundle.manifest.version}" for bundle in (old, new)]
     search = data if data is not None and data.is_dir() else None
     if data is None or search is not None:
         old_images = read_test_images(old, search)
         new_images = read_test_images(new, search)
-        chosen = choose_images(old_images, new_images, *titles)
+        chosen = choose_images(old_images, new_images, old.manifest, new.manifest)
         if data is not None:
             readable = [image for image in chosen.images if _is_readable(image)]
             chosen = ChosenImages(readable, chosen.notes)
@@ -331,8 +338,8 @@ def choose_images_of_bundles(old: Bundle, new: Bundle, data: Path | None) -> Cho
     if data is not None:
         return ChosenImages(read_labelled_images(data), [])
     raise BundleError(
-        f"{titles[0]} and {titles[1]} list no test image that both can be compared on; give "
-        "labelled images that neither was trained on with --data DIR"
+        f"{old.manifest.title} and {new.manifest.title} list no test image that both can be "
+        "compared on; give labelled images that neither was trained on with --data DIR"
     )
 
 

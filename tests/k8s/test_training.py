@@ -219,11 +219,18 @@ def test_the_overlay_of_the_loop_in_the_readme_trains_on_kept_images():
     job = cron["spec"]["jobTemplate"]["spec"]
     (train,) = containers(job["template"])
     assert train["args"][-1] == "--time-budget=2h"
-    assert {"secretRef": {"name": "bucket-credentials"}} in train["envFrom"]
     (serving,) = (
         manifest
         for manifest in manifests
         if manifest["kind"] == "Deployment" and manifest["metadata"]["name"] == "imago-serving"
     )
-    (serve,) = serving["spec"]["template"]["spec"]["containers"]
-    assert {"secretRef": {"name": "bucket-credentials"}} in serve["envFrom"]
+    pod = serving["spec"]["template"]
+    (serve,) = pod["spec"]["containers"]
+    for container in (train, serve):
+        credentials = [source.get("secretRef", {}).get("name") for source in container["envFrom"]]
+        assert "imago-bucket" in credentials
+    # /label needs the key, and the network policy lets only pods with this label reach the bucket.
+    assert "IMAGO_API_KEY_FILE" in {variable["name"] for variable in serve["env"]}
+    (policy,) = (m for m in manifests if m["metadata"]["name"] == "imago-bucket")
+    selected = policy["spec"]["podSelector"]["matchLabels"]
+    assert selected.items() <= pod["metadata"]["labels"].items()

@@ -125,7 +125,7 @@ def _compare(
 ) -> Comparison:
     new = open_unpublished(manifest, directory)
     candidate = open_candidate(old)
-    chosen = choose_images(read_test_images(old), images, candidate.title, new.title)
+    chosen = choose_images(read_test_images(old), images, old.manifest, manifest)
     limited = limit_images(chosen.images, config.images)
     return compare_candidates(candidate, new, limited, config.confidence, chosen.notes, advance)
 

@@ -104,6 +104,7 @@ class EmbeddedImages:
         """
         if len(self.missing):
             embeddings = self._embed(embed)
+            self._report()
             digests = self.digests[self.missing]
             self.cache.add(digests, embeddings)
             for digest, embedding in zip(digests, embeddings, strict=True):
@@ -115,6 +116,13 @@ class EmbeddedImages:
             for i in index.tolist():
                 result[i] = self.known[self.digests[i].tobytes()]
         return result
+
+    def _report(self) -> None:
+        """Print how many embeddings are computed, and how many are known from earlier runs."""
+        images = sum(len(index) for index in self.data.index.values())
+        known = images - len(self.missing)
+        text = f"embeddings of {len(self.missing):,} images are computed"
+        notify(f"{text}; {known:,} are in the cache" if self.known else text)
 
     def _embed(self, embed: Embed) -> np.ndarray:
         """Return float32 [M, D] of the missing images, with a progress bar on a terminal."""
