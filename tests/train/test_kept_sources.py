@@ -139,6 +139,27 @@ def test_a_client_does_not_label_the_live_test_set(tmp_path, photos):
     assert trained == sum(not is_live_digest(make_png(0, FIRST + i)) for i in range(12))
 
 
+def test_the_last_of_two_labels_counts(photos, tmp_path, capsys):
+    kept = tmp_path / "kept"
+    content = make_png(0, FIRST)
+    add_image(kept, content, "red", Reason.ABSTAIN, who="ann")
+    add_image(kept, content, "blue", Reason.ABSTAIN, who="bob", second=1)
+    data = open_data(f"{photos},kept:{kept}")
+    assert data.counts["train"] == open_data(photos).counts["train"] + 1
+    assert data.classes[data.dataset.labels[-1]] == "blue"
+    assert "people disagree on 1 images; the last label counts" in capsys.readouterr().err
+
+
+def test_a_bucket_that_is_away_is_told_in_one_line(photos, tmp_path, monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    data = ImageData(f"{photos},kept:s3://bucket/kept", cache=str(tmp_path))
+    with pytest.raises(DataError, match=r"^kept:s3://bucket/kept: .*$"):
+        data.setup()
+
+
 def test_sources_are_listed_in_a_file(photos, kept, tmp_path):
     (tmp_path / "photos").symlink_to(photos)
     (tmp_path / "kept").symlink_to(kept)
