@@ -62,6 +62,29 @@ def test_the_split_is_stratified_disjoint_and_follows_the_seed(tmp_path, cache):
     assert data.index["test"].tolist() != other.index["test"].tolist()
 
 
+def test_images_stay_in_their_parts_where_others_are_added(tmp_path, cache):
+    """A class is added before the others, then each of these grows by a tenth."""
+    source = write_image_folder(tmp_path / "photos", count=40)
+    test = list_part(ready(source, cache), "test")
+    (source / "amber").mkdir()
+    for i in range(10):
+        (source / "amber" / f"{i}.png").write_bytes(make_png(0, 500 + i))
+    with_class = list_part(ready(source, cache), "test")
+    assert {name for name in with_class if not name.startswith("amber")} == test
+    assert len(with_class) == len(test) + 2
+
+    for label, name in enumerate(CLASSES):
+        for i in range(4):
+            (source / name / f"more-{i}.png").write_bytes(make_png(label, 600 + i))
+    grown = list_part(ready(source, cache), "test")
+    assert len(test) == 24
+    assert len(test & grown) >= 15
+
+
+def list_part(data: ImageData, part: str) -> set[str]:
+    return {data.dataset.items.name(i) for i in data.index[part].tolist()}
+
+
 def test_parts_of_the_source_are_kept(tmp_path, cache):
     for part, count in (("train", 8), ("valid", 3), ("test", 2)):
         write_image_folder(tmp_path / "photos" / part, count)

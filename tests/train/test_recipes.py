@@ -75,10 +75,11 @@ def test_convnet4_trains_on_45_000_images_with_early_stopping_and_sample_predict
     parts = np.repeat(["train", "test"], [50_000, 10_000])
     items = ArrayItems(np.zeros((60_000, 1, 1, 1), np.uint8))
     cifar10 = LabelledImages("cifar10", list("abcdefghij"), items, labels, parts)
+    digests = np.random.default_rng(0).integers(256, size=(60_000, 32), dtype=np.uint8)
     usable = np.ones(60_000, bool)
 
     val_fraction = recipe["data"]["val_fraction"]
-    index = split(cifar10, usable, val_fraction, 0.2, recipe["seed_everything"])
+    index = split(cifar10, digests, usable, val_fraction, 0.2, recipe["seed_everything"])
 
     assert [len(index[part]) for part in ("train", "val", "test")] == [45_000, 5_000, 10_000]
     assert recipe["data"]["batch_size"] == 32

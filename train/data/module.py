@@ -301,7 +301,14 @@ class ImageData(L.LightningDataModule):
         usable = self.decoded.metadata["problem"] == ""
         self.live_positions = self.dataset.index(LIVE)[usable[self.dataset.index(LIVE)]]
         usable &= ~self._find_copies_of_live_images()
-        self.index = split(self.dataset, usable, self.val_fraction, self.test_fraction, self.seed)
+        self.index = split(
+            self.dataset,
+            self.decoded.metadata["sha256"],
+            usable,
+            self.val_fraction,
+            self.test_fraction,
+            self.seed,
+        )
         self.counts = {part: len(self.index[part]) for part in PARTS}
         self._report_missing_classes()
         self.use_normalization(*self._choose_normalization())
