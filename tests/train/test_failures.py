@@ -23,7 +23,6 @@ from train.data import DataError, ImageData
 from train.failures import is_out_of_memory
 from train.learning.optimizers import OptimizerConfig
 from train.learning.schedules import ScheduleConfig
-from train.runs.monitor import Monitor
 from train.runs.resume import ResumeCheckpoint
 
 NO_OUTPUT = ("--progress.quiet=true", "--audit.enabled=false")
@@ -58,6 +57,8 @@ QUIET = ("--logger=none", *NO_OUTPUT)
             "model.schedule.milestones: [50.0, 75.0] are not in 0..1",
         ),
         (("--early_stopping.patience", -3), 2, "early_stopping.patience: -3 is less than 0"),
+        (("--monitor.port", 70000), 2, "monitor.port: 70000 is not between 1 and 65535"),
+        (("--resume.notice_seconds", 0), 2, "resume.notice_seconds: 0.0 is not above 0"),
         (
             ("--trainer.max_epochs=-1", "--trainer.max_time=00:00:00:05"),
             2,
@@ -87,13 +88,11 @@ def test_invalid_settings_end_with_one_line(commands, tmp_path, settings, status
 @pytest.mark.parametrize(
     ("build", "settings", "message"),
     [
-        (Monitor, {"port": 70000}, "monitor.port: 70000 is not between 1 and 65535"),
         (
             ResumeCheckpoint,
             {"keep": 0},
             "resume: every_minutes and every_steps must be 0 or more, and keep 1 or more",
         ),
-        (ResumeCheckpoint, {"notice_seconds": 0}, "resume.notice_seconds: 0 is not above 0"),
         (OptimizerConfig, {"head_lr": 0.0}, "model.optimizer.head_lr: 0.0 is not above 0"),
         (OptimizerConfig, {"bias_lr": 0.0}, "model.optimizer.bias_lr: 0.0 is not above 0"),
         (OptimizerConfig, {"momentum": 2.0}, "model.optimizer.momentum: 2.0 is not in 0..1"),
