@@ -97,10 +97,10 @@ lock: ## write the lock files from pyproject.toml: make lock [ARGS=--upgrade]
 	  --custom-compile-command 'make lock' --quiet $(ARGS) "$$@"; }; \
 	compile --all-extras -o docker/dev.lock; \
 	compile --extra train --extra serve --extra parquet -c docker/dev.lock -o docker/train.lock; \
-	compile --extra serve --extra bucket -c docker/dev.lock --generate-hashes -o docker/serve.lock; \
-	compile --extra serve --extra bucket -c docker/dev.lock --generate-hashes --no-emit-package onnxruntime -o docker/serve-cuda.lock \
+	compile --extra serve -c docker/dev.lock --generate-hashes -o docker/serve.lock; \
+	compile --extra serve -c docker/dev.lock --generate-hashes --no-emit-package onnxruntime -o docker/serve-cuda.lock \
 	  - < <(sed -n 's/^ *"onnxruntime\(>=[^"]*\)".*/onnxruntime-gpu[cuda,cudnn]\1/p' pyproject.toml); \
-	compile --extra serve --extra bucket --extra openvino -c docker/dev.lock --generate-hashes -o docker/serve-openvino.lock
+	compile --extra serve --extra openvino -c docker/dev.lock --generate-hashes -o docker/serve-openvino.lock
 
 clean: ## delete the virtual environment and the caches, but not the store
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache
