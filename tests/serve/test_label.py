@@ -1,6 +1,7 @@
 """/label of a service, and `imago serve label`: the requests of the labelling page."""
 
 import json
+import os
 import re
 import resource
 import socket
@@ -17,6 +18,7 @@ from models.kept import KeptFolder, Reason, open_kept
 from support import ROOT, tiny_bundle
 from support.forked_commands import ForkedCommand, ForkedCommands
 from support.kept_images import add_answered_image
+from support.s3_server import failing_s3_server
 from support.server import Server, assert_refused, wait_until
 
 KEY = {"X-API-Key": "secret"}
@@ -84,9 +86,11 @@ def ann(service) -> Labeller:
 
 
 @contextmanager
-def label_command(commands: ForkedCommands, kept: KeptFolder) -> Iterator[Labeller]:
+def label_command(
+    commands: ForkedCommands, kept: KeptFolder, env: dict[str, str | None] | None = None
+) -> Iterator[Labeller]:
     """Run `imago serve label`; yields a person at its page."""
-    process = commands.start("label", kept.location, "--port", "0", cwd=ROOT)
+    process = commands.start("label", kept.location, "--port", "0", cwd=ROOT, env=env)
     process.wait_for("stop it with Ctrl-C")
     (url,) = re.findall(r"http://127\.0\.0\.1:\d+/", process.text)
     labeller = Labeller(url, "ann")
@@ -257,6 +261,26 @@ def test_a_full_disk_is_reported_and_labels_are_kept_whole(service, ann, kept):
     assert "nothing was saved" in response.json()["detail"]
     assert read_label(kept, digest)[0].label == "red"
     assert ann.send(digest, "blue").status_code == 200
+
+
+def test_a_bucket_that_refuses_a_label_is_told_and_the_label_can_be_sent_again(serve_commands):
+    with failing_s3_server("kept") as bucket:
+        folder = open_kept("s3://kept/colours")
+        add_answered_image(folder, 0, "red", "request-0", embedding=[1.0])
+        env = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+        with label_command(serve_commands, folder, {**env}) as ann:
+            (item,) = ann.items()["items"]
+            entry = {"id": item["id"], "verdict": "class", "label": "green", "who": "ann"}
+            body = {"page": ann.items()["page"], "labels": [entry]}
+
+            bucket.choose_failure = lambda method, path: "denied"
+            response = ann.http.post("/label/labels", json=body)
+            assert response.status_code == 503
+            assert "nothing was saved" in response.json()["detail"]
+
+            bucket.choose_failure = lambda method, path: None
+            assert ann.http.post("/label/labels", json=body).json()["saved"] == 1
+        assert read_label(folder, item["id"])[0].label == "green"
 
 
 def test_look_alikes_are_the_nearest_by_embedding(tmp_path, serve_commands):
