@@ -52,6 +52,7 @@ class MetricsServer(ThreadingHTTPServer):
     """One thread and one request per connection; their number and duration are limited."""
 
     daemon_threads = True
+    request_queue_size = 128  # connections that the kernel holds; others try again after a second
 
     def __init__(self, host: str, port: int, run_directory: str):
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -36,6 +36,10 @@ from serve.worker.exit_status import HANGING, MODEL_UNUSABLE
 from serve.worker.shadow import run_shadow
 from serve.worker.worker import HEARTBEAT_SECONDS, Worker
 
+# Connections that the kernel holds until they are accepted. If it holds as many as it may, it drops
+# others, which try again after a second: a probe, too, where the limit of connections is small.
+MIN_BACKLOG = 128
+
 # Monitoring. A process that ends is noticed at once.
 MONITOR_SECONDS = 1.0
 STARTUP_MONITOR_SECONDS = 0.1  # until all workers have started
@@ -107,7 +111,7 @@ class Supervisor:
             "proxy_headers": False,
             "server_header": False,
             "timeout_keep_alive": settings.keep_alive_seconds,
-            "backlog": settings.max_connections,
+            "backlog": max(settings.max_connections, MIN_BACKLOG),
         }
 
     def handle_signals(self) -> None:
